@@ -1,0 +1,291 @@
+"""The names, types and single-field rules of every key a user can set. No torch, no values.
+
+Rule: a key is named here once, with its type and unit; its value stands in conf/ or recipes/ and nowhere else.
+Names of model, parallel, router, dispatcher and optimizer keys are Megatron-Core's own fields; the trainer's are
+NeMo/Lightning's. A Config is never written to after `from_hydra` returned it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from enum import Enum
+from typing import Any, Iterator, Optional, get_args, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mixtrain.errors import UserError
+
+# fmt: off
+Accelerator     = Enum("Accelerator", ["cpu", "gpu"])
+Mode            = Enum("Mode", ["train", "plan"])
+Precision       = Enum("Precision", ["fp32", "bf16", "fp8"])
+TransformerImpl = Enum("TransformerImpl", ["local", "transformer_engine"])
+Balancing       = Enum("Balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"])
+ScoreFunction   = Enum("ScoreFunction", ["softmax", "sigmoid"])
+RouterDtype     = Enum("RouterDtype", ["fp32", "fp64"])
+Dispatcher      = Enum("Dispatcher", ["alltoall", "allgather"])
+DropPolicy      = Enum("DropPolicy", ["probs", "position"])
+OptimizerName   = Enum("OptimizerName", ["adam", "sgd"])
+DecayStyle      = Enum("DecayStyle", ["constant", "linear", "cosine"])
+DataKind        = Enum("DataKind", ["stdlib", "indexed", "mock"])
+Granularity     = Enum("Granularity", ["full", "selective"])
+RecomputeMethod = Enum("RecomputeMethod", ["uniform", "block"])
+# fmt: on
+
+
+def at_least(minimum: float) -> Any:
+    """A required field whose value may not be below `minimum` (null passes where the type is Optional)."""
+    return field(default=MISSING, metadata={"minimum": minimum})
+
+
+@dataclass
+class ModelConfig:
+    num_layers: Optional[int] = at_least(1)  # null: as few as the pipeline needs (see plan.resolve)
+    hidden_size: int = at_least(1)
+    ffn_hidden_size: int = at_least(1)  # a dense layer's; Mixtral has none, Megatron-Core asks for it all the same
+    num_attention_heads: int = at_least(1)
+    num_query_groups: int = at_least(1)
+    kv_channels: int = at_least(1)  # the size of one head
+    num_moe_experts: int = at_least(1)
+    moe_router_topk: int = at_least(1)
+    moe_ffn_hidden_size: int = at_least(1)
+    moe_shared_expert_intermediate_size: Optional[int] = at_least(1)
+    vocab_size: int = at_least(1)
+    max_position_embeddings: int = at_least(1)
+    rotary_base: int = at_least(1)
+    layernorm_epsilon: float = at_least(0)
+    init_method_std: float = at_least(0)
+    untie_embeddings_and_output_weights: bool = MISSING
+    qk_layernorm: bool = MISSING
+    transformer_impl: TransformerImpl = MISSING
+    moe_grouped_gemm: bool = MISSING
+    hf_model: Optional[str] = MISSING  # the Hugging Face model whose facts these are
+    extra: dict[str, Any] = field(default_factory=dict)  # any other field of TransformerConfig
+
+
+@dataclass
+class ParallelConfig:
+    tensor_model_parallel_size: int = at_least(1)
+    pipeline_model_parallel_size: int = at_least(1)
+    virtual_pipeline_model_parallel_size: Optional[int] = at_least(2)  # model chunks a pipeline stage
+    context_parallel_size: int = at_least(1)
+    expert_model_parallel_size: int = at_least(1)
+    expert_tensor_parallel_size: int = at_least(1)
+    sequence_parallel: bool = MISSING
+    num_distributed_optimizer_instances: int = at_least(1)
+
+
+@dataclass
+class RouterConfig:
+    moe_router_load_balancing_type: Balancing = MISSING
+    moe_aux_loss_coeff: float = at_least(0)
+    moe_z_loss_coeff: Optional[float] = at_least(0)
+    moe_input_jitter_eps: Optional[float] = at_least(0)
+    moe_router_score_function: ScoreFunction = MISSING
+    moe_router_pre_softmax: bool = MISSING
+    moe_router_enable_expert_bias: bool = MISSING
+    moe_router_bias_update_rate: float = at_least(0)
+    moe_router_force_load_balancing: bool = MISSING
+    moe_router_dtype: Optional[RouterDtype] = MISSING
+
+
+@dataclass
+class DispatcherConfig:
+    moe_token_dispatcher_type: Dispatcher = MISSING
+    moe_expert_capacity_factor: Optional[float] = at_least(0)  # null: dropless
+    moe_pad_expert_input_to_capacity: bool = MISSING
+    moe_token_drop_policy: DropPolicy = MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    optimizer: OptimizerName = MISSING
+    lr: float = at_least(0)
+    min_lr: float = at_least(0)
+    weight_decay: float = at_least(0)
+    adam_beta1: float = at_least(0)
+    adam_beta2: float = at_least(0)
+    adam_eps: float = at_least(0)
+    clip_grad: float = at_least(0)  # largest global gradient norm; 0 does not clip
+    use_distributed_optimizer: bool = MISSING
+    overlap_grad_reduce: bool = MISSING
+    overlap_param_gather: bool = MISSING
+    grad_reduce_in_fp32: bool = MISSING
+    lr_decay_style: DecayStyle = MISSING
+    lr_warmup_steps: int = at_least(0)
+    lr_decay_steps: Optional[int] = at_least(1)  # null: trainer.max_steps
+
+
+@dataclass
+class DataConfig:
+    kind: DataKind = MISSING
+    data_path: Optional[list[str]] = MISSING  # Megatron's list: [prefix] or [weight, prefix, weight, prefix ...]
+    split: str = MISSING  # parts of train, validation and test, as in "90,5,5"
+    seq_length: int = at_least(1)  # tokens
+    tokenizer: Optional[str] = MISSING  # a Hugging Face tokenizer directory
+    path_to_cache: str = MISSING
+    num_workers: int = at_least(0)  # processes that read ahead, a rank
+
+
+@dataclass
+class TrainerConfig:
+    mode: Mode = MISSING
+    accelerator: Accelerator = MISSING
+    devices: Optional[int] = at_least(1)  # ranks a node; null: as few as the layout needs
+    num_nodes: int = at_least(1)
+    max_steps: int = at_least(1)
+    micro_batch_size: int = at_least(1)  # sequences
+    global_batch_size: int = at_least(1)  # sequences
+    val_check_interval: int = at_least(1)  # steps
+    limit_val_batches: int = at_least(0)  # global batches a validation; 0 never validates
+    log_every_n_steps: int = at_least(1)
+    precision: Precision = MISSING
+    recompute_granularity: Optional[Granularity] = MISSING
+    recompute_method: Optional[RecomputeMethod] = MISSING
+    recompute_num_layers: Optional[int] = at_least(1)
+    recompute_modules: Optional[list[str]] = MISSING
+    deterministic: bool = MISSING
+    timeout_minutes: float = at_least(0)  # how long a rank waits for another before it gives up
+    device_memory_gib: Optional[float] = at_least(0)  # the state of a rank must fit here; null does not check
+
+
+@dataclass
+class CheckpointConfig:
+    save_last: bool = MISSING  # write the weights when the run ends
+
+
+@dataclass
+class LoggingConfig:
+    tensorboard: bool = MISSING
+
+
+@dataclass
+class Config:
+    name: str = MISSING
+    seed: int = at_least(0)
+    run_dir: str = MISSING
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    dispatcher: DispatcherConfig = field(default_factory=DispatcherConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @staticmethod
+    def from_hydra(composed: DictConfig, known: list[str] | None = None) -> Config:
+        """The typed Config of what Hydra composed.
+
+        A UserError lists every key that does not belong or fit, after the problems that are `known` already.
+        """
+        schema, problems = OmegaConf.structured(Config), list(known or [])
+        found = len(problems)
+        for key, value in leaves(OmegaConf.to_container(composed, resolve=True)):
+            problems += _set(schema, key, value)
+        missing = sorted(OmegaConf.missing_keys(schema))
+        named = {problem.split(" ")[0] for problem in problems}
+        problems += [f"{key} has no value; type {key}=..." for key in missing if key not in named]
+        if len(problems) == found:
+            config = OmegaConf.to_object(schema)
+            problems += _below_minimum(config)
+        if len(problems) > found:
+            raise UserError(*problems)
+        return config
+
+
+def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; `model.extra` is one leaf, its own keys are not ours."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key != "model.extra":
+            yield from leaves(value, key + ".")
+        else:
+            yield key, value
+
+
+def legal_keys() -> dict[str, Any]:
+    """Every key of the schema with its type, dotted, in the order of the dataclasses."""
+
+    def walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
+        hints = get_type_hints(kind)
+        for entry in fields(kind):
+            if is_dataclass(hints[entry.name]):
+                yield from walk(hints[entry.name], f"{prefix}{entry.name}.")
+            else:
+                yield prefix + entry.name, hints[entry.name]
+
+    return dict(walk(Config, ""))
+
+
+def nearest(key: str, known: list[str]) -> str:
+    """The end of an error about an unknown key: the likeliest names, by whole key and by last part."""
+    by_last = {}
+    for name in known:
+        by_last.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    found = get_close_matches(key, known, n=3, cutoff=0.75)
+    for last in get_close_matches(key.rsplit(".", 1)[-1], list(by_last), n=2, cutoff=0.7):
+        found += [name for name in by_last[last] if name not in found]
+    return f"; did you mean {' or '.join(found[:3])}?" if found else "; `python train.py --help` lists what there is"
+
+
+def unknown_key(key: str) -> str:
+    """The problem text for a key that the schema does not have."""
+    return f"{key} is not a key of mixtrain" + nearest(key, list(legal_keys()))
+
+
+def describe(kind: Any) -> str:
+    """A type as a user reads it: `a whole number or null`, `one of cpu, gpu`."""
+    arguments = get_args(kind)
+    if type(None) in arguments:
+        return f"{describe(arguments[0])} or null"
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return "one of " + ", ".join(kind.__members__)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(kind, "a list, as in [a,b]" if "list" in str(kind) else "a mapping, as in {field: value}")
+
+
+def _set(schema: DictConfig, key: str, value: Any) -> list[str]:
+    """Set one leaf of the schema; the problem, if it does not belong or fit."""
+    kinds = legal_keys()
+    if key not in kinds:
+        return [unknown_key(key)]
+    if value == MISSING:
+        return []
+    # OmegaConf turns true into 1 and 2.0 into 2 for an int field: a user who wrote either meant something else
+    if kinds[key] in (int, Optional[int]) and isinstance(value, (bool, float)):
+        return [f"{key} = {value} must be {describe(kinds[key])}"]
+    try:
+        OmegaConf.update(schema, key, value)
+    except OmegaConfBaseException:
+        return [f"{key} = {'null' if value is None else value} must be {describe(kinds[key])}"]
+    return []
+
+
+def _below_minimum(node: Any, prefix: str = "") -> Iterator[str]:
+    for entry in fields(node):
+        value = getattr(node, entry.name)
+        if is_dataclass(value):
+            yield from _below_minimum(value, f"{prefix}{entry.name}.")
+            continue
+        minimum = entry.metadata.get("minimum", NO_DEFAULT)
+        if minimum is not NO_DEFAULT and value is not None and not value >= minimum:
+            yield f"{prefix}{entry.name} = {value} must be at least {minimum}"
+
+
+def plain(value: Any) -> Any:
+    """A Config value as plain YAML and Megatron-Core have it: enums by name, everything else as it is."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `from_hydra` reads back to the same Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

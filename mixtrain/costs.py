@@ -1,0 +1,78 @@
+"""Parameters and bytes of a Mixtral-class model: pure arithmetic. No torch.
+
+Rule: every count here is checked against the real model's tensors in tests/test_costs.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mixtrain.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class LayerParameters:
+    """Parameters of one transformer layer, by what divides them."""
+
+    attention: int  # q, k, v and output projections: divided by TP
+    replicated: int  # norms and router: divided by nothing
+    shared_expert: int  # divided by TP
+    expert: int  # one routed expert; a layer has num_moe_experts, divided by EP and ETP
+
+    def total(self, experts: int) -> int:
+        return self.attention + self.replicated + self.shared_expert + experts * self.expert
+
+
+def layer_parameters(model: ModelConfig) -> LayerParameters:
+    """Counts of one layer: no biases, SwiGLU (three matrices), RMSNorm, grouped-query attention."""
+    hidden, head = model.hidden_size, model.kv_channels
+    heads, groups = model.num_attention_heads, model.num_query_groups
+    return LayerParameters(
+        attention=hidden * head * (heads + 2 * groups) + heads * head * hidden,
+        replicated=2 * hidden + hidden * model.num_moe_experts + (2 * head if model.qk_layernorm else 0),
+        shared_expert=3 * hidden * (model.moe_shared_expert_intermediate_size or 0),
+        expert=3 * hidden * model.moe_ffn_hidden_size,
+    )
+
+
+def total_parameters(model: ModelConfig, experts: int | None = None) -> int:
+    """Parameters of the whole model; with `experts`, as if a layer had only so many (top-k gives the active ones)."""
+    layer = layer_parameters(model).total(model.num_moe_experts if experts is None else experts)
+    matrices = 2 if model.untie_embeddings_and_output_weights else 1
+    return model.num_layers * layer + matrices * model.vocab_size * model.hidden_size + model.hidden_size
+
+
+def active_parameters(model: ModelConfig) -> int:
+    """Parameters that one token uses: top-k of the experts and everything else."""
+    return total_parameters(model, experts=model.moe_router_topk)
+
+
+def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
+    """(dense, expert) parameters on one rank of pipeline stage `stage`.
+
+    Layers divide evenly over stages; the first stage has the embedding, the last the final norm and the output layer.
+    """
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    layer, layers = layer_parameters(model), model.num_layers // pp
+    dense = layers * ((layer.attention + layer.shared_expert) // tp + layer.replicated)
+    first, last = stage == 0, stage == pp - 1
+    matrices = first + last if model.untie_embeddings_and_output_weights or pp > 1 else 1
+    dense += matrices * model.vocab_size * model.hidden_size // tp
+    dense += model.hidden_size if last else 0
+    experts = layers * model.num_moe_experts * layer.expert
+    return dense, experts // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
+
+
+def bytes_per_parameter(precision: Precision, optimizer: OptimizerConfig, shard: int) -> float:
+    """Training state of one parameter in bytes: weight, gradient, and the optimizer's share over `shard` ranks.
+
+    16-bit training keeps an fp32 master copy beside Adam's two moments (12 bytes); fp32 training needs no copy (8).
+    """
+    moments = {"adam": 2, "sgd": 1}[optimizer.optimizer.name]
+    sharded = shard if optimizer.use_distributed_optimizer else 1
+    if precision is Precision.fp32:
+        return 4 + 4 + 4 * moments / sharded
+    gradient = 4 if optimizer.grad_reduce_in_fp32 else 2
+    return 2 + gradient + 4 * (1 + moments) / sharded

@@ -1,0 +1,30 @@
+"""The one exception for what a user can cause, and how it reads on a terminal.
+
+Everything a user can get wrong is raised as a UserError with every problem found, ends in exit code 2,
+and never shows a traceback. Any other exception is a fault of ours or of the machine: exit code 1.
+"""
+
+import sys
+
+FINISHED, FAULT, REFUSED = 0, 1, 2  # the exit codes of every command of the project
+
+
+class UserError(Exception):
+    """What is wrong with a configuration or an input: one sentence per problem, most useful first.
+
+    A problem names the key or file, both numbers and the nearest legal value.
+    """
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+def print_problems(problems, stream=None) -> None:
+    """Print the problems as a user reads them: a count, then one line each."""
+    stream = stream or sys.stderr
+    count = len(problems)
+    print(f"mixtrain: {count} problem{'s' if count != 1 else ''}:", file=stream)
+    for problem in problems:
+        print(f"  - {problem}", file=stream)
+    stream.flush()

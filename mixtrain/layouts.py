@@ -1,0 +1,38 @@
+"""The nearest layout that a laptop's CPU can run. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import product
+
+from mixtrain.config import Config
+from mixtrain.plan import ranks_needed
+
+LAPTOP_RANKS = 8  # CPU ranks that one machine is asked to start
+SIZES = {  # what may shrink, by how much of the recipe's code path is lost with it: least lost first
+    "context_parallel_size": 1,
+    "pipeline_model_parallel_size": 2,
+    "tensor_model_parallel_size": 3,
+    "expert_tensor_parallel_size": 4,
+    "expert_model_parallel_size": 5,
+}
+
+
+def nearest_layout(config: Config) -> str:
+    """The overrides that bring the layout to LAPTOP_RANKS: each size a divisor of the recipe's, none lost if it can be.
+
+    A size that goes from above 1 to 1 loses a code path, so that counts first; then the fewest halvings.
+    """
+    sizes = {key: getattr(config.parallel, key) for key in SIZES}
+    divisors = [[part for part in range(1, size + 1) if size % part == 0] for size in sizes.values()]
+    candidates = []
+    for parts in product(*divisors):
+        smaller = dict(zip(SIZES, parts, strict=True))
+        if ranks_needed(replace(config, parallel=replace(config.parallel, **smaller))) > LAPTOP_RANKS:
+            continue
+        lost = sum(SIZES[key] for key in SIZES if smaller[key] == 1 and sizes[key] > 1)
+        candidates.append((lost, math.prod(sizes.values()) / math.prod(parts), [-part for part in parts], smaller))
+    best = min(candidates, key=lambda candidate: candidate[:3])[3]
+    changed = [f"parallel.{key}={best[key]}" for key in SIZES if best[key] != sizes[key]]
+    return " ".join(changed) or f"trainer.devices={ranks_needed(config)} trainer.num_nodes=1"

@@ -1,0 +1,147 @@
+"""Rules about this machine: GPUs, packages, files, the run directory, who starts the ranks. No torch.
+
+Rule: nothing here is asked in plan mode, and nothing here writes.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Iterator
+
+from mixtrain.config import Accelerator, DataKind, TransformerImpl
+from mixtrain.data.check import check_files
+from mixtrain.environment import Identity
+from mixtrain.plan import Plan
+
+Problems = Iterator[str]
+RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl")  # one of them: a run was here
+
+
+def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> list[str]:
+    """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
+    problems = [*packages(plan), *unknown_extra(plan), *gpus(plan), *data_files(plan)]
+    if me is None:
+        problems += [*run_directory(plan), *several_nodes(plan, overrides)]
+    else:
+        problems += started_ranks(plan, me)
+        problems += run_directory(plan) if me.rank == 0 else []
+    return problems
+
+
+def packages(plan: Plan) -> Problems:
+    model = plan.config.model
+    if model.transformer_impl is TransformerImpl.transformer_engine and not installed("transformer_engine"):
+        yield (
+            "model.transformer_impl = transformer_engine (which fp8 needs too), but the package transformer-engine"
+            " is not installed; pip install mixtrain[gpu], or model.transformer_impl=local"
+        )
+
+
+def gpus(plan: Plan) -> Problems:
+    trainer, found = plan.config.trainer, gpu_count()
+    if trainer.accelerator is Accelerator.gpu and found < trainer.devices:
+        yield (
+            f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine has {found} GPUs."
+            " To see the plan alone add trainer.mode=plan; to try the recipe's code path on this CPU add"
+            " +shrink=laptop"
+        )
+
+
+def several_nodes(plan: Plan, overrides: list[str]) -> Problems:
+    trainer = plan.config.trainer
+    if trainer.num_nodes > 1:
+        yield (
+            f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the other nodes. On each"
+            f" node type: {torchrun_command(plan, overrides)}"
+        )
+
+
+def torchrun_command(plan: Plan, overrides: list[str]) -> str:
+    """What to type on every node, outside Slurm."""
+    trainer = plan.config.trainer
+    return (
+        f"torchrun --nnodes {trainer.num_nodes} --nproc-per-node {trainer.devices} --rdzv-backend c10d"
+        f" --rdzv-endpoint FIRST_NODE:29500 train.py {' '.join(overrides)}"
+    )
+
+
+def data_files(plan: Plan) -> Problems:
+    data = plan.config.data
+    if data.kind is DataKind.indexed:
+        yield from check_files(data.data_path, data.tokenizer, plan.config.model.vocab_size)
+
+
+def run_directory(plan: Plan) -> Problems:
+    directory = Path(plan.config.run_dir)
+    if directory.exists() and not directory.is_dir():
+        yield f"run_dir = {directory} is a file; give another run_dir"
+    elif any((directory / name).exists() for name in RUN_FILES):
+        yield f"run_dir = {directory} holds a run already; the next free name: run_dir={free_name(directory)}"
+
+
+def free_name(directory: Path) -> Path:
+    """The first of directory-2, directory-3 ... that no run has taken."""
+    number = 2
+    while directory.with_name(f"{directory.name}-{number}").exists():
+        number += 1
+    return directory.with_name(f"{directory.name}-{number}")
+
+
+def started_ranks(plan: Plan, me: Identity) -> Problems:
+    """The launcher's world size and the configuration's must be one number."""
+    if me.world_size != plan.world_size:
+        yield (
+            f"{me.world_size} ranks were started, but trainer.devices * trainer.num_nodes = {plan.world_size};"
+            f" start {plan.world_size}, or change trainer.devices"
+        )
+
+
+def unknown_extra(plan: Plan) -> Problems:
+    """Fields in model.extra that the installed TransformerConfig lacks, or that have a key of their own."""
+    own = {
+        name: f"{section}.{name}"
+        for section in ("model", "parallel", "router", "dispatcher")
+        for name in vars(getattr(plan.config, section))
+    }
+    fields = transformer_config_fields() if plan.config.model.extra else set()
+    for name in plan.config.model.extra:
+        if name in own:
+            yield f"model.extra.{name} has a key of its own; set {own[name]}"
+        elif name not in fields:
+            yield f"model.extra.{name} is not a field of TransformerConfig in the installed megatron-core"
+
+
+@cache
+def transformer_config_fields() -> set[str]:
+    """The fields of the installed TransformerConfig, read from its source: importing it would import torch."""
+    root = Path(next(iter(importlib.util.find_spec("megatron").submodule_search_locations))) / "core"
+    found = set()
+    for name in ("transformer/transformer_config.py", "model_parallel_config.py"):
+        for node in ast.parse((root / name).read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in ("TransformerConfig", "ModelParallelConfig"):
+                found |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
+    return found
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs this process may use: the driver's device files, less what CUDA_VISIBLE_DEVICES hides."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in os.scandir("/dev")) if _has_dev() else 0
+    if visible is None:
+        return present
+    return min(present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+
+
+def _has_dev() -> bool:
+    return Path("/dev").is_dir()
+
+

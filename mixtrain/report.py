@@ -1,0 +1,109 @@
+"""The plan as its reader sees it: one page of text, 100 columns. No torch."""
+
+from __future__ import annotations
+
+from mixtrain.costs import GIB
+from mixtrain.plan import Plan
+
+DEVICES_GIB = {"80 GB": 80, "141 GB": 141}  # H100 and H200, the two that most plans are for
+MOCK = "MOCK DATA: random-looking tokens, for checking a layout or its speed; losses mean nothing"
+
+
+def render(plan: Plan) -> str:
+    """The plan as lines of `what  value`, with MOCK on top where the data is mock."""
+    rows = [("run", f"{plan.config.name}, seed {plan.config.seed}, in {plan.config.run_dir}")]
+    rows += _ranks(plan) + _batch(plan) + _model(plan) + _memory(plan)
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    return "\n".join(([MOCK] if plan.is_mock else []) + lines)
+
+
+def _ranks(plan: Plan) -> list[tuple[str, str]]:
+    parallel, trainer = plan.config.parallel, plan.config.trainer
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    etp, ep = parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size
+    where = f"{trainer.num_nodes} node{'s' * (trainer.num_nodes > 1)} of {trainer.devices} ({trainer.accelerator.name})"
+    rows = [
+        ("ranks", f"{plan.world_size} on {where}"),
+        ("  dense grid", f"TP {tp} x CP {cp} x DP {plan.data_parallel_size} x PP {pp}"),
+        ("  expert grid", f"ETP {etp} x EP {ep} x EDP {plan.expert_data_parallel_size} x PP {pp}"),
+    ]
+    return rows + [("  experts on ranks", line) for line in _expert_rows(plan)]
+
+
+def _expert_rows(plan: Plan, shown: int = 4) -> list[str]:
+    """Which ranks hold the experts of a layer: a row an expert-parallel group of the first stage.
+
+    Megatron-Core numbers ranks with ETP fastest, then EP, then EDP, then PP.
+    """
+    parallel, local = plan.config.parallel, plan.num_local_experts
+    group = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    count = plan.expert_data_parallel_size
+    rows = [f"ranks {_span(part * group, group)}" for part in range(min(count, shown))]
+    rows[0] += f": {local} expert{'s' * (local > 1)} of {plan.config.model.num_moe_experts} on each, in every layer"
+    rows[1:] = [row + ": a copy of these" for row in rows[1:]]
+    if count > shown:
+        rows[-1] += f"; {count - shown} more groups of {group}"
+    return rows
+
+
+def _span(first: int, count: int) -> str:
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def _batch(plan: Plan) -> list[tuple[str, str]]:
+    trainer, data = plan.config.trainer, plan.config.data
+    source = ", ".join(data.data_path) if data.data_path else data.kind.name
+    return [
+        ("data", "MOCK" if plan.is_mock else source),
+        (
+            "batch",
+            f"{trainer.global_batch_size} sequences of {data.seq_length} = {plan.tokens_per_step:,} tokens a step;"
+            f" {plan.num_microbatches} microbatches of {trainer.micro_batch_size} a rank",
+        ),
+        ("steps", f"{trainer.max_steps:,} = {trainer.max_steps * plan.tokens_per_step:,} tokens"),
+    ]
+
+
+def _model(plan: Plan) -> list[tuple[str, str]]:
+    model, router, trainer = plan.config.model, plan.config.router, plan.config.trainer
+    recompute = trainer.recompute_granularity.name if trainer.recompute_granularity else "none"
+    dense, expert = plan.rank_parameters[plan.heaviest_stage]
+    return [
+        (
+            "model",
+            f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_moe_experts} experts"
+            f" (top-{model.moe_router_topk}), FFN {model.moe_ffn_hidden_size}, vocabulary {model.vocab_size}",
+        ),
+        (
+            "",
+            f"{model.transformer_impl.name}, {trainer.precision.name}, router"
+            f" {router.moe_router_load_balancing_type.name},"
+            f" {plan.config.dispatcher.moe_token_dispatcher_type.name}, recompute {recompute}",
+        ),
+        ("parameters", f"{plan.total_parameters:,} in all, {plan.active_parameters:,} active per token"),
+        ("  on a rank", f"{dense + expert:,} = {dense:,} dense + {expert:,} of experts"),
+    ]
+
+
+def _memory(plan: Plan) -> list[tuple[str, str]]:
+    state = plan.state_bytes
+    amount = f"{state / GIB:.1f} GiB" if state >= GIB else f"{state / 2**20:.1f} MiB"
+    sizes = dict(DEVICES_GIB)
+    if plan.config.trainer.device_memory_gib is not None:
+        sizes["trainer.device_memory_gib"] = plan.config.trainer.device_memory_gib
+    beside = ", ".join(f"{state / GIB / size:.0%} of {name}{_given(name, size)}" for name, size in sizes.items())
+    stage = f", stage {plan.heaviest_stage}" if len(plan.stage_state_bytes) > 1 else ""
+    return [
+        ("state on a rank", f"{amount} (weights, gradients, optimizer{stage}; activations come on top)"),
+        ("  beside", beside),
+        ("  optimizer shards", f"dense over {plan.dense_shard} ranks, experts over {plan.expert_shard}"),
+    ]
+
+
+def _given(name: str, size: float) -> str:
+    return f" = {size:g}" if "." in name else ""

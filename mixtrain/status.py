@@ -1,0 +1,24 @@
+"""status.json: the one file that whoever requeues a job, or looks in on it, needs to read. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+STATES = ("running", "finished", "stopped", "failed")
+
+
+def write_status(run_dir: str | Path, *, state: str, step: int, max_steps: int, reason: str) -> None:
+    """Replace status.json whole: a reader never sees half of it."""
+    assert state in STATES, state
+    path = Path(run_dir) / "status.json"
+    temporary = path.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps({"state": state, "step": step, "max_steps": max_steps, "reason": reason}) + "\n")
+    os.replace(temporary, path)
+
+
+def read_status(run_dir: str | Path) -> dict | None:
+    """The status of a run, or None if it has written none yet."""
+    path = Path(run_dir) / "status.json"
+    return json.loads(path.read_text()) if path.exists() else None
