@@ -34,6 +34,7 @@ NAMESPACES = {
     "optimizer.optimizer":                          "device of the loss scale",
     "optimizer.distrib_optimizer":                  "device of the sharded parameter buffers",
     "pipeline_parallel.p2p_communication":          "devices of received activations, synchronize",
+    "dist_checkpointing.strategies.filesystem_async": "synchronize before a save",
     "utils":                                        "device of the global memory buffer",
 }
 
@@ -99,6 +100,9 @@ class _Stream:
     def wait_stream(self, _: Any) -> None: ...
     def wait_event(self, _: Any) -> None: ...
     def synchronize(self) -> None: ...
+
+    def record_event(self, _: Any = None) -> _Stream:
+        return self  # an event that has happened: it can be synchronised with, and that is all it is for
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Stream)

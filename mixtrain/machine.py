@@ -73,7 +73,8 @@ def torchrun_command(plan: Plan, overrides: list[str]) -> str:
 def data_files(plan: Plan) -> Problems:
     data = plan.config.data
     if data.kind is DataKind.indexed:
-        yield from check_files(data.data_path, data.tokenizer, plan.config.model.vocab_size)
+        tokenizer = Path(data.tokenizer)
+        yield from check_files(data.data_path, tokenizer, plan.config.model.vocab_size, data.split, plan.samples)
 
 
 def run_directory(plan: Plan) -> Problems:

@@ -39,6 +39,14 @@ class Plan:
         return max(self.stage_state_bytes)
 
     @property
+    def samples(self) -> tuple[int, int, int]:
+        """Sequences that the run reads of the train, validation and test parts. Every validation reads the same."""
+        trainer = self.config.trainer
+        held_out = trainer.limit_val_batches * trainer.global_batch_size
+        test = held_out if float(self.config.data.split.split(",")[2]) else 0
+        return trainer.max_steps * trainer.global_batch_size, held_out, test
+
+    @property
     def heaviest_stage(self) -> int:
         return self.stage_state_bytes.index(self.state_bytes)
 

@@ -1,0 +1,47 @@
+"""report.png: the loss curve and the experts' load, from metrics.jsonl alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy
+
+
+def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
+    """Draw report.png from the run's metrics.jsonl. `entropy`: unigram entropy of the validation tokens, in nats."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    directory = Path(run_dir)
+    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "lm_loss" in record]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    _losses(left, records, entropy)
+    image = right.imshow(_load(steps), aspect="auto", cmap="viridis", vmin=0)
+    right.set(xlabel="expert", ylabel="layer", title="load over the last tenth of the run (1 = even)")
+    figure.colorbar(image, ax=right)
+    figure.suptitle(title)
+    figure.savefig(directory / "report.png", dpi=110)
+    pyplot.close(figure)
+    return directory / "report.png"
+
+
+def _losses(axes, records: list[dict], entropy: float | None) -> None:
+    for name, label, style in (("lm_loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    if entropy is not None:
+        axes.axhline(entropy, linestyle=":", color="grey", label=f"unigram entropy {entropy:.2f}")
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="loss")
+    axes.legend()
+
+
+def _load(steps: list[dict]) -> numpy.ndarray:
+    """[layers, experts]: tokens of each expert over the even share, pooled over the last tenth of the logged steps."""
+    tail = steps[-max(1, len(steps) // 10) :]
+    counts = numpy.sum([record["tokens_per_expert"] for record in tail], axis=0)
+    return counts / counts.mean(axis=1, keepdims=True)

@@ -1,0 +1,169 @@
+"""The training loop: forward and backward by Megatron-Core's schedules, one optimizer step, what it says of it.
+
+Rule: every number that leaves this file is the same on every rank, and every decision (stop, fail) is taken by all
+ranks in the same step.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from typing import Any, Iterable, Iterator
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from mixtrain.logs import Logs
+from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
+from mixtrain.optimizer import Training
+from mixtrain.plan import Plan
+from mixtrain.ranks import Ranks
+
+
+class NonFinite(RuntimeError):
+    """A loss or a gradient norm that is not a number, with the step and the rank it was found on."""
+
+
+class StopRequest:
+    """SIGTERM and SIGINT ask for the end of the run after the step that is under way."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.signal = number
+
+    def restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def train(plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs) -> int:
+    """Train until trainer.max_steps or until asked to stop; the number of steps done."""
+    trainer = plan.config.trainer
+    load, stop = ExpertLoad(plan, training.chunks, ranks.device), StopRequest()
+    microbatches = [iter(data["train"]) for _ in training.chunks]
+    started = time.perf_counter()
+    try:
+        for step in range(1, trainer.max_steps + 1):
+            learning_rate = training.optimizer.param_groups[0]["lr"]
+            lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step)
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            experts, balancing = load.collect(), collect_balancing_loss(plan)
+            if step == 1 or step % trainer.log_every_n_steps == 0 or step == trainer.max_steps or stopping:
+                logs.step(
+                    step=step,
+                    lm_loss=lm_loss,
+                    load_balancing_loss=balancing,
+                    grad_norm=grad_norm,
+                    learning_rate=learning_rate,
+                    tokens_per_second=plan.tokens_per_step / seconds,
+                    step_seconds=seconds,
+                    consumed_samples=step * trainer.global_batch_size,
+                    tokens_per_expert=experts,
+                )
+            last = step == trainer.max_steps or stopping
+            if "validation" in data and (last or step % trainer.val_check_interval == 0):
+                logs.validation(step=step, val_loss=evaluate(plan, ranks, training, data["validation"]))
+                started = time.perf_counter()
+            if stopping:
+                break
+    finally:
+        stop.restore()
+    return step
+
+
+def train_step(
+    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], stop: StopRequest, step: int
+) -> tuple[float, float, bool]:
+    """One optimizer step: (LM loss per token, gradient norm before clipping, whether any rank was asked to stop)."""
+    for chunk in training.chunks:
+        chunk.zero_grad_buffer()
+        chunk.train()
+    training.optimizer.zero_grad()
+    loss, tokens = run_microbatches(plan, ranks, training, microbatches, forward_only=False)
+    bad = not math.isfinite(loss)
+    facts = torch.tensor(
+        [0.0 if bad else loss, tokens, float(bad), float(stop.signal is not None)],
+        dtype=torch.float64,
+        device=ranks.device,
+    )
+    torch.distributed.all_reduce(facts)
+    loss_sum, token_sum, bad_ranks, stop_ranks = facts.tolist()
+    if bad_ranks:
+        raise NonFinite(f"step {step}: lm_loss is {loss} on rank {_lowest(bad, ranks)}")
+    _, grad_norm, _ = training.optimizer.step()
+    grad_norm = float(grad_norm or 0.0)
+    if not math.isfinite(grad_norm):
+        raise NonFinite(f"step {step}: grad_norm is {grad_norm} on rank {ranks.rank}; lm_loss was {loss_sum / token_sum}")
+    training.scheduler.step(increment=1)
+    return loss_sum / token_sum, grad_norm, stop_ranks > 0
+
+
+def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable) -> float:
+    """The LM loss per token over trainer.limit_val_batches global batches, the same ones every time."""
+    # with overlap_param_gather the forward pre-hooks would wait for a gather that only a training step starts
+    hooked = plan.config.optimizer.overlap_param_gather
+    for chunk in training.chunks:
+        if hooked:
+            chunk.disable_forward_pre_hook()
+        chunk.eval()
+    microbatches = [iter(data) for _ in training.chunks]
+    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    for _ in range(plan.config.trainer.limit_val_batches):
+        loss, tokens = run_microbatches(plan, ranks, training, microbatches, forward_only=True)
+        sums += torch.tensor([loss, tokens], dtype=torch.float64, device=ranks.device)
+    torch.distributed.all_reduce(sums)
+    for chunk in training.chunks:
+        if hooked:
+            chunk.enable_forward_pre_hook()
+        chunk.train()
+    return (sums[0] / sums[1]).item()
+
+
+def run_microbatches(
+    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], forward_only: bool
+) -> tuple[float, float]:
+    """One global batch through Megatron-Core's schedule: this rank's (sum of token losses, tokens).
+
+    Both are 0 on ranks that do not hold the last pipeline stage. Ranks of one tensor-parallel group report the same
+    sums, so a quotient of sums over all ranks is the mean over tokens.
+    """
+    several = len(training.chunks) > 1
+    results = get_forward_backward_func()(
+        forward_step_func=lambda iterator, model: forward_step(iterator, model, ranks.device),
+        data_iterator=microbatches if several else microbatches[0],
+        model=training.chunks if several else training.chunks[0],
+        num_microbatches=plan.num_microbatches,
+        seq_length=plan.config.data.seq_length,
+        micro_batch_size=plan.config.trainer.micro_batch_size,
+        forward_only=forward_only,
+    )
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return 0.0, 0.0
+    loss, tokens = torch.stack([result["lm_loss"] for result in results]).double().sum(dim=0).tolist()
+    return loss, tokens
+
+
+def forward_step(iterator: Iterator, model: torch.nn.Module, device: torch.device) -> tuple[torch.Tensor, Any]:
+    """One microbatch: the model's output and the function that makes a loss of it, as the schedules want them."""
+    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(iterator).items()}
+    output = model(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"])
+
+    def loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """(sum over tokens, tokens, report): the form that stays right under context parallelism."""
+        mask = batch["loss_mask"].reshape(-1).float()
+        total, count = (token_losses.reshape(-1).float() * mask).sum(), mask.sum()
+        return total, count.to(torch.int), {"lm_loss": torch.stack([total.detach(), count])}
+
+    return output, loss
+
+
+def _lowest(mine: bool, ranks: Ranks) -> int:
+    """The lowest rank for which `mine` is true. Every rank must call."""
+    first = torch.tensor([ranks.rank if mine else ranks.world_size], device=ranks.device)
+    torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
+    return int(first.item())

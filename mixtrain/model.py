@@ -1,0 +1,118 @@
+"""From a Plan to Megatron-Core's model: the TransformerConfig and the GPTModel chunks of this rank.
+
+Rule: a section's key reaches TransformerConfig because it has the same name; only what differs is written out here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from mixtrain import init
+from mixtrain.config import Precision, TransformerImpl, plain
+from mixtrain.plan import Plan
+
+SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")  # whose keys are TransformerConfig's fields
+
+# What makes a transformer a Mixtral, whatever its sizes; and fusions that need packages Megatron-Core can do without.
+ARCHITECTURE = {
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+}
+
+
+def transformer_config(plan: Plan) -> TransformerConfig:
+    """The plan as Megatron-Core's TransformerConfig."""
+    config = plan.config
+    known = {field.name for field in fields(TransformerConfig)}
+    values = {
+        name: plain(value)
+        for section in SECTIONS
+        for name, value in vars(getattr(config, section)).items()
+        if name in known and name != "transformer_impl"
+    }
+    dtype = torch.float32 if config.trainer.precision is Precision.fp32 else torch.bfloat16
+    values |= ARCHITECTURE | {
+        "bf16": dtype is torch.bfloat16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "deterministic_mode": config.trainer.deterministic,
+        "use_cpu_initialization": True,  # else parts of the model ask for CUDA instead of following the meta device
+        "perform_initialization": False,  # init.py draws the weights
+    }
+    if config.parallel.virtual_pipeline_model_parallel_size:
+        # batched messages deadlock or, on two stages, silently mix activations up with the interleaved schedule
+        values["batch_p2p_comm"] = False
+    return TransformerConfig(**values | config.model.extra)
+
+
+def build(plan: Plan, device: torch.device) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), initialised, on `device`."""
+    config = transformer_config(plan)
+    chunks = plan.config.parallel.virtual_pipeline_model_parallel_size
+    return [build_chunk(plan, config, device, stage) for stage in (range(chunks) if chunks else [None])]
+
+
+def build_chunk(plan: Plan, config: TransformerConfig, device: torch.device, vp_stage: int | None) -> torch.nn.Module:
+    """One chunk: built on the meta device, given memory on `device`, drawn from the seed."""
+    with torch.device("meta"):
+        model = gpt_model(plan, config, vp_stage)
+        if config.bf16:
+            model = Float16Module(config, model)
+    init.materialise(model, device)
+    init.initialise(unwrap(model), plan)
+    return model
+
+
+def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+    """Megatron-Core's GPTModel for this rank's pipeline stage (and chunk), on the current default device."""
+    model, virtual = plan.config.model, {"ignore_virtual": False, "vp_stage": vp_stage}
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(plan, config, vp_stage),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(**virtual),
+        post_process=parallel_state.is_pipeline_last_stage(**virtual),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+
+
+def block_spec(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of this stage, from the implementation that model.transformer_impl names."""
+    if plan.config.model.transformer_impl is TransformerImpl.transformer_engine:
+        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+    )
+    spec.layer_norm = WrappedTorchNorm  # upstream would take Apex's, which has no RMSNorm, where Apex is installed
+    return spec
+
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    """The GPTModel inside the wrappers for precision and data parallelism: what names and checkpoints are about."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model

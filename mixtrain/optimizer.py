@@ -1,0 +1,71 @@
+"""From a Plan and model chunks to gradient reduction, Megatron-Core's optimizer and its schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mixtrain.config import plain
+from mixtrain.plan import Plan
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything that a step changes: model chunks, optimizer and schedule."""
+
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+
+def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
+    """Wrap the model chunks for data parallelism and give them their optimizer and schedule."""
+    config = models[0].config
+    ddp = DistributedDataParallelConfig(
+        **same_names(plan, DistributedDataParallelConfig),
+        check_for_nan_in_grad=False,  # the loop checks the loss and the norm, and tells which rank
+    )
+    chunks = [DistributedDataParallel(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)]
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            **same_names(plan, OptimizerConfig),
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+        ),
+        chunks,
+    )
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if ddp.overlap_grad_reduce:
+        hooks = [chunk.no_sync for chunk in chunks]
+        config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
+    return Training(chunks, optimizer, build_scheduler(plan, optimizer))
+
+
+def build_scheduler(plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """Megatron-Core's schedule, counted in steps."""
+    settings = plan.config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_steps,
+        lr_decay_steps=settings.lr_decay_steps,
+        lr_decay_style=settings.lr_decay_style.name,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=settings.lr_decay_steps,
+        wd_incr_style="constant",
+    )
+
+
+def same_names(plan: Plan, kind: type) -> dict[str, object]:
+    """The values of the optimizer and parallel sections that `kind`, a dataclass of Megatron-Core, has fields for."""
+    known = {field.name for field in fields(kind)}
+    sections = {**vars(plan.config.optimizer), **vars(plan.config.parallel)}
+    return {name: plain(value) for name, value in sections.items() if name in known}

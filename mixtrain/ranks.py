@@ -1,0 +1,102 @@
+"""Process groups, devices and seeds of one rank. Rule: nothing else in the project starts a process group."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import random
+import signal
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Iterator
+
+import numpy
+import torch
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from mixtrain.config import Accelerator
+from mixtrain.environment import Identity
+from mixtrain.plan import Plan
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank and its device, once Megatron-Core's groups are up."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """The rank that speaks and writes for all."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
+    """torch.distributed and Megatron-Core's groups for the plan's layout, until the block ends."""
+    device = torch.device("cpu")
+    if plan.config.trainer.accelerator is Accelerator.gpu:
+        device = torch.device("cuda", me.local_rank)
+        torch.cuda.set_device(device)
+    if me.is_ours:
+        die_with_the_launcher()
+    torch.distributed.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=me.rendezvous,
+        rank=me.rank,
+        world_size=me.world_size,
+        timeout=timedelta(minutes=plan.config.trainer.timeout_minutes),
+    )
+    try:
+        initialise_model_parallel(plan)
+        seed_everything(plan)
+        yield Ranks(me.rank, me.world_size, me.local_rank, device)
+        torch.distributed.barrier()  # nobody leaves while another still talks to it
+    finally:
+        # after a fault a peer may be gone for good: leave without asking anybody
+        with contextlib.suppress(Exception):
+            parallel_state.destroy_model_parallel()
+        with contextlib.suppress(Exception):
+            torch.distributed.destroy_process_group()
+
+
+def initialise_model_parallel(plan: Plan) -> None:
+    """Megatron-Core's groups. By name: the order of the arguments differs between its versions."""
+    parallel = plan.config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
+        distributed_timeout_minutes=plan.config.trainer.timeout_minutes,
+    )
+
+
+def seed_everything(plan: Plan) -> None:
+    """The generators that dropout and jitter draw from; weights have their own (init.py)."""
+    seed = plan.config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    if plan.config.trainer.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def die_with_the_launcher() -> None:
+    """Ask Linux to end this rank if its launcher is killed outright, so that none is left behind."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os.kill(os.getpid(), signal.SIGKILL)

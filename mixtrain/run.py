@@ -1,0 +1,108 @@
+"""One rank of a run: build everything, train, leave the records behind."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from mixtrain import cpu, upstream
+from mixtrain.config import Accelerator, DataKind, to_yaml
+from mixtrain.environment import Identity
+from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
+from mixtrain.logs import Logs
+from mixtrain.plan import Plan
+
+
+def run(plan: Plan, me: Identity) -> int:
+    """Train the plan as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
+    upstream.apply()
+    if plan.config.trainer.accelerator is Accelerator.cpu:
+        cpu.apply()
+    with Logs(plan, writes=me.rank == 0, config_yaml=to_yaml(plan.config)) as logs:
+        try:
+            _run(plan, me, logs)
+            return FINISHED
+        except UserError as error:
+            logs.status("failed", " | ".join(error.problems))
+            print_problems(error.problems)
+            return REFUSED
+        except Exception as error:
+            logs.status("failed", f"{type(error).__name__}: {error}")
+            print(f"rank {me.rank}:", file=sys.stderr)
+            traceback.print_exc()
+            return FAULT
+
+
+def _run(plan: Plan, me: Identity, logs: Logs) -> None:
+    # imported here: what Megatron-Core defines on import must find cpu.py applied
+    from mixtrain import checkpoint, loop, model, optimizer, ranks
+
+    with ranks.start(plan, me) as here:
+        data, entropy = build_data(plan, here, logs)
+        training = optimizer.build(plan, model.build(plan, here.device))
+        logs.start()
+        steps = loop.train(plan, here, training, data, logs)
+        stopped = steps < plan.config.trainer.max_steps
+        if "test" in data and not stopped:
+            logs.validation(step=steps, test_loss=loop.evaluate(plan, here, training, data["test"]))
+        if plan.config.checkpoint.save_last:
+            checkpoint.save(plan, here, training, steps)
+    logs.finish(steps, stopped, entropy)
+
+
+def build_data(plan: Plan, here, logs: Logs) -> tuple[dict[str, object], float | None]:
+    """This rank's microbatches by part, and the unigram entropy of the validation tokens in nats (None for mock)."""
+    from megatron.core import parallel_state
+
+    from mixtrain.data.batches import Batches
+    from mixtrain.data.datasets import build, unigram_entropy
+
+    config, (train, validation, test) = plan.config, plan.samples
+    prefixes, tokenizer = data_source(plan, here, logs)
+    parts = build(
+        "mock" if plan.is_mock else "indexed",
+        data_path=prefixes,
+        split=config.data.split,
+        seq_length=config.data.seq_length,
+        seed=config.seed,
+        train_samples=train,
+        valid_samples=validation,
+        test_samples=test,
+        tokenizer_dir=tokenizer,
+        vocab_size=config.model.vocab_size,
+        path_to_cache=Path(config.data.path_to_cache),
+        log=logs.say,
+    )
+    named = {name: part for name, part in zip(("train", "validation", "test"), parts, strict=True) if part is not None}
+    batches = partial(
+        Batches,
+        global_batch_size=config.trainer.global_batch_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        vocab_size=config.model.vocab_size,
+        num_workers=config.data.num_workers,
+    )
+    found = unigram_entropy(named["validation"]) if here.is_first and "validation" in named else None
+    if found:
+        logs.say(f"validation: {found[1]:,} tokens with a unigram entropy of {found[0]:.4f} nats")
+    return {name: batches(part, name=name) for name, part in named.items()}, found and found[0]
+
+
+def data_source(plan: Plan, here, logs: Logs) -> tuple[list[str] | None, Path | None]:
+    """(Megatron's data_path, tokenizer directory); the standard library's text is made ready once a node."""
+    data = plan.config.data
+    if data.kind is not DataKind.stdlib:
+        return data.data_path, data.tokenizer and Path(data.tokenizer)
+    from mixtrain.data import stdlib
+
+    vocabulary, cache = plan.config.model.vocab_size, Path(data.path_to_cache)
+    if here.local_rank == 0:
+        stdlib.prepare(cache, vocabulary, log=logs.say)
+    torch.distributed.barrier()
+    prefix, tokenizer = stdlib.prepare(cache, vocabulary, log=lambda _: None)
+    return [str(prefix)], tokenizer
