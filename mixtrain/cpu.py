@@ -34,7 +34,8 @@ NAMESPACES = {
     "optimizer.optimizer":                          "device of the loss scale",
     "optimizer.distrib_optimizer":                  "device of the sharded parameter buffers",
     "pipeline_parallel.p2p_communication":          "devices of received activations, synchronize",
-    "dist_checkpointing.strategies.filesystem_async": "synchronize before a save",
+    "dist_checkpointing.strategies.filesystem_async":   "synchronize before a save",
+    "dist_checkpointing.strategies.state_dict_saver":   "device of the verdict that ranks exchange",
     "utils":                                        "device of the global memory buffer",
 }
 
