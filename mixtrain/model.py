@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mixtrain import init
 from mixtrain.config import Precision, TransformerImpl, plain
+from mixtrain.errors import UserError
 from mixtrain.plan import Plan
 
 SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")  # whose keys are TransformerConfig's fields
@@ -62,7 +63,10 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     if config.parallel.virtual_pipeline_model_parallel_size:
         # batched messages deadlock or, on two stages, silently mix activations up with the interleaved schedule
         values["batch_p2p_comm"] = False
-    return TransformerConfig(**values | config.model.extra)
+    try:
+        return TransformerConfig(**values | config.model.extra)
+    except (AssertionError, TypeError, ValueError) as error:  # what no rule of ours has foreseen, model.extra above all
+        raise UserError(f"Megatron-Core refuses this model: {' '.join(str(error).split())}") from error
 
 
 def build(plan: Plan, device: torch.device) -> list[torch.nn.Module]:

@@ -14,7 +14,7 @@ from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
 from mixtrain.plan import Plan, dense_grid, expert_grid
 
 Problems = Iterator[str]
-SELECTIVE_MODULES = ("core_attn", "moe_act", "layernorm", "mla_up_proj", "mlp", "moe", "shared_experts")
+SELECTIVE_MODULES = ("core_attn", "layernorm", "moe", "moe_act", "shared_experts")
 
 
 def broken_rules(plan: Plan) -> list[str]:
@@ -266,6 +266,8 @@ def selective_recompute_names_modules(plan: Plan) -> Problems:
     for name in modules or []:
         if name not in SELECTIVE_MODULES:
             yield f"trainer.recompute_modules has {name}; the modules are {', '.join(SELECTIVE_MODULES)}"
+    if "moe_act" in (modules or []) and not plan.config.model.moe_grouped_gemm:
+        yield "trainer.recompute_modules has moe_act, which needs model.moe_grouped_gemm = true; it is false"
 
 
 def fp8_needs_transformer_engine(plan: Plan) -> Problems:

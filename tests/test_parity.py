@@ -1,0 +1,134 @@
+"""The layout does not change the mathematics: the same seed and global batch, the same loss and gradient norm.
+
+fp32 on real gloo ranks against one rank. Tolerances: sums of a few hundred fp32 terms in another order differ by some
+1e-7 relative; 1e-5 leaves room for that and for nothing else. After three Adam steps the difference has gone through
+1/sqrt(v) of entries near zero, hence 1e-4.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from composing import plan_of
+from rank_workers import run_ranks
+
+from mixtrain import loop, model, optimizer, ranks
+from mixtrain.environment import Identity
+from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
+from mixtrain.plan import Plan
+
+TINY = [
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.kv_channels=16",
+    "model.moe_ffn_hidden_size=96",
+    "model.vocab_size=256",
+    "data=mock",
+    "data.seq_length=32",
+    "trainer.micro_batch_size=1",
+    "trainer.global_batch_size=8",
+    "trainer.max_steps=3",
+    "optimizer.lr=1e-3",
+    "optimizer.min_lr=1e-4",
+    "optimizer.lr_warmup_steps=0",
+    "trainer.timeout_minutes=1",
+]
+EP = "parallel.expert_model_parallel_size="
+PP = "parallel.pipeline_model_parallel_size="
+PLAIN = "optimizer.use_distributed_optimizer=false"
+LAYOUTS = {
+    "EP2": [EP + "2"],
+    "EP4": [EP + "4"],
+    "PP2": [EP + "1", PP + "2"],
+    "EP2xPP2": [EP + "2", PP + "2"],
+    "DP2": [EP + "1", "trainer.devices=2"],
+    "DP2 without the distributed optimizer": [EP + "1", "trainer.devices=2", PLAIN],
+    "EP2xDP2, expert data parallel 2": [EP + "2", "trainer.devices=4"],
+    "EP2 without the distributed optimizer": [EP + "2", PLAIN],
+    "EP2, allgather": [EP + "2", "dispatcher=allgather"],
+    "EP4, allgather": [EP + "4", "dispatcher=allgather"],
+    "EP2, full recompute": [
+        EP + "2",
+        "trainer.recompute_granularity=full",
+        "trainer.recompute_method=uniform",
+        "trainer.recompute_num_layers=1",
+    ],
+    "EP2, selective recompute": [
+        EP + "2",
+        "trainer.recompute_granularity=selective",
+        "trainer.recompute_modules=[core_attn,layernorm,moe]",
+    ],
+    "EP2, overlapped": [EP + "2", "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
+    "PP2xVPP2": [EP + "1", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2"],
+}
+
+
+def three_steps(plan: Plan, me: Identity) -> dict:
+    """Three training steps on one random global batch: losses, norms, loads, balance, and a held-out loss."""
+    with ranks.start(plan, me) as here:
+        training = optimizer.build(plan, model.build(plan, here.device))
+        load = ExpertLoad(plan, training.chunks, here.device)
+        streams = [iter(random_batches(plan)) for _ in training.chunks]
+        losses, norms, loads, balances = [], [], [], []
+        for step in range(1, 4):
+            stop = type("Never", (), {"signal": None})()
+            loss, norm, _ = loop.train_step(plan, here, training, streams, stop, step)
+            losses.append(loss)
+            norms.append(norm)
+            loads.append(load.collect())
+            balances.append(collect_balancing_loss(plan))
+        held_out = loop.evaluate(plan, here, training, random_batches(plan, steps=8))
+    return {"losses": losses, "norms": norms, "loads": loads, "balances": balances, "held_out": held_out}
+
+
+def random_batches(plan: Plan, steps: int = 3) -> list[dict[str, torch.Tensor]]:
+    """This rank's microbatches in the order of mixtrain.data.batches; every step has the same samples."""
+    from megatron.core import parallel_state
+
+    dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    length, batch = plan.config.data.seq_length, plan.config.trainer.global_batch_size
+    made = []
+    for first in range(rank, steps * batch, dp):
+        generator = torch.Generator().manual_seed(1000 + first % batch)
+        tokens = torch.randint(0, plan.config.model.vocab_size, (1, length + 1), generator=generator)
+        made.append(
+            {
+                "tokens": tokens[:, :-1].contiguous(),
+                "labels": tokens[:, 1:].contiguous(),
+                "loss_mask": torch.ones(1, length),
+                "position_ids": torch.arange(length)[None],
+            }
+        )
+    return made
+
+
+def measure(overrides: list[str], folder) -> dict:
+    """The figures of a layout; every rank must report the same ones."""
+    plan = plan_of(*TINY, *overrides)
+    results = run_ranks(plan.world_size, lambda me: three_steps(plan, me), folder)
+    assert all(result == results[0] for result in results)
+    return results[0]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory) -> dict:
+    return measure([EP + "1"], tmp_path_factory.mktemp("one"))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_computes_what_one_rank_computes(name, one_rank, tmp_path):
+    here = measure(LAYOUTS[name], tmp_path)
+    assert here["losses"][0] == pytest.approx(one_rank["losses"][0], rel=1e-5)
+    assert here["norms"][0] == pytest.approx(one_rank["norms"][0], rel=1e-5)
+    assert here["losses"][2] == pytest.approx(one_rank["losses"][2], rel=1e-4)
+    assert here["held_out"] == pytest.approx(one_rank["held_out"], rel=1e-4)
+    assert here["loads"][0] == one_rank["loads"][0]
+    assert here["balances"][0] == pytest.approx(one_rank["balances"][0], rel=1e-5)
+
+
+def test_the_loss_falls_and_every_token_is_sent_to_two_experts(one_rank):
+    assert one_rank["losses"][2] < one_rank["losses"][0] - 0.01
+    assert all(sum(layer) == 2 * 8 * 32 for layer in one_rank["loads"][0])
+    assert one_rank["balances"][0] == pytest.approx(1.0, abs=0.2)
