@@ -14,9 +14,9 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType
+from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from mixtrain.config import legal_keys, unknown_key
 from mixtrain.errors import UserError
@@ -38,12 +38,15 @@ def compose(argv: list[str], conf: Path = CONF) -> tuple[list[Composed], list[st
     `--help` and `--cfg job` are Hydra's own: they print and compose to no job. Raises UserError if nothing composes.
     """
     arguments = get_args_parser().parse_args(argv)
-    kept, problems = check_overrides(arguments.overrides, conf)
+    kept, problems = check_overrides(arguments.overrides, conf, arguments.multirun)
     words = [word for word in argv if word not in arguments.overrides] + kept
-    return _hydra(words, conf, problems), problems
+    jobs = _hydra(words, conf, problems)
+    if problems and not jobs:  # --cfg job with a wrong override
+        raise UserError(*problems)
+    return jobs, problems
 
 
-def check_overrides(overrides: list[str], conf: Path = CONF) -> tuple[list[str], list[str]]:
+def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = False) -> tuple[list[str], list[str]]:
     """(the overrides that Hydra can take, one problem for each of the others)."""
     kept, problems, parsed = [], [], []
     for text in overrides:
@@ -56,7 +59,10 @@ def check_overrides(overrides: list[str], conf: Path = CONF) -> tuple[list[str],
         parsed.append(override)
         if problem := _problem(override, conf):
             problems.append(problem)
-        elif override.key_or_group.startswith("model.extra.") and override.type is OverrideType.CHANGE:
+        elif override.is_sweep_override() and not multirun:
+            key, _, values = text.partition("=")
+            problems.append(f"{text} reads as a sweep; type \"{key}='{values}'\" for one text, or add --multirun")
+        elif override.key_or_group.startswith("model.extra") and override.type is OverrideType.CHANGE:
             kept.append(f"++{text}")  # a free mapping: Hydra wants to be told that the key is new
         else:
             kept.append(text)
@@ -71,6 +77,8 @@ def options(group: str, conf: Path = CONF) -> list[str]:
 def _problem(override: Override, conf: Path) -> str | None:
     """What is wrong with one override, or None."""
     key, added = override.key_or_group, override.type in (OverrideType.ADD, OverrideType.FORCE_ADD)
+    if not key:
+        return f"{override.input_line} has no key; an override is key=value"
     if key == "hydra" or key.startswith("hydra.") or key.startswith("hydra/"):
         return None
     if override.type is OverrideType.DEL:
@@ -91,6 +99,8 @@ def _group_problem(override: Override, added: bool, conf: Path) -> str | None:
         return f"{group}={chosen}: {group} is not part of the default; type +{group}={chosen}"
     if group not in ADDED_GROUPS and added:
         return f"+{group}={chosen}: {group} has a default; type {group}={chosen}"
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return None  # a pattern: Hydra takes the options that fit it
     if override.is_sweep_override():
         chosen = [str(choice) for choice in override.sweep_iterator()]
     wrong = [name for name in (chosen if isinstance(chosen, list) else [chosen]) if name not in known]
@@ -115,7 +125,8 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
     def collect(tree: DictConfig) -> None:
-        jobs.append(Composed(tree, list(HydraConfig.get().overrides.task)))
+        overrides = HydraConfig.get().overrides.task  # unresolved: the ${...} in them is the tree's
+        jobs.append(Composed(tree, OmegaConf.to_container(overrides, resolve=False)))
 
     import sys
 

@@ -7,14 +7,14 @@ NeMo/Lightning's. A Config is never written to after `from_hydra` returned it.
 
 from __future__ import annotations
 
-from dataclasses import MISSING as NO_DEFAULT
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
+from functools import cache
 from typing import Any, Iterator, Optional, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from mixtrain.errors import UserError
 
@@ -185,17 +185,20 @@ class Config:
         """
         schema, problems = OmegaConf.structured(Config), list(known or [])
         found = len(problems)
-        for key, value in leaves(OmegaConf.to_container(composed, resolve=True)):
+        try:
+            tree = OmegaConf.to_container(composed, resolve=True)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(*problems, f"{error.full_key} cannot be resolved: {reason}") from None
+        for key, value in leaves(tree):
             problems += _set(schema, key, value)
         missing = sorted(OmegaConf.missing_keys(schema))
         named = {problem.split(" ")[0] for problem in problems}
         problems += [f"{key} has no value; type {key}=..." for key in missing if key not in named]
-        if len(problems) == found:
-            config = OmegaConf.to_object(schema)
-            problems += _below_minimum(config)
+        problems += _below_minimum(schema)
         if len(problems) > found:
             raise UserError(*problems)
-        return config
+        return OmegaConf.to_object(schema)
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -208,18 +211,19 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
+@cache
 def legal_keys() -> dict[str, Any]:
     """Every key of the schema with its type, dotted, in the order of the dataclasses."""
+    return {key: kind for key, kind, _ in _walk(Config)}
 
-    def walk(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
-        hints = get_type_hints(kind)
-        for entry in fields(kind):
-            if is_dataclass(hints[entry.name]):
-                yield from walk(hints[entry.name], f"{prefix}{entry.name}.")
-            else:
-                yield prefix + entry.name, hints[entry.name]
 
-    return dict(walk(Config, ""))
+def _walk(section: type, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+    hints = get_type_hints(section)
+    for entry in fields(section):
+        if is_dataclass(hints[entry.name]):
+            yield from _walk(hints[entry.name], f"{prefix}{entry.name}.")
+        else:
+            yield prefix + entry.name, hints[entry.name], entry
 
 
 def nearest(key: str, known: list[str]) -> str:
@@ -256,25 +260,33 @@ def _set(schema: DictConfig, key: str, value: Any) -> list[str]:
         return [unknown_key(key)]
     if value == MISSING:
         return []
-    # OmegaConf turns true into 1 and 2.0 into 2 for an int field: a user who wrote either meant something else
-    if kinds[key] in (int, Optional[int]) and isinstance(value, (bool, float)):
-        return [f"{key} = {value} must be {describe(kinds[key])}"]
     try:
+        if _is_another_type(kinds[key], value):
+            raise ValidationError
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
         return [f"{key} = {'null' if value is None else value} must be {describe(kinds[key])}"]
     return []
 
 
-def _below_minimum(node: Any, prefix: str = "") -> Iterator[str]:
-    for entry in fields(node):
-        value = getattr(node, entry.name)
-        if is_dataclass(value):
-            yield from _below_minimum(value, f"{prefix}{entry.name}.")
-            continue
-        minimum = entry.metadata.get("minimum", NO_DEFAULT)
-        if minimum is not NO_DEFAULT and value is not None and not value >= minimum:
-            yield f"{prefix}{entry.name} = {value} must be at least {minimum}"
+def _is_another_type(kind: Any, value: Any) -> bool:
+    """What OmegaConf would turn into a value of the type, though its writer meant something else.
+
+    It makes true 1 and 2.0 2 of a whole number, 2 true of a bool, and 2 the second name of a choice.
+    """
+    kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
+    if kind is int:
+        return isinstance(value, (bool, float))
+    if kind is bool:
+        return type(value) in (int, float)
+    return isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, (int, float))
+
+
+def _below_minimum(schema: DictConfig) -> Iterator[str]:
+    for key, _, entry in _walk(Config):
+        value = OmegaConf.select(schema, key)  # None: null, or missing
+        if "minimum" in entry.metadata and value is not None and not value >= entry.metadata["minimum"]:
+            yield f"{key} = {value} must be at least {entry.metadata['minimum']}"
 
 
 def plain(value: Any) -> Any:

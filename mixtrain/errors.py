@@ -20,6 +20,10 @@ class UserError(Exception):
         self.problems = problems
 
 
+class Fault(RuntimeError):
+    """A fault that explains itself (a loss that is not a number, say): one line, no traceback, exit code 1."""
+
+
 def print_problems(problems, stream=None) -> None:
     """Print the problems as a user reads them: a count, then one line each."""
     stream = stream or sys.stderr

@@ -28,15 +28,21 @@ def start(plan: Plan, overrides: list[str]) -> int:
     logs = Path(plan.config.run_dir) / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mixtrain-") as folder:
+        asked: list[int] = []  # signals that asked for the end
         ranks = [_start_rank(plan, overrides, rank, Path(folder), logs) for rank in range(plan.world_size)]
-        restore = [(number, signal.signal(number, _forward(ranks))) for number in FORWARDED]
+        restore = [(number, signal.signal(number, _forward(ranks, asked))) for number in FORWARDED]
         try:
             failed = _wait(ranks)
         finally:
             _kill(ranks)
             for number, handler in restore:
                 signal.signal(number, handler)
-    return FINISHED if failed is None else _report(plan, failed, ranks[failed].returncode, logs)
+    if failed is None:
+        return FINISHED
+    if ranks[failed].returncode in [-number for number in asked]:  # it had not come as far as to note the signal
+        print("mixtrain: stopped before the first step", file=sys.stderr)
+        return FINISHED
+    return _report(plan, failed, ranks[failed].returncode, logs)
 
 
 def _start_rank(plan: Plan, overrides: list[str], rank: int, folder: Path, logs: Path) -> subprocess.Popen:
@@ -63,9 +69,8 @@ def _start_rank(plan: Plan, overrides: list[str], rank: int, folder: Path, logs:
         )
 
 
-def _forward(ranks: list[subprocess.Popen]):
+def _forward(ranks: list[subprocess.Popen], asked: list[int]):
     """Pass a signal on. A second Ctrl-C or SIGTERM does not wait for the step to end."""
-    asked = []
 
     def handler(number: int, _frame: object) -> None:
         if number in (signal.SIGINT, signal.SIGTERM):
@@ -114,18 +119,21 @@ def _signal_group(process: subprocess.Popen, number: int) -> None:
 
 
 def _report(plan: Plan, rank: int, code: int, logs: Path) -> int:
-    """Say which rank failed and why; the exit code for it. A run left `running` in status.json is marked failed."""
+    """Say which rank failed and why, here and in status.json; the exit code for it."""
     log = logs / f"rank_{rank}.log"
-    reason = f"rank {rank} was ended by {signal.Signals(-code).name}" if code < 0 else f"rank {rank} failed"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    if code == REFUSED:
-        start = max((number for number, line in enumerate(lines) if line.startswith("mixtrain: ")), default=0)
-        print("\n".join(lines[start:]), file=sys.stderr)
+    own_words = max((number for number, line in enumerate(lines) if line.startswith("mixtrain: ")), default=None)
+    if code < 0:
+        reason = f"rank {rank} was ended by {signal.Signals(-code).name}"
+        print(f"mixtrain: {reason}; its log is {log}", file=sys.stderr)
+    elif own_words is not None:
+        print("\n".join(lines[own_words:]), file=sys.stderr)
+        reason = " ".join(lines[own_words:])
     else:
-        print(f"mixtrain: {reason}; its log, {log}, ends in:", file=sys.stderr)
+        reason = f"rank {rank} failed: {lines[-1].strip() if lines else 'without a word'}"
+        print(f"mixtrain: rank {rank} failed; its log, {log}, ends in:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in lines[-12:]), file=sys.stderr)
     status = read_status(plan.config.run_dir)
-    if status and status["state"] == "running":
-        last = lines[-1].strip() if lines and code >= 0 else ""
-        write_status(plan.config.run_dir, **{**status, "state": "failed", "reason": f"{reason}: {last}".rstrip(": ")})
+    if status and (status["state"] == "running" or rank):  # rank 0 could not say it, or knows only that a peer is gone
+        write_status(plan.config.run_dir, **{**status, "state": "failed", "reason": reason})
     return REFUSED if code == REFUSED else FAULT

@@ -7,7 +7,6 @@ ranks in the same step.
 from __future__ import annotations
 
 import math
-import signal
 import time
 from typing import Any, Iterable, Iterator
 
@@ -15,64 +14,46 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mixtrain.errors import Fault
 from mixtrain.logs import Logs
 from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
 from mixtrain.optimizer import Training
 from mixtrain.plan import Plan
 from mixtrain.ranks import Ranks
+from mixtrain.stop import StopRequest
 
 
-class NonFinite(RuntimeError):
-    """A loss or a gradient norm that is not a number, with the step and the rank it was found on."""
-
-
-class StopRequest:
-    """SIGTERM and SIGINT ask for the end of the run after the step that is under way."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.signal = number
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-def train(plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs) -> int:
+def train(
+    plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs, stop: StopRequest
+) -> int:
     """Train until trainer.max_steps or until asked to stop; the number of steps done."""
     trainer = plan.config.trainer
-    load, stop = ExpertLoad(plan, training.chunks, ranks.device), StopRequest()
+    load = ExpertLoad(plan, training.chunks, ranks.device)
     microbatches = [iter(data["train"]) for _ in training.chunks]
     started = time.perf_counter()
-    try:
-        for step in range(1, trainer.max_steps + 1):
-            learning_rate = training.optimizer.param_groups[0]["lr"]
-            lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step)
-            seconds, started = time.perf_counter() - started, time.perf_counter()
-            experts, balancing = load.collect(), collect_balancing_loss(plan)
-            if step == 1 or step % trainer.log_every_n_steps == 0 or step == trainer.max_steps or stopping:
-                logs.step(
-                    step=step,
-                    lm_loss=lm_loss,
-                    load_balancing_loss=balancing,
-                    grad_norm=grad_norm,
-                    learning_rate=learning_rate,
-                    tokens_per_second=plan.tokens_per_step / seconds,
-                    step_seconds=seconds,
-                    consumed_samples=step * trainer.global_batch_size,
-                    tokens_per_expert=experts,
-                )
-            last = step == trainer.max_steps or stopping
-            if "validation" in data and (last or step % trainer.val_check_interval == 0):
-                logs.validation(step=step, val_loss=evaluate(plan, ranks, training, data["validation"]))
-                started = time.perf_counter()
-            if stopping:
-                break
-    finally:
-        stop.restore()
+    for step in range(1, trainer.max_steps + 1):
+        load.clear()
+        learning_rate = training.optimizer.param_groups[0]["lr"]
+        lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step)
+        seconds, started = time.perf_counter() - started, time.perf_counter()
+        finished = step == trainer.max_steps
+        if step == 1 or step % trainer.log_every_n_steps == 0 or finished or stopping:
+            logs.step(
+                step=step,
+                lm_loss=lm_loss,
+                load_balancing_loss=collect_balancing_loss(plan),
+                grad_norm=grad_norm,
+                learning_rate=learning_rate,
+                tokens_per_second=plan.tokens_per_step / seconds,
+                step_seconds=seconds,
+                consumed_samples=step * trainer.global_batch_size,
+                tokens_per_expert=load.collect(),
+            )
+        if stopping:  # whoever asked is waiting: no validation
+            break
+        if "validation" in data and (finished or step % trainer.val_check_interval == 0):
+            logs.validation(step=step, val_loss=evaluate(plan, ranks, training, data["validation"]))
+            started = time.perf_counter()
     return step
 
 
@@ -94,11 +75,11 @@ def train_step(
     torch.distributed.all_reduce(facts)
     loss_sum, token_sum, bad_ranks, stop_ranks = facts.tolist()
     if bad_ranks:
-        raise NonFinite(f"step {step}: lm_loss is {loss} on rank {_lowest(bad, ranks)}")
+        raise Fault(f"step {step}: lm_loss is not finite on rank {_lowest(bad, ranks)}; no weights were changed by it")
     _, grad_norm, _ = training.optimizer.step()
     grad_norm = float(grad_norm or 0.0)
     if not math.isfinite(grad_norm):
-        raise NonFinite(f"step {step}: grad_norm is {grad_norm} on rank {ranks.rank}; lm_loss was {loss_sum / token_sum}")
+        raise Fault(f"step {step}: grad_norm is {grad_norm} on all ranks, where lm_loss is {loss_sum / token_sum:.4f}")
     training.scheduler.step(increment=1)
     return loss_sum / token_sum, grad_norm, stop_ranks > 0
 

@@ -9,6 +9,7 @@ import ast
 import importlib.util
 import os
 import re
+import shlex
 from functools import cache
 from pathlib import Path
 from typing import Iterator
@@ -66,7 +67,7 @@ def torchrun_command(plan: Plan, overrides: list[str]) -> str:
     trainer = plan.config.trainer
     return (
         f"torchrun --nnodes {trainer.num_nodes} --nproc-per-node {trainer.devices} --rdzv-backend c10d"
-        f" --rdzv-endpoint FIRST_NODE:29500 train.py {' '.join(overrides)}"
+        f" --rdzv-endpoint FIRST_NODE:29500 train.py {shlex.join(overrides)}"
     )
 
 
@@ -88,9 +89,9 @@ def run_directory(plan: Plan) -> Problems:
 def free_name(directory: Path) -> Path:
     """The first of directory-2, directory-3 ... that no run has taken."""
     number = 2
-    while directory.with_name(f"{directory.name}-{number}").exists():
+    while (free := Path(f"{directory}-{number}")).exists():
         number += 1
-    return directory.with_name(f"{directory.name}-{number}")
+    return free
 
 
 def started_ranks(plan: Plan, me: Identity) -> Problems:
@@ -106,7 +107,7 @@ def unknown_extra(plan: Plan) -> Problems:
     """Fields in model.extra that the installed TransformerConfig lacks, or that have a key of their own."""
     own = {
         name: f"{section}.{name}"
-        for section in ("model", "parallel", "router", "dispatcher")
+        for section in ("model", "parallel", "router", "dispatcher", "trainer")
         for name in vars(getattr(plan.config, section))
     }
     fields = transformer_config_fields() if plan.config.model.extra else set()

@@ -32,16 +32,22 @@ class ExpertLoad:
         if torch.is_grad_enabled():
             self.counts[router.layer_number - 1] += outputs[1].sum(dim=0)
 
-    def collect(self) -> list[list[int]]:
-        """The counts of the step over all ranks, which then start again from zero. Every rank must call."""
-        total = self.counts.clone()
+    def clear(self) -> None:
+        """Before a step: forget the counts, and the auxiliary losses that Megatron-Core has added up."""
         self.counts.zero_()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # 0.19 announces another home for it
+            moe_utils.clear_aux_losses_tracker()
+
+    def collect(self) -> list[list[int]]:
+        """The counts of the step over all ranks. Every rank must call."""
+        total = self.counts.clone()
         torch.distributed.all_reduce(total)
         return [[round(count) for count in layer] for layer in total.tolist()]
 
 
 def collect_balancing_loss(plan: Plan) -> float | None:
-    """The auxiliary loss without its coefficient, averaged over layers and microbatches; None if the router has none.
+    """The step's auxiliary loss without its coefficient, averaged over layers and microbatches; None without one.
 
     1 where every expert has the same load. Every rank must call: Megatron-Core reduces its per-layer sums here.
     """
@@ -50,6 +56,4 @@ def collect_balancing_loss(plan: Plan) -> float | None:
         moe_utils.reduce_aux_losses_tracker_across_ranks()
         tracker = moe_utils.get_moe_layer_wise_logging_tracker()
         sums = [tracker[name]["values"].sum() for name in BALANCING_LOSSES if name in tracker]
-        value = float(sum(sums)) / (plan.config.model.num_layers * plan.num_microbatches) if sums else None
-        moe_utils.clear_aux_losses_tracker()
-    return value
+    return float(sum(sums)) / (plan.config.model.num_layers * plan.num_microbatches) if sums else None

@@ -6,7 +6,7 @@ from mixtrain.costs import GIB
 from mixtrain.plan import Plan
 
 DEVICES_GIB = {"80 GB": 80, "141 GB": 141}  # H100 and H200, the two that most plans are for
-MOCK = "MOCK DATA: random-looking tokens, for checking a layout or its speed; losses mean nothing"
+MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losses mean nothing"
 
 
 def render(plan: Plan) -> str:

@@ -6,6 +6,7 @@ the nearest legal value; RULES lists them all and every one has a test. Rules ab
 
 from __future__ import annotations
 
+import math
 from typing import Iterator
 
 from mixtrain.config import Accelerator, Balancing, DataKind, Granularity, Precision, ScoreFunction, TransformerImpl
@@ -139,7 +140,7 @@ def balancing_has_its_coefficient(plan: Plan) -> Problems:
     if kind in (Balancing.sinkhorn, Balancing.none) and coefficient != 0:
         yield (
             f"router.moe_router_load_balancing_type = {kind.name} has no auxiliary loss, but"
-            f" router.moe_aux_loss_coeff = {coefficient}; use router={kind.name} or router.moe_aux_loss_coeff=0"
+            f" router.moe_aux_loss_coeff = {coefficient}; use router.moe_aux_loss_coeff=0"
         )
 
 
@@ -297,7 +298,7 @@ def split_has_three_parts(plan: Plan) -> Problems:
         parts = [float(part) for part in split.split(",")]
     except ValueError:
         parts = []
-    if len(parts) != 3 or min(parts) < 0 or parts[0] == 0:
+    if len(parts) != 3 or not all(0 <= part < math.inf for part in parts) or parts[0] == 0:
         yield f'data.split = "{split}" must be three numbers, the first above 0, as in "90,5,5"'
     elif parts[1] == 0 and plan.config.trainer.limit_val_batches:
         yield f'data.split = "{split}" leaves nothing to validate on; use trainer.limit_val_batches=0 or a second part'

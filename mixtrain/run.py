@@ -12,32 +12,37 @@ import torch
 from mixtrain import cpu, upstream
 from mixtrain.config import Accelerator, DataKind, to_yaml
 from mixtrain.environment import Identity
-from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
+from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
 from mixtrain.logs import Logs
 from mixtrain.plan import Plan
+from mixtrain.stop import StopRequest
 
 
 def run(plan: Plan, me: Identity) -> int:
     """Train the plan as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
-    upstream.apply()
-    if plan.config.trainer.accelerator is Accelerator.cpu:
-        cpu.apply()
-    with Logs(plan, writes=me.rank == 0, config_yaml=to_yaml(plan.config)) as logs:
+    with StopRequest() as stop, Logs(plan, writes=me.rank == 0, config_yaml=to_yaml(plan.config)) as logs:
         try:
-            _run(plan, me, logs)
+            _run(plan, me, logs, stop)
             return FINISHED
         except UserError as error:
             logs.status("failed", " | ".join(error.problems))
             print_problems(error.problems)
             return REFUSED
+        except Fault as fault:
+            logs.status("failed", str(fault))
+            print(f"mixtrain: {fault}", file=sys.stderr)
+            return FAULT
         except Exception as error:
-            logs.status("failed", f"{type(error).__name__}: {error}")
+            logs.status("failed", f"rank {me.rank}: {type(error).__name__}: {error}")
             print(f"rank {me.rank}:", file=sys.stderr)
             traceback.print_exc()
             return FAULT
 
 
-def _run(plan: Plan, me: Identity, logs: Logs) -> None:
+def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
+    upstream.apply()
+    if plan.config.trainer.accelerator is Accelerator.cpu:
+        cpu.apply()
     # imported here: what Megatron-Core defines on import must find cpu.py applied
     from mixtrain import checkpoint, loop, model, optimizer, ranks
 
@@ -45,7 +50,7 @@ def _run(plan: Plan, me: Identity, logs: Logs) -> None:
         data, entropy = build_data(plan, here, logs)
         training = optimizer.build(plan, model.build(plan, here.device))
         logs.start()
-        steps = loop.train(plan, here, training, data, logs)
+        steps = loop.train(plan, here, training, data, logs, stop)
         stopped = steps < plan.config.trainer.max_steps
         if "test" in data and not stopped:
             logs.validation(step=steps, test_loss=loop.evaluate(plan, here, training, data["test"]))

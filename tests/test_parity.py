@@ -16,6 +16,7 @@ from mixtrain import loop, model, optimizer, ranks
 from mixtrain.environment import Identity
 from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
 from mixtrain.plan import Plan
+from mixtrain.stop import StopRequest
 
 TINY = [
     "model.num_layers=4",
@@ -73,8 +74,8 @@ def three_steps(plan: Plan, me: Identity) -> dict:
         streams = [iter(random_batches(plan)) for _ in training.chunks]
         losses, norms, loads, balances = [], [], [], []
         for step in range(1, 4):
-            stop = type("Never", (), {"signal": None})()
-            loss, norm, _ = loop.train_step(plan, here, training, streams, stop, step)
+            load.clear()
+            loss, norm, _ = loop.train_step(plan, here, training, streams, StopRequest(), step)
             losses.append(loss)
             norms.append(norm)
             loads.append(load.collect())
