@@ -1,0 +1,133 @@
+"""The default corpus: documentation and sources that every Python installation carries.
+
+The rule it keeps: which files, in which order, is fixed here, and what they hold is hashed, so that two runs that print
+the same sha256 were trained on the same text. Nothing is downloaded.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixtrain.data.preprocess import preprocess
+from mixtrain.data.sources import Files
+from mixtrain.errors import UserError
+
+# Present in Python 3.11, 3.12 and 3.13, in none of the packages that distributions split off (tkinter, venv, tests),
+# neither generated nor a table, and not announced for removal. pydoc_data/topics.py is the language reference, a
+# seventh of the whole; the rest are modules.
+NAMES = """
+    _collections_abc.py _pydecimal.py _threading_local.py _weakrefset.py abc.py argparse.py ast.py
+    asyncio/base_events.py asyncio/events.py asyncio/futures.py asyncio/locks.py asyncio/protocols.py
+    asyncio/queues.py asyncio/runners.py asyncio/selector_events.py asyncio/sslproto.py asyncio/staggered.py
+    asyncio/streams.py asyncio/subprocess.py asyncio/taskgroups.py asyncio/tasks.py asyncio/timeouts.py
+    asyncio/transports.py base64.py bdb.py bz2.py calendar.py cmd.py codecs.py collections/__init__.py compileall.py
+    concurrent/futures/_base.py concurrent/futures/process.py concurrent/futures/thread.py configparser.py
+    contextlib.py copy.py copyreg.py csv.py dataclasses.py difflib.py dis.py doctest.py email/_encoded_words.py
+    email/_header_value_parser.py email/_parseaddr.py email/_policybase.py email/charset.py email/contentmanager.py
+    email/feedparser.py email/generator.py email/header.py email/headerregistry.py email/message.py email/parser.py
+    email/policy.py email/quoprimime.py email/utils.py enum.py filecmp.py fileinput.py fnmatch.py fractions.py
+    functools.py genericpath.py getpass.py gettext.py glob.py graphlib.py gzip.py hashlib.py heapq.py hmac.py
+    html/__init__.py html/parser.py http/__init__.py http/client.py http/cookiejar.py http/cookies.py http/server.py
+    inspect.py ipaddress.py json/__init__.py json/decoder.py json/encoder.py linecache.py logging/__init__.py
+    logging/config.py logging/handlers.py lzma.py mimetypes.py multiprocessing/connection.py
+    multiprocessing/context.py multiprocessing/forkserver.py multiprocessing/heap.py multiprocessing/managers.py
+    multiprocessing/pool.py multiprocessing/process.py multiprocessing/queues.py multiprocessing/reduction.py
+    multiprocessing/resource_tracker.py multiprocessing/spawn.py multiprocessing/synchronize.py
+    multiprocessing/util.py ntpath.py numbers.py operator.py os.py pdb.py pickle.py pickletools.py posixpath.py
+    pprint.py py_compile.py pydoc_data/topics.py queue.py random.py re/__init__.py re/_compiler.py re/_parser.py
+    reprlib.py runpy.py sched.py selectors.py shelve.py shlex.py shutil.py socket.py socketserver.py statistics.py
+    subprocess.py tarfile.py tempfile.py textwrap.py threading.py timeit.py tokenize.py tomllib/_parser.py
+    traceback.py types.py typing.py unittest/async_case.py unittest/case.py unittest/loader.py unittest/main.py
+    unittest/mock.py unittest/result.py unittest/runner.py unittest/suite.py unittest/util.py urllib/parse.py
+    urllib/request.py urllib/robotparser.py uuid.py warnings.py weakref.py zoneinfo/_common.py zoneinfo/_tzpath.py
+    zoneinfo/_zoneinfo.py
+""".split()
+LAYOUT = "1"  # part of the cache key: count up when what prepare() writes changes
+
+
+def ordered_names() -> list[str]:
+    """The files in the order in which they become documents: by the sha256 of their names.
+
+    Megatron cuts train, valid and test out of the documents in order, so the order decides what is validated on. By
+    this one, a split of 90,5,5 validates and tests on ordinary modules from all over the library (pickle, pdb and
+    asyncio; unittest.mock, shutil and multiprocessing), while the one giant file, topics.py, is trained on.
+    """
+    return sorted(NAMES, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+
+
+def corpus(root: Path | None = None) -> tuple[list[Path], int, str]:
+    """The files in order, their bytes together, and the sha256 of names and contents. A missing file is a UserError.
+
+    `root` is the directory of a standard library, by default this Python's.
+    """
+    root = Path(root or sysconfig.get_path("stdlib"))
+    digest, size, files = hashlib.sha256(), 0, []
+    for name in ordered_names():
+        path = root / name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(
+                f"{path}: {error.strerror}; the text of data.kind = stdlib is this Python's standard library, and this "
+                "installation lacks a part of it: install that, or use data.kind = indexed with text of your own"
+            ) from error
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+        size += len(content)
+        files.append(path)
+    return files, size, digest.hexdigest()
+
+
+def prepare(cache_dir: Path, vocab_size: int, log=print) -> tuple[Path, Path]:
+    """Train a tokenizer on the corpus, index it, and return (prefix of .bin and .idx, tokenizer directory).
+
+    Both lie in cache_dir/stdlib-<hash of corpus and vocabulary size>. Any number of processes may call this: one
+    writes, under a lock, and the others wait for it. The directory gets its name last, so that what a killed call
+    left behind is never used. Raises UserError.
+    """
+    files, size, sha256 = corpus()
+    key = hashlib.sha256(f"{LAYOUT} {sha256} {vocab_size}".encode()).hexdigest()[:12]
+    home = Path(cache_dir) / f"stdlib-{key}"
+    with _locked(home.with_name(home.name + ".lock"), log):
+        if not home.is_dir():
+            _build(home, files, vocab_size, log)
+    facts = json.loads((home / "text.json").read_text(encoding="utf-8"))
+    log(
+        f"data: {len(files)} files of the Python standard library, {size:,} bytes, sha256 {sha256[:12]}, "
+        f"{facts['tokens']:,} tokens, vocabulary {facts['vocab_size']:,}, in {home}"
+    )
+    return home / "text", home / "text-tokenizer"
+
+
+def _build(home: Path, files: list[Path], vocab_size: int, log) -> None:
+    partial = home.with_name(home.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call: we hold the lock, so nobody writes it now
+    root = Path(sysconfig.get_path("stdlib"))
+    names = [path.relative_to(root).as_posix() for path in files]
+    # one worker: the tokenizer's own threads take a second or so, and a spawned pool would import __main__ again
+    preprocess(Files(root, names), partial / "text", train_vocab_size=vocab_size, workers=1, log=log)
+    os.replace(partial, home)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, log) -> Iterator[None]:
+    """Hold an exclusive lock on the file; the system lets go of it when the process ends, however it ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = open(path, "w")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"data: waiting for another process that prepares {path.stem}")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write and lock it: {error.strerror}; put the data cache elsewhere (data.path_to_cache)"
+        ) from error
+    with stream:
+        yield

@@ -1,0 +1,123 @@
+"""Tokenizer directories: training one, and asking one its vocabulary size and end-of-document id.
+
+The rule it keeps: a tokenizer is a Hugging Face directory (tokenizer.json, tokenizer_config.json), read here as JSON
+alone, so that a configuration is checked against it before torch or transformers is imported; and its vocabulary
+has the size that was asked for, never silently another one (the embedding is cut by it downstream).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from mixtrain.errors import UserError
+
+END_OF_DOCUMENT = "<|endoftext|>"
+SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and the end-of-document token
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
+    """Train a byte-level BPE on the texts and save it as a Hugging Face tokenizer directory.
+
+    Id 0 is `<|endoftext|>` and ids 1 to 256 are the bytes, so that every text can be encoded. The same texts give the
+    same bytes on disk. Raises UserError where the texts hold too few merges to fill the vocabulary.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < SMALLEST_VOCAB_SIZE:
+        raise UserError(
+            f"vocabulary size {vocab_size} is too small for a byte-level tokenizer, "
+            f"which has 256 bytes and {END_OF_DOCUMENT}; the smallest is {SMALLEST_VOCAB_SIZE}"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    reached = tokenizer.get_vocab_size(with_added_tokens=True)
+    if reached != vocab_size:
+        raise UserError(
+            f"the text is too small for a vocabulary of {vocab_size} tokens: it holds only {reached}; "
+            f"ask for at most {reached} or add text"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_DOCUMENT,
+        "clean_up_tokenization_spaces": False,  # else transformers 4 decodes to other spaces
+        "model_max_length": 1 << 30,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_vocab_size(directory: Path) -> int:
+    """The highest token id plus one, added tokens included: the smallest model.vocab_size that can take every id."""
+    return max(_ids(directory).values()) + 1
+
+
+def tokenizer_eod_id(directory: Path) -> int:
+    """The id of the token that ends a document: the tokenizer's eos_token, or UserError where it names none."""
+    directory = Path(directory)
+    ids = _ids(directory)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        path = directory / name
+        token = _read_json(path).get("eos_token") if path.is_file() else None
+        if isinstance(token, dict):  # older versions of transformers write an AddedToken
+            token = token.get("content")
+        if token is not None:
+            if token not in ids:
+                raise UserError(f"{path}: eos_token {token!r} is not in the vocabulary of {directory}/tokenizer.json")
+            return ids[token]
+    raise UserError(f"{directory}: tokenizer_config.json names no eos_token, and a document must end with one")
+
+
+def tokenizer_sha256(directory: Path) -> str:
+    """The sha256 of tokenizer.json, which alone decides the ids of a text."""
+    return hashlib.sha256(_tokenizer_json(directory).read_bytes()).hexdigest()
+
+
+def load_tokenizer(directory: Path):
+    """The `tokenizers.Tokenizer` of the directory, set to encode whole documents and nothing but their text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(_tokenizer_json(directory)))
+    tokenizer.no_truncation()  # a saved max_length would cut documents short without a word
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # text that spells a special token stays text: it ends no document
+    return tokenizer
+
+
+def _tokenizer_json(directory: Path) -> Path:
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{directory}: no tokenizer.json there; give a Hugging Face tokenizer directory")
+    return path
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: a JSON object was expected, not {type(value).__name__}")
+    return value
+
+
+def _ids(directory: Path) -> dict[str, int]:
+    """Every token and its id: the model's vocabulary (a mapping, or Unigram's list of pairs) and the added tokens."""
+    path = _tokenizer_json(directory)
+    content = _read_json(path)
+    vocab = content.get("model", {}).get("vocab")
+    if isinstance(vocab, list):
+        vocab = {pair[0]: index for index, pair in enumerate(vocab)}
+    if not isinstance(vocab, dict) or not vocab:
+        raise UserError(f"{path}: no vocabulary under model.vocab")
+    return {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens", ())}}

@@ -1,0 +1,170 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
+from megatron.core.datasets.utils import get_blend_from_list
+
+from mixtrain.data.check import check_files, parse_blend, read_index, split_ranges
+from mixtrain.errors import UserError
+
+
+@pytest.fixture
+def copied(indexed, tmp_path) -> str:
+    """A copy of the small data set that may be damaged."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{indexed}{suffix}", tmp_path / f"copy{suffix}")
+    return str(tmp_path / "copy")
+
+
+def only(problems: list[str]) -> str:
+    assert len(problems) == 1, problems
+    return problems[0]
+
+
+def test_good_data_has_no_problem(indexed, tokenizer):
+    assert check_files([indexed], tokenizer, 512, "80,10,10", (10, 10, 10)) == []
+    assert check_files(["0.3", indexed, "0.7", indexed], tokenizer, 600) == []
+
+
+def test_files_that_are_missing_are_named(copied, tokenizer):
+    Path(f"{copied}.bin").unlink()
+    assert only(check_files([copied], tokenizer, 512)) == f"data.data_path: no file {copied}.bin"
+    Path(f"{copied}.idx").unlink()
+    assert f"no file {copied}.bin and no file {copied}.idx" in only(check_files([copied], tokenizer, 512))
+    problem = only(check_files([f"{copied}.bin"], tokenizer, 512))
+    assert problem.endswith(f"data.data_path takes the prefix {copied}")
+
+
+def test_a_file_that_is_no_index_is_named_with_what_it_holds(copied, tokenizer):
+    Path(f"{copied}.idx").write_bytes(b"PK\x03\x04 something else altogether, but long enough")
+    problem = only(check_files([copied], tokenizer, 512))
+    assert problem.startswith(f"{copied}.idx: not a Megatron index, it starts with b'PK\\x03\\x04")
+    Path(f"{copied}.idx").write_bytes(b"MMIDIDX\x00\x00")
+    assert "not a Megatron index" in only(check_files([copied], tokenizer, 512))
+
+
+def test_tokens_that_are_no_whole_numbers_are_refused(copied):
+    change(copied, 17, b"\x06")  # float64
+    with pytest.raises(UserError, match="version 1, token type 6"):
+        read_index(copied)
+
+
+def test_a_bin_of_another_size_than_its_index_says_is_named_with_both_numbers(copied, tokenizer):
+    size = Path(f"{copied}.bin").stat().st_size
+    with open(f"{copied}.bin", "r+b") as stream:
+        stream.truncate(size - 2)
+    problem = only(check_files([copied], tokenizer, 512))
+    assert problem == f"{copied}.bin: {size - 2:,} bytes, but by {copied}.idx it should have {size:,}"
+
+
+def test_an_index_cut_short_is_named_with_both_numbers(copied, tokenizer):
+    size = Path(f"{copied}.idx").stat().st_size
+    with open(f"{copied}.idx", "r+b") as stream:
+        stream.truncate(size - 8)
+    assert f"{size - 8:,} bytes, but its header (16 sequences) makes it {size:,}" in only(
+        check_files([copied], tokenizer, 512)
+    )
+
+
+def test_an_empty_data_set_is_refused(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    IndexedDatasetBuilder(str(tmp_path / "x.bin")).finalize(str(tmp_path / "x.idx"))
+    with pytest.raises(UserError, match="x.idx: an empty data set"):
+        read_index(str(tmp_path / "x"))
+
+
+def test_an_index_says_where_every_document_begins(indexed):
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+    theirs, ours = IndexedDataset(indexed), read_index(indexed)
+    ends = [2 * int(length) for length in theirs.sequence_lengths]
+    assert [ours.offset(i) for i in range(17)] == [sum(ends[:i]) for i in range(17)]
+
+
+@pytest.mark.parametrize(
+    "data_path, problem",
+    [
+        ([], "data.data_path is empty"),
+        (None, "data.data_path is empty"),
+        (["0.3", "a", "0.7"], "mixes weights and prefixes out of step"),
+        (["0.3", "a", "b", "c"], "mixes weights and prefixes out of step"),
+        (["a", "0.3"], "mixes weights and prefixes out of step"),
+        (["0.3", "0.7"], "mixes weights and prefixes out of step"),
+        (["0", "a", "1", "b"], "the weight 0.0 of a must be above 0"),
+        (["nan", "a"], "the weight nan of a must be above 0"),
+    ],
+)
+def test_a_malformed_list_of_data_is_refused(data_path, problem, tokenizer):
+    assert problem in only(check_files(data_path, tokenizer, 512))
+
+
+@pytest.mark.parametrize("data_path", [["a"], ["a", "b"], ["a", "b", "c"], ["1", "a"], ["30", "a", "70", " b "]])
+def test_a_list_of_data_means_what_it_means_to_megatron(data_path):
+    assert parse_blend(data_path) == get_blend_from_list(data_path)
+
+
+def test_every_problem_is_reported_at_once(copied, tokenizer, tmp_path):
+    problems = check_files([copied, str(tmp_path / "gone")], tokenizer, 300, "1,0,0", (10, 10, 0))
+    assert len(problems) == 4
+    assert [any(word in problem for problem in problems) for word in ("no token", "gone", "token id", "has 512 tokens")]
+
+
+@pytest.mark.parametrize("documents", [1, 2, 3, 10, 16, 159, 1000])
+@pytest.mark.parametrize("split", ["90,5,5", "969,30,1", "1,1,1", "99,1", "100", "0.8,0.1,0.1", "0,1,0"])
+def test_a_split_is_cut_where_megatron_cuts_it(split, documents):
+    matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    for ours, theirs in zip(split_ranges(documents, split), matrix, strict=True):
+        if theirs is None:
+            assert ours[0] == ours[1]
+        else:
+            assert ours == tuple(int(round(end * float(documents))) for end in theirs)
+
+
+@pytest.mark.parametrize("split", ["", "0,0,0", "a,b", "90,5,3,2", "-1,2,3"])
+def test_a_malformed_split_is_refused(split, indexed, tokenizer):
+    assert f'data.split = "{split}" is not up to three weights' in only(check_files([indexed], tokenizer, 512, split))
+
+
+def test_a_split_without_a_token_is_refused_only_where_samples_are_wanted(indexed, tokenizer):
+    problem = only(check_files([indexed], tokenizer, 512, "969,30,1", (10, 0, 7)))
+    assert problem.startswith(f'data.split = "969,30,1" gives test no token of {indexed} (0 of its 16 documents)')
+    assert "7 samples are wanted" in problem
+    assert check_files([indexed], tokenizer, 512, "969,30,1", (10, 0, 0)) == []
+
+
+def test_a_tokenizer_that_is_not_there_is_named(indexed, tmp_path):
+    assert "data.tokenizer is not set" in only(check_files([indexed], None, 512))
+    assert only(check_files([indexed], tmp_path / "gone", 512)).endswith("gone: no such directory")
+    assert "no tokenizer.json there" in only(check_files([indexed], tmp_path, 512))
+
+
+def test_a_vocabulary_that_does_not_fit_the_model_is_named_with_both_numbers(indexed, tokenizer):
+    highest = json.loads(Path(f"{indexed}.json").read_text())["max_token_id"]
+    sidecar, ours = check_files([indexed], tokenizer, 511) if highest == 511 else (None, None)
+    assert f"{indexed}.json: the data holds token id 511, but model.vocab_size = 511; use at least 512" == sidecar
+    assert ours == f"data.tokenizer = {tokenizer} has 512 tokens, more than model.vocab_size = 511; use at least 512"
+
+
+def test_data_made_with_another_tokenizer_is_refused(indexed, tokenizer, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((tokenizer / name).read_text() + "\n")
+    assert "was made by another tokenizer" in only(check_files([indexed], tmp_path, 512))
+
+
+def test_data_of_megatrons_own_tool_needs_no_description(copied, tokenizer):
+    Path(f"{copied}.json").unlink()
+    assert check_files([copied], tokenizer, 512) == []
+    Path(f"{copied}.json").write_text("{}")
+    assert "not a description written by tools/preprocess_data.py" in only(check_files([copied], tokenizer, 512))
+
+
+def change(prefix: str, position: int, content: bytes) -> None:
+    with open(f"{prefix}.idx", "r+b") as stream:
+        stream.seek(position)
+        stream.write(content)
