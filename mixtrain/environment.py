@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import re
 from dataclasses import dataclass
 
 OWN_RENDEZVOUS = "MIXTRAIN_RENDEZVOUS"  # set for the ranks that mixtrain starts itself: a file they meet at
@@ -43,8 +43,7 @@ def _slurm_rendezvous() -> str:
     """The first node of the job, at a port that follows from the job's number: the same on every rank."""
     host = os.environ.get("MASTER_ADDR")
     if not host:
-        nodes = os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1")
-        shown = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-        host = shown.stdout.split()[0] if shown.stdout.split() else nodes
+        # node[07-09,12],login[1-2] is node07, node08 ...; scontrol would tell, but a container seldom has it
+        host = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1")).split(",")[0]
     port = os.environ.get("MASTER_PORT") or 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000
     return f"tcp://{host}:{port}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import traceback
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,8 @@ def run(plan: Plan, me: Identity) -> int:
 
 
 def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
+    # on import Megatron-Core says once a module that Apex and Transformer Engine are absent: the plan says what is used
+    warnings.filterwarnings("ignore", message=".*not installed. Falling back")
     upstream.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()

@@ -56,6 +56,7 @@ def _rank(me: Identity, function: Callable[[Identity], Any], folder: Path) -> No
         log = os.open(folder / f"rank_{me.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest's are its own
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(1)
         result = function(me)

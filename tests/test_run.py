@@ -1,0 +1,174 @@
+"""A whole run on forked ranks: what it leaves behind, how it stops, how it fails."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from composing import plan_of
+from megatron.core import dist_checkpointing
+from rank_workers import run_ranks
+from test_init import EP
+from test_parity import TINY
+
+from mixtrain import init, model, ranks
+from mixtrain.config import Config
+from mixtrain.errors import FAULT, FINISHED
+from mixtrain.run import run
+from mixtrain.status import read_status
+
+KEYS = {
+    "step", "lm_loss", "load_balancing_loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds",
+    "consumed_samples", "tokens_per_expert",
+}  # fmt: skip
+RUN = [*TINY, EP + "2", "trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.limit_val_batches=2"]
+
+
+def start(folder: Path, *overrides: str, before=None, world: int = 2) -> tuple[Path, list[int]]:
+    """Run on forked ranks; the run directory and every rank's exit code. `before` is called on each rank first."""
+    plan = plan_of(*RUN, f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", *overrides)
+
+    def one_rank(me) -> int:
+        if before:
+            before(me)
+        return run(plan, me)
+
+    return folder / "run", run_ranks(world, one_rank, folder / "ranks")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    directory, codes = start(folder, "trainer.max_steps=4")
+    assert codes == [FINISHED, FINISHED]
+    return directory
+
+
+def records(directory: Path) -> list[dict]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_finished_run_says_so(finished):
+    assert read_status(finished) == {"state": "finished", "step": 4, "max_steps": 4, "reason": "trainer.max_steps"}
+
+
+def test_a_logged_step_has_every_metric(finished):
+    steps = [record for record in records(finished) if "lm_loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert all(set(record) == KEYS | {"data"} for record in steps)
+    assert [record["consumed_samples"] for record in steps] == [8, 16, 24, 32]
+    assert all(math.isfinite(record["lm_loss"]) and record["step_seconds"] > 0 for record in steps)
+    assert steps[0]["tokens_per_second"] == pytest.approx(8 * 32 / steps[0]["step_seconds"])
+    # a token counts once for each of its two experts, in each of four layers
+    assert all([sum(layer) for layer in record["tokens_per_expert"]] == [8 * 32 * 2] * 4 for record in steps)
+
+
+def test_validation_comes_at_its_interval_and_a_test_loss_at_the_end(finished):
+    assert [record["step"] for record in records(finished) if "val_loss" in record] == [2, 4]
+    assert [record["step"] for record in records(finished) if "test_loss" in record] == [4]
+
+
+def test_mock_data_is_said_in_plan_metrics_and_log(finished):
+    assert (finished / "plan.txt").read_text().startswith("MOCK DATA")
+    assert all(record["data"] == "MOCK" for record in records(finished))
+    assert "MOCK DATA" in (finished.parent / "ranks" / "rank_0.log").read_text()
+
+
+def test_the_resolved_configuration_reads_back(finished):
+    from omegaconf import OmegaConf
+
+    config = Config.from_hydra(OmegaConf.load(finished / "config.yaml"))
+    assert (config.trainer.devices, config.optimizer.lr_decay_steps, config.trainer.max_steps) == (2, 4, 4)
+
+
+def test_the_report_and_the_tensorboard_files_are_there(finished):
+    assert (finished / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert list((finished / "tensorboard").glob("events.*"))
+
+
+def test_the_lines_of_the_terminal_fit_100_columns(finished):
+    lines = (finished.parent / "ranks" / "rank_0.log").read_text().splitlines()
+    table = lines[next(number for number, line in enumerate(lines) if line.split()[:2] == ["step", "lm_loss"]) :]
+    assert len([line for line in table if line.split()[0].isdigit()]) == 4 + 2 + 1
+    assert all(len(line) <= 100 for line in table if not line.startswith("finished"))
+
+
+def test_the_weights_load_at_another_layout(finished, tmp_path):
+    """Saved by two expert-parallel ranks, read by one: whole, and not what the seed gave."""
+    assert (finished / "latest_checkpointed_iteration.txt").read_text() == "4\n"
+    plan = plan_of(*TINY, EP + "1")
+
+    def load(me) -> list[float]:
+        with ranks.start(plan, me) as here:
+            (chunk,) = model.build(plan, here.device)
+            before = [shard.data.detach().clone() for shard in init.sharded_tensors(chunk)]
+            state = {"model": {k: v for k, v in chunk.sharded_state_dict().items() if "_extra_state" not in k}}
+            loaded = dist_checkpointing.load(state, str(finished / "iter_0000004"))
+            chunk.load_state_dict(loaded["model"], strict=False)
+            shards = list(init.sharded_tensors(chunk))
+            return [(shard.data - old).abs().max().item() for shard, old in zip(shards, before, strict=True)]
+
+    (moved,) = run_ranks(1, load, tmp_path)
+    assert len(moved) == 3 + 4 * (5 + 4 * 0) + 4 * 8 * 3 and all(0 < distance < 0.1 for distance in moved)
+
+
+def test_a_run_that_is_asked_to_stop_ends_its_step_and_saves(tmp_path):
+    """One rank of two gets the signal; both stop after the same step."""
+
+    def signal_soon(me) -> None:
+        if me.rank == 1:
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+            signal.setitimer(signal.ITIMER_REAL, 3.0)
+
+    directory, codes = start(tmp_path, "trainer.max_steps=100000", before=signal_soon)
+    status = read_status(directory)
+    assert codes == [FINISHED, FINISHED] and status["state"] == "stopped" and 0 < status["step"] < 100000
+    assert (directory / f"iter_{status['step']:07d}" / "metadata.json").exists()
+    assert records(directory)[-1]["step"] == status["step"]
+
+
+def test_a_loss_that_is_not_a_number_stops_all_ranks_and_names_step_and_rank(tmp_path):
+    def poison(me) -> None:
+        build = model.build
+
+        def poisoned(*arguments):
+            models = build(*arguments)
+            with torch.no_grad():
+                if me.rank == 1:
+                    models[0].output_layer.weight.fill_(math.nan)
+            return models
+
+        model.build = poisoned
+
+    directory, codes = start(tmp_path, before=poison)
+    assert codes == [FAULT, FAULT]
+    assert read_status(directory)["state"] == "failed"
+    assert "step 1: lm_loss is not finite on rank 1" in read_status(directory)["reason"]
+    assert not list(directory.glob("iter_*"))
+    assert "Traceback" not in (tmp_path / "ranks" / "rank_0.log").read_text()
+
+
+def test_a_gradient_norm_that_is_not_a_number_stops_the_run(tmp_path):
+    directory, codes = start(tmp_path, "optimizer.lr=1e30", "optimizer.clip_grad=0")
+    assert codes == [FAULT, FAULT]
+    assert "is not finite" in read_status(directory)["reason"] or "grad_norm is" in read_status(directory)["reason"]
+
+
+def test_the_same_seed_gives_the_same_numbers_again_to_the_last_bit(tmp_path):
+    curves = []
+    for name in ("a", "b"):
+        directory, _ = start(tmp_path / name, "trainer.deterministic=true", "checkpoint=none")
+        curves.append([(r["lm_loss"], r["grad_norm"]) for r in records(directory) if "lm_loss" in r])
+        assert not list(directory.glob("iter_*"))
+    assert curves[0] == curves[1]
+
+
+def test_bf16_trains(tmp_path):
+    directory, codes = start(tmp_path, "trainer.precision=bf16", "optimizer.grad_reduce_in_fp32=false", "checkpoint=none")
+    losses = [record["lm_loss"] for record in records(directory) if "lm_loss" in record]
+    assert codes == [FINISHED, FINISHED] and losses[0] == pytest.approx(math.log(256), abs=0.1)
