@@ -14,6 +14,7 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     directory = Path(run_dir)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -21,7 +22,9 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     _losses(left, records, entropy)
     image = right.imshow(_load(steps), aspect="auto", cmap="viridis", vmin=0)
-    right.set(xlabel="expert", ylabel="layer", title="load over the last tenth of the run (1 = even)")
+    right.set(xlabel="expert", ylabel="layer", title="tokens of an expert over the even share, end of the run")
+    for axis in (left.xaxis, right.xaxis, right.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=right)
     figure.suptitle(title)
     figure.savefig(directory / "report.png", dpi=110)

@@ -128,5 +128,7 @@ def _progress(console: Console) -> Progress:
         TextColumn("left"),
         console=console,
         transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,  # it goes to the rank's log
         disable=not console.is_terminal,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
@@ -35,9 +33,7 @@ class ExpertLoad:
     def clear(self) -> None:
         """Before a step: forget the counts, and the auxiliary losses that Megatron-Core has added up."""
         self.counts.zero_()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # 0.19 announces another home for it
-            moe_utils.clear_aux_losses_tracker()
+        moe_utils.clear_aux_losses_tracker()
 
     def collect(self) -> list[list[int]]:
         """The counts of the step over all ranks. Every rank must call."""
@@ -51,9 +47,7 @@ def collect_balancing_loss(plan: Plan) -> float | None:
 
     1 where every expert has the same load. Every rank must call: Megatron-Core reduces its per-layer sums here.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # 0.19 announces another home for these functions
-        moe_utils.reduce_aux_losses_tracker_across_ranks()
-        tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-        sums = [tracker[name]["values"].sum() for name in BALANCING_LOSSES if name in tracker]
+    moe_utils.reduce_aux_losses_tracker_across_ranks()
+    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+    sums = [tracker[name]["values"].sum() for name in BALANCING_LOSSES if name in tracker]
     return float(sum(sums)) / (plan.config.model.num_layers * plan.num_microbatches) if sums else None

@@ -178,9 +178,10 @@ def _describe(dataset, name: str, wanted: int, seq_length: int) -> list[str]:
     for part, share in parts_of(dataset):
         tokens = int(part.dataset.sequence_lengths[part.indices].sum())
         samples = round(wanted * share)
+        source = f" of {Path(part.dataset_path).name}" if part.dataset_path else ""
         lines.append(
-            f"data: {name} {samples:,} samples of {seq_length:,} tokens from {part.dataset_path or 'mock'} "
-            f"({len(part.indices):,} documents, {tokens:,} tokens): {samples * seq_length / tokens:.3g} epochs"
+            f"data: {name}: {samples:,} samples of {seq_length:,} tokens from {len(part.indices):,} documents{source}, "
+            f"{tokens:,} tokens: {samples * seq_length / tokens:.3g} epochs"
         )
     return lines
 

@@ -97,10 +97,8 @@ def prepare(cache_dir: Path, vocab_size: int, log=print) -> tuple[Path, Path]:
         if not home.is_dir():
             _build(home, files, vocab_size, log)
     facts = json.loads((home / "text.json").read_text(encoding="utf-8"))
-    log(
-        f"data: {len(files)} files of the Python standard library, {size:,} bytes, sha256 {sha256[:12]}, "
-        f"{facts['tokens']:,} tokens, vocabulary {facts['vocab_size']:,}, in {home}"
-    )
+    log(f"data: {len(files)} files of the Python standard library, {size:,} bytes, sha256 {sha256}")
+    log(f"data: {facts['tokens']:,} tokens, vocabulary {facts['vocab_size']:,}, in {home}")
     return home / "text", home / "text-tokenizer"
 
 

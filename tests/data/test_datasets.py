@@ -72,8 +72,8 @@ def test_data_shorter_than_the_run_repeats_and_says_how_often(built):
     train, _, _ = built(train_samples=5000, log=said.append)
     tokens = int(train.dataset.sequence_lengths[train.indices].sum())
     assert len(train) >= 5000
-    assert said[0].startswith("data: train 5,000 samples of 32 tokens from ")
-    assert said[0].endswith(f"(12 documents, {tokens:,} tokens): {5000 * 32 / tokens:.3g} epochs")
+    assert said[0].startswith("data: train: 5,000 samples of 32 tokens from 12 documents of ")
+    assert said[0].endswith(f", {tokens:,} tokens: {5000 * 32 / tokens:.3g} epochs")
     assert 5000 * 32 / tokens > 2 and len(said) == 3
 
 
