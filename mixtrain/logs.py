@@ -27,7 +27,7 @@ class Logs:
     def __init__(self, plan: Plan, writes: bool, config_yaml: str):
         self.plan, self.writes = plan, writes
         self.directory = Path(plan.config.run_dir)
-        self.steps_done = 0
+        self.steps_done, self.last_val_loss = 0, None
         if not writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,8 @@ class Logs:
         """A held-out loss (val_loss or test_loss), after `step` steps."""
         if self.writes:
             self._write({"step": step, **losses})
-            (name, value), = losses.items()
+            ((name, value),) = losses.items()
+            self.last_val_loss = losses.get("val_loss", self.last_val_loss)
             self.say(f"{step:>7} {'':>9} {value:>9.4f}" + ("" if name == "val_loss" else f"  ({name})"))
 
     def finish(self, steps: int, stopped: bool, entropy: float | None) -> None:
@@ -94,7 +95,9 @@ class Logs:
         picture = figure.draw(self.directory, f"{config.name}{' (MOCK DATA)' if self.plan.is_mock else ''}", entropy)
         state = "stopped" if stopped else "finished"
         self.status(state, "asked to stop by a signal" if stopped else "trainer.max_steps")
-        self.say(f"{state} after {steps} of {config.trainer.max_steps} steps; see {picture} and {self.directory}")
+        if self.last_val_loss is not None and entropy is not None:
+            self.say(f"last val_loss {self.last_val_loss:.4f}; unigram entropy of the validation tokens {entropy:.4f}")
+        self.say(f"{state} after {steps} of {config.trainer.max_steps} steps; see {self.directory} and {picture.name} in it")
 
     def status(self, state: str, reason: str) -> None:
         if self.writes:
