@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         jobs, problems = compose(argv)
         codes = [run_job(job, problems) for job in jobs]
     except UserError as error:
-        if me is None or me.rank == 0:
+        if me is None or me.local_rank == 0:  # of every node: what is missing may be missing on one of them
             print_problems(error.problems)
         return REFUSED
     return next((code for code in codes if code), FINISHED)

@@ -1,0 +1,103 @@
+"""What the tests without torch share: compose, check and plan in this process as train.py does, or run train.py.
+
+Hydra takes a tenth of a second to compose, so where a test is about numbers Hydra composes only the groups, once, and
+single keys are set in a copy of the result. test_compose.py holds the two ways against each other.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from mixtrain.compose import CONF, compose
+from mixtrain.config import Config
+from mixtrain.errors import UserError
+from mixtrain.plan import Plan, derive, make_plan, resolve
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+STARTED_BY = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def tree_of(*overrides: str, conf: Path = CONF) -> DictConfig:
+    """What Hydra composes of a command line whose words are all right."""
+    ((job,), problems) = compose(list(overrides), conf)
+    assert not problems, problems
+    return job.tree
+
+
+def problems_of(*overrides: str, conf: Path = CONF) -> list[str]:
+    """Every problem of a command line, or none: all of it through Hydra."""
+    try:
+        ((job,), problems) = compose(list(overrides), conf)
+        make_plan(Config.from_hydra(job.tree, problems), None, problems)
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def config_of(*overrides: str) -> Config:
+    """The typed configuration of a command line whose words are all right; UserError if a value does not fit."""
+    groups = tuple(word for word in overrides if (CONF / word.lstrip("+").split("=")[0]).is_dir())
+    tree = copy.deepcopy(_groups(groups))
+    for word in overrides:
+        if word not in groups:
+            override = OverridesParser.create().parse_override(word)
+            OmegaConf.update(tree, override.key_or_group, override.value(), force_add="extra" in word)
+    return Config.from_hydra(tree)
+
+
+@cache
+def _groups(words: tuple[str, ...]) -> DictConfig:
+    return tree_of(*words)
+
+
+def plan_of(*overrides: str) -> Plan:
+    """The plan of a command line whose words are all right; UserError with every problem."""
+    return make_plan(config_of(*overrides))
+
+
+def derived(*overrides: str) -> Plan:
+    """The plan's numbers alone: no rule is asked."""
+    return derive(resolve(config_of(*overrides)))
+
+
+def problems_in(tree: DictConfig, changes: dict[str, object] | None = None) -> list[str]:
+    """Every problem of a composed tree with some keys changed."""
+    tree = copy.deepcopy(tree)
+    for key, value in (changes or {}).items():
+        OmegaConf.update(tree, key, value, force_add=True)
+    try:
+        make_plan(Config.from_hydra(tree))
+    except UserError as error:
+        return list(error.problems)
+    return []
+
+
+def unstarted_environment() -> dict[str, str]:
+    """This environment, as if nobody had started ranks (the tests may run in a Slurm job) and without a GPU."""
+    started = [name for name in os.environ if name in STARTED_BY or name.startswith(("SLURM", "MIXTRAIN"))]
+    kept = {name: value for name, value in os.environ.items() if name not in started}
+    return kept | {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def run_train(
+    *overrides: str, cwd: Path = ROOT, timeout: float = 60, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python train.py overrides` in `cwd`, as a user without a GPU types it."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        cwd=cwd,
+        env=unstarted_environment() | environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

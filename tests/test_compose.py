@@ -1,0 +1,232 @@
+"""Words become one configuration, in the order a user expects; no word that means nothing is taken in silence."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from composing import config_of, problems_of, run_train, tree_of
+from omegaconf import OmegaConf
+
+from mixtrain.compose import CONF, check_overrides, compose
+from mixtrain.config import Config, Mode
+from mixtrain.errors import UserError
+
+RECIPE = "+recipe=mixtral_8x7b_ep8"
+
+
+@pytest.fixture
+def conf(tmp_path):
+    """A copy of conf/ with the recipes in it, to break."""
+    return shutil.copytree(CONF, tmp_path / "conf")
+
+
+def recipe(conf, text: str) -> str:
+    """Write a recipe of this text; the override that picks it."""
+    (conf / "recipe" / "mine.yaml").write_text(text)
+    return "+recipe=mine"
+
+
+def composed(*overrides: str) -> Config:
+    """The configuration of a command line, all of it through Hydra."""
+    return Config.from_hydra(tree_of(*overrides))
+
+
+# Layering
+
+
+def test_a_recipe_composes_after_the_primary_file():
+    config = composed(RECIPE)
+    assert (config.name, config.model.hidden_size, config.data.kind.name) == ("mixtral_8x7b_ep8", 4096, "mock")
+    assert config.run_dir == "runs/mixtral_8x7b_ep8"
+
+
+def test_shrink_composes_after_the_recipe():
+    config = composed(RECIPE, "+shrink=laptop")
+    assert (config.model.hidden_size, config.trainer.num_nodes, config.trainer.accelerator.name) == (128, 1, "cpu")
+    assert (config.parallel.expert_model_parallel_size, config.trainer.recompute_granularity.name) == (8, "full")
+    assert config.run_dir == "runs/mixtral_8x7b_ep8-laptop"
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_the_command_line_wins_over_recipe_and_shrink_wherever_it_stands(place):
+    words = [RECIPE, "+shrink=laptop"]
+    words.insert(place, "trainer.max_steps=7")
+    assert composed(*words).trainer.max_steps == 7
+
+
+def test_a_group_chosen_on_the_command_line_wins_over_the_recipes_choice():
+    config = composed(RECIPE, "parallel=ep2", "dispatcher=allgather")
+    assert config.parallel.expert_model_parallel_size == 2
+    assert config.dispatcher.moe_token_dispatcher_type.name == "allgather"
+
+
+@pytest.mark.parametrize(
+    "word", ["model.extra.foo=1", "+model.extra.foo=1", "++model.extra.foo=1", "model.extra={foo:1}"]
+)
+def test_any_field_goes_into_model_extra_with_or_without_a_plus(word):
+    assert composed(word).model.extra == {"foo": 1}
+
+
+def test_the_overrides_of_a_job_compose_to_the_same_again():
+    words = [RECIPE, "model.extra.foo=1", "data.split='98,1,1'", "run_dir='runs/${name}-b'"]
+    (first,), _ = compose(words)
+    (second,), problems = compose(first.overrides)
+    assert not problems
+    assert second == first
+    assert first.tree.run_dir == "runs/mixtral_8x7b_ep8-b"
+
+
+def test_the_tests_quick_way_to_a_config_gives_what_hydra_gives():
+    words = [RECIPE, "+shrink=laptop", "router=sinkhorn", "router.moe_aux_loss_coeff=0", "data.split='98,1,1'"]
+    words += ["model.extra.foo=[1,2]", "trainer.devices=null", "name=mine", "trainer.recompute_modules=[moe]"]
+    assert config_of(*words) == composed(*words)
+
+
+# The traps of Hydra
+
+
+def test_a_lost_folder_of_recipes_is_refused_and_does_not_train_the_default(conf):
+    shutil.rmtree(conf / "recipe")
+    (problem,) = problems_of(RECIPE, conf=conf)
+    assert RECIPE in problem and "no folder of options" in problem and "checkout" in problem
+
+
+def test_a_symlink_that_was_checked_out_as_a_text_file_is_refused(conf):
+    shutil.rmtree(conf / "recipe")
+    (conf / "recipe").write_text("../recipes")
+    (problem,) = problems_of(RECIPE, conf=conf)
+    assert "no folder of options" in problem
+
+
+def test_a_group_that_hydra_took_for_a_plain_key_is_refused_by_the_schema():
+    tree = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(tree_of())), {"recipe": "mixtral_8x7b_ep8"})
+    with pytest.raises(UserError, match="recipe is not a key of mixtrain"):
+        Config.from_hydra(tree)
+
+
+def test_a_recipe_without_its_global_header_is_refused_key_by_key(conf):
+    word = recipe(conf, "name: mine\ntrainer:\n  max_steps: 5\n")
+    problems = problems_of(word, conf=conf)
+    assert [problem.split(" ")[0] for problem in problems] == ["recipe.name", "recipe.trainer.max_steps"]
+    assert "did you mean trainer.max_steps" in problems[1]
+
+
+def test_a_recipe_that_invents_a_key_is_refused_with_the_nearest_name(conf):
+    word = recipe(conf, "# @package _global_\nname: mine\ntrainer:\n  max_stepz: 5\nlearning: {rate: 1}\n")
+    problems = problems_of(word, conf=conf)
+    assert problems[0] == "trainer.max_stepz is not a key of mixtrain; did you mean trainer.max_steps?"
+    assert problems[1].startswith("learning.rate is not a key of mixtrain")
+    assert len(problems) == 2
+
+
+def test_a_recipe_that_picks_an_option_which_is_not_there_is_refused(conf, capfd):
+    word = recipe(conf, "# @package _global_\ndefaults:\n  - override /model: mixtral_9x7b\n")
+    (problem,) = problems_of(word, conf=conf)
+    assert "Hydra could not compose" in problem
+    shown = capfd.readouterr().err
+    assert "model/mixtral_9x7b" in shown and "mixtral_8x7b" in shown
+    assert "Traceback" not in shown
+
+
+# fmt: off
+@pytest.mark.parametrize("overrides, fragments", [
+    (["recipe=mixtral_8x7b_ep8"], ["recipe=mixtral_8x7b_ep8", "type +recipe=mixtral_8x7b_ep8"]),
+    (["shrink=laptop"], ["type +shrink=laptop"]),
+    (["+model=mixtral_8x7b"], ["+model=mixtral_8x7b", "type model=mixtral_8x7b"]),
+    (["+recipe=mixtral_8x7b_ep9"], ["recipe=mixtral_8x7b_ep9", "did you mean mixtral_8x7b_ep8"]),
+    (["router=sinkhron"], ["router=sinkhron", "did you mean sinkhorn", "aux_loss, none, sinkhorn"]),
+    (["trainer={max_steps:5}"], ["options of trainer are laptop, node8"]),
+    (["model="], ["options of model are"]),
+    (["~trainer.max_steps"], ["~trainer.max_steps", "no key can be taken away"]),
+    (["~model"], ["~model", "no key can be taken away"]),
+    (["+trainer.max_steps=5"], ["+trainer.max_steps", "without the plus"]),
+    (["+trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "trainer.max_steps"]),
+    (["++trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "trainer.max_steps"]),
+    (["trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "did you mean trainer.max_steps"]),
+    (["max_steps=5"], ["max_steps is not a key", "did you mean trainer.max_steps"]),
+    (["model"], ["model cannot be read", "key=value"]),
+    (["name=a=b"], ["name=a=b cannot be read", "quoted"]),
+    (["=5"], ["=5 has no key", "key=value"]),
+    (["data.split=90,5,5"], ["data.split=90,5,5", "type \"data.split='90,5,5'\"", "--multirun"]),
+    (["model=mixtral_small,mixtral_8x7b"], ["model=mixtral_small,mixtral_8x7b", "--multirun"]),
+    (["+shrink=laptop", RECIPE], ["+shrink stands before +recipe", "+recipe=... first"]),
+])
+# fmt: on
+def test_a_word_that_hydra_would_misread_or_stop_at_is_refused_with_one_line(overrides, fragments):
+    _, (problem,) = check_overrides(overrides)
+    assert "\n" not in problem
+    for fragment in fragments:
+        assert fragment in problem
+
+
+def test_a_wrong_word_is_kept_from_hydra_and_the_others_are_not(capfd):
+    jobs, problems = compose(["trainer.max_stepz=5", "trainer.max_steps=5"])
+    assert len(problems) == 1
+    assert [job.overrides for job in jobs] == [["trainer.max_steps=5"]]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("word", ["++recipe=mixtral_8x7b_ep8", "hydra.nothing=1", "+recipe@model=mixtral_8x7b_ep8"])
+def test_what_only_hydra_can_refuse_ends_in_its_reason_without_a_traceback(word, capfd):
+    (problem,) = problems_of(word)
+    assert "Hydra could not compose" in problem
+    shown = capfd.readouterr().err
+    assert shown.strip() and "Traceback" not in shown
+
+
+def test_wrong_words_wrong_values_and_broken_rules_of_words_are_reported_together():
+    problems = problems_of("trainer.max_stepz=5", "router=sinkhron", "~name", "x", "trainer.max_steps=many")
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "trainer.max_stepz",
+        "router=sinkhron:",
+        "~name:",
+        "x",
+        "trainer.max_steps",
+    ]
+    problems = problems_of("trainer.max_stepz=5", "model.moe_router_topk=9")
+    assert [problem.split(" ")[0] for problem in problems] == ["trainer.max_stepz", "model.moe_router_topk"]
+
+
+# Hydra's own ways keep working
+
+
+def test_a_sweep_gives_a_job_for_each_value(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Hydra's sweeper leaves multirun.yaml where it runs
+    jobs, problems = compose(["--multirun", "trainer.max_steps=5,6", "trainer.mode=plan"])
+    assert not problems
+    assert [job.tree.trainer.max_steps for job in jobs] == [5, 6]
+    assert [job.overrides for job in jobs] == [
+        ["trainer.max_steps=5", "trainer.mode=plan"],
+        ["trainer.max_steps=6", "trainer.mode=plan"],
+    ]
+
+
+def test_a_sweep_over_options_takes_a_pattern_and_refuses_an_option_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jobs, problems = compose(["-m", "router=glob(*one)"])
+    assert not problems
+    assert [job.overrides for job in jobs] == [["router=none"]]
+    _, (problem,) = check_overrides(["router=sinkhorn,sinkhron"], multirun=True)
+    assert "did you mean sinkhorn" in problem
+
+
+def test_help_lists_groups_and_keys():
+    shown = run_train("--help")
+    assert shown.returncode == 0
+    for word in ("mixtral_small", "sinkhorn", "recipe", "max_steps"):
+        assert word in shown.stdout
+    assert shown.stderr == ""
+
+
+def test_cfg_job_prints_the_composed_configuration():
+    shown = run_train("--cfg", "job", RECIPE, "trainer.mode=plan")
+    assert shown.returncode == 0
+    config = Config.from_hydra(OmegaConf.create(shown.stdout))
+    assert config.trainer.mode is Mode.plan
+    assert config == composed(RECIPE, "trainer.mode=plan")
+
+
+def test_cfg_job_does_not_hide_a_wrong_word(capfd):
+    with pytest.raises(UserError, match="did you mean trainer.max_steps"):
+        compose(["--cfg", "job", "trainer.max_stepz=5"])

@@ -1,0 +1,222 @@
+"""What this machine cannot run is refused with what to type instead; the environment says who a process is."""
+
+from __future__ import annotations
+
+import os
+import shlex
+
+import pytest
+from composing import plan_of
+
+from mixtrain.config import legal_keys
+from mixtrain.environment import Identity, identity
+from mixtrain.errors import FINISHED, REFUSED
+from mixtrain.machine import RUN_FILES, gpu_count, installed, machine_problems, transformer_config_fields
+from train import main
+
+RECIPE = "+recipe=mixtral_8x7b_ep8"
+INDEXED = ["data=indexed", "data.seq_length=128"]
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch, tmp_path):
+    """Nobody has started ranks, no GPU is visible, and the directory is empty."""
+    for name in list(os.environ):
+        if name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") or "LOCAL_" in name or "SLURM" in name:
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(*overrides: str, me: Identity | None = None) -> list[str]:
+    return machine_problems(plan_of(*overrides), me, list(overrides))
+
+
+def rank(number: int, world: int) -> Identity:
+    return Identity(number, world, number, world, "env://")
+
+
+def test_the_default_runs_on_a_bare_machine():
+    assert refused() == []
+    assert refused(me=rank(0, 2)) == refused(me=rank(1, 2)) == []
+
+
+def test_missing_gpus_are_counted_with_both_ways_to_go_on():
+    (problem,) = refused(RECIPE, "trainer.num_nodes=1", "trainer.device_memory_gib=null")
+    for fragment in ("accelerator = gpu", "trainer.devices = 8", "0 GPUs", "trainer.mode=plan", "+shrink=laptop"):
+        assert fragment in problem
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", " "])
+def test_a_gpu_that_is_hidden_is_not_there(monkeypatch, hidden):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    assert gpu_count() == 0
+
+
+@pytest.mark.skipif(installed("transformer_engine"), reason="the package is installed here")
+def test_transformer_engine_that_is_not_installed_is_named_with_the_way_to_get_it():
+    (problem,) = refused("model.transformer_impl=transformer_engine")
+    for fragment in ("transformer-engine", "not installed", "mixtrain[gpu]", "model.transformer_impl=local"):
+        assert fragment in problem
+
+
+@pytest.mark.parametrize("name", RUN_FILES)
+def test_a_run_directory_that_holds_a_run_is_refused_with_the_next_free_name(tmp_path, name):
+    taken = tmp_path / "taken"
+    for directory in (taken, tmp_path / "taken-2"):
+        directory.mkdir()
+    (taken / name).write_text("")
+    (problem,) = refused(f"run_dir={taken}")
+    assert problem.startswith(f"run_dir = {taken} holds a run already")
+    assert problem.endswith(f"run_dir={taken}-3")
+    assert refused(f"run_dir={taken}-3") == []
+
+
+def test_the_current_directory_can_be_the_run_directory_once(tmp_path):
+    assert refused("run_dir=.") == []
+    (tmp_path / "status.json").write_text("")
+    (problem,) = refused("run_dir=.")
+    assert problem.startswith("run_dir = . holds a run already")
+
+
+def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
+    (tmp_path / "logs").mkdir()
+    assert refused(f"run_dir={tmp_path}") == []
+    (tmp_path / "file").write_text("")
+    (problem,) = refused(f"run_dir={tmp_path}/file")
+    assert problem == f"run_dir = {tmp_path}/file is a file; give another run_dir"
+
+
+def test_only_the_first_rank_looks_for_an_older_run(tmp_path):
+    (tmp_path / "status.json").write_text("")
+    here = f"run_dir={tmp_path}"
+    assert len(refused(here, me=rank(0, 2))) == 1
+    assert refused(here, me=rank(1, 2)) == []  # the first rank may have begun to write
+
+
+def test_several_nodes_outside_slurm_are_refused_with_the_line_to_type_on_each():
+    overrides = [RECIPE, "trainer.num_nodes=2", "data.split='90,5,5'", "name='two words'", "model.extra={a: 1}"]
+    (problem,) = [line for line in refused(*overrides) if line.startswith("trainer.num_nodes")]
+    said, _, typed = problem.partition("type: ")
+    assert "trainer.num_nodes = 2" in said
+    words = shlex.split(typed)  # as a shell reads it
+    assert words[:5] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "8"]
+    assert words[words.index("train.py") + 1 :] == overrides
+
+
+def test_several_nodes_whose_ranks_a_launcher_started_are_accepted():
+    overrides = ["trainer.num_nodes=2", "parallel.expert_model_parallel_size=4"]
+    assert refused(*overrides, me=rank(0, 4)) == []
+
+
+def test_ranks_that_were_started_must_be_those_of_the_plan():
+    (problem,) = refused(me=rank(0, 3))
+    assert problem.startswith("3 ranks were started, but trainer.devices * trainer.num_nodes = 2; start 2")
+
+
+def test_a_field_that_transformer_config_lacks_is_refused_and_one_it_has_is_not():
+    (problem,) = refused("model.extra.no_such_field=1")
+    assert problem.startswith("model.extra.no_such_field is not a field of TransformerConfig")
+    assert refused("model.extra.attention_softmax_in_fp32=true") == []
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["model.num_layers", "parallel.sequence_parallel", "router.moe_z_loss_coeff", "trainer.recompute_granularity"],
+)
+def test_a_field_with_a_key_of_its_own_is_refused_in_model_extra(key):
+    name = key.split(".")[1]
+    (problem,) = refused(f"model.extra.{name}=1")
+    assert problem == f"model.extra.{name} has a key of its own; set {key}"
+
+
+def test_every_key_that_is_a_field_of_transformer_config_is_known_as_a_key_of_its_own():
+    overlapping = [key for key in legal_keys() if key.split(".")[-1] in transformer_config_fields()]
+    assert len(overlapping) > 30  # the fields were found at all
+    problems = refused(*[f"model.extra.{key.split('.')[1]}=1" for key in overlapping])
+    assert problems == [f"model.extra.{key.split('.')[1]} has a key of its own; set {key}" for key in overlapping]
+
+
+def test_indexed_data_without_its_files_is_refused_file_by_file(tmp_path):
+    prefix, tokenizer = tmp_path / "corpus", tmp_path / "tokens"
+    problems = refused(*INDEXED, f"data.data_path=[{prefix}]", f"data.tokenizer={tokenizer}")
+    assert len(problems) == 2
+    assert f"{prefix}.bin" in problems[0] and f"{prefix}.idx" in problems[0]
+    assert str(tokenizer) in problems[1]
+
+
+def test_all_that_a_machine_lacks_is_reported_together(tmp_path):
+    (tmp_path / "status.json").write_text("")
+    problems = refused(RECIPE, "trainer.num_nodes=2", "model.extra.no_such_field=1", f"run_dir={tmp_path}")
+    starts = ["model.extra.no_such_field", "trainer.accelerator", "run_dir", "trainer.num_nodes"]
+    assert [problem.split(" ")[0] for problem in problems] == starts
+
+
+def test_nothing_of_this_machine_is_asked_in_plan_mode(tmp_path, capsys):
+    (tmp_path / "status.json").write_text("")
+    lacking = [RECIPE, "trainer.num_nodes=2", "model.extra.no_such_field=1", f"run_dir={tmp_path}"]
+    lacking += ["model.transformer_impl=transformer_engine", "data=indexed"]
+    lacking += [f"data.data_path=[{tmp_path}/corpus]", f"data.tokenizer={tmp_path}/tokens"]
+    assert main(lacking) == REFUSED
+    assert "problems:" in capsys.readouterr().err
+    before = sorted(tmp_path.rglob("*"))
+    assert main([*lacking, "trainer.mode=plan"]) == FINISHED
+    assert capsys.readouterr().err == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ranks_that_were_started_are_planned_for_where_devices_is_null(monkeypatch, capsys):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["trainer.mode=plan"]) == FINISHED
+    assert "4 on 1 node of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("local_rank, heard", [(0, True), (1, False)])
+def test_one_rank_of_every_node_says_what_is_wrong(monkeypatch, capsys, local_rank, heard):
+    started = {"RANK": 8 + local_rank, "WORLD_SIZE": 16, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": 8}
+    for name, value in started.items():
+        monkeypatch.setenv(name, str(value))
+    assert main([RECIPE]) == REFUSED
+    shown = capsys.readouterr()
+    assert ("0 GPUs" in shown.err) == heard
+    assert shown.out == ""  # the plan is the first rank's to print
+
+
+# Who this process is
+
+
+def test_a_process_that_nobody_started_as_a_rank_has_no_identity():
+    assert identity() is None
+
+
+def test_torchrun_tells_a_process_its_rank(monkeypatch):
+    for name, value in {"RANK": 11, "WORLD_SIZE": 16, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(name, str(value))
+    assert identity() == Identity(11, 16, 3, 8, "env://")
+    assert not identity().is_ours
+
+
+def test_the_projects_own_launcher_is_known_by_its_rendezvous(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MIXTRAIN_RENDEZVOUS", "file:///somewhere/rendezvous")
+    assert identity().is_ours
+    assert identity().rendezvous == "file:///somewhere/rendezvous"
+
+
+SLURM = {"SLURM_PROCID": 11, "SLURM_NTASKS": 16, "SLURM_LOCALID": 3, "SLURM_NNODES": 2, "SLURM_JOB_ID": 4_000_123}
+
+
+# fmt: off
+@pytest.mark.parametrize("more, rendezvous", [
+    ({"SLURM_JOB_NODELIST": "node7"}, "tcp://node7:20123"),
+    ({"SLURM_JOB_NODELIST": "node[07-08]"}, "tcp://node07:20123"),
+    ({"SLURM_JOB_NODELIST": "rack[1-2]node[003,005-006]-ib,login[1-2]"}, "tcp://rack1node003-ib:20123"),
+    ({"SLURM_JOB_NODELIST": "a,b"}, "tcp://a:20123"),
+    ({"SLURM_JOB_NODELIST": "node[07-08]", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4000"}, "tcp://10.0.0.1:4000"),
+])
+# fmt: on
+def test_slurm_tells_a_process_its_rank_and_the_first_node(monkeypatch, more, rendezvous):
+    for name, value in {**SLURM, **more}.items():
+        monkeypatch.setenv(name, str(value))
+    assert identity() == Identity(11, 16, 3, 8, rendezvous)

@@ -1,0 +1,232 @@
+"""Every derived number: parameters, bytes, ranks, microbatches; and what null is resolved to."""
+
+from __future__ import annotations
+
+from dataclasses import FrozenInstanceError
+
+import pytest
+from composing import config_of, derived, plan_of
+
+from mixtrain.config import Config
+from mixtrain.costs import GIB, layer_parameters
+from mixtrain.errors import UserError
+from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
+from mixtrain.plan import Plan, make_plan, ranks_needed, resolve
+
+RECIPE = "+recipe=mixtral_8x7b_ep8"
+FP32_GRADIENTS = "optimizer.grad_reduce_in_fp32=true"
+TE = "model.transformer_impl=transformer_engine"
+
+
+# fmt: off
+def sizes(tp=1, pp=1, vpp="null", cp=1, ep=1, etp=1) -> list[str]:
+    """A layout as overrides."""
+    return [
+        f"parallel.tensor_model_parallel_size={tp}", f"parallel.pipeline_model_parallel_size={pp}",
+        f"parallel.virtual_pipeline_model_parallel_size={vpp}", f"parallel.context_parallel_size={cp}",
+        f"parallel.expert_model_parallel_size={ep}", f"parallel.expert_tensor_parallel_size={etp}",
+        f"parallel.sequence_parallel={str(tp > 1).lower()}",
+    ]
+# fmt: on
+
+
+# Parameters
+
+
+def test_mixtral_8x7b_has_the_parameters_of_the_published_checkpoint():
+    plan = plan_of(RECIPE)
+    assert plan.total_parameters == 46_702_792_704
+    assert plan.active_parameters / 1e9 == pytest.approx(12.88, abs=0.005)
+    experts = 32 * 8 * layer_parameters(plan.config.model).expert
+    assert experts / plan.total_parameters == pytest.approx(0.966, abs=0.0005)
+
+
+@pytest.mark.parametrize("model", [[], ["model.moe_shared_expert_intermediate_size=96", "model.qk_layernorm=true"]])
+@pytest.mark.parametrize(
+    "layout", [sizes(), sizes(ep=8), sizes(pp=4), sizes(pp=2, ep=4), sizes(tp=2, ep=2), sizes(tp=2, pp=2, etp=2)]
+)
+def test_the_parameters_of_all_stages_tensor_and_expert_ranks_add_up_to_the_model(layout, model):
+    plan = derived(*layout, *model)
+    parallel, layer = plan.config.parallel, layer_parameters(plan.config.model)
+    tp = parallel.tensor_model_parallel_size
+    expert_ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    whole_on_each = plan.config.model.num_layers * layer.replicated + plan.config.model.hidden_size  # norms, routers
+    dense = sum(dense for dense, _ in plan.rank_parameters)
+    experts = sum(expert for _, expert in plan.rank_parameters)
+    assert tp * dense - (tp - 1) * whole_on_each + expert_ranks * experts == plan.total_parameters
+
+
+def test_a_tied_output_layer_is_counted_once_and_held_by_first_and_last_stage():
+    tied = "model.untie_embeddings_and_output_weights=false"
+    embedding = 4096 * 192
+    assert derived().total_parameters - derived(tied).total_parameters == embedding
+    pipeline = derived(tied, *sizes(pp=2))
+    assert sum(sum(rank) for rank in pipeline.rank_parameters) == pipeline.total_parameters + embedding
+
+
+# Bytes
+
+
+# fmt: off
+@pytest.mark.parametrize("overrides, gib", [
+    ([], 59.6),
+    ([FP32_GRADIENTS], 73.1),
+    ([FP32_GRADIENTS, "trainer.num_nodes=1"], 105.7),
+    ([FP32_GRADIENTS, "trainer.num_nodes=8", *sizes(pp=4, ep=8)], 18.7),
+], ids=str)
+# fmt: on
+def test_the_state_of_mixtral_8x7b_on_a_rank_is_known(overrides, gib):
+    assert derived(RECIPE, *overrides).state_bytes / GIB == pytest.approx(gib, abs=0.05)
+
+
+def test_the_fullest_rank_is_of_the_last_stage_which_has_the_final_norm_too():
+    plan = derived(RECIPE, "trainer.num_nodes=8", *sizes(pp=4, ep=8))
+    assert plan.heaviest_stage == 3
+    assert plan.state_bytes == plan.stage_state_bytes[3] > plan.stage_state_bytes[0] > plan.stage_state_bytes[1]
+
+
+# weight + gradient + (fp32 master copy and Adam's two moments) over the shard; fp32 training has no master copy
+# fmt: off
+@pytest.mark.parametrize("overrides, dense, expert", [
+    (["optimizer.use_distributed_optimizer=false", FP32_GRADIENTS], 18, 18),
+    ([FP32_GRADIENTS], 2 + 4 + 12 / 16, 2 + 4 + 12 / 2),
+    ([], 2 + 2 + 12 / 16, 2 + 2 + 12 / 2),
+    (["optimizer.optimizer=sgd"], 2 + 2 + 8 / 16, 2 + 2 + 8 / 2),
+    (["trainer.precision=fp32"], 4 + 4 + 8 / 16, 4 + 4 + 8 / 2),
+    (["trainer.precision=fp32", "optimizer.use_distributed_optimizer=false"], 16, 16),
+    (["parallel.num_distributed_optimizer_instances=2"], 2 + 2 + 12 / 8, 2 + 2 + 12 / 1),
+], ids=str)
+# fmt: on
+def test_bytes_a_parameter_follow_precision_gradients_and_shard(overrides, dense, expert):
+    plan = derived(RECIPE, *overrides)
+    ((dense_parameters, expert_parameters),) = plan.rank_parameters
+    assert plan.state_bytes == dense_parameters * dense + expert_parameters * expert
+
+
+# Ranks and batches
+
+
+# fmt: off
+@pytest.mark.parametrize("overrides, wanted", [
+    ([], dict(world_size=2, data_parallel_size=2, expert_data_parallel_size=1, num_microbatches=2,
+              tokens_per_step=2048, num_local_experts=4, layers_per_stage=4, dense_shard=2, expert_shard=1)),
+    ([RECIPE], dict(world_size=16, data_parallel_size=16, expert_data_parallel_size=2, num_microbatches=16,
+                    tokens_per_step=1_048_576, num_local_experts=1, layers_per_stage=32, dense_shard=16,
+                    expert_shard=2)),
+    (["trainer.devices=4", "trainer.micro_batch_size=2", "parallel.num_distributed_optimizer_instances=2"],
+     dict(world_size=4, data_parallel_size=4, expert_data_parallel_size=2, num_microbatches=2, dense_shard=2,
+          expert_shard=1)),
+    ([*sizes(pp=2, ep=2), "trainer.devices=8"],
+     dict(world_size=8, data_parallel_size=4, expert_data_parallel_size=2, num_microbatches=1, layers_per_stage=2)),
+    ([TE, *sizes(tp=2, cp=2, ep=4), "trainer.devices=8"],
+     dict(world_size=8, data_parallel_size=2, expert_data_parallel_size=2, dense_shard=4, expert_shard=2,
+          num_local_experts=2)),
+    ([TE, *sizes(tp=2, ep=2, etp=2), "trainer.devices=8"],
+     dict(data_parallel_size=4, expert_data_parallel_size=2, num_local_experts=4)),
+], ids=str)
+# fmt: on
+def test_sizes_follow_from_world_size_and_layout(overrides, wanted):
+    plan = plan_of(*overrides)
+    assert {name: getattr(plan, name) for name in wanted} == wanted
+    assert plan.num_microbatches * plan.data_parallel_size * plan.config.trainer.micro_batch_size == (
+        plan.config.trainer.global_batch_size
+    )
+
+
+def test_a_run_reads_as_many_samples_as_its_steps_and_validations_need():
+    few = ["trainer.max_steps=10", "trainer.limit_val_batches=3"]
+    assert plan_of(*few).samples == (160, 48, 48)
+    assert plan_of(*few, "data.split='90,10,0'").samples == (160, 48, 0)
+    assert plan_of("trainer.max_steps=10", "trainer.limit_val_batches=0").samples == (160, 0, 0)
+
+
+def test_a_plan_cannot_be_written_to():
+    with pytest.raises(FrozenInstanceError):
+        plan_of().world_size = 1  # type: ignore[misc]
+
+
+# What null becomes
+
+
+@pytest.mark.parametrize(
+    "overrides, world_size, devices",
+    [
+        ([], None, 2),
+        (["trainer.num_nodes=2"], None, 1),
+        ([*sizes(pp=2, ep=4)], None, 8),
+        ([*sizes(tp=2, ep=3)], None, 6),  # the least common multiple of both grids
+        ([], 4, 4),
+        (["trainer.num_nodes=2"], 4, 2),
+        (["trainer.devices=8"], 4, 8),  # what the user typed stays
+    ],
+)
+def test_devices_become_what_the_layout_needs_or_the_launcher_started(overrides, world_size, devices):
+    assert resolve(config_of(*overrides), world_size).trainer.devices == devices
+
+
+@pytest.mark.parametrize(
+    "layout, layers",
+    [(sizes(), 2), (sizes(ep=8), 2), (sizes(pp=2), 2), (sizes(pp=4), 4), (sizes(pp=2, vpp=3), 6)],
+)
+def test_layers_become_what_pipeline_and_chunks_need(layout, layers):
+    assert resolve(config_of("model.num_layers=null", *layout)).model.num_layers == layers
+
+
+def test_the_learning_rate_decays_over_the_run_and_always_after_the_warmup():
+    def decay(*overrides: str) -> int:
+        return resolve(config_of(*overrides)).optimizer.lr_decay_steps
+
+    assert decay() == 300
+    assert decay("optimizer.lr_decay_steps=77") == 77
+    assert decay("trainer.max_steps=5") == 21  # 20 steps of warmup: a run shortened on the command line stays legal
+
+
+def test_a_resolved_configuration_has_nothing_left_to_resolve():
+    config = plan_of(RECIPE, "+shrink=laptop").config
+    assert None not in (config.trainer.devices, config.model.num_layers, config.optimizer.lr_decay_steps)
+    assert resolve(config) == config
+
+
+def test_a_plan_is_refused_with_the_problems_known_before_first():
+    with pytest.raises(UserError) as refused:
+        make_plan(config_of("model.moe_router_topk=9"), None, ["a word"])
+    assert [problem.split(" =")[0] for problem in refused.value.problems] == ["a word", "model.moe_router_topk"]
+    with pytest.raises(UserError):
+        make_plan(config_of(), None, ["a word"])
+
+
+# The nearest layout
+
+
+def replanned(config: Config, overrides: list[str]) -> Plan:
+    """The plan of the same command line with what was offered typed after it."""
+    return plan_of(*overrides, *nearest_layout(config).split())
+
+
+# fmt: off
+@pytest.mark.parametrize("layout", [
+    sizes(ep=8, pp=4), sizes(ep=8, pp=4, vpp=2), sizes(ep=8, pp=2), sizes(tp=4, pp=4, ep=8), sizes(tp=2, cp=8, ep=8),
+    sizes(tp=8, pp=16, cp=4, ep=8, etp=2, vpp=2), sizes(ep=8, pp=7), sizes(ep=8, pp=7, vpp=2), sizes(tp=2, ep=8, pp=11),
+    sizes(cp=16), sizes(ep=8, etp=4),
+], ids=lambda layout: "-".join(word.split("=")[1] for word in layout))
+# fmt: on
+def test_the_nearest_layout_is_accepted_and_fits_a_laptop(layout):
+    overrides = [RECIPE, "+shrink=laptop", TE, *layout]
+    config = resolve(config_of(*overrides))
+    assert ranks_needed(config) > LAPTOP_RANKS
+    assert replanned(config, overrides).world_size <= LAPTOP_RANKS
+
+
+@pytest.mark.parametrize("devices", ["trainer.devices=16", "trainer.devices=8 trainer.num_nodes=3"])
+def test_the_nearest_layout_undoes_a_number_of_ranks_that_was_typed(devices):
+    overrides = [RECIPE, "+shrink=laptop", *devices.split()]
+    assert replanned(resolve(config_of(*overrides)), overrides).world_size == 8
+
+
+def test_the_nearest_layout_loses_no_kind_of_parallelism_where_it_can():
+    offered = nearest_layout(config_of(*sizes(pp=4, ep=8)))
+    assert "pipeline_model_parallel_size=1" not in offered
+    assert "expert_model_parallel_size=1" not in offered
+    offered = nearest_layout(config_of(*sizes(pp=7, ep=8)))  # 7 is a prime: it is kept whole or lost
+    assert "parallel.pipeline_model_parallel_size=1" in offered
+    assert "expert_model_parallel_size" not in offered

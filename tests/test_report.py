@@ -1,0 +1,89 @@
+"""The plan's page: every figure a user plans with, MOCK where the data is mock, and no line too wide."""
+
+from __future__ import annotations
+
+import pytest
+from composing import RECIPES, derived, plan_of
+
+from mixtrain.report import render
+
+RECIPE = "+recipe=mixtral_8x7b_ep8"
+WIDTH = 100
+
+
+def line(page: str, name: str) -> str:
+    """What stands behind `name` on the page."""
+    (found,) = [text for text in page.splitlines() if text.strip().startswith(name)]
+    return found.strip().removeprefix(name).strip()
+
+
+@pytest.mark.parametrize("shrink", [[], ["+shrink=laptop"]], ids=str)
+@pytest.mark.parametrize("recipe", [[], *[[f"+recipe={name}"] for name in RECIPES]], ids=str)
+def test_a_plan_is_a_page_of_lines_that_fit(recipe, shrink):
+    lines = render(derived(*recipe, *shrink)).splitlines()
+    assert len(lines) < 30
+    assert [text for text in lines if len(text) > WIDTH or text != text.rstrip()] == []
+
+
+def test_mock_data_is_said_on_top_and_beside_the_data():
+    page = render(plan_of(RECIPE))
+    assert page.startswith("MOCK")
+    assert line(page, "data") == "MOCK"
+    assert "MOCK" not in render(plan_of())
+
+
+def test_indexed_data_is_named():
+    page = render(plan_of(RECIPE, "data=indexed", "data.data_path=['0.3',a,'0.7',b]", "data.tokenizer=t"))
+    assert "MOCK" not in page
+    assert line(page, "data") == "0.3, a, 0.7, b"
+
+
+def test_the_recipes_page_shows_its_figures():
+    page = render(plan_of(RECIPE))
+    assert line(page, "ranks") == "16 on 2 nodes of 8 (gpu)"
+    assert line(page, "dense grid") == "TP 1 x CP 1 x DP 16 x PP 1"
+    assert line(page, "expert grid") == "ETP 1 x EP 8 x EDP 2 x PP 1"
+    assert "256 sequences of 4096 = 1,048,576 tokens a step; 16 microbatches of 1 a rank" in line(page, "batch")
+    assert "500,000" in line(page, "steps")
+    for fragment in ("32 layers", "hidden 4096", "8 experts", "top-2", "FFN 14336", "vocabulary 32000"):
+        assert fragment in line(page, "model")
+    for fragment in ("local, bf16", "router aux_loss", "alltoall", "recompute full"):
+        assert fragment in page
+    assert line(page, "parameters") == "46,702,792,704 in all, 12,879,925,248 active per token"
+    assert line(page, "on a rank") == "7,242,780,672 = 1,605,636,096 dense + 5,637,144,576 of experts"
+    assert line(page, "state on a rank").startswith("59.6 GiB")
+    assert "75% of 80 GB, 42% of 141 GB, 75% of trainer.device_memory_gib = 80" in line(page, "beside")
+    assert line(page, "optimizer shards") == "dense over 16 ranks, experts over 2"
+
+
+def test_a_small_state_is_shown_in_mib_and_no_device_is_compared_that_was_not_given():
+    page = render(plan_of())
+    assert line(page, "state on a rank").startswith("94.6 MiB")
+    assert "device_memory_gib" not in page
+
+
+def experts_on_ranks(page: str) -> list[str]:
+    return [text.split("experts on ranks")[1].strip() for text in page.splitlines() if "experts on ranks" in text]
+
+
+def test_the_ranks_that_hold_the_experts_are_shown_group_by_group():
+    assert experts_on_ranks(render(plan_of(RECIPE))) == [
+        "ranks 0-7: 1 expert of 8 on each, in every layer",
+        "ranks 8-15: a copy of these",
+    ]
+    assert experts_on_ranks(render(plan_of())) == ["ranks 0-1: 4 experts of 8 on each, in every layer"]
+    one = experts_on_ranks(render(plan_of("parallel=ep1", "trainer.devices=1")))
+    assert one == ["ranks 0: 8 experts of 8 on each, in every layer"]
+
+
+def test_of_many_groups_four_are_shown_and_the_others_counted():
+    groups = experts_on_ranks(render(plan_of(RECIPE, "trainer.num_nodes=16")))
+    assert len(groups) == 4
+    assert groups[3] == "ranks 24-31: a copy of these; 12 more groups of 8"
+
+
+def test_a_pipeline_names_the_stage_that_is_fullest():
+    page = render(derived(RECIPE, "trainer.num_nodes=8", "parallel.pipeline_model_parallel_size=4"))
+    assert "TP 1 x CP 1 x DP 16 x PP 4" in page
+    assert "stage 3" in line(page, "state on a rank")
+    assert "stage" not in line(render(plan_of(RECIPE)), "state on a rank")

@@ -1,0 +1,206 @@
+"""Every cross-field rule refuses what it is there for, with the key, both numbers and a value that is legal."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections import Counter
+
+import pytest
+from composing import RECIPES, problems_in, problems_of, tree_of
+
+from mixtrain.config import Config
+from mixtrain.plan import derive, resolve
+from mixtrain.rules import RULES
+
+RECIPE = "+recipe=mixtral_8x7b_ep8"
+INDEXED = "data=indexed data.seq_length=128 data.data_path=[corpus] data.tokenizer=tokens"
+TE = "model.transformer_impl=transformer_engine"
+
+# rule, overrides on top of the default configuration, what one line of the refusal must contain
+# fmt: off
+CASES = [
+    ("dense_ranks", "parallel.tensor_model_parallel_size=4 trainer.devices=6",
+     ["trainer.devices * trainer.num_nodes = 6*1 = 6", "TP*PP*CP = 4", "use 4 or 8 ranks"]),
+    ("expert_ranks", "parallel=ep1 parallel.expert_model_parallel_size=4 trainer.devices=3 trainer.num_nodes=2",
+     ["trainer.devices * trainer.num_nodes = 3*2 = 6", "ETP*EP*PP = 4", "use 4 or 8 ranks"]),
+    ("experts_over_ranks", "parallel.expert_model_parallel_size=5",
+     ["parallel.expert_model_parallel_size = 5 must divide model.num_moe_experts = 8", "use 4 or 8"]),
+    ("experts_over_ranks", "parallel.expert_model_parallel_size=16",
+     ["parallel.expert_model_parallel_size = 16 must divide model.num_moe_experts = 8", "use 8"]),
+    ("topk_within_experts", "model.moe_router_topk=9",
+     ["model.moe_router_topk = 9 must be at most model.num_moe_experts = 8"]),
+    ("heads_over_tensor_ranks", "parallel.tensor_model_parallel_size=4",
+     ["parallel.tensor_model_parallel_size = 4 must divide model.num_attention_heads = 6", "use 3 or 6"]),
+    ("heads_over_tensor_ranks", "parallel.tensor_model_parallel_size=3",
+     ["parallel.tensor_model_parallel_size = 3 must divide model.num_query_groups = 2", "use 2"]),
+    ("groups_of_heads", "model.num_query_groups=4",
+     ["model.num_query_groups = 4 must divide model.num_attention_heads = 6", "use 3 or 6"]),
+    ("vocabulary_over_tensor_ranks", "model.vocab_size=4097 parallel.tensor_model_parallel_size=2",
+     ["model.vocab_size = 4097", "parallel.tensor_model_parallel_size = 2", "never padded", "use 4096 or 4098"]),
+    ("layers_over_stages", "parallel.pipeline_model_parallel_size=3",
+     ["model.num_layers = 4 must be a multiple of PP*VPP = 3*1", "use 3 or 6"]),
+    ("layers_over_stages",
+     "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=3",
+     ["model.num_layers = 4 must be a multiple of PP*VPP = 2*3", "use 6"]),
+    ("sequence_over_ranks", "data.seq_length=127 parallel.tensor_model_parallel_size=2",
+     ["data.seq_length = 127 must be a multiple of TP = 2", "use 126 or 128"]),
+    ("sequence_over_ranks", "parallel.context_parallel_size=3",
+     ["data.seq_length = 128 must be a multiple of 2*CP*TP = 6", "use 126 or 132"]),
+    ("sequence_within_positions", "data.seq_length=4096",
+     ["data.seq_length = 4096 must be at most model.max_position_embeddings = 2048"]),
+    ("expert_ffn_over_tensor_ranks", "parallel.expert_tensor_parallel_size=3",
+     ["parallel.expert_tensor_parallel_size = 3 must divide model.moe_ffn_hidden_size = 512", "use 2 or 4"]),
+    ("expert_ffn_over_tensor_ranks",
+     "parallel.tensor_model_parallel_size=3 model.moe_shared_expert_intermediate_size=256",
+     ["parallel.tensor_model_parallel_size = 3 must divide model.moe_shared_expert_intermediate_size = 256",
+      "use 2 or 4"]),
+    ("batch_over_ranks", "trainer.global_batch_size=18",
+     ["trainer.global_batch_size = 18", "trainer.micro_batch_size * data parallel size = 4*2 = 8", "use 16 or 24"]),
+    ("balancing_has_its_coefficient", "router=sinkhorn router.moe_aux_loss_coeff=0.02",
+     ["moe_router_load_balancing_type = sinkhorn", "router.moe_aux_loss_coeff = 0.02",
+      "use router.moe_aux_loss_coeff=0"]),
+    ("balancing_has_its_coefficient", f"{RECIPE} router=none",
+     ["moe_router_load_balancing_type = none", "router.moe_aux_loss_coeff = 0.01",
+      "use router.moe_aux_loss_coeff=0"]),
+    ("sinkhorn_drops_nothing", "router=sinkhorn dispatcher.moe_expert_capacity_factor=1.25",
+     ["moe_router_load_balancing_type = sinkhorn", "dispatcher.moe_expert_capacity_factor = 1.25", "use null"]),
+    ("expert_bias_has_sigmoid", "router.moe_router_enable_expert_bias=true",
+     ["router.moe_router_enable_expert_bias = true", "router.moe_router_score_function = sigmoid", "not softmax"]),
+    ("padding_has_capacity", "dispatcher.moe_pad_expert_input_to_capacity=true",
+     ["dispatcher.moe_pad_expert_input_to_capacity = true", "dispatcher.moe_expert_capacity_factor", "null"]),
+    ("tensor_parallel_experts_need_sequence_parallel", "parallel.tensor_model_parallel_size=2",
+     ["parallel.tensor_model_parallel_size = 2", "parallel.sequence_parallel = true"]),
+    ("sequence_parallel_needs_tensor_parallel", "parallel.sequence_parallel=true",
+     ["parallel.sequence_parallel = true", "parallel.tensor_model_parallel_size = 1", "use false"]),
+    ("overlap_needs_its_parts", "optimizer.overlap_param_gather=true optimizer.use_distributed_optimizer=false",
+     ["optimizer.overlap_param_gather = true", "optimizer.use_distributed_optimizer = true", "it is false"]),
+    ("overlap_needs_its_parts", "optimizer.overlap_param_gather=true",
+     ["optimizer.overlap_param_gather = true", "optimizer.overlap_grad_reduce = true", "it is false"]),
+    ("local_has_neither_tensor_nor_context_parallel",
+     "parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
+     ["parallel.tensor_model_parallel_size = 2", "norm of model.transformer_impl = local", "use 1"]),
+    ("local_has_neither_tensor_nor_context_parallel", "parallel.context_parallel_size=2",
+     ["parallel.context_parallel_size = 2", "attention of model.transformer_impl = local", "use 1"]),
+    ("local_has_no_grouped_gemm", "model.moe_grouped_gemm=true",
+     ["model.moe_grouped_gemm = true", "model.transformer_impl = transformer_engine", "not local"]),
+    ("virtual_pipeline_needs_pipeline", "parallel.virtual_pipeline_model_parallel_size=2",
+     ["parallel.virtual_pipeline_model_parallel_size = 2", "parallel.pipeline_model_parallel_size", "not 1",
+      "use null"]),
+    ("virtual_pipeline_needs_pipeline",
+     "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
+     " trainer.global_batch_size=24",
+     ["3 microbatches a step", "parallel.pipeline_model_parallel_size = 2",
+      "use trainer.global_batch_size = 16 or 32"]),
+    ("optimizer_instances_divide",
+     "parallel=ep1 trainer.devices=2 parallel.num_distributed_optimizer_instances=2"
+     " optimizer.use_distributed_optimizer=false",
+     ["parallel.num_distributed_optimizer_instances = 2", "optimizer.use_distributed_optimizer = true"]),
+    ("optimizer_instances_divide", "trainer.devices=4 parallel.num_distributed_optimizer_instances=4",
+     ["parallel.num_distributed_optimizer_instances = 4 must divide expert data parallel size = 2", "use 2"]),
+    ("optimizer_instances_divide", "trainer.devices=6 parallel.num_distributed_optimizer_instances=4",
+     ["parallel.num_distributed_optimizer_instances = 4 must divide data parallel size * CP = 6", "use 3 or 6"]),
+    ("full_recompute_is_complete", "trainer.recompute_granularity=full",
+     ["trainer.recompute_granularity = full needs trainer.recompute_method"]),
+    ("full_recompute_is_complete", "trainer.recompute_granularity=full",
+     ["trainer.recompute_granularity = full needs trainer.recompute_num_layers"]),
+    ("full_recompute_is_complete", "trainer.recompute_method=block",
+     ["trainer.recompute_method is set", "trainer.recompute_granularity = full", "use null"]),
+    ("full_recompute_is_complete", "trainer.recompute_num_layers=1",
+     ["trainer.recompute_num_layers is set", "trainer.recompute_granularity = full", "use null"]),
+    ("selective_recompute_names_modules", "trainer.recompute_granularity=selective",
+     ["trainer.recompute_modules = null", "trainer.recompute_granularity = selective", "core_attn"]),
+    ("selective_recompute_names_modules", "trainer.recompute_modules=[moe]",
+     ["trainer.recompute_modules = ['moe']", "trainer.recompute_granularity = selective"]),
+    ("selective_recompute_names_modules",
+     "trainer.recompute_granularity=selective trainer.recompute_modules=[moe,mo_act]",
+     ["trainer.recompute_modules has mo_act", "core_attn", "moe_act"]),
+    ("selective_recompute_names_modules",
+     "trainer.recompute_granularity=selective trainer.recompute_modules=[moe_act]",
+     ["trainer.recompute_modules has moe_act", "model.moe_grouped_gemm = true"]),
+    ("fp8_needs_transformer_engine", "trainer.precision=fp8 trainer.accelerator=gpu",
+     ["trainer.precision = fp8", "model.transformer_impl = transformer_engine", "not local"]),
+    ("fp8_needs_transformer_engine", f"trainer.precision=fp8 {TE}",
+     ["trainer.precision = fp8", "trainer.accelerator = gpu", "not cpu"]),
+    ("data_has_its_source", f"{INDEXED} data.data_path=[]",
+     ["data.kind = indexed", "data.data_path=[PREFIX]", "empty"]),
+    ("data_has_its_source", f"{INDEXED} data.tokenizer=null",
+     ["data.kind = indexed", "data.tokenizer=DIRECTORY", "null"]),
+    ("data_has_its_source", "data.data_path=[corpus]",
+     ["data.data_path", "data.kind = stdlib", "data=indexed"]),
+    ("split_has_three_parts", "data.split='90,10'", ["data.split = \"90,10\"", "three numbers", "90,5,5"]),
+    ("split_has_three_parts", "data.split='0,50,50'", ["data.split = \"0,50,50\"", "the first above 0"]),
+    ("split_has_three_parts", "data.split='90,nan,5'", ["data.split = \"90,nan,5\"", "three numbers"]),
+    ("split_has_three_parts", "data.split='90,ten,5'", ["data.split = \"90,ten,5\"", "three numbers"]),
+    ("split_has_three_parts", "data.split='90,0,10'",
+     ["data.split = \"90,0,10\"", "trainer.limit_val_batches=0"]),
+    ("warmup_ends_before_decay", "optimizer.lr_warmup_steps=300 optimizer.lr_decay_steps=300",
+     ["optimizer.lr_warmup_steps = 300", "below optimizer.lr_decay_steps = 300"]),
+    ("warmup_ends_before_decay", "optimizer.min_lr=1",
+     ["optimizer.min_lr = 1", "at most optimizer.lr = 0.002"]),
+    ("cpu_run_fits_a_laptop", "trainer.devices=16 trainer.global_batch_size=64",
+     ["takes 16 ranks", "at most 8", "trainer.devices=2"]),
+    ("cpu_run_fits_a_laptop", "parallel=ep8 parallel.pipeline_model_parallel_size=2 trainer.global_batch_size=32",
+     ["takes 16 ranks", "at most 8", "parallel.expert_model_parallel_size=4 trainer.devices=8"]),
+    ("state_fits_the_device", f"{RECIPE} trainer.num_nodes=1 optimizer.grad_reduce_in_fp32=true",
+     ["105.7 GiB", "trainer.device_memory_gib = 80"]),
+]
+# fmt: on
+
+RULE = {rule.__name__: rule for rule in RULES}
+OFFER = re.compile(r"use (?:(trainer\.\S+) = )?(\d+)(?: or (\d+))?( ranks)?$")
+
+
+def offers(problem: str) -> list[tuple[str, int]]:
+    """What a problem tells the user to set instead: (key, value)."""
+    found = OFFER.search(problem)
+    if not found:
+        return []
+    key = found[1] or ("trainer.devices" if found[4] else problem.split(" ")[0])
+    return [(key, int(value)) for value in found.group(2, 3) if value]
+
+
+def shape(problem: str) -> str:
+    """A problem without its numbers: two of one shape are the same breach."""
+    return re.sub(r"\d+", "#", problem.split(";")[0])
+
+
+@pytest.mark.parametrize("rule, overrides, fragments", CASES)
+def test_a_rule_refuses_with_key_and_numbers_and_what_it_offers_is_legal(rule, overrides, fragments):
+    tree = tree_of(*overrides.split())
+    problems = problems_in(tree)
+    matching = [problem for problem in problems if all(fragment in problem for fragment in fragments)]
+    assert len(matching) == 1, problems
+    assert "\n" not in matching[0]
+    assert matching[0] in RULE[rule](derive(resolve(Config.from_hydra(tree))))
+    for key, value in offers(matching[0]):
+        assert shape(matching[0]) not in [shape(problem) for problem in problems_in(tree, {key: value})], (key, value)
+
+
+def test_every_rule_has_a_case_and_every_case_a_rule():
+    assert {rule for rule, _, _ in CASES} == set(RULE)
+
+
+def test_every_breach_that_a_rule_words_has_a_case():
+    cases = Counter(rule for rule, _, _ in CASES)
+    for rule in RULES:
+        nodes = ast.walk(ast.parse(inspect.getsource(rule)))
+        breaches = sum(isinstance(node, (ast.Yield, ast.YieldFrom)) for node in nodes)
+        assert cases[rule.__name__] >= breaches, rule.__name__
+
+
+@pytest.mark.parametrize("overrides", [[], *[[f"+recipe={name}"] for name in RECIPES]], ids=str)
+def test_the_default_and_every_recipe_break_no_rule(overrides):
+    assert problems_of(*overrides) == []
+
+
+def test_all_broken_rules_are_reported_together_in_the_order_of_the_rules():
+    overrides = ["parallel.expert_model_parallel_size=5", "model.moe_router_topk=9", "optimizer.min_lr=1"]
+    keys = [problem.split(" ")[0] for problem in problems_of(*overrides)]
+    assert keys == [
+        "parallel.expert_model_parallel_size",
+        "model.moe_router_topk",
+        "trainer.global_batch_size",
+        "optimizer.min_lr",
+    ]
