@@ -7,11 +7,12 @@ NeMo/Lightning's. A Config is never written to after `from_hydra` returned it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
-from typing import Any, Iterator, Optional, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
@@ -43,7 +44,7 @@ def at_least(minimum: float) -> Any:
 
 @dataclass
 class ModelConfig:
-    num_layers: Optional[int] = at_least(1)  # null: as few as the pipeline needs (see plan.resolve)
+    num_layers: int | None = at_least(1)  # null: as few as the pipeline needs (see plan.resolve)
     hidden_size: int = at_least(1)
     ffn_hidden_size: int = at_least(1)  # a dense layer's; Mixtral has none, Megatron-Core asks for it all the same
     num_attention_heads: int = at_least(1)
@@ -52,7 +53,7 @@ class ModelConfig:
     num_moe_experts: int = at_least(1)
     moe_router_topk: int = at_least(1)
     moe_ffn_hidden_size: int = at_least(1)
-    moe_shared_expert_intermediate_size: Optional[int] = at_least(1)
+    moe_shared_expert_intermediate_size: int | None = at_least(1)
     vocab_size: int = at_least(1)
     max_position_embeddings: int = at_least(1)
     rotary_base: int = at_least(1)
@@ -62,7 +63,7 @@ class ModelConfig:
     qk_layernorm: bool = MISSING
     transformer_impl: TransformerImpl = MISSING
     moe_grouped_gemm: bool = MISSING
-    hf_model: Optional[str] = MISSING  # the Hugging Face model whose facts these are
+    hf_model: str | None = MISSING  # the Hugging Face model whose facts these are
     extra: dict[str, Any] = field(default_factory=dict)  # any other field of TransformerConfig
 
 
@@ -70,7 +71,7 @@ class ModelConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = at_least(1)
     pipeline_model_parallel_size: int = at_least(1)
-    virtual_pipeline_model_parallel_size: Optional[int] = at_least(2)  # model chunks a pipeline stage
+    virtual_pipeline_model_parallel_size: int | None = at_least(2)  # model chunks a pipeline stage
     context_parallel_size: int = at_least(1)
     expert_model_parallel_size: int = at_least(1)
     expert_tensor_parallel_size: int = at_least(1)
@@ -82,20 +83,20 @@ class ParallelConfig:
 class RouterConfig:
     moe_router_load_balancing_type: Balancing = MISSING
     moe_aux_loss_coeff: float = at_least(0)
-    moe_z_loss_coeff: Optional[float] = at_least(0)
-    moe_input_jitter_eps: Optional[float] = at_least(0)
+    moe_z_loss_coeff: float | None = at_least(0)
+    moe_input_jitter_eps: float | None = at_least(0)
     moe_router_score_function: ScoreFunction = MISSING
     moe_router_pre_softmax: bool = MISSING
     moe_router_enable_expert_bias: bool = MISSING
     moe_router_bias_update_rate: float = at_least(0)
     moe_router_force_load_balancing: bool = MISSING
-    moe_router_dtype: Optional[RouterDtype] = MISSING
+    moe_router_dtype: RouterDtype | None = MISSING
 
 
 @dataclass
 class DispatcherConfig:
     moe_token_dispatcher_type: Dispatcher = MISSING
-    moe_expert_capacity_factor: Optional[float] = at_least(0)  # null: dropless
+    moe_expert_capacity_factor: float | None = at_least(0)  # null: dropless
     moe_pad_expert_input_to_capacity: bool = MISSING
     moe_token_drop_policy: DropPolicy = MISSING
 
@@ -116,16 +117,16 @@ class OptimizerConfig:
     grad_reduce_in_fp32: bool = MISSING
     lr_decay_style: DecayStyle = MISSING
     lr_warmup_steps: int = at_least(0)
-    lr_decay_steps: Optional[int] = at_least(1)  # null: trainer.max_steps
+    lr_decay_steps: int | None = at_least(1)  # null: trainer.max_steps
 
 
 @dataclass
 class DataConfig:
     kind: DataKind = MISSING
-    data_path: Optional[list[str]] = MISSING  # Megatron's list: [prefix] or [weight, prefix, weight, prefix ...]
+    data_path: list[str] | None = MISSING  # Megatron's list: [prefix] or [weight, prefix, weight, prefix ...]
     split: str = MISSING  # parts of train, validation and test, as in "90,5,5"
     seq_length: int = at_least(1)  # tokens
-    tokenizer: Optional[str] = MISSING  # a Hugging Face tokenizer directory
+    tokenizer: str | None = MISSING  # a Hugging Face tokenizer directory
     path_to_cache: str = MISSING
     num_workers: int = at_least(0)  # processes that read ahead, a rank
 
@@ -134,7 +135,7 @@ class DataConfig:
 class TrainerConfig:
     mode: Mode = MISSING
     accelerator: Accelerator = MISSING
-    devices: Optional[int] = at_least(1)  # ranks a node; null: as few as the layout needs
+    devices: int | None = at_least(1)  # ranks a node; null: as few as the layout needs
     num_nodes: int = at_least(1)
     max_steps: int = at_least(1)
     micro_batch_size: int = at_least(1)  # sequences
@@ -143,13 +144,13 @@ class TrainerConfig:
     limit_val_batches: int = at_least(0)  # global batches a validation; 0 never validates
     log_every_n_steps: int = at_least(1)
     precision: Precision = MISSING
-    recompute_granularity: Optional[Granularity] = MISSING
-    recompute_method: Optional[RecomputeMethod] = MISSING
-    recompute_num_layers: Optional[int] = at_least(1)
-    recompute_modules: Optional[list[str]] = MISSING
+    recompute_granularity: Granularity | None = MISSING
+    recompute_method: RecomputeMethod | None = MISSING
+    recompute_num_layers: int | None = at_least(1)
+    recompute_modules: list[str] | None = MISSING
     deterministic: bool = MISSING
     timeout_minutes: float = at_least(0)  # how long a rank waits for another before it gives up
-    device_memory_gib: Optional[float] = at_least(0)  # the state of a rank must fit here; null does not check
+    device_memory_gib: float | None = at_least(0)  # the state of a rank must fit here; null does not check
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from typing import Iterator
+from collections.abc import Iterator
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
@@ -69,7 +69,9 @@ def initialise(model: torch.nn.Module, plan: Plan) -> None:
             last = (seed, draw(seed, name, tuple(shard.global_shape[part:]), plan))
         cut = tuple(
             slice(start, start + size)
-            for start, size in zip(shard.global_offset[part:], shard.local_shape[-(len(shard.global_shape) - part) :], strict=True)
+            for start, size in zip(
+                shard.global_offset[part:], shard.local_shape[-(len(shard.global_shape) - part) :], strict=True
+            )
         )
         shard.data.copy_(last[1][cut].view(shard.data.shape))
         drawn += shard.data.numel()

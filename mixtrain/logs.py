@@ -18,7 +18,8 @@ from mixtrain.plan import Plan
 from mixtrain.report import MOCK, render
 from mixtrain.status import write_status
 
-HEADER = f"{'step':>7} {'lm_loss':>9} {'val_loss':>9} {'grad_norm':>9} {'lr':>9} {'balance':>8} {'tokens/s':>9} {'s/step':>8}"
+COLUMNS = {"step": 7, "lm_loss": 9, "val_loss": 9, "grad_norm": 9, "lr": 9, "balance": 8, "tokens/s": 9, "s/step": 8}
+HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
 class Logs:
@@ -97,7 +98,9 @@ class Logs:
         self.status(state, "asked to stop by a signal" if stopped else "trainer.max_steps")
         if self.last_val_loss is not None and entropy is not None:
             self.say(f"last val_loss {self.last_val_loss:.4f}; unigram entropy of the validation tokens {entropy:.4f}")
-        self.say(f"{state} after {steps} of {config.trainer.max_steps} steps; see {self.directory} and {picture.name} in it")
+        self.say(
+            f"{state} after {steps} of {config.trainer.max_steps} steps; see {self.directory} and {picture.name} in it"
+        )
 
     def status(self, state: str, reason: str) -> None:
         if self.writes:

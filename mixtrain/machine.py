@@ -10,9 +10,9 @@ import importlib.util
 import os
 import re
 import shlex
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Iterator
 
 from mixtrain.config import Accelerator, DataKind, TransformerImpl
 from mixtrain.data.check import check_files
@@ -145,5 +145,3 @@ def gpu_count() -> int:
 
 def _has_dev() -> bool:
     return Path("/dev").is_dir()
-
-

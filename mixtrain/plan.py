@@ -1,7 +1,7 @@
 """Every number that follows from a Config, computed once and frozen. No torch.
 
 Rule: nothing else in the project derives a size from the configuration, and no Plan exists of a Config that breaks a
-rule of rules.py.
+rule of mixtrain/rules.
 """
 
 from __future__ import annotations
@@ -82,11 +82,7 @@ def ranks_needed(config: Config) -> int:
 
 def dense_grid(config: Config) -> int:
     parallel = config.parallel
-    return (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
 
 
 def expert_grid(config: Config) -> int:
@@ -130,7 +126,9 @@ def derive(config: Config) -> Plan:
         total_parameters=costs.total_parameters(model),
         active_parameters=costs.active_parameters(model),
         rank_parameters=rank_parameters,
-        stage_state_bytes=tuple(round(dense * dense_bytes + expert * expert_bytes) for dense, expert in rank_parameters),
+        stage_state_bytes=tuple(
+            round(dense * dense_bytes + expert * expert_bytes) for dense, expert in rank_parameters
+        ),
     )
 
 
@@ -139,7 +137,7 @@ def make_plan(config: Config, world_size: int | None = None, known: list[str] | 
 
     `world_size`: the ranks a launcher has started, if one has.
     """
-    from mixtrain.rules import broken_rules  # rules.py reads the numbers derived here
+    from mixtrain.rules import broken_rules  # the rules read the numbers derived here
 
     plan = derive(resolve(config, world_size))
     if problems := [*(known or []), *broken_rules(plan)]:

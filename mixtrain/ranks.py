@@ -8,9 +8,9 @@ import os
 import random
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Iterator
 
 import numpy
 import torch

@@ -1,4 +1,4 @@
-"""The request to end a run: SIGTERM or SIGINT, noted at any time, granted after the step that is under way. No torch."""
+"""The request to end a run: SIGTERM or SIGINT, noted at any time, granted after the running step. No torch."""
 
 from __future__ import annotations
 

@@ -43,15 +43,15 @@ def problems_of(*overrides: str, conf: Path = CONF) -> list[str]:
     return []
 
 
-def config_of(*overrides: str) -> Config:
-    """The typed configuration of a command line whose words are all right; UserError if a value does not fit."""
+def quick_tree_of(*overrides: str) -> DictConfig:
+    """What Hydra would compose of a command line whose words are all right."""
     groups = tuple(word for word in overrides if (CONF / word.lstrip("+").split("=")[0]).is_dir())
     tree = copy.deepcopy(_groups(groups))
     for word in overrides:
         if word not in groups:
             override = OverridesParser.create().parse_override(word)
             OmegaConf.update(tree, override.key_or_group, override.value(), force_add="extra" in word)
-    return Config.from_hydra(tree)
+    return tree
 
 
 @cache
@@ -59,8 +59,13 @@ def _groups(words: tuple[str, ...]) -> DictConfig:
     return tree_of(*words)
 
 
+def config_of(*overrides: str) -> Config:
+    """The typed configuration of a command line; UserError if a value does not fit."""
+    return Config.from_hydra(quick_tree_of(*overrides))
+
+
 def plan_of(*overrides: str) -> Plan:
-    """The plan of a command line whose words are all right; UserError with every problem."""
+    """The plan of a command line; UserError if it breaks a rule."""
     return make_plan(config_of(*overrides))
 
 

@@ -12,8 +12,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import torch
 
@@ -43,7 +44,9 @@ def run_ranks(world_size: int, function: Callable[[Identity], Any], folder: Path
     failed = _wait(children, timeout)
     results = [folder / f"rank_{rank}.json" for rank in range(world_size)]
     if failed or not all(path.exists() for path in results):
-        logs = "\n".join(f"--- rank {rank}\n{(folder / f'rank_{rank}.log').read_text()[-3000:]}" for rank in range(world_size))
+        logs = "\n".join(
+            f"--- rank {rank}\n{(folder / f'rank_{rank}.log').read_text()[-3000:]}" for rank in range(world_size)
+        )
         raise RankFailure(f"ranks {failed} of {world_size} failed\n{logs}")
     return [json.loads(path.read_text()) for path in results]
 

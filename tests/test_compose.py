@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from composing import config_of, problems_of, run_train, tree_of
+from composing import problems_of, quick_tree_of, run_train, tree_of
 from omegaconf import OmegaConf
 
 from mixtrain.compose import CONF, check_overrides, compose
@@ -77,10 +77,10 @@ def test_the_overrides_of_a_job_compose_to_the_same_again():
     assert first.tree.run_dir == "runs/mixtral_8x7b_ep8-b"
 
 
-def test_the_tests_quick_way_to_a_config_gives_what_hydra_gives():
+def test_the_tests_quick_way_to_compose_gives_what_hydra_gives():
     words = [RECIPE, "+shrink=laptop", "router=sinkhorn", "router.moe_aux_loss_coeff=0", "data.split='98,1,1'"]
     words += ["model.extra.foo=[1,2]", "trainer.devices=null", "name=mine", "trainer.recompute_modules=[moe]"]
-    assert config_of(*words) == composed(*words)
+    assert quick_tree_of(*words) == tree_of(*words)
 
 
 # The traps of Hydra

@@ -6,9 +6,9 @@ import importlib
 import json
 import sys
 import types
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Iterator
 
 import pytest
 import torch
@@ -37,11 +37,17 @@ def functions(code: types.CodeType, prefix: str) -> Iterator[tuple[str, types.Co
 
 
 def mentions_cuda(code: types.CodeType) -> bool:
-    literals = [part for constant in code.co_consts for part in (constant if isinstance(constant, tuple) else [constant])]
+    literals = [
+        part for constant in code.co_consts for part in (constant if isinstance(constant, tuple) else [constant])
+    ]
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType) and "<" in c.co_name]
-    return "cuda" in code.co_names or any(map(mentions_cuda, inner)) or any(
-        literal == "cuda" or (isinstance(literal, str) and literal.startswith("torch.cuda."))
-        for literal in literals
+    return (
+        "cuda" in code.co_names
+        or any(map(mentions_cuda, inner))
+        or any(
+            literal == "cuda" or (isinstance(literal, str) and literal.startswith("torch.cuda."))
+            for literal in literals
+        )
     )
 
 

@@ -95,7 +95,9 @@ def ranks_of(command: Command) -> dict[int, int]:
 
 
 def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
-    with train(tmp_path, f"data.path_to_cache={tmp_path}/cache", "trainer.max_steps=40", "trainer.limit_val_batches=2") as run:
+    with train(
+        tmp_path, f"data.path_to_cache={tmp_path}/cache", "trainer.max_steps=40", "trainer.limit_val_batches=2"
+    ) as run:
         assert run.wait() == 0, run.text()
     text, losses = run.text(), lm_losses(tmp_path)
     assert "2 on 1 node of 2 (cpu)" in text and "EP 2" in text

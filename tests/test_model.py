@@ -55,7 +55,11 @@ def test_the_transformer_config_has_what_the_keys_say():
     )
     assert (made.num_layers, made.hidden_size, made.moe_ffn_hidden_size, made.kv_channels) == (32, 4096, 14336, 128)
     assert (made.num_moe_experts, made.moe_router_topk, made.expert_model_parallel_size) == (8, 2, 8)
-    assert (made.moe_router_load_balancing_type, made.moe_aux_loss_coeff, made.moe_z_loss_coeff) == ("aux_loss", 0.01, 1e-3)
+    assert (made.moe_router_load_balancing_type, made.moe_aux_loss_coeff, made.moe_z_loss_coeff) == (
+        "aux_loss",
+        0.01,
+        1e-3,
+    )
     assert (made.moe_router_dtype, made.moe_token_dispatcher_type) == ("fp64", "allgather")
     assert (made.recompute_granularity, made.recompute_method, made.recompute_num_layers) == ("full", "uniform", 1)
     assert made.bf16 and made.params_dtype is torch.bfloat16 and made.pipeline_dtype is torch.bfloat16
@@ -65,16 +69,23 @@ def test_the_transformer_config_has_what_the_keys_say():
 
 
 def test_an_extra_field_reaches_the_transformer_config():
-    assert model.transformer_config(plan_of("model.extra.attention_softmax_in_fp32=false")).attention_softmax_in_fp32 is False
+    assert (
+        model.transformer_config(plan_of("model.extra.attention_softmax_in_fp32=false")).attention_softmax_in_fp32
+        is False
+    )
 
 
 def test_what_megatron_refuses_and_no_rule_foresaw_is_the_users_to_mend():
     with pytest.raises(UserError, match="Megatron-Core refuses this model"):
-        model.transformer_config(plan_of("model.extra.num_layers_in_first_pipeline_stage=99", "model.extra.fp8=nonsense"))
+        model.transformer_config(
+            plan_of("model.extra.num_layers_in_first_pipeline_stage=99", "model.extra.fp8=nonsense")
+        )
 
 
 def test_the_interleaved_schedule_never_batches_its_messages():
-    plan = plan_of("parallel=ep1", "parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")
+    plan = plan_of(
+        "parallel=ep1", "parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"
+    )
     assert model.transformer_config(plan).batch_p2p_comm is False
 
 

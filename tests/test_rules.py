@@ -8,10 +8,8 @@ import re
 from collections import Counter
 
 import pytest
-from composing import RECIPES, problems_in, problems_of, tree_of
+from composing import RECIPES, derived, plan_of, problems_in, problems_of, quick_tree_of
 
-from mixtrain.config import Config
-from mixtrain.plan import derive, resolve
 from mixtrain.rules import RULES
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
@@ -35,6 +33,9 @@ CASES = [
      ["parallel.tensor_model_parallel_size = 4 must divide model.num_attention_heads = 6", "use 3 or 6"]),
     ("heads_over_tensor_ranks", "parallel.tensor_model_parallel_size=3",
      ["parallel.tensor_model_parallel_size = 3 must divide model.num_query_groups = 2", "use 2"]),
+    ("heads_over_tensor_ranks",
+     "parallel.tensor_model_parallel_size=2 model.num_query_groups=3",
+     ["parallel.tensor_model_parallel_size = 2 must divide model.num_query_groups = 3", "use 1 or 3"]),
     ("groups_of_heads", "model.num_query_groups=4",
      ["model.num_query_groups = 4 must divide model.num_attention_heads = 6", "use 3 or 6"]),
     ("vocabulary_over_tensor_ranks", "model.vocab_size=4097 parallel.tensor_model_parallel_size=2",
@@ -48,6 +49,9 @@ CASES = [
      ["data.seq_length = 127 must be a multiple of TP = 2", "use 126 or 128"]),
     ("sequence_over_ranks", "parallel.context_parallel_size=3",
      ["data.seq_length = 128 must be a multiple of 2*CP*TP = 6", "use 126 or 132"]),
+    ("sequence_over_ranks",
+     "data.seq_length=132 parallel.context_parallel_size=2 parallel.tensor_model_parallel_size=2",
+     ["data.seq_length = 132 must be a multiple of 2*CP*TP = 8", "use 128 or 136"]),
     ("sequence_within_positions", "data.seq_length=4096",
      ["data.seq_length = 4096 must be at most model.max_position_embeddings = 2048"]),
     ("expert_ffn_over_tensor_ranks", "parallel.expert_tensor_parallel_size=3",
@@ -80,9 +84,9 @@ CASES = [
      ["optimizer.overlap_param_gather = true", "optimizer.overlap_grad_reduce = true", "it is false"]),
     ("local_has_neither_tensor_nor_context_parallel",
      "parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
-     ["parallel.tensor_model_parallel_size = 2", "norm of model.transformer_impl = local", "use 1"]),
+     ["parallel.tensor_model_parallel_size = 2", "norm of model.transformer_impl = local", "1, or model."]),
     ("local_has_neither_tensor_nor_context_parallel", "parallel.context_parallel_size=2",
-     ["parallel.context_parallel_size = 2", "attention of model.transformer_impl = local", "use 1"]),
+     ["parallel.context_parallel_size = 2", "attention of model.transformer_impl = local", "1, or model."]),
     ("local_has_no_grouped_gemm", "model.moe_grouped_gemm=true",
      ["model.moe_grouped_gemm = true", "model.transformer_impl = transformer_engine", "not local"]),
     ("virtual_pipeline_needs_pipeline", "parallel.virtual_pipeline_model_parallel_size=2",
@@ -132,6 +136,7 @@ CASES = [
     ("split_has_three_parts", "data.split='90,10'", ["data.split = \"90,10\"", "three numbers", "90,5,5"]),
     ("split_has_three_parts", "data.split='0,50,50'", ["data.split = \"0,50,50\"", "the first above 0"]),
     ("split_has_three_parts", "data.split='90,nan,5'", ["data.split = \"90,nan,5\"", "three numbers"]),
+    ("split_has_three_parts", "data.split='90,1e999,5'", ["data.split = \"90,1e999,5\"", "three numbers"]),
     ("split_has_three_parts", "data.split='90,ten,5'", ["data.split = \"90,ten,5\"", "three numbers"]),
     ("split_has_three_parts", "data.split='90,0,10'",
      ["data.split = \"90,0,10\"", "trainer.limit_val_batches=0"]),
@@ -145,6 +150,30 @@ CASES = [
      ["takes 16 ranks", "at most 8", "parallel.expert_model_parallel_size=4 trainer.devices=8"]),
     ("state_fits_the_device", f"{RECIPE} trainer.num_nodes=1 optimizer.grad_reduce_in_fp32=true",
      ["105.7 GiB", "trainer.device_memory_gib = 80"]),
+]
+
+# what is next to a breach, and legal
+LEGAL = [
+    "model.moe_router_topk=8",
+    "data.seq_length=2048",
+    "data.seq_length=127",
+    "router=sinkhorn",
+    "router=none",
+    "router.moe_router_enable_expert_bias=true router.moe_router_score_function=sigmoid",
+    "dispatcher.moe_expert_capacity_factor=1.5 dispatcher.moe_pad_expert_input_to_capacity=true",
+    f"{TE} parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true model.moe_grouped_gemm=true",
+    f"{TE} parallel.context_parallel_size=2 parallel=ep1 trainer.devices=4 trainer.global_batch_size=8"
+    " parallel.num_distributed_optimizer_instances=4",
+    f"{TE} trainer.precision=fp8 trainer.accelerator=gpu",
+    "optimizer.overlap_param_gather=true optimizer.overlap_grad_reduce=true",
+    "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2",
+    "trainer.recompute_granularity=full trainer.recompute_method=block trainer.recompute_num_layers=2",
+    "trainer.recompute_granularity=selective trainer.recompute_modules=[core_attn,moe]",
+    f"{INDEXED} data.split='90,10,0'",
+    "data.split='90,0,10' trainer.limit_val_batches=0",
+    "optimizer.min_lr=0.002",
+    "optimizer.lr_warmup_steps=299",
+    "parallel=ep8 trainer.micro_batch_size=1",
 ]
 # fmt: on
 
@@ -168,14 +197,21 @@ def shape(problem: str) -> str:
 
 @pytest.mark.parametrize("rule, overrides, fragments", CASES)
 def test_a_rule_refuses_with_key_and_numbers_and_what_it_offers_is_legal(rule, overrides, fragments):
-    tree = tree_of(*overrides.split())
+    tree = quick_tree_of(*overrides.split())
     problems = problems_in(tree)
     matching = [problem for problem in problems if all(fragment in problem for fragment in fragments)]
     assert len(matching) == 1, problems
     assert "\n" not in matching[0]
-    assert matching[0] in RULE[rule](derive(resolve(Config.from_hydra(tree))))
+    if fragments[-1].startswith("use "):
+        assert matching[0].endswith(fragments[-1])
+    assert matching[0] in RULE[rule](derived(*overrides.split()))
     for key, value in offers(matching[0]):
         assert shape(matching[0]) not in [shape(problem) for problem in problems_in(tree, {key: value})], (key, value)
+
+
+@pytest.mark.parametrize("overrides", LEGAL)
+def test_what_is_legal_breaks_no_rule(overrides):
+    assert plan_of(*overrides.split())
 
 
 def test_every_rule_has_a_case_and_every_case_a_rule():
@@ -197,10 +233,11 @@ def test_the_default_and_every_recipe_break_no_rule(overrides):
 
 def test_all_broken_rules_are_reported_together_in_the_order_of_the_rules():
     overrides = ["parallel.expert_model_parallel_size=5", "model.moe_router_topk=9", "optimizer.min_lr=1"]
-    keys = [problem.split(" ")[0] for problem in problems_of(*overrides)]
-    assert keys == [
+    problems, plan = problems_of(*overrides), derived(*overrides)
+    assert problems == [problem for rule in RULES for problem in rule(plan)]
+    assert {problem.split(" ")[0] for problem in problems} == {
         "parallel.expert_model_parallel_size",
-        "model.moe_router_topk",
         "trainer.global_batch_size",
+        "model.moe_router_topk",
         "optimizer.min_lr",
-    ]
+    }

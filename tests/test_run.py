@@ -169,6 +169,8 @@ def test_the_same_seed_gives_the_same_numbers_again_to_the_last_bit(tmp_path):
 
 
 def test_bf16_trains(tmp_path):
-    directory, codes = start(tmp_path, "trainer.precision=bf16", "optimizer.grad_reduce_in_fp32=false", "checkpoint=none")
+    directory, codes = start(
+        tmp_path, "trainer.precision=bf16", "optimizer.grad_reduce_in_fp32=false", "checkpoint=none"
+    )
     losses = [record["lm_loss"] for record in records(directory) if "lm_loss" in record]
     assert codes == [FINISHED, FINISHED] and losses[0] == pytest.approx(math.log(256), abs=0.1)

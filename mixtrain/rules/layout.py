@@ -1,0 +1,180 @@
+"""Rules about ranks: which sizes fit a layout, and which layouts Megatron-Core computes rightly. No torch."""
+
+from __future__ import annotations
+
+from mixtrain.config import Accelerator, TransformerImpl
+from mixtrain.costs import GIB
+from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
+from mixtrain.plan import Plan, dense_grid, expert_grid
+from mixtrain.rules.nearest import Problems, batch_sizes, must_divide, near_multiples, world_words
+
+
+def dense_ranks(plan: Plan) -> Problems:
+    grid = dense_grid(plan.config)
+    if plan.world_size % grid:
+        yield (
+            f"world size {world_words(plan)} must be a multiple of TP*PP*CP = {grid};"
+            f" use {near_multiples(plan.world_size, grid)} ranks"
+        )
+
+
+def expert_ranks(plan: Plan) -> Problems:
+    grid = expert_grid(plan.config)
+    if plan.world_size % grid:
+        yield (
+            f"world size {world_words(plan)} must be a multiple of ETP*EP*PP = {grid};"
+            f" use {near_multiples(plan.world_size, grid)} ranks"
+        )
+
+
+def experts_over_ranks(plan: Plan) -> Problems:
+    size, experts = plan.config.parallel.expert_model_parallel_size, plan.config.model.num_moe_experts
+    yield from must_divide("parallel.expert_model_parallel_size", size, "model.num_moe_experts", experts)
+
+
+def heads_over_tensor_ranks(plan: Plan) -> Problems:
+    tp, model = plan.config.parallel.tensor_model_parallel_size, plan.config.model
+    key = "parallel.tensor_model_parallel_size"
+    yield from must_divide(key, tp, "model.num_attention_heads", model.num_attention_heads)
+    yield from must_divide(key, tp, "model.num_query_groups", model.num_query_groups)
+
+
+def vocabulary_over_tensor_ranks(plan: Plan) -> Problems:
+    tp, vocab = plan.config.parallel.tensor_model_parallel_size, plan.config.model.vocab_size
+    if vocab % tp:
+        yield (
+            f"model.vocab_size = {vocab} must be a multiple of parallel.tensor_model_parallel_size = {tp};"
+            f" it is never padded silently: use {near_multiples(vocab, tp)}"
+        )
+
+
+def layers_over_stages(plan: Plan) -> Problems:
+    parallel, layers = plan.config.parallel, plan.config.model.num_layers
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    if layers % (pp * vpp):
+        near = near_multiples(layers, pp * vpp)
+        yield f"model.num_layers = {layers} must be a multiple of PP*VPP = {pp}*{vpp}; use {near}"
+
+
+def sequence_over_ranks(plan: Plan) -> Problems:
+    parallel, length = plan.config.parallel, plan.config.data.seq_length
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if length % tp:
+        yield f"data.seq_length = {length} must be a multiple of TP = {tp}; use {near_multiples(length, tp)}"
+    if cp > 1 and length % (2 * cp * tp):
+        part = 2 * cp * tp
+        yield f"data.seq_length = {length} must be a multiple of 2*CP*TP = {part}; use {near_multiples(length, part)}"
+
+
+def expert_ffn_over_tensor_ranks(plan: Plan) -> Problems:
+    etp, model = plan.config.parallel.expert_tensor_parallel_size, plan.config.model
+    ffn = model.moe_ffn_hidden_size
+    yield from must_divide("parallel.expert_tensor_parallel_size", etp, "model.moe_ffn_hidden_size", ffn)
+    if shared := model.moe_shared_expert_intermediate_size:
+        tp = plan.config.parallel.tensor_model_parallel_size
+        name = "model.moe_shared_expert_intermediate_size"
+        yield from must_divide("parallel.tensor_model_parallel_size", tp, name, shared)
+
+
+def batch_over_ranks(plan: Plan) -> Problems:
+    batch, micro, dp = batch_sizes(plan)
+    if plan.world_size % dense_grid(plan.config) == 0 and batch % (micro * dp):
+        yield (
+            f"trainer.global_batch_size = {batch} must be a multiple of trainer.micro_batch_size * data parallel size"
+            f" = {micro}*{dp} = {micro * dp}; use {near_multiples(batch, micro * dp)}"
+        )
+
+
+def tensor_parallel_experts_need_sequence_parallel(plan: Plan) -> Problems:
+    parallel = plan.config.parallel
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        yield (
+            f"parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} with experts needs"
+            " parallel.sequence_parallel = true (Megatron-Core refuses it in the first forward pass)"
+        )
+
+
+def sequence_parallel_needs_tensor_parallel(plan: Plan) -> Problems:
+    parallel = plan.config.parallel
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        yield "parallel.sequence_parallel = true does nothing at parallel.tensor_model_parallel_size = 1; use false"
+
+
+def local_has_neither_tensor_nor_context_parallel(plan: Plan) -> Problems:
+    if plan.config.model.transformer_impl is not TransformerImpl.local:
+        return
+    parallel = plan.config.parallel
+    for key, what in (("tensor_model_parallel_size", "norm"), ("context_parallel_size", "attention")):
+        if (size := getattr(parallel, key)) > 1:
+            yield (
+                f"parallel.{key} = {size}: the {what} of model.transformer_impl = local refuses it; use 1,"
+                " or model.transformer_impl=transformer_engine"
+            )
+
+
+def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
+    parallel = plan.config.parallel
+    vpp, pp = parallel.virtual_pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
+    if not vpp:
+        return
+    if pp == 1:
+        yield (
+            f"parallel.virtual_pipeline_model_parallel_size = {vpp} needs parallel.pipeline_model_parallel_size"
+            " of 2 or more, not 1; use null"
+        )
+    elif plan.num_microbatches % pp:
+        yield (
+            f"virtual pipeline: {plan.num_microbatches} microbatches a step must be a multiple of"
+            f" parallel.pipeline_model_parallel_size = {pp}; use trainer.global_batch_size ="
+            f" {near_multiples(batch_sizes(plan)[0], batch_sizes(plan)[1] * batch_sizes(plan)[2] * pp)}"
+        )
+
+
+def optimizer_instances_divide(plan: Plan) -> Problems:
+    parallel, key = plan.config.parallel, "parallel.num_distributed_optimizer_instances"
+    instances = parallel.num_distributed_optimizer_instances
+    if instances == 1:
+        return
+    if not plan.config.optimizer.use_distributed_optimizer:
+        yield f"{key} = {instances} needs optimizer.use_distributed_optimizer = true; it is false"
+    edp, dense = plan.expert_data_parallel_size, plan.data_parallel_size * parallel.context_parallel_size
+    yield from must_divide(key, instances, "expert data parallel size", edp)
+    yield from must_divide(key, instances, "data parallel size * CP", dense)
+
+
+def cpu_run_fits_a_laptop(plan: Plan) -> Problems:
+    if plan.config.trainer.accelerator is Accelerator.cpu and plan.world_size > LAPTOP_RANKS:
+        yield (
+            f"this layout takes {plan.world_size} ranks; on the CPU mixtrain starts at most {LAPTOP_RANKS}."
+            f" The nearest layout: {nearest_layout(plan.config)}"
+        )
+
+
+def state_fits_the_device(plan: Plan) -> Problems:
+    memory = plan.config.trainer.device_memory_gib
+    if memory is not None and plan.state_bytes > memory * GIB:
+        yield (
+            f"a rank of pipeline stage {plan.heaviest_stage} holds {plan.state_bytes / GIB:.1f} GiB of weights,"
+            f" gradients and optimizer state, more than trainer.device_memory_gib = {memory:g}; use more nodes or a"
+            " larger pipeline, or null to try all the same"
+        )
+
+
+RULES = [
+    dense_ranks,
+    expert_ranks,
+    experts_over_ranks,
+    heads_over_tensor_ranks,
+    vocabulary_over_tensor_ranks,
+    layers_over_stages,
+    sequence_over_ranks,
+    expert_ffn_over_tensor_ranks,
+    batch_over_ranks,
+    tensor_parallel_experts_need_sequence_parallel,
+    sequence_parallel_needs_tensor_parallel,
+    local_has_neither_tensor_nor_context_parallel,
+    virtual_pipeline_needs_pipeline,
+    optimizer_instances_divide,
+    cpu_run_fits_a_laptop,
+    state_fits_the_device,
+]
