@@ -12,9 +12,9 @@ from dataclasses import Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from mixtrain.errors import UserError
@@ -27,10 +27,14 @@ TransformerImpl = Enum("TransformerImpl", ["local", "transformer_engine"])
 Balancing       = Enum("Balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"])
 ScoreFunction   = Enum("ScoreFunction", ["softmax", "sigmoid"])
 RouterDtype     = Enum("RouterDtype", ["fp32", "fp64"])
-Dispatcher      = Enum("Dispatcher", ["alltoall", "allgather"])
+Dispatcher      = Enum("Dispatcher", ["alltoall", "allgather", "flex"])
+FlexBackend     = Enum("FlexBackend", ["deepep", "hybridep"])
 DropPolicy      = Enum("DropPolicy", ["probs", "position"])
 OptimizerName   = Enum("OptimizerName", ["adam", "sgd"])
-DecayStyle      = Enum("DecayStyle", ["constant", "linear", "cosine"])
+DecayStyle      = Enum("DecayStyle", ["constant", "linear", "cosine", "inverse-square-root", "WSD"])
+WsdDecayStyle   = Enum("WsdDecayStyle", ["linear", "cosine", "exponential", "minus_sqrt"])
+Sharding        = Enum("Sharding", ["optim", "optim_grads", "optim_grads_params"])
+Fp8Recipe       = Enum("Fp8Recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 DataKind        = Enum("DataKind", ["stdlib", "indexed", "mock"])
 Granularity     = Enum("Granularity", ["full", "selective"])
 RecomputeMethod = Enum("RecomputeMethod", ["uniform", "block"])
@@ -77,12 +81,18 @@ class ParallelConfig:
     expert_tensor_parallel_size: int = at_least(1)
     sequence_parallel: bool = MISSING
     num_distributed_optimizer_instances: int = at_least(1)
+    data_parallel_sharding_strategy: Sharding | None = MISSING  # Megatron-FSDP; null: its own data parallelism
+    num_layers_in_first_pipeline_stage: int | None = at_least(1)
+    num_layers_in_last_pipeline_stage: int | None = at_least(1)
+    account_for_embedding_in_pipeline_split: bool = MISSING  # the embedding takes the place of a layer
+    account_for_loss_in_pipeline_split: bool = MISSING  # and so does the output layer
+    pipeline_model_parallel_layout: str | None = MISSING  # Megatron's string, as in "Et*3|(tt|)*2tL"
 
 
 @dataclass
 class RouterConfig:
-    moe_router_load_balancing_type: Balancing = MISSING
-    moe_aux_loss_coeff: float = at_least(0)
+    moe_router_load_balancing_type: list[Balancing] = MISSING  # one or several
+    moe_aux_loss_coeff: list[float] = at_least(0)  # one for each type
     moe_z_loss_coeff: float | None = at_least(0)
     moe_input_jitter_eps: float | None = at_least(0)
     moe_router_score_function: ScoreFunction = MISSING
@@ -91,6 +101,9 @@ class RouterConfig:
     moe_router_bias_update_rate: float = at_least(0)
     moe_router_force_load_balancing: bool = MISSING
     moe_router_dtype: RouterDtype | None = MISSING
+    moe_router_num_groups: int | None = at_least(1)  # groups of experts; a token goes to a few of them
+    moe_router_group_topk: int | None = at_least(1)
+    moe_router_topk_scaling_factor: float | None = at_least(0)
 
 
 @dataclass
@@ -99,6 +112,8 @@ class DispatcherConfig:
     moe_expert_capacity_factor: float | None = at_least(0)  # null: dropless
     moe_pad_expert_input_to_capacity: bool = MISSING
     moe_token_drop_policy: DropPolicy = MISSING
+    moe_flex_dispatcher_backend: FlexBackend = MISSING  # only flex reads it
+    moe_shared_expert_overlap: bool = MISSING  # the shared expert computes while tokens travel
 
 
 @dataclass
@@ -115,9 +130,15 @@ class OptimizerConfig:
     overlap_grad_reduce: bool = MISSING
     overlap_param_gather: bool = MISSING
     grad_reduce_in_fp32: bool = MISSING
+    bucket_size: int | None = at_least(1)  # parameters in a gradient bucket; null: Megatron-Core chooses
+    optimizer_cpu_offload: bool = MISSING
+    optimizer_offload_fraction: float = at_least(0)
     lr_decay_style: DecayStyle = MISSING
-    lr_warmup_steps: int = at_least(0)
+    lr_warmup_steps: int | None = at_least(0)  # null: lr_warmup_fraction of lr_decay_steps
+    lr_warmup_fraction: float | None = at_least(0)
     lr_decay_steps: int | None = at_least(1)  # null: trainer.max_steps
+    lr_wsd_decay_style: WsdDecayStyle = MISSING  # only WSD reads it, and the next
+    lr_wsd_decay_steps: int | None = at_least(1)  # steps of its last phase
 
 
 @dataclass
@@ -140,14 +161,18 @@ class TrainerConfig:
     max_steps: int = at_least(1)
     micro_batch_size: int = at_least(1)  # sequences
     global_batch_size: int = at_least(1)  # sequences
+    rampup_batch_size: list[int] | None = MISSING  # Megatron's [first batch, increment, samples until the whole]
     val_check_interval: int = at_least(1)  # steps
     limit_val_batches: int = at_least(0)  # global batches a validation; 0 never validates
     log_every_n_steps: int = at_least(1)
     precision: Precision = MISSING
+    fp8_recipe: Fp8Recipe = MISSING  # only precision fp8 reads it
     recompute_granularity: Granularity | None = MISSING
     recompute_method: RecomputeMethod | None = MISSING
     recompute_num_layers: int | None = at_least(1)
     recompute_modules: list[str] | None = MISSING
+    fine_grained_activation_offloading: bool = MISSING
+    offload_modules: list[str] | None = MISSING
     deterministic: bool = MISSING
     timeout_minutes: float = at_least(0)  # how long a rank waits for another before it gives up
     device_memory_gib: float | None = at_least(0)  # the state of a rank must fit here; null does not check
@@ -261,8 +286,10 @@ def _set(schema: DictConfig, key: str, value: Any) -> list[str]:
         return [unknown_key(key)]
     if value == MISSING:
         return []
+    if get_origin(kinds[key]) is list and value is not None and not isinstance(value, list):
+        value = [value]  # a required list may be typed as its only item
     try:
-        if _is_another_type(kinds[key], value):
+        if any(_is_another_type(kinds[key], part) for part in (value if isinstance(value, list) else [value])):
             raise ValidationError
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
@@ -276,6 +303,7 @@ def _is_another_type(kind: Any, value: Any) -> bool:
     It makes true 1 and 2.0 2 of a whole number, 2 true of a bool, and 2 the second name of a choice.
     """
     kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
+    kind = get_args(kind)[0] if get_origin(kind) is list else kind
     if kind is int:
         return isinstance(value, (bool, float))
     if kind is bool:
@@ -286,7 +314,8 @@ def _is_another_type(kind: Any, value: Any) -> bool:
 def _below_minimum(schema: DictConfig) -> Iterator[str]:
     for key, _, entry in _walk(Config):
         value = OmegaConf.select(schema, key)  # None: null, or missing
-        if "minimum" in entry.metadata and value is not None and not value >= entry.metadata["minimum"]:
+        values = value if isinstance(value, ListConfig) else [value]
+        if "minimum" in entry.metadata and any(v is not None and not v >= entry.metadata["minimum"] for v in values):
             yield f"{key} = {value} must be at least {entry.metadata['minimum']}"
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mixtrain.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision
+from mixtrain import pipeline
+from mixtrain.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision, Sharding
 
 GIB = 2**30
 
@@ -52,10 +53,10 @@ def active_parameters(model: ModelConfig) -> int:
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
     """(dense, expert) parameters on one rank of pipeline stage `stage`.
 
-    Layers divide evenly over stages; the first stage has the embedding, the last the final norm and the output layer.
+    The first stage has the embedding, the last the final norm and the output layer.
     """
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layer, layers = layer_parameters(model), model.num_layers // pp
+    layer, layers = layer_parameters(model), sum(pipeline.stages(parallel, model.num_layers)[stage])
     dense = layers * ((layer.attention + layer.shared_expert) // tp + layer.replicated)
     first, last = stage == 0, stage == pp - 1
     matrices = first + last if model.untie_embeddings_and_output_weights or pp > 1 else 1
@@ -65,14 +66,19 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     return dense, experts // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
 
 
-def bytes_per_parameter(precision: Precision, optimizer: OptimizerConfig, shard: int) -> float:
-    """Training state of one parameter in bytes: weight, gradient, and the optimizer's share over `shard` ranks.
+def bytes_per_parameter(
+    precision: Precision, optimizer: OptimizerConfig, shard: int, sharding: Sharding | None = None
+) -> float:
+    """Training state of one parameter in bytes: weight, gradient and optimizer, each whole or a part of `shard`.
 
     16-bit training keeps an fp32 master copy beside Adam's two moments (12 bytes); fp32 training needs no copy (8).
+    The distributed optimizer shards the optimizer's; Megatron-FSDP's `sharding` says whether gradients and weights too.
     """
-    moments = {"adam": 2, "sgd": 1}[optimizer.optimizer.name]
-    sharded = shard if optimizer.use_distributed_optimizer else 1
-    if precision is Precision.fp32:
-        return 4 + 4 + 4 * moments / sharded
-    gradient = 4 if optimizer.grad_reduce_in_fp32 else 2
-    return 2 + gradient + 4 * (1 + moments) / sharded
+    moments, fp32 = {"adam": 2, "sgd": 1}[optimizer.optimizer.name], precision is Precision.fp32
+    weight, gradient = (4, 4) if fp32 else (2, 4 if optimizer.grad_reduce_in_fp32 else 2)
+    state = 4 * (moments if fp32 else 1 + moments)
+    return (
+        weight / (shard if sharding is Sharding.optim_grads_params else 1)
+        + gradient / (shard if sharding in (Sharding.optim_grads, Sharding.optim_grads_params) else 1)
+        + state / (shard if sharding or optimizer.use_distributed_optimizer else 1)
+    )

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mixtrain import figure
 from mixtrain.plan import Plan
-from mixtrain.report import MOCK, render
+from mixtrain.report import banners, render, tags
 from mixtrain.status import write_status
 
 COLUMNS = {"step": 7, "lm_loss": 9, "val_loss": 9, "grad_norm": 9, "lr": 9, "balance": 8, "tokens/s": 9, "s/step": 8}
@@ -58,8 +58,8 @@ class Logs:
 
     def start(self) -> None:
         """Before the first step: the header, and the bar where there is a terminal."""
-        if self.plan.is_mock:
-            self.say(MOCK)
+        for banner in banners(self.plan):
+            self.say(banner)
         self.say(HEADER)
         if self.writes:
             self.progress.start()
@@ -93,7 +93,7 @@ class Logs:
             return
         self.progress.stop()
         config = self.plan.config
-        picture = figure.draw(self.directory, f"{config.name}{' (MOCK DATA)' if self.plan.is_mock else ''}", entropy)
+        picture = figure.draw(self.directory, " ".join([config.name, *tags(self.plan)]), entropy)
         state = "stopped" if stopped else "finished"
         self.status(state, "asked to stop by a signal" if stopped else "trainer.max_steps")
         if self.last_val_loss is not None and entropy is not None:
@@ -108,8 +108,8 @@ class Logs:
             write_status(self.directory, state=state, step=self.steps_done, max_steps=steps, reason=reason)
 
     def _write(self, facts: dict[str, Any]) -> None:
-        if self.plan.is_mock:
-            facts = {**facts, "data": "MOCK"}
+        if tags(self.plan):
+            facts = {**facts, "tags": tags(self.plan)}
         self.metrics.write(json.dumps(facts) + "\n")
         if self.tensorboard:
             for name, value in facts.items():

@@ -17,9 +17,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mixtrain.errors import Fault
 from mixtrain.logs import Logs
-from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
+from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss, expert_bias
 from mixtrain.optimizer import Training
-from mixtrain.plan import Plan
+from mixtrain.plan import Plan, batch_size_at
 from mixtrain.ranks import Ranks
 from mixtrain.stop import StopRequest
 
@@ -31,24 +31,26 @@ def train(
     trainer = plan.config.trainer
     load = ExpertLoad(plan, training.chunks, ranks.device)
     microbatches = [iter(data["train"]) for _ in training.chunks]
-    started = time.perf_counter()
+    consumed, started = 0, time.perf_counter()
     for step in range(1, trainer.max_steps + 1):
         load.clear()
+        batch = batch_size_at(trainer, consumed)
         learning_rate = training.optimizer.param_groups[0]["lr"]
-        lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step)
+        lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step, batch)
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        finished = step == trainer.max_steps
+        consumed, finished = consumed + batch, step == trainer.max_steps
         if step == 1 or step % trainer.log_every_n_steps == 0 or finished or stopping:
             logs.step(
                 step=step,
                 lm_loss=lm_loss,
-                load_balancing_loss=collect_balancing_loss(plan),
+                load_balancing_loss=collect_balancing_loss(plan, plan.microbatches_of(batch), ranks.device),
                 grad_norm=grad_norm,
                 learning_rate=learning_rate,
-                tokens_per_second=plan.tokens_per_step / seconds,
+                tokens_per_second=batch * plan.config.data.seq_length / seconds,
                 step_seconds=seconds,
-                consumed_samples=step * trainer.global_batch_size,
+                consumed_samples=consumed,
                 tokens_per_expert=load.collect(),
+                **expert_bias(plan, training.chunks, ranks.device),
             )
         if stopping:  # whoever asked is waiting: no validation
             break
@@ -59,14 +61,17 @@ def train(
 
 
 def train_step(
-    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], stop: StopRequest, step: int
+    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], stop: StopRequest, step: int, batch: int
 ) -> tuple[float, float, bool]:
-    """One optimizer step: (LM loss per token, gradient norm before clipping, whether any rank was asked to stop)."""
+    """One optimizer step on `batch` sequences.
+
+    Gives (LM loss per token, gradient norm before clipping, whether any rank was asked to stop).
+    """
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
         chunk.train()
     training.optimizer.zero_grad()
-    loss, tokens = run_microbatches(plan, ranks, training, microbatches, forward_only=False)
+    loss, tokens = run_microbatches(plan, ranks, training, microbatches, batch, forward_only=False)
     bad = not math.isfinite(loss)
     facts = torch.tensor(
         [0.0 if bad else loss, tokens, float(bad), float(stop.signal is not None)],
@@ -93,10 +98,10 @@ def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable) -> fl
         if hooked:
             chunk.disable_forward_pre_hook()
         chunk.eval()
-    microbatches = [iter(data) for _ in training.chunks]
+    microbatches, batch = [iter(data) for _ in training.chunks], plan.config.trainer.global_batch_size
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     for _ in range(plan.config.trainer.limit_val_batches):
-        loss, tokens = run_microbatches(plan, ranks, training, microbatches, forward_only=True)
+        loss, tokens = run_microbatches(plan, ranks, training, microbatches, batch, forward_only=True)
         sums += torch.tensor([loss, tokens], dtype=torch.float64, device=ranks.device)
     torch.distributed.all_reduce(sums)
     for chunk in training.chunks:
@@ -107,9 +112,9 @@ def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable) -> fl
 
 
 def run_microbatches(
-    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], forward_only: bool
+    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], batch: int, forward_only: bool
 ) -> tuple[float, float]:
-    """One global batch through Megatron-Core's schedule: this rank's (sum of token losses, tokens).
+    """`batch` sequences, over all ranks, through Megatron-Core's schedule: this rank's (sum of token losses, tokens).
 
     Both are 0 on ranks that do not hold the last pipeline stage. Ranks of one tensor-parallel group report the same
     sums, so a quotient of sums over all ranks is the mean over tokens.
@@ -119,7 +124,7 @@ def run_microbatches(
         forward_step_func=lambda iterator, model: forward_step(iterator, model, ranks.device),
         data_iterator=microbatches if several else microbatches[0],
         model=training.chunks if several else training.chunks[0],
-        num_microbatches=plan.num_microbatches,
+        num_microbatches=plan.microbatches_of(batch),
         seq_length=plan.config.data.seq_length,
         micro_batch_size=plan.config.trainer.micro_batch_size,
         forward_only=forward_only,

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from mixtrain.config import Accelerator, DataKind, TransformerImpl
+from mixtrain.config import Accelerator, DataKind, Dispatcher, TransformerImpl
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
 from mixtrain.plan import Plan
@@ -25,7 +25,7 @@ RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl")  # one of them: a ru
 
 def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> list[str]:
     """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
-    problems = [*packages(plan), *unknown_extra(plan), *gpus(plan), *data_files(plan)]
+    problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan), *gpus(plan), *data_files(plan)]
     if me is None:
         problems += [*run_directory(plan), *several_nodes(plan, overrides)]
     else:
@@ -40,6 +40,15 @@ def packages(plan: Plan) -> Problems:
         yield (
             "model.transformer_impl = transformer_engine (which fp8 needs too), but the package transformer-engine"
             " is not installed; pip install mixtrain[gpu], or model.transformer_impl=local"
+        )
+
+
+def flex_packages(plan: Plan) -> Problems:
+    flex = plan.config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex
+    if flex and not installed("deep_ep"):
+        yield (
+            "dispatcher.moe_token_dispatcher_type = flex, but the package deep_ep (DeepEP and HybridEP) is not"
+            " installed; install it, or dispatcher=alltoall"
         )
 
 

@@ -52,6 +52,13 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         if name in known and name != "transformer_impl"
     }
     dtype = torch.float32 if config.trainer.precision is Precision.fp32 else torch.bfloat16
+    for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+        if len(values[name]) == 1:
+            values[name] = values[name][0]  # sinkhorn and none are only known as a single value
+    if config.trainer.precision is Precision.fp8:
+        values |= {"fp8": "hybrid"}
+    else:
+        del values["fp8_recipe"]
     values |= ARCHITECTURE | {
         "bf16": dtype is torch.bfloat16,
         "params_dtype": dtype,
@@ -87,10 +94,20 @@ def build_chunk(plan: Plan, config: TransformerConfig, device: torch.device, vp_
     return model
 
 
+class SeededGPTModel(GPTModel):
+    """GPTModel whose tied embeddings start equal because init.py draws them so, under one name.
+
+    Upstream copies them from the first to the last pipeline stage while building, which a meta tensor has nothing for.
+    """
+
+    def _is_in_embd_group(self) -> bool:
+        return False
+
+
 def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     """Megatron-Core's GPTModel for this rank's pipeline stage (and chunk), on the current default device."""
     model, virtual = plan.config.model, {"ignore_virtual": False, "vp_stage": vp_stage}
-    return GPTModel(
+    return SeededGPTModel(
         config=config,
         transformer_layer_spec=block_spec(plan, config, vp_stage),
         vocab_size=model.vocab_size,

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
 from mixtrain.plan import Plan
 
-BALANCING_LOSSES = ("load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss")  # upstream's names
+# upstream's name of each auxiliary loss where it is logged
+BALANCING_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
 
 
 class ExpertLoad:
@@ -42,12 +48,43 @@ class ExpertLoad:
         return [[round(count) for count in layer] for layer in total.tolist()]
 
 
-def collect_balancing_loss(plan: Plan) -> float | None:
-    """The step's auxiliary loss without its coefficient, averaged over layers and microbatches; None without one.
+def expert_bias(plan: Plan, models: list[torch.nn.Module], device: torch.device) -> dict[str, list[list[float]]]:
+    """{"expert_bias": [num_layers][num_moe_experts]}, the routers' biases; {} without them. Every rank must call.
+
+    Each is the same on all ranks of its pipeline stage; a rank adds those of its own layers, over the pipeline group.
+    """
+    if not plan.config.router.moe_router_enable_expert_bias:
+        return {}
+    biases = torch.zeros(plan.config.model.num_layers, plan.config.model.num_moe_experts, device=device)
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, TopKRouter):
+                biases[module.layer_number - 1] = module.expert_bias
+    torch.distributed.all_reduce(biases, group=parallel_state.get_pipeline_model_parallel_group())
+    return {"expert_bias": biases.tolist()}
+
+
+def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) -> float | None:
+    """The step's auxiliary loss without its coefficient, averaged over types, layers and microbatches; None without.
 
     1 where every expert has the same load. Every rank must call: Megatron-Core reduces its per-layer sums here.
     """
-    moe_utils.reduce_aux_losses_tracker_across_ranks()
+    names = [BALANCING_LOSSES[kind] for kind in balancing_types(plan)]
+    if not names:
+        return None
     tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-    sums = [tracker[name]["values"].sum() for name in BALANCING_LOSSES if name in tracker]
-    return float(sum(sums)) / (plan.config.model.num_layers * plan.num_microbatches) if sums else None
+    for name in names:
+        if name not in tracker:  # a pipeline stage without layers: it must still take part in the reduction
+            zero = torch.zeros((), device=device)
+            moe_utils.save_to_aux_losses_tracker(name, zero, layer_number=1, num_layers=plan.config.model.num_layers)
+    moe_utils.reduce_aux_losses_tracker_across_ranks(names)
+    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+    total = sum(float(tracker[name]["values"].sum()) for name in names)
+    return total / (len(names) * plan.config.model.num_layers * microbatches)
+
+
+def balancing_types(plan: Plan) -> list[str]:
+    """The auxiliary losses that the router has, those with coefficient 0 left out as upstream does."""
+    router = plan.config.router
+    pairs = zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=True)
+    return [kind.name for kind, coefficient in pairs if coefficient and kind.name in BALANCING_LOSSES]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -25,11 +26,9 @@ class Training:
 def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
     """Wrap the model chunks for data parallelism and give them their optimizer and schedule."""
     config = models[0].config
-    ddp = DistributedDataParallelConfig(
-        **same_names(plan, DistributedDataParallelConfig),
-        check_for_nan_in_grad=False,  # the loop checks the loss and the norm, and tells which rank
-    )
-    chunks = [DistributedDataParallel(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)]
+    ddp = ddp_config(plan)
+    wrapper = FullyShardedDataParallel if ddp.use_megatron_fsdp else DistributedDataParallel
+    chunks = [wrapper(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             **same_names(plan, OptimizerConfig),
@@ -46,6 +45,18 @@ def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
     return Training(chunks, optimizer, build_scheduler(plan, optimizer))
 
 
+def ddp_config(plan: Plan) -> DistributedDataParallelConfig:
+    """How gradients are reduced, and what is sharded over data-parallel ranks."""
+    sharding = plan.config.parallel.data_parallel_sharding_strategy
+    hybrid = sharding and plan.config.parallel.num_distributed_optimizer_instances > 1
+    return DistributedDataParallelConfig(
+        **same_names(plan, DistributedDataParallelConfig),
+        use_megatron_fsdp=sharding is not None,
+        outer_dp_sharding_strategy="optim" if hybrid else "no_shard",
+        check_for_nan_in_grad=False,  # the loop checks the loss and the norm, and tells which rank
+    )
+
+
 def build_scheduler(plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Megatron-Core's schedule, counted in steps."""
     settings = plan.config.optimizer
@@ -57,6 +68,8 @@ def build_scheduler(plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamS
         lr_warmup_steps=settings.lr_warmup_steps,
         lr_decay_steps=settings.lr_decay_steps,
         lr_decay_style=settings.lr_decay_style.name,
+        wsd_decay_steps=settings.lr_wsd_decay_steps,
+        lr_wsd_decay_style=settings.lr_wsd_decay_style.name,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=settings.lr_decay_steps,
@@ -68,4 +81,4 @@ def same_names(plan: Plan, kind: type) -> dict[str, object]:
     """The values of the optimizer and parallel sections that `kind`, a dataclass of Megatron-Core, has fields for."""
     known = {field.name for field in fields(kind)}
     sections = {**vars(plan.config.optimizer), **vars(plan.config.parallel)}
-    return {name: plain(value) for name, value in sections.items() if name in known}
+    return {name: plain(value) for name, value in sections.items() if name in known and value is not None}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from mixtrain import costs
-from mixtrain.config import Config, DataKind
+from mixtrain import costs, facts, pipeline
+from mixtrain.config import Config, DataKind, OptimizerConfig, TrainerConfig
 from mixtrain.errors import UserError
 
 
@@ -27,11 +27,12 @@ class Plan:
     num_microbatches: int  # a step and rank
     tokens_per_step: int
     num_local_experts: int
-    layers_per_stage: int
+    layers: pipeline.Stages  # [stage][chunk]
     total_parameters: int
     active_parameters: int
     rank_parameters: tuple[tuple[int, int], ...]  # (dense, expert) on one rank of each pipeline stage
     stage_state_bytes: tuple[int, ...]  # weights, gradients and optimizer state, on one rank of each pipeline stage
+    warnings: tuple[str, ...]  # where the run is not the published model it names
 
     @property
     def state_bytes(self) -> int:
@@ -44,11 +45,20 @@ class Plan:
         trainer = self.config.trainer
         held_out = trainer.limit_val_batches * trainer.global_batch_size
         test = held_out if float(self.config.data.split.split(",")[2]) else 0
-        return trainer.max_steps * trainer.global_batch_size, held_out, test
+        return samples_before(trainer, trainer.max_steps), held_out, test
+
+    def microbatches_of(self, batch: int) -> int:
+        """Microbatches of a rank in a step of `batch` sequences."""
+        return batch // (self.config.trainer.micro_batch_size * self.data_parallel_size)
 
     @property
     def heaviest_stage(self) -> int:
         return self.stage_state_bytes.index(self.state_bytes)
+
+    @property
+    def is_forced(self) -> bool:
+        """The router ignores its own choice: for benchmarks, the model learns nothing of use."""
+        return self.config.router.moe_router_force_load_balancing
 
     @property
     def is_mock(self) -> bool:
@@ -58,21 +68,53 @@ class Plan:
 def resolve(config: Config, world_size: int | None = None) -> Config:
     """The Config with the sizes that null leaves open filled in.
 
-    trainer.devices becomes what the layout needs (or what the launcher started, `world_size`), model.num_layers two
-    layers a pipeline stage and chunk (so that a stage has an inner boundary), optimizer.lr_decay_steps the run.
+    trainer.devices becomes what the layout needs (or what the launcher started, `world_size`), model.num_layers as few
+    as the pipeline needs (two where there is none, so that there is an inner boundary), the schedule's steps the run's.
     """
-    parallel, model, trainer, optimizer = config.parallel, config.model, config.trainer, config.optimizer
+    parallel, model, trainer = config.parallel, config.model, config.trainer
+    if (chunks := pipeline.chunks_of_layout(parallel)) and not parallel.virtual_pipeline_model_parallel_size:
+        parallel = replace(parallel, virtual_pipeline_model_parallel_size=chunks)
     if model.num_layers is None:
-        chunks = parallel.virtual_pipeline_model_parallel_size or 1
-        per_chunk = 2 if parallel.pipeline_model_parallel_size * chunks == 1 else 1
-        layers = per_chunk * parallel.pipeline_model_parallel_size * chunks
-        model = replace(model, num_layers=layers)
+        model = replace(model, num_layers=pipeline.fewest_layers(parallel))
     if trainer.devices is None:
         ranks = world_size or ranks_needed(config)
         trainer = replace(trainer, devices=math.ceil(ranks / trainer.num_nodes))
-    if optimizer.lr_decay_steps is None:
-        optimizer = replace(optimizer, lr_decay_steps=max(trainer.max_steps, optimizer.lr_warmup_steps + 1))
-    return replace(config, model=model, trainer=trainer, optimizer=optimizer)
+    return replace(config, parallel=parallel, model=model, trainer=trainer, optimizer=_schedule(config))
+
+
+def _schedule(config: Config) -> OptimizerConfig:
+    """The schedule in steps: decay over the run, warm-up as a fraction of the decay, where null leaves them open."""
+    optimizer, warmup = config.optimizer, config.optimizer.lr_warmup_steps
+    decay = optimizer.lr_decay_steps or max(config.trainer.max_steps, (warmup or 0) + 1)
+    if warmup is None:
+        warmup = int((optimizer.lr_warmup_fraction or 0) * decay)
+    return replace(optimizer, lr_decay_steps=decay, lr_warmup_steps=warmup)
+
+
+def batch_size_at(trainer: TrainerConfig, consumed: int) -> int:
+    """Sequences of the step that starts after `consumed` ones: Megatron-Core's batch-size ramp-up, or the whole batch.
+
+    As its RampupBatchsizeNumMicroBatchesCalculator: increments at even distances until the ramp's samples are consumed.
+    """
+    whole = trainer.global_batch_size
+    if not trainer.rampup_batch_size:
+        return whole
+    first, increment, samples = trainer.rampup_batch_size
+    increments = (whole - first) // increment if increment else 0
+    if consumed > samples or not increments or not samples:
+        return whole
+    return first + int(consumed / (samples / increments)) * increment
+
+
+def samples_before(trainer: TrainerConfig, steps: int) -> int:
+    """Sequences that `steps` steps consume."""
+    consumed = done = 0
+    while done < steps:
+        size = batch_size_at(trainer, consumed)
+        if size == trainer.global_batch_size:
+            return consumed + (steps - done) * size
+        consumed, done = consumed + size, done + 1
+    return consumed
 
 
 def ranks_needed(config: Config) -> int:
@@ -110,8 +152,9 @@ def derive(config: Config) -> Plan:
     expert_shard = max(1, edp // instances)
     stages = range(parallel.pipeline_model_parallel_size)
     rank_parameters = tuple(costs.stage_parameters(model, parallel, stage) for stage in stages)
-    dense_bytes = costs.bytes_per_parameter(trainer.precision, config.optimizer, dense_shard)
-    expert_bytes = costs.bytes_per_parameter(trainer.precision, config.optimizer, expert_shard)
+    sharding = parallel.data_parallel_sharding_strategy
+    dense_bytes = costs.bytes_per_parameter(trainer.precision, config.optimizer, dense_shard, sharding)
+    expert_bytes = costs.bytes_per_parameter(trainer.precision, config.optimizer, expert_shard, sharding)
     return Plan(
         config=config,
         world_size=world,
@@ -122,13 +165,14 @@ def derive(config: Config) -> Plan:
         num_microbatches=max(1, trainer.global_batch_size // (trainer.micro_batch_size * dp)),
         tokens_per_step=trainer.global_batch_size * config.data.seq_length,
         num_local_experts=max(1, model.num_moe_experts // parallel.expert_model_parallel_size),
-        layers_per_stage=max(1, model.num_layers // parallel.pipeline_model_parallel_size),
+        layers=pipeline.stages(parallel, model.num_layers),
         total_parameters=costs.total_parameters(model),
         active_parameters=costs.active_parameters(model),
         rank_parameters=rank_parameters,
         stage_state_bytes=tuple(
             round(dense * dense_bytes + expert * expert_bytes) for dense, expert in rank_parameters
         ),
+        warnings=tuple(facts.lint(config)),
     )
 
 

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
+
 from mixtrain.costs import GIB
 from mixtrain.plan import Plan
 
+WIDTH = 100  # columns
 DEVICES_GIB = {"80 GB": 80, "141 GB": 141}  # H100 and H200, the two that most plans are for
+FORCED = "FORCED BALANCE: experts are chosen at random, for measuring speed; the model learns nothing of use"
 MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losses mean nothing"
 
 
 def render(plan: Plan) -> str:
-    """The plan as lines of `what  value`, with MOCK on top where the data is mock."""
+    """The plan as lines of `what  value`, with MOCK on top where the data is mock, and then the warnings."""
     rows = [("run", f"{plan.config.name}, seed {plan.config.seed}, in {plan.config.run_dir}")]
     rows += _ranks(plan) + _batch(plan) + _model(plan) + _memory(plan)
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    return "\n".join(([MOCK] if plan.is_mock else []) + lines)
+    return "\n".join([*banners(plan), *_warnings(plan), *lines])
+
+
+def banners(plan: Plan) -> list[str]:
+    """What must not be overlooked in the numbers that follow: in the plan, the log and, by their tags, the metrics."""
+    return [text for tag, text in (("MOCK", MOCK), ("FORCED", FORCED)) if tag in tags(plan)]
+
+
+def _warnings(plan: Plan) -> list[str]:
+    """`warning: ...` for each, folded at WIDTH between words."""
+    fold = {"width": WIDTH, "subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return [line for text in plan.warnings for line in wrap(f"warning: {text}", **fold)]
+
+
+def tags(plan: Plan) -> list[str]:
+    return ["MOCK"] * plan.is_mock + ["FORCED"] * plan.is_forced
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
@@ -65,8 +84,13 @@ def _batch(plan: Plan) -> list[tuple[str, str]]:
             f"{trainer.global_batch_size} sequences of {data.seq_length} = {plan.tokens_per_step:,} tokens a step;"
             f" {plan.num_microbatches} microbatches of {trainer.micro_batch_size} a rank",
         ),
-        ("steps", f"{trainer.max_steps:,} = {trainer.max_steps * plan.tokens_per_step:,} tokens"),
+        ("steps", f"{trainer.max_steps:,} = {plan.samples[0] * data.seq_length:,} tokens{_rampup(plan)}"),
     ]
+
+
+def _rampup(plan: Plan) -> str:
+    ramp = plan.config.trainer.rampup_batch_size
+    return f"; batch from {ramp[0]} by {ramp[1]} over {ramp[2]:,} sequences" if ramp else ""
 
 
 def _model(plan: Plan) -> list[tuple[str, str]]:
@@ -82,7 +106,7 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
         (
             "",
             f"{model.transformer_impl.name}, {trainer.precision.name}, router"
-            f" {router.moe_router_load_balancing_type.name},"
+            f" {'+'.join(kind.name for kind in router.moe_router_load_balancing_type)},"
             f" {plan.config.dispatcher.moe_token_dispatcher_type.name}, recompute {recompute}",
         ),
         ("parameters", f"{plan.total_parameters:,} in all, {plan.active_parameters:,} active per token"),

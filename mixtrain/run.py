@@ -90,7 +90,8 @@ def build_data(plan: Plan, here, logs: Logs) -> tuple[dict[str, object], float |
     named = {name: part for name, part in zip(("train", "validation", "test"), parts, strict=True) if part is not None}
     batches = partial(
         Batches,
-        global_batch_size=config.trainer.global_batch_size,
+        # with a ramp-up steps differ in size, microbatches do not: the stream of microbatches is the same
+        global_batch_size=config.trainer.micro_batch_size * plan.data_parallel_size,
         micro_batch_size=config.trainer.micro_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),

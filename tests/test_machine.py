@@ -53,6 +53,10 @@ def test_a_gpu_that_is_hidden_is_not_there(monkeypatch, hidden):
     assert gpu_count() == 0
 
 
+def test_a_package_is_found_without_importing_it():
+    assert installed("pytest") and not installed("no_such_package")
+
+
 @pytest.mark.skipif(installed("transformer_engine"), reason="the package is installed here")
 def test_transformer_engine_that_is_not_installed_is_named_with_the_way_to_get_it():
     (problem,) = refused("model.transformer_impl=transformer_engine")
@@ -70,6 +74,8 @@ def test_a_run_directory_that_holds_a_run_is_refused_with_the_next_free_name(tmp
     assert problem.startswith(f"run_dir = {taken} holds a run already")
     assert problem.endswith(f"run_dir={taken}-3")
     assert refused(f"run_dir={taken}-3") == []
+    (tmp_path / "taken-2").rmdir()
+    assert refused(f"run_dir={taken}")[0].endswith(f"run_dir={taken}-2")
 
 
 def test_the_current_directory_can_be_the_run_directory_once(tmp_path):
@@ -195,6 +201,12 @@ def test_torchrun_tells_a_process_its_rank(monkeypatch):
         monkeypatch.setenv(name, str(value))
     assert identity() == Identity(11, 16, 3, 8, "env://")
     assert not identity().is_ours
+
+
+@pytest.mark.parametrize("name, rendezvous", [("RANK", "env://"), ("SLURM_PROCID", "tcp://127.0.0.1:20000")])
+def test_a_rank_that_is_told_nothing_else_is_alone(monkeypatch, name, rendezvous):
+    monkeypatch.setenv(name, "0")
+    assert identity() == Identity(0, 1, 0, 1, rendezvous)
 
 
 def test_the_projects_own_launcher_is_known_by_its_rendezvous(monkeypatch):

@@ -73,13 +73,14 @@ def three_steps(plan: Plan, me: Identity) -> dict:
         load = ExpertLoad(plan, training.chunks, here.device)
         streams = [iter(random_batches(plan)) for _ in training.chunks]
         losses, norms, loads, balances = [], [], [], []
+        batch = plan.config.trainer.global_batch_size
         for step in range(1, 4):
             load.clear()
-            loss, norm, _ = loop.train_step(plan, here, training, streams, StopRequest(), step)
+            loss, norm, _ = loop.train_step(plan, here, training, streams, StopRequest(), step, batch)
             losses.append(loss)
             norms.append(norm)
             loads.append(load.collect())
-            balances.append(collect_balancing_loss(plan))
+            balances.append(collect_balancing_loss(plan, plan.num_microbatches, here.device))
         held_out = loop.evaluate(plan, here, training, random_batches(plan, steps=8))
     return {"losses": losses, "norms": norms, "loads": loads, "balances": balances, "held_out": held_out}
 
@@ -121,15 +122,97 @@ def one_rank(tmp_path_factory) -> dict:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_layout_computes_what_one_rank_computes(name, one_rank, tmp_path):
     here = measure(LAYOUTS[name], tmp_path)
-    assert here["losses"][0] == pytest.approx(one_rank["losses"][0], rel=1e-5)
-    assert here["norms"][0] == pytest.approx(one_rank["norms"][0], rel=1e-5)
-    assert here["losses"][2] == pytest.approx(one_rank["losses"][2], rel=1e-4)
+    assert_same(here, one_rank)
     assert here["held_out"] == pytest.approx(one_rank["held_out"], rel=1e-4)
-    assert here["loads"][0] == one_rank["loads"][0]
-    assert here["balances"][0] == pytest.approx(one_rank["balances"][0], rel=1e-5)
 
 
 def test_the_loss_falls_and_every_token_is_sent_to_two_experts(one_rank):
     assert one_rank["losses"][2] < one_rank["losses"][0] - 0.01
     assert all(sum(layer) == 2 * 8 * 32 for layer in one_rank["loads"][0])
     assert one_rank["balances"][0] == pytest.approx(1.0, abs=0.2)
+
+
+SHARED = "model.moe_shared_expert_intermediate_size=64"
+GROUPED = ["router.moe_router_num_groups=4", "router.moe_router_group_topk=2"]
+# Switches that leave the mathematics alone at every layout: each is held against one rank with the same switch.
+SWITCHES = {
+    "seq_aux_loss": ["router=seq_aux_loss"],
+    "aux_loss and seq_aux_loss": [
+        "router.moe_router_load_balancing_type=[aux_loss,seq_aux_loss]",
+        "router.moe_aux_loss_coeff=[0.01,0.001]",
+    ],
+    "sinkhorn": ["router=sinkhorn"],
+    "none": ["router=none"],
+    "z-loss": ["router.moe_z_loss_coeff=0.001"],
+    "expert_bias": ["router=expert_bias", "router.moe_router_bias_update_rate=0.1"],
+    "sigmoid": ["router.moe_router_score_function=sigmoid", "router.moe_router_topk_scaling_factor=2.5"],
+    "pre-softmax": ["router.moe_router_pre_softmax=true"],
+    "router in fp64": ["router.moe_router_dtype=fp64"],
+    "group-limited": GROUPED,
+    "capacity": ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.75"],
+    "capacity, padded": ["dispatcher=drop_and_pad", "dispatcher.moe_expert_capacity_factor=0.75"],
+    "capacity by position": [
+        "dispatcher=drop",
+        "dispatcher.moe_expert_capacity_factor=0.75",
+        "dispatcher.moe_token_drop_policy=position",
+    ],
+    "shared expert": [SHARED],
+    "shared expert, overlapped": [SHARED, "dispatcher.moe_shared_expert_overlap=true"],
+    "qk norm": ["model.qk_layernorm=true"],
+    "tied embeddings": ["model.untie_embeddings_and_output_weights=false"],
+    "sgd": ["optimizer=sgd", "optimizer.lr_warmup_steps=0"],
+}
+ACROSS = {"EP2": [EP + "2"], "EP2xPP2": [EP + "2", PP + "2"]}
+SPLITS = {
+    "first stage of 1": ["parallel.num_layers_in_first_pipeline_stage=1"],
+    "last stage of 1": ["parallel.num_layers_in_last_pipeline_stage=1"],
+    "first stage of 3, last of 1": [
+        "parallel.num_layers_in_first_pipeline_stage=3",
+        "parallel.num_layers_in_last_pipeline_stage=1",
+    ],
+    "layout": ["parallel.pipeline_model_parallel_layout='Ettt|tL'"],
+    "layout with chunks": ["parallel.pipeline_model_parallel_layout='Et|t|t|tL'"],
+    "layout with a stage of the loss alone": ["parallel.pipeline_model_parallel_layout='Et*4|L'"],
+    "buckets": ["optimizer=adam_overlap", "optimizer.bucket_size=10000", *TINY[-4:-1]],
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The figures of one rank with given switches, measured once each."""
+    known = {}
+
+    def figures(switches: list[str]) -> dict:
+        key = tuple(switches)
+        if key not in known:
+            known[key] = measure([EP + "1", *switches], tmp_path_factory.mktemp("alone"))
+        return known[key]
+
+    return figures
+
+
+def assert_same(here: dict, there: dict) -> None:
+    assert here["losses"][0] == pytest.approx(there["losses"][0], rel=1e-5)
+    assert here["norms"][0] == pytest.approx(there["norms"][0], rel=1e-5)
+    assert here["losses"][2] == pytest.approx(there["losses"][2], rel=1e-4)
+    assert here["loads"][0] == there["loads"][0]
+    if there["balances"][0] is None:
+        assert here["balances"][0] is None
+    else:
+        assert here["balances"][0] == pytest.approx(there["balances"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ACROSS)
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_computes_the_same_at_another_layout(switch, layout, alone, tmp_path):
+    assert_same(measure([*ACROSS[layout], *SWITCHES[switch]], tmp_path), alone(SWITCHES[switch]))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_an_uneven_pipeline_computes_what_one_rank_computes(split, alone, tmp_path):
+    assert_same(measure([EP + "1", PP + "2", *SPLITS[split]], tmp_path), alone([]))
+
+
+def test_hybrid_optimizer_sharding_computes_what_one_rank_computes(alone, tmp_path):
+    words = [EP + "2", "trainer.devices=4", "parallel.num_distributed_optimizer_instances=2"]
+    assert_same(measure(words, tmp_path), alone([]))

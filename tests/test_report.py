@@ -58,6 +58,8 @@ def test_the_recipes_page_shows_its_figures():
 
 def test_a_small_state_is_shown_in_mib_and_no_device_is_compared_that_was_not_given():
     page = render(plan_of())
+    assert line(page, "ranks") == "2 on 1 node of 2 (cpu)"
+    assert line(page, "steps") == "300 = 614,400 tokens"
     assert line(page, "state on a rank").startswith("94.6 MiB")
     assert "device_memory_gib" not in page
 
@@ -80,6 +82,13 @@ def test_of_many_groups_four_are_shown_and_the_others_counted():
     groups = experts_on_ranks(render(plan_of(RECIPE, "trainer.num_nodes=16")))
     assert len(groups) == 4
     assert groups[3] == "ranks 24-31: a copy of these; 12 more groups of 8"
+    groups = experts_on_ranks(render(plan_of(RECIPE, "trainer.num_nodes=4")))
+    assert groups[3] == "ranks 24-31: a copy of these"
+
+
+def test_experts_cut_by_tensor_parallelism_fill_more_ranks():
+    groups = experts_on_ranks(render(derived(RECIPE, "parallel.expert_tensor_parallel_size=2")))
+    assert groups == ["ranks 0-15: 1 expert of 8 on each, in every layer"]
 
 
 def test_a_pipeline_names_the_stage_that_is_fullest():

@@ -60,7 +60,7 @@ def test_a_finished_run_says_so(finished):
 def test_a_logged_step_has_every_metric(finished):
     steps = [record for record in records(finished) if "lm_loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
-    assert all(set(record) == KEYS | {"data"} for record in steps)
+    assert all(set(record) == KEYS | {"tags"} for record in steps)
     assert [record["consumed_samples"] for record in steps] == [8, 16, 24, 32]
     assert all(math.isfinite(record["lm_loss"]) and record["step_seconds"] > 0 for record in steps)
     assert steps[0]["tokens_per_second"] == pytest.approx(8 * 32 / steps[0]["step_seconds"])
@@ -75,7 +75,7 @@ def test_validation_comes_at_its_interval_and_a_test_loss_at_the_end(finished):
 
 def test_mock_data_is_said_in_plan_metrics_and_log(finished):
     assert (finished / "plan.txt").read_text().startswith("MOCK DATA")
-    assert all(record["data"] == "MOCK" for record in records(finished))
+    assert all(record["tags"] == ["MOCK"] for record in records(finished))
     assert "MOCK DATA" in (finished.parent / "ranks" / "rank_0.log").read_text()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mixtrain import pipeline
 from mixtrain.config import Accelerator, TransformerImpl
 from mixtrain.costs import GIB
 from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
@@ -49,11 +50,7 @@ def vocabulary_over_tensor_ranks(plan: Plan) -> Problems:
 
 
 def layers_over_stages(plan: Plan) -> Problems:
-    parallel, layers = plan.config.parallel, plan.config.model.num_layers
-    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    if layers % (pp * vpp):
-        near = near_multiples(layers, pp * vpp)
-        yield f"model.num_layers = {layers} must be a multiple of PP*VPP = {pp}*{vpp}; use {near}"
+    yield from pipeline.problems(plan.config.parallel, plan.config.model.num_layers)
 
 
 def sequence_over_ranks(plan: Plan) -> Problems:

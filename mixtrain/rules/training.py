@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 
-from mixtrain.config import Accelerator, DataKind, Granularity, Precision, TransformerImpl
+from mixtrain.config import (
+    Accelerator,
+    DataKind,
+    DecayStyle,
+    Granularity,
+    OptimizerName,
+    Precision,
+    Sharding,
+    TransformerImpl,
+)
 from mixtrain.plan import Plan
-from mixtrain.rules.nearest import Problems, must_divide
+from mixtrain.rules.nearest import Problems, must_divide, near_divisors, near_multiples
 
+OFFLOAD_MODULES = ("attn_norm", "attn_proj", "core_attn", "expert_fc1", "mlp_norm", "moe_act", "qkv_linear")
 SELECTIVE_MODULES = ("core_attn", "layernorm", "moe", "moe_act", "shared_experts")
 
 
@@ -29,6 +39,15 @@ def overlap_needs_its_parts(plan: Plan) -> Problems:
         for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
             if not getattr(optimizer, key):
                 yield f"optimizer.overlap_param_gather = true needs optimizer.{key} = true; it is false"
+
+
+def distributed_optimizer_is_adam(plan: Plan) -> Problems:
+    optimizer = plan.config.optimizer
+    if optimizer.use_distributed_optimizer and optimizer.optimizer is not OptimizerName.adam:
+        yield (
+            f"optimizer.optimizer = {optimizer.optimizer.name} needs optimizer.use_distributed_optimizer = false:"
+            " Megatron-Core's is for adam"
+        )
 
 
 def full_recompute_is_complete(plan: Plan) -> Problems:
@@ -68,6 +87,84 @@ def fp8_needs_transformer_engine(plan: Plan) -> Problems:
         yield "trainer.precision = fp8 needs trainer.accelerator = gpu, not cpu"
 
 
+def offload_needs_transformer_engine(plan: Plan) -> Problems:
+    trainer, optimizer, model = plan.config.trainer, plan.config.optimizer, plan.config.model
+    modules = trainer.offload_modules
+    if trainer.fine_grained_activation_offloading != bool(modules):
+        yield (
+            f"trainer.offload_modules = {modules or 'null'} goes with trainer.fine_grained_activation_offloading ="
+            f" true, and it with a list of {', '.join(OFFLOAD_MODULES)}"
+        )
+    for name in modules or []:
+        if name not in OFFLOAD_MODULES:
+            yield f"trainer.offload_modules has {name}; the modules are {', '.join(OFFLOAD_MODULES)}"
+    if "attn_proj" in (modules or []) and "core_attn" not in modules:
+        yield "trainer.offload_modules has attn_proj, whose input core_attn makes; give both"
+    if modules and model.transformer_impl is not TransformerImpl.transformer_engine:
+        yield (
+            "trainer.fine_grained_activation_offloading = true needs model.transformer_impl = transformer_engine,"
+            f" not {model.transformer_impl.name}"
+        )
+    if modules and trainer.recompute_granularity is Granularity.full:
+        yield "trainer.fine_grained_activation_offloading = true has nothing to offload under full recompute; use null"
+    if (modules or optimizer.optimizer_cpu_offload) and trainer.accelerator is Accelerator.cpu:
+        key = "trainer.fine_grained_activation_offloading" if modules else "optimizer.optimizer_cpu_offload"
+        yield f"{key} = true moves memory off a GPU, but trainer.accelerator = cpu; use false"
+
+
+def optimizer_offload_is_whole(plan: Plan) -> Problems:
+    optimizer = plan.config.optimizer
+    fraction = optimizer.optimizer_offload_fraction
+    if fraction > 1:
+        yield f"optimizer.optimizer_offload_fraction = {fraction} must be at most 1"
+    if optimizer.optimizer_cpu_offload != (fraction > 0):
+        yield (
+            f"optimizer.optimizer_cpu_offload = {str(optimizer.optimizer_cpu_offload).lower()} and"
+            f" optimizer.optimizer_offload_fraction = {fraction} contradict; use both or neither"
+        )
+    if optimizer.optimizer_cpu_offload and not optimizer.use_distributed_optimizer:
+        yield "optimizer.optimizer_cpu_offload = true needs optimizer.use_distributed_optimizer = true; it is false"
+
+
+def fsdp_has_what_it_needs(plan: Plan) -> Problems:
+    key, parallel = "parallel.data_parallel_sharding_strategy", plan.config.parallel
+    if not (strategy := parallel.data_parallel_sharding_strategy):
+        return
+    if plan.config.trainer.accelerator is Accelerator.cpu:
+        yield f"{key} = {strategy.name}: Megatron-FSDP does not run on the CPU (trainer.accelerator = cpu); use null"
+    if not plan.config.optimizer.use_distributed_optimizer:
+        yield f"{key} = {strategy.name} needs optimizer.use_distributed_optimizer = true; it is false"
+    if parallel.pipeline_model_parallel_size > 1:
+        size = parallel.pipeline_model_parallel_size
+        yield f"{key} = {strategy.name} is for parallel.pipeline_model_parallel_size = 1, not {size}"
+    if parallel.num_distributed_optimizer_instances > 1 and strategy is not Sharding.optim_grads_params:
+        yield f"{key} = {strategy.name}: hybrid sharding needs optim_grads_params; or one optimizer instance"
+
+
+def rampup_reaches_the_batch(plan: Plan) -> Problems:
+    trainer, key = plan.config.trainer, "trainer.rampup_batch_size"
+    if trainer.rampup_batch_size is None:
+        return
+    if len(trainer.rampup_batch_size) != 3 or min(trainer.rampup_batch_size) < 1:
+        yield f"{key} = {list(trainer.rampup_batch_size)} must be [first batch, increment, samples], all 1 or more"
+        return
+    first, increment, _ = trainer.rampup_batch_size
+    whole, unit = trainer.global_batch_size, trainer.micro_batch_size * plan.data_parallel_size
+    if first >= whole:
+        yield f"{key}: its first batch {first} must be below trainer.global_batch_size = {whole}"
+    elif (whole - first) % increment:
+        yield (
+            f"{key}: its increment {increment} must divide trainer.global_batch_size - {first} = {whole - first};"
+            f" use {near_divisors(increment, whole - first)}"
+        )
+    for name, size in (("first batch", first), ("increment", increment)):
+        if size % unit:
+            yield (
+                f"{key}: its {name} {size} must be a multiple of trainer.micro_batch_size * data parallel size ="
+                f" {unit}; use {near_multiples(size, unit)}"
+            )
+
+
 def data_has_its_source(plan: Plan) -> Problems:
     data = plan.config.data
     if data.kind is DataKind.indexed and not data.data_path:
@@ -90,6 +187,23 @@ def split_has_three_parts(plan: Plan) -> Problems:
         yield f'data.split = "{split}" leaves nothing to validate on; use trainer.limit_val_batches=0 or a second part'
 
 
+def schedule_is_complete(plan: Plan) -> Problems:
+    optimizer = plan.config.optimizer
+    fraction, wsd = optimizer.lr_warmup_fraction, optimizer.lr_decay_style is DecayStyle.WSD
+    if fraction is not None and not 0 <= fraction < 1:
+        yield f"optimizer.lr_warmup_fraction = {fraction} must be from 0 to below 1"
+    if wsd and optimizer.lr_wsd_decay_steps is None:
+        yield "optimizer.lr_decay_style = WSD needs optimizer.lr_wsd_decay_steps, how long it decays; it is null"
+    if not wsd and optimizer.lr_wsd_decay_steps is not None:
+        yield f"optimizer.lr_wsd_decay_steps = {optimizer.lr_wsd_decay_steps}, but only WSD reads it; use null"
+    stable = optimizer.lr_decay_steps - optimizer.lr_warmup_steps
+    if wsd and (optimizer.lr_wsd_decay_steps or 0) > stable:
+        yield (
+            f"optimizer.lr_wsd_decay_steps = {optimizer.lr_wsd_decay_steps} must be at most the"
+            f" optimizer.lr_decay_steps after warm-up = {stable}"
+        )
+
+
 def warmup_ends_before_decay(plan: Plan) -> Problems:
     optimizer = plan.config.optimizer
     if optimizer.lr_warmup_steps >= optimizer.lr_decay_steps:
@@ -105,10 +219,16 @@ RULES = [
     groups_of_heads,
     sequence_within_positions,
     overlap_needs_its_parts,
+    distributed_optimizer_is_adam,
     full_recompute_is_complete,
     selective_recompute_names_modules,
     fp8_needs_transformer_engine,
     data_has_its_source,
     split_has_three_parts,
+    offload_needs_transformer_engine,
+    optimizer_offload_is_whole,
+    fsdp_has_what_it_needs,
+    rampup_reaches_the_batch,
+    schedule_is_complete,
     warmup_ends_before_decay,
 ]

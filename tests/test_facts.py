@@ -1,0 +1,223 @@
+"""A recipe is the model it names: a difference is a warning that names its key, and so is each published mistake."""
+
+from __future__ import annotations
+
+import pytest
+from composing import RECIPES, config_of, derived, problems_of
+from omegaconf import OmegaConf
+
+from mixtrain.compose import options
+from mixtrain.facts import FOLDER, KEYS, lint, published, read
+from mixtrain.report import WIDTH, render
+
+MIXTRAL = "+recipe=mixtral_8x7b_ep8"
+NVIDIA = "+recipe=mixtral_8x7b_tp1_pp4_ep8"
+FILES = sorted(FOLDER.glob("*.yaml"))
+SLICE = "mixtral_8x7b_4layers_1gpu"  # not a published model: it names none
+WHOLE = [name for name in RECIPES if name != SLICE]
+
+# What the models' pages round to 46.7 B, 141 B and 30.5 B
+PARAMETERS = {
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+    "mistral-community/Mixtral-8x22B-v0.1": 140_620_634_112,
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+}
+
+
+def warnings(*overrides: str) -> list[str]:
+    return lint(config_of(*overrides))
+
+
+def words(key: str, value: object) -> str:
+    """An override."""
+    return f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+
+
+def another(value: object) -> object:
+    """A value of the same type that is not this one."""
+    if isinstance(value, bool):
+        return not value
+    if value is None:
+        return 128
+    return "sigmoid" if isinstance(value, str) else value * 2
+
+
+# The facts
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_facts_file_fits_the_keys_it_is_about_and_has_its_source(path):
+    name, facts = read(path)
+    assert warnings(f"model.hf_model={name}", *[words(key, value) for key, value in facts.items()]) == []
+    assert path.read_text().startswith(f"# https://huggingface.co/{name}, config.json")
+
+
+def test_each_published_model_has_one_file_and_its_published_size():
+    assert len(published()) == len(FILES) and published().keys() == PARAMETERS.keys()
+    for name, facts in published().items():
+        assert derived(*[words(key, value) for key, value in facts.items()]).total_parameters == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_facts_file_that_lacks_a_key_is_refused_by_name(tmp_path, key):
+    facts = OmegaConf.load(FILES[0])
+    section, name = key.split(".")
+    del facts[section][name]
+    OmegaConf.save(facts, tmp_path / "lacking.yaml")
+    with pytest.raises(ValueError, match=rf"lacking.yaml: .*missing \['{key}'\]"):
+        read(tmp_path / "lacking.yaml")
+
+
+@pytest.mark.parametrize("key", ["model.rope_theta", "model.init_method_std", "router.moe_aux_loss_coeff", "license"])
+def test_a_facts_file_with_another_key_is_refused_by_name(tmp_path, key):
+    facts = OmegaConf.load(FILES[0])
+    OmegaConf.update(facts, key, 1, force_add=True)
+    OmegaConf.save(facts, tmp_path / "more.yaml")
+    with pytest.raises(ValueError, match=rf"more.yaml: .*not a fact \['{key}'\]"):
+        read(tmp_path / "more.yaml")
+
+
+def test_a_facts_file_without_its_model_is_refused(tmp_path):
+    facts = OmegaConf.load(FILES[0])
+    del facts["hf_model"]
+    OmegaConf.save(facts, tmp_path / "nameless.yaml")
+    with pytest.raises(ValueError, match="nameless.yaml: hf_model = None"):
+        read(tmp_path / "nameless.yaml")
+
+
+# Recipes and options are what they say they are
+
+
+@pytest.mark.parametrize("recipe", [[], *[[f"+recipe={name}"] for name in RECIPES]], ids=str)
+@pytest.mark.parametrize("shrink", [[], ["+shrink=laptop"]], ids=str)
+def test_a_recipe_has_no_warnings_shrunk_or_not(recipe, shrink):
+    assert warnings(*recipe, *shrink) == []
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_recipe_names_the_model_it_is(name):
+    assert config_of(f"+recipe={name}").model.hf_model in published()
+
+
+@pytest.mark.parametrize("option", options("model"))
+def test_an_option_of_model_is_the_model_it_names(option):
+    config = config_of(f"model={option}")
+    assert lint(config) == []
+    assert (config.model.hf_model in published()) == (option != "mixtral_small")
+
+
+def test_the_slice_differs_from_mixtral_in_its_layers_alone():
+    named = [f"+recipe={SLICE}", "model.hf_model=mistralai/Mixtral-8x7B-v0.1"]
+    assert warnings(*named) == [
+        "model.num_layers = 4 differs from mistralai/Mixtral-8x7B-v0.1, which has 32",
+    ]
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("name", WHOLE)
+def test_one_changed_fact_is_one_warning_with_its_key_and_both_values(name, key):
+    model = config_of(f"+recipe={name}").model.hf_model
+    fact = published()[model][key]
+    changed = another(fact)
+    (warning,) = warnings(f"+recipe={name}", words(key, changed))
+    assert warning == f"{words(key, changed)} differs from {model}, which has {words('', fact)[1:]}".replace("=", " = ")
+
+
+def test_a_shrunk_recipe_that_still_names_its_model_is_told_each_size():
+    told = warnings(MIXTRAL, "+shrink=laptop", "model.hf_model=mistralai/Mixtral-8x7B-v0.1", "model.num_layers=2")
+    assert [warning.split(" = ")[0] for warning in told] == [
+        f"model.{key}"
+        for key in (
+            "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels moe_ffn_hidden_size vocab_size"
+            " max_position_embeddings"
+        ).split()
+    ]  # the query groups are 8 in both
+
+
+# What others published
+
+EIGHT_7B, EIGHT_22B = "differs from mistralai/Mixtral-8x7B-v0.1", "differs from mistral-community/Mixtral-8x22B-v0.1"
+
+# who, the recipe with their value, the start and the end of the warning
+# fmt: off
+PUBLISHED_MISTAKES = [
+    ("Megatron-MoE-ModelZoo, Mixtral-8x7B", [NVIDIA, "model.rotary_base=10000"],
+     f"model.rotary_base = 10000 {EIGHT_7B}", "which has 1000000"),
+    ("Megatron-MoE-ModelZoo, Mixtral-8x22B", ["+recipe=mixtral_8x22b_tp2_pp8_ep8", "model.rotary_base=10000"],
+     f"model.rotary_base = 10000 {EIGHT_22B}", "which has 1000000"),
+    ("Megatron-LM, mixtral_8x22b_tp2pp8ep8vpp1_release",
+     ["+recipe=mixtral_8x22b_tp2_pp8_ep8", "model.max_position_embeddings=4096"],
+     f"model.max_position_embeddings = 4096 {EIGHT_22B}", "which has 65536"),
+    ("Megatron-LM, mixtral_8x7b_alltoall_tp2pp4ep4_release",
+     ["+recipe=mixtral_8x7b_tp2_pp4_ep4", "model.vocab_size=256000"],
+     f"model.vocab_size = 256000 {EIGHT_7B}", "which has 32000"),
+    ("Megatron's default without --group-query-attention", [MIXTRAL, "model.num_query_groups=32"],
+     f"model.num_query_groups = 32 {EIGHT_7B}", "which has 8"),
+    ("another model's epsilon", [MIXTRAL, "model.layernorm_epsilon=1e-6"],
+     f"model.layernorm_epsilon = 1e-06 {EIGHT_7B}", "which has 1e-05"),
+    ("AWS, smp-train-mixtral-fsdp-ep", ["+recipe=mixtral_8x7b_ep8_sinkhorn", "model.vocab_size=50257"],
+     f"model.vocab_size = 50257 {EIGHT_7B}", "which has 32000"),
+    ("AWS, its default size", [MIXTRAL, "model.num_layers=8"], f"model.num_layers = 8 {EIGHT_7B}", "which has 32"),
+    ("AWS, its default size", [MIXTRAL, "model.num_moe_experts=4"], f"model.num_moe_experts = 4 {EIGHT_7B}",
+     "which has 8"),
+    ("NeMo, MixtralConfig", [NVIDIA, "router.moe_router_pre_softmax=true"],
+     f"router.moe_router_pre_softmax = true {EIGHT_7B}", "which has false"),
+    ("NeMo-Framework-Launcher, mixtral_8x7b", [NVIDIA, "dispatcher.moe_expert_capacity_factor=1.0"],
+     "dispatcher.moe_expert_capacity_factor = 1 drops the tokens", "use null"),
+    ("NeMo, performance mode",
+     [NVIDIA, "dispatcher.moe_expert_capacity_factor=1.0", "dispatcher.moe_pad_expert_input_to_capacity=true"],
+     "dispatcher.moe_expert_capacity_factor = 1 drops the tokens", "use null"),
+    ("a benchmark's switch left on", [MIXTRAL, "router.moe_router_force_load_balancing=true"],
+     "router.moe_router_force_load_balancing = true", "good for timing alone"),
+    ("the same, on a model without a name", ["router.moe_router_force_load_balancing=true"],
+     "router.moe_router_force_load_balancing = true", "good for timing alone"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("who, overrides, start, end", PUBLISHED_MISTAKES, ids=str)
+def test_a_published_mistake_is_caught_by_name_and_shown_on_top_of_the_plan(who, overrides, start, end):
+    (warning,) = warnings(*overrides)
+    assert warning.startswith(start) and warning.endswith(end)
+    page = render(derived(*overrides))
+    assert " ".join(page.split("\nrun ")[0].split()).endswith(f"warning: {warning}")
+    assert max(map(len, page.splitlines())) <= WIDTH
+
+
+# who, the recipe with their layout, what the refusal says: these are no question of the model and cannot run
+# fmt: off
+PUBLISHED_LAYOUTS = [
+    ("Megatron-LM, train_mixtral_8x7b_distributed.sh: one node for a layout of 32 GPUs",
+     [NVIDIA, "trainer.num_nodes=1"], "ETP*EP*PP = 32; use 32 ranks"),
+    ("AWS: two experts' ranks, without FSDP", ["+recipe=mixtral_8x7b_ep8_sinkhorn",
+     "parallel.expert_model_parallel_size=2"], "more than trainer.device_memory_gib = 80"),
+    ("AWS: sinkhorn beside an auxiliary loss", ["+recipe=mixtral_8x7b_ep8_sinkhorn", "router.moe_aux_loss_coeff=0.01"],
+     "router.moe_aux_loss_coeff=0"),
+    ("NeMo: sequence parallelism at TP 1", [NVIDIA, "parallel.sequence_parallel=true"],
+     "does nothing at parallel.tensor_model_parallel_size = 1"),
+    ("vocabulary 50257 over two tensor ranks", ["+recipe=mixtral_8x7b_tp2_pp4_ep4", "model.vocab_size=50257"],
+     "never padded silently: use 50256 or 50258"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("who, overrides, refusal", PUBLISHED_LAYOUTS, ids=str)
+def test_a_published_layout_that_cannot_run_is_refused(who, overrides, refusal):
+    assert [problem for problem in problems_of(*overrides) if refusal in problem]
+
+
+def test_several_mistakes_are_several_warnings():
+    told = warnings(MIXTRAL, "model.rotary_base=10000", "model.num_query_groups=32", "model.vocab_size=50257")
+    assert len(told) == 3
+
+
+def test_a_model_without_facts_is_told_which_there_are():
+    (warning,) = warnings(MIXTRAL, "model.hf_model=mistralai/Mixtral-9x9B")
+    assert warning.startswith("model.hf_model = mistralai/Mixtral-9x9B has no facts")
+    assert all(name in warning for name in published())
+
+
+def test_a_model_of_the_users_own_is_held_against_nothing():
+    assert warnings("dispatcher.moe_expert_capacity_factor=1.0", "model.rotary_base=10000") == []
