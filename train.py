@@ -37,7 +37,8 @@ def main(argv: list[str]) -> int:
 def run_job(job: Composed, problems: list[str]) -> int:
     """One configuration: to its plan, and on to its ranks, or into training where this process is a rank."""
     me = identity()
-    plan = make_plan(Config.from_hydra(job.tree, problems), me and me.world_size, problems)
+    recipe = job.recipe and (job.recipe.name, Config.from_hydra(job.recipe.tree))
+    plan = make_plan(Config.from_hydra(job.tree, problems), me and me.world_size, problems, recipe)
     if me is None or (me.rank == 0 and not me.is_ours):
         print(render(plan), end="\n\n", flush=True)
     if plan.config.trainer.mode is Mode.plan:

@@ -25,11 +25,19 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 ADDED_GROUPS = ("recipe", "shrink")  # not in config.yaml's defaults list: given with a plus
 
 
+class NamedRecipe(NamedTuple):
+    """A recipe as it stands, with the shrink that was asked for: what the other overrides are held against."""
+
+    name: str
+    tree: DictConfig
+
+
 class Composed(NamedTuple):
     """What one job of a command line composes to, and the overrides that did it (a sweep has several jobs)."""
 
     tree: DictConfig
     overrides: list[str]
+    recipe: NamedRecipe | None = None
 
 
 def compose(argv: list[str], conf: Path = CONF) -> tuple[list[Composed], list[str]]:
@@ -126,7 +134,7 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
     def collect(tree: DictConfig) -> None:
         overrides = HydraConfig.get().overrides.task  # unresolved: the ${...} in them is the tree's
-        jobs.append(Composed(tree, OmegaConf.to_container(overrides, resolve=False)))
+        jobs.append(Composed(tree, OmegaConf.to_container(overrides, resolve=False)))  # its recipe: below
 
     import sys
 
@@ -138,4 +146,14 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
             raise UserError(*known, "Hydra could not compose this configuration: its reason is above") from None
     finally:
         sys.argv = before
-    return jobs
+    return [job._replace(recipe=_recipe(job.overrides, conf)) for job in jobs]
+
+
+def _recipe(overrides: list[str], conf: Path) -> NamedRecipe | None:
+    """The recipe among a job's overrides, composed without the others; None where the job names none."""
+    groups = [text for text in overrides if text.split("=")[0].lstrip("+") in ADDED_GROUPS]
+    names = [text.split("=", 1)[1] for text in groups if text.startswith("+recipe=")]
+    if not names:
+        return None
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf)):
+        return NamedRecipe(names[0], hydra.compose("config", overrides=groups))

@@ -7,7 +7,8 @@ NeMo/Lightning's. A Config is never written to after `from_hydra` returned it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -42,8 +43,17 @@ RecomputeMethod = Enum("RecomputeMethod", ["uniform", "block"])
 
 
 def at_least(minimum: float) -> Any:
-    """A required field whose value may not be below `minimum` (null passes where the type is Optional)."""
+    """A required field whose value may not be below `minimum` (null passes where the type allows it)."""
     return field(default=MISSING, metadata={"minimum": minimum})
+
+
+def above(bound: float) -> Any:
+    return field(default=MISSING, metadata={"above": bound})
+
+
+def within(minimum: float, below: float) -> Any:
+    """From `minimum`, and below `below`."""
+    return field(default=MISSING, metadata={"minimum": minimum, "below": below})
 
 
 @dataclass
@@ -61,7 +71,7 @@ class ModelConfig:
     vocab_size: int = at_least(1)
     max_position_embeddings: int = at_least(1)
     rotary_base: int = at_least(1)
-    layernorm_epsilon: float = at_least(0)
+    layernorm_epsilon: float = above(0)
     init_method_std: float = at_least(0)
     untie_embeddings_and_output_weights: bool = MISSING
     qk_layernorm: bool = MISSING
@@ -109,7 +119,7 @@ class RouterConfig:
 @dataclass
 class DispatcherConfig:
     moe_token_dispatcher_type: Dispatcher = MISSING
-    moe_expert_capacity_factor: float | None = at_least(0)  # null: dropless
+    moe_expert_capacity_factor: float | None = above(0)  # null: dropless
     moe_pad_expert_input_to_capacity: bool = MISSING
     moe_token_drop_policy: DropPolicy = MISSING
     moe_flex_dispatcher_backend: FlexBackend = MISSING  # only flex reads it
@@ -122,9 +132,9 @@ class OptimizerConfig:
     lr: float = at_least(0)
     min_lr: float = at_least(0)
     weight_decay: float = at_least(0)
-    adam_beta1: float = at_least(0)
-    adam_beta2: float = at_least(0)
-    adam_eps: float = at_least(0)
+    adam_beta1: float = within(0, 1)
+    adam_beta2: float = within(0, 1)
+    adam_eps: float = above(0)
     clip_grad: float = at_least(0)  # largest global gradient norm; 0 does not clip
     use_distributed_optimizer: bool = MISSING
     overlap_grad_reduce: bool = MISSING
@@ -174,7 +184,7 @@ class TrainerConfig:
     fine_grained_activation_offloading: bool = MISSING
     offload_modules: list[str] | None = MISSING
     deterministic: bool = MISSING
-    timeout_minutes: float = at_least(0)  # how long a rank waits for another before it gives up
+    timeout_minutes: float = above(0)  # how long a rank waits for another before it gives up
     device_memory_gib: float | None = at_least(0)  # the state of a rank must fit here; null does not check
 
 
@@ -191,7 +201,7 @@ class LoggingConfig:
 @dataclass
 class Config:
     name: str = MISSING
-    seed: int = at_least(0)
+    seed: int = within(0, 2**31)
     run_dir: str = MISSING
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -221,7 +231,7 @@ class Config:
         missing = sorted(OmegaConf.missing_keys(schema))
         named = {problem.split(" ")[0] for problem in problems}
         problems += [f"{key} has no value; type {key}=..." for key in missing if key not in named]
-        problems += _below_minimum(schema)
+        problems += _out_of_bounds(schema)
         if len(problems) > found:
             raise UserError(*problems)
         return OmegaConf.to_object(schema)
@@ -311,12 +321,25 @@ def _is_another_type(kind: Any, value: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, (int, float))
 
 
-def _below_minimum(schema: DictConfig) -> Iterator[str]:
+def _out_of_bounds(schema: DictConfig) -> Iterator[str]:
     for key, _, entry in _walk(Config):
         value = OmegaConf.select(schema, key)  # None: null, or missing
-        values = value if isinstance(value, ListConfig) else [value]
-        if "minimum" in entry.metadata and any(v is not None and not v >= entry.metadata["minimum"] for v in values):
-            yield f"{key} = {value} must be at least {entry.metadata['minimum']}"
+        for part in value if isinstance(value, ListConfig) else [value]:
+            if isinstance(part, (int, float)) and (wrong := _bound(part, entry.metadata)):
+                yield f"{key} = {part} must be {wrong}"
+
+
+def _bound(value: float, bounds: Mapping[str, float]) -> str | None:
+    """What a number must be and is not, or None."""
+    if not math.isfinite(value):
+        return "a finite number"
+    if "minimum" in bounds and value < bounds["minimum"]:
+        return f"at least {bounds['minimum']}"
+    if "above" in bounds and value <= bounds["above"]:
+        return f"above {bounds['above']}"
+    if "below" in bounds and value >= bounds["below"]:
+        return f"below {bounds['below']}"
+    return None
 
 
 def plain(value: Any) -> Any:

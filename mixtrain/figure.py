@@ -47,4 +47,4 @@ def _load(steps: list[dict]) -> numpy.ndarray:
     """[layers, experts]: tokens of each expert over the even share, pooled over the last tenth of the logged steps."""
     tail = steps[-max(1, len(steps) // 10) :]
     counts = numpy.sum([record["tokens_per_expert"] for record in tail], axis=0)
-    return counts / counts.mean(axis=1, keepdims=True)
+    return counts / numpy.maximum(counts.mean(axis=1, keepdims=True), 1e-9)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mixtrain import figure
 from mixtrain.plan import Plan
-from mixtrain.report import banners, render, tags
+from mixtrain.report import banners, changed_mathematics, render, tags
 from mixtrain.status import write_status
 
 COLUMNS = {"step": 7, "lm_loss": 9, "val_loss": 9, "grad_norm": 9, "lr": 9, "balance": 8, "tokens/s": 9, "s/step": 8}
@@ -32,7 +32,8 @@ class Logs:
         if not writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.yaml").write_text(config_yaml)
+        head = "".join(f"# {line}\n" for line in self._changes())
+        (self.directory / "config.yaml").write_text(head + config_yaml)
         (self.directory / "plan.txt").write_text(render(plan) + "\n")
         self.metrics = open(self.directory / "metrics.jsonl", "w", buffering=1)
         self.tensorboard = _tensorboard(self.directory) if plan.config.logging.tensorboard else None
@@ -58,11 +59,14 @@ class Logs:
 
     def start(self) -> None:
         """Before the first step: the header, and the bar where there is a terminal."""
-        for banner in banners(self.plan):
-            self.say(banner)
+        for line in [*banners(self.plan), *self._changes()]:
+            self.say(line)
         self.say(HEADER)
         if self.writes:
             self.progress.start()
+
+    def _changes(self) -> list[str]:
+        return [f"changes the mathematics of {self.plan.recipe}: {text}" for text in changed_mathematics(self.plan)]
 
     def step(self, **facts: Any) -> None:
         """One logged step: the keys of metrics.jsonl."""
@@ -105,7 +109,8 @@ class Logs:
     def status(self, state: str, reason: str) -> None:
         if self.writes:
             steps = self.plan.config.trainer.max_steps
-            write_status(self.directory, state=state, step=self.steps_done, max_steps=steps, reason=reason)
+            changed = {"changed_mathematics": changed_mathematics(self.plan)} if self.plan.recipe else {}
+            write_status(self.directory, state=state, step=self.steps_done, max_steps=steps, reason=reason, **changed)
 
     def _write(self, facts: dict[str, Any]) -> None:
         if tags(self.plan):

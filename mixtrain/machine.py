@@ -5,18 +5,17 @@ Rule: nothing here is asked in plan mode, and nothing here writes.
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
 import shlex
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from mixtrain.config import Accelerator, DataKind, Dispatcher, TransformerImpl
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
+from mixtrain.fields import SECTIONS, transformer_config_defaults
 from mixtrain.plan import Plan
 
 Problems = Iterator[str]
@@ -114,29 +113,13 @@ def started_ranks(plan: Plan, me: Identity) -> Problems:
 
 def unknown_extra(plan: Plan) -> Problems:
     """Fields in model.extra that the installed TransformerConfig lacks, or that have a key of their own."""
-    own = {
-        name: f"{section}.{name}"
-        for section in ("model", "parallel", "router", "dispatcher", "trainer")
-        for name in vars(getattr(plan.config, section))
-    }
-    fields = transformer_config_fields() if plan.config.model.extra else set()
+    own = {name: f"{section}.{name}" for section in SECTIONS for name in vars(getattr(plan.config, section))}
+    fields = transformer_config_defaults() or {}
     for name in plan.config.model.extra:
         if name in own:
             yield f"model.extra.{name} has a key of its own; set {own[name]}"
         elif name not in fields:
             yield f"model.extra.{name} is not a field of TransformerConfig in the installed megatron-core"
-
-
-@cache
-def transformer_config_fields() -> set[str]:
-    """The fields of the installed TransformerConfig, read from its source: importing it would import torch."""
-    root = Path(next(iter(importlib.util.find_spec("megatron").submodule_search_locations))) / "core"
-    found = set()
-    for name in ("transformer/transformer_config.py", "model_parallel_config.py"):
-        for node in ast.parse((root / name).read_text()).body:
-            if isinstance(node, ast.ClassDef) and node.name in ("TransformerConfig", "ModelParallelConfig"):
-                found |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
-    return found
 
 
 def installed(package: str) -> bool:

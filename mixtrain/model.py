@@ -1,11 +1,9 @@
 """From a Plan to Megatron-Core's model: the TransformerConfig and the GPTModel chunks of this rank.
 
-Rule: a section's key reaches TransformerConfig because it has the same name; only what differs is written out here.
+Rule: what a key means to TransformerConfig stands in fields.py; here is what needs torch.
 """
 
 from __future__ import annotations
-
-from dataclasses import fields
 
 import torch
 import torch.nn.functional as F
@@ -18,60 +16,21 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from mixtrain import init
-from mixtrain.config import Precision, TransformerImpl, plain
+from mixtrain.config import TransformerImpl
 from mixtrain.errors import UserError
+from mixtrain.fields import transformer_fields
 from mixtrain.plan import Plan
 
-SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")  # whose keys are TransformerConfig's fields
-
-# What makes a transformer a Mixtral, whatever its sizes; and fusions that need packages Megatron-Core can do without.
-ARCHITECTURE = {
-    "gated_linear_unit": True,
-    "activation_func": F.silu,
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "bias_activation_fusion": False,
-    "bias_dropout_fusion": False,
-    "masked_softmax_fusion": False,
-    "gradient_accumulation_fusion": False,
-    "persist_layer_norm": False,
-    "apply_rope_fusion": False,
-}
+# What fields.py gives by name.
+BY_NAME = {"silu": F.silu, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(plan: Plan) -> TransformerConfig:
     """The plan as Megatron-Core's TransformerConfig."""
-    config = plan.config
-    known = {field.name for field in fields(TransformerConfig)}
-    values = {
-        name: plain(value)
-        for section in SECTIONS
-        for name, value in vars(getattr(config, section)).items()
-        if name in known and name != "transformer_impl"
-    }
-    dtype = torch.float32 if config.trainer.precision is Precision.fp32 else torch.bfloat16
-    for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
-        if len(values[name]) == 1:
-            values[name] = values[name][0]  # sinkhorn and none are only known as a single value
-    if config.trainer.precision is Precision.fp8:
-        values |= {"fp8": "hybrid"}
-    else:
-        del values["fp8_recipe"]
-    values |= ARCHITECTURE | {
-        "bf16": dtype is torch.bfloat16,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "deterministic_mode": config.trainer.deterministic,
-        "use_cpu_initialization": True,  # else parts of the model ask for CUDA instead of following the meta device
-        "perform_initialization": False,  # init.py draws the weights
-    }
-    if config.parallel.virtual_pipeline_model_parallel_size:
-        # batched messages deadlock or, on two stages, silently mix activations up with the interleaved schedule
-        values["batch_p2p_comm"] = False
+    values = transformer_fields(plan.config)
+    values |= {name: BY_NAME[values[name]] for name in ("activation_func", "params_dtype", "pipeline_dtype")}
     try:
-        return TransformerConfig(**values | config.model.extra)
+        return TransformerConfig(**values)
     except (AssertionError, TypeError, ValueError) as error:  # what no rule of ours has foreseen, model.extra above all
         raise UserError(f"Megatron-Core refuses this model: {' '.join(str(error).split())}") from error
 

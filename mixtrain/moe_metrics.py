@@ -20,7 +20,8 @@ BALANCING_LOSSES = {
 class ExpertLoad:
     """Counts the tokens that each expert of each layer is sent, by a hook on the routers.
 
-    Counts of shape [num_layers, num_moe_experts], summed over microbatches and ranks; a token counts top-k times.
+    Counts of shape [num_layers, num_moe_experts], summed over microbatches and ranks, after dropping where there is a
+    capacity; a token counts once for each of its experts.
     """
 
     def __init__(self, plan: Plan, models: list[torch.nn.Module], device: torch.device):
@@ -34,7 +35,9 @@ class ExpertLoad:
     def _count(self, router: TopKRouter, _inputs: tuple, outputs: tuple) -> None:
         # under full recompute a layer runs twice, first without gradients; validation has none either
         if torch.is_grad_enabled():
-            self.counts[router.layer_number - 1] += outputs[1].sum(dim=0)
+            probs, routing_map = outputs
+            # with padding the map has rows of weight 0 that fill an expert up to its capacity
+            self.counts[router.layer_number - 1] += (routing_map & (probs != 0)).sum(dim=0)
 
     def clear(self) -> None:
         """Before a step: forget the counts, and the auxiliary losses that Megatron-Core has added up."""

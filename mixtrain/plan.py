@@ -7,9 +7,10 @@ rule of mixtrain/rules.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from mixtrain import costs, facts, pipeline
+from mixtrain.classes import EXECUTION, MATHEMATICS, Change, changes
 from mixtrain.config import Config, DataKind, OptimizerConfig, TrainerConfig
 from mixtrain.errors import UserError
 
@@ -32,6 +33,9 @@ class Plan:
     active_parameters: int
     rank_parameters: tuple[tuple[int, int], ...]  # (dense, expert) on one rank of each pipeline stage
     stage_state_bytes: tuple[int, ...]  # weights, gradients and optimizer state, on one rank of each pipeline stage
+    recipe: str | None = field(default=None, kw_only=True)  # its name, where one was given
+    changed_mathematics: tuple[Change, ...] = field(default=(), kw_only=True)  # against the recipe
+    changed_execution: tuple[Change, ...] = field(default=(), kw_only=True)
     warnings: tuple[str, ...]  # where the run is not the published model it names
 
     @property
@@ -176,14 +180,28 @@ def derive(config: Config) -> Plan:
     )
 
 
-def make_plan(config: Config, world_size: int | None = None, known: list[str] | None = None) -> Plan:
+def make_plan(
+    config: Config,
+    world_size: int | None = None,
+    known: list[str] | None = None,
+    recipe: tuple[str, Config] | None = None,
+) -> Plan:
     """The Plan of a Config; a UserError lists every rule it breaks, after the problems that are `known` already.
 
-    `world_size`: the ranks a launcher has started, if one has.
+    `world_size`: the ranks a launcher has started, if one has. `recipe`: the name of the recipe that the configuration
+    was made from, and its own configuration, to tell what was changed.
     """
     from mixtrain.rules import broken_rules  # the rules read the numbers derived here
 
     plan = derive(resolve(config, world_size))
     if problems := [*(known or []), *broken_rules(plan)]:
         raise UserError(*problems)
-    return plan
+    if recipe is None:
+        return plan
+    name, changed = recipe[0], changes(recipe[1], config)
+    return replace(
+        plan,
+        recipe=name,
+        changed_mathematics=tuple(changed[MATHEMATICS]),
+        changed_execution=tuple(changed[EXECUTION]),
+    )

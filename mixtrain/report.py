@@ -5,9 +5,11 @@ from __future__ import annotations
 from textwrap import wrap
 
 from mixtrain.costs import GIB
+from mixtrain.fields import differences
 from mixtrain.plan import Plan
 
 WIDTH = 100  # columns
+NAMES = 21  # of them, for what a row is about
 DEVICES_GIB = {"80 GB": 80, "141 GB": 141}  # H100 and H200, the two that most plans are for
 FORCED = "FORCED BALANCE: experts are chosen at random, for measuring speed; the model learns nothing of use"
 MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losses mean nothing"
@@ -16,9 +18,8 @@ MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losse
 def render(plan: Plan) -> str:
     """The plan as lines of `what  value`, with MOCK on top where the data is mock, and then the warnings."""
     rows = [("run", f"{plan.config.name}, seed {plan.config.seed}, in {plan.config.run_dir}")]
-    rows += _ranks(plan) + _batch(plan) + _model(plan) + _memory(plan)
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{name:<{width}}  {value}" for name, value in rows]
+    rows += _recipe(plan) + _ranks(plan) + _batch(plan) + _model(plan) + _memory(plan) + _defaults(plan)
+    lines = [f"{name:<{NAMES}}  {value}" for name, value in rows]
     return "\n".join([*banners(plan), *_warnings(plan), *lines])
 
 
@@ -35,6 +36,29 @@ def _warnings(plan: Plan) -> list[str]:
 
 def tags(plan: Plan) -> list[str]:
     return ["MOCK"] * plan.is_mock + ["FORCED"] * plan.is_forced
+
+
+def changed_mathematics(plan: Plan) -> list[str]:
+    """The overrides that make of a named recipe another run: for the log, config.yaml and status.json."""
+    return [str(change) for change in plan.changed_mathematics]
+
+
+def _recipe(plan: Plan) -> list[tuple[str, str]]:
+    """What was changed on top of the recipe: first what makes another model of it, then what does not."""
+    if plan.recipe is None:
+        return []
+    rows = [("  changes mathematics", text) for text in changed_mathematics(plan)]
+    rows += [("  changes execution", str(change)) for change in plan.changed_execution]
+    return [("recipe", plan.recipe + ("" if rows else ", as it stands")), *rows]
+
+
+def _defaults(plan: Plan) -> list[tuple[str, str]]:
+    """Every field of TransformerConfig that is not at Megatron-Core's default, folded into lines."""
+    found = differences(plan.config)
+    if found is None:
+        return [("not at default", "megatron-core is not installed here, so its defaults are not known")]
+    lines = wrap("; ".join(found), width=WIDTH - NAMES - 2, break_long_words=False, break_on_hyphens=False)
+    return [("not at default" if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:

@@ -9,12 +9,14 @@ from pathlib import Path
 STATES = ("running", "finished", "stopped", "failed")
 
 
-def write_status(run_dir: str | Path, *, state: str, step: int, max_steps: int, reason: str) -> None:
-    """Replace status.json whole: a reader never sees half of it."""
+def write_status(run_dir: str | Path, *, state: str, step: int, max_steps: int, reason: str, **more: object) -> None:
+    """Replace status.json whole: a reader never sees half of it. `more`: what else there is to say, by key."""
     assert state in STATES, state
     path = Path(run_dir) / "status.json"
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps({"state": state, "step": step, "max_steps": max_steps, "reason": reason}) + "\n")
+    temporary.write_text(
+        json.dumps({"state": state, "step": step, "max_steps": max_steps, "reason": reason, **more}) + "\n"
+    )
     os.replace(temporary, path)
 
 

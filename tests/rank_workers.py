@@ -6,6 +6,7 @@ so every layout gets new processes, and they start with the imports done.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -93,4 +94,7 @@ def _wait(children: list[int], timeout: float) -> list[int]:
                     os.waitpid(child, 0)
                     codes[rank] = -signal.SIGKILL
         time.sleep(0.01)
+    for child in children:  # each was a session of its own: the helpers a checkpoint started end with it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     return [rank for rank, code in sorted(codes.items()) if code]

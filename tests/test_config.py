@@ -9,7 +9,7 @@ from typing import get_type_hints
 
 import pytest
 from composing import RECIPES, config_of, problems_in, tree_of
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mixtrain.compose import CONF, options
 from mixtrain.config import Config, legal_keys, plain, to_yaml, unknown_key
@@ -36,9 +36,16 @@ def test_every_key_has_a_value_in_the_default(default_tree):
         assert OmegaConf.select(default_tree, key, default="absent") != "absent", key
 
 
+def option_of(section: str, option: str) -> DictConfig:
+    """The values of an option, with those of the options of its section that it starts from."""
+    values = OmegaConf.load(CONF / section / f"{option}.yaml")
+    bases = [base for base in values.pop("defaults", []) if base != "_self_"]
+    return OmegaConf.merge(*[option_of(section, base) for base in bases], values)
+
+
 @pytest.mark.parametrize("section, option", OPTIONS)
 def test_an_option_has_a_value_for_every_key_of_its_section_and_no_other(section, option):
-    values = OmegaConf.load(CONF / section / f"{option}.yaml")
+    values = option_of(section, option)
     keys = [key.removeprefix(f"{section}.") for key in legal_keys() if key.startswith(f"{section}.")]
     assert sorted(values) == sorted(keys)
     assert OmegaConf.missing_keys(values) == TO_BE_TYPED.get((section, option), set())
@@ -84,9 +91,8 @@ def test_a_section_that_is_lost_is_reported_key_by_key(default_tree, section):
     ("trainer.precision", 2, "trainer.precision = 2 must be one of fp32, bf16, fp8"),
     ("trainer.recompute_granularity", "half",
      "trainer.recompute_granularity = half must be one of full, selective or null"),
-    ("router.moe_router_load_balancing_type", None,
-     "router.moe_router_load_balancing_type = null must be one of aux_loss, seq_aux_loss, global_aux_loss, sinkhorn,"
-     " none"),
+    ("dispatcher.moe_token_drop_policy", None,
+     "dispatcher.moe_token_drop_policy = null must be one of probs, position"),
     ("data.data_path", "corpus", "data.data_path = corpus must be a list, as in [a,b] or null"),
     ("data.split", [90, 5, 5], "data.split = [90, 5, 5] must be text"),
     ("model.extra", "x", "model.extra = x must be a mapping, as in {field: value}"),

@@ -181,9 +181,9 @@ PUBLISHED_MISTAKES = [
 def test_a_published_mistake_is_caught_by_name_and_shown_on_top_of_the_plan(who, overrides, start, end):
     (warning,) = warnings(*overrides)
     assert warning.startswith(start) and warning.endswith(end)
-    page = render(derived(*overrides))
-    assert " ".join(page.split("\nrun ")[0].split()).endswith(f"warning: {warning}")
-    assert max(map(len, page.splitlines())) <= WIDTH
+    top = render(derived(*overrides)).split("\nrun ")[0]
+    assert " ".join(top.split()).endswith(f"warning: {warning}")
+    assert max(map(len, top.splitlines())) <= WIDTH
 
 
 # who, the recipe with their layout, what the refusal says: these are no question of the model and cannot run

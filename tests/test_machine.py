@@ -11,7 +11,8 @@ from composing import plan_of
 from mixtrain.config import legal_keys
 from mixtrain.environment import Identity, identity
 from mixtrain.errors import FINISHED, REFUSED
-from mixtrain.machine import RUN_FILES, gpu_count, installed, machine_problems, transformer_config_fields
+from mixtrain.fields import transformer_config_defaults
+from mixtrain.machine import RUN_FILES, gpu_count, installed, machine_problems
 from train import main
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
@@ -137,7 +138,7 @@ def test_a_field_with_a_key_of_its_own_is_refused_in_model_extra(key):
 
 
 def test_every_key_that_is_a_field_of_transformer_config_is_known_as_a_key_of_its_own():
-    overlapping = [key for key in legal_keys() if key.split(".")[-1] in transformer_config_fields()]
+    overlapping = [key for key in legal_keys() if key.split(".")[-1] in transformer_config_defaults()]
     assert len(overlapping) > 30  # the fields were found at all
     problems = refused(*[f"model.extra.{key.split('.')[1]}=1" for key in overlapping])
     assert problems == [f"model.extra.{key.split('.')[1]} has a key of its own; set {key}" for key in overlapping]

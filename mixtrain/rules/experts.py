@@ -101,11 +101,6 @@ def padding_has_capacity(plan: Plan) -> Problems:
         )
 
 
-def capacity_is_above_zero(plan: Plan) -> Problems:
-    if plan.config.dispatcher.moe_expert_capacity_factor == 0:
-        yield "dispatcher.moe_expert_capacity_factor = 0 leaves no expert a token; use null, or 1 and above"
-
-
 def flex_has_its_ranks(plan: Plan) -> Problems:
     dispatcher, parallel = plan.config.dispatcher, plan.config.parallel
     if dispatcher.moe_token_dispatcher_type is not Dispatcher.flex:
@@ -159,7 +154,6 @@ RULES = [
     expert_bias_has_sigmoid,
     groups_of_experts,
     padding_has_capacity,
-    capacity_is_above_zero,
     flex_has_its_ranks,
     shared_expert_overlap_has_one,
     local_has_no_grouped_gemm,

@@ -97,16 +97,19 @@ def sequence_parallel_needs_tensor_parallel(plan: Plan) -> Problems:
         yield "parallel.sequence_parallel = true does nothing at parallel.tensor_model_parallel_size = 1; use false"
 
 
-def local_has_neither_tensor_nor_context_parallel(plan: Plan) -> Problems:
+def local_has_no_tensor_or_context_parallel(plan: Plan) -> Problems:
     if plan.config.model.transformer_impl is not TransformerImpl.local:
         return
     parallel = plan.config.parallel
-    for key, what in (("tensor_model_parallel_size", "norm"), ("context_parallel_size", "attention")):
+    refused = {
+        "tensor_model_parallel_size": "the norm of model.transformer_impl = local refuses it",
+        "context_parallel_size": "the attention of model.transformer_impl = local refuses it",
+        # 0.16: expert gradients are never reduced over TP, silently; both versions with EP: uneven gloo collectives
+        "expert_tensor_parallel_size": "the experts of model.transformer_impl = local compute wrong gradients with it",
+    }
+    for key, why in refused.items():
         if (size := getattr(parallel, key)) > 1:
-            yield (
-                f"parallel.{key} = {size}: the {what} of model.transformer_impl = local refuses it; use 1,"
-                " or model.transformer_impl=transformer_engine"
-            )
+            yield (f"parallel.{key} = {size}: {why}; use 1, or model.transformer_impl=transformer_engine")
 
 
 def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
@@ -169,7 +172,7 @@ RULES = [
     batch_over_ranks,
     tensor_parallel_experts_need_sequence_parallel,
     sequence_parallel_needs_tensor_parallel,
-    local_has_neither_tensor_nor_context_parallel,
+    local_has_no_tensor_or_context_parallel,
     virtual_pipeline_needs_pipeline,
     optimizer_instances_divide,
     cpu_run_fits_a_laptop,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+from mixtrain.classes import show
 from mixtrain.config import (
     Accelerator,
     DataKind,
@@ -11,12 +13,18 @@ from mixtrain.config import (
     Granularity,
     OptimizerName,
     Precision,
+    RecomputeMethod,
     Sharding,
     TransformerImpl,
+    legal_keys,
 )
+from mixtrain.fields import transformer_fields
 from mixtrain.plan import Plan
 from mixtrain.rules.nearest import Problems, must_divide, near_divisors, near_multiples
 
+# Fields of TransformerConfig that add or move parameters in ways that costs.py does not count.
+UNCOUNTED = ("moe_layer_freq", "mtp_num_layers", "multi_latent_attention", "add_qkv_bias", "moe_shared_expert_gate",
+             "attention_output_gate", "heterogeneous_block_specs", "hetereogenous_dist_checkpoint")  # fmt: skip
 OFFLOAD_MODULES = ("attn_norm", "attn_proj", "core_attn", "expert_fc1", "mlp_norm", "moe_act", "qkv_linear")
 SELECTIVE_MODULES = ("core_attn", "layernorm", "moe", "moe_act", "shared_experts")
 
@@ -25,6 +33,21 @@ def groups_of_heads(plan: Plan) -> Problems:
     model = plan.config.model
     groups, heads = model.num_query_groups, model.num_attention_heads
     yield from must_divide("model.num_query_groups", groups, "model.num_attention_heads", heads)
+
+
+def heads_can_rotate(plan: Plan) -> Problems:
+    if (size := plan.config.model.kv_channels) % 2:
+        yield f"model.kv_channels = {size} must be even: rotary positions turn pairs; use {near_multiples(size, 2)}"
+
+
+def extra_leaves_the_plan_true(plan: Plan) -> Problems:
+    own = transformer_fields(replace(plan.config, model=replace(plan.config.model, extra={})))
+    keys = {key.split(".")[-1] for key in legal_keys()}
+    for name in plan.config.model.extra:
+        if name in UNCOUNTED:
+            yield f"model.extra.{name}: the plan does not count what it changes; it is not supported"
+        elif name in own and name not in keys:  # those with a key of their own are told so in machine.py
+            yield f"model.extra.{name}: mixtrain sets this field itself, to {show(own[name])}"
 
 
 def sequence_within_positions(plan: Plan) -> Problems:
@@ -59,6 +82,17 @@ def full_recompute_is_complete(plan: Plan) -> Problems:
             yield f"trainer.recompute_granularity = full needs trainer.{key}; it is null, uniform and 1 recompute all"
         if not full and value is not None:
             yield f"trainer.{key} is set, but only trainer.recompute_granularity = full uses it; use null"
+    each, chunk = trainer.recompute_num_layers, min(min(row) for row in plan.layers)
+    if (
+        full
+        and each
+        and chunk > 0
+        and (chunk % each if trainer.recompute_method is RecomputeMethod.uniform else each > chunk)
+    ):
+        yield (
+            f"trainer.recompute_num_layers = {each} does not fit the {chunk} layers of a pipeline chunk;"
+            f" use {near_divisors(each, chunk)}"
+        )
 
 
 def selective_recompute_names_modules(plan: Plan) -> Problems:
@@ -217,6 +251,8 @@ def warmup_ends_before_decay(plan: Plan) -> Problems:
 
 RULES = [
     groups_of_heads,
+    heads_can_rotate,
+    extra_leaves_the_plan_true,
     sequence_within_positions,
     overlap_needs_its_parts,
     distributed_optimizer_is_adam,

@@ -1,0 +1,97 @@
+"""A Config as the fields of Megatron-Core's TransformerConfig, and where they differ from its defaults. No torch.
+
+Rule: a section's key reaches TransformerConfig because it has the same name; only what differs is written out here.
+The defaults are read from the installed source, never imported and never copied.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+
+from mixtrain.classes import show
+from mixtrain.config import Config, Precision, plain
+
+SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
+CLASSES = ("ModelParallelConfig", "TransformerConfig")
+SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")  # whose keys are TransformerConfig's fields
+UNKNOWN = object()  # a default that is made by a function
+
+# What makes a transformer a Mixtral, whatever its sizes; and fusions that need packages Megatron-Core can do without.
+ARCHITECTURE = {
+    "gated_linear_unit": True,
+    "activation_func": "silu",
+    "normalization": "RMSNorm",
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "bias_activation_fusion": False,
+    "bias_dropout_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "apply_rope_fusion": False,
+    "use_cpu_initialization": True,  # else parts of the model ask for CUDA instead of following the meta device
+    "perform_initialization": False,  # init.py draws the weights
+}
+
+
+def transformer_fields(config: Config) -> dict[str, object]:
+    """Every field of TransformerConfig that a Config sets; functions and dtypes by name (silu, bf16)."""
+    known = transformer_config_defaults() or {}
+    own = {name: value for section in SECTIONS for name, value in vars(getattr(config, section)).items()}
+    values = {name: plain(value) for name, value in own.items() if name in known and name != "transformer_impl"}
+    for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
+        if len(values[name]) == 1:
+            values[name] = values[name][0]  # sinkhorn and none are only known as a single value
+    precision = config.trainer.precision
+    values |= {"fp8": "hybrid"} if precision is Precision.fp8 else {"fp8_recipe": known["fp8_recipe"]}
+    dtype = "fp32" if precision is Precision.fp32 else "bf16"
+    values |= {"bf16": dtype == "bf16", "params_dtype": dtype, "pipeline_dtype": dtype}
+    values |= {"deterministic_mode": config.trainer.deterministic}
+    if config.parallel.virtual_pipeline_model_parallel_size:
+        # batched messages silently mix activations up with the interleaved schedule on two stages (0.16 and 0.19)
+        values["batch_p2p_comm"] = False
+    return values | ARCHITECTURE | config.model.extra
+
+
+@cache
+def transformer_config_defaults() -> dict[str, object] | None:
+    """Field -> default of the installed TransformerConfig, read from its source; None if it is not installed."""
+    found = importlib.util.find_spec("megatron")
+    if not found:
+        return None
+    root = Path(next(iter(found.submodule_search_locations))) / "core"
+    if not root.is_dir():
+        return None
+    fields: dict[str, object] = {}
+    for name in SOURCES:
+        for node in ast.parse((root / name).read_text()).body:
+            if isinstance(node, ast.ClassDef) and node.name in CLASSES:
+                fields |= {line.target.id: _value(line.value) for line in node.body if isinstance(line, ast.AnnAssign)}
+    return fields
+
+
+def _value(node: ast.expr | None) -> object:
+    """A default as it stands in the source: a literal, or the `default` of a field(...)."""
+    if isinstance(node, ast.Call):
+        given = [keyword.value for keyword in node.keywords if keyword.arg == "default"]
+        node = given[0] if given else None
+    try:
+        return ast.literal_eval(node) if node is not None else UNKNOWN
+    except ValueError:
+        return UNKNOWN
+
+
+def differences(config: Config) -> list[str] | None:
+    """`field = value (default: ...)` for every field that is not at its default; None without Megatron-Core."""
+    defaults = transformer_config_defaults()
+    if defaults is None:
+        return None
+    return [
+        f"{name} = {show(value)} (default: {'a function' if default is UNKNOWN else show(default)})"
+        for name, value in transformer_fields(config).items()
+        if (default := defaults.get(name, UNKNOWN)) != value
+    ]
