@@ -17,7 +17,7 @@ MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losse
 
 def render(plan: Plan) -> str:
     """The plan as lines of `what  value`, with MOCK on top where the data is mock, and then the warnings."""
-    rows = [("run", f"{plan.config.name}, seed {plan.config.seed}, in {plan.config.run_dir}")]
+    rows = [("run", f"{plan.config.name}, seed {plan.config.seed}"), ("  in", plan.config.run_dir)]
     rows += _recipe(plan) + _ranks(plan) + _batch(plan) + _model(plan) + _memory(plan) + _defaults(plan)
     lines = [f"{name:<{NAMES}}  {value}" for name, value in rows]
     return "\n".join([*banners(plan), *_warnings(plan), *lines])
@@ -105,9 +105,9 @@ def _batch(plan: Plan) -> list[tuple[str, str]]:
         ("data", "MOCK" if plan.is_mock else source),
         (
             "batch",
-            f"{trainer.global_batch_size} sequences of {data.seq_length} = {plan.tokens_per_step:,} tokens a step;"
-            f" {plan.num_microbatches} microbatches of {trainer.micro_batch_size} a rank",
+            f"{trainer.global_batch_size} sequences of {data.seq_length} = {plan.tokens_per_step:,} tokens a step",
         ),
+        ("  on a rank", f"{plan.num_microbatches} microbatches of {trainer.micro_batch_size}"),
         ("steps", f"{trainer.max_steps:,} = {plan.samples[0] * data.seq_length:,} tokens{_rampup(plan)}"),
     ]
 

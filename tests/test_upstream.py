@@ -1,0 +1,80 @@
+"""Megatron-Core's own faults, shown: what a rule refuses or a mend answers would go wrong without it.
+
+When an upgrade makes one of these tests fail, its rule or mend can go.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+import pytest
+from composing import config_of
+from rank_workers import RankFailure, run_ranks
+from test_parity import EP, PP, TINY, measure, three_steps
+
+from mixtrain import fields
+from mixtrain.plan import derive, resolve
+from mixtrain.rules import broken_rules
+
+OLD = version("megatron-core").startswith("0.16.")
+
+
+def unchecked(overrides: list[str]):
+    """The plan of a configuration that the rules refuse."""
+    plan = derive(resolve(config_of(*TINY, *overrides)))
+    assert broken_rules(plan)
+    return plan
+
+
+def test_batched_messages_mix_up_the_interleaved_schedule_on_two_stages(tmp_path):
+    """fields.py always sets batch_p2p_comm to false with it. Both versions, in silence."""
+    words = [EP + "1", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    right = measure(words, tmp_path / "right")
+    plan = derive(resolve(config_of(*TINY, *words)))
+    own = fields.transformer_fields
+
+    def batched(me):
+        from mixtrain import model
+
+        model.transformer_fields = lambda config: own(config) | {"batch_p2p_comm": True}
+        return three_steps(plan, me)
+
+    wrong = run_ranks(2, batched, tmp_path / "wrong")[0]
+    assert wrong["norms"][0] != pytest.approx(right["norms"][0], rel=1e-2)
+
+
+def test_expert_tensor_parallelism_over_the_local_layers_is_wrong(tmp_path):
+    """0.16: the experts' gradients are not reduced over their tensor ranks, in silence."""
+    plan = unchecked([EP + "1", "parallel.expert_tensor_parallel_size=2", "trainer.devices=2"])
+    right = measure([EP + "1"], tmp_path / "right")
+    here = run_ranks(2, lambda me: three_steps(plan, me), tmp_path / "here")[0]
+    assert here["losses"][0] == pytest.approx(right["losses"][0], rel=1e-5)
+    if OLD:
+        assert here["norms"][1] != pytest.approx(right["norms"][1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["router=sinkhorn", "router.moe_aux_loss_coeff=0.01", EP + "1"], "Sinkhorn"),
+        ([EP + "1", "optimizer=sgd", "optimizer.use_distributed_optimizer=true"], "Only Adam"),
+        (["model.kv_channels=15", EP + "1"], "size of tensor"),
+    ],
+)
+def test_what_a_rule_refuses_would_end_in_a_traceback_of_a_rank(overrides, says, tmp_path):
+    plan = unchecked(overrides)
+    with pytest.raises(RankFailure) as stopped:
+        run_ranks(plan.world_size, lambda me: three_steps(plan, me), tmp_path)
+    assert says.lower() in str(stopped.value).lower()
+
+
+@pytest.mark.skipif(not OLD, reason="mended by 0.19")
+def test_a_router_without_transformer_engine_misses_a_name():
+    """upstream.py defines it."""
+    from pathlib import Path
+
+    from megatron.core.transformer.moe import moe_utils
+
+    source = Path(moe_utils.__file__).read_text()
+    assert "te_general_gemm is not None" in source and "te_general_gemm = None" not in source
+    assert moe_utils.te_general_gemm is None
