@@ -107,7 +107,7 @@ def _batch(plan: Plan) -> list[tuple[str, str]]:
             "batch",
             f"{trainer.global_batch_size} sequences of {data.seq_length} = {plan.tokens_per_step:,} tokens a step",
         ),
-        ("  on a rank", f"{plan.num_microbatches} microbatches of {trainer.micro_batch_size}"),
+        ("  microbatches", f"{plan.num_microbatches} of {trainer.micro_batch_size} on each rank"),
         ("steps", f"{trainer.max_steps:,} = {plan.samples[0] * data.seq_length:,} tokens{_rampup(plan)}"),
     ]
 

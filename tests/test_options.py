@@ -5,51 +5,106 @@ from __future__ import annotations
 import math
 
 import pytest
-from composing import problems_of
+from composing import plan_of, problems_of
+from rank_workers import run_ranks
 from test_parity import TINY, measure
+from test_run import start
 
-from mixtrain.compose import options
+from mixtrain.compose import CONF, options
+from mixtrain.machine import installed, machine_problems
+from mixtrain.run import run
+from mixtrain.status import read_status
+
+RATES = ["optimizer.lr=1e-3", "optimizer.min_lr=1e-4", "optimizer.lr_warmup_steps=0"]
+GROUPS = ("router", "dispatcher", "parallel", "model", "optimizer")  # which change what a step computes
 
 # What an option needs beside itself to run at the size of the tests.
 # fmt: off
 BESIDE = {
-    ("data", "stdlib"):             ["data.seq_length=32"],  # its text and tokenizer: tests/test_launch.py
-    ("model", "mixtral_small"):     [],
-    ("parallel", "ep8"):            [],
-    ("router", "expert_bias"):      [],
-    ("optimizer", "adam_wsd"):      ["optimizer.lr_wsd_decay_steps=1"],
+    "router":     ["parallel=ep2"],
+    "dispatcher": ["parallel=ep2"],
+    "parallel":   [],
+    "model":      ["parallel=ep2"],
+    "optimizer":  ["parallel=ep2", *RATES],
+    "adam_wsd":   ["optimizer.lr_wsd_decay_steps=1"],
 }
 REFUSED = {
-    ("parallel", "fsdp"):           "Megatron-FSDP does not run on the CPU",
-    ("dispatcher", "flex"):         "flex needs CUDA and the package deep_ep",
-    ("parallel", "ep16"):           "on the CPU mixtrain starts at most 8",
-    ("parallel", "tp1_pp4_ep8"):    "on the CPU mixtrain starts at most 8",
-    ("parallel", "tp2_pp4_ep4"):    "model.transformer_impl = local refuses it",
-    ("parallel", "tp2_pp8_ep8"):    "model.transformer_impl = local refuses it",
+    ("parallel", "fsdp"):        "Megatron-FSDP does not run on the CPU",
+    ("parallel", "ep16"):        "on the CPU mixtrain starts at most 8",
+    ("parallel", "tp1_pp4_ep8"): "on the CPU mixtrain starts at most 8",
+    ("parallel", "tp2_pp4_ep4"): "model.transformer_impl = local refuses it",
+    ("parallel", "tp2_pp8_ep8"): "model.transformer_impl = local refuses it",
+    ("dispatcher", "flex"):      "flex needs CUDA and the package deep_ep",
+    ("data", "indexed"):         "data.data_path has no value",
+}
+ELSEWHERE = {
+    ("data", "stdlib"):          "tests/test_launch.py",
+    ("data", "mock"):            "every test here",
+    ("shrink", "laptop"):        "tests of the recipes, below",
+    ("trainer", "laptop"):       "every test here",
 }
 # fmt: on
-TRAINED = [(group, name) for group in ("router", "dispatcher", "parallel", "optimizer") for name in options(group)]
+TRAINED = [
+    (group, name) for group in ("router", "dispatcher", "parallel", "model", "optimizer") for name in options(group)
+]
+RECORDED = [(group, name) for group in ("checkpoint", "logging") for name in options(group)]
+ON_GPUS = [("trainer", name) for name in options("trainer") if name != "laptop"]
+RECIPES = options("recipe")
+
+
+def test_every_option_of_every_group_is_tried():
+    groups = {path.name for path in CONF.iterdir() if path.is_dir()} - {"recipe"}
+    tried = {*TRAINED, *RECORDED, *ON_GPUS, *REFUSED, *ELSEWHERE}
+    assert {(group, name) for group in groups for name in options(group)} == tried
 
 
 @pytest.mark.parametrize("group, name", [pair for pair in TRAINED if pair not in REFUSED])
 def test_an_option_trains_on_cpu_ranks(group, name, tmp_path):
-    figures = measure([f"{group}={name}", *SIZES[group], *BESIDE.get((group, name), [])], tmp_path)
+    figures = measure([f"{group}={name}", *BESIDE[group], *BESIDE.get(name, [])], tmp_path)
     assert all(math.isfinite(value) for value in figures["losses"] + figures["norms"])
     assert figures["losses"][0] == pytest.approx(math.log(256), abs=0.15)
     assert figures["losses"][2] < figures["losses"][0]
 
 
-SIZES = {
-    "router": ["parallel=ep2"],
-    "dispatcher": ["parallel=ep2"],
-    "parallel": [],
-    "optimizer": ["parallel=ep2", "optimizer.lr=1e-3", "optimizer.min_lr=1e-4", "optimizer.lr_warmup_steps=0"],
-}
-
-
 @pytest.mark.parametrize("group, name", REFUSED)
 def test_an_option_that_cannot_run_here_is_refused_by_name(group, name):
-    assert any(REFUSED[group, name] in problem for problem in problems_of(*TINY, f"{group}={name}"))
+    words = [word for word in TINY if group != "data" or not word.startswith("data")]
+    assert any(REFUSED[group, name] in problem for problem in problems_of(*words, f"{group}={name}"))
+
+
+@pytest.mark.parametrize("group, name", ON_GPUS)
+def test_an_option_for_gpus_says_so_where_there_are_none(group, name, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    plan = plan_of(f"{group}={name}", "parallel=ep1", "data=mock", "model.max_position_embeddings=4096")
+    problems = machine_problems(plan, None, [])
+    assert any("trainer.accelerator = gpu" in problem and "0 GPUs" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("group, name", RECORDED)
+def test_an_option_about_records_leaves_them_or_not(group, name, tmp_path):
+    directory, codes = start(tmp_path, "trainer.max_steps=2", f"{group}={name}")
+    assert codes == [0, 0]
+    assert (directory / "iter_0000002").exists() == (name != "none")
+    assert (directory / "tensorboard").exists() == (name != "files")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_shrunk_recipe_trains_two_steps_at_its_layout_or_the_nearest(recipe, tmp_path):
+    """What the refusal offers is what is typed next; only a missing package may stand in the way."""
+    words = [f"+recipe={recipe}", "+shrink=laptop", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
+    words += ["checkpoint=none", "logging=files", f"run_dir={tmp_path}/run", f"data.path_to_cache={tmp_path}/cache"]
+    for problem in problems_of(*words):
+        if "The nearest layout: " in problem:
+            words += problem.split("The nearest layout: ")[1].split()
+    plan = plan_of(*words)
+    missing = machine_problems(plan, None, words)
+    if plan.config.model.transformer_impl.name == "transformer_engine" and not installed("transformer_engine"):
+        assert "transformer-engine is not installed" in missing[0]
+        return
+    assert not missing
+    codes = run_ranks(plan.world_size, lambda me: run(plan, me), tmp_path / "ranks")
+    assert codes == [0] * plan.world_size
+    assert read_status(tmp_path / "run")["step"] == 2
 
 
 @pytest.mark.parametrize("kind", ["full", "core_attn", "layernorm", "moe", "shared_experts"])

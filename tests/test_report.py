@@ -44,6 +44,7 @@ def test_the_recipes_page_shows_its_figures():
     assert line(page, "dense grid") == "TP 1 x CP 1 x DP 16 x PP 1"
     assert line(page, "expert grid") == "ETP 1 x EP 8 x EDP 2 x PP 1"
     assert "256 sequences of 4096 = 1,048,576 tokens a step" in line(page, "batch")
+    assert line(page, "microbatches") == "16 of 1 on each rank"
     assert "500,000" in line(page, "steps")
     for fragment in ("32 layers", "hidden 4096", "8 experts", "top-2", "FFN 14336", "vocabulary 32000"):
         assert fragment in line(page, "model")

@@ -174,3 +174,38 @@ def test_bf16_trains(tmp_path):
     )
     losses = [record["lm_loss"] for record in records(directory) if "lm_loss" in record]
     assert codes == [FINISHED, FINISHED] and losses[0] == pytest.approx(math.log(256), abs=0.1)
+
+
+def test_the_expert_bias_moves_against_the_load_and_is_logged(tmp_path):
+    words = ["router=expert_bias", "router.moe_router_bias_update_rate=0.1", "checkpoint=none", "data.seq_length=32"]
+    directory, codes = start(tmp_path, *words, "parallel.pipeline_model_parallel_size=2", world=4)
+    assert codes == [FINISHED] * 4
+    first = next(record for record in records(directory) if record["step"] == 1)
+    for load, bias in zip(first["tokens_per_expert"], first["expert_bias"], strict=True):
+        mean = sum(load) / len(load)
+        wanted = [0.1 if tokens < mean else -0.1 if tokens > mean else 0.0 for tokens in load]
+        assert bias == pytest.approx(wanted)
+
+
+def test_forced_balance_is_said_in_plan_metrics_and_log(tmp_path):
+    directory, codes = start(tmp_path, "router=forced_balance", "checkpoint=none", "trainer.max_steps=1")
+    assert codes == [FINISHED, FINISHED]
+    assert "FORCED" in (directory / "plan.txt").read_text()
+    assert all(record["tags"] == ["MOCK", "FORCED"] for record in records(directory))
+    assert "FORCED" in (tmp_path / "ranks" / "rank_0.log").read_text()
+
+
+@pytest.mark.parametrize("router", ["aux_loss", "seq_aux_loss", "global_aux_loss", "combined"])
+def test_the_balance_is_near_1_before_anything_is_learnt(router, tmp_path):
+    directory, _ = start(tmp_path, f"router={router}", "checkpoint=none", "trainer.max_steps=1")
+    assert records(directory)[0]["load_balancing_loss"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_dropped_tokens_are_not_counted_padded_or_not(tmp_path):
+    counts = []
+    for name in ("drop", "drop_and_pad"):
+        words = [f"dispatcher={name}", "dispatcher.moe_expert_capacity_factor=0.75", "trainer.max_steps=1"]
+        directory, _ = start(tmp_path / name, *words, "checkpoint=none")
+        counts.append(records(directory)[0]["tokens_per_expert"])
+    assert counts[0] == counts[1]
+    assert all(sum(layer) < 8 * 32 * 2 for layer in counts[0])
