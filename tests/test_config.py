@@ -108,7 +108,7 @@ MINIMA = {  # of each type of key with a minimum
     "model.num_layers": 0,
     "parallel.virtual_pipeline_model_parallel_size": 1,
     "optimizer.lr": -0.1,
-    "optimizer.clip_grad": float("nan"),
+    "optimizer.clip_grad": -0.5,
     "trainer.limit_val_batches": -1,
     "trainer.device_memory_gib": -80.5,
 }
