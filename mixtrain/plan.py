@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from mixtrain import costs, facts, pipeline
 from mixtrain.classes import EXECUTION, MATHEMATICS, Change, changes
 from mixtrain.config import Config, DataKind, OptimizerConfig, TrainerConfig
+from mixtrain.data.check import split_weights
 from mixtrain.errors import UserError
 
 
@@ -48,7 +49,7 @@ class Plan:
         """Sequences that the run reads of the train, validation and test parts. Every validation reads the same."""
         trainer = self.config.trainer
         held_out = trainer.limit_val_batches * trainer.global_batch_size
-        test = held_out if float(self.config.data.split.split(",")[2]) else 0
+        test = held_out if split_weights(self.config.data.split)[2] else 0
         return samples_before(trainer, trainer.max_steps), held_out, test
 
     def microbatches_of(self, batch: int) -> int:

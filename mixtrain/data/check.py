@@ -131,13 +131,20 @@ def _read_number(stream, position: int, layout: str) -> int:
     return struct.unpack(layout, stream.read(struct.calcsize(layout)))[0]
 
 
+def split_weights(split: str) -> list[float]:
+    """The parts of train, valid and test in "90,5,5". Raises UserError."""
+    try:
+        weights = [float(part) for part in split.split(",")]
+    except ValueError:
+        weights = []
+    if len(weights) != 3 or not all(0 <= weight < math.inf for weight in weights) or weights[0] == 0:
+        raise UserError(f'data.split = "{split}" must be three numbers, the first above 0, as in "90,5,5"')
+    return weights
+
+
 def split_ranges(documents: int, split: str) -> list[tuple[int, int]]:
     """The documents [begin, end) of train, valid and test, as Megatron's builder cuts them. Raises UserError."""
-    weights = [float(number) for number in re.findall(r"\d*\.?\d+", split)]
-    if not 1 <= len(weights) <= 3 or sum(weights) <= 0 or re.search(r"[^\d., ]", split):
-        raise UserError(f'data.split = "{split}" is not up to three weights with a sum above 0, such as "90,5,5"')
-    weights += [0.0] * (3 - len(weights))
-    ends = [0.0]
+    weights, ends = split_weights(split), [0.0]
     for weight in weights:
         ends.append(ends[-1] + weight / sum(weights))
     bounds = [int(round(end * float(documents))) for end in ends]
@@ -152,7 +159,7 @@ def _split_problems(prefix: str, index: Index, split: str, samples: tuple[int, i
         return list(error.problems)
     return [
         f'data.split = "{split}" gives {name} no token of {prefix} ({end - begin} of its {index.sequences} documents), '
-        f"but {wanted} samples are wanted; give it a larger share, or let the run use none"
+        f"but {wanted} samples are wanted; give it a larger share, as in data.split='90,5,5', or 0"
         for name, (begin, end), wanted in zip(SPLITS, ranges, samples, strict=True)
         if wanted and index.offset(begin) == index.offset(end)
     ]

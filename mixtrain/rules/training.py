@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from mixtrain.classes import show
@@ -18,6 +17,8 @@ from mixtrain.config import (
     TransformerImpl,
     legal_keys,
 )
+from mixtrain.data.check import split_weights
+from mixtrain.errors import UserError
 from mixtrain.fields import transformer_fields
 from mixtrain.plan import Plan
 from mixtrain.rules.nearest import Problems, must_divide, near_divisors, near_multiples
@@ -212,12 +213,11 @@ def data_has_its_source(plan: Plan) -> Problems:
 def split_has_three_parts(plan: Plan) -> Problems:
     split = plan.config.data.split
     try:
-        parts = [float(part) for part in split.split(",")]
-    except ValueError:
-        parts = []
-    if len(parts) != 3 or not all(0 <= part < math.inf for part in parts) or parts[0] == 0:
-        yield f'data.split = "{split}" must be three numbers, the first above 0, as in "90,5,5"'
-    elif parts[1] == 0 and plan.config.trainer.limit_val_batches:
+        _, validation, _ = split_weights(split)
+    except UserError as error:
+        yield from error.problems
+        return
+    if validation == 0 and plan.config.trainer.limit_val_batches:
         yield f'data.split = "{split}" leaves nothing to validate on; use trainer.limit_val_batches=0 or a second part'
 
 

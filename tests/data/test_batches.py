@@ -116,7 +116,7 @@ def indexed_train(indexed, tokenizer):
     from mixtrain.data.datasets import build
 
     train, _, _ = build(
-        "indexed", data_path=[indexed], split="1", seq_length=32, seed=1, train_samples=64, valid_samples=0,
+        "indexed", data_path=[indexed], split="1,0,0", seq_length=32, seed=1, train_samples=64, valid_samples=0,
         test_samples=0, tokenizer_dir=tokenizer, vocab_size=512, path_to_cache=None, log=lambda line: None,
     )  # fmt: skip
     return train

@@ -122,7 +122,7 @@ def test_the_sample_index_is_cached_where_it_is_asked_for(built, tmp_path, index
 
 def test_data_made_anew_under_an_old_name_is_not_read_through_the_old_index(built, indexed, other, tmp_path):
     move_in(indexed, tmp_path / "x")
-    arguments = dict(split="1", valid_samples=0, test_samples=0, train_samples=500)
+    arguments = dict(split="1,0,0", valid_samples=0, test_samples=0, train_samples=500)
     built(data_path=[str(tmp_path / "x")], **arguments)
     move_in(other, tmp_path / "x")
     renewed, _, _ = built(data_path=[str(tmp_path / "x")], **arguments)
