@@ -6,7 +6,10 @@ plain key when no such group is found. So the overrides are held against the tre
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from mixtrain.config import legal_keys, unknown_key
 from mixtrain.errors import UserError
@@ -45,7 +49,7 @@ def compose(argv: list[str], conf: Path = CONF) -> tuple[list[Composed], list[st
 
     `--help` and `--cfg job` are Hydra's own: they print and compose to no job. Raises UserError if nothing composes.
     """
-    arguments = get_args_parser().parse_args(argv)
+    arguments = get_args_parser().parse_intermixed_args(argv)  # flags may stand between overrides
     kept, problems = check_overrides(arguments.overrides, conf, arguments.multirun)
     words = [word for word in argv if word not in arguments.overrides] + kept
     jobs = _hydra(words, conf, problems)
@@ -134,18 +138,20 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
     def collect(tree: DictConfig) -> None:
         overrides = HydraConfig.get().overrides.task  # unresolved: the ${...} in them is the tree's
+        if "${hydra:" in str(OmegaConf.to_container(tree, resolve=False)["run_dir"]):
+            with contextlib.suppress(OmegaConfBaseException):  # Config.from_hydra says what cannot be resolved
+                tree.run_dir = tree.run_dir  # now: ${hydra:job.num} has no value once Hydra is through
         jobs.append(Composed(tree, OmegaConf.to_container(overrides, resolve=False)))  # its recipe: below
 
-    import sys
-
-    before, sys.argv = sys.argv, [sys.argv[0], *words]
-    try:
-        collect()
-    except SystemExit as stop:
-        if stop.code:
-            raise UserError(*known, "Hydra could not compose this configuration: its reason is above") from None
-    finally:
-        sys.argv = before
+    with tempfile.TemporaryDirectory(prefix="mixtrain-") as scratch:  # a sweep leaves a multirun.yaml somewhere
+        before, sys.argv = sys.argv, [sys.argv[0], *words, f"hydra.sweep.dir='{scratch}'"]
+        try:
+            collect()
+        except SystemExit as stop:
+            if stop.code:
+                raise UserError(*known, "Hydra could not compose this configuration: its reason is above") from None
+        finally:
+            sys.argv = before
     return [job._replace(recipe=_recipe(job.overrides, conf)) for job in jobs]
 
 

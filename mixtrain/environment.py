@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
+import sys
 from dataclasses import dataclass
 
-OWN_RENDEZVOUS = "MIXTRAIN_RENDEZVOUS"  # set for the ranks that mixtrain starts itself: a file they meet at
+from mixtrain.errors import UserError
+
+# set for the ranks that mixtrain starts itself:
+FOLDER = "MIXTRAIN_FOLDER"  # holds their plan, and the file they meet at
+LAUNCHER = "MIXTRAIN_LAUNCHER"  # the process that started them
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_LOCALID", "SLURM_JOB_ID")
 
 
 @dataclass(frozen=True)
@@ -23,20 +33,46 @@ class Identity:
         return self.rendezvous.startswith("file://")
 
 
+def is_started() -> bool:
+    """Somebody has started this process as a rank."""
+    return "RANK" in os.environ or "SLURM_PROCID" in os.environ
+
+
 def identity() -> Identity | None:
     """This process's rank from torchrun's or Slurm's environment; None where nobody has started ranks."""
+    if not is_started():
+        return None
+    me = _torchrun() if "RANK" in os.environ else _slurm()
+    if me.rank >= me.world_size:
+        names = TORCHRUN[:2] if "RANK" in os.environ else SLURM[:2]
+        raise UserError(
+            f"the environment has {names[0]} = {me.rank}, but {names[1]} = {me.world_size}; unset both where no"
+            " torchrun or srun has started this process"
+        )
+    return me
+
+
+def _torchrun() -> Identity:
+    _refuse_words(TORCHRUN)
     env = os.environ
-    if "RANK" in env:
-        world = int(env.get("WORLD_SIZE", 1))
-        local_world = int(env.get("LOCAL_WORLD_SIZE", world))
-        rendezvous = env.get(OWN_RENDEZVOUS, "env://")
-        return Identity(int(env["RANK"]), world, int(env.get("LOCAL_RANK", env["RANK"])), local_world, rendezvous)
-    if "SLURM_PROCID" in env:
-        world = int(env.get("SLURM_NTASKS", 1))
-        local_world = int(env.get("SLURM_NTASKS_PER_NODE", world // int(env.get("SLURM_NNODES", 1))))
-        local_rank = int(env.get("SLURM_LOCALID", 0))
-        return Identity(int(env["SLURM_PROCID"]), world, local_rank, local_world, _slurm_rendezvous())
-    return None
+    world = int(env.get("WORLD_SIZE", 1))
+    local_world = int(env.get("LOCAL_WORLD_SIZE", world))
+    rendezvous = f"file://{env[FOLDER]}/rendezvous" if FOLDER in env else "env://"
+    return Identity(int(env["RANK"]), world, int(env.get("LOCAL_RANK", env["RANK"])), local_world, rendezvous)
+
+
+def _slurm() -> Identity:
+    _refuse_words((*SLURM, "MASTER_PORT"))
+    env = os.environ
+    world = int(env.get("SLURM_NTASKS", 1))
+    local_world = int(env.get("SLURM_NTASKS_PER_NODE", world // max(1, int(env.get("SLURM_NNODES", 1)))))
+    return Identity(int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)), local_world, _slurm_rendezvous())
+
+
+def _refuse_words(names: tuple[str, ...]) -> None:
+    wrong = [name for name in names if not os.environ.get(name, "0").isdecimal()]
+    if wrong:
+        raise UserError(*[f"the environment has {name}={os.environ[name]}, which is not a number" for name in wrong])
 
 
 def _slurm_rendezvous() -> str:
@@ -45,5 +81,14 @@ def _slurm_rendezvous() -> str:
     if not host:
         # node[07-09,12],login[1-2] is node07, node08 ...; scontrol would tell, but a container seldom has it
         host = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1")).split(",")[0]
-    port = os.environ.get("MASTER_PORT") or 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000
+    port = os.environ.get("MASTER_PORT", 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
     return f"tcp://{host}:{port}"
+
+
+def die_with(launcher: int) -> None:
+    """Ask Linux to end this rank if the process that started it is killed outright, so that none is left behind."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the call; on other systems this is all there is
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -17,7 +17,8 @@ from mixtrain.config import Config, Precision, plain
 SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
 CLASSES = ("ModelParallelConfig", "TransformerConfig")
 SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")  # whose keys are TransformerConfig's fields
-UNKNOWN = object()  # a default that is made by a function
+UNKNOWN = object()  # a default that is computed
+NAMED = {"float32": "fp32"}  # defaults that are a name in the source, where transformer_fields has another for it
 
 # What makes a transformer a Mixtral, whatever its sizes; and fusions that need packages Megatron-Core can do without.
 ARCHITECTURE = {
@@ -40,14 +41,21 @@ ARCHITECTURE = {
 
 def transformer_fields(config: Config) -> dict[str, object]:
     """Every field of TransformerConfig that a Config sets; functions and dtypes by name (silu, bf16)."""
-    known = transformer_config_defaults() or {}
+    known = transformer_config_defaults()  # without Megatron-Core every key counts as a field: nothing is built of it
     own = {name: value for section in SECTIONS for name, value in vars(getattr(config, section)).items()}
-    values = {name: plain(value) for name, value in own.items() if name in known and name != "transformer_impl"}
+    values = {
+        name: plain(value)
+        for name, value in own.items()
+        if (known is None or name in known) and name != "transformer_impl"
+    }
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
         if len(values[name]) == 1:
             values[name] = values[name][0]  # sinkhorn and none are only known as a single value
     precision = config.trainer.precision
-    values |= {"fp8": "hybrid"} if precision is Precision.fp8 else {"fp8_recipe": known["fp8_recipe"]}
+    if precision is Precision.fp8:
+        values |= {"fp8": "hybrid"}
+    elif known:
+        values |= {"fp8_recipe": known["fp8_recipe"]}
     dtype = "fp32" if precision is Precision.fp32 else "bf16"
     values |= {"bf16": dtype == "bf16", "params_dtype": dtype, "pipeline_dtype": dtype}
     values |= {"deterministic_mode": config.trainer.deterministic}
@@ -75,10 +83,12 @@ def transformer_config_defaults() -> dict[str, object] | None:
 
 
 def _value(node: ast.expr | None) -> object:
-    """A default as it stands in the source: a literal, or the `default` of a field(...)."""
+    """A default as it stands in the source: a literal, the last part of a name, or the `default` of a field(...)."""
     if isinstance(node, ast.Call):
         given = [keyword.value for keyword in node.keywords if keyword.arg == "default"]
         node = given[0] if given else None
+    if isinstance(node, ast.Attribute):  # torch.float32, F.gelu
+        return NAMED.get(node.attr, node.attr)
     try:
         return ast.literal_eval(node) if node is not None else UNKNOWN
     except ValueError:
@@ -91,7 +101,7 @@ def differences(config: Config) -> list[str] | None:
     if defaults is None:
         return None
     return [
-        f"{name} = {show(value)} (default: {'a function' if default is UNKNOWN else show(default)})"
+        f"{name} = {show(value)} (default: {'computed' if default is UNKNOWN else show(default)})"
         for name, value in transformer_fields(config).items()
         if (default := defaults.get(name, UNKNOWN)) != value
     ]

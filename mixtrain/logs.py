@@ -115,7 +115,7 @@ class Logs:
     def _write(self, facts: dict[str, Any]) -> None:
         if tags(self.plan):
             facts = {**facts, "tags": tags(self.plan)}
-        self.metrics.write(json.dumps(facts) + "\n")
+        self.metrics.write(json.dumps(facts, allow_nan=False) + "\n")
         if self.tensorboard:
             for name, value in facts.items():
                 if isinstance(value, (int, float)) and name != "step":

@@ -55,7 +55,7 @@ def train(
         if stopping:  # whoever asked is waiting: no validation
             break
         if "validation" in data and (finished or step % trainer.val_check_interval == 0):
-            logs.validation(step=step, val_loss=evaluate(plan, ranks, training, data["validation"]))
+            logs.validation(step=step, val_loss=evaluate(plan, ranks, training, data["validation"], step))
             started = time.perf_counter()
     return step
 
@@ -90,8 +90,8 @@ def train_step(
     return loss_sum / token_sum, grad_norm, stop_ranks > 0
 
 
-def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable) -> float:
-    """The LM loss per token over trainer.limit_val_batches global batches, the same ones every time."""
+def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable, step: int) -> float:
+    """The LM loss per token, after `step` steps, over trainer.limit_val_batches global batches, always the same."""
     # with overlap_param_gather the forward pre-hooks would wait for a gather that only a training step starts
     hooked = plan.config.optimizer.overlap_param_gather
     for chunk in training.chunks:
@@ -108,7 +108,10 @@ def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable) -> fl
         if hooked:
             chunk.enable_forward_pre_hook()
         chunk.train()
-    return (sums[0] / sums[1]).item()
+    loss = (sums[0] / sums[1]).item()
+    if not math.isfinite(loss):
+        raise Fault(f"step {step}: the loss of the held-out data is {loss} on all ranks")
+    return loss
 
 
 def run_microbatches(

@@ -17,19 +17,20 @@ from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
 from mixtrain.fields import SECTIONS, transformer_config_defaults
 from mixtrain.plan import Plan
+from mixtrain.run_directory import directory_problems
 
 Problems = Iterator[str]
-RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl")  # one of them: a run was here
 
 
 def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> list[str]:
     """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
-    problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan), *gpus(plan), *data_files(plan)]
+    problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan)]
+    problems += [*gpus(plan, overrides), *data_files(plan)]
     if me is None:
-        problems += [*run_directory(plan), *several_nodes(plan, overrides)]
+        problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
     else:
         problems += started_ranks(plan, me)
-        problems += run_directory(plan) if me.rank == 0 else []
+        problems += directory_problems(plan) if me.rank == 0 else []
     return problems
 
 
@@ -51,14 +52,42 @@ def flex_packages(plan: Plan) -> Problems:
         )
 
 
-def gpus(plan: Plan) -> Problems:
+def gpus(plan: Plan, overrides: list[str]) -> Problems:
     trainer, found = plan.config.trainer, gpu_count()
     if trainer.accelerator is Accelerator.gpu and found < trainer.devices:
         yield (
             f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine has {found} GPUs."
-            " To see the plan alone add trainer.mode=plan; to try the recipe's code path on this CPU add"
-            " +shrink=laptop"
+            f" To see the plan alone: {train_command(plan_overrides(overrides))}; to try the code path on this CPU:"
+            f" {train_command(cpu_overrides(overrides))}"
         )
+
+
+def plan_overrides(overrides: list[str]) -> list[str]:
+    return [*_without(overrides, "trainer.mode"), "trainer.mode=plan"]
+
+
+def cpu_overrides(overrides: list[str]) -> list[str]:
+    """The same on this CPU: a recipe shrunk, without the overrides that would win over its smaller sizes."""
+    kept = _without(overrides, "shrink", "trainer.accelerator", "trainer.devices", "trainer.num_nodes")
+    if not any(_key(text) == "recipe" for text in kept):
+        return [*kept, "trainer.accelerator=cpu"]
+    shrunk = []
+    for text in kept:
+        if _key(text).split(".")[0] != "data":  # the vocabulary is shrunk too: not for tokens of one's own
+            shrunk += [text, "+shrink=laptop"] if _key(text) == "recipe" else [text]
+    return shrunk
+
+
+def _without(overrides: list[str], *keys: str) -> list[str]:
+    return [text for text in overrides if _key(text) not in keys]
+
+
+def _key(override: str) -> str:
+    return override.split("=")[0].lstrip("+")
+
+
+def train_command(overrides: list[str]) -> str:
+    return f"python train.py {shlex.join(overrides)}"
 
 
 def several_nodes(plan: Plan, overrides: list[str]) -> Problems:
@@ -86,28 +115,18 @@ def data_files(plan: Plan) -> Problems:
         yield from check_files(data.data_path, tokenizer, plan.config.model.vocab_size, data.split, plan.samples)
 
 
-def run_directory(plan: Plan) -> Problems:
-    directory = Path(plan.config.run_dir)
-    if directory.exists() and not directory.is_dir():
-        yield f"run_dir = {directory} is a file; give another run_dir"
-    elif any((directory / name).exists() for name in RUN_FILES):
-        yield f"run_dir = {directory} holds a run already; the next free name: run_dir={free_name(directory)}"
-
-
-def free_name(directory: Path) -> Path:
-    """The first of directory-2, directory-3 ... that no run has taken."""
-    number = 2
-    while (free := Path(f"{directory}-{number}")).exists():
-        number += 1
-    return free
-
-
 def started_ranks(plan: Plan, me: Identity) -> Problems:
-    """The launcher's world size and the configuration's must be one number."""
+    """The launcher's world size and the configuration's must be one number, and torchrun's must say where to meet."""
     if me.world_size != plan.world_size:
         yield (
             f"{me.world_size} ranks were started, but trainer.devices * trainer.num_nodes = {plan.world_size};"
             f" start {plan.world_size}, or change trainer.devices"
+        )
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if me.rendezvous == "env://" and missing:
+        yield (
+            f"the environment has RANK = {me.rank}, but no {' and no '.join(missing)} for the ranks to meet at; set"
+            " them as torchrun does, or unset RANK and train.py starts its ranks itself"
         )
 
 

@@ -99,14 +99,14 @@ def _even_problems(parallel: ParallelConfig, num_layers: int) -> list[str]:
     extra = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
     left, between = num_layers + extra - (first or 0) - (last or 0), pp - (first is not None) - (last is not None)
     parts = between * vpp
-    fits = (left >= 0 and left % parts == 0) if parts > 0 else left == 0
+    fits = (left > 0 and left % parts == 0) if parts > 0 else left == 0  # no stage between may be left with nothing
     if not fits:
-        below = left // parts * parts if parts > 0 else 0
-        near = [number + num_layers - left for number in ((below, below + parts) if parts > 0 else (0,))]
+        below = max(0, left) // parts * parts if parts > 0 else 0
+        near = [number + num_layers - left for number in ((below or parts, below + parts) if parts > 0 else (0,))]
         uneven = f" ({left} where the first and last stage leave {between} stages)" if first or last or extra else ""
         found.append(
             f"model.num_layers = {num_layers}{uneven} must be a multiple of PP*VPP = {between}*{vpp};"
-            f" use {' or '.join(str(number) for number in near if number > 0)}"
+            f" use {' or '.join(str(number) for number in sorted(set(near)) if number > 0)}"
         )
     return found
 

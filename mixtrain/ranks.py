@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import os
 import random
-import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,8 +40,6 @@ def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
     if plan.config.trainer.accelerator is Accelerator.gpu:
         device = torch.device("cuda", me.local_rank)
         torch.cuda.set_device(device)
-    if me.is_ours:
-        die_with_the_launcher()
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=me.rendezvous,
@@ -90,13 +84,3 @@ def seed_everything(plan: Plan) -> None:
     model_parallel_cuda_manual_seed(seed)
     if plan.config.trainer.deterministic:
         torch.use_deterministic_algorithms(True)
-
-
-def die_with_the_launcher() -> None:
-    """Ask Linux to end this rank if its launcher is killed outright, so that none is left behind."""
-    if sys.platform == "linux":
-        parent = os.getppid()
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os.kill(os.getpid(), signal.SIGKILL)

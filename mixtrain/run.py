@@ -58,7 +58,7 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
         steps = loop.train(plan, here, training, data, logs, stop)
         stopped = steps < plan.config.trainer.max_steps
         if "test" in data and not stopped:
-            logs.validation(step=steps, test_loss=loop.evaluate(plan, here, training, data["test"]))
+            logs.validation(step=steps, test_loss=loop.evaluate(plan, here, training, data["test"], steps))
         if plan.config.checkpoint.save_last:
             checkpoint.save(plan, here, training, steps)
     logs.finish(steps, stopped, entropy)

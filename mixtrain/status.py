@@ -21,6 +21,7 @@ def write_status(run_dir: str | Path, *, state: str, step: int, max_steps: int, 
 
 
 def read_status(run_dir: str | Path) -> dict | None:
-    """The status of a run, or None if it has written none yet."""
+    """The status of a run, or None if it has written none yet (the file is there, but empty, while it is claimed)."""
     path = Path(run_dir) / "status.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    text = path.read_text() if path.exists() else ""
+    return json.loads(text) if text else None

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from mixtrain import cpu, upstream
-from mixtrain.environment import Identity
+from mixtrain.environment import Identity, die_with
 
 upstream.apply()
 cpu.apply()
@@ -37,9 +37,11 @@ def run_ranks(world_size: int, function: Callable[[Identity], Any], folder: Path
     sys.stdout.flush()
     sys.stderr.flush()
     children = []
+    parent = os.getpid()
     for rank in range(world_size):
         child = os.fork()
         if child == 0:
+            die_with(parent)
             _rank(Identity(rank, world_size, rank, world_size, rendezvous), function, folder)
         children.append(child)
     failed = _wait(children, timeout)

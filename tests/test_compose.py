@@ -192,9 +192,10 @@ def test_wrong_words_wrong_values_and_broken_rules_of_words_are_reported_togethe
 
 
 def test_a_sweep_gives_a_job_for_each_value(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # Hydra's sweeper leaves multirun.yaml where it runs
+    monkeypatch.chdir(tmp_path)
     jobs, problems = compose(["--multirun", "trainer.max_steps=5,6", "trainer.mode=plan"])
     assert not problems
+    assert list(tmp_path.iterdir()) == []  # Hydra's sweeper would leave a multirun.yaml
     assert [job.tree.trainer.max_steps for job in jobs] == [5, 6]
     assert [job.overrides for job in jobs] == [
         ["trainer.max_steps=5", "trainer.mode=plan"],
@@ -209,6 +210,17 @@ def test_a_sweep_over_options_takes_a_pattern_and_refuses_an_option_that_is_not_
     assert [job.overrides for job in jobs] == [["router=none"]]
     _, (problem,) = check_overrides(["router=sinkhorn,sinkhron"], multirun=True)
     assert "did you mean sinkhorn" in problem
+
+
+def test_a_flag_may_stand_between_overrides():
+    jobs, problems = compose(["seed=1", "--multirun", "trainer.max_steps=5,6"])
+    assert not problems
+    assert [job.overrides for job in jobs] == [["seed=1", "trainer.max_steps=5"], ["seed=1", "trainer.max_steps=6"]]
+
+
+def test_the_jobs_of_a_sweep_can_have_a_directory_each():
+    jobs, _ = compose(["-m", "router=none,sinkhorn", "run_dir='runs/${name}-${hydra:job.num}'"])
+    assert [Config.from_hydra(job.tree).run_dir for job in jobs] == ["runs/laptop-0", "runs/laptop-1"]
 
 
 def test_help_lists_groups_and_keys():

@@ -42,7 +42,8 @@ class Command:
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "COLUMNS": "100"},
+                env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(ROOT / "tests")},
+                preexec_fn=hear_ctrl_c,
             )
 
     def __enter__(self) -> Command:
@@ -69,15 +70,29 @@ class Command:
     def text(self) -> str:
         return self.output.read_text()
 
-    def wait_for_step(self, run_dir: Path, step: int, seconds: float = 120) -> None:
+    def wait_until(self, condition, seconds: float = 60) -> None:
         deadline = time.monotonic() + seconds
-        while (read_status(run_dir) or {"step": 0})["step"] < step:
+        while not condition():
             assert self.process.poll() is None and time.monotonic() < deadline, self.text()[-2000:]
-            time.sleep(0.1)
+            time.sleep(0.01)
+
+    def wait_for_step(self, run_dir: Path, step: int) -> None:
+        self.wait_until(lambda: (read_status(run_dir) or {"step": 0})["step"] >= step, 120)
+
+
+def hear_ctrl_c() -> None:
+    """In a background job of a script, as which the tests may run, SIGINT is ignored and stays so in every child."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train(folder: Path, *overrides: str) -> Command:
     return Command(folder, sys.executable, "train.py", f"run_dir={folder}/run", *overrides)
+
+
+def launch(folder: Path, rank: str) -> Command:
+    """The launcher alone, with two ranks that run the code `rank` where train.py would train."""
+    start = f"mixtrain.launch.start(composing.plan_of('run_dir={folder}/run'), (sys.executable, '-c', {rank!r}))"
+    return Command(folder, sys.executable, "-c", f"import sys, composing, mixtrain.launch; sys.exit({start})")
 
 
 def lm_losses(folder: Path) -> list[float]:
@@ -117,7 +132,9 @@ def test_a_recipe_shrunk_to_a_laptop_trains_on_eight_ranks(tmp_path):
         assert run.wait() == 0, run.text()
     assert "8 on 1 node of 8 (cpu)" in run.text() and "bf16" in run.text() and "recompute full" in run.text()
     assert len(list((tmp_path / "run" / "logs").glob("rank_*.log"))) == 8
-    assert read_status(tmp_path / "run")["step"] == 5
+    status = read_status(tmp_path / "run")
+    assert status["step"] == 5
+    assert status["changed_mathematics"] == ["trainer.max_steps = 5 (recipe: 20)"]  # the ranks know of the recipe
 
 
 def test_torchrun_starts_the_ranks_as_well(tmp_path):
@@ -159,22 +176,129 @@ def test_a_killed_launcher_leaves_no_rank_behind(tmp_path):
         run.wait_for_step(tmp_path / "run", 2)
         run.process.kill()
         run.wait(10)
-        deadline = time.monotonic() + 20
-        while ranks_left(tmp_path) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        assert not ranks_left(tmp_path)
+        wait_for_no_ranks(tmp_path, 20)
+
+
+def test_a_launcher_killed_while_its_ranks_import_torch_leaves_none_behind(tmp_path):
+    with train(tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000") as run:
+        run.wait_until(lambda: ranks_left(tmp_path))
+        run.process.kill()
+        run.wait(10)
+        wait_for_no_ranks(tmp_path, 4)
+        assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_ctrl_c_while_the_ranks_start_ends_them_and_exits_0(tmp_path):
+    with train(tmp_path, *SMALL, "trainer.max_steps=100000") as run:
+        run.wait_until(lambda: ranks_left(tmp_path))
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(30) == 0, run.text()
+    assert "stopped before the first step" in run.text() and "Traceback" not in run.text()
+    assert read_status(tmp_path / "run")["state"] == "stopped"
+    assert not ranks_left(tmp_path)
+
+
+def test_ctrl_c_before_there_is_a_run_is_one_line(tmp_path):
+    with train(tmp_path, *SMALL) as run:
+        run.wait_until(lambda: catches(run.process.pid, signal.SIGTERM))  # the first thing that train.py does
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(10) == 0
+    assert run.text() == "mixtrain: stopped before a run was started\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
+    words = [sys.executable, "train.py", f"run_dir={tmp_path}/run", *SMALL, "trainer.max_steps=2", "checkpoint=none"]
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+    with Command(folders[0], *words) as first, Command(folders[1], *words) as second:
+        runs = {run.wait(): run.text() for run in (first, second)}
+    assert sorted(runs) == [0, 2]
+    assert f"run_dir={tmp_path}/run-2" in runs[2] and "Traceback" not in runs[2]
+    assert read_status(tmp_path / "run")["state"] == "finished"
+
+
+def test_the_ranks_are_handed_the_plan_and_do_not_compose_it_again(tmp_path):
+    """Composed a second time, ${now:%f} would be another microsecond."""
+    moment = "run_dir='" + str(tmp_path / "runs") + "/${now:%f}'"
+    with Command(tmp_path, sys.executable, "train.py", moment, *SMALL, "trainer.max_steps=1", "checkpoint=none") as run:
+        assert run.wait() == 0, run.text()
+    (directory,) = (tmp_path / "runs").iterdir()
+    assert read_status(directory)["state"] == "finished" and (directory / "logs" / "rank_1.log").exists()
+
+
+# The launcher alone
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_every_signal_that_asks_for_the_end_reaches_the_ranks_as_one_they_handle(tmp_path, number):
+    rank = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit()));"
+    with launch(tmp_path, rank + "print('ready', flush=True); time.sleep(60)") as run:
+        run.wait_until(lambda: "ready" in run.text() and "ready" in log_of(tmp_path, 1))
+        run.process.send_signal(number)
+        assert run.wait(10) == 0, run.text()
+    assert "stopping after this step" in run.text() and "asked" in run.text() and "asked" in log_of(tmp_path, 1)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_and_a_second_hangup_does_not(tmp_path):
+    rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True);"
+    with launch(tmp_path, rank + "time.sleep(60)") as run:  # a long step
+        run.wait_until(lambda: "ready" in run.text() and "ready" in log_of(tmp_path, 1))
+        for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGINT):
+            run.process.send_signal(number)
+            time.sleep(0.3)
+        assert run.process.poll() is None
+        run.process.send_signal(signal.SIGINT)
+        assert run.wait(10) == 0
+    assert run.text().endswith("mixtrain: stopped at once on request, without a checkpoint\n")
+    assert read_status(tmp_path / "run")["state"] == "stopped"
+    assert not ranks_left(tmp_path)
+
+
+def test_a_rank_that_hangs_is_named_and_not_only_the_one_that_waited_for_it(tmp_path):
+    rank = "import os, signal, sys; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSTOP);"
+    with launch(tmp_path, rank + "sys.exit('RuntimeError: Timed out')") as run:
+        assert run.wait(20) == 1
+    assert "mixtrain: rank 1 did not answer\nmixtrain: rank 0 failed" in run.text()
+    assert read_status(tmp_path / "run")["reason"].startswith("rank 1 did not answer; rank 0 failed: RuntimeError")
+    assert not ranks_left(tmp_path)
+
+
+def test_a_rank_killed_before_the_first_step_ends_the_run_in_seconds(tmp_path):
+    rank = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL);"
+    started = time.monotonic()
+    with launch(tmp_path, rank + "time.sleep(60)") as run:
+        assert run.wait(40) == 1
+    assert time.monotonic() - started < 15
+    assert "rank 1 was ended by SIGKILL" in run.text() and "did not answer" not in run.text()
+
+
+def log_of(folder: Path, rank: int) -> str:
+    log = folder / "run" / "logs" / f"rank_{rank}.log"
+    return log.read_text() if log.exists() else ""
+
+
+def catches(process: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    caught = next(v for v in Path(f"/proc/{process}/status").read_text().splitlines() if v.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
+
+
+def wait_for_no_ranks(folder: Path, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while ranks_left(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not ranks_left(folder)
 
 
 def ranks_left(folder: Path) -> list[str]:
-    """Processes whose command line names this test's run directory."""
+    """Ranks of the run in folder/run and their helpers: their stderr is one of its logs."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                words = (entry / "cmdline").read_bytes().decode(errors="replace")
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            if f"run_dir={folder}/run" in words and state != "Z":
-                found.append(words.replace("\0", " "))
+        try:
+            if entry.name.isdigit() and os.readlink(entry / "fd" / "2").startswith(f"{folder}/run/logs/"):
+                found.append(entry.name)
+        except OSError:
+            continue  # it has ended
     return found

@@ -10,9 +10,11 @@ from composing import plan_of
 
 from mixtrain.config import legal_keys
 from mixtrain.environment import Identity, identity
-from mixtrain.errors import FINISHED, REFUSED
+from mixtrain.errors import FINISHED, REFUSED, UserError
 from mixtrain.fields import transformer_config_defaults
-from mixtrain.machine import RUN_FILES, gpu_count, installed, machine_problems
+from mixtrain.machine import gpu_count, installed, machine_problems
+from mixtrain.run_directory import RUN_FILES, claim
+from mixtrain.status import read_status
 from train import main
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
@@ -34,7 +36,7 @@ def refused(*overrides: str, me: Identity | None = None) -> list[str]:
 
 
 def rank(number: int, world: int) -> Identity:
-    return Identity(number, world, number, world, "env://")
+    return Identity(number, world, number, world, "tcp://first:29500")
 
 
 def test_the_default_runs_on_a_bare_machine():
@@ -46,6 +48,26 @@ def test_missing_gpus_are_counted_with_both_ways_to_go_on():
     (problem,) = refused(RECIPE, "trainer.num_nodes=1", "trainer.device_memory_gib=null")
     for fragment in ("accelerator = gpu", "trainer.devices = 8", "0 GPUs", "trainer.mode=plan", "+shrink=laptop"):
         assert fragment in problem
+
+
+# fmt: off
+@pytest.mark.parametrize("overrides, on_cpu", [
+    ([RECIPE], [RECIPE, "+shrink=laptop"]),
+    ([RECIPE, "trainer.num_nodes=2"], [RECIPE, "+shrink=laptop"]),
+    (["trainer.num_nodes=2", RECIPE, "name='two words'"], [RECIPE, "+shrink=laptop", "name='two words'"]),
+    ([RECIPE, "+shrink=laptop", "trainer.accelerator=gpu"], [RECIPE, "+shrink=laptop"]),
+    ([RECIPE, "data=indexed", "data.data_path=[x]", "data.tokenizer=y"], [RECIPE, "+shrink=laptop"]),
+    (["trainer.accelerator=gpu", "trainer.mode=train"], ["trainer.mode=train", "trainer.accelerator=cpu"]),
+    (["trainer=node8"], ["trainer=node8", "trainer.accelerator=cpu"]),
+])
+# fmt: on
+def test_what_is_advised_where_there_are_no_gpus_can_be_typed_and_is_not_refused(overrides, on_cpu):
+    (problem,) = [line for line in refused(*overrides) if line.startswith("trainer.accelerator")]
+    plan, cpu = [shlex.split(part.split(";")[0]) for part in problem.split("python train.py ")[1:]]
+    assert main(plan) == FINISHED and plan[-1] == "trainer.mode=plan"
+    assert cpu == on_cpu
+    assert refused(*cpu) == []
+    assert main([*cpu, "trainer.mode=plan"]) == FINISHED
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", " "])
@@ -92,6 +114,35 @@ def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
     (tmp_path / "file").write_text("")
     (problem,) = refused(f"run_dir={tmp_path}/file")
     assert problem == f"run_dir = {tmp_path}/file is a file; give another run_dir"
+
+
+@pytest.mark.parametrize("directory", ["file/x", "/proc/x", "long" * 75, "file/x/y"])
+def test_a_run_directory_that_cannot_be_made_is_refused_by_name(tmp_path, capsys, directory):
+    (tmp_path / "file").write_text("")
+    assert main([f"run_dir={directory}"]) == REFUSED
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    assert line.startswith(f"  - run_dir = {directory} cannot be made or written (")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_run_directory_is_claimed_once(tmp_path):
+    plan = plan_of(f"run_dir={tmp_path}/run")
+    claim(plan)
+    assert read_status(tmp_path / "run") == {"state": "running", "step": 0, "max_steps": 300, "reason": ""}
+    with pytest.raises(UserError, match=f"holds a run already.*run_dir={tmp_path}/run-2"):
+        claim(plan)
+
+
+def test_the_jobs_of_a_sweep_need_a_directory_each_and_are_all_checked_before_the_first(tmp_path, capsys):
+    assert main(["seed=1", "--multirun", "trainer.max_steps=5,6,7"]) == REFUSED
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    assert line.startswith("  - run_dir = runs/laptop is that of the jobs 1, 2, 3 of the sweep; type run_dir='runs/")
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "status.json").write_text("")
+    advised = line.split("type run_dir='runs/${name}-")[1].split("'")[0]
+    assert main(["--multirun", "trainer.max_steps=5,6", f"run_dir='{advised}'"]) == REFUSED
+    assert "run_dir = 1 holds a run already" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["1"]  # the first job has not begun, and Hydra has left nothing
 
 
 def test_only_the_first_rank_looks_for_an_older_run(tmp_path):
@@ -172,11 +223,48 @@ def test_nothing_of_this_machine_is_asked_in_plan_mode(tmp_path, capsys):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_ranks_that_were_started_are_planned_for_where_devices_is_null(monkeypatch, capsys):
-    for name, value in {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4}.items():
-        monkeypatch.setenv(name, str(value))
+@pytest.mark.parametrize("started", [{"SLURM_PROCID": 0}, {"RANK": 0, "WORLD_SIZE": 3}])
+def test_a_plan_is_of_any_machine_whatever_was_started_on_this_one(monkeypatch, capsys, started):
+    """`srun --pty bash` is one task, in which a plan of two ranks can be asked for."""
+    set_all(monkeypatch, started)
     assert main(["trainer.mode=plan"]) == FINISHED
-    assert "4 on 1 node of 4" in capsys.readouterr().out
+    assert "2 on 1 node of 2" in capsys.readouterr().out
+
+
+def test_of_several_started_ranks_the_first_prints_the_plan(monkeypatch, capsys):
+    set_all(monkeypatch, {"SLURM_PROCID": 1, "SLURM_NTASKS": 2})
+    assert main(["trainer.mode=plan"]) == FINISHED
+    assert capsys.readouterr().out == ""
+
+
+def test_ranks_that_were_started_are_planned_for_where_devices_is_null(monkeypatch, capsys, tmp_path):
+    set_all(monkeypatch, {"RANK": 0, "WORLD_SIZE": 4, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 4})
+    assert main([]) == REFUSED
+    shown = capsys.readouterr()
+    assert "4 on 1 node of 4" in shown.out
+    assert "RANK = 0, but no MASTER_ADDR and no MASTER_PORT for the ranks to meet at" in shown.err
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("variables, named", [
+    ({"RANK": "x"}, ["RANK=x"]),
+    ({"RANK": "", "WORLD_SIZE": "-1"}, ["RANK=", "WORLD_SIZE=-1"]),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "many", "SLURM_JOB_ID": "x"}, ["SLURM_NTASKS=many", "SLURM_JOB_ID=x"]),
+    ({"RANK": "2", "WORLD_SIZE": "2"}, ["RANK = 2, but WORLD_SIZE = 2"]),
+    ({"SLURM_PROCID": "1"}, ["SLURM_PROCID = 1, but SLURM_NTASKS = 1"]),
+])
+def test_an_environment_that_cannot_be_a_ranks_is_refused_by_variable(monkeypatch, capsys, tmp_path, variables, named):
+    set_all(monkeypatch, variables)
+    assert main([]) == REFUSED
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    assert len(lines) == len(named)
+    assert all(f"the environment has {text}" in line for text, line in zip(named, lines, strict=True))
+    assert os.listdir(tmp_path) == []
+
+
+def set_all(monkeypatch, variables: dict[str, object]) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
 
 
 @pytest.mark.parametrize("local_rank, heard", [(0, True), (1, False)])
@@ -212,7 +300,7 @@ def test_a_rank_that_is_told_nothing_else_is_alone(monkeypatch, name, rendezvous
 
 def test_the_projects_own_launcher_is_known_by_its_rendezvous(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("MIXTRAIN_RENDEZVOUS", "file:///somewhere/rendezvous")
+    monkeypatch.setenv("MIXTRAIN_FOLDER", "/somewhere")
     assert identity().is_ours
     assert identity().rendezvous == "file:///somewhere/rendezvous"
 

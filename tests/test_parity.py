@@ -81,7 +81,7 @@ def three_steps(plan: Plan, me: Identity) -> dict:
             norms.append(norm)
             loads.append(load.collect())
             balances.append(collect_balancing_loss(plan, plan.num_microbatches, here.device))
-        held_out = loop.evaluate(plan, here, training, random_batches(plan, steps=8))
+        held_out = loop.evaluate(plan, here, training, random_batches(plan, steps=8), step)
     return {"losses": losses, "norms": norms, "loads": loads, "balances": balances, "held_out": held_out}
 
 

@@ -153,6 +153,24 @@ def test_a_loss_that_is_not_a_number_stops_all_ranks_and_names_step_and_rank(tmp
     assert "Traceback" not in (tmp_path / "ranks" / "rank_0.log").read_text()
 
 
+def test_a_held_out_loss_that_is_not_a_number_stops_all_ranks_and_is_not_written(tmp_path):
+    def poison(me) -> None:
+        build = model.build
+
+        def poisoned(*arguments):
+            models = build(*arguments)
+            models[0].register_forward_hook(lambda module, _, output: output if module.training else output * math.nan)
+            return models
+
+        model.build = poisoned
+
+    directory, codes = start(tmp_path, before=poison)
+    assert codes == [FAULT, FAULT]
+    assert "step 2: the loss of the held-out data is nan" in read_status(directory)["reason"]
+    assert [record["step"] for record in records(directory)] == [1, 2]
+    assert not list(directory.glob("iter_*"))
+
+
 def test_a_gradient_norm_that_is_not_a_number_stops_the_run(tmp_path):
     directory, codes = start(tmp_path, "optimizer.lr=1e30", "optimizer.clip_grad=0")
     assert codes == [FAULT, FAULT]

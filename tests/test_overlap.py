@@ -1,0 +1,95 @@
+"""Overlapping reductions and gathers with computing leaves the same weights; validation in between changes nothing."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from composing import plan_of
+from megatron.core import dist_checkpointing
+from rank_workers import run_ranks
+from test_parity import EP, PP, TINY
+
+from mixtrain import ranks
+from mixtrain.errors import FINISHED
+from mixtrain.run import run
+
+OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
+UNSEEN = ["trainer.limit_val_batches=0"]  # no validation or test that would gather what a save needs
+SEEN = ["trainer.limit_val_batches=1", "trainer.val_check_interval=1"]
+# Without clipping: the norm is a sum over shards, whose bounds the buckets move.
+# Two data-parallel ranks: the sum of two numbers is the same in either order.
+COMMON = ["optimizer.clip_grad=0", "optimizer.bucket_size=20000", "checkpoint=last", "logging=files"]
+TIED = "model.untie_embeddings_and_output_weights=false"
+LAYOUTS = {
+    "DP2, tied embeddings": [EP + "1", "trainer.devices=2", TIED],
+    "DP2xPP2xVPP2": [EP + "1", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2", "trainer.devices=4"],
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of a finished run of three steps, each run once."""
+
+    @cache
+    def start(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        paths = [f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", "trainer.log_every_n_steps=1"]
+        plan = plan_of(*TINY, *COMMON, *paths, *overrides)
+        assert set(run_ranks(plan.world_size, lambda me: run(plan, me), folder / "ranks")) == {FINISHED}
+        return folder / "run"
+
+    return start
+
+
+def logged(directory: Path, key: str) -> list[float]:
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [record[key] for record in lines if key in record]
+
+
+def unequal(here: Path, there: Path, folder: Path, layout: list[str]) -> list[str]:
+    """Tensors of two checkpoints after step 3 that are not equal bit for bit; every parameter is compared."""
+    plan = plan_of(*TINY, *layout)
+
+    def compare(me) -> list[str]:
+        with ranks.start(plan, me):
+            a, b = (flat(dist_checkpointing.load_plain_tensors(str(run / "iter_0000003"))) for run in (here, there))
+        assert a.keys() == b.keys()
+        assert sum(tensor.numel() for tensor in a.values()) == plan.total_parameters
+        return [name for name in a if not torch.equal(a[name], b[name])]
+
+    (found,) = run_ranks(1, compare, folder)
+    return found
+
+
+def flat(tree: dict, prefix: str = "") -> dict[str, torch.Tensor]:
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{name}.")
+        elif torch.is_tensor(value) and value.is_floating_point():
+            found[prefix + name] = value
+    return found
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_checkpoint_after_overlapped_steps_has_the_weights_of_steps_one_after_the_other(name, trained, tmp_path):
+    plain, overlapped = trained(*LAYOUTS[name], *UNSEEN), trained(*LAYOUTS[name], *UNSEEN, *OVERLAPPED)
+    assert logged(plain, "lm_loss") == logged(overlapped, "lm_loss")
+    tied = [word for word in LAYOUTS[name] if word == TIED]
+    assert unequal(plain, overlapped, tmp_path, [EP + "1", *tied]) == []
+
+
+def test_validation_between_overlapped_steps_sees_the_same_weights_and_changes_none(trained, tmp_path):
+    layout = LAYOUTS["DP2, tied embeddings"]
+    plain, overlapped = trained(*layout, *SEEN), trained(*layout, *SEEN, *OVERLAPPED)
+    never = trained(*layout, *UNSEEN, *OVERLAPPED)
+    assert logged(overlapped, "val_loss") == logged(plain, "val_loss") and len(logged(plain, "val_loss")) == 3
+    assert logged(overlapped, "test_loss") == logged(plain, "test_loss") != []
+    assert logged(overlapped, "lm_loss") == logged(plain, "lm_loss") == logged(never, "lm_loss")
+    assert logged(never, "val_loss") == logged(never, "test_loss") == []
+    assert len(set(logged(plain, "val_loss"))) == 3  # every step moves the weights far enough to be seen
+    assert unequal(overlapped, never, tmp_path, [EP + "1", TIED]) == []
