@@ -92,7 +92,7 @@ def train_step(
 
 def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable, step: int) -> float:
     """The LM loss per token, after `step` steps, over trainer.limit_val_batches global batches, always the same."""
-    # with overlap_param_gather the forward pre-hooks would wait for a gather that only a training step starts
+    # as Megatron-LM does: switching the hooks off gathers the parameters once, here, not module by module
     hooked = plan.config.optimizer.overlap_param_gather
     for chunk in training.chunks:
         if hooked:

@@ -27,6 +27,7 @@ MODELS = {
     "EP2": [EP + "2"],
     "PP2": [EP + "1", PP + "2"],
     "PP2, tied embeddings": [EP + "1", PP + "2", TIED],
+    "PP4, tied embeddings": [EP + "1", PP + "4", TIED],
     "PP2, first stage of 1": [EP + "1", PP + "2", "parallel.num_layers_in_first_pipeline_stage=1"],
     "PP2xVPP2, layout": [EP + "1", PP + "2", "parallel.pipeline_model_parallel_layout='Et|tt|t|L'"],
     "EP2xPP2": [EP + "2", PP + "2"],
