@@ -122,12 +122,3 @@ def test_recompute_changes_nothing_but_memory(kind, tmp_path):
         assert again["norms"] == pytest.approx(plain["norms"], rel=1e-6)
     else:
         assert again == plain  # to the last bit: the same operations, twice
-
-
-@pytest.mark.parametrize("style", ["constant", "linear", "cosine", "inverse-square-root", "WSD"])
-def test_a_schedule_trains(style, tmp_path):
-    words = ["parallel=ep1", f"optimizer.lr_decay_style={style}", "optimizer.lr_warmup_steps=1"]
-    wsd = ["optimizer.lr_wsd_decay_steps=1"] if style == "WSD" else []
-    figures = measure([*words, *wsd], tmp_path)
-    assert figures["losses"][1] == figures["losses"][0]  # the first step of a warm-up has learning rate 0
-    assert figures["losses"][2] < figures["losses"][1]
