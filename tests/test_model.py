@@ -26,7 +26,8 @@ OURS = {
     "parallel": set(),
     "router": set(),
     "dispatcher": set(),
-    "optimizer": {"lr_decay_style", "lr_warmup_steps", "lr_decay_steps"},
+    "optimizer": {"lr_decay_style", "lr_warmup_steps", "lr_warmup_fraction", "lr_decay_steps", "lr_wsd_decay_style",
+                  "lr_wsd_decay_steps"},
 }  # fmt: skip
 
 
