@@ -51,7 +51,7 @@ def another(value: object) -> object:
 def test_a_facts_file_fits_the_keys_it_is_about_and_has_its_source(path):
     name, facts = read(path)
     assert warnings(f"model.hf_model={name}", *[words(key, value) for key, value in facts.items()]) == []
-    assert path.read_text().startswith(f"# https://huggingface.co/{name}, config.json")
+    assert path.read_text().startswith(f"# Hugging Face, {name}, config.json")
 
 
 def test_each_published_model_has_one_file_and_its_published_size():
