@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from mixtrain.model import unwrap
 from mixtrain.optimizer import Training
+from mixtrain.places import unwrap
 from mixtrain.plan import Plan
 from mixtrain.ranks import Ranks
 

@@ -24,7 +24,7 @@ from mixtrain.errors import UserError
 Accelerator     = Enum("Accelerator", ["cpu", "gpu"])
 Mode            = Enum("Mode", ["train", "plan"])
 Precision       = Enum("Precision", ["fp32", "bf16", "fp8"])
-TransformerImpl = Enum("TransformerImpl", ["local", "transformer_engine"])
+TransformerImpl = Enum("TransformerImpl", ["torch", "local", "transformer_engine"])
 Balancing       = Enum("Balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"])
 ScoreFunction   = Enum("ScoreFunction", ["softmax", "sigmoid"])
 RouterDtype     = Enum("RouterDtype", ["fp32", "fp64"])

@@ -1,7 +1,7 @@
 """Megatron-Core without CUDA: the one module that knows that Megatron-Core expects a GPU.
 
 Rule: torch itself is not patched. A Megatron module that says `torch.cuda` gets a `torch` of its own whose `cuda`
-answers with the CPU; a function with a CUDA literal in it gets the CPU's literal; three functions are replaced.
+answers with the CPU; a function with a CUDA literal in it gets the CPU's literal; a few functions are replaced.
 Every site is in a table below and must still be there: an upgrade that moved one stops here, by name.
 run.py applies it where trainer.accelerator is cpu, and on a GPU run nothing of it happens.
 """
@@ -148,7 +148,40 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _gather(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
+    """Upstream gathers parts of unequal length with all_gather, which gloo refuses; its all-to-all takes them."""
+    if group.size() == 1:
+        return input_
+    sizes = [int(size) for size in output_split_sizes or [len(input_)] * group.size()]
+    output = input_.new_empty(sum(sizes), *input_.shape[1:])
+    given = torch.cat([input_] * group.size())
+    torch.distributed.all_to_all_single(output, given, sizes, [len(input_)] * group.size(), group=group)
+    return output
+
+
+def _reduce_scatter(
+    input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+) -> torch.Tensor:
+    """The same for the way back: every rank's contribution to this rank's part, added up in the order of ranks."""
+    if group.size() == 1:
+        return input_
+    sizes = [int(size) for size in input_split_sizes or [len(input_) // group.size()] * group.size()]
+    mine = sizes[group.rank()]
+    output = input_.new_empty(group.size() * mine, *input_.shape[1:])
+    torch.distributed.all_to_all_single(output, input_.contiguous(), [mine] * group.size(), sizes, group=group)
+    return output.view(group.size(), mine, *input_.shape[1:]).sum(dim=0)
+
+
+def _positions_on_this_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
+    """Rotary positions of this context-parallel rank's two chunks; upstream takes the way over pinned memory."""
+    chunks = pos_emb.chunk(2 * cp_group.size(), dim=seq_dim)
+    return torch.cat([chunks[cp_group.rank()], chunks[2 * cp_group.size() - 1 - cp_group.rank()]], dim=seq_dim)
+
+
 REPLACEMENTS = [
+    ("tensor_parallel.mappings", "_gather_along_first_dim", _gather),
+    ("tensor_parallel.mappings", "_reduce_scatter_along_first_dim", _reduce_scatter),
+    ("models.common.embeddings.rope_utils", "get_pos_emb_on_this_cp_rank", _positions_on_this_rank),
     ("tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state),
     ("tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state),
     ("transformer.moe.moe_utils", "maybe_move_tensor_to_cpu", _to_host),

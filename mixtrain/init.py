@@ -1,37 +1,19 @@
 """The same weights from a seed at every layout, drawn where they live.
 
-Rule: a tensor's place is its ShardedTensor (key, global shape, offset). Each tensor, and each expert alone, is drawn
-whole from a generator seeded by (seed, global name, layer, expert) and then cut to the shard, so neither the layout nor
-the implementation changes a number. Draws are fp32 on the CPU on every machine; the layout only decides who draws what.
+Rule: each tensor, and each expert alone, is drawn whole from a generator seeded by (seed, key on disk, layer, expert)
+and then cut to its place (places.py), so neither the layout nor the implementation changes a number. Draws are fp32
+on the CPU on every machine; the layout only decides who draws what.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import re
-from collections.abc import Iterator
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
+from mixtrain import contract, places
 from mixtrain.plan import Plan
-
-# How a tensor starts, by the end of its global name. Megatron-Core's defaults for a GPT model: normal with
-# init_method_std, and with std / sqrt(2 * layers) for what writes into the residual stream.
-# fmt: off
-RECIPES = [
-    ("word_embeddings.weight", "normal"),
-    ("output_layer.weight",    "normal"),
-    ("linear_qkv.weight",      "normal"),
-    ("linear_proj.weight",     "scaled"),
-    ("router.weight",          "normal"),
-    ("linear_fc1.weight",      "normal"),
-    ("linear_fc2.weight",      "scaled"),
-    ("layer_norm_weight",      "ones"),
-    ("layernorm.weight",       "ones"),
-]
-# fmt: on
 
 
 def materialise(model: torch.nn.Module, device: torch.device) -> None:
@@ -58,61 +40,27 @@ def materialise(model: torch.nn.Module, device: torch.device) -> None:
 def initialise(model: torch.nn.Module, plan: Plan) -> None:
     """Draw every parameter of this rank's part of the model (one pipeline chunk) in place."""
     drawn, last = 0, ("", torch.empty(0))
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    for shard in sharded_tensors(model):
-        if shard.data.untyped_storage().data_ptr() not in parameters:
-            continue  # a buffer, which its module has filled
-        name, prefix = place(shard)
-        part = shard.prepend_axis_num
-        seed = f"{plan.config.seed}/{name}/{'/'.join(map(str, prefix))}"
-        if last[0] != seed:  # gate and up are two shards of one tensor: draw it once
-            last = (seed, draw(seed, name, tuple(shard.global_shape[part:]), plan))
-        cut = tuple(
-            slice(start, start + size)
-            for start, size in zip(
-                shard.global_offset[part:], shard.local_shape[-(len(shard.global_shape) - part) :], strict=True
-            )
-        )
-        shard.data.copy_(last[1][cut].view(shard.data.shape))
+    shapes = contract.shapes(plan.config)
+    for shard in places.shards(model):
+        if contract.starts(shard.key) == "buffer":
+            continue  # its module has filled it
+        seed = f"{plan.config.seed}/{shard.key}/{'/'.join(map(str, shard.numbers))}"
+        if last[0] != seed:  # gate and up are two parts of one tensor: draw it once
+            last = (seed, draw(seed, shard.key, shapes[shard.key][len(shard.numbers) :], plan))
+        shard.data.copy_(last[1][shard.cut])
         drawn += shard.data.numel()
     total = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
     if drawn != total:
         raise RuntimeError(f"initialised {drawn} of {total} parameters: a tensor is missing from sharded_state_dict")
 
 
-def sharded_tensors(model: torch.nn.Module) -> Iterator[ShardedTensor]:
-    """Every ShardedTensor of a model chunk, factories (gate and up of SwiGLU) taken apart into views."""
-    tree = {"model": model.sharded_state_dict()}
-    apply_factories(tree)
+def draw(seed: str, key: str, shape: tuple[int, ...], plan: Plan) -> torch.Tensor:
+    """A tensor in fp32, whole but for its layer and expert, from `seed` and nothing else.
 
-    def walk(node: object) -> Iterator[ShardedTensor]:
-        if isinstance(node, ShardedTensor):
-            yield node
-        elif isinstance(node, dict):
-            for value in node.values():
-                yield from walk(value)
-        elif isinstance(node, (list, tuple)):
-            for value in node:
-                yield from walk(value)
-
-    return walk(tree)
-
-
-def place(shard: ShardedTensor) -> tuple[str, tuple[int, ...]]:
-    """(global name without numbers, the indices that go before the tensor's own axes: layer, expert).
-
-    The layer is an axis before the tensor in some versions and layouts and a number in the key in others.
+    Megatron-Core's defaults for a GPT model: normal with init_method_std, and with std / sqrt(2 * layers) for what
+    writes into the residual stream.
     """
-    numbers = tuple(int(number) for number in re.findall(r"\.(\d+)\.", shard.key))
-    name = re.sub(r"\.\d+\.", ".", shard.key)
-    return name, numbers + tuple(shard.global_offset[: shard.prepend_axis_num])
-
-
-def draw(seed: str, name: str, shape: tuple[int, ...], plan: Plan) -> torch.Tensor:
-    """The whole global tensor `name` in fp32, from `seed` and nothing else."""
-    how = next((how for ending, how in RECIPES if name.endswith(ending)), None)
-    if how is None:
-        raise RuntimeError(f"no row of RECIPES in mixtrain/init.py says how {name} starts")
+    how = contract.starts(key)
     if how == "ones":
         return torch.ones(shape)
     std = plan.config.model.init_method_std

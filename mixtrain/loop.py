@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mixtrain.errors import Fault
+from mixtrain.layers.context import local_part
 from mixtrain.logs import Logs
 from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss, expert_bias
 from mixtrain.optimizer import Training
@@ -120,7 +121,7 @@ def run_microbatches(
     """`batch` sequences, over all ranks, through Megatron-Core's schedule: this rank's (sum of token losses, tokens).
 
     Both are 0 on ranks that do not hold the last pipeline stage. Ranks of one tensor-parallel group report the same
-    sums, so a quotient of sums over all ranks is the mean over tokens.
+    sums, context-parallel ranks those of their parts: a quotient of sums over all ranks is the mean over tokens.
     """
     several = len(training.chunks) > 1
     results = get_forward_backward_func()(
@@ -141,13 +142,19 @@ def run_microbatches(
 def forward_step(iterator: Iterator, model: torch.nn.Module, device: torch.device) -> tuple[torch.Tensor, Any]:
     """One microbatch: the model's output and the function that makes a loss of it, as the schedules want them."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(iterator).items()}
-    output = model(batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"])
+    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    here = {name: local_part(tensor, rank, size) for name, tensor in batch.items()}
+    output = model(here["tokens"], here["position_ids"], attention_mask=None, labels=here["labels"])
 
     def loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """(sum over tokens, tokens, report): the form that stays right under context parallelism."""
-        mask = batch["loss_mask"].reshape(-1).float()
-        total, count = (token_losses.reshape(-1).float() * mask).sum(), mask.sum()
-        return total, count.to(torch.int), {"lm_loss": torch.stack([total.detach(), count])}
+        """(sum over tokens, tokens, report): the form that stays right under context parallelism.
+
+        Megatron-Core divides the one by the other and takes the mean over context-parallel ranks. So that this is the
+        mean over the sequence's tokens wherever the masked ones lie, they are counted in all of it.
+        """
+        mask = here["loss_mask"].reshape(-1).float()
+        total, count = (token_losses.reshape(-1).float() * mask).sum(), batch["loss_mask"].sum()
+        return total * size, count.to(torch.int), {"lm_loss": torch.stack([total.detach(), mask.sum()])}
 
     return output, loss
 

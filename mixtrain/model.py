@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -19,6 +20,7 @@ from mixtrain import init
 from mixtrain.config import TransformerImpl
 from mixtrain.errors import UserError
 from mixtrain.fields import transformer_fields
+from mixtrain.layers import spec as torch_layers
 from mixtrain.plan import Plan
 
 # What fields.py gives by name.
@@ -29,6 +31,8 @@ def transformer_config(plan: Plan) -> TransformerConfig:
     """The plan as Megatron-Core's TransformerConfig."""
     values = transformer_fields(plan.config)
     values |= {name: BY_NAME[values[name]] for name in ("activation_func", "params_dtype", "pipeline_dtype")}
+    if "attention_backend" in values:
+        values["attention_backend"] = AttnBackend[values["attention_backend"]]
     try:
         return TransformerConfig(**values)
     except (AssertionError, TypeError, ValueError) as error:  # what no rule of ours has foreseen, model.extra above all
@@ -49,7 +53,7 @@ def build_chunk(plan: Plan, config: TransformerConfig, device: torch.device, vp_
         if config.bf16:
             model = Float16Module(config, model)
     init.materialise(model, device)
-    init.initialise(unwrap(model), plan)
+    init.initialise(model, plan)
     return model
 
 
@@ -82,17 +86,21 @@ def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GP
 
 def block_spec(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
     """The layers of this stage, from the implementation that model.transformer_impl names."""
-    if plan.config.model.transformer_impl is TransformerImpl.transformer_engine:
-        return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+    match plan.config.model.transformer_impl:
+        case TransformerImpl.torch:
+            return torch_layers.block_spec(config, vp_stage)
+        case TransformerImpl.transformer_engine:
+            return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+        case TransformerImpl.local:
+            return local_spec(config, vp_stage)
+
+
+def local_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+    """Megatron-Core's own layers without Transformer Engine, under the same keys on disk."""
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
     spec.layer_norm = WrappedTorchNorm  # upstream would take Apex's, which has no RMSNorm, where Apex is installed
+    for layer in spec.layer_specs:
+        layer.submodules.sharded_state_dict_keys_map = torch_layers.KEYS
     return spec
-
-
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside the wrappers for precision and data parallelism: what names and checkpoints are about."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model

@@ -10,7 +10,7 @@ from composing import plan_of
 from rank_workers import run_ranks
 from test_parity import EP, PP, TINY
 
-from mixtrain import init, model, ranks
+from mixtrain import init, model, places, ranks
 from mixtrain.costs import stage_parameters
 from mixtrain.environment import Identity
 from mixtrain.plan import Plan
@@ -23,9 +23,8 @@ def fingerprints(plan: Plan, me: Identity) -> dict[str, str]:
     found = {}
     with ranks.start(plan, me) as here:
         for chunk in model.build(plan, here.device):
-            for shard in init.sharded_tensors(model.unwrap(chunk)):
-                offsets = tuple(shard.global_offset[shard.prepend_axis_num :])
-                found[str((*init.place(shard), offsets))] = hashlib.sha256(
+            for shard in places.shards(chunk):
+                found[str((shard.key, shard.numbers, shard.cut))] = hashlib.sha256(
                     shard.data.detach().contiguous().numpy().tobytes()
                 ).hexdigest()
     return found
@@ -66,12 +65,10 @@ def statistics(plan: Plan, me: Identity) -> dict[str, list[float]]:
     """Mean and standard deviation by name; parameters of the real model as costs.py counts them."""
     with ranks.start(plan, me) as here:
         (chunk,) = model.build(plan, here.device)
-        gpt = model.unwrap(chunk)
-        assert sum(parameter.numel() for parameter in gpt.parameters()) == sum(
+        assert sum(parameter.numel() for parameter in chunk.parameters()) == sum(
             stage_parameters(plan.config.model, plan.config.parallel, stage=0)
         )
-        shards = list(init.sharded_tensors(gpt))
-        return {init.place(shard)[0]: [shard.data.mean().item(), shard.data.std().item()] for shard in shards}
+        return {shard.key: [shard.data.mean().item(), shard.data.std().item()] for shard in places.shards(chunk)}
 
 
 def test_weights_are_normal_with_the_std_that_megatron_gives_them(tmp_path):
@@ -98,7 +95,7 @@ def test_experts_keep_the_mark_that_keeps_them_out_of_the_dense_reduction(tmp_pa
 
 
 def test_a_tensor_that_no_row_describes_is_an_error():
-    with pytest.raises(RuntimeError, match="no row of RECIPES.*decoder.surprise"):
+    with pytest.raises(RuntimeError, match="no row of TENSORS.*decoder.surprise"):
         init.draw("seed", "decoder.surprise", (2,), plan_of())
 
 

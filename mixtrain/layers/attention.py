@@ -1,0 +1,75 @@
+"""Core attention: PyTorch's scaled_dot_product_attention, whole sequences or context parallel.
+
+Legend of shapes: s length on this rank, b batch, h query heads, g key/value heads, d head size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from mixtrain.layers.context import chunks_of, gather_in_order
+
+KERNELS = {  # model.attention_backend; Megatron-Core calls cuDNN's kernel fused
+    AttnBackend.flash: SDPBackend.FLASH_ATTENTION,
+    AttnBackend.fused: SDPBackend.CUDNN_ATTENTION,
+    AttnBackend.unfused: SDPBackend.MATH,
+}
+
+
+class CoreAttention(MegatronModule):
+    """softmax(q k^T / sqrt(d)) v, each query seeing the keys up to its own position.
+
+    Keys and values are not repeated for the query heads that share them. Under context parallelism each rank gathers
+    the keys and values of the whole sequence and attends with its own two chunks of queries.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, pg_collection=None, **_: object):
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.cp_group = getattr(pg_collection, "cp", None) or parallel_state.get_context_parallel_group()
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object
+    ) -> torch.Tensor:
+        """[s, b, h, d], [s, b, g, d], [s, b, g, d] -> [s, b, h*d]."""
+        if self.cp_group.size() == 1:
+            attended = self._attend(query, key, value)
+        else:
+            key, value = gather_in_order(torch.stack([key, value], dim=1), self.cp_group).unbind(dim=1)
+            length = query.shape[0] // 2  # of a chunk
+            ends = [(chunk + 1) * length for chunk in chunks_of(self.cp_group.rank(), self.cp_group.size())]
+            attended = torch.cat(
+                [self._attend(part, key[:end], value[:end]) for part, end in zip(query.chunk(2), ends, strict=True)]
+            )
+        return attended.flatten(2)
+
+    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """The queries are the last positions of the keys. [s, b, h, d], [>=s, b, g, d] twice -> [s, b, h, d]."""
+        forced = KERNELS.get(self.config.attention_backend)
+        with sdpa_kernel(forced) if forced else contextlib.nullcontext():
+            attended = F.scaled_dot_product_attention(
+                *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[2] != key.shape[2],
+                **_causal(query, key),
+            )
+        return attended.permute(2, 0, 1, 3)
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor) -> dict[str, object]:
+    """The causal mask, without a tensor wherever the kernel knows how."""
+    rows, columns = query.shape[0], key.shape[0]
+    if rows == columns:
+        return {"is_causal": True}
+    if query.is_cuda and query.dtype is torch.bfloat16:
+        return {"attn_mask": causal_lower_right(rows, columns)}  # flash attention's own alignment
+    return {"attn_mask": torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)}
