@@ -16,7 +16,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mixtrain import init
+from mixtrain import init, upstream
 from mixtrain.config import TransformerImpl
 from mixtrain.errors import UserError
 from mixtrain.fields import transformer_fields
@@ -50,6 +50,7 @@ def build_chunk(plan: Plan, config: TransformerConfig, device: torch.device, vp_
     """One chunk: built on the meta device, given memory on `device`, drawn from the seed."""
     with torch.device("meta"):
         model = gpt_model(plan, config, vp_stage)
+        upstream.mark_tensor_parallel(model)
         if config.bf16:
             model = Float16Module(config, model)
     init.materialise(model, device)

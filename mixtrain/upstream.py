@@ -30,6 +30,20 @@ def apply() -> None:
     _define(random, "fp8_autocast", lambda *_, **__: contextlib.nullcontext())
 
 
+def mark_tensor_parallel(model: Any) -> None:
+    """Mark the weights that tensor ranks split, by which the gradient's norm tells them from copies.
+
+    0.16 marks them only where it draws them itself; without, the norm (and so clipping) forgets all but the first rank.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    axes = {layers.VocabParallelEmbedding: 0, layers.ColumnParallelLinear: 0, layers.RowParallelLinear: 1}
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module) in axes and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+            layers.set_tensor_model_parallel_attributes(weight, True, axes[type(module)], 1)
+
+
 def _define(module: Any, name: str, value: Any) -> None:
     if not hasattr(module, name):
         setattr(module, name, value)
