@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from mixtrain.optimizer import Training
+from mixtrain.optimizer import Training, gather_parameters
 from mixtrain.places import unwrap
 from mixtrain.plan import Plan
 from mixtrain.ranks import Ranks
@@ -24,9 +24,7 @@ def save(plan: Plan, ranks: Ranks, training: Training, step: int) -> Path:
     if ranks.is_first:
         directory.mkdir(parents=True)
     torch.distributed.barrier()
-    if plan.config.optimizer.overlap_param_gather:
-        for chunk in training.chunks:
-            chunk.disable_forward_pre_hook()  # gathers what the last step left to the next forward pass
+    gather_parameters(plan, training)
     dist_checkpointing.save(weights(training), str(directory))
     if ranks.is_first:
         (directory.parent / TRACKER).write_text(f"{step}\n")

@@ -77,6 +77,13 @@ def build_scheduler(plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamS
     )
 
 
+def gather_parameters(plan: Plan, training: Training) -> None:
+    """After the last step: fetch the parameters that an overlapped gather has left to the next forward pass."""
+    if plan.config.optimizer.overlap_param_gather:
+        for chunk in training.chunks:
+            chunk.disable_forward_pre_hook()
+
+
 def same_names(plan: Plan, kind: type) -> dict[str, object]:
     """The values of the optimizer and parallel sections that `kind`, a dataclass of Megatron-Core, has fields for."""
     known = {field.name for field in fields(kind)}

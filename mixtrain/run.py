@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import traceback
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -41,10 +40,6 @@ def run(plan: Plan, me: Identity) -> int:
 
 
 def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
-    # on import Megatron-Core says once a module that Apex and Transformer Engine are absent: the plan says what is used
-    warnings.filterwarnings("ignore", message=".*not installed. Falling back")
-    # torch 2.13 renames collectives that Megatron-Core calls in every step
-    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     upstream.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()

@@ -6,6 +6,7 @@ Rule: a mend says which version needs it and does nothing where it is not needed
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 
@@ -18,7 +19,12 @@ class _NoFP8:
 
 
 def apply() -> None:
-    """Mend the installed Megatron-Core, in this process."""
+    """Mend the installed Megatron-Core, in this process, and let it import in silence."""
+    # on import Megatron-Core says once a module that Apex and Transformer Engine are absent: the plan says what is used
+    warnings.filterwarnings("ignore", message=".*not installed. Falling back")
+    # torch 2.13 renames collectives that Megatron-Core calls in every step
+    warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="full scope is deprecated")  # of CUDA graphs, which nobody asked for
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
 

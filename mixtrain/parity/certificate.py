@@ -1,0 +1,142 @@
+"""Runs a configuration at every layout and writes down how each differs from one rank."""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+from mixtrain import contract
+from mixtrain.config import Config
+from mixtrain.errors import UserError
+from mixtrain.forked_ranks import RankFailure, run_ranks
+from mixtrain.parity import measure, table
+from mixtrain.parity.layouts import Layout, legal_plans
+from mixtrain.parity.verdict import Verdict, judge
+from mixtrain.plan import Plan
+
+EXPERTS = 8  # at most: more of them need more tokens, and show no more
+PATIENCE_S = 300  # for one layout; the slowest take some 10 s on two cores
+
+
+class Certificate:
+    """A configuration's runs at its layouts, held against its one-rank run.
+
+    `plans` has every layout that is compared, one rank first; `left_out` how many another run is expected of, and why.
+    """
+
+    def __init__(self, name: str, config: Config, folder: Path, say: Callable[[str], None] = print):
+        self.name, self.folder, self.say = name, folder, say
+        self.config = replace(
+            config, model=replace(config.model, num_moe_experts=min(config.model.num_moe_experts, EXPERTS))
+        )
+        self.plans, self.left_out = comparable(legal_plans(self.config))
+        self.verdicts: dict[Layout, Verdict] = {}
+        if not self.plans:
+            raise UserError("no layout is legal with these switches; trainer.mode=plan with +shrink=parity says why")
+
+    def run(self, sample: int | None = None, seed: int = 0) -> bool:
+        """Run the layouts, or `sample` of them drawn at random; whether all are within the limits."""
+        layouts = list(self.plans)
+        if sample is not None and sample < len(layouts):
+            layouts = sorted(random.Random(seed).sample(layouts, sample), key=layouts.index)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.say(f"{self.name}: {len(layouts)} of {len(self.plans)} layouts of up to 8 ranks, {_versions()}")
+        for reason, count in self.left_out.items():
+            self.say(f"left out: {count} layouts, {reason}")
+        with tempfile.TemporaryDirectory(prefix="mixtrain-parity-") as scratch:
+            self._run(layouts, Path(scratch))
+        return not any(verdict.outside for verdict in self.verdicts.values())
+
+    def _run(self, layouts: list[Layout], scratch: Path) -> None:
+        wholes, started = scratch / "one_rank.pt", time.monotonic()
+        self.one = one_rank(next(iter(self.plans.values())), wholes, scratch)
+        self.say(
+            f"one rank: seed {self.one['seed']} ({self.one['tried']} tried), smallest top-k margin"
+            f" {self.one['margin']:.1e}, lm_loss {' '.join(f'{loss:.4f}' for loss in self.one['lm_loss'])}"
+        )
+        if self.one["margin"] <= measure.MARGIN:
+            raise UserError(
+                f"no seed of {measure.SEEDS} has a top-k margin above {measure.MARGIN:.0e}: a choice of experts is too"
+                f" near a tie to compare; use a larger model.init_method_std than {self.config.model.init_method_std}"
+            )
+        self.say(f"\n{table.HEADER}")
+        for number, layout in enumerate(layouts, start=1):
+            verdict = at_layout(self.plans[layout], self.one, wholes, scratch / str(number))
+            self.verdicts[layout] = verdict
+            self.say(table.line(layout, verdict))
+            if verdict.outside:
+                self.say(f"  OUTSIDE: {verdict.outside[0]}")
+            if number % 10 == 0 or number == len(layouts):
+                minutes = (time.monotonic() - started) / 60
+                self.say(f"-- {number} of {len(layouts)} in {minutes:.1f} min")
+                self.write()
+
+    def write(self) -> None:
+        """parity.json has every layout, parity.md the table; both whole at any time."""
+        record = {
+            "name": self.name,
+            "versions": _versions(),
+            "one_rank": {key: value for key, value in self.one.items() if key != "largest_gradients"},
+            "left_out": self.left_out,
+            "layouts": [
+                {
+                    **layout._asdict(),
+                    "dispatcher": layout.dispatcher.name,
+                    "differences": verdict.differences,
+                    "outside": verdict.outside[:20],
+                }
+                for layout, verdict in self.verdicts.items()
+            ],
+        }
+        for name, text in (("parity.json", json.dumps(record, indent=1) + "\n"), ("parity.md", self.page())):
+            temporary = self.folder / f"{name}.tmp"
+            temporary.write_text(text)
+            temporary.replace(self.folder / name)
+
+    def page(self) -> str:
+        """The certificate in Markdown."""
+        inside = sum(not verdict.outside for verdict in self.verdicts.values())
+        facts = [
+            ("made with", _versions()),
+            ("layouts within the limits", f"{inside} of {len(self.verdicts)}"),
+            ("one rank", f"seed {self.one['seed']}, smallest top-k margin {self.one['margin']:.1e}"),
+            *(("left out", f"{count} layouts, {reason}") for reason, count in self.left_out.items()),
+        ]
+        return table.markdown(f"Layout parity of {self.name}", facts, self.verdicts)
+
+
+def comparable(plans: dict[Layout, Plan]) -> tuple[dict[Layout, Plan], dict[str, int]]:
+    """(the layouts that compute the same run as one rank, reason -> how many another run is expected of)."""
+    return plans, {}
+
+
+def one_rank(plan: Plan, wholes: Path, scratch: Path) -> dict:
+    """The figures of the one-rank run (measure.reference), its tensors in the file `wholes`."""
+    work = partial(_reference, plan, wholes)
+    (figures,) = run_ranks(1, work, scratch / "one_rank", PATIENCE_S)
+    return figures
+
+
+def _reference(plan: Plan, wholes: Path, me) -> dict:
+    return measure.reference(plan, me, wholes)
+
+
+def at_layout(plan: Plan, one: dict, wholes: Path, scratch: Path, work: Callable = measure.measure) -> Verdict:
+    """The verdict on a plan's layout; ranks that fail are outside, with what the first of them said last."""
+    seeded = replace(plan, config=replace(plan.config, seed=one["seed"]))
+    try:
+        results = run_ranks(plan.world_size, lambda me: work(seeded, me, wholes), scratch, PATIENCE_S)
+    except RankFailure as failure:
+        return Verdict(outside=[str(failure).strip().splitlines()[-1]])
+    return judge(one, results, contract.shapes(plan.config))
+
+
+def _versions() -> str:
+    return f"megatron-core {version('megatron-core')}, torch {version('torch')}"

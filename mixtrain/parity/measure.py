@@ -1,0 +1,171 @@
+"""What one rank measures of two training steps, and how its parts differ from those of the one-rank run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch.overrides import TorchFunctionMode
+
+from mixtrain import contract, loop, model, optimizer, places, ranks
+from mixtrain.environment import Identity
+from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
+from mixtrain.optimizer import Training
+from mixtrain.plan import Plan
+from mixtrain.stop import StopRequest
+
+STEPS = 2
+MARGIN = 1e-4  # a choice of experts nearer to a tie could fall the other way where sums are taken in another order
+SEEDS = 100  # tried for a batch without such a choice
+
+
+class ChoiceMargin(TorchFunctionMode):
+    """Within the block, remembers how near any top-k choice was to another: its last chosen logit less the next one.
+
+    Of scores, which are never negative, it takes logarithms: what shifts a logit shifts those as much at the most. It
+    sees every choice that the installed router makes: of experts, of groups of experts, of tokens under a capacity.
+    """
+
+    smallest = math.inf
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.topk, torch.Tensor.topk):
+            self._look(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    def _look(self, values: torch.Tensor, k: int, dim: int = -1, **_: object) -> None:
+        if k >= values.shape[dim]:
+            return
+        best = values.detach().double().topk(k + 1, dim=dim).values
+        if (values >= 0).all():
+            best = best.log()
+        last, following = best.select(dim, k - 1), best.select(dim, k)
+        differences = (last - following)[last > -math.inf]  # a capacity looks at tokens that were never sent, too
+        if differences.numel():
+            self.smallest = min(self.smallest, differences.min().item())
+
+
+def reference(plan: Plan, me: Identity, file: Path) -> dict:
+    """The one-rank run: its figures, with the first seed whose choices all have MARGIN; its tensors go to `file`.
+
+    Gives {seed, margin, tried, largest_gradients, lm_loss, balance, grad_norm}, the last three a number a step.
+    """
+    with ranks.start(plan, me) as here:
+        for tried in range(SEEDS):
+            seeded = replace(plan, config=replace(plan.config, seed=plan.config.seed + tried))
+            with ChoiceMargin() as margin:
+                figures, gradients, parameters = two_steps(seeded, here)
+            if margin.smallest > MARGIN:
+                break
+        wholes = {}
+        for name, (chunks, held) in {"gradients": gradients, "parameters": parameters}.items():
+            with places.standing_in(chunks, held.__getitem__):
+                wholes[name] = places.read(seeded, chunks)
+        torch.save(wholes, file)
+    return {
+        "seed": seeded.config.seed,
+        "margin": margin.smallest,
+        "tried": tried + 1,
+        "largest_gradients": {key: _largest(key, whole) for key, whole in wholes["gradients"].items()},
+        **figures,
+    }
+
+
+def _largest(key: str, whole: torch.Tensor) -> list[float]:
+    """The largest absolute entry of each layer of a stacked tensor, or of the one that is not stacked."""
+    layers = whole if key.startswith(contract.LAYER) else whole[None]
+    return layers.flatten(1).abs().amax(dim=1).tolist()
+
+
+def measure(plan: Plan, me: Identity, file: Path) -> dict:
+    """The run at the plan's layout, on one of its ranks: its figures, and a line for each of its parts of a tensor.
+
+    A line is [key, layer, part, elements, difference of the gradient, of the parameter], differences being the largest
+    absolute ones.
+    """
+    wholes = torch.load(file, mmap=True, weights_only=True)
+    with ranks.start(plan, me) as here:
+        figures, gradients, parameters = two_steps(plan, here)
+        lines = {}
+        for column, (chunks, held) in enumerate((gradients, parameters)):
+            whole = wholes["parameters" if column else "gradients"]
+            with places.standing_in(chunks, held.__getitem__):
+                for shard in (shard for chunk in chunks for shard in places.shards(chunk)):
+                    part = str((shard.numbers, [(cut.start, cut.stop) for cut in shard.cut]))
+                    line = lines.setdefault(
+                        (shard.key, part),
+                        [shard.key, shard.numbers[0] if shard.numbers else None, part, shard.data.numel(), 0.0, 0.0],
+                    )
+                    difference = (shard.data - shard.of(whole[shard.key])).abs().max().item()
+                    line[4 + column] = difference if math.isfinite(difference) else 1e30
+    return {**figures, "parts": list(lines.values())}
+
+
+Held = tuple[list[torch.nn.Module], dict[torch.nn.Parameter, torch.Tensor]]
+
+
+def two_steps(plan: Plan, here: ranks.Ranks) -> tuple[dict, Held, Held]:
+    """(figures a step, gradients of the first step, parameters after the last), the latter by parameter."""
+    training = optimizer.build(plan, model.build(plan, here.device))
+    load = ExpertLoad(plan, training.chunks, here.device)
+    streams = [batches(plan) for _ in training.chunks]
+    figures: dict[str, list] = {"lm_loss": [], "balance": [], "grad_norm": []}
+    gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
+    before_step = training.optimizer.step
+
+    def remember_gradients_then_step():
+        if not gradients:
+            gather_gradients(training)
+            gradients.update({parameter: parameter.main_grad.clone() for parameter in parameters_of(training)})
+        return before_step()
+
+    training.optimizer.step = remember_gradients_then_step
+    for step in range(1, STEPS + 1):
+        load.clear()
+        batch = plan.config.trainer.global_batch_size
+        loss, norm, _ = loop.train_step(plan, here, training, streams, StopRequest(), step, batch)
+        balance = collect_balancing_loss(plan, plan.num_microbatches, here.device)
+        for name, value in (("lm_loss", loss), ("balance", balance), ("grad_norm", norm)):
+            figures[name].append(value)
+    optimizer.gather_parameters(plan, training)
+    chunks = training.chunks
+    return figures, (chunks, gradients), (chunks, {parameter: parameter.data for parameter in parameters_of(training)})
+
+
+def parameters_of(training: Training) -> Iterator[torch.nn.Parameter]:
+    return (parameter for chunk in training.chunks for parameter in chunk.parameters())
+
+
+def gather_gradients(training: Training) -> None:
+    """With a distributed optimizer a rank has reduced only its shard of the gradients: fetch those of the others."""
+    for chunk in training.chunks:
+        if not chunk.ddp_config.use_distributed_optimizer:
+            continue
+        for buckets in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
+            group = buckets.intra_distributed_optimizer_instance_group
+            for bucket in buckets.buckets:
+                mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+
+
+def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's microbatches of one sequence, dealt out as mixtrain.data.batches does; every step the same samples.
+
+    Some tokens are masked, in each sequence others: a layout must not change what a token weighs.
+    """
+    dp, first = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    length, size = plan.config.data.seq_length, plan.config.trainer.global_batch_size
+    for number in range(first, STEPS * size, dp):
+        generator = torch.Generator().manual_seed(1000 * plan.config.seed + number % size)
+        tokens = torch.randint(0, plan.config.model.vocab_size, (1, length + 1), generator=generator)
+        yield {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": (torch.rand(1, length, generator=generator) < 0.9).float(),
+            "position_ids": torch.arange(length)[None],
+        }
