@@ -1,0 +1,210 @@
+"""Every tensor and key has one name on each side, nothing is lost between them, and what is no Mixtral is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from composing import config_of
+from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from mixtrain import contract
+from mixtrain.config import Config
+from mixtrain.convert import settings
+from mixtrain.convert.table import HUB, pieces
+from mixtrain.convert.weights import to_hugging_face, to_megatron
+from mixtrain.errors import UserError
+from mixtrain.plan import resolve
+
+SMALL = [
+    "model.num_layers=3",
+    "model.hidden_size=16",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.kv_channels=8",
+    "model.moe_ffn_hidden_size=12",
+    "model.num_moe_experts=4",
+    "model.vocab_size=32",
+]
+SHAPES = {
+    "two groups": [],
+    "one group": ["model.num_query_groups=1"],
+    "a group a head": ["model.num_query_groups=4"],
+    "a large head": ["model.kv_channels=24"],
+    "one layer, two experts": ["model.num_layers=1", "model.num_moe_experts=2"],
+    "tied embeddings": ["model.untie_embeddings_and_output_weights=false"],
+}
+QKV = "decoder.layers.self_attention.linear_qkv.weight"
+FC1 = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+FC2 = "decoder.layers.mlp.experts.experts.linear_fc2.weight"
+W1 = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+
+
+def small(*overrides: str) -> Config:
+    return resolve(config_of(*SMALL, *overrides))
+
+
+def numbered(config: Config) -> dict[str, torch.Tensor]:
+    """Megatron tensors in which no two entries are alike, so that each can be found again."""
+    wholes, first = {}, 0
+    for key, shape in contract.shapes(config).items():
+        count = torch.Size(shape).numel()
+        wholes[key] = torch.arange(first, first + count, dtype=torch.float32).view(shape)
+        first += count
+    assert first < 2**24  # fp32 tells them apart
+    return wholes
+
+
+def files_of(model: MixtralForCausalLM, folder) -> dict[str, torch.Tensor]:
+    """The tensors that transformers writes."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def assert_equal(these: dict[str, torch.Tensor], those: dict[str, torch.Tensor]) -> None:
+    assert set(these) == set(those)
+    assert [name for name in these if not torch.equal(these[name], those[name])] == []
+
+
+@pytest.mark.parametrize("layout", ["hub", "fused"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_there_and_back_again_is_where_it_was(shape, layout):
+    config = small(*SHAPES[shape])
+    wholes = numbered(config)
+    assert_equal(to_megatron(config, to_hugging_face(config, wholes, layout)), wholes)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_names_and_shapes_are_those_that_transformers_keeps_and_writes(shape, tmp_path):
+    config = small(*SHAPES[shape])
+    model = MixtralForCausalLM(MixtralConfig(**settings.to_hugging_face(config)))
+    kept, written = {name: tensor.data for name, tensor in model.named_parameters()}, files_of(model, tmp_path)
+    wholes = to_megatron(config, written)
+    assert_equal(to_megatron(config, kept), wholes)
+    assert_equal(to_hugging_face(config, wholes), written)
+    assert_equal(to_hugging_face(config, wholes, "fused"), kept)
+
+
+def test_a_group_of_qkv_holds_its_queries_then_its_key_then_its_value():
+    config = small()
+    qkv = numbered(config)[QKV][1].view(2, 4, 8, 16)  # groups; two queries, key, value; head; hidden
+    named = to_hugging_face(config, numbered(config))
+    query, key, value = (named[f"model.layers.1.self_attn.{letter}_proj.weight"] for letter in "qkv")
+    for head in range(4):
+        assert torch.equal(query[head * 8 : head * 8 + 8], qkv[head // 2, head % 2])
+    for group in range(2):
+        assert torch.equal(key[group * 8 : group * 8 + 8], qkv[group, 2])
+        assert torch.equal(value[group * 8 : group * 8 + 8], qkv[group, 3])
+
+
+def test_gate_is_w1_and_above_up_which_is_w3():
+    config = small()
+    wholes = numbered(config)
+    expert = "model.layers.2.block_sparse_moe.experts.3."
+    named = to_hugging_face(config, wholes)
+    assert torch.equal(named[expert + "w1.weight"], wholes[FC1][2, 3, :12])
+    assert torch.equal(named[expert + "w3.weight"], wholes[FC1][2, 3, 12:])
+    assert torch.equal(named[expert + "w2.weight"], wholes[FC2][2, 3])
+
+
+@pytest.mark.parametrize("layout", ["hub", "fused"])
+def test_what_need_not_be_copied_is_a_view(layout):
+    config = small()
+    wholes = numbered(config)
+    own = {tensor.untyped_storage().data_ptr() for tensor in wholes.values()}
+    named = to_hugging_face(config, wholes, layout)
+    copied = [name for name, tensor in named.items() if tensor.untyped_storage().data_ptr() not in own]
+    assert len(copied) == 3 * 3 and all(name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in copied)
+    assert all(tensor.is_contiguous() for tensor in named.values())  # as safetensors wants them
+
+
+@pytest.mark.parametrize("layout", ["hub", "fused"])
+def test_each_part_of_a_megatron_tensor_can_be_converted_alone(layout):
+    config = small()
+    wholes = numbered(config)
+    named, covered, used = to_hugging_face(config, wholes, layout), dict.fromkeys(wholes, 0), []
+    for part in pieces(config, layout):
+        memory = torch.empty(part.shape)
+        part.write(memory, {name: named[name] for name in part.names})
+        assert torch.equal(memory, wholes[part.key][part.numbers])
+        covered[part.key] += memory.numel()
+        used += part.names
+    assert covered == {key: tensor.numel() for key, tensor in wholes.items()}
+    assert sorted(used) == sorted(named)
+
+
+def test_every_tensor_of_the_contract_has_a_row_or_is_refused_by_name():
+    keys = {row.key for row in HUB}
+    assert {row.key for row in contract.TENSORS if row.when in ("always", "untied")} == keys
+    for words in (
+        ["model.qk_layernorm=true"],
+        ["router=expert_bias"],
+        ["model.moe_shared_expert_intermediate_size=8"],
+    ):
+        config = small(*words)
+        assert set(contract.shapes(config)) - keys
+        assert settings.problems(config)
+
+
+def test_a_tensor_that_no_row_covers_is_an_error():
+    with pytest.raises(RuntimeError, match="no row of HUB.*k_layernorm"):
+        list(pieces(small("model.qk_layernorm=true"), "hub"))
+
+
+def without(named: dict, name: str) -> dict:
+    return {other: tensor for other, tensor in named.items() if other != name}
+
+
+BROKEN = {
+    "missing": (lambda named: without(named, W1), f"{W1} is missing, of shape (12, 16)"),
+    "extra": (
+        lambda named: named | {"model.layers.3.input_layernorm.weight": torch.ones(16)},
+        "model.layers.3.input_layernorm.weight is not a tensor of this model",
+    ),
+    "shape": (
+        lambda named: named | {W1: torch.ones(16, 12)},
+        f"{W1} has shape (16, 12); the configuration makes it (12, 16)",
+    ),
+    "dtype": (
+        lambda named: named | {W1: torch.ones(12, 16, dtype=torch.bfloat16)},
+        f"{W1} is torch.bfloat16, but model.embed_tokens.weight is torch.float32; all must be the same",
+    ),
+    "fp16": (
+        lambda named: {name: tensor.half() for name, tensor in named.items()},
+        "model.embed_tokens.weight is torch.float16; weights are torch.float32 or torch.bfloat16",
+    ),
+    "two layouts": (
+        lambda named: named | {"model.layers.0.mlp.gate.weight": torch.ones(4, 16)},
+        "two layouts at once: model.layers.0.block_sparse_moe.experts.0.w1.weight (files) and"
+        " model.layers.0.mlp.gate.weight (transformers 5 in memory)",
+    ),
+    "another model": (
+        lambda named: {"transformer.wte.weight": torch.ones(2)},
+        "no router or expert of a Mixtral is among the 1 tensors: neither"
+        " model.layers.0.block_sparse_moe.experts.0.w1.weight nor model.layers.0.mlp.experts.down_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_tensors_that_are_not_the_models_are_refused_by_name(fault):
+    config, (breaking, problem) = small(), BROKEN[fault]
+    with pytest.raises(UserError) as refused:
+        to_megatron(config, breaking(to_hugging_face(config, numbered(config))))
+    assert refused.value.problems == (problem,)
+
+
+def test_a_wrong_size_names_some_tensors_and_counts_the_others():
+    named = to_hugging_face(small(), numbered(small()))
+    with pytest.raises(UserError) as refused:
+        to_megatron(small("model.moe_ffn_hidden_size=10"), named)
+    assert len(refused.value.problems) == 6
+    assert refused.value.problems[-1] == "... and 31 more such tensors"  # of 3 layers, 4 experts and 3 matrices
+
+
+def test_megatron_tensors_are_checked_as_well():
+    config = small()
+    wholes = numbered(config)
+    wholes[FC1] = wholes[FC1][:2]
+    with pytest.raises(UserError, match=r"linear_fc1.weight has shape \(2, 4, 24, 16\); .* \(3, 4, 24, 16\)"):
+        to_hugging_face(config, wholes)

@@ -1,0 +1,141 @@
+"""A configuration is one of Hugging Face's Mixtral, said in its own keys, or it is refused by key and value."""
+
+from __future__ import annotations
+
+import pytest
+from composing import config_of
+from test_convert import SHAPES, SMALL, small
+from transformers import MixtralConfig
+
+from mixtrain import facts
+from mixtrain.classes import value_of
+from mixtrain.convert import settings, weights
+from mixtrain.errors import UserError
+from mixtrain.plan import resolve
+
+NO_MIXTRAL = {
+    "router.moe_router_load_balancing_type = sinkhorn": ["router=sinkhorn"],
+    "router.moe_router_pre_softmax = true": ["router.moe_router_pre_softmax=true"],
+    "router.moe_router_score_function = sigmoid": ["router.moe_router_score_function=sigmoid"],
+    "router.moe_router_topk_scaling_factor = 2.5": ["router.moe_router_topk_scaling_factor=2.5"],
+    "router.moe_router_num_groups = 2": ["router.moe_router_num_groups=2", "router.moe_router_group_topk=1"],
+    "model.moe_router_topk = 1": ["model.moe_router_topk=1", "router.moe_router_pre_softmax=true"],
+    "model.moe_shared_expert_intermediate_size = 8": ["model.moe_shared_expert_intermediate_size=8"],
+    "model.qk_layernorm = true": ["model.qk_layernorm=true"],
+    "model.extra.rotary_interleaved = true": ["model.extra.rotary_interleaved=true"],
+}
+
+
+@pytest.mark.parametrize("reason", NO_MIXTRAL)
+def test_a_configuration_that_is_no_mixtral_is_refused_by_key_and_value(reason):
+    config = small(*NO_MIXTRAL[reason])
+    (problem,) = settings.problems(config)
+    assert problem.startswith(reason + ": ")
+    for refuse in (
+        lambda: settings.to_hugging_face(config),
+        lambda: weights.to_hugging_face(config, {}),
+        lambda: weights.to_megatron(config, {}),
+    ):
+        with pytest.raises(UserError, match=reason.split(" = ")[0]):
+            refuse()
+
+
+def test_an_expert_bias_is_refused_with_its_sigmoid():
+    found = settings.problems(small("router=expert_bias"))
+    assert [problem.split(" = ")[0] for problem in found] == [
+        "router.moe_router_score_function",
+        "router.moe_router_enable_expert_bias",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *[[f"router={name}"] for name in ("aux_loss", "seq_aux_loss", "global_aux_loss", "combined", "none")],
+        ["router.moe_z_loss_coeff=0.001"],
+        ["dispatcher=drop"],
+        ["model.untie_embeddings_and_output_weights=false"],
+        ["model.extra.attention_backend=flash"],
+    ],
+)
+def test_what_only_decides_the_training_leaves_it_a_mixtral(words):
+    assert settings.problems(small(*words)) == []
+
+
+# mistralai/Mixtral-8x7B-v0.1, config.json, as transformers 4 wrote it
+CONFIG_JSON = {
+    "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mixtral",
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "vocab_size": 32000,
+}
+
+
+def test_the_published_config_json_says_what_our_facts_say():
+    assert settings.from_hugging_face(CONFIG_JSON) == facts.published()["mistralai/Mixtral-8x7B-v0.1"]
+
+
+def test_what_transformers_5_writes_of_it_says_the_same():
+    read = MixtralConfig(**CONFIG_JSON)
+    assert "rope_theta" not in read.to_dict() and read.head_dim is None
+    assert settings.from_hugging_face(read.to_dict()) == settings.from_hugging_face(CONFIG_JSON)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["model=mixtral_8x7b"],
+        ["model=mixtral_8x22b"],
+        [*SMALL, *SHAPES["a large head"]],
+        [*SMALL, *SHAPES["tied embeddings"], "model.rotary_base=5000"],
+    ],
+)
+def test_a_configuration_goes_through_transformers_unchanged(words):
+    config = resolve(config_of(*words))
+    values = settings.to_hugging_face(config)
+    for written in (values, MixtralConfig(**values).to_dict()):
+        found = settings.from_hugging_face(written)
+        assert {key: value_of(config, key) for key in found} == found | {
+            "model.ffn_hidden_size": config.model.ffn_hidden_size  # Mixtral has no dense layer
+        }
+
+
+REFUSED_VALUES = {
+    "hidden_act = gelu: mixtrain's Mixtral has silu": {"hidden_act": "gelu"},
+    "sliding_window = 4096: mixtrain's Mixtral has null": {"sliding_window": 4096},
+    "model_type = mistral: mixtrain's Mixtral has mixtral": {"model_type": "mistral"},
+    "rope_scaling = {'factor': 2.0}: mixtrain's Mixtral has null": {"rope_scaling": {"factor": 2.0}},
+    "rope_parameters.rope_type = yarn: mixtrain's Mixtral has default": {"rope_parameters": {"rope_type": "yarn"}},
+    "rope_theta = 1000000.0, but rope_parameters.rope_theta = 10000.0": {"rope_parameters": {"rope_theta": 10000.0}},
+    "rope_theta = 0.5: model.rotary_base is a whole number": {"rope_theta": 0.5},
+    "rope_theta is missing, in rope_parameters and beside it": {"rope_theta": None},
+    "vocab_size is missing": {"vocab_size": ...},
+}
+
+
+@pytest.mark.parametrize("problem", REFUSED_VALUES)
+def test_a_value_that_mixtrain_has_nothing_for_is_refused(problem):
+    values = {name: value for name, value in (CONFIG_JSON | REFUSED_VALUES[problem]).items() if value is not ...}
+    with pytest.raises(UserError) as refused:
+        settings.from_hugging_face(values)
+    assert refused.value.problems == (f"config.json: {problem}",)
