@@ -66,7 +66,7 @@ def main() -> int:
         print("every layout computes what one rank computes")
         return FINISHED
     outside = [layout for layout, verdict in certificate.verdicts.items() if verdict.outside]
-    print(f"{len(outside)} layouts differ, first {outside[0]}: {certificate.verdicts[outside[0]].outside[0]}")
+    print(f"{len(outside)} layouts differ, first {outside[0]}: {certificate.verdicts[outside[0]]}")
     return FAULT
 
 

@@ -72,7 +72,7 @@ class Certificate:
             self.verdicts[layout] = verdict
             self.say(table.line(layout, verdict))
             if verdict.outside:
-                self.say(f"  OUTSIDE: {verdict.outside[0]}")
+                self.say(f"  OUTSIDE: {verdict}")
             if number % 10 == 0 or number == len(layouts):
                 minutes = (time.monotonic() - started) / 60
                 self.say(f"-- {number} of {len(layouts)} in {minutes:.1f} min")

@@ -22,8 +22,8 @@ def markdown(title: str, facts: Iterable[tuple[str, str]], verdicts: dict[Layout
     lines += ["| split | layouts | " + " | ".join(LIMITS) + " |", "|---|---|" + "---|" * len(LIMITS)]
     lines += [f"| limit | | {' | '.join(f'{limit:.0e}' for limit in LIMITS.values())} |"]
     lines += list(_rows(verdicts))
-    outside = [(layout, verdict.outside[0]) for layout, verdict in verdicts.items() if verdict.outside]
-    lines += ["", *(f"* OUTSIDE at {layout}: {first}" for layout, first in outside)] if outside else []
+    outside = [f"* OUTSIDE at {layout}: {verdict}" for layout, verdict in verdicts.items() if verdict.outside]
+    lines += ["", *outside] if outside else []
     return "\n".join(lines) + "\n"
 
 
