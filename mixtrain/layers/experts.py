@@ -61,8 +61,8 @@ class Experts(MegatronModule):
 
         def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             product = F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=ends.to(rows.device))
-            if product.requires_grad:  # its backward takes no expanded gradient, as that of a sum is
-                product.register_hook(torch.Tensor.contiguous)
+            if product.requires_grad:
+                product.register_hook(_contiguous)
             return product
 
         return multiply
@@ -122,6 +122,11 @@ class Experts(MegatronModule):
             f"{prefix}weight1": factory("linear_fc1", self.weight1, gate_and_up),
             f"{prefix}weight2": factory("linear_fc2", self.weight2, down),
         }
+
+
+def _contiguous(gradient: torch.Tensor) -> torch.Tensor:
+    """grouped_mm's backward takes no expanded gradient, as that of a sum is, not even an empty one."""
+    return gradient.contiguous() if gradient.numel() else gradient.new_empty(gradient.shape)
 
 
 def _swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
