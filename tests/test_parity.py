@@ -38,6 +38,11 @@ TINY = [
 ]
 EP = "parallel.expert_model_parallel_size="
 PP = "parallel.pipeline_model_parallel_size="
+VPP = "parallel.virtual_pipeline_model_parallel_size=2"
+TP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+CP = "parallel.context_parallel_size=2"
+ETP = "parallel.expert_tensor_parallel_size=2"
+OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 PLAIN = "optimizer.use_distributed_optimizer=false"
 LAYOUTS = {
     "EP2": [EP + "2"],
@@ -61,8 +66,24 @@ LAYOUTS = {
         "trainer.recompute_granularity=selective",
         "trainer.recompute_modules=[core_attn,layernorm,moe]",
     ],
-    "EP2, overlapped": [EP + "2", "optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
-    "PP2xVPP2": [EP + "1", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2"],
+    "EP2, overlapped": [EP + "2", *OVERLAPPED],
+    "PP2xVPP2": [EP + "1", PP + "2", VPP],
+    "TP2": [EP + "1", *TP],
+    "TP2xEP2": [EP + "2", *TP],
+    "TP2xEP2xETP2": [EP + "2", ETP, *TP],
+    "TP2xETP2, allgather": [EP + "1", ETP, *TP, "dispatcher=allgather"],
+    "TP2xPP2": [EP + "1", PP + "2", *TP],
+    "TP2xPP2xVPP2": [EP + "1", PP + "2", VPP, *TP],
+    "TP2, full recompute": [
+        EP + "1",
+        *TP,
+        "trainer.recompute_granularity=full",
+        "trainer.recompute_method=uniform",
+        "trainer.recompute_num_layers=1",
+    ],
+    "CP2": [EP + "1", CP],
+    "CP2xTP2xEP2": [EP + "2", CP, *TP],
+    "CP2xPP2, overlapped": [EP + "1", CP, PP + "2", *OVERLAPPED],
 }
 
 
@@ -205,6 +226,37 @@ def assert_same(here: dict, there: dict) -> None:
 def test_a_switch_computes_the_same_over_experts_stages_and_data(switch, alone, tmp_path):
     """EP2 x PP2 on four ranks: two data-parallel ranks a stage."""
     assert_same(measure([EP + "2", PP + "2", *SWITCHES[switch]], tmp_path), alone(SWITCHES[switch]))
+
+
+# Switches with weights or sums of their own to split over tensor and context ranks, all at once.
+SPLIT_TOO = {
+    "weights and losses": [
+        SHARED,
+        "model.qk_layernorm=true",
+        "model.untie_embeddings_and_output_weights=false",
+        "router.moe_z_loss_coeff=0.001",
+        *SWITCHES["aux_loss and seq_aux_loss"],
+    ],
+    "expert bias, overlapped shared expert": [*SWITCHES["expert_bias"], *SWITCHES["shared expert, overlapped"]],
+}
+
+
+@pytest.mark.parametrize("layout", [[EP + "2", *TP], [EP + "1", CP]], ids=["TP2xEP2", "CP2"])
+@pytest.mark.parametrize("switches", SPLIT_TOO)
+def test_a_switch_computes_the_same_over_tensor_and_context_ranks(switches, layout, alone, tmp_path):
+    assert_same(measure([*layout, *SPLIT_TOO[switches]], tmp_path), alone(SPLIT_TOO[switches]))
+
+
+IMPLEMENTATIONS = {
+    "local": ["model.transformer_impl=local", "model.moe_grouped_gemm=false"],
+    "torch, a loop over experts": ["model.moe_grouped_gemm=false"],
+}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_an_implementation_computes_what_another_computes(implementation, one_rank, tmp_path):
+    """The same weights from the seed, through other operations."""
+    assert_same(measure([EP + "2", *IMPLEMENTATIONS[implementation]], tmp_path), one_rank)
 
 
 @pytest.mark.parametrize("split", SPLITS)
