@@ -150,11 +150,15 @@ def forward_step(iterator: Iterator, model: torch.nn.Module, device: torch.devic
         """(sum over tokens, tokens, report): the form that stays right under context parallelism.
 
         Megatron-Core divides the one by the other and takes the mean over context-parallel ranks. So that this is the
-        mean over the sequence's tokens wherever the masked ones lie, they are counted in all of it.
+        mean over the sequence's tokens wherever the masked ones lie, they are counted in all of it; with
+        calculate_per_token_loss it adds up both over the ranks instead.
         """
         mask = here["loss_mask"].reshape(-1).float()
-        total, count = (token_losses.reshape(-1).float() * mask).sum(), batch["loss_mask"].sum()
-        return total * size, count.to(torch.int), {"lm_loss": torch.stack([total.detach(), mask.sum()])}
+        total, count = (token_losses.reshape(-1).float() * mask).sum(), mask.sum()
+        report = {"lm_loss": torch.stack([total.detach(), count])}
+        if model.config.calculate_per_token_loss:
+            return total, count.to(torch.int), report
+        return total * size, batch["loss_mask"].sum().to(torch.int), report
 
     return output, loss
 
