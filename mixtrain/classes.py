@@ -21,7 +21,7 @@ CLASSES = {
         model.kv_channels model.num_moe_experts model.moe_router_topk model.moe_ffn_hidden_size
         model.moe_shared_expert_intermediate_size model.vocab_size model.max_position_embeddings model.rotary_base
         model.layernorm_epsilon model.init_method_std model.untie_embeddings_and_output_weights model.qk_layernorm
-        model.extra
+        model.extra parallel.acknowledged_faults
         router.moe_router_load_balancing_type router.moe_aux_loss_coeff router.moe_z_loss_coeff
         router.moe_input_jitter_eps router.moe_router_score_function router.moe_router_pre_softmax
         router.moe_router_enable_expert_bias router.moe_router_bias_update_rate
@@ -37,7 +37,7 @@ CLASSES = {
         trainer.precision trainer.fp8_recipe
     """,  # micro_batch_size: an auxiliary loss is the mean of those of the microbatches
     EXECUTION: """
-        model.transformer_impl model.moe_grouped_gemm
+        model.transformer_impl model.attention_backend model.moe_grouped_gemm
         parallel.tensor_model_parallel_size parallel.pipeline_model_parallel_size
         parallel.virtual_pipeline_model_parallel_size parallel.context_parallel_size
         parallel.expert_model_parallel_size parallel.expert_tensor_parallel_size parallel.sequence_parallel

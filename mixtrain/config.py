@@ -25,6 +25,7 @@ Accelerator     = Enum("Accelerator", ["cpu", "gpu"])
 Mode            = Enum("Mode", ["train", "plan"])
 Precision       = Enum("Precision", ["fp32", "bf16", "fp8"])
 TransformerImpl = Enum("TransformerImpl", ["torch", "local", "transformer_engine"])
+AttnBackend     = Enum("AttnBackend", ["auto", "flash", "fused", "unfused"])
 Balancing       = Enum("Balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"])
 ScoreFunction   = Enum("ScoreFunction", ["softmax", "sigmoid"])
 RouterDtype     = Enum("RouterDtype", ["fp32", "fp64"])
@@ -76,6 +77,7 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = MISSING
     qk_layernorm: bool = MISSING
     transformer_impl: TransformerImpl = MISSING
+    attention_backend: AttnBackend = MISSING  # auto: PyTorch's or Transformer Engine's own choice; fused: cuDNN
     moe_grouped_gemm: bool = MISSING
     hf_model: str | None = MISSING  # the Hugging Face model whose facts these are
     extra: dict[str, Any] = field(default_factory=dict)  # any other field of TransformerConfig
@@ -97,6 +99,7 @@ class ParallelConfig:
     account_for_embedding_in_pipeline_split: bool = MISSING  # the embedding takes the place of a layer
     account_for_loss_in_pipeline_split: bool = MISSING  # and so does the output layer
     pipeline_model_parallel_layout: str | None = MISSING  # Megatron's string, as in "Et*3|(tt|)*2tL"
+    acknowledged_faults: list[str] = MISSING  # names of rules/upstream.py whose layouts may run all the same
 
 
 @dataclass

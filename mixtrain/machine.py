@@ -39,7 +39,7 @@ def packages(plan: Plan) -> Problems:
     if model.transformer_impl is TransformerImpl.transformer_engine and not installed("transformer_engine"):
         yield (
             "model.transformer_impl = transformer_engine (which fp8 needs too), but the package transformer-engine"
-            " is not installed; pip install mixtrain[gpu], or model.transformer_impl=local"
+            " is not installed; pip install mixtrain[gpu], or model.transformer_impl=torch"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from mixtrain import costs, facts, pipeline
+from mixtrain import costs, facts, limits, pipeline
 from mixtrain.classes import EXECUTION, MATHEMATICS, Change, changes
 from mixtrain.config import Config, DataKind, OptimizerConfig, TrainerConfig
 from mixtrain.data.check import split_weights
@@ -37,7 +37,7 @@ class Plan:
     recipe: str | None = field(default=None, kw_only=True)  # its name, where one was given
     changed_mathematics: tuple[Change, ...] = field(default=(), kw_only=True)  # against the recipe
     changed_execution: tuple[Change, ...] = field(default=(), kw_only=True)
-    warnings: tuple[str, ...]  # where the run is not the published model it names
+    warnings: tuple[str, ...]  # where the run is not the published model it names, or depends on its layout
 
     @property
     def state_bytes(self) -> int:
@@ -177,7 +177,7 @@ def derive(config: Config) -> Plan:
         stage_state_bytes=tuple(
             round(dense * dense_bytes + expert * expert_bytes) for dense, expert in rank_parameters
         ),
-        warnings=tuple(facts.lint(config)),
+        warnings=(*facts.lint(config), *limits.warnings(config, dp)),
     )
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from composing import RECIPES, config_of, derived, plan_of
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from rank_workers import run_ranks  # noqa: F401  its import makes Megatron-Core importable without CUDA
 
@@ -36,7 +37,8 @@ CONFIGURATIONS = {
 def arguments(*overrides: str) -> dict[str, object]:
     """What mixtrain passes to TransformerConfig."""
     values = transformer_fields(plan_of(*overrides).config)
-    return values | {name: model.BY_NAME[values[name]] for name in BY_NAME}
+    values |= {name: model.BY_NAME[values[name]] for name in BY_NAME}
+    return values | {"attention_backend": AttnBackend[values["attention_backend"]]}
 
 
 def test_the_source_names_the_fields_that_the_class_has():

@@ -23,7 +23,7 @@ MEGATRON = {
 OURS = {
     "model": {"vocab_size", "max_position_embeddings", "rotary_base", "untie_embeddings_and_output_weights",
               "transformer_impl", "hf_model", "extra"},
-    "parallel": set(),
+    "parallel": {"acknowledged_faults"},
     "router": set(),
     "dispatcher": set(),
     "optimizer": {"lr_decay_style", "lr_warmup_steps", "lr_warmup_fraction", "lr_decay_steps", "lr_wsd_decay_style",

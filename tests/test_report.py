@@ -48,7 +48,7 @@ def test_the_recipes_page_shows_its_figures():
     assert "500,000" in line(page, "steps")
     for fragment in ("32 layers", "hidden 4096", "8 experts", "top-2", "FFN 14336", "vocabulary 32000"):
         assert fragment in line(page, "model")
-    for fragment in ("local, bf16", "router aux_loss", "alltoall", "recompute full"):
+    for fragment in ("torch, bf16", "router aux_loss", "alltoall", "recompute full"):
         assert fragment in page
     assert line(page, "parameters") == "46,702,792,704 in all, 12,879,925,248 active per token"
     assert line(page, "on a rank") == "7,242,780,672 = 1,605,636,096 dense + 5,637,144,576 of experts"

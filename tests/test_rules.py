@@ -10,11 +10,12 @@ from collections import Counter
 import pytest
 from composing import RECIPES, derived, plan_of, problems_in, problems_of, quick_tree_of
 
-from mixtrain.rules import RULES
+from mixtrain.rules import RULES, upstream
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 INDEXED = "data=indexed data.seq_length=128 data.data_path=[corpus] data.tokenizer=tokens"
 TE = "model.transformer_impl=transformer_engine"
+LOCAL = "model.transformer_impl=local model.moe_grouped_gemm=false"
 SHARED = "model.moe_shared_expert_intermediate_size=256"
 OFFLOAD = f"{TE} trainer.accelerator=gpu trainer.fine_grained_activation_offloading=true"
 
@@ -84,13 +85,33 @@ CASES = [
      ["optimizer.overlap_param_gather = true", "optimizer.use_distributed_optimizer = true", "it is false"]),
     ("overlap_needs_its_parts", "optimizer.overlap_param_gather=true",
      ["optimizer.overlap_param_gather = true", "optimizer.overlap_grad_reduce = true", "it is false"]),
-    ("local_has_no_tensor_or_context_parallel",
-     "parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
+    ("local_has_its_limits", f"{LOCAL} parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
      ["parallel.tensor_model_parallel_size = 2", "norm of model.transformer_impl = local", "1, or model."]),
-    ("local_has_no_tensor_or_context_parallel", "parallel.context_parallel_size=2",
+    ("local_has_its_limits", f"{LOCAL} parallel.context_parallel_size=2",
      ["parallel.context_parallel_size = 2", "attention of model.transformer_impl = local", "1, or model."]),
-    ("local_has_no_grouped_gemm", "model.moe_grouped_gemm=true",
-     ["model.moe_grouped_gemm = true", "model.transformer_impl = transformer_engine", "not local"]),
+    ("local_has_its_limits", f"{LOCAL} parallel.expert_tensor_parallel_size=2",
+     ["parallel.expert_tensor_parallel_size = 2", "experts of model.transformer_impl = local", "1, or model."]),
+    ("local_has_its_limits", "model.transformer_impl=local",
+     ["model.moe_grouped_gemm = true", "model.transformer_impl = torch or transformer_engine, not local"]),
+    ("grouped_gemm_reads_aligned_rows", "model.hidden_size=190",
+     ["model.hidden_size = 190 must be a multiple of 4 (16 bytes of fp32)", "use 188 or 192"]),
+    ("grouped_gemm_reads_aligned_rows",
+     "trainer.precision=bf16 parallel.expert_tensor_parallel_size=2 parallel=ep1 model.moe_ffn_hidden_size=504",
+     ["model.moe_ffn_hidden_size / ETP = 504/2 = 252 must be a multiple of 8 (16 bytes of bf16)", "use 496 or 512"]),
+    ("attention_backend_is_there", "model.attention_backend=fused",
+     ["model.attention_backend = fused", "trainer.accelerator = gpu", "use auto"]),
+    ("attention_backend_is_there", f"{LOCAL} model.attention_backend=flash",
+     ["model.attention_backend = flash", "model.transformer_impl = local", "model.transformer_impl=torch"]),
+    ("attention_backend_is_there", "model.attention_backend=flash trainer.accelerator=gpu trainer.precision=fp32",
+     ["model.attention_backend = flash", "not trainer.precision = fp32", "use auto"]),
+    ("torch_layers_honour_extra", "model.extra.window_size=[128,0]",
+     ["model.extra.window_size = [128,0]", "use null", "model.transformer_impl=transformer_engine"]),
+    ("upstream_faults_are_acknowledged", "parallel.acknowledged_faults=[expert_gradient_over_tp]",
+     ["expert_gradient_over_tp", "did you mean expert_gradients_over_tp?"]),
+    ("upstream_faults_are_acknowledged", "parallel.acknowledged_faults=[all]",
+     ["parallel.acknowledged_faults has all", "the names are expert_gradients_over_tp, per_token_auxiliary_loss"]),
+    ("upstream_faults_are_acknowledged", "parallel.acknowledged_faults=[per_token_auxiliary_loss]",
+     ["parallel.acknowledged_faults has per_token_auxiliary_loss", "does not meet; take it out"]),
     ("virtual_pipeline_needs_pipeline", "parallel.virtual_pipeline_model_parallel_size=2",
      ["parallel.virtual_pipeline_model_parallel_size = 2", "parallel.pipeline_model_parallel_size", "not 1",
       "use null"]),
@@ -123,10 +144,10 @@ CASES = [
      "trainer.recompute_granularity=selective trainer.recompute_modules=[moe,mo_act]",
      ["trainer.recompute_modules has mo_act", "core_attn", "moe_act"]),
     ("selective_recompute_names_modules",
-     "trainer.recompute_granularity=selective trainer.recompute_modules=[moe_act]",
+     "model.moe_grouped_gemm=false trainer.recompute_granularity=selective trainer.recompute_modules=[moe_act]",
      ["trainer.recompute_modules has moe_act", "model.moe_grouped_gemm = true"]),
     ("fp8_needs_transformer_engine", "trainer.precision=fp8 trainer.accelerator=gpu",
-     ["trainer.precision = fp8", "model.transformer_impl = transformer_engine", "not local"]),
+     ["trainer.precision = fp8", "model.transformer_impl = transformer_engine", "not torch"]),
     ("fp8_needs_transformer_engine", f"trainer.precision=fp8 {TE}",
      ["trainer.precision = fp8", "trainer.accelerator = gpu", "not cpu"]),
     ("data_has_its_source", f"{INDEXED} data.data_path=[]",
@@ -152,8 +173,6 @@ CASES = [
      ["takes 16 ranks", "at most 8", "parallel.expert_model_parallel_size=4 trainer.devices=8"]),
     ("state_fits_the_device", f"{RECIPE} trainer.num_nodes=1 optimizer.grad_reduce_in_fp32=true",
      ["105.7 GiB", "trainer.device_memory_gib = 80"]),
-    ("local_has_no_tensor_or_context_parallel", "parallel.expert_tensor_parallel_size=2",
-     ["parallel.expert_tensor_parallel_size = 2", "experts of model.transformer_impl = local", "1, or model."]),
     ("heads_can_rotate", "model.kv_channels=33", ["model.kv_channels = 33 must be even", "use 32 or 34"]),
     ("extra_leaves_the_plan_true", "model.extra.moe_layer_freq=2",
      ["model.extra.moe_layer_freq", "the plan does not count what it changes"]),
@@ -210,7 +229,7 @@ CASES = [
      ["trainer.offload_modules has attn_proj", "core_attn", "give both"]),
     ("offload_needs_transformer_engine",
      "trainer.fine_grained_activation_offloading=true trainer.offload_modules=[core_attn]",
-     ["trainer.fine_grained_activation_offloading = true", "model.transformer_impl = transformer_engine", "not local"]),
+     ["trainer.fine_grained_activation_offloading = true", "model.transformer_impl = transformer_engine", "not torch"]),
     ("offload_needs_transformer_engine",
      f"{OFFLOAD} trainer.offload_modules=[core_attn] trainer.recompute_granularity=full",
      ["trainer.fine_grained_activation_offloading = true", "full recompute", "use null"]),
@@ -270,6 +289,15 @@ LEGAL = [
     f"{TE} parallel.context_parallel_size=2 parallel=ep1 trainer.devices=4 trainer.global_batch_size=8"
     " parallel.num_distributed_optimizer_instances=4",
     f"{TE} trainer.precision=fp8 trainer.accelerator=gpu",
+    "parallel=ep1 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
+    "parallel.context_parallel_size=2 trainer.devices=4 parallel.expert_tensor_parallel_size=2",
+    LOCAL,
+    "model.moe_grouped_gemm=false model.hidden_size=190",
+    "trainer.accelerator=gpu trainer.precision=bf16 model.attention_backend=fused",
+    "model.attention_backend=flash",
+    "trainer.recompute_granularity=selective trainer.recompute_modules=[moe_act]",
+    "model.extra.window_size=null",
+    f"{TE} model.extra.window_size=[128,0]",
     "optimizer.overlap_param_gather=true optimizer.overlap_grad_reduce=true",
     "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2",
     "trainer.recompute_granularity=full trainer.recompute_method=block trainer.recompute_num_layers=2",
@@ -324,6 +352,28 @@ def test_a_rule_refuses_with_key_and_numbers_and_what_it_offers_is_legal(rule, o
     assert matching[0] in RULE[rule](derived(*overrides.split()))
     for key, value in offers(matching[0]):
         assert shape(matching[0]) not in [shape(problem) for problem in problems_in(tree, {key: value})], (key, value)
+
+
+FAULTY = {
+    "expert_gradients_over_tp": f"{TE} parallel=ep1 parallel.tensor_model_parallel_size=2",
+    "per_token_auxiliary_loss": "parallel.context_parallel_size=2 model.extra.calculate_per_token_loss=true",
+}
+
+
+@pytest.mark.parametrize("fault", upstream.FAULTS, ids=lambda fault: fault.name)
+def test_a_layout_at_which_megatron_is_wrong_is_refused_until_acknowledged(fault, monkeypatch):
+    words = FAULTY[fault.name].split()
+    words += ["parallel.sequence_parallel=true"] * any("tensor_model" in word for word in words)
+    monkeypatch.setattr(upstream, "megatron_version", lambda: (0, 16))
+    (problem,) = problems_in(quick_tree_of(*words))
+    for fragment in ("megatron-core 0.16", fault.file, fault.wrong, f"parallel.acknowledged_faults=[{fault.name}]"):
+        assert fragment in problem
+    acknowledged = f"parallel.acknowledged_faults=[{fault.name}]"
+    assert problems_in(quick_tree_of(*words, acknowledged)) == []
+    for mended in (fault.before, None):  # without Megatron-Core only a plan can be made
+        monkeypatch.setattr(upstream, "megatron_version", lambda mended=mended: mended)
+        assert problems_in(quick_tree_of(*words)) == []
+        assert "take it out" in problems_in(quick_tree_of(*words, acknowledged))[0]
 
 
 @pytest.mark.parametrize("overrides", LEGAL)

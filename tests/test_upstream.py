@@ -8,11 +8,11 @@ from __future__ import annotations
 from importlib.metadata import version
 
 import pytest
-from composing import config_of
+from composing import config_of, plan_of
 from rank_workers import RankFailure, run_ranks
-from test_parity import EP, PP, TINY, measure, three_steps
+from test_parity import CP, EP, ETP, PP, TINY, TP, assert_same, measure, three_steps
 
-from mixtrain import fields
+from mixtrain import fields, upstream
 from mixtrain.plan import derive, resolve
 from mixtrain.rules import broken_rules
 
@@ -45,12 +45,41 @@ def test_batched_messages_mix_up_the_interleaved_schedule_on_two_stages(tmp_path
 
 def test_expert_tensor_parallelism_over_the_local_layers_is_wrong(tmp_path):
     """0.16: the experts' gradients are not reduced over their tensor ranks, in silence."""
-    plan = unchecked([EP + "1", "parallel.expert_tensor_parallel_size=2", "trainer.devices=2"])
-    right = measure([EP + "1"], tmp_path / "right")
+    local = ["model.transformer_impl=local", "model.moe_grouped_gemm=false"]
+    plan = unchecked([EP + "1", ETP, "trainer.devices=2", *local])
+    right = measure([EP + "1", *local], tmp_path / "right")
     here = run_ranks(2, lambda me: three_steps(plan, me), tmp_path / "here")[0]
     assert here["losses"][0] == pytest.approx(right["losses"][0], rel=1e-5)
     if OLD:
         assert here["norms"][1] != pytest.approx(right["norms"][1], rel=1e-3)
+
+
+def test_per_token_losses_scale_the_auxiliary_loss_by_context_ranks(tmp_path):
+    """0.16: calculate_per_token_loss with an auxiliary loss is another run under TP and CP."""
+    words = ["model.extra.calculate_per_token_loss=true", "router.moe_aux_loss_coeff=0.1", EP + "1"]
+    right = measure(words, tmp_path / "right")
+    if not OLD:
+        assert_same(measure([*words, CP], tmp_path / "here"), right)
+        return
+    plan = unchecked([*words, CP])
+    here = run_ranks(2, lambda me: three_steps(plan, me), tmp_path / "here")[0]
+    assert here["losses"][0] == pytest.approx(right["losses"][0], rel=1e-5)
+    assert here["norms"][0] != pytest.approx(right["norms"][0], rel=1e-5)
+
+
+@pytest.mark.skipif(not OLD, reason="mended by 0.19")
+def test_the_norm_forgets_split_weights_that_megatron_did_not_draw_itself(tmp_path):
+    """upstream.py marks them; 0.16 does so only where it draws them. All but the first tensor rank's were left out."""
+    words = [EP + "1", *TP]
+    right, plan = measure(words, tmp_path / "right"), plan_of(*TINY, *words)
+
+    def unmarked(me):
+        upstream.mark_tensor_parallel = lambda model: None
+        return three_steps(plan, me)
+
+    here = run_ranks(2, unmarked, tmp_path / "here")[0]
+    assert here["losses"][0] == pytest.approx(right["losses"][0], rel=1e-6)
+    assert here["norms"][0] < 0.9 * right["norms"][0]
 
 
 @pytest.mark.parametrize(

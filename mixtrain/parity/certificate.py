@@ -6,20 +6,22 @@ import json
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from mixtrain import contract
+from mixtrain import contract, limits
 from mixtrain.config import Config
 from mixtrain.errors import UserError
 from mixtrain.forked_ranks import RankFailure, run_ranks
 from mixtrain.parity import measure, table
-from mixtrain.parity.layouts import Layout, legal_plans
+from mixtrain.parity.layouts import Layout, all_layouts, legal_plan
 from mixtrain.parity.verdict import Verdict, judge
-from mixtrain.plan import Plan
+from mixtrain.plan import Plan, derive, resolve
+from mixtrain.rules.upstream import present
 
 EXPERTS = 8  # at most: more of them need more tokens, and show no more
 PATIENCE_S = 300  # for one layout; the slowest take some 10 s on two cores
@@ -36,7 +38,7 @@ class Certificate:
         self.config = replace(
             config, model=replace(config.model, num_moe_experts=min(config.model.num_moe_experts, EXPERTS))
         )
-        self.plans, self.left_out = comparable(legal_plans(self.config))
+        self.plans, self.left_out = comparable(self.config)
         self.verdicts: dict[Layout, Verdict] = {}
         if not self.plans:
             raise UserError("no layout is legal with these switches; trainer.mode=plan with +shrink=parity says why")
@@ -112,9 +114,21 @@ class Certificate:
         return table.markdown(f"Layout parity of {self.name}", facts, self.verdicts)
 
 
-def comparable(plans: dict[Layout, Plan]) -> tuple[dict[Layout, Plan], dict[str, int]]:
-    """(the layouts that compute the same run as one rank, reason -> how many another run is expected of)."""
-    return plans, {}
+def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
+    """(the plans of the layouts that must compute what one rank computes, reason -> how many of the others there are).
+
+    A layout at which Megatron-Core is known to be wrong is one of the others, with the upstream file.
+    """
+    plans, left_out = {}, Counter()
+    for layout in all_layouts():
+        at = resolve(layout.of(config))
+        if beyond := limits.broken(at, layout.dp):
+            left_out.update(f"another run by design: {limit.name}, {limit.why}" for limit, _ in beyond[:1])
+        elif faults := present(derive(at)):
+            left_out.update(f"refused: {fault.file}, {fault.wrong}" for fault in faults[:1])
+        elif (plan := legal_plan(at)) is not None:
+            plans[layout] = plan
+    return plans, dict(left_out)
 
 
 def one_rank(plan: Plan, wholes: Path, scratch: Path) -> dict:

@@ -79,12 +79,9 @@ def all_layouts() -> Iterator[Layout]:
                 yield Layout(ranks, tp, cp, pp, vpp, ep, etp, instances, dispatcher)
 
 
-def legal_plans(config: Config) -> dict[Layout, Plan]:
-    """The plan of every layout at which the rules let this configuration run."""
-    plans = {}
-    for layout in all_layouts():
-        try:
-            plans[layout] = make_plan(layout.of(config))
-        except UserError:
-            continue
-    return plans
+def legal_plan(config: Config) -> Plan | None:
+    """The plan of a configuration, None where the rules refuse it."""
+    try:
+        return make_plan(config)
+    except UserError:
+        return None

@@ -8,7 +8,6 @@ from mixtrain.config import (
     Dispatcher,
     FlexBackend,
     ScoreFunction,
-    TransformerImpl,
 )
 from mixtrain.plan import Plan
 from mixtrain.rules.nearest import Problems, must_divide
@@ -132,15 +131,6 @@ def shared_expert_overlap_has_one(plan: Plan) -> Problems:
         yield "dispatcher.moe_shared_expert_overlap = true cannot go with shared_experts in trainer.recompute_modules"
 
 
-def local_has_no_grouped_gemm(plan: Plan) -> Problems:
-    model = plan.config.model
-    if model.transformer_impl is TransformerImpl.local and model.moe_grouped_gemm:
-        yield (
-            "model.moe_grouped_gemm = true needs model.transformer_impl = transformer_engine,"
-            " not local; use model.moe_grouped_gemm=false"
-        )
-
-
 def _types(plan: Plan) -> list[Balancing]:
     return plan.config.router.moe_router_load_balancing_type
 
@@ -156,5 +146,4 @@ RULES = [
     padding_has_capacity,
     flex_has_its_ranks,
     shared_expert_overlap_has_one,
-    local_has_no_grouped_gemm,
 ]

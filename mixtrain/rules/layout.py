@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mixtrain import pipeline
-from mixtrain.config import Accelerator, TransformerImpl
+from mixtrain.config import Accelerator
 from mixtrain.costs import GIB
 from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
 from mixtrain.plan import Plan, dense_grid, expert_grid
@@ -97,21 +97,6 @@ def sequence_parallel_needs_tensor_parallel(plan: Plan) -> Problems:
         yield "parallel.sequence_parallel = true does nothing at parallel.tensor_model_parallel_size = 1; use false"
 
 
-def local_has_no_tensor_or_context_parallel(plan: Plan) -> Problems:
-    if plan.config.model.transformer_impl is not TransformerImpl.local:
-        return
-    parallel = plan.config.parallel
-    refused = {
-        "tensor_model_parallel_size": "the norm of model.transformer_impl = local refuses it",
-        "context_parallel_size": "the attention of model.transformer_impl = local refuses it",
-        # 0.16: expert gradients are never reduced over TP, silently; both versions with EP: uneven gloo collectives
-        "expert_tensor_parallel_size": "the experts of model.transformer_impl = local compute wrong gradients with it",
-    }
-    for key, why in refused.items():
-        if (size := getattr(parallel, key)) > 1:
-            yield (f"parallel.{key} = {size}: {why}; use 1, or model.transformer_impl=transformer_engine")
-
-
 def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
     parallel = plan.config.parallel
     vpp, pp = parallel.virtual_pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -172,7 +157,6 @@ RULES = [
     batch_over_ranks,
     tensor_parallel_experts_need_sequence_parallel,
     sequence_parallel_needs_tensor_parallel,
-    local_has_no_tensor_or_context_parallel,
     virtual_pipeline_needs_pipeline,
     optimizer_instances_divide,
     cpu_run_fits_a_laptop,

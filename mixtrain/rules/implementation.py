@@ -1,0 +1,102 @@
+"""Rules about model.transformer_impl: what each implementation of the layers can do. No torch."""
+
+from __future__ import annotations
+
+from mixtrain.classes import show
+from mixtrain.config import Accelerator, AttnBackend, Precision, TransformerImpl
+from mixtrain.fields import transformer_config_defaults
+from mixtrain.plan import Plan
+from mixtrain.rules.nearest import Problems, near_multiples
+
+ALIGNMENT_BYTES = 16  # of a row, where torch.nn.functional.grouped_mm reads it
+BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 2}
+
+# Fields of TransformerConfig that change what a layer computes, and that mixtrain/layers does not read.
+# fmt: off
+NOT_IN_TORCH = """
+    window_size window_attn_skip_freq softmax_type apply_query_key_layer_scaling qk_clip log_max_attention_logit
+    qk_l2_norm attention_output_gate experimental_attention_variant linear_attention_freq batch_invariant_mode
+    layernorm_zero_centered_gamma fused_residual_rmsnorm apply_residual_connection_post_layernorm use_mup
+    glu_linear_offset activation_func_clamp_value use_te_activation_func activation_func_fp8_input_store
+    moe_apply_probs_on_input moe_latent_size moe_router_padding_for_fp8 moe_router_padding_for_quantization
+    moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size use_kitchen use_kitchen_attention fp4
+    use_transformer_engine_op_fuser use_inference_optimized_layers overlap_moe_expert_parallel_comm delay_wgrad_compute
+    overlap_dispatch_backward_with_experts_wgrad cp_comm_type hierarchical_context_parallel_sizes
+""".split()
+# fmt: on
+
+
+def local_has_its_limits(plan: Plan) -> Problems:
+    """What Megatron-Core's own layers refuse, or compute wrongly."""
+    if plan.config.model.transformer_impl is not TransformerImpl.local:
+        return
+    refused = {
+        "tensor_model_parallel_size": "the norm of model.transformer_impl = local refuses it",
+        "context_parallel_size": "the attention of model.transformer_impl = local refuses it",
+        # 0.16: expert gradients are never reduced over TP, silently
+        "expert_tensor_parallel_size": "the experts of model.transformer_impl = local compute wrong gradients with it",
+    }
+    for key, why in refused.items():
+        if (size := getattr(plan.config.parallel, key)) > 1:
+            yield f"parallel.{key} = {size}: {why}; use 1, or model.transformer_impl=torch"
+    if plan.config.model.moe_grouped_gemm:
+        yield (
+            "model.moe_grouped_gemm = true needs model.transformer_impl = torch or transformer_engine, not local;"
+            " use model.moe_grouped_gemm=false"
+        )
+
+
+def grouped_gemm_reads_aligned_rows(plan: Plan) -> Problems:
+    model, etp = plan.config.model, plan.config.parallel.expert_tensor_parallel_size
+    if model.transformer_impl is not TransformerImpl.torch or not model.moe_grouped_gemm:
+        return
+    unit = ALIGNMENT_BYTES // BYTES[plan.config.trainer.precision]
+    for key, size, parts in (
+        ("hidden_size", model.hidden_size, 1),
+        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, etp),
+    ):
+        if size % parts == 0 and size // parts % unit:
+            over = f" / ETP = {size}/{parts} = {size // parts}" if parts > 1 else f" = {size}"
+            yield (
+                f"model.{key}{over} must be a multiple of {unit} ({ALIGNMENT_BYTES} bytes of"
+                f" {plan.config.trainer.precision.name}) for model.moe_grouped_gemm = true (false takes any);"
+                f" use {near_multiples(size, unit * parts)}"
+            )
+
+
+def attention_backend_is_there(plan: Plan) -> Problems:
+    model, cpu = plan.config.model, plan.config.trainer.accelerator is Accelerator.cpu
+    backend = model.attention_backend
+    if backend is AttnBackend.fused and cpu:
+        yield "model.attention_backend = fused is cuDNN's and needs trainer.accelerator = gpu, not cpu; use auto"
+    if model.transformer_impl is TransformerImpl.local and backend in (AttnBackend.flash, AttnBackend.fused):
+        yield (
+            f"model.attention_backend = {backend.name}: model.transformer_impl = local has only its own; use auto, or"
+            " model.transformer_impl=torch"
+        )
+    if (
+        plan.config.trainer.precision is Precision.fp32
+        and backend in (AttnBackend.flash, AttnBackend.fused)
+        and not cpu
+    ):
+        yield f"model.attention_backend = {backend.name} takes bf16 on a GPU, not trainer.precision = fp32; use auto"
+
+
+def torch_layers_honour_extra(plan: Plan) -> Problems:
+    if plan.config.model.transformer_impl is not TransformerImpl.torch:
+        return
+    defaults = transformer_config_defaults() or {}
+    for name, value in plan.config.model.extra.items():
+        if name in NOT_IN_TORCH and value != defaults.get(name):
+            yield (
+                f"model.extra.{name} = {show(value)}: the layers of model.transformer_impl = torch do not read it; use"
+                f" {show(defaults.get(name))}, or model.transformer_impl=transformer_engine"
+            )
+
+
+RULES = [
+    local_has_its_limits,
+    grouped_gemm_reads_aligned_rows,
+    attention_backend_is_there,
+    torch_layers_honour_extra,
+]
