@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from test_parity import EP, PP, measure
+from composing import plan_of
+from test_parity import CP, EP, PP, TINY, TP, measure
+
+from mixtrain import limits
 
 DP2 = "trainer.devices=2"
 GLOBAL = ["router=global_aux_loss", "router.moe_aux_loss_coeff=0.1"]
@@ -62,3 +65,52 @@ def test_forced_balance_draws_experts_by_rank_and_evenly(tmp_path):
 @pytest.mark.parametrize("layout", [[EP + "1"], [EP + "2"]])
 def test_forced_balance_is_the_same_again_at_the_same_layout(layout, tmp_path):
     assert measure([*layout, *FORCED], tmp_path / "a") == measure([*layout, *FORCED], tmp_path / "b")
+
+
+# What one rank sees of a sequence: under tensor parallelism (its router's part of it) and context parallelism, a half.
+HALVES = {"TP2": [EP + "1", *TP], "CP2": [EP + "1", CP]}
+CAPACITY = ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.75"]
+
+
+@pytest.mark.parametrize("layout", HALVES)
+@pytest.mark.parametrize("switch", [["router=sinkhorn"], CAPACITY], ids=["sinkhorn", "capacity"])
+def test_what_balances_or_drops_looks_at_the_tokens_of_one_rank(switch, layout, tmp_path):
+    one = measure([EP + "1", *switch], tmp_path / "one")
+    here = measure([*HALVES[layout], *switch], tmp_path / "here")
+    assert one["loads"][0] != here["loads"][0] and one["losses"][0] != pytest.approx(here["losses"][0], rel=5e-7)
+    assert one["losses"][0] == pytest.approx(here["losses"][0], rel=1e-2)  # another choice of experts, no more
+    assert limits.broken(plan_of(*TINY, *HALVES[layout], *switch).config, 1)
+
+
+def test_the_global_auxiliary_loss_is_the_same_over_tensor_and_context_ranks(tmp_path):
+    one = measure([EP + "1", *GLOBAL], tmp_path / "one")
+    for name, layout in HALVES.items():
+        here = measure([*layout, *GLOBAL], tmp_path / name)
+        assert here["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert here["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
+
+
+def test_the_plan_tells_what_depends_on_its_layout_and_only_that():
+    def told(*words: str) -> list[str]:
+        return [text for text in plan_of(*TINY, *words).warnings if "another run" in text]
+
+    (text,) = told(*HALVES["TP2"], "router=sinkhorn")
+    assert "sinkhorn: it balances the tokens of one rank, so with TP 2 it is another run than with 1" in text
+    (text,) = told(*HALVES["CP2"], *CAPACITY)
+    assert "dispatcher.moe_expert_capacity_factor: it drops among the tokens of one rank, so with CP 2" in text
+    assert told(*HALVES["TP2"]) == told(EP + "2", "router=sinkhorn") == told(EP + "2", DP2, *JITTER) == []
+
+
+@pytest.mark.parametrize("limit", limits.LIMITS, ids=lambda limit: limit.name)
+def test_a_limit_is_for_its_switch_alone(limit):
+    words = {
+        "sinkhorn": ["router=sinkhorn"],
+        "dispatcher.moe_expert_capacity_factor": CAPACITY,
+        "global_aux_loss": GLOBAL,
+        "router.moe_input_jitter_eps": JITTER,
+        "router.moe_router_force_load_balancing": FORCED,
+    }[limit.name]
+    assert not limit.applies(plan_of(*TINY, EP + "1").config)
+    config = plan_of(*TINY, EP + "1", *words).config
+    assert [other.name for other in limits.LIMITS if other.applies(config)] == [limit.name]
+    assert limits.broken(config, 1) == []  # one rank is within every limit

@@ -39,21 +39,25 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
 
 
 def shrunk(words: list[str]) -> Config:
-    """The configuration of the words at the certificate's sizes; what the words set themselves stays."""
+    """The configuration of the words at the certificate's sizes; what the words set themselves stays.
+
+    UserError with every problem of the words, or if this machine lacks something.
+    """
     recipes = [word for word in words if word.startswith("+recipe=")]
     others = [word for word in words if word not in recipes]
     jobs, problems = compose([*recipes, "+shrink=parity", *others])
     if len(jobs) != 1:
         raise UserError(*problems, "one configuration at a time: no --multirun here")
-    return Config.from_hydra(jobs[0].tree, problems)
+    config = Config.from_hydra(jobs[0].tree, problems)
+    if lacking := machine_problems(make_plan(config, None, problems), None, words):
+        raise UserError(*lacking)
+    return config
 
 
 def main() -> int:
     arguments, words = parse_arguments()
     try:
         config = shrunk(words)
-        if lacking := machine_problems(make_plan(config), None, words):
-            raise UserError(*lacking)
         from mixtrain.parity.certificate import Certificate  # the first import of torch
 
         certificate = Certificate(config.name, config, Path(config.run_dir), lambda text: print(text, flush=True))
