@@ -224,3 +224,15 @@ def test_every_limit_and_every_fault_is_in_the_docs():
         assert limit.name.split(".")[-1] in page
     for fault in upstream.FAULTS:
         assert f"`{fault.name}`" in page and fault.file.split("/")[-1] in page
+
+
+def test_the_certificate_in_the_docs_is_whole_and_within_the_limits():
+    page = (ROOT / "docs" / "parity_mixtral_8x7b_tp2_pp4_ep4.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    assert rows[0] == ["split", "layouts", *TOLERANCES]
+    assert rows[2][2:] == [f"{limit:.0e}" for limit in TOLERANCES.values()]
+    plans, left_out = comparable(shrunk("+recipe=mixtral_8x7b_tp2_pp4_ep4"))
+    assert {row[0]: int(row[1]) for row in rows[3:]} == Counter(", ".join(layout.axes) or "nothing" for layout in plans)
+    assert not left_out and f"layouts within the limits: {len(plans)} of {len(plans)}" in page
+    for row in rows[3:]:
+        assert all(float(value) <= limit for value, limit in zip(row[2:], TOLERANCES.values(), strict=True)), row
