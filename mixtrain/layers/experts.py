@@ -45,7 +45,8 @@ class Experts(MegatronModule):
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """[T, H], [E], the router's weights [T] -> ([T, H], no bias)."""
-        multiply = self._grouped(tokens_per_expert) if self.config.moe_grouped_gemm else self._loop(tokens_per_expert)
+        counts = tokens_per_expert
+        multiply = self._grouped(counts, tokens.device) if self.config.moe_grouped_gemm else self._loop(counts)
         hidden = multiply(tokens, self.weight1)
         if not self.recompute_act:
             return multiply(_swiglu(hidden, probs), self.weight2), None
@@ -55,12 +56,12 @@ class Experts(MegatronModule):
         return output, None
 
     @staticmethod
-    def _grouped(tokens_per_expert: torch.Tensor):
+    def _grouped(tokens_per_expert: torch.Tensor, device: torch.device):
         """Rows of each expert times its own matrix [E, out, in], all at once. Experts without rows are fine."""
-        ends = tokens_per_expert.cumsum(0).to(torch.int32)
+        ends = tokens_per_expert.cumsum(0).to(device, torch.int32)  # the dispatcher counts on the host
 
         def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            product = F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=ends.to(rows.device))
+            product = F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=ends)
             if product.requires_grad:
                 product.register_hook(_contiguous)
             return product
