@@ -193,6 +193,8 @@ def test_the_tool_certifies_a_recipe_and_leaves_its_table(tmp_path):
         (["--smaple", "3"], "unrecognized arguments: --smaple"),
         (["model.init_method_std=-1"], "model.init_method_std = -1"),
         (["model.transformer_impl=transformer_engine"], "transformer-engine is not installed"),
+        (["parallel=ep1"], "parallel=ep1: the certificate runs every layout and sets this itself; take it out"),
+        (["run_dir=/proc/nowhere/run", "--sample", "1"], "run_dir = /proc/nowhere/run: No such file or directory"),
     ],
 )
 def test_what_is_wrong_with_the_words_ends_in_exit_code_2(words, says):

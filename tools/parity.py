@@ -10,10 +10,11 @@ to 8 CPU ranks: EP, ETP, TP, PP, VPP, CP, DP, hybrid shard, both dispatchers. Pr
 every parameter's gradient, and the parameters after the steps.
 
 Exit codes: 0 all within the limits of mixtrain/parity/verdict.py, 1 one is not (the first parameter is named), 2 the
-configuration or the arguments are wrong.
+configuration or the arguments are wrong, 130 interrupted.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -38,6 +39,17 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
     return arguments, words
 
 
+# What the tool itself sets, in turn.
+VARIED = {
+    "parallel", "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size",
+    "parallel.virtual_pipeline_model_parallel_size", "parallel.context_parallel_size",
+    "parallel.expert_model_parallel_size", "parallel.expert_tensor_parallel_size", "parallel.sequence_parallel",
+    "parallel.num_distributed_optimizer_instances", "dispatcher.moe_token_dispatcher_type", "trainer.devices",
+    "trainer.num_nodes",
+}  # fmt: skip
+INTERRUPTED = 130
+
+
 def shrunk(words: list[str]) -> Config:
     """The configuration of the words at the certificate's sizes; what the words set themselves stays.
 
@@ -48,6 +60,8 @@ def shrunk(words: list[str]) -> Config:
     jobs, problems = compose([*recipes, "+shrink=parity", *others])
     if len(jobs) != 1:
         raise UserError(*problems, "one configuration at a time: no --multirun here")
+    varied = [word for word in words if word.split("=")[0] in VARIED]
+    problems += [f"{word}: the certificate runs every layout and sets this itself; take it out" for word in varied]
     config = Config.from_hydra(jobs[0].tree, problems)
     if lacking := machine_problems(make_plan(config, None, problems), None, words):
         raise UserError(*lacking)
@@ -65,6 +79,12 @@ def main() -> int:
     except UserError as error:
         print_problems(error.problems)
         return REFUSED
+    except KeyboardInterrupt:
+        print("\ninterrupted; parity.json and parity.md have the layouts up to the last tenth", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the lines has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAULT
     print(f"\n{certificate.folder}/parity.json and parity.md")
     if same:
         print("every layout computes what one rank computes")

@@ -48,7 +48,11 @@ class Certificate:
         layouts = list(self.plans)
         if sample is not None and sample < len(layouts):
             layouts = sorted(random.Random(seed).sample(layouts, sample), key=layouts.index)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "parity.md.tmp").write_text("")
+        except OSError as error:
+            raise UserError(f"run_dir = {self.folder}: {error.strerror}; parity.json and parity.md go there") from None
         self.say(f"{self.name}: {len(layouts)} of {len(self.plans)} layouts of up to 8 ranks, {_versions()}")
         for reason, count in self.left_out.items():
             self.say(f"left out: {count} layouts, {reason}")
