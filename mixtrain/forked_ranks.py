@@ -28,7 +28,11 @@ cpu.apply()
 
 
 class RankFailure(AssertionError):
-    """A rank that raised, died or did not end in time, with what it printed."""
+    """A rank that raised, died or did not end in time, with what it printed; `reason` is the last line of a log."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
 
 
 def run_ranks(world_size: int, function: Callable[[Identity], Any], folder: Path, timeout: float = 120) -> list[Any]:
@@ -51,8 +55,16 @@ def run_ranks(world_size: int, function: Callable[[Identity], Any], folder: Path
         logs = "\n".join(
             f"--- rank {rank}\n{(folder / f'rank_{rank}.log').read_text()[-3000:]}" for rank in range(world_size)
         )
-        raise RankFailure(f"ranks {failed} of {world_size} failed\n{logs}")
+        raise RankFailure(f"ranks {failed} of {world_size} failed\n{logs}", _reason(folder, failed))
     return [json.loads(path.read_text()) for path in results]
+
+
+def _reason(folder: Path, failed: list[int]) -> str:
+    """The last line of the first failed rank that said anything: those that were ended with it are silent."""
+    for rank in failed:
+        if lines := (folder / f"rank_{rank}.log").read_text().strip().splitlines():
+            return f"rank {rank}: {lines[-1]}"
+    return f"ranks {failed} ended without a word"
 
 
 def _rank(me: Identity, function: Callable[[Identity], Any], folder: Path) -> None:

@@ -34,6 +34,16 @@ def apply() -> None:
     _define(random, "FP8GlobalStateManager", _NoFP8)
     _define(random, "activation_recompute_forward", lambda *_, **__: contextlib.nullcontext())
     _define(random, "fp8_autocast", lambda *_, **__: contextlib.nullcontext())
+    # 0.19: the same recompute compiles a C++ extension in the first backward pass: it wants ninja and a compiler
+    if hasattr(random, "_get_share_storage"):
+        random._get_share_storage = lambda: _copy_storage
+
+
+def _copy_storage(output: Any, recomputed: Any) -> None:
+    """Give a discarded output its numbers again, in its own storage, where all its views see them; 0.16's way."""
+    storage = recomputed.untyped_storage()
+    output.untyped_storage().resize_(storage.size())
+    output.untyped_storage().copy_(storage)
 
 
 def mark_tensor_parallel(model: Any) -> None:

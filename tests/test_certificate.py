@@ -82,9 +82,10 @@ def test_a_layout_at_which_megatron_is_wrong_is_left_out_with_the_upstream_file(
     assert "megatron/core/transformer/moe/router.py" in reason
 
 
-def test_many_experts_become_eight(tmp_path):
+def test_many_experts_become_few_and_still_a_choice(tmp_path):
     made = Certificate("qwen", shrunk("+recipe=qwen3_30b_a3b"), tmp_path)
-    assert made.config.model.num_moe_experts == 8 and made.config.model.qk_layernorm
+    assert made.config.model.num_moe_experts == 2 * made.config.model.moe_router_topk == 16
+    assert Certificate("default", shrunk(), tmp_path).config.model.num_moe_experts == 8
 
 
 ONE = {"lm_loss": [5.0, 4.0], "balance": [1.0, 1.0], "grad_norm": [2.0, 2.0],
@@ -193,6 +194,8 @@ def test_the_tool_certifies_a_recipe_and_leaves_its_table(tmp_path):
         (["--smaple", "3"], "unrecognized arguments: --smaple"),
         (["model.init_method_std=-1"], "model.init_method_std = -1"),
         (["model.transformer_impl=transformer_engine"], "transformer-engine is not installed"),
+        (["trainer.micro_batch_size=2"], "trainer.micro_batch_size = 2 must be 1 for the certificate"),
+        (["trainer.precision=bf16"], "the certificate is for trainer.precision=fp32"),
         (["parallel=ep1"], "parallel=ep1: the certificate runs every layout and sets this itself; take it out"),
         (["run_dir=/proc/nowhere/run", "--sample", "1"], "run_dir = /proc/nowhere/run: No such file or directory"),
     ],

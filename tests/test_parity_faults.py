@@ -168,8 +168,12 @@ def test_a_part_that_no_rank_holds(bench):
     ]
 
 
-def test_ranks_that_fail_are_outside_with_what_they_said(bench):
+@pytest.mark.parametrize("at_fault", [0, 1])
+def test_ranks_that_fail_are_outside_with_what_the_one_at_fault_said(bench, at_fault):
     def sabotage(me) -> None:
-        raise ValueError("no such thing")
+        if me.rank == at_fault:
+            raise ValueError("no such thing")
 
-    assert "no such thing" in bench.at(EP2, sabotage).outside[0]
+    verdict = bench.at(EP2, sabotage)
+    assert f"rank {at_fault}: ValueError: no such thing" in str(verdict)
+    assert set(verdict.differences.values()) == {float("inf")}

@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
 from mixtrain.compose import compose  # noqa: E402
-from mixtrain.config import Config  # noqa: E402
+from mixtrain.config import Accelerator, Config, Precision  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.machine import machine_problems  # noqa: E402
 from mixtrain.plan import make_plan  # noqa: E402
@@ -63,6 +63,10 @@ def shrunk(words: list[str]) -> Config:
     varied = [word for word in words if word.split("=")[0] in VARIED]
     problems += [f"{word}: the certificate runs every layout and sets this itself; take it out" for word in varied]
     config = Config.from_hydra(jobs[0].tree, problems)
+    if config.trainer.precision is not Precision.fp32 or config.trainer.accelerator is not Accelerator.cpu:
+        problems.append("the certificate is for trainer.precision=fp32 on trainer.accelerator=cpu; take out others")
+    if config.trainer.micro_batch_size != 1:
+        problems.append(f"trainer.micro_batch_size = {config.trainer.micro_batch_size} must be 1 for the certificate")
     if lacking := machine_problems(make_plan(config, None, problems), None, words):
         raise UserError(*lacking)
     return config

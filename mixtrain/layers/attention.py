@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from mixtrain.layers.context import chunks_of, gather_in_order
 
@@ -60,16 +60,23 @@ class CoreAttention(MegatronModule):
                 *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
                 scale=self.softmax_scale,
                 enable_gqa=query.shape[2] != key.shape[2],
-                **_causal(query, key),
+                **_causal(query, key, aligned=forced in (None, SDPBackend.FLASH_ATTENTION)),
             )
         return attended.permute(2, 0, 1, 3)
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor) -> dict[str, object]:
-    """The causal mask, without a tensor wherever the kernel knows how."""
+def _causal(query: torch.Tensor, key: torch.Tensor, aligned: bool) -> dict[str, object]:
+    """The causal mask, without a tensor wherever the kernel knows how; `aligned`: flash attention may be taken."""
     rows, columns = query.shape[0], key.shape[0]
     if rows == columns:
         return {"is_causal": True}
-    if query.is_cuda and query.dtype is torch.bfloat16:
-        return {"attn_mask": causal_lower_right(rows, columns)}  # flash attention's own alignment
+    if aligned and query.is_cuda and query.dtype is torch.bfloat16:
+        return {"attn_mask": _lower_right(rows, columns)}
     return {"attn_mask": torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)}
+
+
+def _lower_right(rows: int, columns: int) -> CausalBias:
+    """PyTorch's causal_lower_right without the tensor of [2, rows, columns] that its constructor allocates."""
+    bias = torch.Tensor.__new__(CausalBias)
+    bias.__init__(CausalVariant.LOWER_RIGHT, rows, columns)
+    return bias

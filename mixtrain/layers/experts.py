@@ -58,7 +58,8 @@ class Experts(MegatronModule):
     @staticmethod
     def _grouped(tokens_per_expert: torch.Tensor, device: torch.device):
         """Rows of each expert times its own matrix [E, out, in], all at once. Experts without rows are fine."""
-        ends = tokens_per_expert.cumsum(0).to(device, torch.int32)  # the dispatcher counts on the host
+        # the dispatcher counts on the host, and nobody there waits for the copy
+        ends = tokens_per_expert.cumsum(0).to(torch.int32).to(device, non_blocking=True)
 
         def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             product = F.grouped_mm(rows.contiguous(), weight.transpose(1, 2), offs=ends)
@@ -130,10 +131,33 @@ def _contiguous(gradient: torch.Tensor) -> torch.Tensor:
     return gradient.contiguous() if gradient.numel() else gradient.new_empty(gradient.shape)
 
 
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up * weight, keeping nothing for the backward pass but what it was given.
+
+    PyTorch would keep silu(gate), its product with up and more: as much again, in every layer and microbatch.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(hidden, probs)
+        gate, up = hidden.chunk(2, dim=-1)
+        return (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, probs = ctx.saved_tensors
+        gate, up = hidden.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        weighted = gradient * probs.unsqueeze(-1).to(gradient.dtype)
+        to_gate = weighted * up * (sigmoid + silu * (1 - sigmoid))
+        to_probs = (gradient * silu * up).sum(dim=-1, dtype=probs.dtype)
+        return torch.cat([to_gate, weighted * silu], dim=-1), to_probs
+
+
 def _swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up times the router's weight of the token: [T, 2F], [T] -> [T, F].
 
     The weight goes in before the second matrix, where it costs least; the router's precision decides the product's.
     """
-    gate, up = hidden.chunk(2, dim=-1)
-    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(hidden.dtype)
+    return _SwiGLU.apply(hidden, probs)

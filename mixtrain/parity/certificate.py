@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import tempfile
 import time
@@ -19,11 +20,11 @@ from mixtrain.errors import UserError
 from mixtrain.forked_ranks import RankFailure, run_ranks
 from mixtrain.parity import measure, table
 from mixtrain.parity.layouts import Layout, all_layouts, legal_plan
-from mixtrain.parity.verdict import Verdict, judge
+from mixtrain.parity.verdict import LIMITS, Verdict, judge
 from mixtrain.plan import Plan, derive, resolve
 from mixtrain.rules.upstream import present
 
-EXPERTS = 8  # at most: more of them need more tokens, and show no more
+EXPERTS = 8  # at most, or twice as many as a token goes to: more of them need more tokens, and show no more
 PATIENCE_S = 300  # for one layout; the slowest take some 10 s on two cores
 
 
@@ -35,9 +36,8 @@ class Certificate:
 
     def __init__(self, name: str, config: Config, folder: Path, say: Callable[[str], None] = print):
         self.name, self.folder, self.say = name, folder, say
-        self.config = replace(
-            config, model=replace(config.model, num_moe_experts=min(config.model.num_moe_experts, EXPERTS))
-        )
+        experts = min(config.model.num_moe_experts, max(EXPERTS, 2 * config.model.moe_router_topk))
+        self.config = replace(config, model=replace(config.model, num_moe_experts=experts))
         self.plans, self.left_out = comparable(self.config)
         self.verdicts: dict[Layout, Verdict] = {}
         if not self.plans:
@@ -50,7 +50,9 @@ class Certificate:
             layouts = sorted(random.Random(seed).sample(layouts, sample), key=layouts.index)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "parity.md.tmp").write_text("")
+            for name in ("parity.json", "parity.md"):  # an earlier certificate is not this one's
+                (self.folder / name).unlink(missing_ok=True)
+                (self.folder / f"{name}.tmp").write_text("")
         except OSError as error:
             raise UserError(f"run_dir = {self.folder}: {error.strerror}; parity.json and parity.md go there") from None
         self.say(f"{self.name}: {len(layouts)} of {len(self.plans)} layouts of up to 8 ranks, {_versions()}")
@@ -67,6 +69,11 @@ class Certificate:
             f"one rank: seed {self.one['seed']} ({self.one['tried']} tried), smallest top-k margin"
             f" {self.one['margin']:.1e}, lm_loss {' '.join(f'{loss:.4f}' for loss in self.one['lm_loss'])}"
         )
+        if self.one["margin"] == math.inf:
+            raise UserError(
+                f"model.num_moe_experts = {self.config.model.num_moe_experts} with model.moe_router_topk ="
+                f" {self.config.model.moe_router_topk}: the router has no choice, so there is nothing to certify of it"
+            )
         if self.one["margin"] <= measure.MARGIN:
             raise UserError(
                 f"no seed of {measure.SEEDS} has a top-k margin above {measure.MARGIN:.0e}: a choice of experts is too"
@@ -147,12 +154,12 @@ def _reference(plan: Plan, wholes: Path, me) -> dict:
 
 
 def at_layout(plan: Plan, one: dict, wholes: Path, scratch: Path, work: Callable = measure.measure) -> Verdict:
-    """The verdict on a plan's layout; ranks that fail are outside, with what the first of them said last."""
+    """The verdict on a plan's layout; ranks that fail are outside, with what the one at fault said last."""
     seeded = replace(plan, config=replace(plan.config, seed=one["seed"]))
     try:
         results = run_ranks(plan.world_size, lambda me: work(seeded, me, wholes), scratch, PATIENCE_S)
     except RankFailure as failure:
-        return Verdict(outside=[str(failure).strip().splitlines()[-1]])
+        return Verdict(dict.fromkeys(LIMITS, math.inf), [failure.reason])
     return judge(one, results, contract.shapes(plan.config))
 
 
