@@ -107,3 +107,16 @@ def test_a_router_without_transformer_engine_misses_a_name():
     source = Path(moe_utils.__file__).read_text()
     assert "te_general_gemm is not None" in source and "te_general_gemm = None" not in source
     assert moe_utils.te_general_gemm is None
+
+
+@pytest.mark.skipif(OLD, reason="0.16 copies by itself")
+def test_a_discarded_output_is_filled_again_without_a_compiler():
+    """0.19 would compile a C++ extension for it; upstream.py copies, where every view of the output sees it."""
+    import torch
+    from megatron.core.tensor_parallel import random
+
+    output = torch.arange(6.0)
+    view, again = output.view(2, 3), output.clone()
+    output.untyped_storage().resize_(0)
+    random._get_share_storage()(output, again)
+    assert view.equal(again.view(2, 3)) and random._get_share_storage() is upstream._copy_storage
