@@ -34,7 +34,8 @@ CLASSES = {
         optimizer.lr_wsd_decay_style optimizer.lr_wsd_decay_steps
         data.kind data.data_path data.split data.seq_length data.tokenizer
         trainer.max_steps trainer.micro_batch_size trainer.global_batch_size trainer.rampup_batch_size
-        trainer.precision trainer.fp8_recipe
+        trainer.precision trainer.fp8_recipe trainer.bad_step_policy trainer.bad_step_grad_norm trainer.bad_step_limit
+        checkpoint.load_weights
     """,  # micro_batch_size: an auxiliary loss is the mean of those of the microbatches
     EXECUTION: """
         model.transformer_impl model.attention_backend model.moe_grouped_gemm
@@ -56,7 +57,9 @@ CLASSES = {
     """,
     RECORDS: """
         name run_dir model.hf_model data.path_to_cache trainer.mode trainer.val_check_interval
-        trainer.limit_val_batches trainer.log_every_n_steps checkpoint.save_last logging.tensorboard
+        trainer.limit_val_batches trainer.log_every_n_steps checkpoint.save_interval checkpoint.save_last
+        checkpoint.keep_last checkpoint.async_save checkpoint.verify checkpoint.resume checkpoint.max_attempts
+        logging.tensorboard
     """,
 }
 # fmt: on

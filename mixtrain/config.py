@@ -40,6 +40,9 @@ Fp8Recipe       = Enum("Fp8Recipe", ["delayed", "tensorwise", "blockwise", "mxfp
 DataKind        = Enum("DataKind", ["stdlib", "indexed", "mock"])
 Granularity     = Enum("Granularity", ["full", "selective"])
 RecomputeMethod = Enum("RecomputeMethod", ["uniform", "block"])
+BadStep         = Enum("BadStep", ["stop", "skip"])
+Resume          = Enum("Resume", ["auto", "must", "never"])
+Verify          = Enum("Verify", ["full", "size"])
 # fmt: on
 
 
@@ -187,13 +190,23 @@ class TrainerConfig:
     fine_grained_activation_offloading: bool = MISSING
     offload_modules: list[str] | None = MISSING
     deterministic: bool = MISSING
-    timeout_minutes: float = above(0)  # how long a rank waits for another before it gives up
+    bad_step_policy: BadStep = MISSING  # what to do when a loss or gradient is not finite, or the norm above the next bound
+    bad_step_grad_norm: float | None = above(0)  # null: any finite norm is good
+    bad_step_limit: int = at_least(1)  # steps skipped in a row before the run stops; only skip reads it
+    timeout_minutes: float = above(0)  # how long a rank may stand still, or wait for another, before the job ends
     device_memory_gib: float | None = at_least(0)  # the state of a rank must fit here; null does not check
 
 
 @dataclass
 class CheckpointConfig:
-    save_last: bool = MISSING  # write the weights when the run ends
+    save_interval: int | None = at_least(1)  # steps; null: only when the run ends
+    save_last: bool = MISSING  # write one when the run ends, or is asked to stop
+    keep_last: int | None = at_least(1)  # how many are kept; null: all
+    async_save: bool = MISSING  # training goes on while the files are written
+    verify: Verify = MISSING  # before loading: every file's SHA-256, or only its size
+    resume: Resume = MISSING  # auto: from the newest valid one if there is any
+    max_attempts: int | None = at_least(1)  # runs in a row that may start at the same step; null: no limit
+    load_weights: str | None = MISSING  # a new run starts from the weights of this checkpoint, and of nothing else
 
 
 @dataclass

@@ -44,7 +44,8 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
     # imported here: what Megatron-Core defines on import must find cpu.py applied
-    from mixtrain import checkpoint, loop, model, optimizer, ranks
+    from mixtrain import loop, model, optimizer, ranks
+    from mixtrain.checkpoint import save as checkpoint
 
     with ranks.start(plan, me) as here:
         data, entropy = build_data(plan, here, logs)
