@@ -190,7 +190,9 @@ class TrainerConfig:
     fine_grained_activation_offloading: bool = MISSING
     offload_modules: list[str] | None = MISSING
     deterministic: bool = MISSING
-    bad_step_policy: BadStep = MISSING  # what to do when a loss or gradient is not finite, or the norm above the next bound
+    bad_step_policy: BadStep = (
+        MISSING  # what to do when a loss or gradient is not finite, or the norm above the next bound
+    )
     bad_step_grad_norm: float | None = above(0)  # null: any finite norm is good
     bad_step_limit: int = at_least(1)  # steps skipped in a row before the run stops; only skip reads it
     timeout_minutes: float = above(0)  # how long a rank may stand still, or wait for another, before the job ends

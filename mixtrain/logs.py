@@ -5,6 +5,7 @@ Rule: rank 0 writes, the others are given an object that does nothing. One line 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mixtrain import figure
+from mixtrain.checkpoint.directory import write_atomically
 from mixtrain.plan import Plan
 from mixtrain.report import banners, changed_mathematics, render, tags
-from mixtrain.status import write_status
+from mixtrain.status import read_status, write_status
 
 COLUMNS = {"step": 7, "lm_loss": 9, "val_loss": 9, "grad_norm": 9, "lr": 9, "balance": 8, "tokens/s": 9, "s/step": 8}
+LAST = "last"  # marks a record that is there because the run ended, and not at its interval
 HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
@@ -26,21 +29,16 @@ class Logs:
     """The records of one run. Use as a context manager; `writes` is false on every rank but the first."""
 
     def __init__(self, plan: Plan, writes: bool, config_yaml: str):
-        self.plan, self.writes = plan, writes
+        self.plan, self.writes, self.config_yaml = plan, writes, config_yaml
         self.directory = Path(plan.config.run_dir)
-        self.steps_done, self.last_val_loss = 0, None
+        self.steps_done, self.last_val_loss = (read_status(self.directory) or {}).get("step", 0), None
         if not writes:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        head = "".join(f"# {line}\n" for line in self._changes())
-        (self.directory / "config.yaml").write_text(head + config_yaml)
-        (self.directory / "plan.txt").write_text(render(plan) + "\n")
-        self.metrics = open(self.directory / "metrics.jsonl", "w", buffering=1)
-        self.tensorboard = _tensorboard(self.directory) if plan.config.logging.tensorboard else None
+        self.metrics = self.tensorboard = None
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
         self.progress = _progress(self.console)
         self.task = self.progress.add_task("training", total=plan.config.trainer.max_steps)
-        self.status("running", "")
 
     def __enter__(self) -> Logs:
         return self
@@ -48,7 +46,8 @@ class Logs:
     def __exit__(self, *_: object) -> None:
         if self.writes:
             self.progress.stop()
-            self.metrics.close()
+            if self.metrics:
+                self.metrics.close()
             if self.tensorboard:
                 self.tensorboard.close()
 
@@ -57,8 +56,22 @@ class Logs:
             self.console.print(line, soft_wrap=True, markup=False)
             sys.stdout.flush()
 
-    def start(self) -> None:
-        """Before the first step: the header, and the bar where there is a terminal."""
+    def begin(self, step: int) -> None:
+        """Before the first step after `step`: the files, the header, and the bar where there is a terminal.
+
+        Until here a run that is refused has changed nothing of what the one before it has left.
+        """
+        self.steps_done = step
+        if self.writes:
+            head = "".join(f"# {line}\n" for line in self._changes())
+            (self.directory / "config.yaml").write_text(head + self.config_yaml)
+            (self.directory / "plan.txt").write_text(render(self.plan) + "\n")
+            cut_back(self.directory / "metrics.jsonl", step)
+            self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
+            if self.plan.config.logging.tensorboard:
+                self.tensorboard = _tensorboard(self.directory, step)
+            self.progress.update(self.task, completed=step)
+            self.status("running", "")
         for line in [*banners(self.plan), *self._changes()]:
             self.say(line)
         self.say(HEADER)
@@ -68,12 +81,12 @@ class Logs:
     def _changes(self) -> list[str]:
         return [f"changes the mathematics of {self.plan.recipe}: {text}" for text in changed_mathematics(self.plan)]
 
-    def step(self, **facts: Any) -> None:
-        """One logged step: the keys of metrics.jsonl."""
+    def step(self, last: bool, **facts: Any) -> None:
+        """One logged step: the keys of metrics.jsonl. `last`: it is logged because the run ends there."""
         self.steps_done = facts["step"]
         if not self.writes:
             return
-        self._write(facts)
+        self._write(facts, last)
         balance = facts["load_balancing_loss"]
         self.say(
             f"{facts['step']:>7} {facts['lm_loss']:>9.4f} {'':>9} {facts['grad_norm']:>9.3f}"
@@ -83,10 +96,10 @@ class Logs:
         self.progress.update(self.task, completed=facts["step"])
         self.status("running", "")
 
-    def validation(self, step: int, **losses: float) -> None:
-        """A held-out loss (val_loss or test_loss), after `step` steps."""
+    def validation(self, step: int, last: bool = False, **losses: float) -> None:
+        """A held-out loss (val_loss or test_loss), after `step` steps. `last`: measured because the run ends there."""
         if self.writes:
-            self._write({"step": step, **losses})
+            self._write({"step": step, **losses}, last)
             ((name, value),) = losses.items()
             self.last_val_loss = losses.get("val_loss", self.last_val_loss)
             self.say(f"{step:>7} {'':>9} {value:>9.4f}" + ("" if name == "val_loss" else f"  ({name})"))
@@ -112,9 +125,11 @@ class Logs:
             changed = {"changed_mathematics": changed_mathematics(self.plan)} if self.plan.recipe else {}
             write_status(self.directory, state=state, step=self.steps_done, max_steps=steps, reason=reason, **changed)
 
-    def _write(self, facts: dict[str, Any]) -> None:
+    def _write(self, facts: dict[str, Any], last: bool) -> None:
         if tags(self.plan):
             facts = {**facts, "tags": tags(self.plan)}
+        if last:
+            facts = {**facts, LAST: True}
         self.metrics.write(json.dumps(facts, allow_nan=False) + "\n")
         if self.tensorboard:
             for name, value in facts.items():
@@ -122,10 +137,24 @@ class Logs:
                     self.tensorboard.add_scalar(name, value, facts["step"])
 
 
-def _tensorboard(directory: Path) -> Any:
+def cut_back(metrics: Path, step: int) -> None:
+    """Leave of metrics.jsonl what a run that goes on after `step` has written or would have.
+
+    Later records go, also half of one that a killed run has left, and those that were only made because the run ended.
+    """
+    kept = []
+    for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["step"] <= step and LAST not in record:
+                kept.append(line + "\n")
+    write_atomically(metrics, "".join(kept))
+
+
+def _tensorboard(directory: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(directory / "tensorboard"))
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
 
 def _progress(console: Console) -> Progress:

@@ -9,39 +9,61 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mixtrain.checkpoint.save import Saver
+from mixtrain.checkpoint.state import RunState
 from mixtrain.errors import Fault
 from mixtrain.layers.context import local_part
 from mixtrain.logs import Logs
 from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss, expert_bias
-from mixtrain.optimizer import Training
+from mixtrain.optimizer import Training, parameters_gathered
 from mixtrain.plan import Plan, batch_size_at
 from mixtrain.ranks import Ranks
 from mixtrain.stop import StopRequest
 
 
 def train(
-    plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs, stop: StopRequest
-) -> int:
-    """Train until trainer.max_steps or until asked to stop; the number of steps done."""
+    plan: Plan,
+    ranks: Ranks,
+    training: Training,
+    data: dict[str, Iterable],
+    logs: Logs,
+    stop: StopRequest,
+    saver: Saver,
+    begun: RunState,
+) -> RunState:
+    """Train from where `begun` is until trainer.max_steps or until asked to stop; where the run is then."""
     trainer = plan.config.trainer
     load = ExpertLoad(plan, training.chunks, ranks.device)
     microbatches = [iter(data["train"]) for _ in training.chunks]
-    consumed, started = 0, time.perf_counter()
-    for step in range(1, trainer.max_steps + 1):
+    state = begun
+    if begun.validation_due:
+        validate(plan, ranks, training, data, logs, begun.step)
+    started = time.perf_counter()
+    for step in range(begun.step + 1, trainer.max_steps + 1):
         load.clear()
-        batch = batch_size_at(trainer, consumed)
+        batch = batch_size_at(trainer, state.consumed_samples)
         learning_rate = training.optimizer.param_groups[0]["lr"]
         lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step, batch)
         seconds, started = time.perf_counter() - started, time.perf_counter()
-        consumed, finished = consumed + batch, step == trainer.max_steps
-        if step == 1 or step % trainer.log_every_n_steps == 0 or finished or stopping:
+        finished = step == trainer.max_steps
+        state = replace(
+            state,
+            step=step,
+            consumed_samples=state.consumed_samples + batch,
+            schedule_steps=training.scheduler.num_steps,
+            validation_due=stopping and step % trainer.val_check_interval == 0 and "validation" in data,
+        )
+        due = step == 1 or step % trainer.log_every_n_steps == 0
+        if due or finished or stopping:
             logs.step(
+                last=not due,
                 step=step,
                 lm_loss=lm_loss,
                 load_balancing_loss=collect_balancing_loss(plan, plan.microbatches_of(batch), ranks.device),
@@ -49,16 +71,25 @@ def train(
                 learning_rate=learning_rate,
                 tokens_per_second=batch * plan.config.data.seq_length / seconds,
                 step_seconds=seconds,
-                consumed_samples=consumed,
+                consumed_samples=state.consumed_samples,
                 tokens_per_expert=load.collect(),
                 **expert_bias(plan, training.chunks, ranks.device),
             )
-        if stopping:  # whoever asked is waiting: no validation
+        due = step % trainer.val_check_interval == 0
+        if (due or finished) and not stopping and "validation" in data:  # whoever asked to stop is waiting
+            validate(plan, ranks, training, data, logs, step, last=not due)
+        saver.after_step(state, ending=finished or stopping)
+        started = time.perf_counter()
+        if stopping:
             break
-        if "validation" in data and (finished or step % trainer.val_check_interval == 0):
-            logs.validation(step=step, val_loss=evaluate(plan, ranks, training, data["validation"], step))
-            started = time.perf_counter()
-    return step
+    return state
+
+
+def validate(
+    plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs, step: int, last: bool = False
+) -> None:
+    """The loss of the held-out data after `step` steps, logged; `last`: only because the run ends there."""
+    logs.validation(step=step, val_loss=evaluate(plan, ranks, training, data["validation"], step), last=last)
 
 
 def train_step(
@@ -91,24 +122,20 @@ def train_step(
     return loss_sum / token_sum, grad_norm, stop_ranks > 0
 
 
+@torch.no_grad()  # the schedule does not, and a router with an expert bias counts what it sees with gradients
 def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable, step: int) -> float:
     """The LM loss per token, after `step` steps, over trainer.limit_val_batches global batches, always the same."""
-    # as Megatron-LM does: switching the hooks off gathers the parameters once, here, not module by module
-    hooked = plan.config.optimizer.overlap_param_gather
-    for chunk in training.chunks:
-        if hooked:
-            chunk.disable_forward_pre_hook()
-        chunk.eval()
     microbatches, batch = [iter(data) for _ in training.chunks], plan.config.trainer.global_batch_size
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-    for _ in range(plan.config.trainer.limit_val_batches):
-        loss, tokens = run_microbatches(plan, ranks, training, microbatches, batch, forward_only=True)
-        sums += torch.tensor([loss, tokens], dtype=torch.float64, device=ranks.device)
+    with parameters_gathered(plan, training):
+        for chunk in training.chunks:
+            chunk.eval()
+        for _ in range(plan.config.trainer.limit_val_batches):
+            loss, tokens = run_microbatches(plan, ranks, training, microbatches, batch, forward_only=True)
+            sums += torch.tensor([loss, tokens], dtype=torch.float64, device=ranks.device)
+        for chunk in training.chunks:
+            chunk.train()
     torch.distributed.all_reduce(sums)
-    for chunk in training.chunks:
-        if hooked:
-            chunk.enable_forward_pre_hook()
-        chunk.train()
     loss = (sums[0] / sums[1]).item()
     if not math.isfinite(loss):
         raise Fault(f"step {step}: the loss of the held-out data is {loss} on all ranks")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -75,6 +77,19 @@ def build_scheduler(plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamS
         wd_incr_steps=settings.lr_decay_steps,
         wd_incr_style="constant",
     )
+
+
+@contextlib.contextmanager
+def parameters_gathered(plan: Plan, training: Training) -> Iterator[None]:
+    """Within the block every parameter is whole on its rank, also those that an overlapped gather has left for later.
+
+    As Megatron-LM does to validate and to save: the gather happens once, here, not module by module.
+    """
+    gather_parameters(plan, training)
+    yield
+    if plan.config.optimizer.overlap_param_gather:
+        for chunk in training.chunks:
+            chunk.enable_forward_pre_hook()
 
 
 def gather_parameters(plan: Plan, training: Training) -> None:

@@ -47,10 +47,14 @@ class Plan:
     @property
     def samples(self) -> tuple[int, int, int]:
         """Sequences that the run reads of the train, validation and test parts. Every validation reads the same."""
+        return self.samples_from(0, 0)
+
+    def samples_from(self, done: int, consumed: int) -> tuple[int, int, int]:
+        """The same for a run whose first `done` steps have consumed `consumed` sequences, maybe in other batches."""
         trainer = self.config.trainer
         held_out = trainer.limit_val_batches * trainer.global_batch_size
         test = held_out if split_weights(self.config.data.split)[2] else 0
-        return samples_before(trainer, trainer.max_steps), held_out, test
+        return samples_before(trainer, trainer.max_steps, done, consumed), held_out, test
 
     def microbatches_of(self, batch: int) -> int:
         """Microbatches of a rank in a step of `batch` sequences."""
@@ -111,9 +115,8 @@ def batch_size_at(trainer: TrainerConfig, consumed: int) -> int:
     return first + int(consumed / (samples / increments)) * increment
 
 
-def samples_before(trainer: TrainerConfig, steps: int) -> int:
-    """Sequences that `steps` steps consume."""
-    consumed = done = 0
+def samples_before(trainer: TrainerConfig, steps: int, done: int = 0, consumed: int = 0) -> int:
+    """Sequences that `steps` steps consume, of which `done` have consumed `consumed`."""
     while done < steps:
         size = batch_size_at(trainer, consumed)
         if size == trainer.global_batch_size:

@@ -44,30 +44,40 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
     # imported here: what Megatron-Core defines on import must find cpu.py applied
-    from mixtrain import loop, model, optimizer, ranks
-    from mixtrain.checkpoint import save as checkpoint
+    from mixtrain import loop, model, optimizer, ranks, resume
+    from mixtrain.checkpoint import safe
+    from mixtrain.checkpoint.save import Saver
 
+    safe.apply()
     with ranks.start(plan, me) as here:
-        data, entropy = build_data(plan, here, logs)
+        start = resume.find(plan, here, logs.say)
+        data, entropy, found = build_data(plan, here, logs, start.state)
         training = optimizer.build(plan, model.build(plan, here.device))
-        logs.start()
-        steps = loop.train(plan, here, training, data, logs, stop)
-        stopped = steps < plan.config.trainer.max_steps
+        state = resume.enter(plan, here, training, start, found, logs.say)
+        logs.begin(state.step)
+        saver = Saver(plan, here, training, logs.say)
+        state = loop.train(plan, here, training, data, logs, stop, saver, state)
+        stopped = state.step < plan.config.trainer.max_steps
         if "test" in data and not stopped:
-            logs.validation(step=steps, test_loss=loop.evaluate(plan, here, training, data["test"], steps))
-        if plan.config.checkpoint.save_last:
-            checkpoint.save(plan, here, training, steps)
-    logs.finish(steps, stopped, entropy)
+            loss = loop.evaluate(plan, here, training, data["test"], state.step)
+            logs.validation(step=state.step, test_loss=loss, last=True)
+        saver.drain()
+    logs.finish(state.step, stopped, entropy)
 
 
-def build_data(plan: Plan, here, logs: Logs) -> tuple[dict[str, object], float | None]:
-    """This rank's microbatches by part, and the unigram entropy of the validation tokens in nats (None for mock)."""
+def build_data(plan: Plan, here, logs: Logs, state) -> tuple[dict[str, object], float | None, dict[str, str]]:
+    """This rank's microbatches by part, from where the run is in the training data.
+
+    Also the unigram entropy of the validation tokens in nats (None for mock), and the fingerprint of the data.
+    """
     from megatron.core import parallel_state
 
     from mixtrain.data.batches import Batches
     from mixtrain.data.datasets import build, unigram_entropy
+    from mixtrain.data.fingerprint import fingerprint
 
-    config, (train, validation, test) = plan.config, plan.samples
+    config = plan.config
+    train, validation, test = plan.samples_from(state.step, state.consumed_samples)
     prefixes, tokenizer = data_source(plan, here, logs)
     parts = build(
         "mock" if plan.is_mock else "indexed",
@@ -97,7 +107,9 @@ def build_data(plan: Plan, here, logs: Logs) -> tuple[dict[str, object], float |
     found = unigram_entropy(named["validation"]) if here.is_first and "validation" in named else None
     if found:
         logs.say(f"validation: {found[1]:,} tokens with a unigram entropy of {found[0]:.4f} nats")
-    return {name: batches(part, name=name) for name, part in named.items()}, found and found[0]
+    starts = {"train": state.consumed_samples}
+    streams = {name: batches(part, name=name, start=starts.get(name, 0)) for name, part in named.items()}
+    return streams, found and found[0], fingerprint(named["train"]) if here.is_first else {}
 
 
 def data_source(plan: Plan, here, logs: Logs) -> tuple[list[str] | None, Path | None]:

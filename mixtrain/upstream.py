@@ -24,6 +24,7 @@ def apply() -> None:
     warnings.filterwarnings("ignore", message=".*not installed. Falling back")
     # torch 2.13 renames collectives that Megatron-Core calls in every step
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="Please use DTensor")  # of its own shards, in every save
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # of CUDA graphs, which nobody asked for
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils

@@ -1,39 +1,197 @@
-"""A plain Megatron-Core distributed checkpoint of the weights, in Megatron-LM's directories."""
+"""Saving: the ranks plan together, each writes its share, and what all have written becomes a checkpoint in one step.
+
+Rule: every rank takes every decision with all others, so that a fault on one (a full disk, a dead writer) is an error
+on all and never a wait; and until the directory has its name, nothing there has changed.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from mixtrain.optimizer import Training, gather_parameters
-from mixtrain.places import unwrap
+from mixtrain.checkpoint import content, directory, optimizer_state, state, writing
+from mixtrain.checkpoint.integrity import describe, write_manifest
+from mixtrain.checkpoint.state import RunState
+from mixtrain.checkpoint.writing import Item, Writer, Written
+from mixtrain.errors import Fault
+from mixtrain.optimizer import Training, parameters_gathered
 from mixtrain.plan import Plan
 from mixtrain.ranks import Ranks
 
-TRACKER = "latest_checkpointed_iteration.txt"
+COMMON, METADATA, CONFIG = "common.pt", ".metadata", "metadata.json"
+MARGIN = 1 << 20  # bytes that the small files of a checkpoint and the headers of the large ones may take
 
 
-def save(plan: Plan, ranks: Ranks, training: Training, step: int) -> Path:
-    """Write the weights after `step` steps to run_dir/iter_NNNNNNN; every rank must call.
+class Pending(NamedTuple):
+    """A save that is being written."""
 
-    Names are those of the unwrapped model, layers stacked, whatever the layout: it loads at any other.
-    """
-    directory = Path(plan.config.run_dir) / f"iter_{step:07d}"
-    if ranks.is_first:
-        directory.mkdir(parents=True)
-    torch.distributed.barrier()
-    gather_parameters(plan, training)
-    dist_checkpointing.save(weights(training), str(directory))
-    if ranks.is_first:
-        (directory.parent / TRACKER).write_text(f"{step}\n")
-    return directory
+    step: int
+    path: Path  # under its temporary name
+    size: int  # bytes, of all ranks
+    metadata: Metadata | None  # on the first rank
+    writer: Writer | None
+    started: float
 
 
-def weights(training: Training) -> dict:
-    """The sharded state dict of this rank's model chunks: `model`, or `model0`, `model1` ... with virtual stages."""
-    states = [unwrap(chunk).sharded_state_dict() for chunk in training.chunks]
-    if len(states) == 1:
-        return {"model": states[0]}
-    return {f"model{number}": state for number, state in enumerate(states)}
+class Saver:
+    """Saves the checkpoints of a run. Every rank makes the same calls in the same order."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, training: Training, say: Callable[[str], None], beat=lambda: None):
+        self.plan, self.ranks, self.training, self.say, self.beat = plan, ranks, training, say, beat
+        self.run_dir = Path(plan.config.run_dir)
+        self.pending: Pending | None = None
+        self.checked = False  # the shards of all ranks have been seen to make whole tensors
+        self.last_saved: int | None = None
+
+    def after_step(self, run_state: RunState, ending: bool) -> None:
+        """After a step: save where one is due, and conclude what has been written meanwhile."""
+        settings = self.plan.config.checkpoint
+        interval = settings.save_interval
+        if (ending and settings.save_last) or (interval and run_state.step % interval == 0):
+            self.save(run_state)
+        self.poll()
+
+    def save(self, run_state: RunState) -> None:
+        """Write a checkpoint of this moment; with async_save only begin to. A Fault if it cannot be written."""
+        self.drain()
+        path = directory.saving(directory.path_of(self.run_dir, run_state.step))
+        run_state = replace(run_state, optimizer_steps=optimizer_state.steps_done(self.training))
+        with parameters_gathered(self.plan, self.training):
+            self._save(path, run_state)
+
+    def _save(self, path: Path, run_state: RunState) -> None:
+        items, metadata = self._plan_shards()
+        size = self._sum(writing.size_of(items))
+        self._agree("", lambda: self._prepare(path, size, run_state), size)
+        pending = Pending(run_state.step, path, size, metadata, None, time.monotonic())
+        if not self.plan.config.checkpoint.async_save:
+            self._finish(pending, writing.write(path, self.ranks.rank, items, self.beat))
+            return
+        timeout = 60 * self.plan.config.trainer.timeout_minutes
+        snapshot = [(item, data.cpu() if isinstance(data, torch.Tensor) else data) for item, data in items]
+        writer = Writer(path, self.ranks.rank, snapshot, timeout)
+        self.pending, self.written = pending._replace(writer=writer), None
+
+    def poll(self) -> None:
+        """After a step: make a checkpoint of what has been written by now on all ranks."""
+        if self.pending is None:
+            return
+        self.written = self.written or self.pending.writer.poll()
+        if self._sum(int(self.written is not None)) == self.ranks.world_size:
+            self._conclude()
+
+    def drain(self) -> None:
+        """Wait for what is being written, at most trainer.timeout_minutes."""
+        if self.pending is not None:
+            self.written = self.written or self.pending.writer.wait(self.beat)
+            self._conclude()
+
+    def _conclude(self) -> None:
+        pending, self.pending = self.pending, None
+        self._finish(pending, self.written)
+
+    def _plan_shards(self) -> tuple[list[Item], Metadata | None]:
+        """What this rank writes, and on the first rank the metadata of all. As Megatron-Core's torch_dist strategy."""
+        shards, _ = save_preprocess(content.sharded(self.plan, self.training), not self.checked)
+        self.checked = True
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=self.ranks.is_first)
+        mine = planner.create_local_plan()
+        plans, metadata = self._gather(mine), None
+        if self.ranks.is_first:
+            _, metadata = planner.create_global_plan(plans)
+        mine = planner.finish_plan(planner.create_decentralized_global_plan(mine))
+        return [(item, planner.resolve_data(item)) for item in mine.items], metadata
+
+    def _prepare(self, path: Path, size: int, run_state: RunState) -> None:
+        """On the first rank: the directory, if the disk has room, and the files that do not come in shards."""
+        free = shutil.disk_usage(self.run_dir).free
+        if free < size + MARGIN:
+            raise OSError(writing.DISK_FULL[0], "no space left on device", str(path))
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir()
+        torch.save(content.common(self.plan, self.training, run_state), path / COMMON)
+        (path / state.NAME).write_text(state.to_json(run_state))
+
+    def _finish(self, pending: Pending, written: Written) -> None:
+        self._agree(written.error, lambda: None, pending.size, full=written.full)
+        shares = self._gather(written)
+        self._agree("", lambda: self._commit(pending, shares), pending.size)
+        self.last_saved = pending.step
+        seconds = time.monotonic() - pending.started
+        name = directory.path_of(self.run_dir, pending.step).name
+        self.say(f"saved {name}: {pending.size / 2**20:,.1f} MiB in {seconds:.1f} s")
+
+    def _commit(self, pending: Pending, shares: list[Written]) -> None:
+        """On the first rank: what all have written gets its index, its manifest, and its name."""
+        path, metadata = pending.path, pending.metadata
+        metadata.storage_data = {result.index: result.storage_data for share in shares for result in share.results}
+        metadata.storage_meta = StorageMeta()
+        with open(path / METADATA, "wb") as file:
+            pickle.dump(metadata, file)
+        (path / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+                                               "common_backend": "torch", "common_backend_version": 1}))  # fmt: skip
+        small = [path / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
+        for each in small:
+            with open(each) as file:
+                os.fsync(file.fileno())
+        write_manifest(path, {name: file for share in shares for name, file in share.files} | describe(small))
+        directory.sync(path)
+        directory.commit(path, pending.step)
+        directory.prune(self.run_dir, self.plan.config.checkpoint.keep_last)
+
+    def _agree(self, error: str, on_first: Callable[[], None], size: int, full: bool = False) -> None:
+        """Do `on_first` on the first rank; a Fault on every rank if it, or any rank's own part, went wrong."""
+        if self.ranks.is_first and not error:
+            try:
+                on_first()
+            except OSError as failure:
+                error, full = (
+                    f"{failure.filename or self.run_dir}: {failure.strerror}",
+                    failure.errno in writing.DISK_FULL,
+                )
+        outcomes: list[Any] = [None] * self.ranks.world_size
+        torch.distributed.all_gather_object(outcomes, (error, full))
+        wrong = [(rank, text, full) for rank, (text, full) in enumerate(outcomes) if text]
+        if wrong:
+            self._fail(*wrong[0], size)
+
+    def _fail(self, rank: int, text: str, full: bool, size: int) -> None:
+        if self.ranks.is_first:
+            for step_path in self.run_dir.glob("iter_*.saving"):
+                shutil.rmtree(step_path, ignore_errors=True)
+        kept = directory.steps_in(self.run_dir)
+        room = (
+            f"; the checkpoint takes {size:,} bytes, {shutil.disk_usage(self.run_dir).free:,} are free" if full else ""
+        )
+        last = f"; {directory.path_of(self.run_dir, kept[0]).name} is intact" if kept else ""
+        raise Fault(f"the checkpoint could not be written on rank {rank}: {text}{room}{last}")
+
+    def _gather(self, mine: Any) -> list[Any]:
+        """Every rank's object, on the first rank; an empty list on the others."""
+        found = [None] * self.ranks.world_size if self.ranks.is_first else None
+        torch.distributed.gather_object(mine, found, dst=0)
+        return found or []
+
+    def _sum(self, number: int) -> int:
+        total = torch.tensor([number], dtype=torch.int64, device=self.ranks.device)
+        torch.distributed.all_reduce(total)
+        return int(total.item())

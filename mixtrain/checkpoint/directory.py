@@ -1,0 +1,95 @@
+"""Where checkpoints lie: Megatron-LM's names, what is there, and every change of it as one atomic step. No torch.
+
+Rule: a directory named iter_NNNNNNN is whole from the moment it has that name. While it is written, replaced or deleted
+it has another, which no reader looks at and the next run removes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+LEFTOVER = re.compile(r"iter_\d{7,}\.(saving|replaced|deleting)")
+
+
+def path_of(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / f"iter_{step:07d}"
+
+
+def saving(directory: Path) -> Path:
+    """The name of a checkpoint while it is written."""
+    return directory.with_name(directory.name + ".saving")
+
+
+def steps_in(run_dir: str | Path) -> list[int]:
+    """The steps whose checkpoints lie in run_dir, newest first. Whether they are valid is not asked."""
+    names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
+    found = [re.fullmatch(r"iter_(\d{7,})", name) for name in names]
+    return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def tracked(run_dir: str | Path) -> int | None:
+    """The step that the tracker names; None if there is no tracker, or garbage in it."""
+    try:
+        text = (Path(run_dir) / TRACKER).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(text) if text.isdecimal() and text.isascii() else None
+
+
+def commit(written: Path, step: int) -> Path:
+    """Give what has been written its name and point the tracker at it; its path.
+
+    Killed in between, there is either the old checkpoint of that step, or none of it and the one before.
+    """
+    target = path_of(written.parent, step)
+    replaced = target.with_name(target.name + ".replaced")
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(written, target)
+    sync(target.parent)
+    write_atomically(target.parent / TRACKER, f"{step}\n")
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def prune(run_dir: str | Path, keep: int | None) -> list[int]:
+    """Delete the oldest checkpoints but for `keep`; their steps. To be called when the newest has just been written."""
+    old = [] if keep is None else steps_in(run_dir)[keep:]
+    for step in old:
+        path = path_of(run_dir, step)
+        going = path.with_name(path.name + ".deleting")
+        os.rename(path, going)  # killed while it deletes, no half of it has a checkpoint's name
+        shutil.rmtree(going, ignore_errors=True)
+    return old
+
+
+def remove_leftovers(run_dir: str | Path) -> list[str]:
+    """Remove what a killed run has left half done; its names. Only for who holds the run directory."""
+    names = [name for name in os.listdir(run_dir) if LEFTOVER.fullmatch(name)] if os.path.isdir(run_dir) else []
+    for name in names:
+        shutil.rmtree(Path(run_dir) / name, ignore_errors=True)
+    return names
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file whole, and see it on the disk: a reader finds the old text or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(directory: Path) -> None:
+    """See the names in a directory on the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

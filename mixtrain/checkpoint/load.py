@@ -1,0 +1,195 @@
+"""Loading: which checkpoint a run goes on from, whether it fits, and its tensors in place at this layout.
+
+Rule: what is not the run's own state to the last bit is refused by name, and nothing in the run has changed by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+
+from mixtrain import contract
+from mixtrain.checkpoint import content, directory, integrity, optimizer_state, safe, state
+from mixtrain.checkpoint.state import RunState
+from mixtrain.config import Config, Resume, Verify, plain
+from mixtrain.errors import UserError
+from mixtrain.optimizer import Training
+from mixtrain.places import unwrap
+from mixtrain.plan import Plan
+from mixtrain.ranks import Ranks
+
+SHOWN = 8  # tensors that differ
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def find(plan: Plan, ranks: Ranks, say: Callable[[str], None], beat=lambda: None) -> Path | None:
+    """The newest valid checkpoint of run_dir, or None for a new run. Every rank must call; each verifies a share.
+
+    A damaged one is said and passed over. UserError where checkpoint.resume = must finds none, and where auto finds
+    none but damaged ones: a run that was there does not begin anew in silence.
+    """
+    run_dir, resume = Path(plan.config.run_dir), plan.config.checkpoint.resume
+    if resume is Resume.never:
+        return None
+    steps = _from_first(ranks, lambda: directory.steps_in(run_dir))
+    tracked = _from_first(ranks, lambda: directory.tracked(run_dir))
+    if steps and tracked not in steps:
+        say(f"{run_dir / directory.TRACKER} names no checkpoint that is there; looking at all {len(steps)}")
+    damage = []
+    for step in steps:
+        path = directory.path_of(run_dir, step)
+        if not (wrong := problem(plan, ranks, path, beat)):
+            return path
+        damage.append(wrong)
+        say(f"warning: {wrong}; {path.name} is passed over")
+    if damage or resume is Resume.must:
+        advice = "give another run_dir to begin anew" if damage else "give the run_dir of a run that has saved one"
+        raise UserError(*damage, f"run_dir = {run_dir} holds no valid checkpoint; {advice}")
+    return None
+
+
+def problem(plan: Plan, ranks: Ranks, path: Path, beat=lambda: None) -> str:
+    """What is wrong with a checkpoint, as all ranks together see it; "" if nothing is."""
+    full = plan.config.checkpoint.verify is Verify.full
+    mine = integrity.problem(path, full, ranks.rank, ranks.world_size, beat)
+    found: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(found, mine)
+    return next((text for text in found if text), "")
+
+
+def _from_first(ranks: Ranks, ask: Callable[[], Any]) -> Any:
+    """What the first rank sees on the disk, on all ranks: file systems of a cluster may lag behind one another."""
+    answer = [ask() if ranks.is_first else None]
+    torch.distributed.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def read_state(path: Path) -> RunState:
+    """The run's state in a valid checkpoint."""
+    try:
+        return state.read(path)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def resume(plan: Plan, training: Training, path: Path, run_state: RunState, say: Callable[[str], None]) -> None:
+    """Bring model, optimizer, schedule and random streams of this rank to where the checkpoint has them."""
+    kind = plain(plan.config.optimizer.optimizer)
+    metadata = safe.read_metadata(path)
+    refuse_other_tensors(path, expected(plan.config, optimizer_state.STATES[kind]), metadata)
+    optimizer_state.fill(training, kind)
+    wanted: dict[str, Any] = {**known(content.model(training), metadata)}
+    wanted["optimizer_state"] = optimizer_state.sharded(training, kind)
+    rng = content.rng_object(None)
+    same_streams = rng.unique_key in metadata.state_dict_metadata
+    if same_streams:
+        wanted["rng_state"] = rng
+    loaded = _load(wanted, path)
+    _into_model(training, loaded)
+    optimizer_state.set_steps(training, run_state.optimizer_steps)
+    training.scheduler.step(increment=run_state.schedule_steps)
+    if same_streams and run_state.layout == layout(plan):
+        content.set_rng_state(loaded["rng_state"][0])
+    elif plan.config.router.moe_input_jitter_eps or plan.config.router.moe_router_force_load_balancing:
+        say("the layout has changed: the random streams of the router start anew")
+
+
+def load_weights(plan: Plan, training: Training, path: Path) -> None:
+    """The weights alone: a new run starts from them."""
+    metadata = safe.read_metadata(path)
+    refuse_other_tensors(path, expected(plan.config, ()), metadata)
+    _into_model(training, _load(known(content.model(training), metadata), path))
+    training.optimizer.reload_model_params()
+
+
+def weights_at(plan: Plan, ranks: Ranks, beat=lambda: None) -> Path:
+    """The valid checkpoint that checkpoint.load_weights names: iter_NNNNNNN itself, or the newest in a run directory."""
+    given = Path(plan.config.checkpoint.load_weights)
+    steps = _from_first(ranks, lambda: directory.steps_in(given))
+    path = directory.path_of(given, steps[0]) if steps else given
+    if wrong := problem(plan, ranks, path, beat):
+        raise UserError(f"checkpoint.load_weights = {given}: {wrong}")
+    return path
+
+
+def layout(plan: Plan) -> dict[str, int]:
+    """How the ranks are arranged: what decides whose random stream is whose."""
+    parallel = plan.config.parallel
+    return {
+        "world_size": plan.world_size,
+        "tensor": parallel.tensor_model_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "expert": parallel.expert_model_parallel_size,
+        "expert_tensor": parallel.expert_tensor_parallel_size,
+    }
+
+
+def expected(config: Config, states: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Key -> whole shape of every tensor that a run of this configuration reads."""
+    shapes = contract.shapes(config)
+    trained = {key: shape for key, shape in shapes.items() if contract.starts(key) != "buffer"}
+    names = ("param", *states) if states else ()
+    return shapes | {f"optimizer.state.{name}.{key}": shape for name in names for key, shape in trained.items()}
+
+
+def refuse_other_tensors(path: Path, wanted: dict[str, tuple[int, ...]], metadata: Metadata) -> None:
+    """UserError with the names and shapes that differ between a configuration and a checkpoint."""
+    there = {
+        key: tensor for key, tensor in metadata.state_dict_metadata.items() if isinstance(tensor, TensorStorageMetadata)
+    }
+    has_optimizer = any(key.startswith("optimizer.state.") for key in wanted)
+    extra = [key for key in there if key not in wanted and (has_optimizer or not key.startswith("optimizer."))]
+    found = [
+        *(f"{key} {_show(shape)} is not in it" for key, shape in wanted.items() if key not in there),
+        *(f"{key} {_show(there[key].size)} is not in this model" for key in extra),
+        *(
+            f"{key} is {_show(there[key].size)} there, {_show(shape)} here"
+            for key, shape in wanted.items()
+            if key in there and tuple(there[key].size) != shape
+        ),
+        *(
+            f"{key} is {there[key].properties.dtype} there; weights are {' or '.join(map(str, DTYPES))}"
+            for key in wanted
+            if key in there and there[key].properties.dtype not in DTYPES
+        ),
+    ]
+    if found:
+        more = [f"... and {len(found) - SHOWN} more tensors"] if len(found) > SHOWN else []
+        raise UserError(f"{path} is of another model, or another optimizer:", *found[:SHOWN], *more)
+
+
+def _show(shape: Any) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def known(tree: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
+    """The state dicts of model chunks without the _extra_state objects that another implementation has not written."""
+    objects = {key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)}
+    return {
+        name: {
+            key: part
+            for key, part in chunk.items()
+            if not isinstance(part, ShardedObject) or part.unique_key in objects
+        }
+        for name, chunk in tree.items()
+    }
+
+
+def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    with safe.refusing(path):
+        return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+
+
+def _into_model(training: Training, loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(training.chunks):
+        name = "model" if len(training.chunks) == 1 else f"model{number}"
+        result = unwrap(chunk).load_state_dict(loaded[name], strict=False)
+        if left := [key for key in (*result.missing_keys, *result.unexpected_keys) if "_extra_state" not in key]:
+            raise RuntimeError(f"the checkpoint's names and the model's differ: {', '.join(left[:5])}")
