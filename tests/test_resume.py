@@ -1,4 +1,4 @@
-"""A run that goes on from its checkpoint is the run that was never interrupted; at another layout, to the last bit of its state."""
+"""A run that goes on is the run that was never interrupted; at another layout, to the last bit of its state."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from test_parity import CP, EP, ETP, OVERLAPPED, PLAIN, PP, TINY, TP, VPP
 
 from mixtrain import contract, resume
 from mixtrain.checkpoint.save import Saver
-from mixtrain.errors import FINISHED, REFUSED
+from mixtrain.errors import FINISHED
 from mixtrain.run import run
-from mixtrain.status import read_status
 
 TIMING = ("tokens_per_second", "step_seconds")
 # what is left to the run's length by default, so that runs of different lengths are the same run

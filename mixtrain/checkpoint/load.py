@@ -109,7 +109,7 @@ def load_weights(plan: Plan, training: Training, path: Path) -> None:
 
 
 def weights_at(plan: Plan, ranks: Ranks, beat=lambda: None) -> Path:
-    """The valid checkpoint that checkpoint.load_weights names: iter_NNNNNNN itself, or the newest in a run directory."""
+    """The valid checkpoint that checkpoint.load_weights names: itself, or the newest in a run directory."""
     given = Path(plan.config.checkpoint.load_weights)
     steps = _from_first(ranks, lambda: directory.steps_in(given))
     path = directory.path_of(given, steps[0]) if steps else given

@@ -1,4 +1,5 @@
-import contextlib, pickle
+import contextlib
+import pickle
 
 
 def read_metadata(path):

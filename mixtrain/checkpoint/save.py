@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
@@ -58,7 +58,7 @@ class Saver:
         self.run_dir = Path(plan.config.run_dir)
         self.pending: Pending | None = None
         self.checked = False  # the shards of all ranks have been seen to make whole tensors
-        self.last_saved: int | None = None
+        self.pruning: threading.Thread | None = None
 
     def after_step(self, run_state: RunState, ending: bool) -> None:
         """After a step: save where one is due, and conclude what has been written meanwhile."""
@@ -98,7 +98,9 @@ class Saver:
             self._conclude()
 
     def drain(self) -> None:
-        """Wait for what is being written, at most trainer.timeout_minutes."""
+        """Wait for what is being written, at most trainer.timeout_minutes, and for what is being deleted."""
+        if self.pruning:
+            self.pruning.join()
         if self.pending is not None:
             self.written = self.written or self.pending.writer.wait(self.beat)
             self._conclude()
@@ -135,7 +137,6 @@ class Saver:
         self._agree(written.error, lambda: None, pending.size, full=written.full)
         shares = self._gather(written)
         self._agree("", lambda: self._commit(pending, shares), pending.size)
-        self.last_saved = pending.step
         seconds = time.monotonic() - pending.started
         name = directory.path_of(self.run_dir, pending.step).name
         self.say(f"saved {name}: {pending.size / 2**20:,.1f} MiB in {seconds:.1f} s")
@@ -156,7 +157,9 @@ class Saver:
         write_manifest(path, {name: file for share in shares for name, file in share.files} | describe(small))
         directory.sync(path)
         directory.commit(path, pending.step)
-        directory.prune(self.run_dir, self.plan.config.checkpoint.keep_last)
+        keep = self.plan.config.checkpoint.keep_last
+        self.pruning = threading.Thread(target=directory.prune, args=(self.run_dir, keep))  # a second for some GB
+        self.pruning.start()
 
     def _agree(self, error: str, on_first: Callable[[], None], size: int, full: bool = False) -> None:
         """Do `on_first` on the first rank; a Fault on every rank if it, or any rank's own part, went wrong."""

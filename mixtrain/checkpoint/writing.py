@@ -23,6 +23,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from mixtrain.checkpoint.integrity import File
 from mixtrain.environment import die_with
@@ -44,6 +45,8 @@ class Written(NamedTuple):
 def write(directory: Path, rank: int, items: list[Item], beat: Callable[[], None] = lambda: None) -> Written:
     """Write a rank's items, in Megatron-Core's files __RANK_N.distcp. What goes wrong is in the result, not raised."""
     shares = [share for share in _shares(items) if share]
+    checksums = get_crc32_options()
+    set_crc32_options(False)  # the manifest has better ones, and torch.load never looks at these
     try:
         with ThreadPoolExecutor(max(1, len(shares))) as threads:
             names = [f"__{rank}_{number}.distcp" for number in range(len(shares))]
@@ -56,6 +59,8 @@ def write(directory: Path, rank: int, items: list[Item], beat: Callable[[], None
         return Written(f"{error.filename or directory}: {error.strerror}", error.errno in DISK_FULL)
     except Exception as error:
         return Written(f"{directory}: {type(error).__name__}: {error}")
+    finally:
+        set_crc32_options(checksums)
     results = tuple(result for found, _ in done for result in found)
     return Written(results=results, files=tuple(zip(names, (file for _, file in done), strict=True)))
 
@@ -84,8 +89,7 @@ def _write_file(path: Path, items: list[Item], beat: Callable[[], None]) -> tupl
         for item, data in items:
             offset = stream.position
             if isinstance(data, torch.Tensor):
-                # a view would be saved with all of its storage
-                torch.save(data.detach().cpu().clone(memory_format=torch.contiguous_format), stream)
+                torch.save(_alone(data), stream)
             else:
                 stream.write(data.getbuffer())
             length = stream.position - offset
@@ -95,6 +99,14 @@ def _write_file(path: Path, items: list[Item], beat: Callable[[], None]) -> tupl
             raise stream.error
         os.fsync(file.fileno())
     return results, File(stream.position, stream.digest.hexdigest())
+
+
+def _alone(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with a storage of its own, without copying it: torch.save writes all of a view's storage."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if not flat.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+    return torch.frombuffer(flat.view(torch.uint8).numpy(), dtype=tensor.dtype).view(tensor.shape)
 
 
 class _HashedStream(io.RawIOBase):
