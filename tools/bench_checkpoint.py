@@ -69,9 +69,8 @@ def measure(plan: Plan, me, pairs: int) -> tuple[list, dict]:
 
         def step() -> float:
             started = time.perf_counter()
-            loop.train_step(
-                plan, here, training, [batches(plan)], StopRequest(), 1, plan.config.trainer.global_batch_size
-            )
+            batch = plan.config.trainer.global_batch_size
+            loop.train_step(plan, here, training, [batches(plan)], StopRequest(), 1, batch)
             return time.perf_counter() - started
 
         step()
