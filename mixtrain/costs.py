@@ -11,6 +11,7 @@ from mixtrain import pipeline
 from mixtrain.config import ModelConfig, OptimizerConfig, ParallelConfig, Precision, Sharding
 
 GIB = 2**30
+MOMENTS = {"adam": 2, "sgd": 1}  # fp32 tensors beside each parameter
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,12 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     return dense, experts // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
 
 
+def checkpoint_bytes(parameters: int, precision: Precision, optimizer: OptimizerConfig) -> int:
+    """Bytes of a checkpoint: the weights as they are, and in fp32 those that are stepped, and the optimizer's state."""
+    states = MOMENTS[optimizer.optimizer.name]
+    return parameters * ((4 if precision is Precision.fp32 else 2) + 4 + 4 * states)
+
+
 def bytes_per_parameter(
     precision: Precision, optimizer: OptimizerConfig, shard: int, sharding: Sharding | None = None
 ) -> float:
@@ -74,7 +81,7 @@ def bytes_per_parameter(
     16-bit training keeps an fp32 master copy beside Adam's two moments (12 bytes); fp32 training needs no copy (8).
     The distributed optimizer shards the optimizer's; Megatron-FSDP's `sharding` says whether gradients and weights too.
     """
-    moments, fp32 = {"adam": 2, "sgd": 1}[optimizer.optimizer.name], precision is Precision.fp32
+    moments, fp32 = MOMENTS[optimizer.optimizer.name], precision is Precision.fp32
     weight, gradient = (4, 4) if fp32 else (2, 4 if optimizer.grad_reduce_in_fp32 else 2)
     state = 4 * (moments if fp32 else 1 + moments)
     return (

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> l
     else:
         problems += started_ranks(plan, me)
         problems += directory_problems(plan) if me.rank == 0 else []
-    return problems
+    return problems or [*room_for_checkpoints(plan)]  # the disk of a machine that cannot run it is not the one
 
 
 def packages(plan: Plan) -> Problems:
@@ -113,6 +114,20 @@ def data_files(plan: Plan) -> Problems:
     if data.kind is DataKind.indexed:
         tokenizer = Path(data.tokenizer)
         yield from check_files(data.data_path, tokenizer, plan.config.model.vocab_size, data.split, plan.samples)
+
+
+def room_for_checkpoints(plan: Plan) -> Problems:
+    """The disk of run_dir must hold one checkpoint more than there are: the old one goes when the new one is whole."""
+    directory = Path(os.path.abspath(plan.config.run_dir))
+    there = next((path for path in (directory, *directory.parents) if os.path.isdir(path)), None)
+    if not plan.saves or there is None:
+        return
+    disk, needed = shutil.disk_usage(there), plan.checkpoint_bytes
+    if disk.total and disk.free < needed:
+        yield (
+            f"run_dir = {plan.config.run_dir}: a checkpoint takes {needed:,} bytes, but its disk has {disk.free:,} free;"
+            " free some, give a run_dir on another disk, or checkpoint=none"
+        )
 
 
 def started_ranks(plan: Plan, me: Identity) -> Problems:

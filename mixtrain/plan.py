@@ -61,6 +61,16 @@ class Plan:
         return batch // (self.config.trainer.micro_batch_size * self.data_parallel_size)
 
     @property
+    def saves(self) -> bool:
+        """The run writes checkpoints."""
+        return self.config.checkpoint.save_last or self.config.checkpoint.save_interval is not None
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of one checkpoint, all ranks together."""
+        return costs.checkpoint_bytes(self.total_parameters, self.config.trainer.precision, self.config.optimizer)
+
+    @property
     def heaviest_stage(self) -> int:
         return self.stage_state_bytes.index(self.state_bytes)
 

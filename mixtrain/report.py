@@ -150,7 +150,21 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
         ("state on a rank", f"{amount} (weights, gradients, optimizer{stage}; activations come on top)"),
         ("  beside", beside),
         ("  optimizer shards", f"dense over {plan.dense_shard} ranks, experts over {plan.expert_shard}"),
+        ("checkpoints", _checkpoints(plan)),
     ]
+
+
+def _checkpoints(plan: Plan) -> str:
+    """How many bytes, how often, how many are kept."""
+    settings = plan.config.checkpoint
+    if not plan.saves:
+        return "none"
+    size = plan.checkpoint_bytes
+    amount = f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+    often = [f"every {settings.save_interval:,} steps"] * bool(settings.save_interval)
+    often += ["at the end"] * settings.save_last
+    kept = f", {settings.keep_last} kept" if settings.keep_last else ", all kept"
+    return f"{amount} each, {' and '.join(often)}{kept}{', beside training' * settings.async_save}"
 
 
 def _given(name: str, size: float) -> str:

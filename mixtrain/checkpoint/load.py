@@ -140,29 +140,37 @@ def expected(config: Config, states: tuple[str, ...]) -> dict[str, tuple[int, ..
 
 
 def refuse_other_tensors(path: Path, wanted: dict[str, tuple[int, ...]], metadata: Metadata) -> None:
-    """UserError with the names and shapes that differ between a configuration and a checkpoint."""
-    there = {
-        key: tensor for key, tensor in metadata.state_dict_metadata.items() if isinstance(tensor, TensorStorageMetadata)
+    """UserError with the names and shapes that differ between a configuration and a checkpoint.
+
+    The model's first: where they differ the optimizer's do too, and say no more.
+    """
+    tensors = {
+        key: kind for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, TensorStorageMetadata)
     }
-    has_optimizer = any(key.startswith("optimizer.state.") for key in wanted)
-    extra = [key for key in there if key not in wanted and (has_optimizer or not key.startswith("optimizer."))]
-    found = [
-        *(f"{key} {_show(shape)} is not in it" for key, shape in wanted.items() if key not in there),
-        *(f"{key} {_show(there[key].size)} is not in this model" for key in extra),
+    for what, optimizer in (("model", False), ("optimizer", True)):
+        here = {key: shape for key, shape in wanted.items() if key.startswith("optimizer.") == optimizer}
+        there = {key: kind for key, kind in tensors.items() if key.startswith("optimizer.") == optimizer}
+        if here and (found := _differences(here, there)):
+            more = [f"... and {len(found) - SHOWN} more tensors"] if len(found) > SHOWN else []
+            raise UserError(f"{path} is of another {what}:", *found[:SHOWN], *more)
+
+
+def _differences(here: dict[str, tuple[int, ...]], there: dict[str, TensorStorageMetadata]) -> list[str]:
+    both = [key for key in here if key in there]
+    return [
         *(
-            f"{key} is {_show(there[key].size)} there, {_show(shape)} here"
-            for key, shape in wanted.items()
-            if key in there and tuple(there[key].size) != shape
+            f"{key} is {_show(there[key].size)} there, {_show(here[key])} here"
+            for key in both
+            if tuple(there[key].size) != here[key]
         ),
+        *(f"{key} {_show(shape)} is not in it" for key, shape in here.items() if key not in there),
+        *(f"{key} {_show(kind.size)} is not in this configuration" for key, kind in there.items() if key not in here),
         *(
-            f"{key} is {there[key].properties.dtype} there; weights are {' or '.join(map(str, DTYPES))}"
-            for key in wanted
-            if key in there and there[key].properties.dtype not in DTYPES
+            f"{key} is {there[key].properties.dtype} there; tensors are {' or '.join(map(str, DTYPES))}"
+            for key in both
+            if there[key].properties.dtype not in DTYPES
         ),
     ]
-    if found:
-        more = [f"... and {len(found) - SHOWN} more tensors"] if len(found) > SHOWN else []
-        raise UserError(f"{path} is of another model, or another optimizer:", *found[:SHOWN], *more)
 
 
 def _show(shape: Any) -> str:

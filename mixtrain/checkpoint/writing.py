@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -83,22 +84,28 @@ def _shares(items: list[Item]) -> list[list[Item]]:
 
 
 def _write_file(path: Path, items: list[Item], beat: Callable[[], None]) -> tuple[list[WriteResult], File]:
-    results = []
     with ThreadPoolExecutor(1) as hasher, open(path, "wb", buffering=0) as file:
         stream = _HashedStream(file, hasher)
-        for item, data in items:
-            offset = stream.position
-            if isinstance(data, torch.Tensor):
-                torch.save(_alone(data), stream)
-            else:
-                stream.write(data.getbuffer())
-            length = stream.position - offset
-            results.append(WriteResult(item.index, length, _StorageInfo(path.name, offset, length)))
-            beat()
-        if stream.error:  # torch.save has a word of its own for it
-            raise stream.error
+        try:
+            results = [_write_item(path.name, item, data, stream, beat) for item, data in items]
+        except RuntimeError:  # torch.save's own words for a stream that fails
+            raise stream.error or sys.exception() from None
         os.fsync(file.fileno())
     return results, File(stream.position, stream.digest.hexdigest())
+
+
+def _write_item(
+    name: str, item: WriteItem, data: torch.Tensor | io.BytesIO, stream: _HashedStream, beat: Callable[[], None]
+) -> WriteResult:
+    """One tensor or object, as PyTorch's own writer of checkpoints writes it."""
+    offset = stream.position
+    if isinstance(data, torch.Tensor):
+        torch.save(_alone(data), stream)
+    else:
+        stream.write(data.getbuffer())
+    beat()
+    length = stream.position - offset
+    return WriteResult(item.index, length, _StorageInfo(name, offset, length))
 
 
 def _alone(tensor: torch.Tensor) -> torch.Tensor:

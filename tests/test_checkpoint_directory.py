@@ -1,0 +1,190 @@
+"""Names, the tracker, the manifest: a reader never takes half a checkpoint for a whole one, and damage is named."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mixtrain.checkpoint import directory, integrity, state
+from mixtrain.checkpoint.boxes import boxes
+from mixtrain.checkpoint.state import RunState
+
+SHAPES = [(), (5,), (3, 4), (2, 3, 4), (1, 3, 4), (2, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_range_of_a_tensor_is_a_few_boxes_of_it_in_order(shape):
+    count = math.prod(shape)
+    for start, stop in itertools.combinations_with_replacement(range(count + 1), 2):
+        found = []
+        cut = list(boxes(shape, start, stop, base=100))
+        for box in cut:
+            axes = [range(first, first + size) for first, size in zip(box.offset, box.size, strict=True)]
+            elements = [
+                sum(place * math.prod(shape[axis + 1 :]) for axis, place in enumerate(places))
+                for places in itertools.product(*axes)
+            ]
+            assert elements == list(range(box.start - 100, box.stop - 100))
+            found += elements
+        assert found == list(range(start, stop))
+        assert len(cut) <= max(1, 2 * len(shape) - 1)
+
+
+def checkpoint(run_dir: Path, step: int, text: str = "weights") -> Path:
+    """A small directory with a manifest, committed."""
+    written = directory.saving(directory.path_of(run_dir, step))
+    written.mkdir(parents=True)
+    (written / "__0_0.distcp").write_text(text)
+    integrity.write_manifest(written, integrity.describe([written / "__0_0.distcp"]))
+    return directory.commit(written, step)
+
+
+def test_a_committed_checkpoint_has_megatrons_name_and_the_tracker_names_it(tmp_path):
+    path = checkpoint(tmp_path, 100)
+    assert path.name == "iter_0000100" and directory.steps_in(tmp_path) == [100]
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "100\n"
+    assert directory.tracked(tmp_path) == 100 and integrity.problem(path, full=True) == ""
+
+
+def test_steps_are_found_newest_first_and_nothing_else_is_a_checkpoint(tmp_path):
+    for step in (20, 3, 12345678):
+        checkpoint(tmp_path, step)
+    for name in ("iter_0000030.saving", "iter_0000031.deleting", "iter_30", "iter_00000xx", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "iter_0000033").write_text("a file, not a directory of that name, is looked at and found wanting")
+    assert directory.steps_in(tmp_path) == [12345678, 33, 20, 3]
+    assert "integrity.json" in integrity.problem(tmp_path / "iter_0000033", full=False)
+
+
+@pytest.mark.parametrize("garbage", ["", "release", "12x", "\0\0", "-5", "¹²", "1e3"])
+def test_garbage_in_the_tracker_is_no_step(tmp_path, garbage):
+    (tmp_path / directory.TRACKER).write_text(garbage)
+    assert directory.tracked(tmp_path) is None
+
+
+def test_a_tracker_of_bytes_is_no_step(tmp_path):
+    (tmp_path / directory.TRACKER).write_bytes(b"\xff\xfe\x00")
+    assert directory.tracked(tmp_path) is None
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path):
+    checkpoint(tmp_path, 5, "old")
+    assert (checkpoint(tmp_path, 5, "new") / "__0_0.distcp").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000005", directory.TRACKER]
+
+
+@pytest.mark.parametrize("keep, left", [(None, [4, 3, 2, 1]), (1, [4]), (2, [4, 3]), (9, [4, 3, 2, 1])])
+def test_the_oldest_go(tmp_path, keep, left):
+    for step in (1, 2, 3, 4):
+        checkpoint(tmp_path, step)
+    directory.prune(tmp_path, keep)
+    assert directory.steps_in(tmp_path) == left
+    assert not list(tmp_path.glob("*.deleting"))
+
+
+def test_what_a_killed_run_left_half_done_is_removed_and_nothing_else(tmp_path):
+    checkpoint(tmp_path, 7)
+    for name in ("iter_0000008.saving", "iter_0000007.replaced", "iter_0000001.deleting", "mine.saving"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    assert len(directory.remove_leftovers(tmp_path)) == 3
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000007", directory.TRACKER, "mine.saving"]
+
+
+@pytest.mark.parametrize("moment", ["rename", "replace"])
+def test_killed_at_any_call_of_a_commit_there_is_a_whole_checkpoint(tmp_path, monkeypatch, moment):
+    """Each system call in turn is the last one: the newest valid checkpoint is never lost."""
+    for number in range(4):
+        folder = tmp_path / str(number)
+        checkpoint(folder, 5, "old")
+        left = [number]
+        real = {name: getattr(os, name) for name in ("rename", "replace")}
+
+        class Killed(BaseException):
+            pass
+
+        def last(name, *arguments, left=left, real=real, killed=Killed):
+            if left[0] == 0:
+                raise killed
+            left[0] -= 1
+            return real[name](*arguments)
+
+        with monkeypatch.context() as patched:
+            for name in real:
+                patched.setattr(os, name, lambda *a, name=name: last(name, *a))
+            try:
+                for step in (6, 5):
+                    checkpoint(folder, step, "new")
+            except Killed:
+                pass
+        directory.remove_leftovers(folder)
+        valid = [
+            step for step in directory.steps_in(folder) if not integrity.problem(directory.path_of(folder, step), True)
+        ]
+        assert valid and valid[0] >= 5 and valid == directory.steps_in(folder)
+
+
+DAMAGE = {
+    "truncated": lambda path: (path / "__0_0.distcp").write_bytes(b"weigh"),
+    "flipped": lambda path: (path / "__0_0.distcp").write_bytes(b"weightz"),
+    "missing": lambda path: (path / "__0_0.distcp").unlink(),
+    "no manifest": lambda path: (path / "integrity.json").unlink(),
+    "empty manifest": lambda path: (path / "integrity.json").write_text(""),
+    "half a manifest": lambda path: (path / "integrity.json").write_text('{"format": 1, "files": {"__0_0.dis'),
+    "a manifest of nothing": lambda path: (path / "integrity.json").write_text('{"files": {}}'),
+    "a manifest that leads outside": lambda path: (path / "integrity.json").write_text(
+        '{"files": {"../x": {"size": 1, "sha256": ""}}}'
+    ),
+    "a directory for a file": lambda path: ((path / "__0_0.distcp").unlink(), (path / "__0_0.distcp").mkdir()),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_found_and_the_file_named(tmp_path, name):
+    path = checkpoint(tmp_path, 1)
+    DAMAGE[name](path)
+    wrong = integrity.problem(path, full=True)
+    assert str(path / ("integrity.json" if "manifest" in name else "__0_0.distcp")) in wrong
+    assert ("SHA-256" in wrong) == (name == "flipped")
+
+
+def test_sizes_alone_do_not_show_a_flipped_byte(tmp_path):
+    path = checkpoint(tmp_path, 1)
+    DAMAGE["flipped"](path)
+    assert integrity.problem(path, full=False) == ""
+
+
+def test_ranks_share_the_files_and_miss_none(tmp_path):
+    path = tmp_path / "iter_0000001"
+    path.mkdir()
+    for number in range(7):
+        (path / f"__{number}_0.distcp").write_text(f"{number}" * (number + 1))
+    integrity.write_manifest(path, integrity.describe(sorted(path.iterdir())))
+    (path / "__4_0.distcp").write_text("xxxxx")
+    found = [integrity.problem(path, True, part, 3) for part in range(3)]
+    assert sorted(bool(wrong) for wrong in found) == [False, False, True]
+
+
+def test_the_state_of_a_run_comes_back_as_it_was(tmp_path):
+    there = RunState(step=3, consumed_samples=48, data={"order": "ab"}, config={"seed": 1}, validation_due=True)
+    (tmp_path / state.NAME).write_text(state.to_json(there))
+    assert state.read(tmp_path) == there
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]", '"x"', "{", "\0"])
+def test_a_state_that_cannot_be_read_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / state.NAME).write_text(text)
+    with pytest.raises(ValueError, match=state.NAME):
+        state.read(tmp_path)
+
+
+def test_a_directory_that_is_gone_has_no_checkpoints(tmp_path):
+    shutil.rmtree(tmp_path)
+    assert directory.steps_in(tmp_path) == [] and directory.tracked(tmp_path) is None
+    assert directory.remove_leftovers(tmp_path) == []

@@ -1,0 +1,268 @@
+"""What a run finds of its former self: damage is named and passed over, another run's is refused, nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import unequal
+from composing import plan_of
+from rank_workers import run_ranks
+from test_parity import EP
+from test_resume import INTERVAL, SHORT, path_of, records, start
+
+from mixtrain import ranks
+from mixtrain.checkpoint import directory, integrity, load, writing
+from mixtrain.checkpoint.integrity import MANIFEST
+from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
+from mixtrain.status import read_status
+
+TWO = [EP + "2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of four steps on two ranks with checkpoints after the second and the fourth."""
+    run_dir, codes, log = start(tmp_path_factory.mktemp("trained"), "trainer.max_steps=4", INTERVAL, *TWO)
+    assert codes == {FINISHED}, log
+    return run_dir
+
+
+def newest(run_dir: Path) -> Path:
+    return path_of(run_dir, 4)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+# what is done to a run -> (the step it goes on from, what is said)
+DAMAGE = {
+    "nothing": (lambda run: None, 4, None),
+    "truncated": (lambda run: os.truncate(newest(run) / "__0_0.distcp", 1000), 2, "__0_0.distcp has 1,000 bytes"),
+    "a flipped byte": (lambda run: flip(newest(run) / "__1_1.distcp"), 2, "__1_1.distcp is damaged"),
+    "a missing shard": (lambda run: (newest(run) / "__1_0.distcp").unlink(), 2, "__1_0.distcp is missing"),
+    "no .metadata": (lambda run: (newest(run) / ".metadata").unlink(), 2, ".metadata is missing"),
+    "no manifest": (lambda run: (newest(run) / MANIFEST).unlink(), 2, "integrity.json is missing"),
+    "a bad manifest": (lambda run: (newest(run) / MANIFEST).write_text("{"), 2, "integrity.json is damaged"),
+    "a bad tracker": (lambda run: (run / directory.TRACKER).write_text("\0x"), 4, "names no checkpoint"),
+    "no tracker": (lambda run: (run / directory.TRACKER).unlink(), 4, "names no checkpoint"),
+    "an old tracker": (lambda run: (run / directory.TRACKER).write_text("2\n"), 4, None),
+    "half a save": (lambda run: os.rename(newest(run), directory.saving(newest(run))), 2, "names no checkpoint"),
+    "an empty directory": (lambda run: path_of(run, 6).mkdir(), 4, "iter_0000006/integrity.json is missing"),
+    "all damaged": (lambda run: [flip(path_of(run, at) / "common.pt") for at in (2, 4)], None, "no valid checkpoint"),
+    "no run at all": (lambda run: shutil.rmtree(run), 0, None),
+}
+
+
+@pytest.fixture(scope="module")
+def found(trained, tmp_path_factory) -> dict:
+    """For each damage: the step of the checkpoint that is found, and what is said, by two ranks in one go."""
+    folder = tmp_path_factory.mktemp("found")
+    plans = {}
+    for number, (name, (damage, *_)) in enumerate(DAMAGE.items()):
+        shutil.copytree(trained, folder / f"{number}")
+        damage(folder / f"{number}")
+        plans[name] = plan_of(*SHORT, *TWO, "trainer.max_steps=4", f"run_dir={folder}/{number}")
+
+    def look(me) -> dict:
+        answers = {}
+        with ranks.start(plans["nothing"], me) as here:
+            for name, plan in plans.items():
+                lines: list[str] = []
+                try:
+                    path = load.find(plan, here, lines.append)
+                    step = load.read_state(path).step if path else 0
+                except UserError as error:
+                    step = None
+                    lines += error.problems
+                answers[name] = [step, lines]
+        return answers
+
+    first, second = run_ranks(2, look, folder / "ranks")
+    assert {name: step for name, (step, _) in first.items()} == {name: step for name, (step, _) in second.items()}
+    return first
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_the_newest_valid_checkpoint_is_found_and_damage_is_named(name, found):
+    _, step, said = DAMAGE[name]
+    assert found[name][0] == step
+    if said is None:
+        assert found[name][1] == []
+    else:
+        assert said in " ".join(found[name][1])
+
+
+def start_again(trained: Path, folder: Path, *overrides: str, step: int = 2) -> tuple[Path, set[int], str]:
+    """Go on from the checkpoint after `step` in a copy of the run."""
+    run_dir = folder / "run"
+    shutil.copytree(trained, run_dir)
+    for later in [at for at in directory.steps_in(run_dir) if at > step]:
+        shutil.rmtree(path_of(run_dir, later))
+    return start(folder, *TWO, *overrides)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    flip(newest(tmp_path / "run") / "__0_1.distcp")
+    _, codes, log = start(tmp_path, *TWO, "trainer.max_steps=4", INTERVAL)
+    assert codes == {FINISHED}, log
+    assert "__0_1.distcp is damaged" in log and "resumed from" in log and "after 2 steps" in log
+    assert unequal(newest(tmp_path / "run"), newest(trained)) == []
+    assert records(tmp_path / "run") == records(trained)
+
+
+def refused(outcome: tuple[Path, set[int], str], trained: Path) -> str:
+    """The log of a run that was refused with exit code 2, no traceback, and nothing of the former run changed."""
+    run_dir, codes, log = outcome
+    assert codes == {REFUSED}, log
+    assert "Traceback" not in log
+    assert (run_dir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
+    assert (run_dir / "config.yaml").read_text() == (trained / "config.yaml").read_text()
+    assert read_status(run_dir)["step"] == 4 and integrity.problem(path_of(run_dir, 2), full=True) == ""
+    return log
+
+
+def test_another_architecture_is_refused_with_the_names_and_shapes_that_differ(trained, tmp_path):
+    words = ["trainer.max_steps=4", "model.moe_ffn_hidden_size=64", "model.qk_layernorm=true"]
+    log = refused(start_again(trained, tmp_path, *words), trained)
+    assert "decoder.layers.mlp.experts.experts.linear_fc1.weight is [4, 8, 192, 64] there, [4, 8, 128, 64] here" in log
+    assert "decoder.layers.self_attention.q_layernorm.weight [4, 16] is not in it" in log
+    assert len(log[log.index("problem") :].splitlines()) < 12
+
+
+def test_another_optimizer_is_refused_with_the_names_that_are_missing(trained, tmp_path):
+    words = ["trainer.max_steps=4", "optimizer=sgd", "optimizer.lr_warmup_steps=0"]
+    log = refused(start_again(trained, tmp_path, *words), trained)
+    assert "optimizer.state.momentum_buffer.embedding.word_embeddings.weight [256, 64] is not in it" in log
+
+
+def test_other_data_are_refused(trained, tmp_path):
+    log = refused(start_again(trained, tmp_path, "trainer.max_steps=4", "data.seq_length=16"), trained)
+    assert "other data" in log and "checkpoint.load_weights=" in log
+
+
+def test_fewer_steps_than_there_are_is_refused(trained, tmp_path):
+    log = refused(start_again(trained, tmp_path, "trainer.max_steps=3", step=4), trained)
+    assert "trainer.max_steps = 3" in log and "4 steps already" in log
+
+
+def test_must_without_a_valid_checkpoint_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "iter_0000002").mkdir()
+    _, codes, log = start(tmp_path, *TWO, "trainer.max_steps=4", "checkpoint.resume=must")
+    assert codes == {REFUSED} and "integrity.json is missing" in log and "holds no valid checkpoint" in log
+
+
+def test_another_batch_size_goes_on_with_the_next_samples(trained, tmp_path):
+    run_dir, codes, log = start_again(trained, tmp_path, "trainer.max_steps=4", "trainer.global_batch_size=4")
+    assert codes == {FINISHED}, log
+    assert [r["consumed_samples"] for r in records(run_dir) if "lm_loss" in r] == [8, 16, 20, 24]
+    assert "changed since then: trainer.global_batch_size = 4 (was 8)" in log
+
+
+def test_the_weights_alone_start_a_new_run(trained, tmp_path):
+    words = ["trainer.max_steps=1", f"checkpoint.load_weights={newest(trained)}", "optimizer.lr=0"]
+    run_dir, codes, log = start(tmp_path, EP + "1", *words, "optimizer.min_lr=0")
+    assert codes == {FINISHED}, log
+    assert f"weights of {newest(trained)}" in log
+    differing = unequal(path_of(run_dir, 1), newest(trained))
+    assert differing and all(
+        key.startswith(("optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")) for key in differing
+    )
+    assert records(run_dir)[0]["consumed_samples"] == 8
+
+
+def test_weights_that_are_not_there_are_refused(tmp_path):
+    _, codes, log = start(tmp_path, *TWO, "trainer.max_steps=1", f"checkpoint.load_weights={tmp_path}/nothing")
+    assert codes == {REFUSED} and "checkpoint.load_weights" in log and "integrity.json is missing" in log
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    words = ["trainer.max_steps=5", "checkpoint.save_interval=1", "checkpoint.keep_last=2"]
+    run_dir, codes, log = start(tmp_path, *TWO, *words)
+    assert codes == {FINISHED}, log
+    assert directory.steps_in(run_dir) == [5, 4] and directory.tracked(run_dir) == 5
+    assert log.count("saved iter_") == 5
+
+
+# A save that fails
+
+
+def small_files(me) -> None:
+    """From the third step on, no file of rank 1 may grow beyond 100,000 bytes."""
+    write = writing.write
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(path, rank, *rest):
+        if path.name == "iter_0000004.saving" and rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        return write(path, rank, *rest)
+
+    writing.write = limited
+
+
+@pytest.mark.parametrize("async_save", ["false", "true"])
+def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_is_intact(async_save, tmp_path):
+    words = ["trainer.max_steps=5", INTERVAL, f"checkpoint.async_save={async_save}"]
+    run_dir, codes, log = start(tmp_path, *TWO, *words, before=small_files)
+    assert codes == {FAULT}, log
+    reason = read_status(run_dir)["reason"]
+    assert re.search(r"on rank 1: .*iter_0000004.saving/__1_\d.distcp: File too large", reason)
+    assert re.search(r"the checkpoint takes [\d,]+ bytes, [\d,]+ are free; iter_0000002 is intact", reason)
+    assert directory.steps_in(run_dir) == [2] and not list(run_dir.glob("*.saving"))
+    assert integrity.problem(path_of(run_dir, 2), full=True) == ""
+
+
+def writer_that(what: int):
+    """A `before` after which every writer of rank 1 gets a signal as soon as it is there."""
+
+    def before(me) -> None:
+        fork = os.fork
+
+        def forked() -> int:
+            child = fork()
+            if child and me.rank == 1:
+                os.kill(child, what)
+            return child
+
+        os.fork = forked
+
+    return before
+
+
+def test_a_writer_that_dies_is_an_error_soon(tmp_path):
+    words = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
+    started = time.monotonic()
+    run_dir, codes, log = start(tmp_path, *TWO, *words, before=writer_that(signal.SIGKILL))
+    assert codes == {FAULT}, log
+    assert "the writer of rank 1 was ended by SIGKILL" in read_status(run_dir)["reason"]
+    assert directory.steps_in(run_dir) == [] and time.monotonic() - started < 60
+
+
+def test_a_writer_that_stands_still_is_ended_in_time(tmp_path):
+    words = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
+    run_dir, codes, log = start(
+        tmp_path, *TWO, *words, "trainer.timeout_minutes=0.1", before=writer_that(signal.SIGSTOP)
+    )
+    assert codes == {FAULT}, log
+    assert "the writer of rank 1 had not finished after 6 s and was ended" in read_status(run_dir)["reason"]
+
+
+def test_async_saves_follow_each_other_in_order_and_the_last_is_there_at_the_end(tmp_path):
+    words = ["trainer.max_steps=4", "checkpoint.save_interval=1", "checkpoint.async_save=true"]
+    run_dir, codes, log = start(tmp_path, *TWO, *words)
+    assert codes == {FINISHED}, log
+    assert re.findall(r"saved (iter_\d+)", log) == [f"iter_{step:07d}" for step in (1, 2, 3, 4)]
+    assert json.loads((path_of(run_dir, 4) / "run_state.json").read_text())["step"] == 4
+    assert all(integrity.problem(path_of(run_dir, step), full=True) == "" for step in (1, 2, 3, 4))
