@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mixtrain.checkpoint.directory import steps_in
+from mixtrain.checkpoint.integrity import MANIFEST
 from mixtrain.config import Accelerator, DataKind, Dispatcher, TransformerImpl
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
@@ -26,7 +28,7 @@ Problems = Iterator[str]
 def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> list[str]:
     """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
     problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan)]
-    problems += [*gpus(plan, overrides), *data_files(plan)]
+    problems += [*gpus(plan, overrides), *data_files(plan), *weights_to_load(plan)]
     if me is None:
         problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
     else:
@@ -125,9 +127,17 @@ def room_for_checkpoints(plan: Plan) -> Problems:
     disk, needed = shutil.disk_usage(there), plan.checkpoint_bytes
     if disk.total and disk.free < needed:
         yield (
-            f"run_dir = {plan.config.run_dir}: a checkpoint takes {needed:,} bytes, but its disk has {disk.free:,} free;"
-            " free some, give a run_dir on another disk, or checkpoint=none"
+            f"run_dir = {plan.config.run_dir}: a checkpoint takes {needed:,} bytes, but {disk.free:,} are free on its"
+            " disk; free some, give a run_dir on another disk, or checkpoint=none"
         )
+
+
+def weights_to_load(plan: Plan) -> Problems:
+    given = plan.config.checkpoint.load_weights
+    if given is None or os.path.exists(os.path.join(given, MANIFEST)) or steps_in(given):
+        return
+    what = "is not a checkpoint (iter_NNNNNNN) or a directory of some" if os.path.isdir(given) else "is no directory"
+    yield f"checkpoint.load_weights = {given} {what}"
 
 
 def started_ranks(plan: Plan, me: Identity) -> Problems:

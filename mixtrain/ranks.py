@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,14 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from mixtrain.config import Accelerator
 from mixtrain.environment import Identity
 from mixtrain.plan import Plan
+
+# fmt: off
+DETERMINISTIC = {
+    "CUBLAS_WORKSPACE_CONFIG":           ":4096:8",  # PyTorch's notes on reproducibility: cuBLAS sums in one order
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO":  "0",        # Transformer Engine's attention; Megatron-Core asks for it
+    "NCCL_ALGO":                         "Ring",     # a choice by message size and load would add in another order
+}
+# fmt: on
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,8 @@ class Ranks:
 @contextlib.contextmanager
 def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
     """torch.distributed and Megatron-Core's groups for the plan's layout, until the block ends."""
+    if plan.config.trainer.deterministic:
+        be_deterministic()
     device = torch.device("cpu")
     if plan.config.trainer.accelerator is Accelerator.gpu:
         device = torch.device("cuda", me.local_rank)
@@ -82,5 +93,11 @@ def seed_everything(plan: Plan) -> None:
     numpy.random.seed(seed)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    if plan.config.trainer.deterministic:
-        torch.use_deterministic_algorithms(True)
+
+
+def be_deterministic() -> None:
+    """The same bits again on the same layout, at a price on a GPU. Before anything of CUDA has started."""
+    for name, value in DETERMINISTIC.items():
+        os.environ.setdefault(name, value)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False

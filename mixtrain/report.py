@@ -161,7 +161,7 @@ def _checkpoints(plan: Plan) -> str:
         return "none"
     size = plan.checkpoint_bytes
     amount = f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
-    often = [f"every {settings.save_interval:,} steps"] * bool(settings.save_interval)
+    often = [f"every {settings.save_interval:,} steps"] if settings.save_interval else []
     often += ["at the end"] * settings.save_last
     kept = f", {settings.keep_last} kept" if settings.keep_last else ", all kept"
     return f"{amount} each, {' and '.join(often)}{kept}{', beside training' * settings.async_save}"

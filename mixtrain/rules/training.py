@@ -176,6 +176,15 @@ def fsdp_has_what_it_needs(plan: Plan) -> Problems:
         yield f"{key} = {strategy.name}: hybrid sharding needs optim_grads_params; or one optimizer instance"
 
 
+def fsdp_saves_nothing_yet(plan: Plan) -> Problems:
+    sharding = plan.config.parallel.data_parallel_sharding_strategy
+    if sharding and (plan.saves or plan.config.checkpoint.load_weights):
+        yield (
+            f"parallel.data_parallel_sharding_strategy = {sharding.name}: checkpoints of Megatron-FSDP have a format of"
+            " their own, which mixtrain does not write or read; use checkpoint=none, or null"
+        )
+
+
 def rampup_reaches_the_batch(plan: Plan) -> Problems:
     trainer, key = plan.config.trainer, "trainer.rampup_batch_size"
     if trainer.rampup_batch_size is None:
@@ -264,6 +273,7 @@ RULES = [
     offload_needs_transformer_engine,
     optimizer_offload_is_whole,
     fsdp_has_what_it_needs,
+    fsdp_saves_nothing_yet,
     rampup_reaches_the_batch,
     schedule_is_complete,
     warmup_ends_before_decay,
