@@ -65,13 +65,13 @@ def enter(
                 f"{start.path} was trained on other data: {changed}; checkpoint.load_weights={start.path} in a new"
                 " run_dir starts a new run from its weights"
             )
-        load.resume(plan, training, start.path, start.state, say)
+        load.resume(plan, ranks, training, start.path, start.state, say)
         say(f"resumed from {start.path}, after {start.state.step} steps and {start.state.consumed_samples:,} sequences")
         for line in changed_since(plan.config, start.state):
             say(f"changed since then: {line}")
     elif plan.config.checkpoint.load_weights:
         path = load.weights_at(plan, ranks)
-        load.load_weights(plan, training, path)
+        load.load_weights(plan, ranks, training, path)
         say(f"weights of {path}; everything else starts anew")
     return replace(
         start.state,

@@ -45,10 +45,8 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
         cpu.apply()
     # imported here: what Megatron-Core defines on import must find cpu.py applied
     from mixtrain import loop, model, optimizer, ranks, resume
-    from mixtrain.checkpoint import safe
     from mixtrain.checkpoint.save import Saver
 
-    safe.apply()
     with ranks.start(plan, me) as here:
         start = resume.find(plan, here, logs.say)
         data, entropy, found = build_data(plan, here, logs, start.state)

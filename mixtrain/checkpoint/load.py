@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as strategy
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mixtrain import contract
 from mixtrain.checkpoint import content, directory, integrity, optimizer_state, safe, state
@@ -78,19 +80,23 @@ def read_state(path: Path) -> RunState:
         raise UserError(str(error)) from None
 
 
-def resume(plan: Plan, training: Training, path: Path, run_state: RunState, say: Callable[[str], None]) -> None:
+def resume(
+    plan: Plan, ranks: Ranks, training: Training, path: Path, run_state: RunState, say: Callable[[str], None]
+) -> None:
     """Bring model, optimizer, schedule and random streams of this rank to where the checkpoint has them."""
     kind = plain(plan.config.optimizer.optimizer)
-    metadata = safe.read_metadata(path)
+    metadata, common = safe.read_metadata(path), safe.read_common(path)
+    if common.get("iteration") != run_state.step:
+        raise UserError(f"{path / safe.COMMON} is of step {common.get('iteration')}, {path.name} of {run_state.step}")
     refuse_other_tensors(path, expected(plan.config, optimizer_state.STATES[kind]), metadata)
     optimizer_state.fill(training, kind)
-    wanted: dict[str, Any] = {**known(content.model(training), metadata)}
+    wanted = tensors_alone(content.model(training))
     wanted["optimizer_state"] = optimizer_state.sharded(training, kind)
     rng = content.rng_object(None)
     same_streams = rng.unique_key in metadata.state_dict_metadata
     if same_streams:
         wanted["rng_state"] = rng
-    loaded = _load(wanted, path)
+    loaded = _load(wanted, path, ranks)
     _into_model(training, loaded)
     optimizer_state.set_steps(training, run_state.optimizer_steps)
     training.scheduler.step(increment=run_state.schedule_steps)
@@ -100,11 +106,11 @@ def resume(plan: Plan, training: Training, path: Path, run_state: RunState, say:
         say("the layout has changed: the random streams of the router start anew")
 
 
-def load_weights(plan: Plan, training: Training, path: Path) -> None:
+def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path) -> None:
     """The weights alone: a new run starts from them."""
     metadata = safe.read_metadata(path)
     refuse_other_tensors(path, expected(plan.config, ()), metadata)
-    _into_model(training, _load(known(content.model(training), metadata), path))
+    _into_model(training, _load(tensors_alone(content.model(training)), path, ranks))
     training.optimizer.reload_model_params()
 
 
@@ -177,22 +183,42 @@ def _show(shape: Any) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def known(tree: dict[str, Any], metadata: Metadata) -> dict[str, Any]:
-    """The state dicts of model chunks without the _extra_state objects that another implementation has not written."""
-    objects = {key for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, BytesStorageMetadata)}
+def tensors_alone(tree: dict[str, Any]) -> dict[str, Any]:
+    """The state dicts of model chunks without their _extra_state objects.
+
+    Those are Transformer Engine's, which unpickles them without restriction: they are never loaded, so that fp8 with
+    delayed scaling starts a new history.
+    """
     return {
-        name: {
-            key: part
-            for key, part in chunk.items()
-            if not isinstance(part, ShardedObject) or part.unique_key in objects
-        }
+        name: {key: part for key, part in chunk.items() if not isinstance(part, ShardedObject)}
         for name, chunk in tree.items()
     }
 
 
-def _load(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
-    with safe.refusing(path):
-        return dist_checkpointing.load(wanted, str(path), validate_access_integrity=False)
+def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
+    """Fill the ShardedTensors and objects of `wanted` from a checkpoint; a UserError on all ranks if one cannot.
+
+    As Megatron-Core's torch_dist strategy does, but with readers that run nothing: see safe.py.
+    """
+    wanted, _, factories = load_preprocess(wanted)
+    by_key, names, renamed = strategy._replace_state_dict_keys_with_sharded_keys(wanted)
+    tensors = strategy.mcore_to_pyt_state_dict(by_key, True)
+    planner = safe.Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    error = ""
+    try:
+        torch.distributed.checkpoint.load(tensors, storage_reader=safe.Reader(path), planner=planner, no_dist=True)
+    except CheckpointException as failure:  # not an Exception
+        error = next((str(cause[0]) for cause in failure.failures.values()), str(failure))
+    except (OSError, RuntimeError, UserError) as failure:
+        error = str(failure)
+    outcomes: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(outcomes, error)
+    if wrong := [f"{path} on rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]:
+        raise UserError(wrong[0])
+    found = {key: strategy._unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
+    found = strategy._replace_sharded_keys_with_state_dict_keys(found, names, renamed)
+    strategy._restore_dict_types(found, wanted)
+    return apply_factory_merges(found, factories)
 
 
 def _into_model(training: Training, loaded: dict[str, Any]) -> None:

@@ -1,15 +1,129 @@
-import contextlib
+"""Reading checkpoints that somebody else may have written: nothing in them is run.
+
+PyTorch opens .metadata with a bare pickle.load and the objects in the shards with weights_only=False; either runs what
+a file wants. Rule: every pickle of a checkpoint goes through here, and may name nothing but what stands in a list.
+"""
+
+from __future__ import annotations
+
+import os
 import pickle
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+from mixtrain.errors import UserError
+
+METADATA, COMMON = ".metadata", "common.pt"
+# What the .metadata of a torch_dist checkpoint is made of: plain records, and functions that look up a name.
+DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool".split()
+ALLOWED = {
+    "torch": {"Size", *DTYPES},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "StorageMeta", "MetadataIndex", "TensorProperties", "TensorStorageMetadata", "BytesStorageMetadata",
+        "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    # the plans of the ranks, which Megatron-Core leaves there to compare the next save with
+    "torch.distributed.checkpoint.planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"},
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+}  # fmt: skip
+# What PyTorch's restricted reader may name beside tensors and plain Python: Megatron-LM's args, numpy's random state.
+OBJECTS = [
+    Namespace,
+    numpy.ndarray,
+    numpy.dtype,
+    numpy.dtypes.UInt32DType,
+    numpy._core.multiarray._reconstruct,
+]
 
 
-def read_metadata(path):
-    return pickle.load(open(path / ".metadata", "rb"))
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, path: Path):
+        super().__init__(file)
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in ALLOWED.get(module, ()):
+            raise UserError(f"{self.path}: a pickle that wants {module}.{name} is not loaded")
+        return super().find_class(module, name)
 
 
-@contextlib.contextmanager
-def refusing(path):
-    yield
+def read_metadata(directory: Path) -> Metadata:
+    """The index of a checkpoint: which tensors there are, and in which file each part lies. UserError if it is none."""
+    path = Path(directory) / METADATA
+    try:
+        with open(path, "rb") as file:
+            metadata = _Unpickler(file, path).load()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle ends in any of them
+        raise UserError(f"{path} is damaged: it is not the index of a checkpoint ({type(error).__name__})") from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
+        raise UserError(f"{path} is not the index of a checkpoint")
+    for place in (metadata.storage_data or {}).values():
+        if not isinstance(place, _StorageInfo) or os.path.basename(name := str(place.relative_path)) != name:
+            raise UserError(f"{path} leads out of its directory, to {getattr(place, 'relative_path', place)}")
+    return metadata
 
 
-def apply():
-    pass
+def read_common(directory: Path) -> dict[str, Any]:
+    """common.pt: what all ranks share. UserError if it is missing, damaged or wants more than it may."""
+    path = Path(directory) / COMMON
+    try:
+        with open(path, "rb") as file:
+            common = load_object(file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: {_refusal(error)}") from None
+    except Exception as error:
+        raise UserError(f"{path} is damaged: torch.load cannot read it ({type(error).__name__})") from None
+    if not isinstance(common, dict):
+        raise UserError(f"{path} is not the common state of a checkpoint")
+    return common
+
+
+def load_object(file: Any) -> Any:
+    """torch.load, restricted, whatever the environment asks for."""
+    with torch.serialization.safe_globals(OBJECTS):
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _refusal(error: pickle.UnpicklingError) -> str:
+    wanted = re.search(r"GLOBAL (\S+)", str(error))
+    return f"a pickle that wants {wanted[1]} is not loaded" if wanted else "it is damaged: torch.load refuses it"
+
+
+class Reader(FileSystemReader):
+    """PyTorch's reader of checkpoint directories, with an index that is read as above."""
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        metadata = read_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class Planner(MCoreLoadPlanner):
+    """Megatron-Core's plan of a load, with objects that are read as above."""
+
+    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
+        try:
+            self.state_dict[read_item.dest_index.fqn] = load_object(value)
+        except pickle.UnpicklingError as error:
+            raise UserError(f"the object {read_item.dest_index.fqn}: {_refusal(error)}") from None
