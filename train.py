@@ -11,6 +11,7 @@ starts import this file again.
 
 import os
 import sys
+from contextlib import nullcontext
 
 from mixtrain.environment import LAUNCHER, Identity, die_with, identity, is_started
 from mixtrain.stop import exit_on_request
@@ -25,7 +26,7 @@ from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems
 from mixtrain.machine import machine_problems
 from mixtrain.plan import Plan, make_plan
 from mixtrain.report import render
-from mixtrain.run_directory import claim, shared_directories
+from mixtrain.run_directory import claimed, finished_already, shared_directories
 from mixtrain.status import read_status
 
 
@@ -74,6 +75,9 @@ def run_jobs(plans: list[Plan], me: Identity | None) -> int:
     for number, plan in enumerate(plans, start=1):
         if len(plans) > 1 and (me is None or me.rank == 0):
             print(f"job {number} of {len(plans)}, in {plan.config.run_dir}", flush=True)
+        if line := finished_already(plan):
+            print(line if me is None or me.rank == 0 else "", end="\n" * (me is None or me.rank == 0), flush=True)
+            continue
         codes.append(launch.start(plan) if me is None else train(plan, me))
         if me is None and read_status(plan.config.run_dir)["state"] == "stopped":
             break
@@ -82,11 +86,11 @@ def run_jobs(plans: list[Plan], me: Identity | None) -> int:
 
 def train(plan: Plan, me: Identity) -> int:
     """This process is a rank."""
-    if me.rank == 0 and not me.is_ours:  # our own launcher has claimed it before it started this rank
-        claim(plan)
-    from mixtrain.run import run  # the first import of torch
+    # our own launcher has claimed it before it started this rank
+    with claimed(plan) if me.rank == 0 and not me.is_ours else nullcontext():
+        from mixtrain.run import run  # the first import of torch
 
-    return run(plan, me)
+        return run(plan, me)
 
 
 if __name__ == "__main__":

@@ -17,36 +17,45 @@ from pathlib import Path
 from mixtrain.environment import FOLDER, LAUNCHER
 from mixtrain.errors import FAULT, FINISHED, REFUSED
 from mixtrain.plan import Plan
-from mixtrain.run_directory import claim
+from mixtrain.run_directory import claimed
 from mixtrain.status import read_status, write_status
 from mixtrain.stop import StopRequest
+from mixtrain.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_beat
 
 TRAIN = (sys.executable, str(Path(__file__).resolve().parent.parent / "train.py"))
 GRACE_SECONDS = 20  # what the other ranks get to notice that one has failed, before they are killed
 EARLY_GRACE_SECONDS = 5  # the same before the first step: they wait for it to come to the meeting, and notice nothing
+STACK_SECONDS = 1.0  # what a rank that hangs gets to print its stacks
+FRAMES = 6  # of each rank's main thread, on the terminal
+WAITING = "torch/distributed"  # in the path of a frame: it waits for other ranks
 QUIET = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # one node: nothing listens beyond it
 
 
 def start(plan: Plan, command: tuple[str, ...] = TRAIN) -> int:
     """Run `command` as plan.world_size ranks of this node; their exit code as one."""
     ranks: list[subprocess.Popen] = []
-    with StopRequest() as stop, tempfile.TemporaryDirectory(prefix="mixtrain-") as folder:
-        claim(plan, "logs")
+    with (
+        StopRequest() as stop,
+        tempfile.TemporaryDirectory(prefix="mixtrain-") as folder,
+        claimed(plan, "logs"),
+    ):
         hand_over(plan, folder)
         try:
             for rank in range(plan.world_size):
                 ranks.append(_start_rank(plan, command, rank, folder))
             failed, running = _wait(plan, ranks, stop)
+            hung = _hung(ranks, running) if running and not stop.at_once else []
         finally:
             _kill(ranks)
         if not failed and not running:
-            return FINISHED
+            return _ended(plan, stop)
         if stop.at_once:
             return _stopped(plan, "stopped at once on request, without a checkpoint")
         codes = {rank: ranks[rank].returncode for rank in failed}
         if stop.signal and -signal.SIGTERM in codes.values():  # it had not come as far as to note the request
             return _stopped(plan, "stopped before the first step")
-        return _report(plan, codes, running)
+        beats = {rank: read_beat(beat_file(folder, rank)) for rank in range(plan.world_size)}
+        return _report(plan, codes, running, hung, beats)
 
 
 def hand_over(plan: Plan, folder: str) -> None:
@@ -123,6 +132,33 @@ def _kill(ranks: list[subprocess.Popen]) -> None:
         process.wait()
 
 
+def _hung(ranks: list[subprocess.Popen], running: list[int]) -> list[int]:
+    """Have every rank that still runs print its stacks to its log; those that somebody had stopped (SIGSTOP)."""
+    stopped = [rank for rank in running if _state(ranks[rank].pid) == "T"]
+    for rank in running:
+        ranks[rank].send_signal(signal.SIGUSR2)
+        ranks[rank].send_signal(signal.SIGCONT)
+    time.sleep(STACK_SECONDS)
+    return stopped
+
+
+def _state(process: int) -> str:
+    """The letter that Linux gives the state of a process, T for stopped; "" where it cannot be known."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _ended(plan: Plan, stop: StopRequest) -> int:
+    """All ranks have ended as they should; if because of a signal, which one."""
+    status = read_status(plan.config.run_dir)
+    if stop.signal and status["state"] == "stopped":
+        name = signal.Signals(stop.signal).name
+        write_status(plan.config.run_dir, **{**status, "reason": f"stopped by {name}"})
+    return FINISHED
+
+
 def _stopped(plan: Plan, words: str) -> int:
     """The ranks were ended before rank 0 could say that it stops."""
     status = read_status(plan.config.run_dir)
@@ -132,31 +168,60 @@ def _stopped(plan: Plan, words: str) -> int:
     return FINISHED
 
 
-def _report(plan: Plan, codes: dict[int, int], running: list[int]) -> int:
-    """Say which rank failed and why, here and in status.json; the exit code for it."""
+def _report(
+    plan: Plan, codes: dict[int, int], running: list[int], stopped: list[int], beats: dict[int, Beat | None]
+) -> int:
+    """Say which rank failed, in which step and why, here and in status.json; the exit code for it."""
     # a refused input or a killed process is a cause; a fault may be only that of losing a peer
     causes = [rank for rank, code in codes.items() if code == REFUSED or code < 0]
     rank = (causes or list(codes))[0]
-    words, reason = _last_words(rank, codes[rank], _log(plan, rank))
+    words, reason = _last_words(rank, codes[rank], _log(plan, rank), beats[rank])
     status = read_status(plan.config.run_dir)
     if status["state"] == "failed" and rank == 0:
         reason = status["reason"]  # as rank 0 put it
-    if running and not causes:  # it may be these that the others have waited for
-        silent = f"rank{'s' * (len(running) > 1)} {', '.join(map(str, running))} did not answer"
-        words, reason = [f"mixtrain: {silent}", *words], f"{silent}; {reason}"
+    if not causes and (running or STANDS_STILL in reason):  # it may be these that the others have waited for
+        guilty = stopped or running or [_behind(plan, beats)]
+        silent = f"rank{'s' * (len(guilty) > 1)} {', '.join(map(str, guilty))} did not answer{_in(beats[guilty[0]])}"
+        if stopped:
+            silent += ": stopped by SIGSTOP"
+        words, reason = [f"mixtrain: {silent}", *_stacks(plan, beats), *words[:1]], f"{silent}; {reason}"
     print("\n".join(words), file=sys.stderr)
     write_status(plan.config.run_dir, **{**status, "state": "failed", "reason": reason})
     return REFUSED if codes[rank] == REFUSED else FAULT
 
 
-def _last_words(rank: int, code: int, log: Path) -> tuple[list[str], str]:
+def _in(beat: Beat | None) -> str:
+    return f" in {beat}" if beat else ""
+
+
+def _behind(plan: Plan, beats: dict[int, Beat | None]) -> int:
+    """The rank that the others waited for: the one whose main thread is not in a collective, else the one behind."""
+    stacks = {rank: main_stack(_log(plan, rank).read_text(errors="replace")) for rank in beats}
+    busy = [rank for rank, frames in stacks.items() if frames and not any(WAITING in frame for frame in frames[:8])]
+    return (busy or sorted(beats, key=lambda rank: beats[rank].step if beats[rank] else -1))[0]
+
+
+def _stacks(plan: Plan, beats: dict[int, Beat | None]) -> list[str]:
+    """Where the main thread of each rank was, as its log has it."""
+    lines = []
+    for rank, beat in beats.items():
+        log = _log(plan, rank)
+        if frames := main_stack(log.read_text(errors="replace")):
+            lines += [f"  rank {rank}{_in(beat)}, innermost first; all threads in {log}:"]
+            lines += [f"    {frame}" for frame in frames[:FRAMES]]
+    return lines
+
+
+def _last_words(rank: int, code: int, log: Path, beat: Beat | None) -> tuple[list[str], str]:
     """(what the terminal is told of a failed rank, the same in one line)."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     own_words = max((number for number, line in enumerate(lines) if line.startswith("mixtrain: ")), default=None)
     if code < 0:
-        reason = f"rank {rank} was ended by {signal.Signals(-code).name}"
+        reason = f"rank {rank} was ended by {signal.Signals(-code).name}{_in(beat)}"
         return [f"mixtrain: {reason}; its log is {log}"], reason
+    if own_words is not None and STANDS_STILL in lines[own_words]:
+        return [lines[own_words]], lines[own_words].removeprefix("mixtrain: ").removesuffix("; its stacks:")
     if own_words is not None:
         return lines[own_words:], " ".join(lines[own_words:])
-    reason = f"rank {rank} failed: {lines[-1].strip() if lines else 'without a word'}"
+    reason = f"rank {rank} failed{_in(beat)}: {lines[-1].strip() if lines else 'without a word'}"
     return [f"mixtrain: rank {rank} failed; its log, {log}, ends in:", *[f"  {line}" for line in lines[-12:]]], reason

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ class Logs:
             self.last_val_loss = losses.get("val_loss", self.last_val_loss)
             self.say(f"{step:>7} {'':>9} {value:>9.4f}" + ("" if name == "val_loss" else f"  ({name})"))
 
-    def finish(self, steps: int, stopped: bool, entropy: float | None) -> None:
+    def finish(self, steps: int, by: int | None, stopped: bool, entropy: float | None) -> None:
         """After the last step: report.png, the closing line, the state that whoever requeues a job reads."""
         if not self.writes:
             return
@@ -112,7 +113,8 @@ class Logs:
         config = self.plan.config
         picture = figure.draw(self.directory, " ".join([config.name, *tags(self.plan)]), entropy)
         state = "stopped" if stopped else "finished"
-        self.status(state, "asked to stop by a signal" if stopped else "trainer.max_steps")
+        asked = f"stopped by {signal.Signals(by).name}" if by else "asked to stop by a signal to another rank"
+        self.status(state, asked if stopped else "trainer.max_steps")
         if self.last_val_loss is not None and entropy is not None:
             self.say(f"last val_loss {self.last_val_loss:.4f}; unigram entropy of the validation tokens {entropy:.4f}")
         self.say(

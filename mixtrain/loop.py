@@ -26,6 +26,7 @@ from mixtrain.optimizer import Training, parameters_gathered
 from mixtrain.plan import Plan, batch_size_at
 from mixtrain.ranks import Ranks
 from mixtrain.stop import StopRequest
+from mixtrain.watchdog import beat
 
 
 def train(
@@ -47,6 +48,7 @@ def train(
         validate(plan, ranks, training, data, logs, begun.step)
     started = time.perf_counter()
     for step in range(begun.step + 1, trainer.max_steps + 1):
+        beat("start", step)
         load.clear()
         batch = batch_size_at(trainer, state.consumed_samples)
         learning_rate = training.optimizer.param_groups[0]["lr"]
@@ -168,6 +170,7 @@ def run_microbatches(
 
 def forward_step(iterator: Iterator, model: torch.nn.Module, device: torch.device) -> tuple[torch.Tensor, Any]:
     """One microbatch: the model's output and the function that makes a loss of it, as the schedules want them."""
+    beat("forward")
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(iterator).items()}
     rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     here = {name: local_part(tensor, rank, size) for name, tensor in batch.items()}

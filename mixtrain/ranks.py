@@ -56,7 +56,7 @@ def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
         init_method=me.rendezvous,
         rank=me.rank,
         world_size=me.world_size,
-        timeout=timedelta(minutes=plan.config.trainer.timeout_minutes),
+        timeout=timedelta(minutes=patience(plan)),
     )
     try:
         initialise_model_parallel(plan)
@@ -82,8 +82,13 @@ def initialise_model_parallel(plan: Plan) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
-        distributed_timeout_minutes=plan.config.trainer.timeout_minutes,
+        distributed_timeout_minutes=patience(plan),
     )
+
+
+def patience(plan: Plan) -> float:
+    """Minutes that a collective waits: longer than the watchdog, which has more to say once training has begun."""
+    return plan.config.trainer.timeout_minutes + 0.5
 
 
 def seed_everything(plan: Plan) -> None:

@@ -24,6 +24,7 @@ from mixtrain.errors import UserError
 from mixtrain.optimizer import Training
 from mixtrain.plan import Plan
 from mixtrain.ranks import Ranks
+from mixtrain.run_directory import attempts_problem, record_attempt
 
 LIBRARIES = ("megatron-core", "torch")
 SAID = ("checkpoint.load_weights", "trainer.max_steps", "optimizer.lr_decay_steps")  # changes that need no word
@@ -49,6 +50,17 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Start:
             f" use more than {state.step}, or another run_dir"
         )
     return Start(path, state)
+
+
+def refuse_a_crash_loop(plan: Plan, ranks: Ranks, start: Start) -> None:
+    """UserError if run after run has started here and died; note that this one starts. Every rank must call."""
+    run_dir, most, problem = plan.config.run_dir, plan.config.checkpoint.max_attempts, None
+    if ranks.is_first and plan.saves:
+        problem = attempts_problem(run_dir, start.state.step, most)
+        if not problem:
+            record_attempt(run_dir, start.state.step)
+    if problem := _of_first(ranks, problem):
+        raise UserError(problem)
 
 
 def enter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from functools import partial
@@ -11,16 +12,27 @@ import torch
 
 from mixtrain import cpu, upstream
 from mixtrain.config import Accelerator, DataKind, to_yaml
-from mixtrain.environment import Identity
+from mixtrain.environment import FOLDER, Identity
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
 from mixtrain.logs import Logs
 from mixtrain.plan import Plan
 from mixtrain.stop import StopRequest
+from mixtrain.watchdog import Watchdog, beat, beat_file
 
 
 def run(plan: Plan, me: Identity) -> int:
     """Train the plan as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
-    with StopRequest() as stop, Logs(plan, writes=me.rank == 0, config_yaml=to_yaml(plan.config)) as logs:
+    folder = os.environ.get(FOLDER) if me.is_ours else None
+    with (
+        StopRequest() as stop,
+        Logs(plan, writes=me.rank == 0, config_yaml=to_yaml(plan.config)) as logs,
+        Watchdog(
+            me.rank,
+            plan.config.trainer.timeout_minutes,
+            beat_file(folder, me.rank) if folder else None,
+            lambda words: logs.status("failed", words),
+        ),
+    ):
         try:
             _run(plan, me, logs, stop)
             return FINISHED
@@ -49,18 +61,19 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
 
     with ranks.start(plan, me) as here:
         start = resume.find(plan, here, logs.say)
+        resume.refuse_a_crash_loop(plan, here, start)
         data, entropy, found = build_data(plan, here, logs, start.state)
         training = optimizer.build(plan, model.build(plan, here.device))
         state = resume.enter(plan, here, training, start, found, logs.say)
         logs.begin(state.step)
-        saver = Saver(plan, here, training, logs.say)
+        saver = Saver(plan, here, training, logs.say, lambda: beat("save"))
         state = loop.train(plan, here, training, data, logs, stop, saver, state)
         stopped = state.step < plan.config.trainer.max_steps
         if "test" in data and not stopped:
             loss = loop.evaluate(plan, here, training, data["test"], state.step)
             logs.validation(step=state.step, test_loss=loss, last=True)
         saver.drain()
-    logs.finish(state.step, stopped, entropy)
+    logs.finish(state.step, stop.signal if stopped else None, stopped, entropy)
 
 
 def build_data(plan: Plan, here, logs: Logs, state) -> tuple[dict[str, object], float | None, dict[str, str]]:

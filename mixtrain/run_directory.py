@@ -1,25 +1,87 @@
-"""The directory of a run: which one may be given, and that one run alone takes it. No torch."""
+"""The directory of a run: which may be given, that one job alone works in it, how often it was tried. No torch."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from mixtrain.checkpoint.directory import steps_in
+from mixtrain.classes import MATHEMATICS, changes
+from mixtrain.config import Config, Resume
 from mixtrain.errors import UserError
 from mixtrain.plan import Plan
-from mixtrain.status import write_status
+from mixtrain.status import read_status, write_status
 
 RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl")  # one of them: a run was here
+LOCK = ".lock"
+ATTEMPTS = "attempts.jsonl"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+LENGTH = ("trainer.max_steps", "optimizer.lr_decay_steps", "optimizer.lr_warmup_steps")  # a longer run is the same run
 
 
 def directory_problems(plan: Plan) -> Iterator[str]:
     """What can be said of run_dir without writing. os.path: pathlib raises for a name that is too long."""
-    directory = plan.config.run_dir
+    directory, resume = plan.config.run_dir, plan.config.checkpoint.resume
     if os.path.exists(directory) and not os.path.isdir(directory):
         yield f"run_dir = {directory} is a file; give another run_dir"
-    elif any(os.path.exists(os.path.join(directory, name)) for name in RUN_FILES):
+        return
+    if resume is Resume.never and holds_run(directory):
         yield taken(directory)
+    elif resume is Resume.must and not steps_in(directory):
+        yield f"checkpoint.resume = must, but run_dir = {directory} holds no checkpoint; use auto, or another run_dir"
+    elif is_finished(directory) and (others := other_mathematics(plan)):
+        yield f"{taken(directory)} (that one has another {', '.join(others[:3])}{' ...' * (len(others) > 3)})"
+
+
+def holds_run(directory: str) -> bool:
+    return bool(steps_in(directory)) or any(os.path.exists(os.path.join(directory, name)) for name in RUN_FILES)
+
+
+def former(directory: str) -> dict:
+    """What status.json says of the run before this one; {} if there is none, or nothing that can be read."""
+    try:
+        found = read_status(directory)
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_finished(directory: str) -> bool:
+    return former(directory).get("state") == "finished"
+
+
+def finished_already(plan: Plan) -> str | None:
+    """The line for a run that has done all its steps, which is then not started again; None if there are some to do."""
+    directory, status = plan.config.run_dir, former(plan.config.run_dir)
+    if plan.config.checkpoint.resume is Resume.never or not is_finished(directory):
+        return None
+    if status.get("step", 0) < plan.config.trainer.max_steps:
+        return None
+    return (
+        f"run_dir = {directory} holds this run, finished after {status['step']} of {status['max_steps']} steps;"
+        f" a longer one: trainer.max_steps=..., a new one: run_dir={free_name(directory)}"
+    )
+
+
+def other_mathematics(plan: Plan) -> list[str]:
+    """The keys of mathematics that have another value in the directory's config.yaml, but for the run's length."""
+    try:
+        tree = OmegaConf.load(os.path.join(plan.config.run_dir, "config.yaml"))
+        found = changes(Config.from_hydra(tree), plan.config)[MATHEMATICS]
+    except (OSError, UnicodeDecodeError, YAMLError, AttributeError, OmegaConfBaseException, UserError):
+        return []  # damaged, or of another version: a checkpoint will show what fits
+    return [change.key for change in found if change.key not in LENGTH]
 
 
 def shared_directories(plans: list[Plan]) -> Iterator[str]:
@@ -35,20 +97,57 @@ def shared_directories(plans: list[Plan]) -> Iterator[str]:
             )
 
 
-def claim(plan: Plan, folder: str = "") -> None:
-    """Make run_dir, and a folder in it, and take it. Of two runs that start at once only one can create status.json."""
+@contextlib.contextmanager
+def claimed(plan: Plan, folder: str = "") -> Iterator[None]:
+    """Within the block run_dir, made with a folder in it, is this process's: a lock that ends with it, however it ends.
+
+    UserError if another process has it, or it cannot be written.
+    """
     run_dir = plan.config.run_dir
     try:
         Path(run_dir, folder).mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(os.path.join(run_dir, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
     except (OSError, ValueError) as error:
         raise UserError(_unusable(run_dir, error)) from None
     try:
-        open(Path(run_dir, "status.json"), "x").close()
-        write_status(run_dir, state="running", step=0, max_steps=plan.config.trainer.max_steps, reason="")
-    except FileExistsError:
-        raise UserError(taken(run_dir)) from None
+        _lock(descriptor, run_dir)
+        if plan.config.checkpoint.resume is Resume.never and holds_run(run_dir):  # it was free when it was looked at
+            raise UserError(taken(run_dir))
+        before = former(run_dir)
+        ended = {key: before.get(key) for key in ("state", "reason")}
+        try:
+            write_status(
+                run_dir,
+                state="running",
+                step=before.get("step", 0),
+                max_steps=plan.config.trainer.max_steps,
+                reason="",
+                before=ended,
+            )
+        except OSError as error:
+            raise UserError(_unusable(run_dir, error)) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, run_dir: str) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
+        raise UserError(
+            f"run_dir = {run_dir} is in use by {owner}; wait for it, or give another: run_dir={free_name(run_dir)}"
+        ) from None
     except OSError as error:
-        raise UserError(_unusable(run_dir, error)) from None
+        if error.errno not in NO_LOCKS:
+            raise UserError(_unusable(run_dir, error)) from None
+        print(
+            f"warning: the file system of {run_dir} has no locks; a second job there would not be noticed", flush=True
+        )
+    os.ftruncate(descriptor, 0)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
 
 
 def taken(directory: str) -> str:
@@ -61,6 +160,36 @@ def free_name(directory: str) -> str:
     while os.path.exists(free := f"{directory}-{number}"):
         number += 1
     return free
+
+
+def record_attempt(run_dir: str, step: int) -> None:
+    """Note that a run starts at `step`, and how the one before it ended."""
+    before = former(run_dir).get("before") or {}
+    line = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "host": socket.gethostname(), "before": before}
+    with open(os.path.join(run_dir, ATTEMPTS), "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def attempts_problem(run_dir: str, step: int, most: int | None) -> str | None:
+    """Why a run should not start at `step` again: `most` in a row did, and none came further or was asked to stop."""
+    before = former(run_dir).get("before") or {}
+    endings, path = [before], os.path.join(run_dir, ATTEMPTS)
+    for line in reversed(Path(path).read_text(errors="replace").splitlines() if os.path.exists(path) else []):
+        try:
+            attempt = json.loads(line)
+            same = attempt["step"] == step and endings[-1].get("state") not in ("stopped", "finished")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            break
+        if not same:
+            break
+        endings.append(attempt.get("before") or {})
+    if most is None or len(endings) - 1 < most:
+        return None
+    reason = before.get("reason") or "without a word"
+    return (
+        f"{len(endings) - 1} runs in a row started at step {step} and none saved a later one; the last ended: {reason};"
+        " mend that, or try again with checkpoint.max_attempts=null"
+    )
 
 
 def _unusable(run_dir: str, error: Exception) -> str:

@@ -25,6 +25,8 @@ def apply() -> None:
     # torch 2.13 renames collectives that Megatron-Core calls in every step
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
     warnings.filterwarnings("ignore", message="Please use DTensor")  # of its own shards, in every save
+    # of the distributed optimizer's shards, views of the model's parameters, in every step
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # of CUDA graphs, which nobody asked for
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -110,9 +111,8 @@ def ranks_of(command: Command) -> dict[int, int]:
 
 
 def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
-    with train(
-        tmp_path, f"data.path_to_cache={tmp_path}/cache", "trainer.max_steps=40", "trainer.limit_val_batches=2"
-    ) as run:
+    words = [f"data.path_to_cache={tmp_path}/cache", "trainer.max_steps=40", "trainer.limit_val_batches=2"]
+    with train(tmp_path, *words) as run:
         assert run.wait() == 0, run.text()
     text, losses = run.text(), lm_losses(tmp_path)
     assert "2 on 1 node of 2 (cpu)" in text and "EP 2" in text
@@ -120,9 +120,12 @@ def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
     assert losses[0] == pytest.approx(8.33, abs=0.1) and losses[-1] < losses[0] - 2
     assert read_status(tmp_path / "run")["state"] == "finished"
 
-    with train(tmp_path) as again:  # the directory is taken now
-        assert again.wait(30) == 2
-    assert f"run_dir={tmp_path}/run-2" in again.text() and "Traceback" not in again.text()
+    with train(tmp_path, *words) as again:  # nothing is left to do
+        assert again.wait(30) == 0
+    assert "finished after 40 of 40 steps" in again.text() and lm_losses(tmp_path) == losses
+    with train(tmp_path, *words, "optimizer.lr=1e-3") as other:
+        assert other.wait(30) == 2
+    assert f"run_dir={tmp_path}/run-2 (that one has another optimizer.lr)" in other.text()
     assert read_status(tmp_path / "run")["state"] == "finished"
 
 
@@ -155,7 +158,7 @@ def test_sigterm_to_the_launcher_ends_the_step_saves_and_exits_0(tmp_path):
         run.process.send_signal(signal.SIGTERM)
         assert run.wait(60) == 0, run.text()
     status = read_status(tmp_path / "run")
-    assert status["state"] == "stopped"
+    assert (status["state"], status["reason"]) == ("stopped", "stopped by SIGTERM")
     assert (tmp_path / "run" / f"iter_{status['step']:07d}").is_dir()
     assert not ranks_left(tmp_path)
 
@@ -165,9 +168,10 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path):
         run.wait_for_step(tmp_path / "run", 2)
         os.kill(ranks_of(run)[1], signal.SIGKILL)
         assert run.wait(60) == 1
-    assert "rank 1 was ended by SIGKILL" in run.text()
     status = read_status(tmp_path / "run")
-    assert status["state"] == "failed" and "rank 1" in status["reason"]
+    assert status["state"] == "failed"
+    assert re.fullmatch(r"rank 1 was ended by SIGKILL in step \d+ \(\w+\)", status["reason"])
+    assert f"mixtrain: {status['reason']}; its log is" in run.text()
     assert not ranks_left(tmp_path)
 
 
@@ -215,7 +219,10 @@ def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
     with Command(folders[0], *words) as first, Command(folders[1], *words) as second:
         runs = {run.wait(): run.text() for run in (first, second)}
     assert sorted(runs) == [0, 2]
-    assert f"run_dir={tmp_path}/run-2" in runs[2] and "Traceback" not in runs[2]
+    assert re.search(
+        f"run_dir = {tmp_path}/run is in use by process \\d+ on .* since .*run_dir={tmp_path}/run-2", runs[2]
+    )
+    assert "Traceback" not in runs[2]
     assert read_status(tmp_path / "run")["state"] == "finished"
 
 
@@ -260,9 +267,49 @@ def test_a_rank_that_hangs_is_named_and_not_only_the_one_that_waited_for_it(tmp_
     rank = "import os, signal, sys; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSTOP);"
     with launch(tmp_path, rank + "sys.exit('RuntimeError: Timed out')") as run:
         assert run.wait(20) == 1
-    assert "mixtrain: rank 1 did not answer\nmixtrain: rank 0 failed" in run.text()
-    assert read_status(tmp_path / "run")["reason"].startswith("rank 1 did not answer; rank 0 failed: RuntimeError")
+    assert "mixtrain: rank 1 did not answer: stopped by SIGSTOP\nmixtrain: rank 0 failed" in run.text()
+    reason = read_status(tmp_path / "run")["reason"]
+    assert reason.startswith("rank 1 did not answer: stopped by SIGSTOP; rank 0 failed: RuntimeError")
     assert not ranks_left(tmp_path)
+
+
+def test_a_stopped_rank_is_named_with_its_step_and_every_ranks_stack_is_shown(tmp_path):
+    words = [*SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000", "trainer.timeout_minutes=0.05"]
+    with train(tmp_path, *words) as run:
+        run.wait_for_step(tmp_path / "run", 2)
+        os.kill(ranks_of(run)[1], signal.SIGSTOP)
+        assert run.wait(60) == 1
+    assert re.search(r"mixtrain: rank 1 did not answer in step \d+ \(\w+\): stopped by SIGSTOP", run.text())
+    for rank in (0, 1):
+        assert re.search(
+            rf"  rank {rank} in step \d+ \(\w+\), innermost first.*rank_{rank}.log:\n    File ", run.text()
+        )
+        assert "stands still" in log_of(tmp_path, 0) and "train_step" in log_of(tmp_path, rank)
+    assert all(len(line) < 250 for line in run.text().splitlines())
+    status = read_status(tmp_path / "run")
+    assert status["state"] == "failed" and status["reason"].startswith("rank 1 did not answer in step")
+    assert not ranks_left(tmp_path)
+
+
+HANGS = """
+import os, sys, time, composing
+from mixtrain.watchdog import Watchdog, beat, beat_file
+def collective(): time.sleep(60)
+def forgotten_loop():
+    while True: time.sleep(0.01)
+rank = int(os.environ['RANK'])
+code = compile('def waits(f): f()', '/torch/distributed/c10d.py', 'exec'); exec(code)
+with Watchdog(rank, 1 / 60, beat_file(os.environ['MIXTRAIN_FOLDER'], rank), lambda words: None):
+    beat('forward', 7)
+    waits(collective) if rank == 0 else forgotten_loop()
+"""
+
+
+def test_the_rank_that_does_not_wait_for_others_is_the_one_that_hangs(tmp_path):
+    with launch(tmp_path, HANGS) as run:
+        assert run.wait(30) == 1
+    assert "mixtrain: rank 1 did not answer in step 7 (forward)" in run.text()
+    assert "forgotten_loop" in run.text() and "collective" in run.text()
 
 
 def test_a_rank_killed_before_the_first_step_ends_the_run_in_seconds(tmp_path):

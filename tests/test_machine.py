@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+from types import SimpleNamespace
 
 import pytest
 from composing import plan_of
 
 from mixtrain.config import legal_keys
 from mixtrain.environment import Identity, identity
-from mixtrain.errors import FINISHED, REFUSED, UserError
+from mixtrain.errors import FINISHED, REFUSED
 from mixtrain.fields import transformer_config_defaults
 from mixtrain.machine import gpu_count, installed, machine_problems
-from mixtrain.run_directory import RUN_FILES, claim
-from mixtrain.status import read_status
 from train import main
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
@@ -87,27 +87,6 @@ def test_transformer_engine_that_is_not_installed_is_named_with_the_way_to_get_i
         assert fragment in problem
 
 
-@pytest.mark.parametrize("name", RUN_FILES)
-def test_a_run_directory_that_holds_a_run_is_refused_with_the_next_free_name(tmp_path, name):
-    taken = tmp_path / "taken"
-    for directory in (taken, tmp_path / "taken-2"):
-        directory.mkdir()
-    (taken / name).write_text("")
-    (problem,) = refused(f"run_dir={taken}")
-    assert problem.startswith(f"run_dir = {taken} holds a run already")
-    assert problem.endswith(f"run_dir={taken}-3")
-    assert refused(f"run_dir={taken}-3") == []
-    (tmp_path / "taken-2").rmdir()
-    assert refused(f"run_dir={taken}")[0].endswith(f"run_dir={taken}-2")
-
-
-def test_the_current_directory_can_be_the_run_directory_once(tmp_path):
-    assert refused("run_dir=.") == []
-    (tmp_path / "status.json").write_text("")
-    (problem,) = refused("run_dir=.")
-    assert problem.startswith("run_dir = . holds a run already")
-
-
 def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
     (tmp_path / "logs").mkdir()
     assert refused(f"run_dir={tmp_path}") == []
@@ -125,12 +104,20 @@ def test_a_run_directory_that_cannot_be_made_is_refused_by_name(tmp_path, capsys
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_a_run_directory_is_claimed_once(tmp_path):
-    plan = plan_of(f"run_dir={tmp_path}/run")
-    claim(plan)
-    assert read_status(tmp_path / "run") == {"state": "running", "step": 0, "max_steps": 300, "reason": ""}
-    with pytest.raises(UserError, match=f"holds a run already.*run_dir={tmp_path}/run-2"):
-        claim(plan)
+def test_a_disk_without_room_for_a_checkpoint_is_said_with_both_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=12_345_678))
+    (problem,) = refused(f"run_dir={tmp_path}/run")
+    assert "a checkpoint takes 182,578,176 bytes, but 12,345,678 are free" in problem and "checkpoint=none" in problem
+    assert refused(f"run_dir={tmp_path}/run", "checkpoint=none") == []
+
+
+def test_weights_that_are_not_there_are_said_before_anything_starts(tmp_path):
+    (problem,) = refused(f"checkpoint.load_weights={tmp_path}/nothing")
+    assert problem == f"checkpoint.load_weights = {tmp_path}/nothing is no directory"
+    (problem,) = refused(f"checkpoint.load_weights={tmp_path}")
+    assert problem == f"checkpoint.load_weights = {tmp_path} is not a checkpoint (iter_NNNNNNN) or a directory of some"
+    (tmp_path / "iter_0000001").mkdir()
+    assert refused(f"checkpoint.load_weights={tmp_path}") == []
 
 
 def test_the_jobs_of_a_sweep_need_a_directory_each_and_are_all_checked_before_the_first(tmp_path, capsys):
@@ -140,16 +127,17 @@ def test_the_jobs_of_a_sweep_need_a_directory_each_and_are_all_checked_before_th
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "status.json").write_text("")
     advised = line.split("type run_dir='runs/${name}-")[1].split("'")[0]
-    assert main(["--multirun", "trainer.max_steps=5,6", f"run_dir='{advised}'"]) == REFUSED
+    words = ["--multirun", "trainer.max_steps=5,6", "checkpoint.resume=never"]
+    assert main([*words, f"run_dir='{advised}'"]) == REFUSED
     assert "run_dir = 1 holds a run already" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["1"]  # the first job has not begun, and Hydra has left nothing
 
 
 def test_only_the_first_rank_looks_for_an_older_run(tmp_path):
     (tmp_path / "status.json").write_text("")
-    here = f"run_dir={tmp_path}"
-    assert len(refused(here, me=rank(0, 2))) == 1
-    assert refused(here, me=rank(1, 2)) == []  # the first rank may have begun to write
+    here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
+    assert len(refused(*here, me=rank(0, 2))) == 1
+    assert refused(*here, me=rank(1, 2)) == []  # the first rank may have begun to write
 
 
 def test_several_nodes_outside_slurm_are_refused_with_the_line_to_type_on_each():
@@ -205,7 +193,8 @@ def test_indexed_data_without_its_files_is_refused_file_by_file(tmp_path):
 
 def test_all_that_a_machine_lacks_is_reported_together(tmp_path):
     (tmp_path / "status.json").write_text("")
-    problems = refused(RECIPE, "trainer.num_nodes=2", "model.extra.no_such_field=1", f"run_dir={tmp_path}")
+    here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
+    problems = refused(RECIPE, "trainer.num_nodes=2", "model.extra.no_such_field=1", *here)
     starts = ["model.extra.no_such_field", "trainer.accelerator", "run_dir", "trainer.num_nodes"]
     assert [problem.split(" ")[0] for problem in problems] == starts
 

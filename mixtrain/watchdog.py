@@ -1,0 +1,126 @@
+"""Whether this rank still moves: beats of the main thread, and what is said and done when none comes. No torch.
+
+Rule: one watchdog a process, and it ends the process. A rank that waits for a hung one stands still as well, so that
+all of them say where they are; the launcher asks those that cannot.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from mixtrain.errors import FAULT
+
+LENGTH = 64  # bytes of a record in the file that the launcher reads
+SECONDS = 0.2  # between two of them
+STANDS_STILL = "stands still"  # in the line of a watchdog that has ended its rank
+BACKSTOP = 1.5  # times the timeout: for a main thread that never lets another run
+
+
+class Beat(NamedTuple):
+    """The last sign of life: the step it was in, and what it was doing."""
+
+    step: int
+    doing: str
+
+    def __str__(self) -> str:
+        return f"step {self.step} ({self.doing})"
+
+
+class Watchdog:
+    """Watches this process from the first beat on. Use as a context manager, on the main thread.
+
+    `last_words` is called with the line that says what has happened, before the process ends.
+    """
+
+    def __init__(self, rank: int, minutes: float, file: Path | None, last_words: Callable[[str], None]):
+        self.rank, self.timeout, self.last_words = rank, 60 * minutes, last_words
+        self.file = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600) if file else None
+        self.last, self.at, self.written = Beat(0, "start"), None, 0.0
+        self.done = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        global _active
+        _active = self
+        faulthandler.enable()  # a fatal signal prints the stacks: NCCL aborts
+        faulthandler.register(signal.SIGUSR2, all_threads=True)  # the launcher asks
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        global _active
+        _active = None
+        self.done.set()
+        faulthandler.cancel_dump_traceback_later()
+        if self.file is not None:
+            os.close(self.file)
+
+    def beat(self, doing: str, step: int | None = None) -> None:
+        """The main thread is alive, and doing this."""
+        self.last = Beat(self.last.step if step is None else step, doing)
+        self.at = time.monotonic()
+        if self.at - self.written > SECONDS or step is not None:
+            self.written = self.at
+            faulthandler.dump_traceback_later(BACKSTOP * self.timeout + 1, exit=True)
+            if self.file is not None:
+                os.pwrite(self.file, f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(), 0)
+
+    def _watch(self) -> None:
+        while not self.done.wait(min(1.0, self.timeout / 10)):
+            if self.at is not None and time.monotonic() - self.at > self.timeout:
+                self._end()
+
+    def _end(self) -> None:
+        words = f"rank {self.rank} {STANDS_STILL} in {self.last} for {self.timeout:.0f} s"
+        print(f"mixtrain: {words}; its stacks:", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        self.last_words(words)
+        os._exit(FAULT)
+
+
+_active: Watchdog | None = None
+
+
+def beat(doing: str, step: int | None = None) -> None:
+    """A sign of life from wherever the main thread is; nothing where nobody watches."""
+    if _active is not None:
+        _active.beat(doing, step)
+
+
+def beat_file(folder: str | Path, rank: int) -> Path:
+    """Where a rank of our own launcher leaves its beats."""
+    return Path(folder) / f"beat_{rank}"
+
+
+def read_beat(path: Path) -> Beat | None:
+    """The last sign of life that a rank has left; None if there was none."""
+    try:
+        step, _, doing = path.read_text().strip().partition(" ")
+        return Beat(int(step), doing)
+    except (OSError, ValueError):
+        return None
+
+
+def main_stack(log: str) -> list[str]:
+    """The frames of the main thread, innermost first, in the first dump of stacks in a log.
+
+    A process that was stopped may print several at once when it goes on; the first has its beginning to itself. Threads
+    that Python has started end in _bootstrap, the main thread does not.
+    """
+    for dump in log.split("(most recent call first):\n")[1:]:
+        frames = []
+        for line in dump.splitlines():
+            if not re.fullmatch(r'  File ".*", line \d+ in \S+', line):
+                break
+            frames.append(line.strip())
+        if frames and not frames[-1].endswith(" in _bootstrap"):
+            return frames
+    return []

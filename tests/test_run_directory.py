@@ -1,0 +1,170 @@
+"""A run directory is one job's at a time, goes on with its own run alone, and is not tried for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from composing import ROOT, plan_of
+
+from mixtrain.config import to_yaml
+from mixtrain.errors import UserError
+from mixtrain.run_directory import (
+    RUN_FILES,
+    attempts_problem,
+    claimed,
+    directory_problems,
+    finished_already,
+    record_attempt,
+)
+from mixtrain.status import read_status, write_status
+
+
+def plan(directory: Path, *words: str):
+    return plan_of(f"run_dir={directory}", *words)
+
+
+def left_by(directory: Path, state: str, step: int, *words: str) -> None:
+    """What a run of these words leaves behind."""
+    directory.mkdir(exist_ok=True)
+    (directory / "config.yaml").write_text("# a comment\n" + to_yaml(plan(directory, *words).config))
+    write_status(directory, state=state, step=step, max_steps=300, reason="")
+
+
+@pytest.mark.parametrize("name", [*RUN_FILES, "iter_0000003"])
+def test_never_refuses_a_directory_that_holds_a_run_with_the_next_free_name(tmp_path, name):
+    directory = tmp_path / "taken"
+    for each in (directory, tmp_path / "taken-2"):
+        each.mkdir()
+    (directory / name).mkdir()
+    (problem,) = directory_problems(plan(directory, "checkpoint.resume=never"))
+    assert problem == f"run_dir = {directory} holds a run already; the next free name: run_dir={directory}-3"
+    assert list(directory_problems(plan(f"{directory}-3", "checkpoint.resume=never"))) == []
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "failed"])
+def test_auto_goes_on_with_a_run_that_has_not_finished(tmp_path, state):
+    left_by(tmp_path / "run", state, 100)
+    assert list(directory_problems(plan(tmp_path / "run", "optimizer.lr=1e-3"))) == []
+    assert finished_already(plan(tmp_path / "run")) is None
+
+
+def test_must_without_any_checkpoint_is_refused_before_anything_starts(tmp_path):
+    (problem,) = directory_problems(plan(tmp_path, "checkpoint.resume=must"))
+    assert problem.startswith(f"checkpoint.resume = must, but run_dir = {tmp_path} holds no checkpoint")
+    (tmp_path / "iter_0000001").mkdir()
+    assert list(directory_problems(plan(tmp_path, "checkpoint.resume=must"))) == []
+
+
+def test_a_finished_run_is_not_started_again_and_a_longer_one_is(tmp_path):
+    left_by(tmp_path / "run", "finished", 300)
+    line = finished_already(plan(tmp_path / "run"))
+    assert (
+        f"finished after 300 of 300 steps; a longer one: trainer.max_steps=..., a new one: run_dir={tmp_path}/run-2"
+        in line
+    )
+    assert finished_already(plan(tmp_path / "run", "trainer.max_steps=400")) is None
+    assert list(directory_problems(plan(tmp_path / "run", "trainer.max_steps=400"))) == []
+    assert list(directory_problems(plan(tmp_path / "run", "trainer.log_every_n_steps=1"))) == []
+
+
+def test_another_run_than_the_finished_one_is_refused_by_the_keys_that_differ(tmp_path):
+    left_by(tmp_path / "run", "finished", 300)
+    (problem,) = directory_problems(plan(tmp_path / "run", "optimizer.lr=1e-3", "seed=5"))
+    assert problem.endswith(f"run_dir={tmp_path}/run-2 (that one has another seed, optimizer.lr)")
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.yaml"])
+@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"[1]", b"- x: {"])
+def test_garbage_in_what_a_run_left_is_no_traceback(tmp_path, name, garbage):
+    left_by(tmp_path / "run", "finished", 300)
+    (tmp_path / "run" / name).write_bytes(garbage)
+    list(directory_problems(plan(tmp_path / "run", "seed=5")))
+    finished_already(plan(tmp_path / "run"))
+    with claimed(plan(tmp_path / "run")):
+        assert read_status(tmp_path / "run")["state"] == "running"
+
+
+def test_of_two_processes_one_has_the_directory_and_the_other_is_told_which(tmp_path):
+    run = plan(tmp_path / "run")
+    with claimed(run, "logs"):
+        assert (tmp_path / "run" / "logs").is_dir()
+        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*run_dir={tmp_path}/run-2"):
+            with claimed(run):
+                pass
+    with claimed(run):
+        pass
+
+
+def test_a_lock_left_by_a_killed_process_is_not_in_the_way(tmp_path):
+    code = (
+        "import time, composing\nfrom mixtrain.run_directory import claimed\n"
+        f"with claimed(composing.plan_of('run_dir={tmp_path}/run')): print('has it', flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout.readline() == "has it\n"
+        with pytest.raises(UserError, match=f"in use by process {other.pid} on"):
+            with claimed(plan(tmp_path / "run")):
+                pass
+        other.send_signal(signal.SIGKILL)
+    assert (tmp_path / "run" / ".lock").exists()
+    with claimed(plan(tmp_path / "run")):
+        pass
+
+
+def test_a_claim_keeps_the_step_and_the_end_of_the_run_before(tmp_path):
+    directory = tmp_path / "run"
+    directory.mkdir()
+    write_status(directory, state="failed", step=137, max_steps=300, reason="rank 1 was ended by SIGKILL")
+    with claimed(plan(directory)):
+        status = read_status(directory)
+    assert (status["state"], status["step"]) == ("running", 137)
+    assert status["before"] == {"state": "failed", "reason": "rank 1 was ended by SIGKILL"}
+
+
+def run_once(directory: Path, step: int, most: int | None, state: str, reason: str) -> str | None:
+    """A run that starts at `step` and ends in `state`; the problem, if it is refused."""
+    with claimed(plan(directory)):
+        if problem := attempts_problem(str(directory), step, most):
+            return problem
+        record_attempt(str(directory), step)
+        if state:
+            write_status(directory, state=state, step=step, max_steps=300, reason=reason)
+    return None
+
+
+def test_a_run_that_dies_again_and_again_at_one_step_is_stopped_with_a_diagnosis(tmp_path):
+    for number in range(3):
+        assert run_once(tmp_path, 100, 3, "failed", f"step 13{number}: lm_loss is not finite") is None
+    problem = run_once(tmp_path, 100, 3, "failed", "")
+    assert problem.startswith(
+        "3 runs in a row started at step 100 and none saved a later one; the last ended: step 132:"
+    )
+    assert problem.endswith("checkpoint.max_attempts=null")
+    assert run_once(tmp_path, 100, None, "failed", "once more") is None
+    assert len((tmp_path / "attempts.jsonl").read_text().splitlines()) == 4
+
+
+def test_progress_or_a_stop_on_request_begins_the_count_anew(tmp_path):
+    ends = "failed", "failed", "failed", "stopped", "failed", "failed", "failed"
+    for step, state in zip((0, 0, 100, 100, 100, 100, 100), ends, strict=True):
+        assert run_once(tmp_path, step, 3, state, "") is None
+    assert "3 runs in a row started at step 100" in run_once(tmp_path, 100, 3, "failed", "")
+
+
+def test_a_process_that_was_killed_counts_as_well(tmp_path):
+    for _ in range(2):
+        assert run_once(tmp_path, 0, 2, "", "") is None  # status.json still says running
+    assert "2 runs in a row started at step 0" in run_once(tmp_path, 0, 2, "", "")
+
+
+@pytest.mark.parametrize("garbage", ["{\n", "[]\n", '{"step": "x"}\n', "\0\n"])
+def test_garbage_among_the_attempts_ends_the_count(tmp_path, garbage):
+    (tmp_path / "attempts.jsonl").write_text(json.dumps({"step": 1, "before": {}}) + "\n" + garbage)
+    assert run_once(tmp_path, 1, 1, "failed", "") is None
