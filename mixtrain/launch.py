@@ -20,7 +20,7 @@ from mixtrain.plan import Plan
 from mixtrain.run_directory import claimed
 from mixtrain.status import read_status, write_status
 from mixtrain.stop import StopRequest
-from mixtrain.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_beat
+from mixtrain.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_beat, stacks_file
 
 TRAIN = (sys.executable, str(Path(__file__).resolve().parent.parent / "train.py"))
 GRACE_SECONDS = 20  # what the other ranks get to notice that one has failed, before they are killed
@@ -55,7 +55,7 @@ def start(plan: Plan, command: tuple[str, ...] = TRAIN) -> int:
         if stop.signal and -signal.SIGTERM in codes.values():  # it had not come as far as to note the request
             return _stopped(plan, "stopped before the first step")
         beats = {rank: read_beat(beat_file(folder, rank)) for rank in range(plan.world_size)}
-        return _report(plan, codes, running, hung, beats)
+        return _report(plan, codes, running, hung, beats, {rank: _stack(plan, rank, folder) for rank in beats})
 
 
 def hand_over(plan: Plan, folder: str) -> None:
@@ -133,13 +133,22 @@ def _kill(ranks: list[subprocess.Popen]) -> None:
 
 
 def _hung(ranks: list[subprocess.Popen], running: list[int]) -> list[int]:
-    """Have every rank that still runs print its stacks to its log; those that somebody had stopped (SIGSTOP)."""
+    """Have every rank that still runs print its stacks; those that somebody had stopped (SIGSTOP)."""
     stopped = [rank for rank in running if _state(ranks[rank].pid) == "T"]
     for rank in running:
         ranks[rank].send_signal(signal.SIGUSR2)
         ranks[rank].send_signal(signal.SIGCONT)
     time.sleep(STACK_SECONDS)
     return stopped
+
+
+def _stack(plan: Plan, rank: int, folder: str) -> list[str]:
+    """The frames of a rank's main thread: those it was asked for, which go to its log as well, or those in its log."""
+    asked = stacks_file(folder, rank)
+    if text := asked.read_text(errors="replace") if asked.exists() else "":
+        with open(_log(plan, rank), "a") as log:
+            log.write(f"\nstacks of rank {rank}, asked for by the launcher:\n{text}")
+    return main_stack(text or _log(plan, rank).read_text(errors="replace"))
 
 
 def _state(process: int) -> str:
@@ -169,7 +178,12 @@ def _stopped(plan: Plan, words: str) -> int:
 
 
 def _report(
-    plan: Plan, codes: dict[int, int], running: list[int], stopped: list[int], beats: dict[int, Beat | None]
+    plan: Plan,
+    codes: dict[int, int],
+    running: list[int],
+    stopped: list[int],
+    beats: dict[int, Beat | None],
+    stacks: dict[int, list[str]],
 ) -> int:
     """Say which rank failed, in which step and why, here and in status.json; the exit code for it."""
     # a refused input or a killed process is a cause; a fault may be only that of losing a peer
@@ -180,11 +194,11 @@ def _report(
     if status["state"] == "failed" and rank == 0:
         reason = status["reason"]  # as rank 0 put it
     if not causes and (running or STANDS_STILL in reason):  # it may be these that the others have waited for
-        guilty = stopped or running or [_behind(plan, beats)]
+        guilty = stopped or running or [_behind(beats, stacks)]
         silent = f"rank{'s' * (len(guilty) > 1)} {', '.join(map(str, guilty))} did not answer{_in(beats[guilty[0]])}"
         if stopped:
             silent += ": stopped by SIGSTOP"
-        words, reason = [f"mixtrain: {silent}", *_stacks(plan, beats), *words[:1]], f"{silent}; {reason}"
+        words, reason = [f"mixtrain: {silent}", *_stacks(plan, beats, stacks), *words[:1]], f"{silent}; {reason}"
     print("\n".join(words), file=sys.stderr)
     write_status(plan.config.run_dir, **{**status, "state": "failed", "reason": reason})
     return REFUSED if codes[rank] == REFUSED else FAULT
@@ -194,20 +208,18 @@ def _in(beat: Beat | None) -> str:
     return f" in {beat}" if beat else ""
 
 
-def _behind(plan: Plan, beats: dict[int, Beat | None]) -> int:
+def _behind(beats: dict[int, Beat | None], stacks: dict[int, list[str]]) -> int:
     """The rank that the others waited for: the one whose main thread is not in a collective, else the one behind."""
-    stacks = {rank: main_stack(_log(plan, rank).read_text(errors="replace")) for rank in beats}
     busy = [rank for rank, frames in stacks.items() if frames and not any(WAITING in frame for frame in frames[:8])]
     return (busy or sorted(beats, key=lambda rank: beats[rank].step if beats[rank] else -1))[0]
 
 
-def _stacks(plan: Plan, beats: dict[int, Beat | None]) -> list[str]:
-    """Where the main thread of each rank was, as its log has it."""
+def _stacks(plan: Plan, beats: dict[int, Beat | None], stacks: dict[int, list[str]]) -> list[str]:
+    """Where the main thread of each rank was."""
     lines = []
-    for rank, beat in beats.items():
-        log = _log(plan, rank)
-        if frames := main_stack(log.read_text(errors="replace")):
-            lines += [f"  rank {rank}{_in(beat)}, innermost first; all threads in {log}:"]
+    for rank, frames in stacks.items():
+        if frames:
+            lines += [f"  rank {rank}{_in(beats[rank])}, innermost first; all threads in {_log(plan, rank)}:"]
             lines += [f"    {frame}" for frame in frames[:FRAMES]]
     return lines
 

@@ -17,7 +17,7 @@ from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_pr
 from mixtrain.logs import Logs
 from mixtrain.plan import Plan
 from mixtrain.stop import StopRequest
-from mixtrain.watchdog import Watchdog, beat, beat_file
+from mixtrain.watchdog import Watchdog, beat
 
 
 def run(plan: Plan, me: Identity) -> int:
@@ -29,7 +29,7 @@ def run(plan: Plan, me: Identity) -> int:
         Watchdog(
             me.rank,
             plan.config.trainer.timeout_minutes,
-            beat_file(folder, me.rank) if folder else None,
+            folder,
             lambda words: logs.status("failed", words),
         ),
     ):

@@ -41,9 +41,11 @@ class Watchdog:
     `last_words` is called with the line that says what has happened, before the process ends.
     """
 
-    def __init__(self, rank: int, minutes: float, file: Path | None, last_words: Callable[[str], None]):
+    def __init__(self, rank: int, minutes: float, folder: str | None, last_words: Callable[[str], None]):
         self.rank, self.timeout, self.last_words = rank, 60 * minutes, last_words
-        self.file = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600) if file else None
+        self.file = open(beat_file(folder, rank), "w") if folder else None
+        # a file of its own: a process that goes on after SIGCONT has several timers that write to stderr at once
+        self.stacks = open(stacks_file(folder, rank), "w") if folder else None
         self.last, self.at, self.written = Beat(0, "start"), None, 0.0
         self.done = threading.Event()
 
@@ -51,7 +53,7 @@ class Watchdog:
         global _active
         _active = self
         faulthandler.enable()  # a fatal signal prints the stacks: NCCL aborts
-        faulthandler.register(signal.SIGUSR2, all_threads=True)  # the launcher asks
+        faulthandler.register(signal.SIGUSR2, self.stacks or sys.stderr, all_threads=True)  # the launcher asks
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -60,8 +62,10 @@ class Watchdog:
         _active = None
         self.done.set()
         faulthandler.cancel_dump_traceback_later()
-        if self.file is not None:
-            os.close(self.file)
+        faulthandler.unregister(signal.SIGUSR2)
+        for file in (self.file, self.stacks):
+            if file:
+                file.close()
 
     def beat(self, doing: str, step: int | None = None) -> None:
         """The main thread is alive, and doing this."""
@@ -70,8 +74,8 @@ class Watchdog:
         if self.at - self.written > SECONDS or step is not None:
             self.written = self.at
             faulthandler.dump_traceback_later(BACKSTOP * self.timeout + 1, exit=True)
-            if self.file is not None:
-                os.pwrite(self.file, f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(), 0)
+            if self.file:
+                os.pwrite(self.file.fileno(), f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(), 0)
 
     def _watch(self) -> None:
         while not self.done.wait(min(1.0, self.timeout / 10)):
@@ -100,6 +104,11 @@ def beat_file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"beat_{rank}"
 
 
+def stacks_file(folder: str | Path, rank: int) -> Path:
+    """Where it prints its stacks when it is asked with SIGUSR2."""
+    return Path(folder) / f"stacks_{rank}"
+
+
 def read_beat(path: Path) -> Beat | None:
     """The last sign of life that a rank has left; None if there was none."""
     try:
@@ -110,11 +119,7 @@ def read_beat(path: Path) -> Beat | None:
 
 
 def main_stack(log: str) -> list[str]:
-    """The frames of the main thread, innermost first, in the first dump of stacks in a log.
-
-    A process that was stopped may print several at once when it goes on; the first has its beginning to itself. Threads
-    that Python has started end in _bootstrap, the main thread does not.
-    """
+    """The frames of the main thread, innermost first, in a dump of stacks: those that do not end in _bootstrap."""
     for dump in log.split("(most recent call first):\n")[1:]:
         frames = []
         for line in dump.splitlines():

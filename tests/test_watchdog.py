@@ -17,7 +17,7 @@ import sys, time
 from pathlib import Path
 from mixtrain.watchdog import Watchdog, beat
 words = lambda text: Path(sys.argv[1], 'words').write_text(text)
-with Watchdog(3, 0.5 / 60, Path(sys.argv[1], 'beat_3'), words):
+with Watchdog(3, 0.5 / 60, sys.argv[1], words):
 """
 
 
@@ -75,8 +75,15 @@ Thread 0x2 (most recent call first):
 """
 
 
-def test_the_main_thread_is_found_in_a_dump_and_in_two_that_were_written_at_once():
+def test_it_shows_its_stacks_when_it_is_asked_and_goes_on(tmp_path):
+    body = "    import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('on')\n"
+    done = run(tmp_path, body)
+    assert (done.returncode, done.stdout) == (0, "on\n")
+    assert main_stack((tmp_path / "stacks_3").read_text()) == ['File "<string>", line 7 in <module>']
+
+
+def test_the_main_thread_is_found_in_a_dump():
     frames = ['File "/a/loop.py", line 7 in train_step', 'File "/a/train.py", line 9 in <module>']
     assert main_stack("words\n" + DUMP) == frames
-    assert main_stack(DUMP.replace("\nThread 0x2", "\n\nThread 0x2") + 'Current thr  File "/x", line 1ead') == frames
+    assert main_stack(DUMP + 'Current thr  File "/x", line 1ead') == frames
     assert main_stack("no dump") == []
