@@ -18,7 +18,7 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
 
     directory = Path(run_dir)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "lm_loss" in record]
+    steps = [record for record in records if record.get("lm_loss") is not None]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     _losses(left, records, entropy)
     image = right.imshow(_load(steps), aspect="auto", cmap="viridis", vmin=0)

@@ -22,6 +22,8 @@ from mixtrain.report import banners, changed_mathematics, render, tags
 from mixtrain.status import read_status, write_status
 
 COLUMNS = {"step": 7, "lm_loss": 9, "val_loss": 9, "grad_norm": 9, "lr": 9, "balance": 8, "tokens/s": 9, "s/step": 8}
+MOST = 0.9  # of all that is sent, to as few experts as a token has: the others have stopped learning
+QUIET_STEPS = 10  # logged steps between two warnings of the same kind
 LAST = "last"  # marks a record that is there because the run ended, and not at its interval
 HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
@@ -37,6 +39,7 @@ class Logs:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         self.metrics = self.tensorboard = None
+        self.since_warned = QUIET_STEPS
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
         self.progress = _progress(self.console)
         self.task = self.progress.add_task("training", total=plan.config.trainer.max_steps)
@@ -88,14 +91,32 @@ class Logs:
         if not self.writes:
             return
         self._write(facts, last)
-        balance = facts["load_balancing_loss"]
+        balance = _show(facts["load_balancing_loss"], 4)
         self.say(
-            f"{facts['step']:>7} {facts['lm_loss']:>9.4f} {'':>9} {facts['grad_norm']:>9.3f}"
-            f" {facts['learning_rate']:>9.2e} {'-' if balance is None else f'{balance:.4f}':>8}"
+            f"{facts['step']:>7} {_show(facts['lm_loss'], 4):>9} {'':>9} {_show(facts['grad_norm'], 3):>9}"
+            f" {facts['learning_rate']:>9.2e} {balance:>8}"
             f" {facts['tokens_per_second']:>9,.0f} {facts['step_seconds']:>8.3f}"
         )
+        self._warn_of_collapse(facts)
         self.progress.update(self.task, completed=facts["step"])
         self.status("running", "")
+
+    def _warn_of_collapse(self, facts: dict[str, Any]) -> None:
+        """Say, once in a while, that a layer sends nearly all tokens to the same few experts."""
+        topk = self.plan.config.model.moe_router_topk
+        layers = collapsed_layers(facts["tokens_per_expert"], topk)
+        self.since_warned += 1
+        if not layers or self.since_warned < QUIET_STEPS:
+            return
+        self.since_warned = 0
+        load = facts["tokens_per_expert"][layers[0] - 1]
+        busiest = sorted(sorted(range(len(load)), key=load.__getitem__)[-topk:])
+        share = sum(load[expert] for expert in busiest) / sum(load)
+        more = f" (and {len(layers) - 1} more layers)" if len(layers) > 1 else ""
+        self.say(
+            f"warning: step {facts['step']}: layer {layers[0]}{more} sends {share:.0%} of its tokens to"
+            f" expert{'s' * (topk > 1)} {', '.join(map(str, busiest))}: {' '.join(map(str, load))}"
+        )
 
     def validation(self, step: int, last: bool = False, **losses: float) -> None:
         """A held-out loss (val_loss or test_loss), after `step` steps. `last`: measured because the run ends there."""
@@ -137,6 +158,20 @@ class Logs:
             for name, value in facts.items():
                 if isinstance(value, (int, float)) and name != "step":
                     self.tensorboard.add_scalar(name, value, facts["step"])
+
+
+def _show(number: float | None, digits: int) -> str:
+    """A number of the table; `-` where there is none, as in a step that was skipped."""
+    return "-" if number is None else f"{number:.{digits}f}" if abs(number) < 10_000 else f"{number:.2e}"
+
+
+def collapsed_layers(tokens_per_expert: list[list[int]], topk: int) -> list[int]:
+    """The layers, from 1, where the busiest `topk` experts are sent more than MOST of all that is sent."""
+    return [
+        number
+        for number, load in enumerate(tokens_per_expert, start=1)
+        if len(load) > topk and sum(sorted(load)[-topk:]) > MOST * sum(load)
+    ]
 
 
 def cut_back(metrics: Path, step: int) -> None:

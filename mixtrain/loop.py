@@ -16,12 +16,15 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mixtrain.bad_steps import BadNorm, BadStep, BadSteps, guard_norm, ranks_where, ranks_with_bad_gradients
 from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
+from mixtrain.data.batches import KEYS
 from mixtrain.errors import Fault
 from mixtrain.layers.context import local_part
+from mixtrain.ledger import Ledger, digest
 from mixtrain.logs import Logs
-from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss, expert_bias
+from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss, expert_bias, expert_biases
 from mixtrain.optimizer import Training, parameters_gathered
 from mixtrain.plan import Plan, batch_size_at
 from mixtrain.ranks import Ranks
@@ -41,8 +44,11 @@ def train(
 ) -> RunState:
     """Train from where `begun` is until trainer.max_steps or until asked to stop; where the run is then."""
     trainer = plan.config.trainer
-    load = ExpertLoad(plan, training.chunks, ranks.device)
+    load, ledger = ExpertLoad(plan, training.chunks, ranks.device), Ledger()
     microbatches = [iter(data["train"]) for _ in training.chunks]
+    microbatches[0] = ledger.watch(microbatches[0])  # every chunk reads the same
+    guard_norm(plan, training, ranks.device)
+    bad_steps = BadSteps(plan, ranks, logs.say, begun.skipped_steps, begun.skipped_in_a_row)
     state = begun
     if begun.validation_due:
         validate(plan, ranks, training, data, logs, begun.step)
@@ -50,9 +56,15 @@ def train(
     for step in range(begun.step + 1, trainer.max_steps + 1):
         beat("start", step)
         load.clear()
+        ledger.clear()
         batch = batch_size_at(trainer, state.consumed_samples)
         learning_rate = training.optimizer.param_groups[0]["lr"]
-        lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step, batch)
+        try:
+            lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step, batch)
+            bad_steps.good()
+        except BadStep as bad:
+            bad_steps.meet(bad, ledger.gather(ranks.device), load.not_finite(ranks))
+            lm_loss, grad_norm, stopping = None, None, bad.stopping
         seconds, started = time.perf_counter() - started, time.perf_counter()
         finished = step == trainer.max_steps
         state = replace(
@@ -60,6 +72,8 @@ def train(
             step=step,
             consumed_samples=state.consumed_samples + batch,
             schedule_steps=training.scheduler.num_steps,
+            skipped_steps=bad_steps.skipped,
+            skipped_in_a_row=bad_steps.in_a_row,
             validation_due=stopping and step % trainer.val_check_interval == 0 and "validation" in data,
         )
         due = step == 1 or step % trainer.log_every_n_steps == 0
@@ -74,6 +88,8 @@ def train(
                 tokens_per_second=batch * plan.config.data.seq_length / seconds,
                 step_seconds=seconds,
                 consumed_samples=state.consumed_samples,
+                skipped_steps=state.skipped_steps,
+                ledger=digest(ledger.gather(ranks.device)),
                 tokens_per_expert=load.collect(),
                 **expert_bias(plan, training.chunks, ranks.device),
             )
@@ -99,8 +115,21 @@ def train_step(
 ) -> tuple[float, float, bool]:
     """One optimizer step on `batch` sequences.
 
-    Gives (LM loss per token, gradient norm before clipping, whether any rank was asked to stop).
+    Gives (LM loss per token, gradient norm before clipping, whether any rank was asked to stop). BadStep on all ranks,
+    with nothing changed, if it should not be taken.
     """
+    biases = [bias.clone() for bias in expert_biases(training.chunks)]  # finalize_model_grads moves them
+    try:
+        return _step(plan, ranks, training, microbatches, stop, step, batch)
+    except BadStep:
+        for bias, before in zip(expert_biases(training.chunks), biases, strict=True):
+            bias.copy_(before)
+        raise
+
+
+def _step(
+    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], stop: StopRequest, step: int, batch: int
+) -> tuple[float, float, bool]:
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
         chunk.train()
@@ -115,13 +144,14 @@ def train_step(
     torch.distributed.all_reduce(facts)
     loss_sum, token_sum, bad_ranks, stop_ranks = facts.tolist()
     if bad_ranks:
-        raise Fault(f"step {step}: lm_loss is not finite on rank {_lowest(bad, ranks)}; no weights were changed by it")
-    _, grad_norm, _ = training.optimizer.step()
-    grad_norm = float(grad_norm or 0.0)
-    if not math.isfinite(grad_norm):
-        raise Fault(f"step {step}: grad_norm is {grad_norm} on all ranks, where lm_loss is {loss_sum / token_sum:.4f}")
+        raise BadStep(step, "lm_loss", "not finite", ranks_where(bad, ranks), stop_ranks > 0)
+    try:
+        _, grad_norm, _ = training.optimizer.step()
+    except BadNorm as bad_norm:
+        where = ranks_with_bad_gradients(training, ranks)
+        raise BadStep(step, "grad_norm", str(bad_norm), where, stop_ranks > 0) from None
     training.scheduler.step(increment=1)
-    return loss_sum / token_sum, grad_norm, stop_ranks > 0
+    return loss_sum / token_sum, float(grad_norm or 0.0), stop_ranks > 0
 
 
 @torch.no_grad()  # the schedule does not, and a router with an expert bias counts what it sees with gradients
@@ -171,7 +201,8 @@ def run_microbatches(
 def forward_step(iterator: Iterator, model: torch.nn.Module, device: torch.device) -> tuple[torch.Tensor, Any]:
     """One microbatch: the model's output and the function that makes a loss of it, as the schedules want them."""
     beat("forward")
-    batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(iterator).items()}
+    microbatch = next(iterator)
+    batch = {name: microbatch[name].to(device, non_blocking=True) for name in KEYS}
     rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
     here = {name: local_part(tensor, rank, size) for name, tensor in batch.items()}
     output = model(here["tokens"], here["position_ids"], attention_mask=None, labels=here["labels"])
@@ -191,10 +222,3 @@ def forward_step(iterator: Iterator, model: torch.nn.Module, device: torch.devic
         return total * size, batch["loss_mask"].sum().to(torch.int), report
 
     return output, loss
-
-
-def _lowest(mine: bool, ranks: Ranks) -> int:
-    """The lowest rank for which `mine` is true. Every rank must call."""
-    first = torch.tensor([ranks.rank if mine else ranks.world_size], device=ranks.device)
-    torch.distributed.all_reduce(first, op=torch.distributed.ReduceOp.MIN)
-    return int(first.item())

@@ -8,6 +8,7 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
 from mixtrain.plan import Plan
+from mixtrain.ranks import Ranks
 
 # upstream's name of each auxiliary loss where it is logged
 BALANCING_LOSSES = {
@@ -26,6 +27,7 @@ class ExpertLoad:
 
     def __init__(self, plan: Plan, models: list[torch.nn.Module], device: torch.device):
         shape = (plan.config.model.num_layers, plan.config.model.num_moe_experts)
+        self.bad = torch.zeros(shape[0], dtype=torch.bool, device=device)  # the layers with weights that are not finite
         self.counts = torch.zeros(shape, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
         for model in models:
             for module in model.modules():
@@ -36,12 +38,15 @@ class ExpertLoad:
         # under full recompute a layer runs twice, first without gradients; validation has none either
         if torch.is_grad_enabled():
             probs, routing_map = outputs
+            # before a token is sent; without waiting for the device, it is only looked at in a step that is bad
+            self.bad[router.layer_number - 1] |= ~torch.isfinite(probs).all()
             # with padding the map has rows of weight 0 that fill an expert up to its capacity
             self.counts[router.layer_number - 1] += (routing_map & (probs != 0)).sum(dim=0)
 
     def clear(self) -> None:
         """Before a step: forget the counts, and the auxiliary losses that Megatron-Core has added up."""
         self.counts.zero_()
+        self.bad.zero_()
         moe_utils.clear_aux_losses_tracker()
 
     def collect(self) -> list[list[int]]:
@@ -49,6 +54,18 @@ class ExpertLoad:
         total = self.counts.clone()
         torch.distributed.all_reduce(total)
         return [[round(count) for count in layer] for layer in total.tolist()]
+
+    def not_finite(self, ranks: Ranks) -> list[list[int]]:
+        """[layer, rank] of every router whose weights were not finite in the step, from 1. Every rank must call."""
+        found: list = [None] * ranks.world_size
+        torch.distributed.all_gather_object(found, (self.bad.nonzero().flatten() + 1).tolist())
+        return sorted([layer, rank] for rank, layers in enumerate(found) for layer in layers)
+
+
+def expert_biases(models: list[torch.nn.Module]) -> list[torch.Tensor]:
+    """The routers' biases on this rank, which are no parameters; none without them."""
+    routers = (module for model in models for module in model.modules() if isinstance(module, TopKRouter))
+    return [router.expert_bias for router in routers if router.expert_bias is not None]
 
 
 def expert_bias(plan: Plan, models: list[torch.nn.Module], device: torch.device) -> dict[str, list[list[float]]]:

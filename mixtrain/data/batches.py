@@ -11,6 +11,7 @@ import torch
 from mixtrain.errors import UserError
 
 KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+IDS = "sample_ids"
 
 
 class Batches:
@@ -18,8 +19,9 @@ class Batches:
 
     Microbatch i of a step holds, for j < micro_batch_size, the samples
     consumed + (i * dp_size + dp_rank) * micro_batch_size + j, as Megatron's pretraining sampler deals them out.
-    Yields dicts of CPU tensors tokens, labels, loss_mask, position_ids [micro_batch_size, seq_length]; ends where no
-    whole global batch is left. `num_workers` > 0 reads ahead in that many processes.
+    Yields dicts of CPU tensors tokens, labels, loss_mask, position_ids [micro_batch_size, seq_length] and sample_ids
+    [micro_batch_size, 2]; ends where no whole global batch is left. `num_workers` > 0 reads ahead in that many
+    processes.
     """
 
     def __init__(
@@ -53,7 +55,7 @@ class Batches:
             microbatches = (_collate([self.dataset[i] for i in indices]) for indices in self._indices())
         for indices, microbatch in zip(self._indices(), microbatches, strict=True):
             self._refuse_unknown_tokens(indices, microbatch)
-            yield microbatch
+            yield {**microbatch, IDS: sample_ids(self.dataset, indices)}
 
     def _indices(self) -> Iterator[list[int]]:
         """The sample numbers of each of this rank's microbatches."""
@@ -85,3 +87,15 @@ class Batches:
 
 def _collate(samples: list[dict]) -> dict[str, torch.Tensor]:
     return {key: torch.stack([sample[key] for sample in samples]) for key in KEYS}
+
+
+def sample_ids(dataset, indices: list[int]) -> torch.Tensor:
+    """[len(indices), 2]: what samples are, in whatever order: part of the blend, sample before it was shuffled."""
+    found = []
+    for index in indices:
+        part, of_part = 0, dataset
+        if hasattr(dataset, "datasets"):
+            part = int(dataset.dataset_index[index])
+            of_part, index = dataset.datasets[part], int(dataset.dataset_sample_index[index])
+        found.append((part, int(of_part.shuffle_index[index])))
+    return torch.tensor(found, dtype=torch.int64).view(-1, 2)
