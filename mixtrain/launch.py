@@ -31,8 +31,8 @@ WAITING = "torch/distributed"  # in the path of a frame: it waits for other rank
 QUIET = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # one node: nothing listens beyond it
 
 
-def start(plan: Plan, command: tuple[str, ...] = TRAIN) -> int:
-    """Run `command` as plan.world_size ranks of this node; their exit code as one."""
+def start(plan: Plan, command: tuple[str, ...] | None = None) -> int:
+    """Run `command`, or train.py, as plan.world_size ranks of this node; their exit code as one."""
     ranks: list[subprocess.Popen] = []
     with (
         StopRequest() as stop,
@@ -42,7 +42,7 @@ def start(plan: Plan, command: tuple[str, ...] = TRAIN) -> int:
         hand_over(plan, folder)
         try:
             for rank in range(plan.world_size):
-                ranks.append(_start_rank(plan, command, rank, folder))
+                ranks.append(_start_rank(plan, command or TRAIN, rank, folder))
             failed, running = _wait(plan, ranks, stop)
             hung = _hung(ranks, running) if running and not stop.at_once else []
         finally:
