@@ -9,7 +9,7 @@ class Counting:
     """Sample i holds the number i everywhere."""
 
     def __init__(self, length: int):
-        self.length = length
+        self.length, self.shuffle_index = length, range(length)
 
     def __len__(self) -> int:
         return self.length
@@ -45,13 +45,14 @@ def test_microbatches_are_dealt_out_in_megatrons_order():
     assert dealt == [[2, 3], [6, 7], [10, 11], [14, 15]]
 
 
-def test_a_batch_has_four_tensors_of_microbatch_by_sequence(indexed_train):
+def test_a_batch_has_four_tensors_of_microbatch_by_sequence_and_its_ids(indexed_train):
     batch = next(iter(batches(indexed_train)))
     assert {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in batch.items()} == {
         "tokens": ((2, 32), torch.int64),
         "labels": ((2, 32), torch.int64),
         "loss_mask": ((2, 32), torch.float32),
         "position_ids": ((2, 32), torch.int64),
+        "sample_ids": ((2, 2), torch.int64),
     }
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
     assert torch.equal(batch["position_ids"], torch.arange(32).expand(2, 32)) and batch["loss_mask"].all()

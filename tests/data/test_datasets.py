@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 
+from mixtrain.data.batches import Batches
 from mixtrain.data.datasets import build, unigram_entropy
 from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files
@@ -90,6 +91,24 @@ def test_a_blend_takes_samples_by_weight(built, indexed, other):
     assert len(train) == 100 and len(valid) == 7  # Megatron rounds each part up
     assert numpy.bincount(train.dataset_index).tolist() == [25, 75]
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_id_of_a_sample_leads_to_its_text(num_workers, built, indexed, other):
+    """Also where other processes read, and the indices come from the cache: to the document and offset it begins at."""
+    blend = dict(data_path=["0.25", indexed, "0.75", other], train_samples=100, split="60,20,20")
+    built(**blend)
+    train, _, _ = built(**blend)
+    batches = Batches(
+        train, global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1, vocab_size=512, num_workers=num_workers
+    )
+    read = [pair for batch in batches for pair in zip(batch["sample_ids"].tolist(), batch["tokens"], strict=True)]
+    assert len({tuple(sample) for sample, _ in read}) == 100 and {part for (part, _), _ in read} == {0, 1}
+    for (part, number), tokens in read:
+        source = train.datasets[part]
+        document, offset = source.sample_index[number]
+        rest = source.dataset.get(int(source.document_index[document]), offset=int(offset))[:32]
+        assert tokens[: len(rest)].tolist() == rest.tolist()
 
 
 def test_a_blend_without_weights_that_is_too_short_is_refused(built, indexed, other):
