@@ -18,7 +18,7 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
 
     directory = Path(run_dir)
     records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if record.get("lm_loss") is not None]
+    steps = [record for record in records if "lm_loss" in record]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     _losses(left, records, entropy)
     image = right.imshow(_load(steps), aspect="auto", cmap="viridis", vmin=0)
@@ -34,13 +34,14 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
 
 def _losses(axes, records: list[dict], entropy: float | None) -> None:
     for name, label, style in (("lm_loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(record["step"], record[name]) for record in records if name in record]
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     if entropy is not None:
         axes.axhline(entropy, linestyle=":", color="grey", label=f"unigram entropy {entropy:.2f}")
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="loss")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
 
 
 def _load(steps: list[dict]) -> numpy.ndarray:
