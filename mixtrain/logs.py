@@ -90,21 +90,21 @@ class Logs:
         self.steps_done = facts["step"]
         if not self.writes:
             return
-        self._write(facts, last)
+        collapsed = collapsed_layers(facts["tokens_per_expert"], self.plan.config.model.moe_router_topk)
+        self._write(facts | ({"collapsed_layers": collapsed} if collapsed else {}), last)
         balance = _show(facts["load_balancing_loss"], 4)
         self.say(
             f"{facts['step']:>7} {_show(facts['lm_loss'], 4):>9} {'':>9} {_show(facts['grad_norm'], 3):>9}"
             f" {facts['learning_rate']:>9.2e} {balance:>8}"
             f" {facts['tokens_per_second']:>9,.0f} {facts['step_seconds']:>8.3f}"
         )
-        self._warn_of_collapse(facts)
+        self._warn_of_collapse(facts, collapsed)
         self.progress.update(self.task, completed=facts["step"])
         self.status("running", "")
 
-    def _warn_of_collapse(self, facts: dict[str, Any]) -> None:
+    def _warn_of_collapse(self, facts: dict[str, Any], layers: list[int]) -> None:
         """Say, once in a while, that a layer sends nearly all tokens to the same few experts."""
         topk = self.plan.config.model.moe_router_topk
-        layers = collapsed_layers(facts["tokens_per_expert"], topk)
         self.since_warned += 1
         if not layers or self.since_warned < QUIET_STEPS:
             return
