@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mixtrain.config import plain
@@ -39,6 +39,8 @@ def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
         ),
         chunks,
     )
+    if not isinstance(optimizer, ChainedOptimizer):  # Megatron-FSDP's: it would look at the norm only if it clips
+        optimizer = ChainedOptimizer([optimizer])
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
     if ddp.overlap_grad_reduce:
