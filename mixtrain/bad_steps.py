@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from mixtrain.config import BadStep as Policy
 from mixtrain.errors import Fault
@@ -64,6 +65,7 @@ def ranks_with_bad_gradients(training: Training, ranks: Ranks) -> list[int]:
     bad = any(
         not bool(torch.isfinite(buffer.grad_data).all())
         for chunk in training.chunks
+        if isinstance(chunk, DistributedDataParallel)  # Megatron-FSDP has no such buffers
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
     )
     return ranks_where(bad, ranks)

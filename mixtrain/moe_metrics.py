@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
@@ -27,19 +29,19 @@ class ExpertLoad:
 
     def __init__(self, plan: Plan, models: list[torch.nn.Module], device: torch.device):
         shape = (plan.config.model.num_layers, plan.config.model.num_moe_experts)
-        self.bad = torch.zeros(shape[0], dtype=torch.bool, device=device)  # the layers with weights that are not finite
+        self.bad = torch.zeros(shape[0], dtype=torch.bool, device=device)  # layers where what is not finite began
         self.counts = torch.zeros(shape, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
         for model in models:
             for module in model.modules():
                 if isinstance(module, TopKRouter):
                     module.register_forward_hook(self._count)
 
-    def _count(self, router: TopKRouter, _inputs: tuple, outputs: tuple) -> None:
+    def _count(self, router: TopKRouter, inputs: tuple, outputs: tuple) -> None:
         # under full recompute a layer runs twice, first without gradients; validation has none either
         if torch.is_grad_enabled():
             probs, routing_map = outputs
             # before a token is sent; without waiting for the device, it is only looked at in a step that is bad
-            self.bad[router.layer_number - 1] |= ~torch.isfinite(probs).all()
+            self.bad[router.layer_number - 1] |= _finite(inputs[0]) & ~_finite(probs)
             # with padding the map has rows of weight 0 that fill an expert up to its capacity
             self.counts[router.layer_number - 1] += (routing_map & (probs != 0)).sum(dim=0)
 
@@ -56,10 +58,15 @@ class ExpertLoad:
         return [[round(count) for count in layer] for layer in total.tolist()]
 
     def not_finite(self, ranks: Ranks) -> list[list[int]]:
-        """[layer, rank] of every router whose weights were not finite in the step, from 1. Every rank must call."""
+        """[layer, rank] of every router that made in the step, of finite inputs, what is not. Every rank must call."""
         found: list = [None] * ranks.world_size
         torch.distributed.all_gather_object(found, (self.bad.nonzero().flatten() + 1).tolist())
         return sorted([layer, rank] for rank, layers in enumerate(found) for layer in layers)
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all entries are finite, looked at by their sum: that takes no memory and is one kernel."""
+    return tensor.detach().sum().isfinite()
 
 
 def expert_biases(models: list[torch.nn.Module]) -> list[torch.Tensor]:
@@ -87,7 +94,8 @@ def expert_bias(plan: Plan, models: list[torch.nn.Module], device: torch.device)
 def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) -> float | None:
     """The step's auxiliary loss without its coefficient, averaged over types, layers and microbatches; None without.
 
-    1 where every expert has the same load. Every rank must call: Megatron-Core reduces its per-layer sums here.
+    1 where every expert has the same load; None too where it is not finite, as in a step that was skipped. Every rank
+    must call: Megatron-Core reduces its per-layer sums here.
     """
     names = [BALANCING_LOSSES[kind] for kind in balancing_types(plan)]
     if not names:
@@ -100,7 +108,7 @@ def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) 
     moe_utils.reduce_aux_losses_tracker_across_ranks(names)
     tracker = moe_utils.get_moe_layer_wise_logging_tracker()
     total = sum(float(tracker[name]["values"].sum()) for name in names)
-    return total / (len(names) * plan.config.model.num_layers * microbatches)
+    return total / (len(names) * plan.config.model.num_layers * microbatches) if math.isfinite(total) else None
 
 
 def balancing_types(plan: Plan) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import unequal
 from megatron.core.transformer.moe.router import TopKRouter
-from test_parity import EP, OVERLAPPED, PLAIN, PP
+from test_parity import EP, OVERLAPPED, PLAIN, PP, TP, VPP
 from test_resume import path_of, records, start
 
 from mixtrain import loop, model
@@ -153,6 +153,38 @@ def test_a_gradient_that_is_not_finite_names_its_rank(tmp_path):
     assert bad_steps(run_dir)[0]["ranks"] == [1]
 
 
+SPOILED = {
+    "EP2xPP2": [EP + "2", PP + "2"],
+    "PP2xVPP2": [EP + "1", PP + "2", VPP],
+    "TP2": [EP + "1", *TP],
+    "DP2 without the distributed optimizer": [EP + "1", "trainer.devices=2", PLAIN],
+    "two optimizer instances": [EP + "2", "trainer.devices=4", "parallel.num_distributed_optimizer_instances=2"],
+}
+
+
+@pytest.mark.parametrize("layout", SPOILED)
+def test_a_gradient_that_backward_makes_infinite_on_one_rank_is_bad_on_all(layout, tmp_path):
+    """Of a weight of the experts, so that it goes through the reductions and into one rank's part of the norm."""
+
+    def before(me) -> None:
+        build = model.build
+
+        def spoiled(*arguments):
+            models = build(*arguments)
+            if me.rank == 1:
+                weights = [p for name, p in models[0].named_parameters() if "experts.weight2" in name]
+                weights[0].register_hook(lambda gradient: gradient * math.inf)
+            return models
+
+        model.build = spoiled
+
+    words = [*SPOILED[layout], *TWO[1:], SKIP, "trainer.max_steps=2"]
+    run_dir, codes, log = start(tmp_path, *words, before=before)
+    assert codes == {FINISHED}, log
+    assert [(record["what"], 1 in record["ranks"]) for record in bad_steps(run_dir)] == [("grad_norm", True)] * 2
+    assert [record["skipped_steps"] for record in records(run_dir)] == [1, 2]
+
+
 def test_an_expert_bias_is_what_it_was_before_a_skipped_step(tmp_path):
     words = [*TWO, SKIP, "router=expert_bias", "router.moe_router_bias_update_rate=0.1"]
     once, _, _ = start(tmp_path / "once", *words, "trainer.max_steps=1")
@@ -177,15 +209,50 @@ def rigged_routers(me, change) -> None:
     model.build = rigged
 
 
-def test_router_weights_that_are_not_finite_are_named_by_layer_and_rank(tmp_path):
-    def spoil(router, rank) -> None:
-        if rank == 1 and router.layer_number == 3:
-            router.weight.fill_(math.nan)
+def spoil(router, rank) -> None:
+    if rank == 1 and router.layer_number == 3:
+        router.weight.fill_(math.nan)
 
-    run_dir, codes, log = start(tmp_path, *TWO, "trainer.max_steps=2", before=lambda me: rigged_routers(me, spoil))
+
+@pytest.mark.parametrize("router", ["aux_loss", "sinkhorn", "expert_bias"])
+def test_router_weights_that_are_not_finite_are_named_by_layer_and_rank(router, tmp_path):
+    words = [*TWO, f"router={router}", "trainer.max_steps=2"]
+    run_dir, codes, log = start(tmp_path, *words, before=lambda me: rigged_routers(me, spoil))
     assert codes == {FAULT}, log
     assert "the router of layer 3 on rank 1 was the first that was not finite" in read_status(run_dir)["reason"]
-    assert bad_steps(run_dir)[0]["routers"][0] == [3, 1]
+    assert bad_steps(run_dir)[0]["routers"] == [[3, 1]]
+
+
+def test_routers_that_were_given_what_is_not_finite_are_not_named(tmp_path):
+    """Layer 4 is given it on both tensor ranks, which share their sequences; and all layers, by the embedding."""
+    tensor, _, _ = start(tmp_path / "TP2", EP + "1", *TP, *TWO[1:], before=lambda me: rigged_routers(me, spoil))
+    assert bad_steps(tensor)[0]["routers"] == [[3, 1]] and bad_steps(tensor)[0]["ranks"] == [0, 1]
+
+    def before(me) -> None:
+        build = model.build
+
+        def spoiled(*arguments):
+            models = build(*arguments)
+            with torch.no_grad():
+                models[0].embedding.word_embeddings.weight.fill_(math.nan)
+            return models
+
+        model.build = spoiled
+
+    embedding, codes, _ = start(tmp_path / "embedding", *TWO, before=before)
+    assert codes == {FAULT} and bad_steps(embedding)[0]["routers"] == []
+
+
+def test_a_run_whose_every_step_is_skipped_for_a_router_ends_with_its_report(tmp_path):
+    """Not even the balancing loss is a number then, and there is none in metrics.jsonl."""
+    words = [*TWO, SKIP, "trainer.max_steps=2"]
+    run_dir, codes, log = start(tmp_path, *words, before=lambda me: rigged_routers(me, spoil))
+    assert codes == {FINISHED}, log
+    values = [
+        (record["lm_loss"], record["load_balancing_loss"], record["skipped_steps"]) for record in records(run_dir)
+    ]
+    assert values == [(None, None, 1), (None, None, 2)]
+    assert (run_dir / "report.png").exists()
 
 
 def test_all_tokens_to_two_experts_is_a_warning_and_the_others_learn_nothing(tmp_path):
@@ -219,6 +286,7 @@ def test_all_tokens_to_two_experts_is_a_warning_and_the_others_learn_nothing(tmp
     assert load == [0, 256, 0, 0, 0, 256, 0, 0]
     assert "warning: step 1: layer 2 sends 100% of its tokens to experts 1, 5: 0 256 0 0 0 256 0 0" in log
     assert log.count("warning: ") == 1
+    assert [record["collapsed_layers"] for record in records(run_dir)] == [[2], [2]]
     none, some, *rest = json.loads(re.search(r"GRADIENTS (.*)", log)[1])
     assert none == 0 and some > 0 and rest == [0, 0]
 
