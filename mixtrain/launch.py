@@ -24,10 +24,13 @@ from mixtrain.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_be
 
 TRAIN = (sys.executable, str(Path(__file__).resolve().parent.parent / "train.py"))
 GRACE_SECONDS = 20  # what the other ranks get to notice that one has failed, before they are killed
-EARLY_GRACE_SECONDS = 5  # the same before the first step: they wait for it to come to the meeting, and notice nothing
+# the same before the first step, where they wait for it to come to the meeting and notice nothing, and after a
+# watchdog has spoken, since when the others had their time
+SHORT_GRACE_SECONDS = 5
 STACK_SECONDS = 1.0  # what a rank that hangs gets to print its stacks
 FRAMES = 6  # of each rank's main thread, on the terminal
-WAITING = "torch/distributed"  # in the path of a frame: it waits for other ranks
+# in the path of a frame: it waits for other ranks
+WAITING = ("torch/distributed", "megatron/core/distributed", "pipeline_parallel/p2p_communication")
 QUIET = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # one node: nothing listens beyond it
 
 
@@ -43,7 +46,7 @@ def start(plan: Plan, command: tuple[str, ...] | None = None) -> int:
         try:
             for rank in range(plan.world_size):
                 ranks.append(_start_rank(plan, command or TRAIN, rank, folder))
-            failed, running = _wait(plan, ranks, stop)
+            failed, running = _wait(plan, ranks, stop, folder)
             hung = _hung(ranks, running) if running and not stop.at_once else []
         finally:
             _kill(ranks)
@@ -99,7 +102,7 @@ def _log(plan: Plan, rank: int) -> Path:
     return Path(plan.config.run_dir) / "logs" / f"rank_{rank}.log"
 
 
-def _wait(plan: Plan, ranks: list[subprocess.Popen], stop: StopRequest) -> tuple[list[int], list[int]]:
+def _wait(plan: Plan, ranks: list[subprocess.Popen], stop: StopRequest, folder: str) -> tuple[list[int], list[int]]:
     """Wait for all: (the ranks that failed, in the order seen; those still running when the wait was given up)."""
     failed: list[int] = []
     asked, deadline = False, float("inf")
@@ -107,8 +110,9 @@ def _wait(plan: Plan, ranks: list[subprocess.Popen], stop: StopRequest) -> tuple
         codes = [process.poll() for process in ranks]
         new = [rank for rank, code in enumerate(codes) if code and rank not in failed]
         if new and not failed:
-            early = read_status(plan.config.run_dir)["step"] == 0
-            deadline = time.monotonic() + (EARLY_GRACE_SECONDS if early else GRACE_SECONDS)
+            early = not any(read_beat(beat_file(folder, rank)) for rank in range(plan.world_size))
+            soon = early or STANDS_STILL in _log(plan, new[0]).read_text(errors="replace")
+            deadline = time.monotonic() + (SHORT_GRACE_SECONDS if soon else GRACE_SECONDS)
         failed += new
         running = [rank for rank, code in enumerate(codes) if code is None]
         if not running or stop.at_once or time.monotonic() > deadline:
@@ -193,7 +197,8 @@ def _report(
     status = read_status(plan.config.run_dir)
     if status["state"] == "failed" and rank == 0:
         reason = status["reason"]  # as rank 0 put it
-    if not causes and (running or STANDS_STILL in reason):  # it may be these that the others have waited for
+    still = any(STANDS_STILL in _last_words(each, code, _log(plan, each), None)[1] for each, code in codes.items())
+    if not causes and (running or still):  # it may be these that the others have waited for
         guilty = stopped or running or [_behind(beats, stacks)]
         silent = f"rank{'s' * (len(guilty) > 1)} {', '.join(map(str, guilty))} did not answer{_in(beats[guilty[0]])}"
         if stopped:
@@ -210,7 +215,11 @@ def _in(beat: Beat | None) -> str:
 
 def _behind(beats: dict[int, Beat | None], stacks: dict[int, list[str]]) -> int:
     """The rank that the others waited for: the one whose main thread is not in a collective, else the one behind."""
-    busy = [rank for rank, frames in stacks.items() if frames and not any(WAITING in frame for frame in frames[:8])]
+    busy = [
+        rank
+        for rank, frames in stacks.items()
+        if frames and not any(path in frame for frame in frames[:8] for path in WAITING)
+    ]
     return (busy or sorted(beats, key=lambda rank: beats[rank].step if beats[rank] else -1))[0]
 
 

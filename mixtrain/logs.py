@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -179,6 +180,8 @@ def cut_back(metrics: Path, step: int) -> None:
 
     Later records go, also half of one that a killed run has left, and those that were only made because the run ended.
     """
+    if step == 0 and metrics.exists():  # nothing was saved: the records are all that is left of that run
+        os.replace(metrics, metrics.with_suffix(".jsonl.before"))
     kept = []
     for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):

@@ -27,7 +27,10 @@ RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl")  # one of them: a ru
 LOCK = ".lock"
 ATTEMPTS = "attempts.jsonl"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-LENGTH = ("trainer.max_steps", "optimizer.lr_decay_steps", "optimizer.lr_warmup_steps")  # a longer run is the same run
+LENGTH = ("trainer.max_steps", "optimizer.lr_decay_steps")  # a longer run is the same run
+IN_A_ROW = "runs in a row started at step"  # in the words of a run that was refused for it
+_held: set[int] = set()  # the locks of this process
+os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])  # a child would keep them
 
 
 def directory_problems(plan: Plan) -> Iterator[str]:
@@ -42,6 +45,8 @@ def directory_problems(plan: Plan) -> Iterator[str]:
         yield f"checkpoint.resume = must, but run_dir = {directory} holds no checkpoint; use auto, or another run_dir"
     elif is_finished(directory) and (others := other_mathematics(plan)):
         yield f"{taken(directory)} (that one has another {', '.join(others[:3])}{' ...' * (len(others) > 3)})"
+    elif is_finished(directory) and not finished_already(plan) and not steps_in(directory):
+        yield f"{taken(directory)} (that one has finished, and left no checkpoint to go on from)"
 
 
 def holds_run(directory: str) -> bool:
@@ -54,7 +59,8 @@ def former(directory: str) -> dict:
         found = read_status(directory)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    whole = isinstance(found, dict) and all(isinstance(found.get(key), int) for key in ("step", "max_steps"))
+    return found if whole else {}
 
 
 def is_finished(directory: str) -> bool:
@@ -81,7 +87,8 @@ def other_mathematics(plan: Plan) -> list[str]:
         found = changes(Config.from_hydra(tree), plan.config)[MATHEMATICS]
     except (OSError, UnicodeDecodeError, YAMLError, AttributeError, OmegaConfBaseException, UserError):
         return []  # damaged, or of another version: a checkpoint will show what fits
-    return [change.key for change in found if change.key not in LENGTH]
+    length = LENGTH if plan.config.optimizer.lr_warmup_fraction is None else (*LENGTH, "optimizer.lr_warmup_steps")
+    return [change.key for change in found if change.key not in length]
 
 
 def shared_directories(plans: list[Plan]) -> Iterator[str]:
@@ -109,12 +116,15 @@ def claimed(plan: Plan, folder: str = "") -> Iterator[None]:
         descriptor = os.open(os.path.join(run_dir, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
     except (OSError, ValueError) as error:
         raise UserError(_unusable(run_dir, error)) from None
+    _held.add(descriptor)
     try:
         _lock(descriptor, run_dir)
         if plan.config.checkpoint.resume is Resume.never and holds_run(run_dir):  # it was free when it was looked at
             raise UserError(taken(run_dir))
         before = former(run_dir)
         ended = {key: before.get(key) for key in ("state", "reason")}
+        if IN_A_ROW in str(before.get("reason")):  # it has not run: what counts is how the one before it ended
+            ended = before.get("before") or ended
         try:
             write_status(
                 run_dir,
@@ -128,6 +138,7 @@ def claimed(plan: Plan, folder: str = "") -> Iterator[None]:
             raise UserError(_unusable(run_dir, error)) from None
         yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
 
 
@@ -187,7 +198,7 @@ def attempts_problem(run_dir: str, step: int, most: int | None) -> str | None:
         return None
     reason = before.get("reason") or "without a word"
     return (
-        f"{len(endings) - 1} runs in a row started at step {step} and none saved a later one; the last ended: {reason};"
+        f"{len(endings) - 1} {IN_A_ROW} {step} and none saved a later one; the last ended: {reason};"
         " mend that, or try again with checkpoint.max_attempts=null"
     )
 

@@ -20,7 +20,8 @@ from typing import NamedTuple
 from mixtrain.errors import FAULT
 
 LENGTH = 64  # bytes of a record in the file that the launcher reads
-SECONDS = 0.2  # between two of them
+SECONDS = 0.2  # between two settings of the backstop
+PAUSE = 1.0  # s before the end, for other ranks to speak before they lose this one
 STANDS_STILL = "stands still"  # in the line of a watchdog that has ended its rank
 BACKSTOP = 1.5  # times the timeout: for a main thread that never lets another run
 
@@ -46,7 +47,7 @@ class Watchdog:
         self.file = open(beat_file(folder, rank), "w") if folder else None
         # a file of its own: a process that goes on after SIGCONT has several timers that write to stderr at once
         self.stacks = open(stacks_file(folder, rank), "w") if folder else None
-        self.last, self.at, self.written = Beat(0, "start"), None, 0.0
+        self.last, self.at, self.armed = Beat(0, "start"), None, 0.0
         self.done = threading.Event()
 
     def __enter__(self) -> Watchdog:
@@ -71,11 +72,11 @@ class Watchdog:
         """The main thread is alive, and doing this."""
         self.last = Beat(self.last.step if step is None else step, doing)
         self.at = time.monotonic()
-        if self.at - self.written > SECONDS or step is not None:
-            self.written = self.at
+        if self.file:
+            os.pwrite(self.file.fileno(), f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(), 0)
+        if self.at - self.armed > SECONDS:
+            self.armed = self.at
             faulthandler.dump_traceback_later(BACKSTOP * self.timeout + 1, exit=True)
-            if self.file:
-                os.pwrite(self.file.fileno(), f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(), 0)
 
     def _watch(self) -> None:
         while not self.done.wait(min(1.0, self.timeout / 10)):
@@ -86,8 +87,11 @@ class Watchdog:
         words = f"rank {self.rank} {STANDS_STILL} in {self.last} for {self.timeout:.0f} s"
         print(f"mixtrain: {words}; its stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-        self.last_words(words)
-        os._exit(FAULT)
+        try:
+            self.last_words(words)
+            time.sleep(PAUSE)
+        finally:
+            os._exit(FAULT)
 
 
 _active: Watchdog | None = None

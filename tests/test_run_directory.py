@@ -63,6 +63,7 @@ def test_must_without_any_checkpoint_is_refused_before_anything_starts(tmp_path)
 
 def test_a_finished_run_is_not_started_again_and_a_longer_one_is(tmp_path):
     left_by(tmp_path / "run", "finished", 300)
+    (tmp_path / "run" / "iter_0000300").mkdir()
     line = finished_already(plan(tmp_path / "run"))
     assert (
         f"finished after 300 of 300 steps; a longer one: trainer.max_steps=..., a new one: run_dir={tmp_path}/run-2"
@@ -73,6 +74,18 @@ def test_a_finished_run_is_not_started_again_and_a_longer_one_is(tmp_path):
     assert list(directory_problems(plan(tmp_path / "run", "trainer.log_every_n_steps=1"))) == []
 
 
+def test_a_finished_run_that_left_no_checkpoint_is_not_begun_anew_over_its_records(tmp_path):
+    left_by(tmp_path / "run", "finished", 300)
+    (problem,) = directory_problems(plan(tmp_path / "run", "trainer.max_steps=400"))
+    assert problem.endswith("(that one has finished, and left no checkpoint to go on from)")
+
+
+def test_another_warm_up_is_another_run(tmp_path):
+    left_by(tmp_path / "run", "finished", 300)
+    (problem,) = directory_problems(plan(tmp_path / "run", "optimizer.lr_warmup_steps=50"))
+    assert "another optimizer.lr_warmup_steps" in problem
+
+
 def test_another_run_than_the_finished_one_is_refused_by_the_keys_that_differ(tmp_path):
     left_by(tmp_path / "run", "finished", 300)
     (problem,) = directory_problems(plan(tmp_path / "run", "optimizer.lr=1e-3", "seed=5"))
@@ -80,7 +93,7 @@ def test_another_run_than_the_finished_one_is_refused_by_the_keys_that_differ(tm
 
 
 @pytest.mark.parametrize("name", ["status.json", "config.yaml"])
-@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"[1]", b"- x: {"])
+@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"[1]", b"- x: {", b'{"state": "finished", "step": "x"}'])
 def test_garbage_in_what_a_run_left_is_no_traceback(tmp_path, name, garbage):
     left_by(tmp_path / "run", "finished", 300)
     (tmp_path / "run" / name).write_bytes(garbage)
@@ -149,6 +162,32 @@ def test_a_run_that_dies_again_and_again_at_one_step_is_stopped_with_a_diagnosis
     assert problem.endswith("checkpoint.max_attempts=null")
     assert run_once(tmp_path, 100, None, "failed", "once more") is None
     assert len((tmp_path / "attempts.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_diagnosis_does_not_quote_the_one_before_it(tmp_path):
+    assert run_once(tmp_path, 7, 1, "failed", "out of memory") is None
+    first = run_once(tmp_path, 7, 1, "", "")
+    write_status(tmp_path, state="failed", step=7, max_steps=300, reason=first, before=read_status(tmp_path)["before"])
+    assert run_once(tmp_path, 7, 1, "", "") == first and first.count("in a row") == 1
+
+
+def test_a_child_that_outlives_the_process_does_not_keep_the_lock(tmp_path):
+    code = (
+        "import os, time, composing\nfrom mixtrain.run_directory import claimed\n"
+        f"with claimed(composing.plan_of('run_dir={tmp_path}/run')):\n"
+        "    child = os.fork()\n    if not child: time.sleep(30); os._exit(0)\n"
+        "    print(child, flush=True); time.sleep(60)"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as other:
+        child = int(other.stdout.readline())
+        other.send_signal(signal.SIGKILL)
+        other.wait(10)
+        try:
+            with claimed(plan(tmp_path / "run")):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 def test_progress_or_a_stop_on_request_begins_the_count_anew(tmp_path):

@@ -58,9 +58,8 @@ def drill(chosen: list, folder: Path, given: argparse.Namespace) -> int:
         seconds = time.monotonic() - started
         print(f"{'pass' if seen.ok else 'FAIL'}  {scenario.__name__} ({seconds:.0f} s){lost}")
         print(f"      expected  {scenario.__doc__}\n      seen      {seen.words}", flush=True)
-    print(
-        f"{len(chosen) - len(failed)} of {len(chosen)} as expected" + (f"; not: {', '.join(failed)}" if failed else "")
-    )
+    rest = f"; not: {', '.join(failed)}" if failed else ""
+    print(f"{len(chosen) - len(failed)} of {len(chosen)} as expected{rest}")
     return FAULT if failed else FINISHED
 
 

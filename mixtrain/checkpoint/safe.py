@@ -76,9 +76,16 @@ def read_metadata(directory: Path) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.state_dict_metadata, dict):
         raise UserError(f"{path} is not the index of a checkpoint")
     for place in (metadata.storage_data or {}).values():
-        if not isinstance(place, _StorageInfo) or os.path.basename(name := str(place.relative_path)) != name:
-            raise UserError(f"{path} leads out of its directory, to {getattr(place, 'relative_path', place)}")
+        if not isinstance(place, _StorageInfo) or not all(_is_size(size) for size in (place.offset, place.length)):
+            raise UserError(f"{path} is damaged: it does not say where a tensor lies")
+        name = str(place.relative_path)
+        if name in ("", ".", "..") or os.path.basename(name) != name:
+            raise UserError(f"{path} leads out of its directory, to {name}")
     return metadata
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
 
 
 def read_common(directory: Path) -> dict[str, Any]:
@@ -100,8 +107,8 @@ def read_common(directory: Path) -> dict[str, Any]:
 
 def load_object(file: Any) -> Any:
     """torch.load, restricted, whatever the environment asks for."""
-    with torch.serialization.safe_globals(OBJECTS):
-        return torch.load(file, map_location="cpu", weights_only=True)
+    torch.serialization.add_safe_globals(OBJECTS)  # for good: Megatron-Core has done so, and a context would undo it
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _refusal(error: pickle.UnpicklingError) -> str:

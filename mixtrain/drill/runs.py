@@ -41,7 +41,7 @@ class Run:
         command = FAULTY if fault else TRAIN
         path = os.pathsep.join([str(Path(TRAIN[1]).parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": path, "MIXTRAIN_FAULT": fault}
-        cache = f"data.path_to_cache={run_dir.parent}/cache"
+        cache = f"data.path_to_cache={run_dir.parent.parent}/cache"  # one for all scenarios: it takes seconds to make
         with open(self.output, "w") as stream:
             self.process = subprocess.Popen(
                 [*command, f"run_dir={run_dir}", cache, *SMALL, *words],
@@ -89,12 +89,6 @@ class Run:
     def ranks(self) -> dict[int, int]:
         """rank -> process id, of the ranks that are there."""
         return {int(found): pid for pid, found in processes("RANK", str(self.run_dir)).items()}
-
-    def writers(self, rank: int) -> list[int]:
-        """The processes that a rank has forked."""
-        parent = self.ranks().get(rank)
-        children = Path(f"/proc/{parent}/task/{parent}/children")
-        return [int(child) for child in children.read_text().split()] if children.exists() else []
 
     def kill(self, who: int | None, number: int = signal.SIGKILL) -> None:
         """A signal to a rank, or to the launcher (None)."""
