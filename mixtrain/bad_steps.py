@@ -94,8 +94,11 @@ class BadSteps:
             where = f"; the router of layer {layer} on rank {rank} was the first that was not finite"
         if self.ranks.is_first:
             record = {"step": bad.step, "what": bad.what, "value": bad.value, "ranks": bad.ranks}
-            with open(Path(self.plan.config.run_dir) / RECORDS, "a") as file:
-                file.write(json.dumps({**record, "samples": samples, "routers": routers}) + "\n")
+            try:
+                with open(Path(self.plan.config.run_dir) / RECORDS, "a") as file:
+                    file.write(json.dumps({**record, "samples": samples, "routers": routers}) + "\n")
+            except OSError as error:  # a full disk, say: what is wrong with the step is said all the same
+                self.say(f"warning: {RECORDS} could not be written ({error.strerror})")
         detail = f"{bad}{where}; its {len(samples)} samples are in {RECORDS}"
         if self.plan.config.trainer.bad_step_policy is Policy.stop:
             raise Fault(f"{detail}; no weights were changed by it")
