@@ -32,82 +32,92 @@ from mixtrain.stop import StopRequest
 from mixtrain.watchdog import beat
 
 
-def train(
-    plan: Plan,
-    ranks: Ranks,
-    training: Training,
-    data: dict[str, Iterable],
-    logs: Logs,
-    stop: StopRequest,
-    saver: Saver,
-    begun: RunState,
-) -> RunState:
-    """Train from where `begun` is until trainer.max_steps or until asked to stop; where the run is then."""
-    trainer = plan.config.trainer
-    load, ledger = ExpertLoad(plan, training.chunks, ranks.device), Ledger()
-    microbatches = [iter(data["train"]) for _ in training.chunks]
-    microbatches[0] = ledger.watch(microbatches[0])  # every chunk reads the same
-    guard_norm(plan, training, ranks.device)
-    bad_steps = BadSteps(plan, ranks, logs.say, begun.skipped_steps, begun.skipped_in_a_row)
-    state = begun
-    if begun.validation_due:
-        validate(plan, ranks, training, data, logs, begun.step)
-    started = time.perf_counter()
-    for step in range(begun.step + 1, trainer.max_steps + 1):
-        beat("start", step)
-        load.clear()
-        ledger.clear()
-        batch = batch_size_at(trainer, state.consumed_samples)
-        learning_rate = training.optimizer.param_groups[0]["lr"]
-        try:
-            lm_loss, grad_norm, stopping = train_step(plan, ranks, training, microbatches, stop, step, batch)
-            bad_steps.good()
-        except BadStep as bad:
-            bad_steps.meet(bad, ledger.gather(ranks.device), load.not_finite(ranks))
-            lm_loss, grad_norm, stopping = None, None, bad.stopping
-        seconds, started = time.perf_counter() - started, time.perf_counter()
-        finished = step == trainer.max_steps
-        state = replace(
-            state,
-            step=step,
-            consumed_samples=state.consumed_samples + batch,
-            schedule_steps=training.scheduler.num_steps,
-            skipped_steps=bad_steps.skipped,
-            skipped_in_a_row=bad_steps.in_a_row,
-            validation_due=stopping and step % trainer.val_check_interval == 0 and "validation" in data,
+class Loop:
+    """The steps of a run, from where `begun` is."""
+
+    def __init__(
+        self, plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs, begun: RunState
+    ):
+        self.plan, self.ranks, self.training, self.data, self.logs, self.state = (
+            plan,
+            ranks,
+            training,
+            data,
+            logs,
+            begun,
         )
-        due = step == 1 or step % trainer.log_every_n_steps == 0
-        if due or finished or stopping:
-            logs.step(
-                last=not due,
-                step=step,
-                lm_loss=lm_loss,
-                load_balancing_loss=collect_balancing_loss(plan, plan.microbatches_of(batch), ranks.device),
-                grad_norm=grad_norm,
-                learning_rate=learning_rate,
-                tokens_per_second=batch * plan.config.data.seq_length / seconds,
-                step_seconds=seconds,
-                consumed_samples=state.consumed_samples,
-                skipped_steps=state.skipped_steps,
-                ledger=digest(ledger.gather(ranks.device)),
-                tokens_per_expert=load.collect(),
-                **expert_bias(plan, training.chunks, ranks.device),
+        self.load, self.ledger = ExpertLoad(plan, training.chunks, ranks.device), Ledger()
+        self.microbatches = [iter(data["train"]) for _ in training.chunks]
+        self.microbatches[0] = self.ledger.watch(self.microbatches[0])  # every chunk reads the same
+        self.bad_steps = BadSteps(plan, ranks, logs.say, begun.skipped_steps, begun.skipped_in_a_row)
+        guard_norm(plan, training, ranks.device)
+
+    def run(self, stop: StopRequest, saver: Saver) -> RunState:
+        """Train until trainer.max_steps or until asked to stop; where the run is then."""
+        trainer = self.plan.config.trainer
+        if self.state.validation_due:
+            self.validate(self.state.step)
+        for step in range(self.state.step + 1, trainer.max_steps + 1):
+            beat("start", step)
+            facts, stopping = self.take(step, stop)
+            finished, due = step == trainer.max_steps, step == 1 or step % trainer.log_every_n_steps == 0
+            if due or finished or stopping:
+                self.log(facts, last=not due)
+            due = step % trainer.val_check_interval == 0 and "validation" in self.data
+            if (due or (finished and "validation" in self.data)) and not stopping:  # whoever asked to stop is waiting
+                self.validate(step, last=not due)
+            self.state = replace(self.state, validation_due=due and stopping)
+            saver.after_step(self.state, ending=finished or stopping)
+            if stopping:
+                break
+        return self.state
+
+    def take(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
+        """Take a step, or skip a bad one: (what is known of it without asking other ranks, whether to stop)."""
+        self.load.clear()
+        self.ledger.clear()
+        batch = batch_size_at(self.plan.config.trainer, self.state.consumed_samples)
+        learning_rate, started = self.training.optimizer.param_groups[0]["lr"], time.perf_counter()
+        lm_loss = grad_norm = None
+        try:
+            lm_loss, grad_norm, stopping = train_step(
+                self.plan, self.ranks, self.training, self.microbatches, stop, step, batch
             )
-        due = step % trainer.val_check_interval == 0
-        if (due or finished) and not stopping and "validation" in data:  # whoever asked to stop is waiting
-            validate(plan, ranks, training, data, logs, step, last=not due)
-        saver.after_step(state, ending=finished or stopping)
-        started = time.perf_counter()
-        if stopping:
-            break
-    return state
+            self.bad_steps.good()
+        except BadStep as bad:
+            self.bad_steps.meet(bad, self.ledger.gather(self.ranks.device), self.load.not_finite(self.ranks))
+            stopping = bad.stopping
+        seconds = time.perf_counter() - started
+        self.state = replace(
+            self.state,
+            step=step,
+            consumed_samples=self.state.consumed_samples + batch,
+            schedule_steps=self.training.scheduler.num_steps,
+            skipped_steps=self.bad_steps.skipped,
+            skipped_in_a_row=self.bad_steps.in_a_row,
+        )
+        facts = {"step": step, "lm_loss": lm_loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        speed = {"tokens_per_second": batch * self.plan.config.data.seq_length / seconds, "step_seconds": seconds}
+        return facts | speed | {"batch": batch}, stopping
 
+    def log(self, facts: dict[str, Any], last: bool) -> None:
+        """Log a step, with what all ranks know of it together."""
+        batch = facts.pop("batch")
+        self.logs.step(
+            last=last,
+            **facts,
+            load_balancing_loss=collect_balancing_loss(self.plan, self.plan.microbatches_of(batch), self.ranks.device),
+            consumed_samples=self.state.consumed_samples,
+            skipped_steps=self.state.skipped_steps,
+            ledger=digest(self.ledger.gather(self.ranks.device)),
+            tokens_per_expert=self.load.collect(),
+            **expert_bias(self.plan, self.training.chunks, self.ranks.device),
+        )
 
-def validate(
-    plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs, step: int, last: bool = False
-) -> None:
-    """The loss of the held-out data after `step` steps, logged; `last`: only because the run ends there."""
-    logs.validation(step=step, val_loss=evaluate(plan, ranks, training, data["validation"], step), last=last)
+    def validate(self, step: int, last: bool = False) -> None:
+        """The loss of the held-out data after `step` steps, logged; `last`: only because the run ends there."""
+        loss = evaluate(self.plan, self.ranks, self.training, self.data["validation"], step)
+        self.logs.validation(step=step, val_loss=loss, last=last)
 
 
 def train_step(

@@ -67,7 +67,7 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
         state = resume.enter(plan, here, training, start, found, logs.say)
         logs.begin(state.step)
         saver = Saver(plan, here, training, logs.say, lambda: beat("save"))
-        state = loop.train(plan, here, training, data, logs, stop, saver, state)
+        state = loop.Loop(plan, here, training, data, logs, state).run(stop, saver)
         stopped = state.step < plan.config.trainer.max_steps
         if "test" in data and not stopped:
             loss = loop.evaluate(plan, here, training, data["test"], state.step)

@@ -51,7 +51,7 @@ def logged(directory: Path, key: str) -> list[float]:
 def differing(here: Path, there: Path) -> list[str]:
     """Tensors of two checkpoints after step 3 that are not equal bit for bit, the optimizer's too."""
     a, b = here / "iter_0000003", there / "iter_0000003"
-    layout = [EP + "1", TIED] if "model.untie_embeddings_and_output_weights: false" in _config(here) else [EP + "1"]
+    layout = [EP + "1", TIED] if "untie_embeddings_and_output_weights: false" in _config(here) else [EP + "1"]
     parameters = sum(tensor.numel() for key, tensor in tensors_of(a).items() if not key.startswith("optimizer."))
     assert parameters == plan_of(*TINY, *layout).total_parameters
     return unequal(a, b)

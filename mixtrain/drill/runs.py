@@ -5,6 +5,7 @@ Rule: it is a process group of its own, its output goes to a file, and every wai
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -93,8 +94,9 @@ class Run:
     def kill(self, who: int | None, number: int = signal.SIGKILL) -> None:
         """A signal to a rank, or to the launcher (None)."""
         target = self.process.pid if who is None else self.ranks().get(who)
-        if target:
-            os.kill(target, number)
+        with contextlib.suppress(ProcessLookupError):  # it was quicker
+            if target:
+                os.kill(target, number)
 
 
 def processes(variable: str, run_dir: str) -> dict[int, str]:
