@@ -38,14 +38,8 @@ class Loop:
     def __init__(
         self, plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs, begun: RunState
     ):
-        self.plan, self.ranks, self.training, self.data, self.logs, self.state = (
-            plan,
-            ranks,
-            training,
-            data,
-            logs,
-            begun,
-        )
+        self.plan, self.ranks, self.training = plan, ranks, training
+        self.data, self.logs, self.state = data, logs, begun
         self.load, self.ledger = ExpertLoad(plan, training.chunks, ranks.device), Ledger()
         self.microbatches = [iter(data["train"]) for _ in training.chunks]
         self.microbatches[0] = self.ledger.watch(self.microbatches[0])  # every chunk reads the same

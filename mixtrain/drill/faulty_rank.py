@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +17,13 @@ from mixtrain import launch
 AT = 8  # the step in which a fault shows
 
 
-def main() -> int:
-    import train
-
+def main() -> None:
+    script = launch.TRAIN[-1]
     if "RANK" not in os.environ:
         launch.TRAIN = (sys.executable, "-m", "mixtrain.drill.faulty_rank")
     else:
         put_in(FAULTS[os.environ["MIXTRAIN_FAULT"]], int(os.environ["RANK"]))
-    return train.main(sys.argv[1:])
+    runpy.run_path(script, run_name="__main__")
 
 
 def put_in(fault: Callable[[Any, int], None], rank: int) -> None:
@@ -124,4 +124,4 @@ def collapse(training: Any, rank: int) -> None:
 FAULTS = {"nan_router": nan_router, "huge_gradient": huge_gradient, "collapse": collapse}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
