@@ -243,6 +243,6 @@ def _last_words(rank: int, code: int, log: Path, beat: Beat | None) -> tuple[lis
     if own_words is not None and STANDS_STILL in lines[own_words]:
         return [lines[own_words]], lines[own_words].removeprefix("mixtrain: ").removesuffix("; its stacks:")
     if own_words is not None:
-        return lines[own_words:], " ".join(lines[own_words:])
+        return lines[own_words:], " ".join(lines[own_words:]).removeprefix("mixtrain: ")
     reason = f"rank {rank} failed{_in(beat)}: {lines[-1].strip() if lines else 'without a word'}"
     return [f"mixtrain: rank {rank} failed; its log, {log}, ends in:", *[f"  {line}" for line in lines[-12:]]], reason
