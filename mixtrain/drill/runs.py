@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,7 +39,6 @@ class Run:
         self.run_dir = run_dir
         run_dir.parent.mkdir(parents=True, exist_ok=True)
         self.output = run_dir.parent / f"output_{time.monotonic_ns()}.txt"
-        self.began = newest_step(run_dir)
         command = FAULTY if fault else TRAIN
         path = os.pathsep.join([str(Path(TRAIN[1]).parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": path, "MIXTRAIN_FAULT": fault}
@@ -73,12 +73,12 @@ class Run:
         return self.output.read_text(errors="replace")
 
     def step(self) -> int:
-        """The last step that its metrics know of."""
-        found = records(self.run_dir)
-        return found[-1]["step"] if found else 0
+        """The last step that it has printed: this run's own, whatever those before it have left."""
+        found = re.findall(r"^ +(\d+) +[\d.]+ ", self.text(), flags=re.MULTILINE)
+        return int(found[-1]) if found else 0
 
     def wait_for_step(self, step: int) -> None:
-        wait(lambda: self.step() >= step and "resumed from" * bool(self.began) in self.text() or self.ended(), 120)
+        wait(lambda: self.step() >= step or self.ended(), 120)
 
     def wait_for_a_save(self) -> None:
         """Until a checkpoint is being written."""
