@@ -44,6 +44,7 @@ TENSORS = [Tensor(*row) for row in [
     ("output_layer.weight",                                      "V H",      "untied", "normal"),
 ]]
 # fmt: on
+NOT_TRANSFORMER_ENGINES = ("embedding.word_embeddings", LAYER + "mlp.router", "output_layer")  # modules with a weight
 CONDITIONS = {
     "always": lambda config: True,
     "qk": lambda config: config.model.qk_layernorm,
@@ -81,3 +82,9 @@ def starts(key: str) -> str:
         if row.key == key:
             return row.starts
     raise RuntimeError(f"no row of TENSORS in mixtrain/contract.py describes {key}")
+
+
+def extra_state(key: str) -> str | None:
+    """The object that Transformer Engine's module writes beside its weight `key` (its fp8 scales); None if none."""
+    module, _, name = key.rpartition(".")
+    return f"{module}._extra_state" if name == "weight" and module not in NOT_TRANSFORMER_ENGINES else None

@@ -19,6 +19,7 @@ LIGHT = [
     *[f"mixtrain/{name}.py" for name in ("compose", "config", "costs", "environment", "errors", "launch", "layouts")],
     *[f"mixtrain/{name}.py" for name in ("machine", "plan", "report", "status", "data/check")],
     *[name for name in PACKAGE if name.startswith("mixtrain/rules/")],
+    "mixtrain/checkpoint/megatron_args.py",
 ]
 
 

@@ -113,6 +113,7 @@ class Saver:
         """What this rank writes, and on the first rank the metadata of all. As Megatron-Core's torch_dist strategy."""
         shards, _ = save_preprocess(content.sharded(self.plan, self.training), not self.checked)
         self.checked = True
+        shards |= content.rng_state_by_stage()
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=self.ranks.is_first)
