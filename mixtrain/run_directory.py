@@ -43,9 +43,9 @@ def directory_problems(plan: Plan) -> Iterator[str]:
         yield taken(directory)
     elif resume is Resume.must and not steps_in(directory):
         yield f"checkpoint.resume = must, but run_dir = {directory} holds no checkpoint; use auto, or another run_dir"
-    elif is_finished(directory) and (others := other_mathematics(plan)):
+    elif has_done_its_steps(plan) and (others := other_mathematics(plan)):
         yield f"{taken(directory)} (that one has another {', '.join(others[:3])}{' ...' * (len(others) > 3)})"
-    elif is_finished(directory) and not finished_already(plan) and not steps_in(directory):
+    elif is_finished(directory) and not has_done_its_steps(plan) and not steps_in(directory):
         yield f"{taken(directory)} (that one has finished, and left no checkpoint to go on from)"
 
 
@@ -67,12 +67,16 @@ def is_finished(directory: str) -> bool:
     return former(directory).get("state") == "finished"
 
 
+def has_done_its_steps(plan: Plan) -> bool:
+    """The run in the directory has finished, and trainer.max_steps asks for no more. (Whether more fit is for resume.)"""
+    directory, never = plan.config.run_dir, plan.config.checkpoint.resume is Resume.never
+    return not never and is_finished(directory) and former(directory)["step"] >= plan.config.trainer.max_steps
+
+
 def finished_already(plan: Plan) -> str | None:
     """The line for a run that has done all its steps, which is then not started again; None if there are some to do."""
     directory, status = plan.config.run_dir, former(plan.config.run_dir)
-    if plan.config.checkpoint.resume is Resume.never or not is_finished(directory):
-        return None
-    if status.get("step", 0) < plan.config.trainer.max_steps:
+    if not has_done_its_steps(plan):
         return None
     return (
         f"run_dir = {directory} holds this run, finished after {status['step']} of {status['max_steps']} steps;"

@@ -86,6 +86,12 @@ def test_another_warm_up_is_another_run(tmp_path):
     assert "another optimizer.lr_warmup_steps" in problem
 
 
+def test_a_finished_run_may_go_on_with_more_steps_and_other_settings(tmp_path):
+    left_by(tmp_path / "run", "finished", 300)
+    (tmp_path / "run" / "iter_0000300").mkdir()
+    assert list(directory_problems(plan(tmp_path / "run", "trainer.max_steps=400", "optimizer.lr=1e-3"))) == []
+
+
 def test_another_run_than_the_finished_one_is_refused_by_the_keys_that_differ(tmp_path):
     left_by(tmp_path / "run", "finished", 300)
     (problem,) = directory_problems(plan(tmp_path / "run", "optimizer.lr=1e-3", "seed=5"))

@@ -108,9 +108,8 @@ def _schedule(plan: Plan, training: Training) -> dict[str, Any]:
     """The learning-rate schedule as Megatron-LM counts it, in sequences."""
     batch, state = plan.config.trainer.global_batch_size, training.scheduler.state_dict()
     state |= {name: state[name] * batch for name in ("num_steps", "lr_warmup_steps", "lr_decay_steps")}
-    return state | {
-        "wd_incr_steps": plan.config.trainer.max_steps * batch
-    }  # weight decay is constant: compared, unused
+    # weight decay is constant: how long it would rise is compared, and not used
+    return state | {"wd_incr_steps": plan.config.trainer.max_steps * batch}
 
 
 def rng_state() -> ShardedObject:

@@ -274,7 +274,7 @@ def kill_all(children: Path) -> bool:
 
 def dead_writer(arena: Arena) -> Seen:
     """A process that writes an async save dies: an error soon; resumed from the save before, nothing differs"""
-    words = [SHORT, "checkpoint.async_save=true"]
+    words = [SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1"]  # many, each of a few milliseconds
     with arena.run(*words) as run:
         run.wait_for_step(6)
         children = Path("/proc/{0}/task/{0}/children".format(run.ranks()[1]))
