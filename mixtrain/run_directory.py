@@ -68,7 +68,7 @@ def is_finished(directory: str) -> bool:
 
 
 def has_done_its_steps(plan: Plan) -> bool:
-    """The run in the directory has finished, and trainer.max_steps asks for no more. (Whether more fit is for resume.)"""
+    """The run in the directory has finished, and trainer.max_steps asks for no more steps than it has done."""
     directory, never = plan.config.run_dir, plan.config.checkpoint.resume is Resume.never
     return not never and is_finished(directory) and former(directory)["step"] >= plan.config.trainer.max_steps
 

@@ -84,7 +84,7 @@ def test_the_args_of_the_published_model():
         "num_attention_heads": 32, "num_query_groups": 8, "group_query_attention": True, "kv_channels": 128,
         "num_experts": 8, "moe_router_topk": 2, "moe_router_pre_softmax": False, "moe_grouped_gemm": True,
         "max_position_embeddings": 32768, "position_embedding_type": "rope", "rotary_base": 1000000,
-        "normalization": "RMSNorm", "norm_epsilon": 1e-5, "swiglu": True, "add_bias_linear": False,
+        "normalization": "RMSNorm", "layernorm_epsilon": 1e-5, "swiglu": True, "add_bias_linear": False,
         "attention_dropout": 0.0, "hidden_dropout": 0.0, "untie_embeddings_and_output_weights": True,
         "padded_vocab_size": 32000, "seq_length": 4096, "moe_router_load_balancing_type": "aux_loss",
         "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "expert_model_parallel_size": 4,

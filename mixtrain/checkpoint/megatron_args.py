@@ -76,10 +76,11 @@ MODEL: dict[str, Row] = {  # what --use-checkpoint-args sets
     "num_experts":                    lambda plan, state: plan.config.model.num_moe_experts,
     "group_query_attention":
         lambda plan, state: plan.config.model.num_query_groups != plan.config.model.num_attention_heads,
-    "norm_epsilon":                   lambda plan, state: plan.config.model.layernorm_epsilon,
+    "layernorm_epsilon":              lambda plan, state: plan.config.model.layernorm_epsilon,
     "normalization":                  _field("normalization"),
     "swiglu":                         _field("gated_linear_unit"),
     "apply_layernorm_1p":             _field("layernorm_zero_centered_gamma", False),
+    "layernorm_zero_centered_gamma":  _field("layernorm_zero_centered_gamma", False),
     "add_bias_linear":                _field("add_bias_linear"),
     "disable_bias_linear":            lambda plan, state: not transformer_fields(plan.config)["add_bias_linear"],
     "add_qkv_bias":                   _field("add_qkv_bias", False),
