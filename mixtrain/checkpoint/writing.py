@@ -49,6 +49,7 @@ def write(directory: Path, rank: int, items: list[Item], beat: Callable[[], None
     checksums = get_crc32_options()
     set_crc32_options(False)  # the manifest has better ones, and torch.load never looks at these
     try:
+        directory.mkdir(exist_ok=True)  # the first rank has, but another node's file system may not know it yet
         with ThreadPoolExecutor(max(1, len(shares))) as threads:
             names = [f"__{rank}_{number}.distcp" for number in range(len(shares))]
             jobs = [
