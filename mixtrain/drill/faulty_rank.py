@@ -116,7 +116,7 @@ def collapse(training: Any, rank: int) -> None:
     import torch
 
     for router in routers(training):
-        favour = torch.zeros(router.weight.shape[0])
+        favour = torch.zeros(router.config.num_moe_experts)
         favour[:2] = 100.0
         router.gating = lambda hidden, gating=router.gating, favour=favour: gating(hidden) + favour
 
