@@ -84,6 +84,16 @@ def starts(key: str) -> str:
     raise RuntimeError(f"no row of TENSORS in mixtrain/contract.py describes {key}")
 
 
+def stacked(key: str) -> int:
+    """How many leading axes of a tensor are a module's number each: the layer's, and the expert's."""
+    return 2 if key.startswith(LAYER + "mlp.experts.") else 1 if key.startswith(LAYER) else 0
+
+
+def condition(key: str) -> str | None:
+    """When there is a tensor `key`, a word of CONDITIONS; None for no tensor of this contract."""
+    return next((row.when for row in TENSORS if row.key == key), None)
+
+
 def extra_state(key: str) -> str | None:
     """The object that Transformer Engine's module writes beside its weight `key` (its fp8 scales); None if none."""
     module, _, name = key.rpartition(".")

@@ -13,8 +13,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mixtrain.checkpoint.directory import steps_in
-from mixtrain.checkpoint.integrity import MANIFEST
+from mixtrain.checkpoint.directory import newest
 from mixtrain.config import Accelerator, DataKind, Dispatcher, TransformerImpl
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
@@ -134,9 +133,9 @@ def room_for_checkpoints(plan: Plan) -> Problems:
 
 def weights_to_load(plan: Plan) -> Problems:
     given = plan.config.checkpoint.load_weights
-    if given is None or os.path.exists(os.path.join(given, MANIFEST)) or steps_in(given):
+    if given is None or newest(given):
         return
-    what = "is not a checkpoint (iter_NNNNNNN) or a directory of some" if os.path.isdir(given) else "is no directory"
+    what = "is not a checkpoint (iter_NNNNNNN, release) or a directory of some" if os.path.isdir(given) else "is no directory"
     yield f"checkpoint.load_weights = {given} {what}"
 
 

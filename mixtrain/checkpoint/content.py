@@ -86,6 +86,16 @@ def common(plan: Plan, training: Training, state: RunState) -> dict[str, Any]:
     }
 
 
+def common_of_weights(plan: Plan) -> dict[str, Any]:
+    """The same for a checkpoint that has weights alone."""
+    return {
+        "args": megatron_args(plan, RunState()),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "content_metadata": FORMAT,
+    }
+
+
 def _optimizer_groups(training: Training, steps: int) -> dict:
     """The settings of the parameter groups, for Megatron-LM: a run of mixtrain has them from its configuration."""
     # Apex's and Transformer Engine's Adam have a key that PyTorch's has not, and take a group as it is on the disk

@@ -11,7 +11,10 @@ import re
 import shutil
 from pathlib import Path
 
+from mixtrain.checkpoint.integrity import MANIFEST
+
 TRACKER = "latest_checkpointed_iteration.txt"
+RELEASE = "release"  # weights of no training run: Megatron-LM's name for what a converter writes
 LEFTOVER = re.compile(r"iter_\d{7,}\.(saving|replaced|deleting)")
 
 
@@ -29,6 +32,16 @@ def steps_in(run_dir: str | Path) -> list[int]:
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
     found = [re.fullmatch(r"iter_(\d{7,})", name) for name in names]
     return sorted((int(match[1]) for match in found if match), reverse=True)
+
+
+def newest(given: str | Path) -> Path | None:
+    """The checkpoint that a path means: itself, or the newest in a run directory, or a converter's; None if none."""
+    given = Path(given)
+    if (given / MANIFEST).is_file():
+        return given
+    if steps := steps_in(given):
+        return path_of(given, steps[0])
+    return given / RELEASE if (given / RELEASE).is_dir() else None
 
 
 def tracked(run_dir: str | Path) -> int | None:

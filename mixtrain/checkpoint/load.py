@@ -27,7 +27,7 @@ from mixtrain.plan import Plan
 from mixtrain.ranks import Ranks
 
 SHOWN = 8  # tensors that differ
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the last of published weights alone
 
 
 def find(plan: Plan, ranks: Ranks, say: Callable[[str], None], beat=lambda: None) -> Path | None:
@@ -115,10 +115,9 @@ def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path) -> No
 
 
 def weights_at(plan: Plan, ranks: Ranks, beat=lambda: None) -> Path:
-    """The valid checkpoint that checkpoint.load_weights names: itself, or the newest in a run directory."""
+    """The valid checkpoint that checkpoint.load_weights names: itself, or the newest in a directory of some."""
     given = Path(plan.config.checkpoint.load_weights)
-    steps = _from_first(ranks, lambda: directory.steps_in(given))
-    path = directory.path_of(given, steps[0]) if steps else given
+    path = _from_first(ranks, lambda: directory.newest(given)) or given
     if wrong := problem(plan, ranks, path, beat):
         raise UserError(f"checkpoint.load_weights = {given}: {wrong}")
     return path

@@ -145,12 +145,7 @@ class Saver:
     def _commit(self, pending: Pending, shares: list[Written]) -> None:
         """On the first rank: what all have written gets its index, its manifest, and its name."""
         path, metadata = pending.path, pending.metadata
-        metadata.storage_data = {result.index: result.storage_data for share in shares for result in share.results}
-        metadata.storage_meta = StorageMeta()
-        with open(path / METADATA, "wb") as file:
-            pickle.dump(metadata, file)
-        (path / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                                               "common_backend": "torch", "common_backend_version": 1}))  # fmt: skip
+        write_index(path, metadata, shares)
         small = [path / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
         for each in small:
             with open(each) as file:
@@ -199,3 +194,13 @@ class Saver:
         total = torch.tensor([number], dtype=torch.int64, device=self.ranks.device)
         torch.distributed.all_reduce(total)
         return int(total.item())
+
+
+def write_index(path: Path, metadata: Metadata, shares: list[Written]) -> None:
+    """Write what says which tensors there are and where each part lies, and what format this is."""
+    metadata.storage_data = {result.index: result.storage_data for share in shares for result in share.results}
+    metadata.storage_meta = StorageMeta()
+    with open(path / METADATA, "wb") as file:
+        pickle.dump(metadata, file)
+    (path / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
+                                           "common_backend": "torch", "common_backend_version": 1}))  # fmt: skip

@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from torch.serialization import get_crc32_options, set_crc32_options
 
 from mixtrain.checkpoint.integrity import File
 from mixtrain.environment import die_with
+from mixtrain.errors import UserError
 
 FILES = 2  # a rank's, written side by side
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -45,7 +46,13 @@ class Written(NamedTuple):
 
 def write(directory: Path, rank: int, items: list[Item], beat: Callable[[], None] = lambda: None) -> Written:
     """Write a rank's items, in Megatron-Core's files __RANK_N.distcp. What goes wrong is in the result, not raised."""
-    shares = [share for share in _shares(items) if share]
+    return write_files(directory, rank, [share for share in _shares(items) if share], beat)
+
+
+def write_files(
+    directory: Path, rank: int, shares: Sequence[Iterable[Item]], beat: Callable[[], None] = lambda: None
+) -> Written:
+    """The same with a file for each of the shares, whose items may come one by one. A UserError of theirs is raised."""
     checksums = get_crc32_options()
     set_crc32_options(False)  # the manifest has better ones, and torch.load never looks at these
     try:
@@ -59,6 +66,8 @@ def write(directory: Path, rank: int, items: list[Item], beat: Callable[[], None
             done = [job.result() for job in jobs]
     except OSError as error:
         return Written(f"{error.filename or directory}: {error.strerror}", error.errno in DISK_FULL)
+    except UserError:
+        raise
     except Exception as error:
         return Written(f"{directory}: {type(error).__name__}: {error}")
     finally:
@@ -84,7 +93,7 @@ def _shares(items: list[Item]) -> list[list[Item]]:
     return shares
 
 
-def _write_file(path: Path, items: list[Item], beat: Callable[[], None]) -> tuple[list[WriteResult], File]:
+def _write_file(path: Path, items: Iterable[Item], beat: Callable[[], None]) -> tuple[list[WriteResult], File]:
     with ThreadPoolExecutor(1) as hasher, open(path, "wb", buffering=0) as file:
         stream = _HashedStream(file, hasher)
         try:

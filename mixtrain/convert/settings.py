@@ -1,13 +1,13 @@
-"""A Config as the values of Hugging Face's MixtralConfig and back, and why a Config is not a Mixtral at all. No torch.
+"""A Config as the values of a Hugging Face config.json and back, and why a Config is no such model at all. No torch.
 
 Rule: what decides the meaning of the weights has a row and is refused where the two cannot mean the same. What only
-decides how they are trained (losses beside the LM loss, dropping, jitter, dropout, first weights) is not of interest.
+decides how they are trained (losses beside the LM loss, jitter, dropout, first weights) is not of interest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from mixtrain.classes import show, value_of
 from mixtrain.config import Config
@@ -15,49 +15,81 @@ from mixtrain.errors import UserError
 
 REQUIRED = object()  # must be in config.json
 
+
+class Architecture(NamedTuple):
+    """A model of transformers that mixtrain can be."""
+
+    name: str  # as a sentence has it
+    model_type: str
+    class_name: str
+    same: list[tuple[str, str, Any]]  # a key of config.json, ours, and what transformers takes where it is not there
+    fixed: dict[str, Any]  # what every such model that mixtrain can be has, where config.json has it at all
+    also: dict[str, str]  # other names of keys, old or new
+    normalised: str | None  # the key that says whether a token's weights are divided by their sum; None: they are
+    qk_layernorm: bool
+
+
 # fmt: off
-# A key of Hugging Face's config.json, ours, and what transformers takes where the file does not have it.
 SAME = [
     ("num_hidden_layers",       "model.num_layers",              REQUIRED),
     ("hidden_size",             "model.hidden_size",             REQUIRED),
-    ("intermediate_size",       "model.moe_ffn_hidden_size",     REQUIRED),
     ("num_attention_heads",     "model.num_attention_heads",     REQUIRED),
     ("num_key_value_heads",     "model.num_query_groups",        REQUIRED),
     ("head_dim",                "model.kv_channels",             None),  # hidden_size / num_attention_heads
-    ("num_local_experts",       "model.num_moe_experts",         REQUIRED),
     ("num_experts_per_tok",     "model.moe_router_topk",         REQUIRED),
     ("vocab_size",              "model.vocab_size",              REQUIRED),
     ("max_position_embeddings", "model.max_position_embeddings", REQUIRED),
     ("rms_norm_eps",            "model.layernorm_epsilon",       REQUIRED),
 ]
-# What every Mixtral that mixtrain can be has in config.json.
-FIXED = {"model_type": "mixtral", "hidden_act": "silu", "sliding_window": None}
+FIXED = {"hidden_act": "silu", "sliding_window": None}
 
-# Key of ours, the values with which a model is a Mixtral, and why it is not with another.
-MIXTRAL = [
+MIXTRAL = Architecture(
+    "Mixtral", "mixtral", "MixtralForCausalLM",
+    [*SAME,
+        ("num_local_experts",   "model.num_moe_experts",         REQUIRED),
+        ("intermediate_size",   "model.moe_ffn_hidden_size",     REQUIRED)],
+    FIXED, {}, None, False)
+QWEN3_MOE = Architecture(
+    "Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM",
+    [*SAME,
+        ("num_experts",           "model.num_moe_experts",       REQUIRED),
+        ("moe_intermediate_size", "model.moe_ffn_hidden_size",   REQUIRED),
+        ("intermediate_size",     "model.ffn_hidden_size",       REQUIRED)],  # of a dense layer, which there is none of
+    FIXED | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
+    {"num_local_experts": "num_experts"}, "norm_topk_prob", True)
+ARCHITECTURES = {architecture.model_type: architecture for architecture in (MIXTRAL, QWEN3_MOE)}
+
+# Key of ours, the values with which a model is one of them, and why it is not with another.
+WANTED = [
     ("router.moe_router_score_function", ["softmax"],
-        "Mixtral's weights of experts are a softmax"),
+        "{}'s weights of experts are a softmax"),
     ("router.moe_router_enable_expert_bias", [False],
-        "Mixtral chooses by the scores alone and has no tensor for a bias"),
+        "{} chooses by the scores alone and has no tensor for a bias"),
     ("router.moe_router_topk_scaling_factor", [None, 1.0],
-        "Mixtral's weights of a token's experts add up to 1"),
+        "{} does not scale the weights of a token's experts"),
     ("router.moe_router_num_groups", [None],
-        "Mixtral chooses among all experts"),
+        "{} chooses among all experts"),
+    ("dispatcher.moe_expert_capacity_factor", [None],
+        "{} drops no tokens"),
     ("model.moe_shared_expert_intermediate_size", [None],
-        "Mixtral has no expert that sees every token"),
-    ("model.qk_layernorm", [False],
-        "Mixtral has no norm of queries and keys"),
+        "{} has no expert that sees every token"),
 ]
 # fmt: on
 # Fields of TransformerConfig that change how something is computed and not what.
 HARMLESS = ("attention_backend", "attention_softmax_in_fp32", "moe_permute_fusion", "moe_router_fusion")
 
 
+def architecture_of(config: Config) -> Architecture:
+    """Which of transformers' models a Config is, if any: one has norms of queries and keys, the other has none."""
+    return QWEN3_MOE if config.model.qk_layernorm else MIXTRAL
+
+
 def problems(config: Config) -> list[str]:
-    """Why no MixtralForCausalLM computes what the model of a Config does; none if one does."""
+    """Why no model of transformers computes what the model of a Config does; none if one does."""
+    name = architecture_of(config).name
     found = [
-        f"{key} = {show(value_of(config, key))}: {why}; use {show(values[0])}"
-        for key, values, why in MIXTRAL
+        f"{key} = {show(value_of(config, key))}: {why.format(name)}; use {show(values[0])}"
+        for key, values, why in WANTED
         if value_of(config, key) not in values
     ]
     return found + list(_router(config)) + list(_extra(config))
@@ -65,38 +97,44 @@ def problems(config: Config) -> list[str]:
 
 def _router(config: Config) -> Iterator[str]:
     """What the weights of the chosen experts are made of."""
-    whole = "its weights are softmax scores over all experts, Mixtral's are divided by their sum over the chosen"
+    architecture, pre_softmax = architecture_of(config), config.router.moe_router_pre_softmax
+    name = architecture.name
+    whole = f"its weights are softmax scores over all experts, {name}'s are divided by their sum over the chosen"
     if "sinkhorn" in value_of(config, "router.moe_router_load_balancing_type"):
         yield f"router.moe_router_load_balancing_type = sinkhorn: {whole}; use another"
+    elif pre_softmax and architecture.normalised:
+        return  # config.json says so
     if config.model.moe_router_topk == 1:
         yield (
-            "model.moe_router_topk = 1: Megatron-Core weighs a token's only expert by its score, Mixtral always by 1;"
+            f"model.moe_router_topk = 1: Megatron-Core weighs a token's only expert by its score, {name} always by 1;"
             " use 2 or more"
         )
-    elif config.router.moe_router_pre_softmax:
+    elif pre_softmax:
         yield f"router.moe_router_pre_softmax = true: {whole}; use false"
 
 
 def _extra(config: Config) -> Iterator[str]:
-    for name, value in config.model.extra.items():
-        if name not in HARMLESS:
-            yield (
-                f"model.extra.{name} = {show(value)}: it is not known that a Mixtral with it is still one; leave it out"
-            )
+    name = architecture_of(config).name
+    for key, value in config.model.extra.items():
+        if key not in HARMLESS:
+            yield f"model.extra.{key} = {show(value)}: it is not known that a {name} with it is still one; leave it out"
 
 
 def to_hugging_face(config: Config) -> dict[str, Any]:
-    """The values of MixtralConfig for a resolved Config, as config.json has them: transformers 4 and 5 read it.
+    """The values of config.json for a resolved Config, in the words of the hub: transformers 4 and 5 read them.
 
     UserError with every reason why there are none.
     """
     if found := problems(config):
         raise UserError(*found)
-    theta = float(config.model.rotary_base)
+    architecture, theta = architecture_of(config), float(config.model.rotary_base)
+    normalised = {architecture.normalised: not config.router.moe_router_pre_softmax} if architecture.normalised else {}
     return {
-        "architectures": ["MixtralForCausalLM"],
-        **FIXED,
-        **{theirs: value_of(config, ours) for theirs, ours, _ in SAME},
+        "architectures": [architecture.class_name],
+        "model_type": architecture.model_type,
+        **architecture.fixed,
+        **{theirs: value_of(config, ours) for theirs, ours, _ in architecture.same},
+        **normalised,
         "rope_theta": theta,  # transformers 4
         "rope_parameters": {"rope_theta": theta, "rope_type": "default"},  # transformers 5
         "tie_word_embeddings": not config.model.untie_embeddings_and_output_weights,
@@ -108,30 +146,39 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
 
     UserError with every value that mixtrain has nothing for.
     """
+    architecture = ARCHITECTURES.get(str(values.get("model_type", MIXTRAL.model_type)))
+    if architecture is None:
+        known = " and ".join(ARCHITECTURES)
+        raise UserError(f"config.json: model_type = {values['model_type']}: mixtrain converts {known}")
+    values = {architecture.also.get(name, name): value for name, value in values.items()}
     wrong = [
-        f"{name} = {show(values[name])}: mixtrain's Mixtral has {show(value)}"
-        for name, value in FIXED.items()
+        f"{name} = {show(values[name])}: mixtrain's {architecture.name} has {show(value)}"
+        for name, value in architecture.fixed.items()
         if name in values and values[name] != value
     ]
-    wrong += [f"{theirs} is missing" for theirs, _, absent in SAME if values.get(theirs, absent) is REQUIRED]
-    theta, wrong_rope = _rope(values)
+    if "auto_map" in values:
+        wrong.append("auto_map: the model wants code of its own, and none but transformers' is known or run")
+    wrong += [
+        f"{theirs} is missing" for theirs, _, absent in architecture.same if values.get(theirs, absent) is REQUIRED
+    ]
+    theta, wrong_rope = _rope(values, architecture.name)
     if wrong + wrong_rope:
         raise UserError(*[f"config.json: {problem}" for problem in wrong + wrong_rope])
-    found = {ours: values.get(theirs, absent) for theirs, ours, absent in SAME}
+    found = {ours: values.get(theirs, absent) for theirs, ours, absent in architecture.same}
     if found["model.kv_channels"] is None:
         found["model.kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
-    return found | {
-        "model.ffn_hidden_size": values["intermediate_size"],  # of a dense layer, which there is none of
+    normalised = architecture.normalised is None or values.get(architecture.normalised, False)
+    return {"model.ffn_hidden_size": found["model.moe_ffn_hidden_size"]} | found | {
         "model.rotary_base": int(theta),
         "model.untie_embeddings_and_output_weights": not values.get("tie_word_embeddings", False),
-        "model.qk_layernorm": False,
+        "model.qk_layernorm": architecture.qk_layernorm,
         "model.moe_shared_expert_intermediate_size": None,
         "router.moe_router_score_function": "softmax",
-        "router.moe_router_pre_softmax": False,
-    }
+        "router.moe_router_pre_softmax": not normalised,
+    }  # fmt: skip
 
 
-def _rope(values: Mapping[str, Any]) -> tuple[float, list[str]]:
+def _rope(values: Mapping[str, Any], name: str) -> tuple[float, list[str]]:
     """The base of the rotary embedding, and what stands against it: transformers 5's key, or transformers 4's two."""
     rope = dict(values.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", values.get("rope_theta"))
@@ -144,8 +191,8 @@ def _rope(values: Mapping[str, Any]) -> tuple[float, list[str]]:
     if theta != int(theta):
         wrong.append(f"rope_theta = {theta}: model.rotary_base is a whole number")
     if kind != "default":
-        wrong.append(f"rope_parameters.rope_type = {kind}: mixtrain's Mixtral has default")
-    wrong += [f"rope_parameters.{name} = {rope[name]}: mixtrain's Mixtral has none" for name in rope]
+        wrong.append(f"rope_parameters.rope_type = {kind}: mixtrain's {name} has default")
+    wrong += [f"rope_parameters.{key} = {rope[key]}: mixtrain's {name} has none" for key in rope]
     if values.get("rope_scaling") is not None:
-        wrong.append(f"rope_scaling = {values['rope_scaling']}: mixtrain's Mixtral has null")
+        wrong.append(f"rope_scaling = {values['rope_scaling']}: mixtrain's {name} has null")
     return theta, wrong

@@ -14,6 +14,8 @@ import torch
 
 from mixtrain import contract
 from mixtrain.config import Config
+from mixtrain.convert import settings
+from mixtrain.convert.settings import Architecture
 
 
 class Row(NamedTuple):
@@ -30,7 +32,7 @@ class Row(NamedTuple):
 MEGATRON = contract.LAYER
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
-EXPERT = LAYER + "block_sparse_moe.experts.{expert}."
+MOE = LAYER + "block_sparse_moe."
 
 # fmt: off
 # The names in files: those on the hub, of transformers 4, and of transformers 5 unless told otherwise.
@@ -40,9 +42,9 @@ HUB = [Row(*row) for row in [
     (MEGATRON + "self_attention.linear_qkv.weight",            "qkv",     f"{ATTENTION}q_proj.weight {ATTENTION}k_proj.weight {ATTENTION}v_proj.weight"),  # noqa: E501
     (MEGATRON + "self_attention.linear_proj.weight",           "whole",   ATTENTION + "o_proj.weight"),
     (MEGATRON + "pre_mlp_layernorm.weight",                    "whole",   LAYER + "post_attention_layernorm.weight"),
-    (MEGATRON + "mlp.router.weight",                           "whole",   LAYER + "block_sparse_moe.gate.weight"),
-    (MEGATRON + "mlp.experts.experts.linear_fc1.weight",       "gate_up", f"{EXPERT}w1.weight {EXPERT}w3.weight"),
-    (MEGATRON + "mlp.experts.experts.linear_fc2.weight",       "whole",   EXPERT + "w2.weight"),
+    (MEGATRON + "mlp.router.weight",                           "whole",   MOE + "gate.weight"),
+    (MEGATRON + "mlp.experts.experts.linear_fc1.weight",       "gate_up", f"{MOE}experts.{{expert}}.w1.weight {MOE}experts.{{expert}}.w3.weight"),  # noqa: E501
+    (MEGATRON + "mlp.experts.experts.linear_fc2.weight",       "whole",   MOE + "experts.{expert}.w2.weight"),
     ("decoder.final_layernorm.weight",                         "whole",   "model.norm.weight"),
     ("output_layer.weight",                                    "whole",   "lm_head.weight"),
 ]]
@@ -51,6 +53,14 @@ FUSED = [Row(*row) for row in [
     (MEGATRON + "mlp.router.weight",                           "whole",   LAYER + "mlp.gate.weight"),
     (MEGATRON + "mlp.experts.experts.linear_fc1.weight",       "whole",   LAYER + "mlp.experts.gate_up_proj"),
     (MEGATRON + "mlp.experts.experts.linear_fc2.weight",       "whole",   LAYER + "mlp.experts.down_proj"),
+]]
+# What is another, or more, in the files of Qwen3-MoE. In memory it is called as Mixtral is.
+QWEN3_MOE = [Row(*row) for row in [
+    (MEGATRON + "self_attention.q_layernorm.weight",           "whole",   ATTENTION + "q_norm.weight"),
+    (MEGATRON + "self_attention.k_layernorm.weight",           "whole",   ATTENTION + "k_norm.weight"),
+    (MEGATRON + "mlp.router.weight",                           "whole",   LAYER + "mlp.gate.weight"),
+    (MEGATRON + "mlp.experts.experts.linear_fc1.weight",       "gate_up", f"{LAYER}mlp.experts.{{expert}}.gate_proj.weight {LAYER}mlp.experts.{{expert}}.up_proj.weight"),  # noqa: E501
+    (MEGATRON + "mlp.experts.experts.linear_fc2.weight",       "whole",   LAYER + "mlp.experts.{expert}.down_proj.weight"),  # noqa: E501
 ]]
 # fmt: on
 LAYOUTS = ("hub", "fused")
@@ -115,19 +125,23 @@ class Piece(NamedTuple):
         return {name: tuple(view.shape) for name, view in self.read(torch.empty(self.shape, device="meta")).items()}
 
 
-def rows(layout: str) -> dict[str, Row]:
-    """Key -> row of a layout, `hub` or `fused`, in the order in which the model uses the tensors."""
+def rows(architecture: Architecture, layout: str) -> dict[str, Row]:
+    """Key -> row of a model's tensors in a layout, `hub` or `fused`."""
     table = {row.key: row for row in HUB}
+    if architecture is settings.QWEN3_MOE:
+        table |= {row.key: row for row in QWEN3_MOE}
     return table | {"hub": {}, "fused": {row.key: row for row in FUSED}}[layout]
 
 
 def pieces(config: Config, layout: str) -> Iterator[Piece]:
-    """Every part of every Megatron tensor of a resolved Config, in the order of the table."""
-    model, shapes, table = config.model, contract.shapes(config), rows(layout)
+    """Every part of every Megatron tensor of a resolved Config, in the order in which the model uses the tensors."""
+    model, shapes, table = config.model, contract.shapes(config), rows(settings.architecture_of(config), layout)
     heads = Heads(model.num_query_groups, model.num_attention_heads // model.num_query_groups, model.kv_channels)
     if uncovered := [key for key in shapes if key not in table]:
-        raise RuntimeError(f"no row of HUB in mixtrain/convert/table.py covers {', '.join(uncovered)}")
-    for key in (key for key in table if key in shapes):
+        raise RuntimeError(f"no row of mixtrain/convert/table.py covers {', '.join(uncovered)}")
+    if spare := [key for key in table if key not in shapes and contract.condition(key) != "untied"]:
+        raise RuntimeError(f"rows of mixtrain/convert/table.py are of no tensor: {', '.join(spare)}")
+    for key in shapes:
         templates = table[key].names.split()
         axes = templates[0].count("{")
         for numbers in product(*map(range, shapes[key][:axes])):

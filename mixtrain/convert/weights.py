@@ -6,7 +6,8 @@ says what differs. Nothing is cast, padded, transposed or left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -62,8 +63,8 @@ def layout_of(config: Config, names: Iterable[str]) -> str:
     return "hub" if of["hub"] else "fused"
 
 
-def check(shapes: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor]) -> None:
-    """UserError if the tensors are not those of `shapes`, by name, shape and dtype."""
+def check(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], dtypes=DTYPES, mixed=False) -> None:
+    """UserError if the tensors are not those of `shapes`, by name, shape and dtype: one for all, unless `mixed`."""
     there = [name for name in shapes if name in tensors]
     usual = tensors[there[0]].dtype if there else DTYPES[0]
     found = [
@@ -75,13 +76,14 @@ def check(shapes: dict[str, tuple[int, ...]], tensors: dict[str, torch.Tensor]) 
             if tuple(tensors[name].shape) != shapes[name]
         ),
     ]
-    if usual not in DTYPES:
-        found.append(f"{there[0]} is {usual}; weights are {' or '.join(map(str, DTYPES))}")
-    found += first(
-        f"{name} is {tensors[name].dtype}, but {there[0]} is {usual}; all must be the same"
-        for name in there
-        if tensors[name].dtype != usual
-    )
+    if usual not in dtypes:
+        found.append(f"{there[0]} is {usual}; weights are {' or '.join(map(str, dtypes))}")
+    if not mixed:
+        found += first(
+            f"{name} is {tensors[name].dtype}, but {there[0]} is {usual}; all must be the same"
+            for name in there
+            if tensors[name].dtype != usual
+        )
     if found:
         raise UserError(*found)
 

@@ -59,13 +59,13 @@ def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
 
 def tokenizer_vocab_size(directory: Path) -> int:
     """The highest token id plus one, added tokens included: the smallest model.vocab_size that can take every id."""
-    return max(_ids(directory).values()) + 1
+    return max(token_ids(directory).values()) + 1
 
 
 def tokenizer_eod_id(directory: Path) -> int:
     """The id of the token that ends a document: the tokenizer's eos_token, or UserError where it names none."""
     directory = Path(directory)
-    ids = _ids(directory)
+    ids = token_ids(directory)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = directory / name
         token = _read_json(path).get("eos_token") if path.is_file() else None
@@ -111,7 +111,7 @@ def _read_json(path: Path) -> dict:
     return value
 
 
-def _ids(directory: Path) -> dict[str, int]:
+def token_ids(directory: Path) -> dict[str, int]:
     """Every token and its id: the model's vocabulary (a mapping, or Unigram's list of pairs) and the added tokens."""
     path = _tokenizer_json(directory)
     content = _read_json(path)

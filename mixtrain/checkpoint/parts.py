@@ -1,0 +1,186 @@
+"""The tensors of a checkpoint, read part by part, whatever layout wrote them: as windows on its files where they can be.
+
+Rule: PyTorch says what a stored chunk is (its dtype, shape and strides, without its data); its bytes are then found in
+the zip file that PyTorch made of it. No process group, no pickle, no whole tensor.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from mixtrain.checkpoint import safe
+from mixtrain.checkpoint.boxes import Box, boxes
+from mixtrain.windows import window
+from mixtrain.errors import UserError
+
+
+class Chunk(NamedTuple):
+    """A stored box of a tensor."""
+
+    key: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    path: Path
+    start: int  # bytes: its zip file within the file
+    length: int
+
+
+class Parts:
+    """The tensors of one checkpoint directory."""
+
+    def __init__(self, directory: Path):
+        """UserError if there is no index to read, or it is damaged."""
+        metadata = safe.read_metadata(directory)
+        self.directory = directory
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self.singles: dict[str, int] = {}  # how many leading axes are cut one by one
+        self.chunks: dict[tuple, list[Chunk]] = {}  # by key and place along these axes
+        self.data: dict[Chunk, int] = {}  # byte at which its numbers begin
+        for key, kind in metadata.state_dict_metadata.items():
+            if isinstance(kind, TensorStorageMetadata):
+                self._add(key, kind, metadata.storage_data)
+
+    def _add(self, key: str, kind: TensorStorageMetadata, places: dict) -> None:
+        self.shapes[key], self.dtypes[key] = tuple(kind.size), kind.properties.dtype
+        axes = 0
+        while axes < len(kind.size) and all(chunk.sizes[axes] == 1 for chunk in kind.chunks):
+            axes += 1
+        self.singles[key] = axes
+        for chunk in kind.chunks:
+            place = places.get(MetadataIndex(key, chunk.offsets))
+            if place is None:
+                raise UserError(f"{self.directory / safe.METADATA} does not say where a part of {key} lies")
+            path = self.directory / place.relative_path
+            stored = Chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), path, place.offset, place.length)
+            self.chunks.setdefault((key, stored.offset[:axes]), []).append(stored)
+
+    def whole(self, key: str) -> torch.Tensor:
+        """A tensor whole: for small ones."""
+        shape = self.shapes[key]
+        return self.flat(key, 0, math.prod(shape)).view(shape)
+
+    def flat(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """The elements start..stop of the flat tensor: a window where they lie together, else a copy."""
+        shape, dtype = self.shapes[key], self.dtypes[key]
+        found = list(boxes(shape, start, stop))
+        if len(found) == 1 and (seen := self._window(key, found[0])) is not None:
+            return seen
+        out, filled = torch.empty(stop - start, dtype=dtype), 0
+        for box in found:
+            view = out[box.start - start : box.stop - start].view(box.size)
+            filled += sum(self._copy(chunk, box, view) for chunk in self._near(key, box))
+        if filled != stop - start:
+            raise UserError(f"{self.directory}: {key} has a hole: {stop - start - filled:,} numbers lie in no file")
+        return out
+
+    def _near(self, key: str, box: Box) -> Iterator[Chunk]:
+        """The chunks that may have some of a box."""
+        axes = self.singles[key]
+        spans = (range(at, at + size) for at, size in zip(box.offset[:axes], box.size[:axes], strict=True))
+        for place in product(*spans):
+            yield from self.chunks.get((key, place), ())
+
+    def _window(self, key: str, box: Box) -> torch.Tensor | None:
+        """A box that lies in one chunk, as one piece of it; None if it does not."""
+        for chunk in self._near(key, box):
+            inner, overlap = _overlap(chunk, box)
+            if overlap == box.size:
+                count, strides = math.prod(box.size), _strides(chunk.size)
+                last = sum((size - 1) * stride for size, stride in zip(box.size, strides, strict=True))
+                return self._numbers(chunk, inner, count, strides) if last == count - 1 else None
+        return None
+
+    def _copy(self, chunk: Chunk, box: Box, out: torch.Tensor) -> int:
+        """Copy what a chunk has of a box into `out`, of the box's size; how many numbers it was."""
+        inner, size = _overlap(chunk, box)
+        if not size:
+            return 0
+        strides = _strides(chunk.size)
+        span = 1 + sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
+        there = self._numbers(chunk, inner, span, strides).as_strided(size, strides)
+        at = [at + first - start for at, first, start in zip(inner, chunk.offset, box.offset, strict=True)]
+        out[tuple(slice(start, start + length) for start, length in zip(at, size, strict=True))].copy_(there)
+        return math.prod(size)
+
+    def _numbers(self, chunk: Chunk, inner: tuple[int, ...], count: int, strides: tuple[int, ...]) -> torch.Tensor:
+        """`count` numbers of a chunk from the place `inner` in it on."""
+        dtype = self.dtypes[chunk.key]
+        first = sum(at * stride for at, stride in zip(inner, strides, strict=True))
+        if chunk not in self.data:
+            self.data[chunk] = _data_offset(chunk, dtype)
+        try:
+            return window(chunk.path, self.data[chunk] + first * dtype.itemsize, (count,), dtype)
+        except OSError as error:
+            raise UserError(f"{chunk.path} cannot be read ({error.strerror})") from None
+
+
+def _strides(size: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
+
+
+def _overlap(chunk: Chunk, box: Box) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(where in the chunk, of what size) the part lies that a box has of it; sizes () if none."""
+    starts = [max(a, b) for a, b in zip(chunk.offset, box.offset, strict=True)]
+    stops = [
+        min(a + m, b + n) for a, m, b, n in zip(chunk.offset, chunk.size, box.offset, box.size, strict=True)
+    ]  # fmt: skip
+    size = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
+    if any(length <= 0 for length in size):
+        return (), ()
+    return tuple(start - at for start, at in zip(starts, chunk.offset, strict=True)), size
+
+
+def _data_offset(chunk: Chunk, dtype: torch.dtype) -> int:
+    """The byte of a file at which a chunk's numbers begin. UserError if they are not as the index says."""
+    try:
+        with open(chunk.path, "rb") as file:
+            part = _Part(file, chunk.start, chunk.length)
+            tensor = torch.load(part, map_location="meta", weights_only=True)
+            with zipfile.ZipFile(part) as archive:
+                (record,) = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
+            file.seek(chunk.start + record.header_offset)
+            name, extra = struct.unpack("<26x2H", file.read(30))  # of the record's own header
+    except OSError as error:
+        raise UserError(f"{chunk.path} cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged zip file or pickle ends in any of them
+        raise UserError(f"{chunk.path} is damaged at byte {chunk.start:,} ({type(error).__name__})") from None
+    plain = isinstance(tensor, torch.Tensor) and tensor.is_contiguous() and not tensor.storage_offset()
+    expected = (chunk.size, dtype, math.prod(chunk.size) * dtype.itemsize, zipfile.ZIP_STORED)
+    if not plain or (tuple(tensor.shape), tensor.dtype, record.file_size, record.compress_type) != expected:
+        raise UserError(f"{chunk.path} is damaged: a part of {chunk.key} is not what the index says")
+    return chunk.start + record.header_offset + 30 + name + extra
+
+
+class _Part(io.RawIOBase):
+    """Some bytes of a file as a file."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int):
+        self.file, self.start, self.length, self.at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
+        return self.at
+
+    def readinto(self, buffer) -> int:
+        self.file.seek(self.start + self.at)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
+        self.at += count
+        return count

@@ -1,0 +1,134 @@
+"""A directory with a model of Hugging Face: what is in its files, all of it checked before a tensor is looked at.
+
+Rule: config.json and safetensors alone are read. Nothing there is ever run: a pickle is refused by its name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mixtrain.windows import window
+from mixtrain.errors import UserError
+
+SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# safetensors' names of what weights are kept in
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SHOWN = 5  # problems of a kind
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    offset: int  # bytes
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def part(self, start: int, stop: int) -> torch.Tensor:
+        """The elements start..stop of the flat tensor: a window on the file."""
+        return window(self.path, self.offset + start * self.dtype.itemsize, (stop - start,), self.dtype)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json. UserError if there is none."""
+    return _json(directory / CONFIG, "a Hugging Face model has one")
+
+
+def read_tensors(directory: Path) -> dict[str, Stored]:
+    """Name -> where it lies, of every tensor of the model. UserError naming the file that is wrong."""
+    weight_map = _weight_map(directory)
+    if missing := [name for name in sorted(set(weight_map.values())) if not (directory / name).is_file()]:
+        said = [f"{directory / name} is missing, and {INDEX} names it" for name in missing[:SHOWN]]
+        raise UserError(*said, *([f"... and {len(missing) - SHOWN} more files"] if len(missing) > SHOWN else []))
+    found: dict[str, Stored] = {}
+    for name in sorted(set(weight_map.values())):
+        found |= _file(directory / name, {tensor for tensor, file in weight_map.items() if file == name})
+    return found
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Tensor -> file, from the index, or as the only file has them."""
+    if not directory.is_dir():
+        raise UserError(f"{directory} is no directory")
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file() and index.is_file():
+        raise UserError(f"{directory} has both {SINGLE} and {INDEX}: which is the model? take one away")
+    if single.is_file():
+        return dict.fromkeys(_header(single), SINGLE)
+    if not index.is_file():
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise UserError(f"{directory / pickles[0]} is a pickle, which could run anything: give safetensors files")
+        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    weight_map = _json(index, "").get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise UserError(f"{index}: weight_map is not a mapping of tensors to files")
+    for file in sorted(set(weight_map.values())):
+        if os.path.basename(file) != file or file in ("", ".", ".."):
+            raise UserError(f"{index} leads out of its directory, to {file}")
+        if not file.endswith(".safetensors"):
+            raise UserError(f"{index} names {file}, which is not a safetensors file")
+    return weight_map
+
+
+def _file(path: Path, expected: set[str]) -> dict[str, Stored]:
+    """The tensors of a file, which must be those that the index says."""
+    header = _header(path)
+    if missing := sorted(expected - set(header)):
+        raise UserError(f"{path} has no {missing[0]}, where {INDEX} has it" + _more(missing))
+    if spare := sorted(set(header) - expected):
+        raise UserError(f"{path} has {spare[0]}, which {INDEX} does not name" + _more(spare))
+    return header
+
+
+def _more(names: list[str]) -> str:
+    return f", and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    """Name -> where it lies, of the tensors of one file."""
+    try:
+        with safe_open(path, "pt"):  # the library's own checks: the header, the sizes, no overlap and no gap
+            pass
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    entries.pop("__metadata__", None)
+    for name, entry in entries.items():
+        if entry["dtype"] not in DTYPES:
+            raise UserError(f"{path}: {name} is {entry['dtype']}; weights are {', '.join(DTYPES)}")
+    return {
+        name: Stored(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        for name, entry in entries.items()
+    }
+
+
+def _json(path: Path, why: str) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {why}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: it is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is damaged: a JSON object was expected")
+    return values

@@ -1,0 +1,117 @@
+"""What belongs to weights beside the tensors: the configuration they are of, and the tokenizer.
+
+Rule: a checkpoint's configuration is in its run_state.json; its tokenizer lies beside it, in `tokenizer/` of the directory
+that holds the checkpoint, whoever wrote it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mixtrain import facts
+from mixtrain.checkpoint import directory, integrity, state
+from mixtrain.checkpoint.state import RunState
+from mixtrain.classes import show
+from mixtrain.compose import CONF, compose
+from mixtrain.config import Config, to_yaml
+from mixtrain.data.tokenizer import token_ids
+from mixtrain.errors import UserError
+from mixtrain.plan import resolve
+
+TOKENIZER = "tokenizer"
+# What transformers writes of a tokenizer, and how it generates: text, and nothing that is ever run.
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json merges.txt
+    chat_template.jinja chat_template.json generation_config.json
+""".split()
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # without one of them there is no tokenizer
+
+
+def configuration(values: Mapping[str, Any]) -> Config:
+    """The resolved Config of a model of which the keys in `values` are known; the rest is the default's."""
+    jobs, problems = compose(["data=mock", "parallel=ep1", *(f"{key}={show(value)}" for key, value in values.items())])
+    config = resolve(Config.from_hydra(jobs[0].tree, problems))
+    return config
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest in it. UserError if there is none, or it is not whole.
+
+    By the sizes of its files: what they hold is for who reads them all anyway.
+    """
+    found = directory.newest(path)
+    if found is None:
+        what = "no checkpoint (iter_NNNNNNN, release) and no directory of some" if path.is_dir() else "no directory"
+        raise UserError(f"{path} is {what}")
+    if wrong := integrity.problem(found, full=False):
+        raise UserError(wrong)
+    return found
+
+
+def config_of(checkpoint: Path) -> Config:
+    """The resolved Config of the run that wrote a checkpoint; keys that it did not know yet have the default's value."""
+    try:
+        run_state = state.read(checkpoint)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    (job,), _ = compose([])
+    return Config.from_hydra(OmegaConf.merge(job.tree, OmegaConf.create(run_state.config)))
+
+
+def run_state(config: Config) -> RunState:
+    """The state of weights of no run: nothing has been trained yet."""
+    return RunState(config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer files that are in `source`; their names. None of them is looked into."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not set(names) & VOCABULARIES:
+        return []
+    target.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
+    """The directory of a checkpoint's tokenizer: the one beside it, or that of the run's data; None if there is none."""
+    beside = checkpoint.resolve().parent / TOKENIZER
+    if beside.is_dir():
+        return beside
+    return Path(config.data.tokenizer) if config.data.tokenizer else None
+
+
+def special_ids(tokenizer: Path) -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id of a tokenizer, where it has them: what config.json repeats."""
+    try:
+        values = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{tokenizer / 'tokenizer_config.json'} cannot be read ({error})") from None
+    ids, found = token_ids(tokenizer), {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = values.get(name)
+        token = token.get("content") if isinstance(token, dict) else token  # older versions of transformers
+        if token in ids:
+            found[f"{name}_id"] = ids[token]
+    return found
+
+
+def model_config(values: Mapping[str, Any], source: str) -> str:
+    """conf/model/NAME.yaml of the keys that from_hugging_face gives; what is no fact of theirs is mixtral_8x7b's."""
+    known = next(
+        (name for name, there in facts.published().items() if all(values.get(key) == there[key] for key in there)), None
+    )
+    lines = [f"# {source}, config.json"]
+    for name, value in OmegaConf.load(CONF / "model" / "mixtral_8x7b.yaml").items():
+        mine = values.get(f"model.{name}", known if name == "hf_model" else value)
+        lines.append(f"{name}: {show(mine) if not OmegaConf.is_config(mine) else '{}'}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,174 @@
+"""From a Megatron-Core checkpoint, whatever run and layout wrote it, to a directory that transformers and vLLM open.
+
+Rule: a tensor is written as it is read, in blocks of BLOCK bytes, so that memory does not grow with the model; and what
+transformers' model would compute differently is refused by its key before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mixtrain.checkpoint.parts import Parts
+from mixtrain.convert import runs
+from mixtrain.convert.casting import cast
+from mixtrain.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
+from mixtrain.convert.origin import checkpoint_at, config_of, copy_tokenizer, special_ids, tokenizer_of
+from mixtrain.convert.output import Advance, dealt, in_processes, write_text, written_whole
+from mixtrain.convert.runs import Index
+from mixtrain.convert.settings import to_hugging_face
+from mixtrain.convert.weights import check
+from mixtrain.errors import Fault, UserError
+
+BLOCK = 1 << 26  # bytes
+
+
+class Shard(NamedTuple):
+    """A file of tensors."""
+
+    path: Path
+    names: tuple[str, ...]
+    size: int  # bytes of its tensors
+
+
+class Origin(NamedTuple):
+    """Megatron's tensors, to be read by the places of Hugging Face's."""
+
+    parts: Parts
+    index: Index
+    dtype: torch.dtype  # to give them in
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """The elements start..stop of the flat tensor."""
+        found = [
+            self.parts.flat(run.key, run.place + low, run.place + high)
+            for run, low, high in runs.overlapping(self.index.by_name[name], start, stop, runs.START)
+        ]
+        return cast(name, found[0] if len(found) == 1 else torch.cat(found), self.dtype)
+
+    def size(self, name: str) -> int:
+        """Bytes of the tensor as it is written."""
+        return math.prod(self.index.names[name]) * self.dtype.itemsize
+
+
+def convert(
+    ckpt_dir: Path,
+    out_dir: Path,
+    layout: str = "hub",
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = 5 * 10**9,
+    tokenizer: Path | None = None,
+    processes: int = 1,
+) -> Path:
+    """Write the newest checkpoint of ckpt_dir (or itself) as a Hugging Face model; which checkpoint it was.
+
+    All is checked before anything is written. UserError with everything that is wrong.
+    """
+    checkpoint = checkpoint_at(ckpt_dir)
+    config = config_of(checkpoint)
+    values = to_hugging_face(config)
+    origin = _origin(Parts(checkpoint), runs.index(config, layout), dtype)
+    tokenizer = tokenizer or tokenizer_of(checkpoint, config)
+    if tokenizer:
+        values |= special_ids(tokenizer)
+    written = str(origin.dtype).removeprefix("torch.")
+    values |= {"torch_dtype": written, "dtype": written}  # transformers 4, transformers 5
+    size = sum(map(origin.size, origin.index.names))
+    with written_whole(out_dir, size) as out:
+        shards = shards_of(out, origin, max_shard_size)
+        jobs = [partial(_write_shards, share, origin) for share in dealt(shards, processes, lambda shard: shard.size)]
+        in_processes("to Hugging Face", jobs, size)
+        if len(shards) > 1:
+            _write_index(out / INDEX, shards, origin)
+        if tokenizer:
+            copy_tokenizer(tokenizer, out)
+        write_text(out / CONFIG, json.dumps(values, indent=2) + "\n")
+    return checkpoint
+
+
+def _origin(parts: Parts, index: Index, dtype: torch.dtype | None) -> Origin:
+    """The tensors of a checkpoint's model, which must be those of its configuration."""
+    stored = {
+        key: torch.empty(shape, dtype=parts.dtypes[key], device="meta")
+        for key, shape in parts.shapes.items()
+        if not key.startswith("optimizer.")
+    }
+    try:
+        check(index.shapes, stored, NAMES, mixed=dtype is not None)
+    except UserError as error:
+        raise UserError(*(f"{parts.directory}: {problem}" for problem in error.problems)) from None
+    return Origin(parts, index, dtype or next(iter(stored.values())).dtype)
+
+
+def shards_of(out: Path, origin: Origin, most: int) -> list[Shard]:
+    """The tensors in their order, in files of at most `most` bytes (but one tensor at least)."""
+    groups: list[list[str]] = [[]]
+    room = most
+    for name in origin.index.names:
+        if origin.size(name) > room and groups[-1]:
+            groups.append([])
+            room = most
+        groups[-1].append(name)
+        room -= origin.size(name)
+    names = [SINGLE] if len(groups) == 1 else [
+        f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
+    ]  # fmt: skip
+    return [
+        Shard(out / name, tuple(group), sum(map(origin.size, group)))
+        for name, group in zip(names, groups, strict=True)
+    ]  # fmt: skip
+
+
+def _write_shards(shards: list[Shard], origin: Origin, advance: Advance) -> None:
+    for shard in shards:
+        try:
+            with open(shard.path, "wb", buffering=0) as file:
+                _write_all(file, header(shard, origin))
+                for name in shard.names:
+                    _write_tensor(file, name, origin, advance)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise Fault(f"{shard.path} could not be written ({error.strerror})") from None
+
+
+def header(shard: Shard, origin: Origin) -> bytes:
+    """The beginning of a safetensors file: the length of its header, and the header, padded to 8 bytes."""
+    entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in shard.names:
+        begin, end = end, end + origin.size(name)
+        entries[name] = {
+            "dtype": NAMES[origin.dtype],
+            "shape": list(origin.index.names[name]),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(file, name: str, origin: Origin, advance: Advance) -> None:
+    count, step = math.prod(origin.index.names[name]), BLOCK // origin.dtype.itemsize
+    for start in range(0, count, step):
+        block = origin.read(name, start, min(start + step, count)).contiguous()
+        _write_all(file, block.view(torch.uint8).numpy())
+        advance(block.nbytes)
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data).cast("B")
+    while view:  # an unbuffered file may take a part
+        view = view[file.write(view) :]
+
+
+def _write_index(path: Path, shards: list[Shard], origin: Origin) -> None:
+    total = sum(math.prod(shape) for shape in origin.index.names.values())
+    metadata = {"total_parameters": total, "total_size": total * origin.dtype.itemsize}
+    weight_map = {name: shard.path.name for shard in shards for name in shard.names}
+    write_text(path, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")

@@ -1,0 +1,175 @@
+"""From a directory of Hugging Face to a Megatron-Core checkpoint that any layout reads.
+
+Rule: the chunks on the disk follow from the model alone, so that every layout of Hugging Face's files gives the same
+checkpoint, byte for byte. No chunk is larger than BLOCK, and no more than a few are in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from mixtrain import contract
+from mixtrain.checkpoint import content, directory, state, writing
+from mixtrain.checkpoint.integrity import describe, write_manifest
+from mixtrain.checkpoint.save import COMMON, CONFIG, METADATA, write_index
+from mixtrain.checkpoint.writing import Item, Written
+from mixtrain.config import Config
+from mixtrain.convert import hf_files, runs
+from mixtrain.convert.casting import DTYPES, cast
+from mixtrain.convert.hf_files import Stored
+from mixtrain.convert.origin import TOKENIZER, configuration, copy_tokenizer, run_state
+from mixtrain.convert.output import Advance, dealt, in_processes, written_whole
+from mixtrain.convert.runs import Index
+from mixtrain.convert.settings import from_hugging_face
+from mixtrain.convert.weights import check, layout_of
+from mixtrain.errors import Fault
+from mixtrain.plan import derive
+
+BLOCK = 1 << 26  # bytes of a chunk, at most
+
+
+class Part(NamedTuple):
+    """A chunk of a Megatron tensor: a box of it that lies together in the flat tensor, too."""
+
+    key: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    start: int  # in the flat tensor
+    stop: int
+
+    def count(self) -> int:
+        return self.stop - self.start
+
+
+def convert(hf_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, processes: int = 1) -> Config:
+    """Write the Megatron checkpoint of a Hugging Face model to out_dir/release, with its tokenizer beside it.
+
+    All is checked before anything is written. UserError with everything that is wrong; the Config of the model.
+    """
+    config = configuration(from_hugging_face(hf_files.read_config(hf_dir)))
+    tensors = hf_files.read_tensors(hf_dir)
+    index = runs.index(config, layout_of(config, tensors))
+    check(index.names, tensors, DTYPES.values(), mixed=dtype is not None)
+    kept = dtype or next(iter(tensors.values())).dtype
+    parts = [part for key in index.shapes for part in parts_of(key, index.shapes[key], kept)]
+    size = sum(map(Part.count, parts)) * kept.itemsize
+    with written_whole(out_dir, size) as out:
+        release = out / directory.RELEASE
+        release.mkdir()
+        _write(release, config, Source(tensors, index, kept), parts, processes)
+        copy_tokenizer(hf_dir, out / TOKENIZER)
+        directory.write_atomically(out / directory.TRACKER, f"{directory.RELEASE}\n")
+    return config
+
+
+class Source(NamedTuple):
+    """Hugging Face's tensors, to be read by the places of Megatron's."""
+
+    tensors: dict[str, Stored]
+    index: Index
+    dtype: torch.dtype  # to give them in
+
+    def read(self, part: Part) -> torch.Tensor:
+        """A chunk: a window on a file where it lies together in one, else a copy."""
+        found = list(runs.overlapping(self.index.by_key[part.key], part.start, part.stop, runs.PLACE))
+        pieces = [cast(run.name, self._part(run, low, high), self.dtype) for run, low, high in found]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.size)
+
+    def _part(self, run: runs.Run, low: int, high: int) -> torch.Tensor:
+        return self.tensors[run.name].part(run.start + low, run.start + high)
+
+
+def parts_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Part]:
+    """A tensor's chunks: a layer and an expert each, in even shares of rows where that is more than BLOCK."""
+    axes = contract.stacked(key)
+    inner, rows = math.prod(shape[axes + 1 :]), shape[axes]
+    shares = -(-rows * inner * dtype.itemsize // BLOCK)
+    step = -(-rows // shares)
+    for number, place in enumerate(product(*map(range, shape[:axes]))):
+        for first in range(0, rows, step):
+            count, start = min(step, rows - first), (number * rows + first) * inner
+            offset = (*place, first, *(0 for _ in shape[axes + 1 :]))
+            yield Part(key, offset, (*(1 for _ in place), count, *shape[axes + 1 :]), start, start + count * inner)
+
+
+def _write(release: Path, config: Config, source: Source, parts: list[Part], processes: int) -> None:
+    """Write the chunks, then what says where they lie, then the manifest, the last file of a checkpoint."""
+    objects = dict(_extra_states(source.index))
+    shares = dealt(parts, processes * writing.FILES, Part.count)
+    jobs = [
+        partial(_write_share, release, rank, shares[rank * writing.FILES : (rank + 1) * writing.FILES], source)
+        for rank in range(processes)
+    ]
+    written = in_processes("to Megatron-Core", jobs, sum(map(Part.count, parts)) * source.dtype.itemsize)
+    written.append(writing.write(release, processes, list(objects.values())))
+    if wrong := next((share.error for share in written if share.error), ""):
+        raise Fault(f"the checkpoint could not be written: {wrong}")
+    small = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
+    torch.save(content.common_of_weights(derive(config)), release / COMMON)
+    (release / state.NAME).write_text(state.to_json(run_state(config)))
+    write_index(release, _metadata(source, parts, list(objects)), written)
+    for path in small:
+        with open(path) as file:
+            os.fsync(file.fileno())
+    write_manifest(release, {name: file for share in written for name, file in share.files} | describe(small))
+    directory.sync(release)
+
+
+def _write_share(release: Path, rank: int, shares: list[list[Part]], source: Source, advance: Advance) -> Written:
+    """Write one process's files, side by side."""
+    return writing.write_files(release, rank, [_items(share, source, advance) for share in shares])
+
+
+def _items(parts: list[Part], source: Source, advance: Advance) -> Iterator[Item]:
+    """The chunks of a file, each made when the one before has been written."""
+    for part in parts:
+        yield item(part), source.read(part)
+        advance(part.count() * source.dtype.itemsize)
+
+
+def item(part: Part) -> WriteItem:
+    return WriteItem(MetadataIndex(part.key, torch.Size(part.offset)), WriteItemType.SHARD)
+
+
+def _extra_states(index: Index) -> Iterator[tuple[str, Item]]:
+    """The empty object of each Transformer Engine module, which Megatron-LM's loader asks for (content.extra_states)."""
+    for key, shape in index.shapes.items():
+        if extra := contract.extra_state(key):
+            sizes = shape[: contract.stacked(key)] or (1,)
+            for place in product(*map(range, sizes)):
+                name = ShardedObject(extra, None, sizes, place).unique_key
+                empty = io.BytesIO()
+                torch.save(None, empty)
+                yield name, (WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), empty)
+
+
+def _metadata(source: Source, parts: list[Part], objects: list[str]) -> Metadata:
+    """The index of the checkpoint: every tensor and its chunks, every object."""
+    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in source.index.shapes}
+    for part in parts:
+        chunks[part.key].append(ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size)))
+    properties = TensorProperties(dtype=source.dtype)
+    tensors = {
+        key: TensorStorageMetadata(properties, torch.Size(shape), chunks[key])
+        for key, shape in source.index.shapes.items()
+    }
+    return Metadata(tensors | {name: BytesStorageMetadata() for name in objects})

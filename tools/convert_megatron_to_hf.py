@@ -1,0 +1,59 @@
+"""Convert a checkpoint of mixtrain, of any run and layout, to a directory that transformers and vLLM open.
+
+    python tools/convert_megatron_to_hf.py runs/laptop OUT_DIR                    the newest checkpoint of a run
+    python tools/convert_megatron_to_hf.py runs/laptop/iter_0000100 OUT_DIR --dtype bf16
+
+OUT_DIR must be new. It gets safetensors files under the names of the hub (--layout fused: those of transformers 5's
+memory), config.json, and the tokenizer that lies beside the checkpoint. A run whose model transformers would compute
+otherwise (sinkhorn or sigmoid scores, capacity dropping, shared experts ...) is refused, by its key.
+
+Exit codes: 0 done, 2 the checkpoint or the arguments are wrong (nothing was written), 1 a fault, 130 interrupted.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+
+from mixtrain.tool import byte_size, counted, of_size, run  # noqa: E402
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ckpt_dir", type=Path, help="a checkpoint, or a directory of which to take the newest")
+    parser.add_argument("out_dir", type=Path, help="a new directory for the model")
+    parser.add_argument("--layout", choices=["hub", "fused"], default="hub", help="names and shapes (default: hub)")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)")
+    parser.add_argument(
+        "--max-shard-size", type=byte_size, default="5GB", metavar="SIZE", help="of a file (default: 5GB)"
+    )
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="(default: the one beside the checkpoint)")
+    parser.add_argument("--processes", type=counted, default=1, metavar="N", help="that copy side by side (default: 1)")
+    given = parser.parse_args(words)
+
+    from mixtrain import upstream  # takes seconds, as all that follows
+
+    upstream.apply()
+    from mixtrain.convert import to_hf
+    from mixtrain.convert.casting import DTYPES
+
+    started = time.monotonic()
+    checkpoint = to_hf.convert(
+        given.ckpt_dir,
+        given.out_dir,
+        layout=given.layout,
+        dtype=DTYPES.get(given.dtype),
+        max_shard_size=given.max_shard_size,
+        tokenizer=given.tokenizer,
+        processes=given.processes,
+    )
+    print(f"{given.out_dir}: {checkpoint}, {of_size(given.out_dir)} in {time.monotonic() - started:.1f} s")
+    if not (given.out_dir / "tokenizer.json").is_file():
+        print(f"without a tokenizer: none lies beside {checkpoint}; --tokenizer DIR gives one")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
