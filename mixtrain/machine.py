@@ -135,7 +135,11 @@ def weights_to_load(plan: Plan) -> Problems:
     given = plan.config.checkpoint.load_weights
     if given is None or newest(given):
         return
-    what = "is not a checkpoint (iter_NNNNNNN, release) or a directory of some" if os.path.isdir(given) else "is no directory"
+    what = (
+        "is not a checkpoint (iter_NNNNNNN, release) or a directory of some"
+        if os.path.isdir(given)
+        else "is no directory"
+    )
     yield f"checkpoint.load_weights = {given} {what}"
 
 

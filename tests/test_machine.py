@@ -115,7 +115,8 @@ def test_weights_that_are_not_there_are_said_before_anything_starts(tmp_path):
     (problem,) = refused(f"checkpoint.load_weights={tmp_path}/nothing")
     assert problem == f"checkpoint.load_weights = {tmp_path}/nothing is no directory"
     (problem,) = refused(f"checkpoint.load_weights={tmp_path}")
-    assert problem == f"checkpoint.load_weights = {tmp_path} is not a checkpoint (iter_NNNNNNN, release) or a directory of some"
+    what = "is not a checkpoint (iter_NNNNNNN, release) or a directory of some"
+    assert problem == f"checkpoint.load_weights = {tmp_path} {what}"
     (tmp_path / "iter_0000001").mkdir()
     assert refused(f"checkpoint.load_weights={tmp_path}") == []
 

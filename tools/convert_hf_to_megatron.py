@@ -3,11 +3,11 @@
     python tools/convert_hf_to_megatron.py HF_DIR OUT_DIR
     python tools/convert_hf_to_megatron.py HF_DIR OUT_DIR --dtype bf16 --write-model-config my_model
 
-HF_DIR has config.json and safetensors files, single or sharded, of fp32, fp16 or bf16, with an expert in each tensor (as
-on the hub) or all experts in one (transformers 5, save_original_format=False). OUT_DIR must be new. It gets release/, the
-checkpoint, in the same dtype unless told otherwise, and tokenizer/, its tokenizer. Training starts from it with
-checkpoint.load_weights=OUT_DIR. Memory does not grow with the model, and a conversion that was killed leaves nothing
-that looks whole: run it again.
+HF_DIR has config.json and safetensors files, single or sharded, of fp32, fp16 or bf16, with an expert in each tensor
+(as on the hub) or all experts in one (transformers 5, save_original_format=False). OUT_DIR must be new. It gets
+release/, the checkpoint, in the same dtype unless told otherwise, and tokenizer/, its tokenizer. Training starts from
+it with checkpoint.load_weights=OUT_DIR. Memory does not grow with the model, and a conversion that was killed leaves
+nothing that looks whole: run it again.
 
 Exit codes: 0 done, 2 the files or the arguments are wrong (nothing was written), 1 a fault, 130 interrupted.
 """

@@ -17,20 +17,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 
 from mixtrain import contract
 from mixtrain.checkpoint import optimizer_state
-from mixtrain.checkpoint.megatron_args import megatron_args
+from mixtrain.checkpoint.megatron_args import CHECKPOINT_VERSION, FORMAT, megatron_args
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config import plain
 from mixtrain.optimizer import Training
 from mixtrain.places import unwrap
 from mixtrain.plan import Plan
-
-FORMAT = {  # Megatron-LM asks of a checkpoint how its optimizer was sharded
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-    "chained_optim_avoid_prefix": True,
-    "singleton_local_shards": False,
-}
-CHECKPOINT_VERSION = 3.0  # Megatron-LM's: query, key and value interleaved by group
 
 
 def sharded(plan: Plan, training: Training) -> dict[str, Any]:
@@ -82,16 +74,6 @@ def common(plan: Plan, training: Training, state: RunState) -> dict[str, Any]:
         "optimizer": _optimizer_groups(training, state.optimizer_steps),
         "opt_param_scheduler": _schedule(plan, training),
         "num_floating_point_operations_so_far": 0,
-        "content_metadata": FORMAT,
-    }
-
-
-def common_of_weights(plan: Plan) -> dict[str, Any]:
-    """The same for a checkpoint that has weights alone."""
-    return {
-        "args": megatron_args(plan, RunState()),
-        "checkpoint_version": CHECKPOINT_VERSION,
-        "iteration": 0,
         "content_metadata": FORMAT,
     }
 

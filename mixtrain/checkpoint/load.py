@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mixtrain import contract
-from mixtrain.checkpoint import content, directory, integrity, optimizer_state, safe, state
+from mixtrain.checkpoint import content, directory, integrity, optimizer_state, safe, safe_load, state
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config import Config, Resume, Verify, plain
 from mixtrain.errors import UserError
@@ -202,10 +202,10 @@ def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
     wanted, _, factories = load_preprocess(wanted)
     by_key, names, renamed = strategy._replace_state_dict_keys_with_sharded_keys(wanted)
     tensors = strategy.mcore_to_pyt_state_dict(by_key, True)
-    planner = safe.Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = safe_load.Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
     error = ""
     try:
-        torch.distributed.checkpoint.load(tensors, storage_reader=safe.Reader(path), planner=planner, no_dist=True)
+        torch.distributed.checkpoint.load(tensors, storage_reader=safe_load.Reader(path), planner=planner, no_dist=True)
     except CheckpointException as failure:  # not an Exception
         error = next((str(cause[0]) for cause in failure.failures.values()), str(failure))
     except (OSError, RuntimeError, UserError) as failure:

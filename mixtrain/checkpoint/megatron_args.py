@@ -16,6 +16,13 @@ from mixtrain.config import Accelerator, DataKind, OptimizerName, Precision, pla
 from mixtrain.fields import transformer_fields
 from mixtrain.plan import Plan
 
+FORMAT = {  # Megatron-LM asks of a checkpoint how its optimizer was sharded
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+CHECKPOINT_VERSION = 3.0  # Megatron-LM's: query, key and value interleaved by group
 Row = Callable[[Plan, RunState], Any]
 
 
@@ -164,3 +171,13 @@ ARGS = MODEL | LAYOUT | TRAINING | PROGRESS | CHECKPOINT
 def megatron_args(plan: Plan, state: RunState) -> Namespace:
     """What --use-checkpoint-args reads, what the loader compares, and where the run is."""
     return Namespace(**{name: plain(row(plan, state)) for name, row in ARGS.items()})
+
+
+def common_of_weights(plan: Plan) -> dict[str, Any]:
+    """common.pt of a checkpoint that has weights alone: what all ranks share, as Megatron-LM's loader reads it."""
+    return {
+        "args": megatron_args(plan, RunState()),
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "content_metadata": FORMAT,
+    }

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, read part by part, whatever layout wrote them: as windows on its files where they can be.
+"""The tensors of a checkpoint, read part by part, whatever layout wrote them: windows on its files where they can be.
 
 Rule: PyTorch says what a stored chunk is (its dtype, shape and strides, without its data); its bytes are then found in
 the zip file that PyTorch made of it. No process group, no pickle, no whole tensor.
@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from mixtrain.checkpoint import safe
 from mixtrain.checkpoint.boxes import Box, boxes
-from mixtrain.windows import window
 from mixtrain.errors import UserError
+from mixtrain.windows import window
 
 
 class Chunk(NamedTuple):
@@ -66,10 +66,14 @@ class Parts:
             stored = Chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), path, place.offset, place.length)
             self.chunks.setdefault((key, stored.offset[:axes]), []).append(stored)
 
-    def whole(self, key: str) -> torch.Tensor:
-        """A tensor whole: for small ones."""
-        shape = self.shapes[key]
-        return self.flat(key, 0, math.prod(shape)).view(shape)
+    def at(self, key: str, numbers: tuple[int, ...] = ()) -> torch.Tensor:
+        """A part of a tensor: that at the place `numbers` of its first axes, or all of it."""
+        shape, first = self.shapes[key], 0
+        for size, number in zip(shape, numbers, strict=False):
+            first = first * size + number
+        rest = shape[len(numbers) :]
+        count = math.prod(rest)
+        return self.flat(key, first * count, (first + 1) * count).view(rest)
 
     def flat(self, key: str, start: int, stop: int) -> torch.Tensor:
         """The elements start..stop of the flat tensor: a window where they lie together, else a copy."""

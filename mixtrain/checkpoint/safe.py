@@ -15,11 +15,8 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.metadata import Metadata
 
 from mixtrain.errors import UserError
 
@@ -97,7 +94,7 @@ def read_common(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: {_refusal(error)}") from None
+        raise UserError(f"{path}: {refusal(error)}") from None
     except Exception as error:
         raise UserError(f"{path} is damaged: torch.load cannot read it ({type(error).__name__})") from None
     if not isinstance(common, dict):
@@ -111,26 +108,6 @@ def load_object(file: Any) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _refusal(error: pickle.UnpicklingError) -> str:
+def refusal(error: pickle.UnpicklingError) -> str:
     wanted = re.search(r"GLOBAL (\S+)", str(error))
     return f"a pickle that wants {wanted[1]} is not loaded" if wanted else "it is damaged: torch.load refuses it"
-
-
-class Reader(FileSystemReader):
-    """PyTorch's reader of checkpoint directories, with an index that is read as above."""
-
-    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
-        metadata = read_metadata(Path(self.path))
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class Planner(MCoreLoadPlanner):
-    """Megatron-Core's plan of a load, with objects that are read as above."""
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        try:
-            self.state_dict[read_item.dest_index.fqn] = load_object(value)
-        except pickle.UnpicklingError as error:
-            raise UserError(f"the object {read_item.dest_index.fqn}: {_refusal(error)}") from None

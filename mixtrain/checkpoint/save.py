@@ -6,9 +6,7 @@ on all and never a wait; and until the directory has its name, nothing there has
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import shutil
 import threading
 import time
@@ -24,9 +22,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata
 
 from mixtrain.checkpoint import content, directory, optimizer_state, state, writing
+from mixtrain.checkpoint.index import COMMON, CONFIG, METADATA, write_index
 from mixtrain.checkpoint.integrity import describe, write_manifest
 from mixtrain.checkpoint.state import RunState
 from mixtrain.checkpoint.writing import Item, Writer, Written
@@ -35,7 +34,6 @@ from mixtrain.optimizer import Training, parameters_gathered
 from mixtrain.plan import Plan
 from mixtrain.ranks import Ranks
 
-COMMON, METADATA, CONFIG = "common.pt", ".metadata", "metadata.json"
 MARGIN = 1 << 20  # bytes that the small files of a checkpoint and the headers of the large ones may take
 
 
@@ -194,13 +192,3 @@ class Saver:
         total = torch.tensor([number], dtype=torch.int64, device=self.ranks.device)
         torch.distributed.all_reduce(total)
         return int(total.item())
-
-
-def write_index(path: Path, metadata: Metadata, shares: list[Written]) -> None:
-    """Write what says which tensors there are and where each part lies, and what format this is."""
-    metadata.storage_data = {result.index: result.storage_data for share in shares for result in share.results}
-    metadata.storage_meta = StorageMeta()
-    with open(path / METADATA, "wb") as file:
-        pickle.dump(metadata, file)
-    (path / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                                           "common_backend": "torch", "common_backend_version": 1}))  # fmt: skip

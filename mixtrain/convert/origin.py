@@ -1,7 +1,7 @@
 """What belongs to weights beside the tensors: the configuration they are of, and the tokenizer.
 
-Rule: a checkpoint's configuration is in its run_state.json; its tokenizer lies beside it, in `tokenizer/` of the directory
-that holds the checkpoint, whoever wrote it.
+Rule: a checkpoint's configuration is in its run_state.json; its tokenizer lies beside it, in `tokenizer/` of the
+directory that holds the checkpoint, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from mixtrain.checkpoint import directory, integrity, state
 from mixtrain.checkpoint.state import RunState
 from mixtrain.classes import show
 from mixtrain.compose import CONF, compose
-from mixtrain.config import Config, to_yaml
+from mixtrain.config import Config, TransformerImpl, to_yaml
 from mixtrain.data.tokenizer import token_ids
 from mixtrain.errors import UserError
 from mixtrain.plan import resolve
@@ -55,13 +56,21 @@ def checkpoint_at(path: Path) -> Path:
 
 
 def config_of(checkpoint: Path) -> Config:
-    """The resolved Config of the run that wrote a checkpoint; keys that it did not know yet have the default's value."""
+    """The resolved Config of the run that wrote a checkpoint; keys it did not know yet have the default's value."""
     try:
         run_state = state.read(checkpoint)
     except ValueError as error:
         raise UserError(str(error)) from None
     (job,), _ = compose([])
     return Config.from_hydra(OmegaConf.merge(job.tree, OmegaConf.create(run_state.config)))
+
+
+def for_one_rank(config: Config, precision: str) -> Config:
+    """The same model on one rank of a CPU, computing as transformers does: no jitter, no forced routing."""
+    own = configuration({"trainer.precision": precision})
+    model = replace(config.model, transformer_impl=TransformerImpl.torch)
+    router = replace(config.router, moe_input_jitter_eps=None, moe_router_force_load_balancing=False)
+    return replace(own, model=model, router=router)
 
 
 def run_state(config: Config) -> RunState:
@@ -81,7 +90,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 
 def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
-    """The directory of a checkpoint's tokenizer: the one beside it, or that of the run's data; None if there is none."""
+    """The directory of a checkpoint's tokenizer: the one beside it, or that of the run's data; None if none."""
     beside = checkpoint.resolve().parent / TOKENIZER
     if beside.is_dir():
         return beside

@@ -1,7 +1,7 @@
 """The directory a conversion writes: nothing has its name before all of it is on the disk; and who copies, and how far.
 
-Rule: what a killed conversion leaves is called OUT_DIR.writing, which no reader takes for a model and the next conversion
-of the same name removes.
+Rule: what a killed conversion leaves is called OUT_DIR.writing, which no reader takes for a model and the next
+conversion of the same name removes.
 """
 
 from __future__ import annotations
@@ -148,7 +148,13 @@ def _result(worker, pipe) -> Any:
 def bar(what: str, size: int, done: Callable[[], int]) -> Iterator[None]:
     """Show how far a copy is: a bar on a terminal, elsewhere a line for each tenth."""
     ending, started = threading.Event(), time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     console = Console(stderr=True)
 
     def watch(progress: Progress) -> None:

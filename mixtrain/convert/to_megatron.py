@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -28,9 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
 from mixtrain import contract
-from mixtrain.checkpoint import content, directory, state, writing
+from mixtrain.checkpoint import directory, state, writing
+from mixtrain.checkpoint.index import COMMON, CONFIG, METADATA, write_index
 from mixtrain.checkpoint.integrity import describe, write_manifest
-from mixtrain.checkpoint.save import COMMON, CONFIG, METADATA, write_index
+from mixtrain.checkpoint.megatron_args import common_of_weights
 from mixtrain.checkpoint.writing import Item, Written
 from mixtrain.config import Config
 from mixtrain.convert import hf_files, runs
@@ -124,7 +124,7 @@ def _write(release: Path, config: Config, source: Source, parts: list[Part], pro
     if wrong := next((share.error for share in written if share.error), ""):
         raise Fault(f"the checkpoint could not be written: {wrong}")
     small = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
-    torch.save(content.common_of_weights(derive(config)), release / COMMON)
+    torch.save(common_of_weights(derive(config)), release / COMMON)
     (release / state.NAME).write_text(state.to_json(run_state(config)))
     write_index(release, _metadata(source, parts, list(objects)), written)
     for path in small:
@@ -151,15 +151,19 @@ def item(part: Part) -> WriteItem:
 
 
 def _extra_states(index: Index) -> Iterator[tuple[str, Item]]:
-    """The empty object of each Transformer Engine module, which Megatron-LM's loader asks for (content.extra_states)."""
+    """The empty object of each Transformer Engine module that Megatron-LM's loader asks for (content.extra_states)."""
     for key, shape in index.shapes.items():
         if extra := contract.extra_state(key):
             sizes = shape[: contract.stacked(key)] or (1,)
             for place in product(*map(range, sizes)):
-                name = ShardedObject(extra, None, sizes, place).unique_key
+                name = f"{extra}/shard_{_dotted(place)}_{_dotted(sizes)}"  # as ShardedObject.unique_key
                 empty = io.BytesIO()
                 torch.save(None, empty)
                 yield name, (WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), empty)
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
 
 
 def _metadata(source: Source, parts: list[Part], objects: list[str]) -> Metadata:

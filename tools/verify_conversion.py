@@ -1,0 +1,168 @@
+"""Prove that a Megatron-Core checkpoint is the model of Hugging Face's files: both compute the same, layer by layer.
+
+    python tools/verify_conversion.py HF_DIR CKPT_DIR
+    python tools/verify_conversion.py HF_DIR CKPT_DIR --precision bf16 --manifest manifest.jsonl
+    python tools/verify_conversion.py HF_DIR CKPT_DIR --self-test
+
+transformers' own model, loaded by its own from_pretrained, and the Megatron-Core model run over the same random tokens,
+one layer of each in memory at a time. Each goes on from its own hidden states. For each layer: how far the hidden
+states are apart, and for how many tokens another set of experts was chosen; at the end the same of the logits, their
+cosine and Kullback-Leibler divergence. All is computed in fp32 unless told otherwise: bf16 weights are fp32 numbers too.
+
+--self-test damages what is read from the checkpoint, in each of the ways that converters have been wrong, and wants
+every one to be caught.
+
+Exit codes: 0 the same, 1 not (beyond 1e-4 of a token's largest entry in fp32; a cosine of the logits below 0.999), or a
+damage was not caught; 2 the files or the arguments are wrong; 130 interrupted.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+
+from mixtrain.errors import FAULT, FINISHED, UserError  # noqa: E402
+from mixtrain.tool import counted, run  # noqa: E402
+
+
+def main(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("hf_dir", type=Path, help="the model of Hugging Face")
+    parser.add_argument("ckpt_dir", type=Path, help="a checkpoint, or a directory of which to take the newest")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="to compute in (default: fp32)")
+    parser.add_argument("--sequences", type=counted, default=2, metavar="N", help="(default: 2)")
+    parser.add_argument("--length", type=counted, default=128, metavar="N", help="tokens of each (default: 128)")
+    parser.add_argument("--layers", type=counted, metavar="N", help="only the first N layers, and then the logits")
+    parser.add_argument("--manifest", type=Path, metavar="FILE", help="name, shape, dtype and SHA-256 of every tensor")
+    parser.add_argument("--self-test", action="store_true", help="damage the tensors on purpose, and be caught")
+    given = parser.parse_args(words)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+
+    from mixtrain import cpu, upstream  # takes seconds, as all that follows
+
+    upstream.apply()
+    cpu.apply()
+    from mixtrain.checkpoint.parts import Parts
+    from mixtrain.convert import origin
+
+    checkpoint = origin.checkpoint_at(given.ckpt_dir)
+    config, parts = origin.config_of(checkpoint), Parts(checkpoint)
+    check_tensors(given.hf_dir, config, parts)
+    if given.manifest:
+        write_manifest(given.manifest, given.hf_dir, config, parts)
+    with one_rank(config, given.precision) as (own, here):
+        return (self_test if given.self_test else verify)(given, own, parts, here)
+
+
+def check_tensors(hf_dir: Path, config, parts) -> None:
+    """UserError if the two are not of the same tensors: there is nothing to compare then."""
+    from mixtrain.convert import hf_files, runs, settings, weights
+
+    settings.to_hugging_face(config)
+    tensors = hf_files.read_tensors(hf_dir)
+    index = runs.index(config, weights.layout_of(config, tensors))
+    weights.check(index.names, tensors, hf_files.NAMES, mixed=True)
+    if missing := [key for key, shape in index.shapes.items() if parts.shapes.get(key) != shape]:
+        raise UserError(f"{parts.directory} has no {missing[0]} of shape {list(index.shapes[missing[0]])}")
+
+
+def one_rank(config, precision: str):
+    """A context with (the model's configuration for one CPU rank, the rank)."""
+    import contextlib
+
+    from mixtrain import ranks
+    from mixtrain.convert.origin import for_one_rank
+    from mixtrain.environment import Identity
+    from mixtrain.plan import derive
+
+    @contextlib.contextmanager
+    def started():
+        own = for_one_rank(config, precision)
+        with tempfile.TemporaryDirectory(prefix="mixtrain-") as folder:
+            with ranks.start(derive(own), Identity(0, 1, 0, 1, f"file://{folder}/rendezvous")) as here:
+                yield own, here
+
+    return started()
+
+
+def verify(given, config, parts, here) -> int:
+    """A line for each layer, and the verdict."""
+    from mixtrain.convert.proof import compare, random_tokens
+    from mixtrain.convert.sides import HuggingFace, Megatron
+
+    tokens = random_tokens(config.model.vocab_size, given.sequences, given.length)
+    layers = min(given.layers or config.model.num_layers, config.model.num_layers)
+    there = HuggingFace(given.hf_dir, dtype_of(given.precision))
+    print(f"{given.hf_dir} and {parts.directory}: {tokens.numel()} tokens, {layers} layers, {given.precision}")
+    print(" layer  hidden states apart  of the largest     cosine  tokens to other experts")
+    shown = 0
+    for verdict in compare(there, Megatron(config, parts, here), layers, tokens):
+        for row in verdict.layers[shown:]:
+            shown += 1
+            print(
+                f"{row.number:6}  {row.largest:19.2e}  {row.relative:14.2e}  {row.cosine:9.7f}  {row.others:23}",
+                flush=True,
+            )
+    print(
+        f"logits  {verdict.logits_largest:19.2e}  {verdict.logits_relative:14.2e}  {verdict.logits_cosine:9.7f}", end=""
+    )
+    print(f"  KL divergence {verdict.divergence:.2e} nats")
+    for problem in verdict.problems:
+        print(f"not the same: {problem}")
+    if not verdict.problems:
+        print("the same model")
+    return FAULT if verdict.problems else FINISHED
+
+
+def self_test(given, config, parts, here) -> int:
+    """Damage one thing after another; each must be caught, and the undamaged model must not."""
+    from mixtrain.convert.proof import DAMAGES, compare, damaged, random_tokens
+    from mixtrain.convert.sides import HuggingFace, Megatron
+
+    tokens = random_tokens(config.model.vocab_size, given.sequences, given.length)
+    there = HuggingFace(given.hf_dir, dtype_of(given.precision))
+    caught = 0
+    for name in ("nothing", *DAMAGES):
+        side = Megatron(config, parts, here) if name == "nothing" else damaged(name, config, parts, here)
+        found = next(
+            (verdict for verdict in compare(there, side, config.model.num_layers, tokens) if verdict.problems), None
+        )
+        print(f"{name:22} {'caught: ' + found.problems[0] if found else 'the same model'}", flush=True)
+        if name == "nothing" and found:
+            print("the undamaged checkpoint is not the same model: there is nothing to test with")
+            return FAULT
+        caught += found is not None
+    print(f"{caught} of {len(DAMAGES)} caught")
+    return FINISHED if caught == len(DAMAGES) else FAULT
+
+
+def write_manifest(path: Path, hf_dir: Path, config, parts) -> None:
+    """A line of JSON for each tensor."""
+    from mixtrain.convert import hf_files, manifest
+    from mixtrain.convert.output import bar
+
+    tensors, done = hf_files.read_tensors(hf_dir), [0]
+
+    def advance(count: int) -> None:
+        done[0] += count
+
+    size, unequal = sum(stored.nbytes for stored in tensors.values()), 0
+    with bar("manifest", size, lambda: done[0]), open(path, "w") as file:
+        for entry in manifest.entries(config, tensors, parts, advance):
+            unequal += not entry["equal"]
+            file.write(json.dumps(entry) + "\n")
+    print(f"{path}: {len(tensors)} tensors, {unequal or 'none'} of them not bitwise equal on both sides")
+
+
+def dtype_of(precision: str):
+    from mixtrain.convert.casting import DTYPES
+
+    return DTYPES[precision]
+
+
+if __name__ == "__main__":
+    sys.exit(run(main, sys.argv[1:]))
