@@ -86,10 +86,13 @@ def build_data(plan: Plan, here, logs: Logs, state) -> tuple[dict[str, object], 
     from mixtrain.data.batches import Batches
     from mixtrain.data.datasets import build, unigram_entropy
     from mixtrain.data.fingerprint import fingerprint
+    from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
 
     config = plan.config
     train, validation, test = plan.samples_from(state.step, state.consumed_samples)
     prefixes, tokenizer = data_source(plan, here, logs)
+    if tokenizer and here.is_first and plan.saves:
+        copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)  # beside the checkpoints, where it is looked for
     parts = build(
         "mock" if plan.is_mock else "indexed",
         data_path=prefixes,

@@ -10,8 +10,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixtrain import contract
 from mixtrain.config import Config
-from mixtrain.convert import settings
-from mixtrain.convert.table import HUB, pieces
+from mixtrain.convert import settings, table
+from mixtrain.convert.table import HUB, QWEN3_MOE, pieces
 from mixtrain.convert.weights import to_hugging_face, to_megatron
 from mixtrain.errors import UserError
 from mixtrain.plan import resolve
@@ -136,19 +136,21 @@ def test_each_part_of_a_megatron_tensor_can_be_converted_alone(layout):
 def test_every_tensor_of_the_contract_has_a_row_or_is_refused_by_name():
     keys = {row.key for row in HUB}
     assert {row.key for row in contract.TENSORS if row.when in ("always", "untied")} == keys
-    for words in (
-        ["model.qk_layernorm=true"],
-        ["router=expert_bias"],
-        ["model.moe_shared_expert_intermediate_size=8"],
-    ):
+    qwen3 = {row.key for row in QWEN3_MOE}
+    assert {row.key for row in contract.TENSORS if row.when == "qk"} == qwen3 - keys
+    for words in (["router=expert_bias"], ["model.moe_shared_expert_intermediate_size=8"]):
         config = small(*words)
         assert set(contract.shapes(config)) - keys
         assert settings.problems(config)
 
 
-def test_a_tensor_that_no_row_covers_is_an_error():
-    with pytest.raises(RuntimeError, match="no row of HUB.*k_layernorm"):
-        list(pieces(small("model.qk_layernorm=true"), "hub"))
+def test_a_tensor_without_a_row_and_a_row_without_a_tensor_are_errors(monkeypatch):
+    with pytest.raises(RuntimeError, match="no row of .*table.py covers .*shared_experts.linear_fc1"):
+        list(pieces(small("model.moe_shared_expert_intermediate_size=8"), "hub"))
+    spare = HUB[0]._replace(key="decoder.layers.mlp.linear_fc3.weight")
+    monkeypatch.setattr(table, "HUB", [*HUB, spare])
+    with pytest.raises(RuntimeError, match="rows of .*table.py are of no tensor: decoder.layers.mlp.linear_fc3.weight"):
+        list(pieces(small(), "hub"))
 
 
 def without(named: dict, name: str) -> dict:

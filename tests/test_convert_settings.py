@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from composing import config_of
 from test_convert import SHAPES, SMALL, small
-from transformers import MixtralConfig
+from transformers import MixtralConfig, Qwen3MoeConfig
 
 from mixtrain import facts
 from mixtrain.classes import value_of
@@ -21,7 +21,7 @@ NO_MIXTRAL = {
     "router.moe_router_num_groups = 2": ["router.moe_router_num_groups=2", "router.moe_router_group_topk=1"],
     "model.moe_router_topk = 1": ["model.moe_router_topk=1", "router.moe_router_pre_softmax=true"],
     "model.moe_shared_expert_intermediate_size = 8": ["model.moe_shared_expert_intermediate_size=8"],
-    "model.qk_layernorm = true": ["model.qk_layernorm=true"],
+    "dispatcher.moe_expert_capacity_factor = 1.25": ["dispatcher=drop"],
     "model.extra.rotary_interleaved = true": ["model.extra.rotary_interleaved=true"],
 }
 
@@ -53,7 +53,6 @@ def test_an_expert_bias_is_refused_with_its_sigmoid():
     [
         *[[f"router={name}"] for name in ("aux_loss", "seq_aux_loss", "global_aux_loss", "combined", "none")],
         ["router.moe_z_loss_coeff=0.001"],
-        ["dispatcher=drop"],
         ["model.untie_embeddings_and_output_weights=false"],
         ["model.extra.attention_backend=flash"],
     ],
@@ -123,7 +122,8 @@ def test_a_configuration_goes_through_transformers_unchanged(words):
 REFUSED_VALUES = {
     "hidden_act = gelu: mixtrain's Mixtral has silu": {"hidden_act": "gelu"},
     "sliding_window = 4096: mixtrain's Mixtral has null": {"sliding_window": 4096},
-    "model_type = mistral: mixtrain's Mixtral has mixtral": {"model_type": "mistral"},
+    "model_type = mistral: mixtrain converts mixtral and qwen3_moe": {"model_type": "mistral"},
+    "auto_map: the model wants code of its own, and none but transformers' is known or run": {"auto_map": {"A": "b.C"}},
     "rope_scaling = {'factor': 2.0}: mixtrain's Mixtral has null": {"rope_scaling": {"factor": 2.0}},
     "rope_parameters.rope_type = yarn: mixtrain's Mixtral has default": {"rope_parameters": {"rope_type": "yarn"}},
     "rope_theta = 1000000.0, but rope_parameters.rope_theta = 10000.0": {"rope_parameters": {"rope_theta": 10000.0}},
@@ -139,3 +139,53 @@ def test_a_value_that_mixtrain_has_nothing_for_is_refused(problem):
     with pytest.raises(UserError) as refused:
         settings.from_hugging_face(values)
     assert refused.value.problems == (f"config.json: {problem}",)
+
+
+# Qwen/Qwen3-30B-A3B, config.json, as transformers 4 wrote it
+QWEN3_CONFIG_JSON = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def test_qwen3s_config_json_says_what_our_facts_say_and_goes_through_transformers():
+    values = settings.from_hugging_face(QWEN3_CONFIG_JSON)
+    assert values == facts.published()["Qwen/Qwen3-30B-A3B"]
+    assert settings.from_hugging_face(Qwen3MoeConfig(**QWEN3_CONFIG_JSON).to_dict()) == values
+    written = settings.to_hugging_face(resolve(config_of("model=qwen3_30b_a3b")))
+    assert written.items() >= {name: QWEN3_CONFIG_JSON[name] for name in written.keys() & QWEN3_CONFIG_JSON}.items()
+    assert written["norm_topk_prob"] is True
+
+
+def test_only_qwen3_says_whether_the_weights_of_experts_are_normalised():
+    config = small("model.qk_layernorm=true", "router.moe_router_pre_softmax=true")
+    assert settings.problems(config) == []
+    assert settings.to_hugging_face(config)["norm_topk_prob"] is False
+    values = settings.from_hugging_face(QWEN3_CONFIG_JSON | {"norm_topk_prob": False})
+    assert values["router.moe_router_pre_softmax"] is True
+    dense = QWEN3_CONFIG_JSON | {"mlp_only_layers": [0], "decoder_sparse_step": 2}
+    with pytest.raises(UserError, match="decoder_sparse_step = 2: mixtrain's Qwen3-MoE has 1"):
+        settings.from_hugging_face(dense)

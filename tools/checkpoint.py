@@ -47,11 +47,14 @@ def main(arguments: list[str]) -> int:
 
 def checkpoints(path: Path) -> list[Path]:
     """The checkpoints that a path means, newest first."""
-    if re.fullmatch(r"iter_\d{7,}(\.saving)?", path.resolve().name) and path.is_dir():
+    if re.fullmatch(rf"(iter_\d{{7,}}|{directory.RELEASE})(\.saving)?", path.resolve().name) and path.is_dir():
         return [path]
-    if found := [directory.path_of(path, step) for step in directory.steps_in(path)]:
-        return found
-    raise UserError(f"{path} is no checkpoint and no directory that holds one (iter_NNNNNNN)")
+    found = [directory.path_of(path, step) for step in directory.steps_in(path)]
+    if (path / directory.RELEASE).is_dir():
+        found.append(path / directory.RELEASE)
+    if not found:
+        raise UserError(f"{path} is no checkpoint and no directory that holds one (iter_NNNNNNN, release)")
+    return found
 
 
 def list_all(paths: list[Path], full: bool) -> int:
@@ -64,7 +67,8 @@ def list_all(paths: list[Path], full: bool) -> int:
         wrong = integrity.problem(path, full)
         damaged |= bool(wrong)
         size = sum(entry.stat().st_size for entry in path.iterdir())
-        table.add_row(path.name[5:].lstrip("0") or "0", layout_of(path), f"{size / 2**20:,.1f} MiB", wrong or "valid")
+        name = path.name.removeprefix("iter_").lstrip("0") or "0"
+        table.add_row(name, layout_of(path), f"{size / 2**20:,.1f} MiB", wrong or "valid")
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
     return FAULT if damaged else FINISHED
 
@@ -75,6 +79,8 @@ def layout_of(path: Path) -> str:
         layout = state.read(path).layout
     except ValueError:
         return "?"
+    if not layout:
+        return "weights alone"
     sizes = [f"{letters} {layout.get(name, 1)}" for name, letters in LETTERS.items() if layout.get(name, 1) > 1]
     ranks = layout.get("world_size", 1)
     return f"{' x '.join(sizes) or 'DP'} on {ranks} rank{'s' * (ranks > 1)}"

@@ -6,8 +6,8 @@
 
 transformers' own model, loaded by its own from_pretrained, and the Megatron-Core model run over the same random tokens,
 one layer of each in memory at a time. Each goes on from its own hidden states. For each layer: how far the hidden
-states are apart, and for how many tokens another set of experts was chosen; at the end the same of the logits, their
-cosine and Kullback-Leibler divergence. All is computed in fp32 unless told otherwise: bf16 weights are fp32 numbers too.
+states are apart, and for how many tokens other experts were chosen; at the end the same of the logits, their cosine
+and Kullback-Leibler divergence. All is computed in fp32 unless told otherwise: bf16 weights are fp32 numbers too.
 
 --self-test damages what is read from the checkpoint, in each of the ways that converters have been wrong, and wants
 every one to be caught.

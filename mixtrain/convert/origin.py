@@ -6,8 +6,6 @@ directory that holds the checkpoint, whoever wrote it.
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +19,9 @@ from mixtrain.checkpoint.state import RunState
 from mixtrain.classes import show
 from mixtrain.compose import CONF, compose
 from mixtrain.config import Config, TransformerImpl, to_yaml
-from mixtrain.data.tokenizer import token_ids
+from mixtrain.data.tokenizer import TOKENIZER
 from mixtrain.errors import UserError
 from mixtrain.plan import resolve
-
-TOKENIZER = "tokenizer"
-# What transformers writes of a tokenizer, and how it generates: text, and nothing that is ever run.
-TOKENIZER_FILES = """
-    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json merges.txt
-    chat_template.jinja chat_template.json generation_config.json
-""".split()
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # without one of them there is no tokenizer
 
 
 def configuration(values: Mapping[str, Any]) -> Config:
@@ -78,17 +68,6 @@ def run_state(config: Config) -> RunState:
     return RunState(config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
 
 
-def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files that are in `source`; their names. None of them is looked into."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not set(names) & VOCABULARIES:
-        return []
-    target.mkdir(exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
-
-
 def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
     """The directory of a checkpoint's tokenizer: the one beside it, or that of the run's data; None if none."""
     beside = checkpoint.resolve().parent / TOKENIZER
@@ -97,28 +76,10 @@ def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
     return Path(config.data.tokenizer) if config.data.tokenizer else None
 
 
-def special_ids(tokenizer: Path) -> dict[str, int]:
-    """bos_token_id, eos_token_id and pad_token_id of a tokenizer, where it has them: what config.json repeats."""
-    try:
-        values = json.loads((tokenizer / "tokenizer_config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{tokenizer / 'tokenizer_config.json'} cannot be read ({error})") from None
-    ids, found = token_ids(tokenizer), {}
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token = values.get(name)
-        token = token.get("content") if isinstance(token, dict) else token  # older versions of transformers
-        if token in ids:
-            found[f"{name}_id"] = ids[token]
-    return found
-
-
 def model_config(values: Mapping[str, Any], source: str) -> str:
     """conf/model/NAME.yaml of the keys that from_hugging_face gives; what is no fact of theirs is mixtral_8x7b's."""
-    known = next(
-        (name for name, there in facts.published().items() if all(values.get(key) == there[key] for key in there)), None
-    )
+    same = [name for name, there in facts.published().items() if all(values.get(key) == there[key] for key in there)]
+    known = min(same, key=len, default=None)  # that of an -Instruct are the same
     lines = [f"# {source}, config.json"]
     for name, value in OmegaConf.load(CONF / "model" / "mixtral_8x7b.yaml").items():
         mine = values.get(f"model.{name}", known if name == "hf_model" else value)

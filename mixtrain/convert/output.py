@@ -27,6 +27,7 @@ from mixtrain.environment import die_with
 from mixtrain.errors import Fault, UserError
 
 MARGIN = 1 << 22  # bytes that small files and headers may take
+QUIET = 5  # seconds before a log is told how far it is
 
 
 @contextlib.contextmanager
@@ -161,8 +162,9 @@ def bar(what: str, size: int, done: Callable[[], int]) -> Iterator[None]:
         task, tenth = progress.add_task(what, total=size), 0
         while not ending.wait(0.2):
             progress.update(task, completed=done())
-            if not console.is_terminal and (reached := 10 * done() // max(size, 1)) > tenth:
-                tenth, left = reached, (time.monotonic() - started) * (size / done() - 1)
+            spent, reached = time.monotonic() - started, 10 * done() // max(size, 1)
+            if not console.is_terminal and reached > tenth and spent > QUIET:
+                tenth, left = reached, spent * (size / done() - 1)
                 print(f"{what}: {decimal(done())} of {decimal(size)}, {left:.0f} s left", file=sys.stderr, flush=True)
         progress.update(task, completed=done())
 

@@ -19,11 +19,12 @@ from mixtrain.checkpoint.parts import Parts
 from mixtrain.convert import runs
 from mixtrain.convert.casting import cast
 from mixtrain.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
-from mixtrain.convert.origin import checkpoint_at, config_of, copy_tokenizer, special_ids, tokenizer_of
+from mixtrain.convert.origin import checkpoint_at, config_of, tokenizer_of
 from mixtrain.convert.output import Advance, dealt, in_processes, write_text, written_whole
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import to_hugging_face
 from mixtrain.convert.weights import check
+from mixtrain.data.tokenizer import SPECIAL_IDS, copy_tokenizer, special_ids
 from mixtrain.errors import Fault, UserError
 
 BLOCK = 1 << 26  # bytes
@@ -75,8 +76,8 @@ def convert(
     values = to_hugging_face(config)
     origin = _origin(Parts(checkpoint), runs.index(config, layout), dtype)
     tokenizer = tokenizer or tokenizer_of(checkpoint, config)
-    if tokenizer:
-        values |= special_ids(tokenizer)
+    # transformers would take Mixtral's own for a key that is not there
+    values |= {name: None for name in SPECIAL_IDS} | (special_ids(tokenizer) if tokenizer else {})
     written = str(origin.dtype).removeprefix("torch.")
     values |= {"torch_dtype": written, "dtype": written}  # transformers 4, transformers 5
     size = sum(map(origin.size, origin.index.names))

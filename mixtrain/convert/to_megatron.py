@@ -36,11 +36,12 @@ from mixtrain.config import Config
 from mixtrain.convert import hf_files, runs
 from mixtrain.convert.casting import DTYPES, cast
 from mixtrain.convert.hf_files import Stored
-from mixtrain.convert.origin import TOKENIZER, configuration, copy_tokenizer, run_state
+from mixtrain.convert.origin import configuration, run_state
 from mixtrain.convert.output import Advance, dealt, in_processes, written_whole
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import from_hugging_face
 from mixtrain.convert.weights import check, layout_of
+from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
 from mixtrain.errors import Fault
 from mixtrain.plan import derive
 

@@ -7,6 +7,7 @@ has the size that was asked for, never silently another one (the embedding is cu
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,14 @@ from mixtrain.errors import UserError
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and the end-of-document token
+TOKENIZER = "tokenizer"  # the directory beside checkpoints
+# What transformers writes of a tokenizer, and how it generates: text, and nothing that is ever run.
+TOKENIZER_FILES = """
+    tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json merges.txt
+    chat_template.jinja chat_template.json generation_config.json
+""".split()
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # without one of them there is no tokenizer
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
@@ -121,3 +130,27 @@ def token_ids(directory: Path) -> dict[str, int]:
     if not isinstance(vocab, dict) or not vocab:
         raise UserError(f"{path}: no vocabulary under model.vocab")
     return {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens", ())}}
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copy the tokenizer files that are in `source`; their names. None of them is looked into."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not set(names) & VOCABULARIES:
+        return []
+    target.mkdir(exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
+
+
+def special_ids(tokenizer: Path) -> dict[str, int]:
+    """bos_token_id, eos_token_id and pad_token_id of a tokenizer, where it has them: what config.json repeats."""
+    path = tokenizer / "tokenizer_config.json"
+    values = _read_json(path) if path.is_file() else {}
+    ids, found = token_ids(tokenizer), {}
+    for name in SPECIAL_IDS:
+        token = values.get(name.removesuffix("_id"))
+        token = token.get("content") if isinstance(token, dict) else token  # older versions of transformers
+        if token in ids:
+            found[name] = ids[token]
+    return found

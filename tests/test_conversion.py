@@ -1,0 +1,469 @@
+"""Conversion of whole directories: nothing is lost either way, every layout reads it, and bad input writes nothing."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import hf_models
+import pytest
+import torch
+from checkpoints import tensors_of
+from composing import ROOT, config_of, plan_of, tree_of
+from rank_workers import run_ranks
+from safetensors.torch import load_file, save_file
+
+from mixtrain import model, optimizer, places, ranks
+from mixtrain.checkpoint import directory, integrity, load, state
+from mixtrain.checkpoint.save import Saver
+from mixtrain.checkpoint.state import RunState
+from mixtrain.compose import CONF
+from mixtrain.config import Config
+from mixtrain.convert import hf_files, origin, output, settings, to_hf, to_megatron, weights
+from mixtrain.convert.casting import DTYPES
+from mixtrain.errors import UserError
+from mixtrain.plan import resolve
+
+GATE = "model.layers.1.block_sparse_moe.gate.weight"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    """A Mixtral under the hub's names, in several files."""
+    return hf_models.saved("mixtral", tmp_path_factory.mktemp("hub") / "model", shard="300KB")
+
+
+@pytest.fixture(scope="module")
+def converted(hub, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("converted") / "model"
+    to_megatron.convert(hub, out)
+    return out
+
+
+def copied(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target
+
+
+@pytest.mark.parametrize("kind, layout", [*((kind, "hub") for kind in hf_models.MODELS), ("qwen3_moe", "fused")])
+def test_there_and_back_every_bit_is_where_it_was(kind, layout, tmp_path):
+    there = hf_models.saved(kind, tmp_path / "there", fused=layout == "fused", shard="300KB")
+    to_megatron.convert(there, tmp_path / "megatron")
+    to_hf.convert(tmp_path / "megatron", tmp_path / "back", layout=layout, max_shard_size=200_000)
+    assert hf_models.unequal(there, tmp_path / "back") == []
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
+    model_class = hf_models.MODELS[kind][0]
+    before, after = (model_class.from_pretrained(path).config.to_dict() for path in (there, tmp_path / "back"))
+    training = {"initializer_range", "router_aux_loss_coef", "router_jitter_noise", "attention_dropout", "use_cache"}
+    ids = {"bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path"}  # no tokenizer, no ids
+    assert {name for name in before if before[name] != after[name]} <= training | ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_are_kept(dtype, tmp_path):
+    there = hf_models.saved("mixtral", tmp_path / "there", dtype=dtype)
+    to_megatron.convert(there, tmp_path / "megatron")
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "megatron" / "release").values()} == {dtype}
+    to_hf.convert(tmp_path / "megatron", tmp_path / "back")
+    assert hf_models.unequal(there, tmp_path / "back") == []
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_both_layouts_and_any_sharding_give_one_checkpoint_byte_for_byte(hub, converted, tmp_path):
+    fused = hf_models.saved("mixtral", tmp_path / "fused", fused=True)
+    to_megatron.convert(fused, tmp_path / "megatron")
+    names = sorted(path.name for path in (converted / "release").iterdir())
+    same, _, _ = filecmp.cmpfiles(converted / "release", tmp_path / "megatron" / "release", names, shallow=False)
+    assert sorted(same) == names and len(names) > 6
+
+
+def test_several_processes_write_the_same_tensors(hub, converted, tmp_path):
+    to_megatron.convert(hub, tmp_path / "megatron", processes=3)
+    here, there = (tensors_of(path / "release") for path in (converted, tmp_path / "megatron"))
+    assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in here)
+    assert integrity.problem(tmp_path / "megatron" / "release", full=True) == ""
+    to_hf.convert(tmp_path / "megatron", tmp_path / "back", max_shard_size=200_000, processes=3)
+    assert hf_models.unequal(hub, tmp_path / "back") == []
+
+
+def test_pytorchs_own_loader_reads_what_the_table_says(hub, converted):
+    config = origin.config_of(converted / "release")
+    expected = weights.to_megatron(config, hf_models.tensors_of(hub))
+    found = tensors_of(converted / "release")
+    assert found.keys() == expected.keys()
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+
+
+def test_large_tensors_come_in_blocks_and_small_blocks_change_nothing(hub, converted, tmp_path, monkeypatch):
+    monkeypatch.setattr(to_megatron, "BLOCK", 4096)
+    monkeypatch.setattr(to_hf, "BLOCK", 1000)
+    to_megatron.convert(hub, tmp_path / "megatron")
+    here, there = (tensors_of(path / "release") for path in (converted, tmp_path / "megatron"))
+    assert all(torch.equal(here[key], there[key]) for key in here)
+    for layout in ("hub", "fused"):
+        to_hf.convert(tmp_path / "megatron", tmp_path / layout, layout=layout)
+    assert hf_models.unequal(hub, tmp_path / "hub") == []
+    assert hf_models.unequal(hf_models.saved("mixtral", tmp_path / "f", fused=True), tmp_path / "fused") == []
+
+
+def test_config_json_of_transformers_4_says_the_same(hub, converted, tmp_path):
+    old = copied(hub, tmp_path / "old")
+    values = json.loads((old / "config.json").read_text())
+    values["rope_theta"] = values.pop("rope_parameters")["rope_theta"]
+    values["torch_dtype"] = values.pop("dtype")
+    (old / "config.json").write_text(json.dumps(values))
+    to_megatron.convert(old, tmp_path / "megatron")
+    assert origin.config_of(tmp_path / "megatron" / "release") == origin.config_of(converted / "release")
+
+
+LAYOUTS = {
+    "EP2": ["parallel.expert_model_parallel_size=2"],
+    "TP2": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+    "PP2": ["parallel.pipeline_model_parallel_size=2", "model.num_layers=3",
+            "parallel.num_layers_in_first_pipeline_stage=2"],
+}  # fmt: skip
+
+
+def words_of(converted: Path) -> list[str]:
+    """The words that make the converted model."""
+    config = origin.config_of(converted / "release")
+    keys = [key for key in settings.from_hugging_face(settings.to_hugging_face(config)) if key.startswith("model.")]
+    shown = [f"{key}={settings.show(settings.value_of(config, key))}" for key in keys]
+    return ["data=mock", "data.seq_length=32", "trainer.global_batch_size=8", "trainer.timeout_minutes=1", *shown]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(layout, hub, converted, tmp_path):
+    words = [*words_of(converted), f"checkpoint.load_weights={converted}", f"run_dir={tmp_path / 'run'}"]
+    plan = plan_of(*words, "trainer.devices=2", "parallel=ep1", *LAYOUTS[layout])
+    (tmp_path / "run").mkdir()
+
+    def load_and_save(me) -> None:
+        with ranks.start(plan, me) as here:
+            training = optimizer.build(plan, model.build(plan, here.device))
+            load.load_weights(plan, here, training, load.weights_at(plan, here))
+            values = origin.run_state(plan.config).config
+            Saver(plan, here, training, print).save(RunState(step=7, config=values))
+
+    run_ranks(2, load_and_save, tmp_path / "ranks")
+    to_hf.convert(tmp_path / "run", tmp_path / "back")
+    assert hf_models.unequal(hub, tmp_path / "back") == []
+
+
+def test_weights_of_a_bf16_run_come_out_in_bf16_or_as_asked(tmp_path):
+    config = [
+        "trainer.precision=bf16",
+        "model.num_layers=1",
+        "model.vocab_size=128",
+        "data=mock",
+        "parallel=ep1",
+        "data.seq_length=32",
+    ]
+    plan = plan_of(*config, f"run_dir={tmp_path / 'run'}", "trainer.timeout_minutes=1")
+    (tmp_path / "run").mkdir()
+
+    def save(me) -> None:
+        with ranks.start(plan, me) as here:
+            training = optimizer.build(plan, model.build(plan, here.device))
+            places_of = places.read(plan, training.chunks)
+            torch.save(places_of, tmp_path / "wholes.pt")
+            Saver(plan, here, training, print).save(RunState(step=1, config=origin.run_state(plan.config).config))
+
+    run_ranks(1, save, tmp_path / "ranks")
+    expected = weights.to_hugging_face(plan.config, torch.load(tmp_path / "wholes.pt", weights_only=True))
+    for dtype in (None, torch.float32):
+        to_hf.convert(tmp_path / "run", tmp_path / str(dtype), dtype=dtype)
+        found = load_file(tmp_path / str(dtype) / "model.safetensors")
+        wanted = dtype or torch.bfloat16
+        assert {tensor.dtype for tensor in found.values()} == {wanted}
+        assert all(torch.equal(found[name], expected[name].to(wanted)) for name in expected)
+
+
+# --- what is refused, and that nothing is written then
+
+
+def damaged_header(path: Path, change) -> None:
+    """Change a safetensors file's header, its data left as it is."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def first_file(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def change_index(folder: Path, change) -> None:
+    path = folder / hf_files.INDEX
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+
+def change_config(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_tensor(folder: Path, name: str, change) -> None:
+    file = folder / json.loads((folder / hf_files.INDEX).read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, file)
+
+
+def only_a_pickle(folder: Path) -> None:
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
+
+
+REFUSALS = {
+    "00002-of-": lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(),
+    "leads out of its directory, to ../secret.safetensors": lambda folder: change_index(
+        folder, lambda names: names.__setitem__(GATE, "../secret.safetensors")
+    ),
+    "leads out of its directory, to /etc/passwd": lambda folder: change_index(
+        folder, lambda names: names.__setitem__(GATE, "/etc/passwd")
+    ),
+    "which is not a safetensors file": lambda folder: change_index(
+        folder, lambda names: names.__setitem__(GATE, "x.bin")
+    ),
+    "pytorch_model.bin is a pickle": only_a_pickle,
+    f"{GATE} has shape (2, 64)": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor[:2]),
+    f"{GATE} is torch.bfloat16": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor.bfloat16()),
+    "is I64; weights are F32, F16, BF16": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor.long()),
+    "is damaged": lambda folder: os.truncate(first_file(folder), 2000),
+    "is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "config.json is missing": lambda folder: (folder / "config.json").unlink(),
+    "model_type = llama": lambda folder: change_config(folder, model_type="llama"),
+    "auto_map: the model wants code of its own": lambda folder: change_config(folder, auto_map={"AutoModel": "m.M"}),
+    "num_hidden_layers is missing": lambda folder: change_config(folder, num_hidden_layers=None) or drop(folder),
+    "has both": lambda folder: save_file({"a": torch.zeros(1)}, folder / "model.safetensors"),
+    f"{GATE}, which model.safetensors.index.json does not name": lambda folder: change_index(
+        folder, lambda names: names.pop(GATE)
+    ),
+    "model.layers.3.input_layernorm.weight is missing": lambda folder: change_config(folder, num_hidden_layers=4),
+    "is not a tensor of this model": lambda folder: change_config(folder, num_hidden_layers=2),
+}  # fmt: skip
+
+
+def drop(folder: Path) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text())
+    del values["num_hidden_layers"]
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("problem", REFUSALS)
+def test_a_wrong_directory_is_refused_by_name_and_nothing_is_written(problem, hub, tmp_path):
+    folder = copied(hub, tmp_path / "there")
+    REFUSALS[problem](folder)
+    with pytest.raises(UserError) as refused:
+        to_megatron.convert(folder, tmp_path / "out")
+    assert any(problem in line for line in refused.value.problems), refused.value.problems
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
+
+
+def with_config(converted: Path, target: Path, **keys) -> Path:
+    """A copy of a checkpoint whose run had other settings."""
+    release = copied(converted / "release", target)
+    values = json.loads((release / state.NAME).read_text())
+    for key, value in keys.items():
+        section, name = key.split("__")
+        values["config"][section][name] = value
+    (release / state.NAME).write_text(json.dumps(values))
+    files = integrity.read_manifest(release)
+    integrity.write_manifest(release, files | integrity.describe([release / state.NAME]))
+    return release
+
+
+CANNOT = {
+    "router.moe_router_load_balancing_type = sinkhorn": {"router__moe_router_load_balancing_type": ["sinkhorn"]},
+    "router.moe_router_score_function = sigmoid": {"router__moe_router_score_function": "sigmoid"},
+    "router.moe_router_pre_softmax = true": {"router__moe_router_pre_softmax": True},
+    "dispatcher.moe_expert_capacity_factor = 1.25": {"dispatcher__moe_expert_capacity_factor": 1.25},
+    "model.moe_shared_expert_intermediate_size = 8": {"model__moe_shared_expert_intermediate_size": 8},
+}
+
+
+@pytest.mark.parametrize("problem", CANNOT)
+def test_what_hugging_face_cannot_express_is_refused_by_key_and_nothing_is_written(problem, converted, tmp_path):
+    release = with_config(converted, tmp_path / "checkpoint", **CANNOT[problem])
+    with pytest.raises(UserError) as refused:
+        to_hf.convert(release, tmp_path / "out")
+    assert refused.value.problems[0].startswith(problem + ": ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
+
+
+def test_a_checkpoint_of_other_tensors_than_its_configuration_is_refused(converted, tmp_path):
+    release = with_config(converted, tmp_path / "checkpoint", model__vocab_size=512)
+    with pytest.raises(UserError, match=r"embedding.word_embeddings.weight has shape \(256, 64\); .* \(512, 64\)"):
+        to_hf.convert(release, tmp_path / "out")
+
+
+def test_a_damaged_or_absent_checkpoint_is_refused(converted, tmp_path):
+    release = copied(converted / "release", tmp_path / "checkpoint")
+    data = release / "__0_0.distcp"
+    os.truncate(data, data.stat().st_size - 1)
+    with pytest.raises(UserError, match="__0_0.distcp has .* bytes, not the"):
+        to_hf.convert(release, tmp_path / "out")
+    with pytest.raises(UserError, match="is no checkpoint .* and no directory of some"):
+        to_hf.convert(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_that_fp16_does_not_have_are_refused_by_name(hub, converted, tmp_path):
+    large = copied(hub, tmp_path / "large")
+    change_tensor(large, GATE, lambda tensor: tensor.fill_(7e4))
+    to_megatron.convert(large, tmp_path / "megatron")
+    with pytest.raises(UserError, match=f"{GATE} has 70000, and fp16 ends at 65504"):
+        to_hf.convert(tmp_path / "megatron", tmp_path / "out", dtype=DTYPES["fp16"])
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.writing").exists()
+
+
+def test_what_is_there_is_never_overwritten_and_a_full_disk_is_told_before(hub, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    with pytest.raises(UserError, match="is there already"):
+        to_megatron.convert(hub, tmp_path / "out")
+    assert (tmp_path / "out" / "mine").read_text() == "kept"
+    monkeypatch.setattr(output, "MARGIN", 1 << 60)
+    with pytest.raises(UserError, match=r"would take 1,152,9.* bytes, but [\d,]+ are free on its disk"):
+        to_megatron.convert(hub, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_a_rerun_works(hub, tmp_path, monkeypatch):
+    for convert, source, out in (
+        (to_megatron.convert, hub, tmp_path / "megatron"),
+        (to_hf.convert, tmp_path / "megatron", tmp_path / "back"),
+    ):
+        child = os.fork()
+        if child == 0:
+            for module in (to_megatron, to_hf):
+                monkeypatch.setattr(module, "cast", dies_after(module.cast, 20))
+            convert(source, out)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        writing = out.with_name(out.name + ".writing")
+        assert writing.is_dir() and not out.exists()
+        assert not (writing / "release" / integrity.MANIFEST).exists() and not (writing / "config.json").exists()
+        if convert is to_megatron.convert:
+            with pytest.raises(UserError):
+                origin.checkpoint_at(writing)
+        convert(source, out)
+        assert not writing.exists()
+    assert hf_models.unequal(hub, tmp_path / "back") == []
+
+
+def dies_after(function, calls: int):
+    left = [calls]
+
+    def call(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+
+    return call
+
+
+# --- what goes with the tensors
+
+
+def test_tokenizer_files_travel_both_ways_and_code_does_not(hub, tmp_path):
+    there = copied(hub, tmp_path / "there")
+    vocabulary = {"<s>": 0, "</s>": 1, "a": 2}
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}}
+    (there / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (there / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}}))
+    (there / "chat_template.jinja").write_text("{{ messages }}")
+    (there / "modeling_evil.py").write_text("raise SystemExit")
+    to_megatron.convert(there, tmp_path / "megatron")
+    to_hf.convert(tmp_path / "megatron", tmp_path / "back")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "back" / name).read_bytes() == (there / name).read_bytes()
+    assert not (tmp_path / "back" / "modeling_evil.py").exists()
+    values = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert [values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")] == [0, 1, None]
+
+
+def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, words)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_tools_convert_and_say_what_to_type_next(hub, tmp_path):
+    there = tool("convert_hf_to_megatron", hub, tmp_path / "megatron", "--dtype", "bf16")
+    assert (there.returncode, there.stderr) == (0, "")
+    assert f"train from it with checkpoint.load_weights={tmp_path / 'megatron'}" in there.stdout
+    back = tool("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back", "--max-shard-size", "0.1MB")
+    assert (back.returncode, back.stderr) == (0, "")
+    assert {tensor.dtype for tensor in hf_models.tensors_of(tmp_path / "back").values()} == {torch.bfloat16}
+    again = tool("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back")
+    assert again.returncode == 2
+    assert again.stderr == (
+        f"mixtrain: 1 problem:\n  - {tmp_path / 'back'} is there already: give a new directory, or remove it\n"
+    )
+    size = tool("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "x", "--max-shard-size", "5XB")
+    assert size.returncode == 2 and "5XB is no size; type 5GB, 500MB or 2GiB" in size.stderr
+
+
+def test_the_facts_of_config_json_become_an_option_of_the_model_group(hub, tmp_path):
+    values = settings.from_hugging_face(hf_files.read_config(hub))
+    conf = shutil.copytree(CONF, tmp_path / "conf")
+    (conf / "model" / "mine.yaml").write_text(origin.model_config(values, "a test"))
+    config = resolve(Config.from_hydra(tree_of("model=mine", conf=conf)))
+    assert {key: settings.value_of(config, key) for key in values} == values
+    published = settings.from_hugging_face(settings.to_hugging_face(resolve(config_of("model=mixtral_8x7b"))))
+    assert "hf_model: mistralai/Mixtral-8x7B-v0.1" in origin.model_config(published, "a test")
+
+
+def peak_gb(folder: Path, out: Path) -> float:
+    """The peak resident memory of a conversion there and back, in a process of its own, as the system counts it."""
+    program = (  # both ways in one process, which imports for seconds
+        "import resource, sys; from pathlib import Path; from mixtrain.convert import to_hf, to_megatron\n"
+        "there, out = map(Path, sys.argv[1:])\n"
+        "to_megatron.convert(there, out / 'megatron'); to_hf.convert(out / 'megatron', out / 'back')\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+    )
+    out.mkdir()
+    command = [sys.executable, "-c", program, str(folder), str(out)]
+    return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout)
+
+
+def test_memory_does_not_grow_with_the_model(hub, tmp_path):
+    """A model of 0.9 GB takes no more than a few blocks above one of 1 MB."""
+    config = json.loads((hub / "config.json").read_text())
+    values = config | {"hidden_size": 512, "intermediate_size": 8192, "num_local_experts": 8, "num_hidden_layers": 4}
+    large = tmp_path / "large"
+    large.mkdir()
+    (large / "config.json").write_text(json.dumps(values))
+    found = settings.from_hugging_face(values)
+    names = to_megatron.runs.index(origin.configuration(found), "hub").names
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in names.items()}, large / "model.safetensors"
+    )
+    assert (large / "model.safetensors").stat().st_size > 0.8e9
+    small = peak_gb(hub, tmp_path / "a")
+    assert peak_gb(large, tmp_path / "b") < min(1.5, small + 0.5)
+
+
+def test_the_checkpoint_is_listed_and_read_where_training_looks_for_weights(converted):
+    assert directory.newest(converted) == converted / "release"
+    listed = tool("checkpoint", "list", converted)
+    assert listed.returncode == 0 and "valid" in listed.stdout

@@ -1,0 +1,106 @@
+"""Every element of the model has one place on each side, and any part of a checkpoint is read as it lies there."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from checkpoints import tensors_of
+from composing import config_of, plan_of
+from rank_workers import run_ranks
+
+from mixtrain import model, optimizer, ranks
+from mixtrain.checkpoint.parts import Parts
+from mixtrain.checkpoint.save import Saver
+from mixtrain.checkpoint.state import RunState
+from mixtrain.convert import runs
+from mixtrain.errors import UserError
+from mixtrain.plan import resolve
+from mixtrain.windows import window
+
+SMALL = ["data=mock", "data.seq_length=32", "model.hidden_size=64", "model.num_attention_heads=4",
+         "model.num_query_groups=2", "model.kv_channels=16", "model.moe_ffn_hidden_size=96", "model.vocab_size=64",
+         "model.num_layers=2", "model.num_moe_experts=4", "trainer.global_batch_size=8",
+         "trainer.timeout_minutes=1"]  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ["hub", "fused"])
+@pytest.mark.parametrize("words", [[], ["model.qk_layernorm=true"], ["model.num_query_groups=1"]])
+def test_runs_cover_every_element_of_both_sides_once(words, layout):
+    index = runs.index(resolve(config_of(*SMALL, *words)), layout)
+    for key, several in index.by_key.items():
+        at = 0
+        for run in several:
+            assert run.place == at
+            at += run.count
+        assert at == math.prod(index.shapes[key])
+    assert index.by_name.keys() == index.names.keys()
+    for name, several in index.by_name.items():
+        at = 0
+        for run in several:
+            assert run.start == at
+            at += run.count
+        assert at == math.prod(index.names[name])
+
+
+def test_overlapping_gives_what_a_range_has_of_each_run():
+    several = [runs.Run("a", 0, "k", 0, 10), runs.Run("a", 10, "k", 50, 5), runs.Run("a", 15, "k", 20, 5)]
+    found = [(run.place, low, high) for run, low, high in runs.overlapping(several, 8, 17, runs.START)]
+    assert found == [(0, 8, 10), (50, 0, 5), (20, 0, 2)]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Saved by TP2: some of its tensors are cut along their last axis."""
+    folder = tmp_path_factory.mktemp("tp2")
+    plan = plan_of(*SMALL, "parallel=ep1", "parallel.tensor_model_parallel_size=2",
+                   "parallel.expert_tensor_parallel_size=2", "parallel.sequence_parallel=true",
+                   f"run_dir={folder / 'run'}", "trainer.devices=2")  # fmt: skip
+    (folder / "run").mkdir()
+
+    def save(me) -> None:
+        with ranks.start(plan, me) as here:
+            training = optimizer.build(plan, model.build(plan, here.device))
+            Saver(plan, here, training, print).save(RunState(step=1))
+
+    run_ranks(2, save, folder / "ranks")
+    return folder / "run" / "iter_0000001"
+
+
+def test_any_range_is_what_pytorchs_own_loader_reads(checkpoint):
+    parts, wholes = Parts(checkpoint), tensors_of(checkpoint)
+    assert parts.shapes == {key: tuple(whole.shape) for key, whole in wholes.items()}
+    assert any(len(chunks) > 1 and chunks[1].offset[-1] > 0 for chunks in parts.chunks.values())  # a cut last axis
+    picked = torch.Generator().manual_seed(0)
+    for key, whole in wholes.items():
+        flat = whole.flatten()
+        for _ in range(8):
+            start, stop = sorted(torch.randint(0, len(flat) + 1, (2,), generator=picked).tolist())
+            assert torch.equal(parts.flat(key, start, stop), flat[start:stop]), (key, start, stop)
+        assert torch.equal(parts.at(key), whole)
+
+
+def test_a_damaged_file_is_named(checkpoint, tmp_path):
+    for path in checkpoint.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    data = max(tmp_path.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data.write_bytes(b"x" * data.stat().st_size)
+    parts = Parts(tmp_path)
+    with pytest.raises(UserError, match=f"{data.name} is damaged at byte"):
+        for key in parts.shapes:
+            parts.at(key)
+    os.truncate(data, 10)
+    with pytest.raises(UserError, match=f"{data.name}"):
+        for key in parts.shapes:
+            parts.at(key)
+
+
+def test_a_window_is_the_bytes_of_the_file(tmp_path):
+    numbers = torch.arange(5000, dtype=torch.int16)
+    (tmp_path / "f").write_bytes(b"abc" + numbers.numpy().tobytes())
+    assert torch.equal(window(tmp_path / "f", 3 + 2 * 2100, (100, 3), torch.int16), numbers[2100:2400].view(100, 3))
+    assert window(tmp_path / "f", 3, (0,), torch.int16).numel() == 0
+    with pytest.raises(OSError):
+        window(tmp_path / "f", 3 + 2 * 4999, (2,), torch.int16)
