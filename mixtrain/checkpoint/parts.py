@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
@@ -88,6 +89,22 @@ class Parts:
         if filled != stop - start:
             raise UserError(f"{self.directory}: {key} has a hole: {stop - start - filled:,} numbers lie in no file")
         return out
+
+    def together(self, key: str, start: int, most: int) -> int:
+        """Where the elements from `start` on end that lie together in one chunk; no more than `most` of them.
+
+        Where a chunk holds parts of rows: `most`, which are then copied together.
+        """
+        shape, axes = self.shapes[key], self.singles[key]
+        place = numpy.unravel_index(start, shape)
+        for chunk in self.chunks.get((key, tuple(map(int, place[:axes]))), ()):
+            inside = all(
+                at <= number < at + size for at, number, size in zip(chunk.offset, place, chunk.size, strict=True)
+            )
+            if inside and chunk.size[axes + 1 :] == shape[axes + 1 :]:
+                first = sum(at * stride for at, stride in zip(chunk.offset, _strides(shape), strict=True))
+                return min(start + most, first + math.prod(chunk.size))
+        return start + most
 
     def _near(self, key: str, box: Box) -> Iterator[Chunk]:
         """The chunks that may have some of a box."""

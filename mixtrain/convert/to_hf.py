@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,13 +46,15 @@ class Origin(NamedTuple):
     index: Index
     dtype: torch.dtype  # to give them in
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """The elements start..stop of the flat tensor."""
-        found = [
-            self.parts.flat(run.key, run.place + low, run.place + high)
-            for run, low, high in runs.overlapping(self.index.by_name[name], start, stop, runs.START)
-        ]
-        return cast(name, found[0] if len(found) == 1 else torch.cat(found), self.dtype)
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """The elements of a tensor in their order, as they lie together, in blocks of at most BLOCK bytes."""
+        most = BLOCK // self.dtype.itemsize
+        for run in self.index.by_name[name]:
+            at, end = run.place, run.place + run.count
+            while at < end:
+                stop = min(end, self.parts.together(run.key, at, most))
+                yield cast(name, self.parts.flat(run.key, at, stop), self.dtype)
+                at = stop
 
     def size(self, name: str) -> int:
         """Bytes of the tensor as it is written."""
@@ -86,7 +89,7 @@ def convert(
         jobs = [partial(_write_shards, share, origin) for share in dealt(shards, processes, lambda shard: shard.size)]
         in_processes("to Hugging Face", jobs, size)
         if len(shards) > 1:
-            _write_index(out / INDEX, shards, origin)
+            write_weight_map(out / INDEX, shards, origin)
         if tokenizer:
             copy_tokenizer(tokenizer, out)
         write_text(out / CONFIG, json.dumps(values, indent=2) + "\n")
@@ -131,8 +134,9 @@ def _write_shards(shards: list[Shard], origin: Origin, advance: Advance) -> None
         try:
             with open(shard.path, "wb", buffering=0) as file:
                 _write_all(file, header(shard, origin))
-                for name in shard.names:
-                    _write_tensor(file, name, origin, advance)
+                for block in (block for name in shard.names for block in origin.blocks(name)):
+                    _write_all(file, block.contiguous().view(torch.uint8).numpy())
+                    advance(block.nbytes)
                 os.fsync(file.fileno())
         except OSError as error:
             raise Fault(f"{shard.path} could not be written ({error.strerror})") from None
@@ -154,21 +158,13 @@ def header(shard: Shard, origin: Origin) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(file, name: str, origin: Origin, advance: Advance) -> None:
-    count, step = math.prod(origin.index.names[name]), BLOCK // origin.dtype.itemsize
-    for start in range(0, count, step):
-        block = origin.read(name, start, min(start + step, count)).contiguous()
-        _write_all(file, block.view(torch.uint8).numpy())
-        advance(block.nbytes)
-
-
 def _write_all(file, data) -> None:
     view = memoryview(data).cast("B")
     while view:  # an unbuffered file may take a part
         view = view[file.write(view) :]
 
 
-def _write_index(path: Path, shards: list[Shard], origin: Origin) -> None:
+def write_weight_map(path: Path, shards: list[Shard], origin: Origin) -> None:
     total = sum(math.prod(shape) for shape in origin.index.names.values())
     metadata = {"total_parameters": total, "total_size": total * origin.dtype.itemsize}
     weight_map = {name: shard.path.name for shard in shards for name in shard.names}
