@@ -159,7 +159,7 @@ def _extra_states(index: Index) -> Iterator[tuple[str, Item]]:
             for place in product(*map(range, sizes)):
                 name = f"{extra}/shard_{_dotted(place)}_{_dotted(sizes)}"  # as ShardedObject.unique_key
                 empty = io.BytesIO()
-                torch.save(None, empty)
+                torch.save([None], empty)  # Megatron-Core reads a list of the objects of one key
                 yield name, (WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), empty)
 
 
