@@ -60,13 +60,23 @@ class Watch:
 class Generator:
     """The model of this rank, with a cache, and its part in choosing tokens."""
 
-    def __init__(
-        self, chunk: torch.nn.Module, device: torch.device, sampling: Sampling, limits: Limits, watch: Watch
-    ):
+    def __init__(self, chunk: torch.nn.Module, device: torch.device, sampling: Sampling, limits: Limits, watch: Watch):
         self.chunk, self.device, self.sampling = chunk.eval(), device, sampling
         self.limits, self.watch = limits, watch
         self.cache = Cache(unwrap(chunk))
         self.multiple = chunk.config.tensor_model_parallel_size  # sequence parallelism cuts a row in so many
+
+    def continue_all(self, batch: list[Sequence]) -> bool:
+        """Continue a batch, dealt out to the replicas, and bring what came of it to every rank; `run` for the rest."""
+        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        stopping = self.run(batch[replica::replicas])
+        mine = [(each.tokens, each.reason) for each in batch[replica::replicas]]
+        if replicas > 1:
+            found: list = [None] * replicas
+            torch.distributed.all_gather_object(found, mine, group=parallel_state.get_data_parallel_group())
+            for place, sequence in enumerate(batch):
+                sequence.tokens, sequence.reason = found[place % replicas][place // replicas]
+        return stopping
 
     @torch.no_grad()
     def run(self, sequences: list[Sequence]) -> bool:

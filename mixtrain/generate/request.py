@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mixtrain.errors import UserError
@@ -66,6 +66,9 @@ class Request:
         if "" in self.stop:
             yield "--stop '' is in every text; leave it out"
         yield from self.sampling.problems()
+
+    def with_tokenizer(self, directory: str) -> Request:
+        return replace(self, tokenizer=directory)
 
     def write(self, folder: str | Path) -> None:
         Path(folder, NAME).write_text(json.dumps(asdict(self)))
