@@ -92,7 +92,7 @@ def refuse_lengths(prompts: list[list[int]], new: int, positions: int) -> None:
         if len(prompt) + new > positions:
             left = positions - len(prompt)
             problems.append(
-                f"prompt {number} has {len(prompt):,} tokens, with --max-new-tokens {new} more than"
+                f"prompt {number} has {count(len(prompt), 'token')}, with --max-new-tokens {new} more than"
                 f" model.max_position_embeddings = {positions:,}; "
                 + (f"use --max-new-tokens {left}" if left > 0 else "use a shorter one")
             )
@@ -111,6 +111,10 @@ def write(results: TextIO, request: Request, text, batch: list) -> None:
     results.flush()
 
 
+def count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
+
+
 class Progress:
     """How far a generation is, for who waits for it."""
 
@@ -127,7 +131,7 @@ class Progress:
         beat("token", self.passes)
         if now - self.said > SECONDS:
             self.said = now
-            self.say(f"{self.tokens:,} tokens, {self.rate(now):,.1f} tokens/s; {unfinished} prompts go on")
+            self.say(f"{count(self.tokens, 'token')}, {self.rate(now):,.1f} tokens/s; {unfinished} of the prompts go on")
 
     def rate(self, now: float) -> float:
         return self.tokens / (now - self.started)
@@ -135,6 +139,6 @@ class Progress:
     def end(self, prompt_tokens: int) -> None:
         now = time.perf_counter()
         self.say(
-            f"{self.prompts} prompts with {prompt_tokens:,} tokens continued with {self.tokens:,} in"
+            f"{count(self.prompts, 'prompt')} with {count(prompt_tokens, 'token')} continued with {self.tokens:,} in"
             f" {now - self.started:.2f} s: {self.rate(now):,.1f} tokens/s, the first after {self.first:.2f} s"
         )
