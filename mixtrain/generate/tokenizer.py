@@ -42,7 +42,7 @@ def _of_run(checkpoint: Path, run: RunState) -> Path:
         raise UserError(f"the run has no tokenizer (data.kind = {data.get('kind')}); {GIVE}")
     for base in places:
         for index in sorted((base / data["path_to_cache"]).glob("stdlib-*/text.idx")):
-            if _documents(index.with_suffix("")) == run.data.get("documents"):
+            if documents(index.with_suffix("")) == run.data.get("documents"):
                 return index.with_name("text-tokenizer")
     raise UserError(f"the tokenizer of the run is not in data.path_to_cache = {data['path_to_cache']} any more; {GIVE}")
 
@@ -55,7 +55,7 @@ def _bases(checkpoint: Path, run: RunState) -> Iterator[Path]:
         yield Path(*parts[: -len(tail)])
 
 
-def _documents(prefix: Path) -> str:
+def documents(prefix: Path) -> str:
     """The fingerprint of a run on this text alone: fingerprint.py's."""
     digest = hashlib.sha256(f"{1:.9f} ".encode())
     add_files(digest, str(prefix))
