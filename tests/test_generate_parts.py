@@ -105,6 +105,6 @@ def test_progress_is_said_every_few_seconds_and_at_the_end(monkeypatch):
         progress.passed(3, 2)
     progress.end(1)
     assert said == [
-        "9 tokens, 3.3 tokens/s; 2 prompts go on",
+        "9 tokens, 3.3 tokens/s; 2 unfinished",
         "3 prompts with 1 token continued with 15 in 4.50 s: 3.3 tokens/s, the first after 0.90 s",
     ]

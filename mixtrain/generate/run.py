@@ -131,7 +131,7 @@ class Progress:
         beat("token", self.passes)
         if now - self.said > SECONDS:
             self.said = now
-            self.say(f"{count(self.tokens, 'token')}, {self.rate(now):,.1f} tokens/s; {unfinished} prompts go on")
+            self.say(f"{count(self.tokens, 'token')}, {self.rate(now):,.1f} tokens/s; {unfinished} unfinished")
 
     def rate(self, now: float) -> float:
         return self.tokens / (now - self.started)
