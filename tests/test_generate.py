@@ -91,7 +91,7 @@ class Rank:
 
 
 def until(length: int, eod: int | None = None, stops=lambda tokens: False) -> Limits:
-    return Limits(length, eod, stops)
+    return Limits(length, {eod}, stops)
 
 
 def on_layout(plan: Plan, me: Identity, folder: Path | None, samplings: list[Sampling]) -> list:

@@ -177,7 +177,9 @@ def test_the_newest_valid_checkpoint_is_taken_and_a_damaged_one_named(trained, t
     shard.write_bytes(shard.read_bytes()[:-1])
     found, (damage,) = settings.find(str(run_dir), full=False)
     assert found == path_of(run_dir, 1) and damage.startswith(f"{shard} has ")
-    for place in (path_of(run_dir, 2), tmp_path, tmp_path / "nothing"):
+    path_of(run_dir, 1).rename(tmp_path / "release")  # as a conversion calls it
+    assert settings.find(str(tmp_path), full=True) == (tmp_path / "release", [])
+    for place in (path_of(run_dir, 2), run_dir, tmp_path / "nothing"):
         with pytest.raises(UserError):
             settings.find(str(place), full=False)
 

@@ -82,7 +82,9 @@ def test_a_word_keeps_the_space_before_it_and_a_prompt_its_first_token(tmp_path)
     PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
     text = Text(str(tmp_path), ["city"])
     prompt = text.encode("Paris is", chat=False)
-    assert prompt == [0, 2, 3] and text.eod == 1
+    assert prompt == [0, 2, 3] and text.ends() == {1}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 6]}')
+    assert text.ends() == {1, 6}
     assert text.continuation(prompt, [4, 1]) == " a"
     assert text.continuation(prompt, [4, 5, 2]) == " a " and text.stops([4, 5]) and not text.stops([4])
 

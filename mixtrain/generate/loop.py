@@ -37,12 +37,12 @@ class Limits:
     """When a continuation ends."""
 
     max_new_tokens: int
-    eod: int | None  # the token that ends a document
+    eod: set[int]  # the tokens that end a document
     stops: Callable[[list[int]], bool]  # whether new tokens have come to a stop text
 
     def reason(self, tokens: list[int]) -> str:
         """Why a continuation ends with the latest of its tokens, or ""."""
-        if tokens[-1] == self.eod:
+        if tokens[-1] in self.eod:
             return "eod"
         if self.stops(tokens):
             return "stop"

@@ -67,7 +67,7 @@ def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results:
         load.load_model(plan, here, chunks, Path(plan.config.checkpoint.load_weights))
         progress = Progress(len(prompts), say if here.is_first else lambda words: None)
         watch = Watch(lambda: stop.signal is not None, progress.passed)
-        limits = Limits(request.max_new_tokens, text.eod, text.stops)
+        limits = Limits(request.max_new_tokens, text.ends(), text.stops)
         generator = Generator(chunks[0], here.device, request.sampling, limits, watch)
         stopping, size = False, request.batch_size * plan.data_parallel_size
         for first in range(0, len(prompts), size):

@@ -186,21 +186,21 @@ def heading(plan: Plan, run: RunState, checkpoint: Path, damaged: list[str]) -> 
 
 
 def find(given: str, full: bool) -> tuple[Path, list[str]]:
-    """(the checkpoint of a path: itself, or a run directory's newest valid one; what was passed over)."""
+    """(the checkpoint of a path: itself, or a directory's newest valid one; what was passed over)."""
     path = Path(given)
     if os.path.exists(path / integrity.MANIFEST):
         if wrong := integrity.problem(path, full):
             raise UserError(wrong)
         return path, []
     damaged = []
-    for step in directory.steps_in(path):
-        newest = directory.path_of(path, step)
+    saved = [directory.path_of(path, step) for step in directory.steps_in(path)]
+    for newest in [*saved, *([path / directory.RELEASE] if (path / directory.RELEASE).is_dir() else [])]:
         if not (wrong := integrity.problem(newest, full)):
             return newest, damaged
         damaged.append(wrong)
     if damaged:
         raise UserError(*damaged, f"{given} holds no valid checkpoint")
-    what = "no checkpoint (iter_NNNNNNN) and no directory that holds one" if path.is_dir() else "no directory"
+    what = "no checkpoint (iter_NNNNNNN, release) and no directory that holds one" if path.is_dir() else "no directory"
     raise UserError(f"{given} is {what}")
 
 

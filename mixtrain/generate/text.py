@@ -5,6 +5,9 @@ Rule: nothing is fetched, and no code that lies beside a tokenizer is run.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
@@ -26,10 +29,15 @@ class Text:
         self.directory, self.stop = directory, stop
         self.tail = TOKENS_OF_A_CHARACTER * (max(map(len, stop), default=0) + 1)
 
-    @property
-    def eod(self) -> int | None:
-        """The token that ends a document."""
-        return self.tokenizer.eos_token_id
+    def ends(self) -> set[int]:
+        """The tokens that end a document: the tokenizer's, and those of a generation_config.json beside it."""
+        path = Path(self.directory, "generation_config.json")
+        try:
+            more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({error})") from None
+        found = {self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
+        return found - {None}
 
     def encode(self, prompt: str, chat: bool) -> list[int]:
         """The token ids of a prompt, with what the tokenizer puts before it; in its chat template if `chat`."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mixtrain.checkpoint.state import RunState
+from mixtrain.convert.origin import TOKENIZER
 from mixtrain.data.fingerprint import DIGITS, add_files
 from mixtrain.data.tokenizer import tokenizer_vocab_size
 from mixtrain.errors import UserError
@@ -28,7 +29,7 @@ def directory_of(given: str | None, checkpoint: Path, run: RunState, vocab_size:
 
 def _of_run(checkpoint: Path, run: RunState) -> Path:
     """Beside the checkpoint, where a conversion puts it; else what the run's configuration names."""
-    if (beside := checkpoint.resolve().parent / "tokenizer").is_dir():
+    if (beside := checkpoint.resolve().parent / TOKENIZER).is_dir():
         return beside
     data = run.config.get("data", {})
     named = data.get("tokenizer")
