@@ -31,8 +31,7 @@ from mixtrain.generate.request import Request, Sampling, read_prompts  # noqa: E
 from mixtrain.generate.words import Follower, say  # noqa: E402
 from mixtrain.plan import Plan  # noqa: E402
 from mixtrain.status import read_status  # noqa: E402
-
-INTERRUPTED = 130
+from mixtrain.tool import INTERRUPTED  # noqa: E402
 
 
 def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
@@ -122,6 +121,9 @@ def main() -> int:
         if me is None or me.local_rank == 0:
             print_problems(error.problems)
         return REFUSED
+    except KeyboardInterrupt:  # before the ranks are started, who note it
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":
