@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from composing import ROOT, config_of
+from composing import config_of
 from omegaconf import OmegaConf
 from test_parity import TINY
 
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config import to_yaml
-from mixtrain.data.preprocess import preprocess
-from mixtrain.data.sources import Files
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import UserError
 from mixtrain.generate import settings, tokenizer
@@ -153,7 +151,7 @@ def test_the_tokenizer_is_the_one_beside_the_checkpoint_or_that_of_the_run(made,
     with pytest.raises(UserError, match="has 300 tokens, more than model.vocab_size = 256"):
         tokenizer.directory_of(None, checkpoint, run, 256)
     alone = tmp_path / "runs" / "own" / "iter_0000002"
-    with pytest.raises(UserError, match=r"no tokenizer \(data.kind = mock\); give --tokenizer"):
+    with pytest.raises(UserError, match=r"no tokenizer beside .*\(data.kind = mock\); give --tokenizer"):
         tokenizer.directory_of(None, alone, run, 320)
     assert tokenizer.directory_of(str(beside), alone, run, 320) == str(beside)
     named = replace(run, config={"run_dir": "runs/own", "data": {"kind": "indexed", "tokenizer": "tok"}})
@@ -161,31 +159,3 @@ def test_the_tokenizer_is_the_one_beside_the_checkpoint_or_that_of_the_run(made,
         tokenizer.directory_of(None, alone, named, 320)
     shutil.copytree(beside, tmp_path / "tok")  # beside runs/, where the run was started
     assert tokenizer.directory_of(None, alone, named, 320) == str(tmp_path / "tok")
-
-
-def test_of_the_texts_of_the_standard_library_the_runs_own_is_found_by_its_fingerprint(made, tmp_path):
-    for name, content in (("stdlib-a", b"other"), ("stdlib-b", b"the text")):
-        shutil.copytree(made, tmp_path / name / "text-tokenizer")
-        (tmp_path / name / "text.bin").write_bytes(content)
-        (tmp_path / name / "text.idx").write_bytes(content)
-    data = {"kind": "stdlib", "tokenizer": None, "path_to_cache": str(tmp_path)}
-    run = RunState(config={"data": data}, data={"documents": tokenizer.documents(tmp_path / "stdlib-b" / "text")})
-    assert tokenizer.directory_of(None, tmp_path / "iter_0000001", run, 300) == str(
-        tmp_path / "stdlib-b/text-tokenizer"
-    )
-    with pytest.raises(UserError, match="is not in data.path_to_cache"):
-        tokenizer.directory_of(None, tmp_path / "iter_0000001", replace(run, data={"documents": "no"}), 300)
-
-
-def test_a_real_run_has_that_fingerprint(tmp_path):
-    """Of a text that is indexed here, by the data set's own fingerprint."""
-    from mixtrain.data.datasets import build
-    from mixtrain.data.fingerprint import fingerprint
-
-    preprocess(Files(ROOT, ["README.md"]), tmp_path / "text", train_vocab_size=300, workers=1, log=lambda words: None)
-    made, _, _ = build(
-        "indexed", data_path=[str(tmp_path / "text")], split="100,0,0", seq_length=32, seed=1, train_samples=4,
-        valid_samples=0, test_samples=0, tokenizer_dir=tmp_path / "text-tokenizer", vocab_size=300,
-        path_to_cache=tmp_path / "cache", log=lambda words: None,
-    )  # fmt: skip
-    assert tokenizer.documents(tmp_path / "text") == fingerprint(made)["documents"]

@@ -10,6 +10,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy
+
+from mixtrain.data.datasets import parts_of
+
 PROBES, PROBE = (
     64,
     1 << 16,
@@ -24,16 +28,12 @@ def fingerprint(dataset: Any) -> dict[str, str]:
     `documents` are the files of its parts and their weights; `order` is that in which samples are made and drawn from
     them, which also follows from seed, split, sequence length and the number of epochs.
     """
-    import numpy  # here: a command that only looks for a text of the same digits needs neither of these
-
-    from mixtrain.data.datasets import parts_of
-
     documents, order = hashlib.sha256(), hashlib.sha256()
     for part, share in parts_of(dataset):
         config = part.config
         documents.update(f"{share:.9f} ".encode())
         if part.dataset_path:
-            add_files(documents, str(part.dataset_path))
+            _add_files(documents, str(part.dataset_path))
         order.update(f"{config.sequence_length} {config.random_seed} {config.mock} ".encode())
         for name in ORDER:
             array = getattr(part, name, None)
@@ -42,8 +42,8 @@ def fingerprint(dataset: Any) -> dict[str, str]:
     return {"documents": documents.hexdigest()[:DIGITS], "order": order.hexdigest()[:DIGITS]}
 
 
-def add_files(digest: Any, prefix: str) -> None:
-    """Add a text's files: the whole index, which has every document's length, and probes of the tokens."""
+def _add_files(digest: Any, prefix: str) -> None:
+    """The whole index, which has every document's length, and probes of the tokens."""
     with open(f"{prefix}.idx", "rb") as file:
         digest.update(hashlib.file_digest(file, "sha256").digest())
     path = Path(f"{prefix}.bin")
