@@ -39,14 +39,19 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         raise UserError(f"Megatron-Core refuses this model: {' '.join(str(error).split())}") from error
 
 
-def build(plan: Plan, device: torch.device) -> list[torch.nn.Module]:
-    """This rank's model chunks (one, or one per virtual pipeline stage), initialised, on `device`."""
+def build(plan: Plan, device: torch.device, drawn: bool = True) -> list[torch.nn.Module]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), initialised, on `device`.
+
+    Not `drawn`: whatever is in memory, for weights that are read.
+    """
     config = transformer_config(plan)
     chunks = plan.config.parallel.virtual_pipeline_model_parallel_size
-    return [build_chunk(plan, config, device, stage) for stage in (range(chunks) if chunks else [None])]
+    return [build_chunk(plan, config, device, stage, drawn) for stage in (range(chunks) if chunks else [None])]
 
 
-def build_chunk(plan: Plan, config: TransformerConfig, device: torch.device, vp_stage: int | None) -> torch.nn.Module:
+def build_chunk(
+    plan: Plan, config: TransformerConfig, device: torch.device, vp_stage: int | None, drawn: bool = True
+) -> torch.nn.Module:
     """One chunk: built on the meta device, given memory on `device`, drawn from the seed."""
     with torch.device("meta"):
         model = gpt_model(plan, config, vp_stage)
@@ -54,7 +59,8 @@ def build_chunk(plan: Plan, config: TransformerConfig, device: torch.device, vp_
         if config.bf16:
             model = Float16Module(config, model)
     init.materialise(model, device)
-    init.initialise(model, plan)
+    if drawn:
+        init.initialise(model, plan)
     return model
 
 

@@ -30,16 +30,16 @@ def sharded(plan: Plan, training: Training) -> dict[str, Any]:
     kind = plain(plan.config.optimizer.optimizer)
     optimizer_state.fill(training, kind)
     return {
-        **model(training),
+        **model(training.chunks),
         "extra_states": extra_states(training),
         "optimizer_state": optimizer_state.sharded(training, kind),
         "rng_state": rng_state(),
     }
 
 
-def model(training: Training) -> dict[str, Any]:
+def model(chunks: list[torch.nn.Module]) -> dict[str, Any]:
     """The sharded state dict of this rank's model chunks: `model`, or `model0`, `model1` ... with virtual stages."""
-    states = [unwrap(chunk).sharded_state_dict() for chunk in training.chunks]
+    states = [unwrap(chunk).sharded_state_dict() for chunk in chunks]
     if len(states) == 1:
         return {"model": states[0]}
     return {f"model{number}": state for number, state in enumerate(states)}
@@ -50,7 +50,7 @@ def extra_states(training: Training) -> list[ShardedObject]:
 
     Megatron-LM asks for every one of them, and refuses a checkpoint that lacks one.
     """
-    tree = model(training)
+    tree = model(training.chunks)
     apply_factories(tree)
     leaves = list(nested_values(tree))
     there = {leaf.unique_key for leaf in leaves if isinstance(leaf, ShardedObject)}

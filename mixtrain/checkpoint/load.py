@@ -90,14 +90,14 @@ def resume(
         raise UserError(f"{path / safe.COMMON} is of step {common.get('iteration')}, {path.name} of {run_state.step}")
     refuse_other_tensors(path, expected(plan.config, optimizer_state.STATES[kind]), metadata)
     optimizer_state.fill(training, kind)
-    wanted = tensors_alone(content.model(training))
+    wanted = tensors_alone(content.model(training.chunks))
     wanted["optimizer_state"] = optimizer_state.sharded(training, kind)
     rng = content.rng_object(None)
     same_streams = rng.unique_key in metadata.state_dict_metadata
     if same_streams:
         wanted["rng_state"] = rng
     loaded = _load(wanted, path, ranks)
-    _into_model(training, loaded)
+    _into_model(training.chunks, loaded)
     optimizer_state.set_steps(training, run_state.optimizer_steps)
     training.scheduler.step(increment=run_state.schedule_steps)
     if same_streams and run_state.layout == layout(plan):
@@ -108,10 +108,15 @@ def resume(
 
 def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path) -> None:
     """The weights alone: a new run starts from them."""
+    load_model(plan, ranks, training.chunks, path)
+    training.optimizer.reload_model_params()
+
+
+def load_model(plan: Plan, ranks: Ranks, chunks: list[torch.nn.Module], path: Path) -> None:
+    """The weights of a model that nobody trains."""
     metadata = safe.read_metadata(path)
     refuse_other_tensors(path, expected(plan.config, ()), metadata)
-    _into_model(training, _load(tensors_alone(content.model(training)), path, ranks))
-    training.optimizer.reload_model_params()
+    _into_model(chunks, _load(tensors_alone(content.model(chunks)), path, ranks))
 
 
 def weights_at(plan: Plan, ranks: Ranks, beat=lambda: None) -> Path:
@@ -220,9 +225,9 @@ def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
     return apply_factory_merges(found, factories)
 
 
-def _into_model(training: Training, loaded: dict[str, Any]) -> None:
-    for number, chunk in enumerate(training.chunks):
-        name = "model" if len(training.chunks) == 1 else f"model{number}"
+def _into_model(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for number, chunk in enumerate(chunks):
+        name = "model" if len(chunks) == 1 else f"model{number}"
         result = unwrap(chunk).load_state_dict(loaded[name], strict=False)
         if left := [key for key in (*result.missing_keys, *result.unexpected_keys) if "_extra_state" not in key]:
             raise RuntimeError(f"the checkpoint's names and the model's differ: {', '.join(left[:5])}")
