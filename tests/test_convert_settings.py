@@ -130,6 +130,15 @@ REFUSED_VALUES = {
     "rope_theta = 0.5: model.rotary_base is a whole number": {"rope_theta": 0.5},
     "rope_theta is missing, in rope_parameters and beside it": {"rope_theta": None},
     "vocab_size is missing": {"vocab_size": ...},
+    "num_hidden_layers = null is not a whole number from 1": {"num_hidden_layers": None},
+    "num_attention_heads = 0 is not a whole number from 1": {"num_attention_heads": 0},
+    "num_key_value_heads = 3 must divide num_attention_heads = 32": {"num_key_value_heads": 3},
+    "num_attention_heads = 24 must divide hidden_size = 4096": {"num_attention_heads": 24},
+    "num_experts_per_tok = 9, but num_local_experts = 8": {"num_experts_per_tok": 9},
+    "rms_norm_eps = small is not a number between 0 and 1": {"rms_norm_eps": "small"},
+    "rope_theta = 1e6 is not a number above 0": {"rope_theta": "1e6"},
+    "rope_parameters = [1] is not a mapping": {"rope_parameters": [1]},
+    "model_type = null: mixtrain converts mixtral and qwen3_moe": {"model_type": ...},
 }
 
 

@@ -105,7 +105,7 @@ def test_the_readers_refuse_every_route(place, route, trained, tmp_path):
         try:
             safe.load_object(open(checkpoint / "__9_9.distcp", "rb"))
         except pickle.UnpicklingError as error:
-            raise UserError(safe._refusal(error)) from None
+            raise UserError(safe.refusal(error)) from None
     assert not sentinel.exists()
 
 

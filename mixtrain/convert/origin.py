@@ -73,7 +73,8 @@ def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
     beside = checkpoint.resolve().parent / TOKENIZER
     if beside.is_dir():
         return beside
-    return Path(config.data.tokenizer) if config.data.tokenizer else None
+    named = Path(config.data.tokenizer) if config.data.tokenizer else None
+    return named if named and named.is_dir() else None
 
 
 def model_config(values: Mapping[str, Any], source: str) -> str:

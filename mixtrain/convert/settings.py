@@ -146,21 +146,24 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
 
     UserError with every value that mixtrain has nothing for.
     """
-    architecture = ARCHITECTURES.get(str(values.get("model_type", MIXTRAL.model_type)))
+    architecture = ARCHITECTURES.get(str(values.get("model_type")))
     if architecture is None:
         known = " and ".join(ARCHITECTURES)
-        raise UserError(f"config.json: model_type = {values['model_type']}: mixtrain converts {known}")
-    values = {architecture.also.get(name, name): value for name, value in values.items()}
+        raise UserError(f"config.json: model_type = {show(values.get('model_type'))}: mixtrain converts {known}")
     wrong = [
+        f"{other} = {show(values[other])}, but {name} = {show(values[name])}"
+        for other, name in architecture.also.items()
+        if other in values and name in values and values[other] != values[name]
+    ]
+    values = {architecture.also.get(name, name): value for name, value in values.items()}
+    wrong += [
         f"{name} = {show(values[name])}: mixtrain's {architecture.name} has {show(value)}"
         for name, value in architecture.fixed.items()
         if name in values and values[name] != value
     ]
     if "auto_map" in values:
         wrong.append("auto_map: the model wants code of its own, and none but transformers' is known or run")
-    wrong += [
-        f"{theirs} is missing" for theirs, _, absent in architecture.same if values.get(theirs, absent) is REQUIRED
-    ]
+    wrong += _sizes(values, architecture)
     theta, wrong_rope = _rope(values, architecture.name)
     if wrong + wrong_rope:
         raise UserError(*[f"config.json: {problem}" for problem in wrong + wrong_rope])
@@ -178,14 +181,48 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
+    """What is wrong with the numbers of a config.json, each alone and one against another."""
+    wrong = []
+    for theirs, _, absent in architecture.same:
+        value = values.get(theirs, absent)
+        if value is REQUIRED:
+            wrong.append(f"{theirs} is missing")
+        elif value is None and absent is None:
+            continue
+        elif theirs == "rms_norm_eps":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+                wrong.append(f"{theirs} = {show(value)} is not a number between 0 and 1")
+        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            wrong.append(f"{theirs} = {show(value)} is not a whole number from 1")
+    if wrong:
+        return wrong
+    (experts,) = (theirs for theirs, ours, _ in architecture.same if ours == "model.num_moe_experts")
+    if values["num_experts_per_tok"] > values[experts]:
+        wrong.append(f"num_experts_per_tok = {values['num_experts_per_tok']}, but {experts} = {values[experts]}")
+    divisions = [("num_key_value_heads", "num_attention_heads")]
+    if values.get("head_dim") is None:
+        divisions.append(("num_attention_heads", "hidden_size"))
+    return wrong + [
+        f"{part} = {values[part]} must divide {whole} = {values[whole]}"
+        for part, whole in divisions
+        if values[whole] % values[part]
+    ]
+
+
 def _rope(values: Mapping[str, Any], name: str) -> tuple[float, list[str]]:
     """The base of the rotary embedding, and what stands against it: transformers 5's key, or transformers 4's two."""
-    rope = dict(values.get("rope_parameters") or {})
+    rope = values.get("rope_parameters") or {}
+    if not isinstance(rope, Mapping):
+        return 0.0, [f"rope_parameters = {rope} is not a mapping"]
+    rope = dict(rope)
     theta = rope.pop("rope_theta", values.get("rope_theta"))
     kind = rope.pop("rope_type", "default")
     wrong = []
     if theta is None:
         return 0.0, ["rope_theta is missing, in rope_parameters and beside it"]
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
+        return 0.0, [f"rope_theta = {theta} is not a number above 0"]
     if values.get("rope_theta", theta) != theta:
         wrong.append(f"rope_theta = {values['rope_theta']}, but rope_parameters.rope_theta = {theta}")
     if theta != int(theta):

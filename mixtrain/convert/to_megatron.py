@@ -40,7 +40,7 @@ from mixtrain.convert.origin import configuration, run_state
 from mixtrain.convert.output import Advance, dealt, in_processes, written_whole
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import from_hugging_face
-from mixtrain.convert.weights import check, layout_of
+from mixtrain.convert.weights import check, layout_of, mixtral
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
 from mixtrain.errors import Fault
 from mixtrain.plan import derive
@@ -67,6 +67,7 @@ def convert(hf_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, proce
     All is checked before anything is written. UserError with everything that is wrong; the Config of the model.
     """
     config = configuration(from_hugging_face(hf_files.read_config(hf_dir)))
+    mixtral(config)
     tensors = hf_files.read_tensors(hf_dir)
     index = runs.index(config, layout_of(config, tensors))
     check(index.names, tensors, DTYPES.values(), mixed=dtype is not None)

@@ -147,7 +147,7 @@ def special_ids(tokenizer: Path) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id of a tokenizer, where it has them: what config.json repeats."""
     path = tokenizer / "tokenizer_config.json"
     values = _read_json(path) if path.is_file() else {}
-    ids, found = token_ids(tokenizer), {}
+    ids, found = token_ids(tokenizer) if (tokenizer / "tokenizer.json").is_file() else {}, {}
     for name in SPECIAL_IDS:
         token = values.get(name.removesuffix("_id"))
         token = token.get("content") if isinstance(token, dict) else token  # older versions of transformers
