@@ -12,17 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from checkpoints import tensors_of
 from composing import ROOT, config_of, unstarted_environment
 from rank_workers import run_ranks
-from safetensors.torch import save_file
 from test_parity import TINY
 from test_resume import path_of, start
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixtrain.checkpoint import state
-from mixtrain.convert import settings as hugging_face
-from mixtrain.convert.weights import to_hugging_face
+from mixtrain.convert import to_hf
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import FINISHED, REFUSED, UserError
 from mixtrain.generate import settings
@@ -33,6 +30,7 @@ from mixtrain.plan import Plan, resolve
 DOCS = (ROOT / "docs" / "generate.md").read_text()
 COMMANDS = [shlex.split(line[2:]) for line in DOCS.splitlines() if line.startswith("$ python tools/generate.py")]
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
+TP2 = "parallel.tensor_model_parallel_size=2"
 SHAPE = [*TINY, "router=none", "model.vocab_size=320", "parallel.expert_model_parallel_size=1"]
 
 
@@ -61,20 +59,16 @@ def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
 
 
 def greedy_of_transformers(checkpoint: Path, prompts: list[str], new: int, folder: Path) -> list[list[int]]:
-    """What transformers makes of a checkpoint's weights, as files, and of its tokenizer."""
-    config = resolve(config_of(*SHAPE))
-    weights = {key: whole for key, whole in tensors_of(checkpoint).items() if not key.startswith("optimizer.")}
-    save_file(to_hugging_face(config, weights), folder / "model.safetensors", {"format": "pt"})
-    MixtralConfig(**hugging_face.to_hugging_face(config)).save_pretrained(folder)
-    there = MixtralForCausalLM.from_pretrained(folder, attn_implementation="eager", experts_implementation="eager")
-    encode = AutoTokenizer.from_pretrained(checkpoint.parent / "tokenizer")
+    """What transformers makes of an exported checkpoint, opened as its users open it."""
+    to_hf.convert(checkpoint, folder / "exported")
+    there = AutoModelForCausalLM.from_pretrained(folder / "exported")
+    encode = AutoTokenizer.from_pretrained(folder / "exported")
+    assert there.config.eos_token_id == encode.eos_token_id == 0
     found = []
     for prompt in prompts:
-        ids = encode(prompt, return_tensors="pt")["input_ids"]
-        done = there.generate(
-            ids, max_new_tokens=new, do_sample=False, pad_token_id=0, eos_token_id=encode.eos_token_id
-        )
-        found.append(done[0, ids.shape[1] :].tolist())
+        ids = encode(prompt, return_tensors="pt")
+        done = there.generate(**ids, max_new_tokens=new, do_sample=False, pad_token_id=0)
+        found.append(done[0, ids["input_ids"].shape[1] :].tolist())
     return found
 
 
@@ -94,7 +88,12 @@ def test_the_commands_of_the_docs_run_and_give_transformers_tokens(trained, tmp_
     prompts = [as_json[place + 1] for place, word in enumerate(as_json) if word == "--prompt"]
     assert [line["prompt"] for line in lines] == prompts and len(prompts) == 2
     new = int(as_json[as_json.index("--max-new-tokens") + 1])
-    assert [line["tokens"] for line in lines] == greedy_of_transformers(path_of(trained, 2), prompts, new, tmp_path)
+    expected = greedy_of_transformers(path_of(trained, 2), prompts, new, tmp_path)
+    assert [line["tokens"] for line in lines] == expected
+    at_tp2, plan = asked(trained, *prompts, new=new), plan_of(trained, TP2, folder=tmp_path / "tp2")
+    run_ranks(2, lambda me: run(plan, at_tp2, me), tmp_path / "ranks")
+    log = (tmp_path / "ranks" / "rank_0.log").read_text()
+    assert [json.loads(line)["tokens"] for line in log.splitlines() if line.startswith("{")] == expected
     assert {line["reason"] for line in lines} <= {"length", "eod"}
     decode = AutoTokenizer.from_pretrained(trained / "tokenizer").decode
     assert all(line["text"] == decode(line["tokens"], skip_special_tokens=True) for line in lines)
