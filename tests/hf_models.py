@@ -57,3 +57,11 @@ def unequal(a: Path, b: Path) -> list[str]:
         or not torch.equal(here[name].view(torch.uint8), there[name].view(torch.uint8))
     ]
     return sorted(here.keys() ^ there.keys()) + different
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """A copy of a directory's files, to be damaged."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    return target

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -22,37 +21,14 @@ from rank_workers import run_ranks
 from safetensors.torch import load_file, save_file
 
 from mixtrain import model, optimizer, places, ranks
-from mixtrain.checkpoint import directory, integrity, load, safe, state
+from mixtrain.checkpoint import directory, integrity, load, safe
 from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
 from mixtrain.compose import CONF
 from mixtrain.config import Config
-from mixtrain.convert import hf_files, origin, output, settings, to_hf, to_megatron, weights
-from mixtrain.convert.casting import DTYPES
+from mixtrain.convert import hf_files, origin, settings, to_hf, to_megatron, weights
 from mixtrain.errors import UserError
 from mixtrain.plan import resolve
-
-GATE = "model.layers.1.block_sparse_moe.gate.weight"
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory) -> Path:
-    """A Mixtral under the hub's names, in several files."""
-    return hf_models.saved("mixtral", tmp_path_factory.mktemp("hub") / "model", shard="300KB")
-
-
-@pytest.fixture(scope="module")
-def converted(hub, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("converted") / "model"
-    to_megatron.convert(hub, out)
-    return out
-
-
-def copied(folder: Path, target: Path) -> Path:
-    target.mkdir()
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
 
 
 @pytest.mark.parametrize("kind, layout", [*((kind, "hub") for kind in hf_models.MODELS), ("qwen3_moe", "fused")])
@@ -117,7 +93,7 @@ def test_large_tensors_come_in_blocks_and_small_blocks_change_nothing(hub, conve
 
 
 def test_config_json_of_transformers_4_says_the_same(hub, converted, tmp_path):
-    old = copied(hub, tmp_path / "old")
+    old = hf_models.copied(hub, tmp_path / "old")
     values = json.loads((old / "config.json").read_text())
     values["rope_theta"] = values.pop("rope_parameters")["rope_theta"]
     values["torch_dtype"] = values.pop("dtype")
@@ -217,155 +193,7 @@ def test_weights_of_a_bf16_run_come_out_in_bf16_or_as_asked(tmp_path):
         assert all(torch.equal(found[name], expected[name].to(wanted)) for name in expected)
 
 
-# --- what is refused, and that nothing is written then
-
-
-def damaged_header(path: Path, change) -> None:
-    """Change a safetensors file's header, its data left as it is."""
-    data = path.read_bytes()
-    (length,) = struct.unpack("<Q", data[:8])
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-
-def first_file(folder: Path) -> Path:
-    return sorted(folder.glob("*.safetensors"))[0]
-
-
-def change_index(folder: Path, change) -> None:
-    path = folder / hf_files.INDEX
-    index = json.loads(path.read_text())
-    change(index["weight_map"])
-    path.write_text(json.dumps(index))
-
-
-def change_config(folder: Path, **values) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def change_tensor(folder: Path, name: str, change) -> None:
-    file = folder / json.loads((folder / hf_files.INDEX).read_text())["weight_map"][name]
-    tensors = load_file(file)
-    tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, file)
-
-
-def only_a_pickle(folder: Path) -> None:
-    for path in folder.glob("*.safetensors*"):
-        path.unlink()
-    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
-
-
-REFUSALS = {
-    "00002-of-": lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(),
-    "leads out of its directory, to ../secret.safetensors": lambda folder: change_index(
-        folder, lambda names: names.__setitem__(GATE, "../secret.safetensors")
-    ),
-    "leads out of its directory, to /etc/passwd": lambda folder: change_index(
-        folder, lambda names: names.__setitem__(GATE, "/etc/passwd")
-    ),
-    "which is not a safetensors file": lambda folder: change_index(
-        folder, lambda names: names.__setitem__(GATE, "x.bin")
-    ),
-    "pytorch_model.bin is a pickle": only_a_pickle,
-    f"{GATE} has shape (2, 64)": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor[:2]),
-    f"{GATE} is torch.bfloat16": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor.bfloat16()),
-    "is I64; weights are F32, F16, BF16": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor.long()),
-    "is damaged": lambda folder: os.truncate(first_file(folder), 2000),
-    "is not JSON": lambda folder: (folder / "config.json").write_text("{"),
-    "config.json is missing": lambda folder: (folder / "config.json").unlink(),
-    "model_type = llama": lambda folder: change_config(folder, model_type="llama"),
-    "auto_map: the model wants code of its own": lambda folder: change_config(folder, auto_map={"AutoModel": "m.M"}),
-    "model.moe_router_topk = 1": lambda folder: change_config(folder, num_experts_per_tok=1),
-    "has both": lambda folder: save_file({"a": torch.zeros(1)}, folder / "model.safetensors"),
-    f"{GATE}, which model.safetensors.index.json does not name": lambda folder: change_index(
-        folder, lambda names: names.pop(GATE)
-    ),
-    "model.layers.3.input_layernorm.weight is missing": lambda folder: change_config(folder, num_hidden_layers=4),
-    "is not a tensor of this model": lambda folder: change_config(folder, num_hidden_layers=2),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("problem", REFUSALS)
-def test_a_wrong_directory_is_refused_by_name_and_nothing_is_written(problem, hub, tmp_path):
-    folder = copied(hub, tmp_path / "there")
-    REFUSALS[problem](folder)
-    with pytest.raises(UserError) as refused:
-        to_megatron.convert(folder, tmp_path / "out")
-    assert any(problem in line for line in refused.value.problems), refused.value.problems
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
-
-
-def with_config(converted: Path, target: Path, **keys) -> Path:
-    """A copy of a checkpoint whose run had other settings."""
-    release = copied(converted / "release", target)
-    values = json.loads((release / state.NAME).read_text())
-    for key, value in keys.items():
-        section, name = key.split("__")
-        values["config"][section][name] = value
-    (release / state.NAME).write_text(json.dumps(values))
-    files = integrity.read_manifest(release)
-    integrity.write_manifest(release, files | integrity.describe([release / state.NAME]))
-    return release
-
-
-CANNOT = {
-    "router.moe_router_load_balancing_type = sinkhorn": {"router__moe_router_load_balancing_type": ["sinkhorn"]},
-    "router.moe_router_score_function = sigmoid": {"router__moe_router_score_function": "sigmoid"},
-    "router.moe_router_pre_softmax = true": {"router__moe_router_pre_softmax": True},
-    "dispatcher.moe_expert_capacity_factor = 1.25": {"dispatcher__moe_expert_capacity_factor": 1.25},
-    "model.moe_shared_expert_intermediate_size = 8": {"model__moe_shared_expert_intermediate_size": 8},
-}
-
-
-@pytest.mark.parametrize("problem", CANNOT)
-def test_what_hugging_face_cannot_express_is_refused_by_key_and_nothing_is_written(problem, converted, tmp_path):
-    release = with_config(converted, tmp_path / "checkpoint", **CANNOT[problem])
-    with pytest.raises(UserError) as refused:
-        to_hf.convert(release, tmp_path / "out")
-    assert refused.value.problems[0].startswith(problem + ": ")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint"]
-
-
-def test_a_checkpoint_of_other_tensors_than_its_configuration_is_refused(converted, tmp_path):
-    release = with_config(converted, tmp_path / "checkpoint", model__vocab_size=512)
-    with pytest.raises(UserError, match=r"embedding.word_embeddings.weight has shape \(256, 64\); .* \(512, 64\)"):
-        to_hf.convert(release, tmp_path / "out")
-
-
-def test_a_damaged_or_absent_checkpoint_is_refused(converted, tmp_path):
-    release = copied(converted / "release", tmp_path / "checkpoint")
-    data = release / "__0_0.distcp"
-    os.truncate(data, data.stat().st_size - 1)
-    with pytest.raises(UserError, match="__0_0.distcp has .* bytes, not the"):
-        to_hf.convert(release, tmp_path / "out")
-    with pytest.raises(UserError, match="is no checkpoint .* and no directory of some"):
-        to_hf.convert(tmp_path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_numbers_that_fp16_does_not_have_are_refused_by_name(hub, converted, tmp_path):
-    large = copied(hub, tmp_path / "large")
-    change_tensor(large, GATE, lambda tensor: tensor.fill_(7e4))
-    to_megatron.convert(large, tmp_path / "megatron")
-    with pytest.raises(UserError, match=f"{GATE} has 70000, and fp16 ends at 65504"):
-        to_hf.convert(tmp_path / "megatron", tmp_path / "out", dtype=DTYPES["fp16"])
-    assert not (tmp_path / "out").exists() and not (tmp_path / "out.writing").exists()
-
-
-def test_what_is_there_is_never_overwritten_and_a_full_disk_is_told_before(hub, tmp_path, monkeypatch):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("kept")
-    with pytest.raises(UserError, match="is there already"):
-        to_megatron.convert(hub, tmp_path / "out")
-    assert (tmp_path / "out" / "mine").read_text() == "kept"
-    monkeypatch.setattr(output, "MARGIN", 1 << 60)
-    with pytest.raises(UserError, match=r"would take 1,152,9.* bytes, but [\d,]+ are free on its disk"):
-        to_megatron.convert(hub, tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+# --- what is left of a killed conversion
 
 
 def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_a_rerun_works(hub, tmp_path, monkeypatch):
@@ -407,7 +235,7 @@ def dies_after(function, calls: int):
 
 
 def test_tokenizer_files_travel_both_ways_and_code_does_not(hub, tmp_path):
-    there = copied(hub, tmp_path / "there")
+    there = hf_models.copied(hub, tmp_path / "there")
     vocabulary = {"<s>": 0, "</s>": 1, "a": 2}
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}}
     (there / "tokenizer.json").write_text(json.dumps(tokenizer))

@@ -11,7 +11,7 @@ from composing import ROOT, unstarted_environment
 from mixtrain.drill import scenarios
 from mixtrain.drill.runs import records
 
-SHORT = ["sigkill_at_random", "sigkill_in_a_save", "flipped_byte", "dead_writer", "nan_loss"]
+SHORT = ["sigkill_at_random", "flipped_byte", "nan_loss"]
 
 
 def drill(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
@@ -27,13 +27,13 @@ def drill(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
 
 
 def test_a_shortened_drill_passes(tmp_path):
-    done = drill("--folder", str(tmp_path), "--kills", "3", *SHORT)
+    done = drill("--folder", str(tmp_path), "--kills", "2", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("5 of 5 as expected\n") and done.stdout.count("pass  ") == 5
-    assert done.stdout.count("expected  ") == done.stdout.count("seen      ") == 5
+    assert done.stdout.endswith("3 of 3 as expected\n") and done.stdout.count("pass  ") == 3
+    assert done.stdout.count("expected  ") == done.stdout.count("seen      ") == 3
     # the same runs, held against a reference that one number was changed in, are not as they should be
     metrics = tmp_path / "reference" / "run" / "metrics.jsonl"
-    arena = scenarios.Arena(tmp_path / "flipped_byte", metrics.parent, seed=0, kills=3)
+    arena = scenarios.Arena(tmp_path / "flipped_byte", metrics.parent, seed=0, kills=2)
     assert arena.same(20) and len(records(arena.run_dir)) == 20
     metrics.write_text(metrics.read_text().replace('"grad_norm": ', '"grad_norm": 1', 1))
     assert not arena.same(20)
