@@ -38,6 +38,7 @@ class Run:
     def __init__(self, run_dir: Path, *words: str, fault: str = ""):
         self.run_dir = run_dir
         run_dir.parent.mkdir(parents=True, exist_ok=True)
+        self.left = set(run_dir.glob("iter_*.saving"))  # by a run that was killed
         self.output = run_dir.parent / f"output_{time.monotonic_ns()}.txt"
         command = FAULTY if fault else TRAIN
         path = os.pathsep.join([str(Path(TRAIN[1]).parent), os.environ.get("PYTHONPATH", "")])
@@ -81,8 +82,8 @@ class Run:
         wait(lambda: self.step() >= step or self.ended(), 120)
 
     def wait_for_a_save(self) -> None:
-        """Until a checkpoint is being written."""
-        wait(lambda: any(self.run_dir.glob("iter_*.saving")) or self.ended(), 120, pause=0.001)
+        """Until this run, not one that was killed before it, is writing a checkpoint."""
+        wait(lambda: set(self.run_dir.glob("iter_*.saving")) - self.left or self.ended(), 120, pause=0.001)
 
     def ended(self) -> bool:
         return self.process.poll() is not None
