@@ -14,17 +14,23 @@ import sys
 from contextlib import nullcontext
 
 from mixtrain.environment import LAUNCHER, Identity, die_with, identity, is_started
-from mixtrain.stop import exit_on_request
+from mixtrain.stop import exit_on_request, note_requests
 
-if __name__ == "__main__" and not is_started():
-    exit_on_request()  # before the other imports, which take half a second
+if __name__ == "__main__":  # before the other imports, which take half a second
+    if not is_started():
+        exit_on_request()
+    elif LAUNCHER not in os.environ:  # a rank of our own launcher is ended at once before the first step
+        note_requests()
 
-from mixtrain import launch
 from mixtrain.compose import Composed, compose
-from mixtrain.config import Config, Mode
+from mixtrain.config import LauncherType, Mode
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems
+from mixtrain.jobs import plan_of
+from mixtrain.launch.choose import launch, place, starts_ranks
+from mixtrain.launch.local import handed_plan
 from mixtrain.machine import machine_problems
-from mixtrain.plan import Plan, make_plan
+from mixtrain.plan import Plan
+from mixtrain.preflight import recorded
 from mixtrain.report import render
 from mixtrain.run_directory import claimed, finished_already, shared_directories
 from mixtrain.status import read_status
@@ -37,17 +43,22 @@ def main(argv: list[str]) -> int:
         me = identity()
         if me and me.is_ours:
             die_with(int(os.environ[LAUNCHER]))
-            return train(launch.handed_plan(), me)
+            return train(handed_plan(), me)
+        if starts_ranks(me, argv):
+            me = None
         jobs, problems = compose(argv)
         return run_jobs(checked_plans(jobs, problems, me), me)
     except UserError as error:
         if me is None or me.local_rank == 0:  # of every node: what is missing may be missing on one of them
-            print_problems(error.problems)
+            print_problems(error.problems, me.node if me else "")
         return REFUSED
 
 
-def checked_plans(jobs: list[Composed], problems: list[str], me: Identity | None) -> list[Plan]:
-    """The plans of the jobs that are to be trained, all printed; a UserError if this machine cannot run one."""
+def checked_plans(jobs: list[Composed], problems: list[str], me: Identity | None) -> list[tuple[Plan, list[str]]]:
+    """The plans of the jobs that are to be run, each with its overrides, all printed.
+
+    A UserError if this machine, or the cluster that a job would be sent to, cannot run one.
+    """
     plans, lacking = [], []
     for job in jobs:
         plan = plan_of(job, problems, me)
@@ -55,33 +66,31 @@ def checked_plans(jobs: list[Composed], problems: list[str], me: Identity | None
             print(render(plan), end="\n\n", flush=True)
         if plan.config.trainer.mode is not Mode.plan:
             lacking += machine_problems(plan, me, job.overrides)
-            plans.append(plan)
-    if lacking := [*dict.fromkeys(lacking), *shared_directories(plans)]:
+            plans.append((plan, job.overrides))
+    if lacking := [*dict.fromkeys(lacking), *shared_directories([plan for plan, _ in plans])]:
         raise UserError(*lacking)
     return plans
 
 
-def plan_of(job: Composed, problems: list[str], me: Identity | None) -> Plan:
-    """A plan that is only printed is that of any machine: how many ranks somebody has started here is not asked."""
-    config = Config.from_hydra(job.tree, problems)
-    recipe = job.recipe and (job.recipe.name, Config.from_hydra(job.recipe.tree))
-    started = me.world_size if me and config.trainer.mode is not Mode.plan else None
-    return make_plan(config, started, problems, recipe)
-
-
-def run_jobs(plans: list[Plan], me: Identity | None) -> int:
+def run_jobs(plans: list[tuple[Plan, list[str]]], me: Identity | None) -> int:
     """One after the other, until somebody asks to stop."""
     codes = []
-    for number, plan in enumerate(plans, start=1):
+    for number, (plan, overrides) in enumerate(plans, start=1):
         if len(plans) > 1 and (me is None or me.rank == 0):
             print(f"job {number} of {len(plans)}, in {plan.config.run_dir}", flush=True)
-        if line := finished_already(plan):
+        line = finished_already(plan) if plan.config.trainer.mode is Mode.train else None
+        if line:
             print(line if me is None or me.rank == 0 else "", end="\n" * (me is None or me.rank == 0), flush=True)
             continue
-        codes.append(launch.start(plan) if me is None else train(plan, me))
-        if me is None and read_status(plan.config.run_dir)["state"] == "stopped":
+        codes.append(launch(plan, overrides) if me is None else train(recorded(plan), me))
+        if me is None and was_stopped(plan):
             break
     return next((code for code in codes if code), FINISHED)
+
+
+def was_stopped(plan: Plan) -> bool:
+    """A run of this machine's was: those of the cluster have not begun."""
+    return place(plan) is LauncherType.local and read_status(recorded(plan).config.run_dir)["state"] == "stopped"
 
 
 def train(plan: Plan, me: Identity) -> int:

@@ -59,7 +59,9 @@ CLASSES = {
         name run_dir model.hf_model data.path_to_cache trainer.mode trainer.val_check_interval
         trainer.limit_val_batches trainer.log_every_n_steps checkpoint.save_interval checkpoint.save_last
         checkpoint.keep_last checkpoint.async_save checkpoint.verify checkpoint.resume checkpoint.max_attempts
-        logging.tensorboard
+        logging.tensorboard trainer.preflight
+        launcher.type launcher.partition launcher.account launcher.time launcher.gpus_per_node launcher.container_image
+        launcher.container_mounts launcher.env_file launcher.max_requeues launcher.sbatch_args
     """,
 }
 # fmt: on

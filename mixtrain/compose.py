@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixtrain.config import legal_keys, unknown_key
+from mixtrain.config import FREE, legal_keys, unknown_key
 from mixtrain.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -74,7 +74,7 @@ def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = Fa
         elif override.is_sweep_override() and not multirun:
             key, _, values = text.partition("=")
             problems.append(f"{text} reads as a sweep; type \"{key}='{values}'\" for one text, or add --multirun")
-        elif override.key_or_group.startswith("model.extra") and override.type is OverrideType.CHANGE:
+        elif override.key_or_group.startswith(FREE) and override.type is OverrideType.CHANGE:
             kept.append(f"++{text}")  # a free mapping: Hydra wants to be told that the key is new
         else:
             kept.append(text)
@@ -97,7 +97,7 @@ def _problem(override: Override, conf: Path) -> str | None:
         return f"{override.input_line}: no key can be taken away; set it to null where null is allowed"
     if key in ADDED_GROUPS or (conf / key).is_dir():
         return _group_problem(override, added, conf)
-    if key in legal_keys() or key.startswith("model.extra."):
+    if key in legal_keys() or key.startswith(tuple(f"{free}." for free in FREE)):
         plain_add = override.type is OverrideType.ADD and key in legal_keys()
         return f"+{key}: the key is there already; type it without the plus" if plain_add else None
     return unknown_key(key)

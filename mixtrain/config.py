@@ -22,7 +22,9 @@ from mixtrain.errors import UserError
 
 # fmt: off
 Accelerator     = Enum("Accelerator", ["cpu", "gpu"])
-Mode            = Enum("Mode", ["train", "plan"])
+Mode            = Enum("Mode", ["train", "plan", "preflight"])
+Preflight       = Enum("Preflight", ["auto", "always", "never"])
+LauncherType    = Enum("LauncherType", ["auto", "local", "slurm"])
 Precision       = Enum("Precision", ["fp32", "bf16", "fp8"])
 TransformerImpl = Enum("TransformerImpl", ["torch", "local", "transformer_engine"])
 AttnBackend     = Enum("AttnBackend", ["auto", "flash", "fused", "unfused"])
@@ -44,6 +46,9 @@ BadStep         = Enum("BadStep", ["stop", "skip"])
 Resume          = Enum("Resume", ["auto", "must", "never"])
 Verify          = Enum("Verify", ["full", "size"])
 # fmt: on
+
+
+FREE = ("model.extra", "launcher.sbatch_args")  # mappings whose keys are others': Megatron-Core's, Slurm's
 
 
 def at_least(minimum: float) -> Any:
@@ -172,6 +177,7 @@ class DataConfig:
 class TrainerConfig:
     mode: Mode = MISSING
     accelerator: Accelerator = MISSING
+    preflight: Preflight = MISSING  # auto: before a run on GPUs or several nodes
     devices: int | None = at_least(1)  # ranks a node; null: as few as the layout needs
     num_nodes: int = at_least(1)
     max_steps: int = at_least(1)
@@ -217,6 +223,20 @@ class LoggingConfig:
 
 
 @dataclass
+class LauncherConfig:
+    type: LauncherType = MISSING  # auto: this machine where one node is asked, else Slurm
+    partition: str | None = MISSING  # null: the cluster's default
+    account: str | None = MISSING
+    time: str | None = MISSING  # Slurm's, as in 2-00:00:00 or 90 (minutes); null: the partition's
+    gpus_per_node: int | None = at_least(0)  # null: trainer.devices where trainer.accelerator is gpu
+    container_image: str | None = MISSING  # a .sqsh file or a registry's name, as pyxis and enroot take it; null: none
+    container_mounts: list[str] = MISSING  # PATH, HOST:CONTAINER or HOST:CONTAINER:ro, beside the checkout
+    env_file: str | None = MISSING  # a script that the job sources before anything else; null: slurm/env.sh
+    max_requeues: int = at_least(0)  # returns in a row of a job that came no step further
+    sbatch_args: dict[str, Any] = field(default_factory=dict)  # any other flag of sbatch, by its name
+
+
+@dataclass
 class Config:
     name: str = MISSING
     seed: int = within(0, 2**31)
@@ -230,6 +250,7 @@ class Config:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    launcher: LauncherConfig = field(default_factory=LauncherConfig)
 
     @staticmethod
     def from_hydra(composed: DictConfig, known: list[str] | None = None) -> Config:
@@ -256,10 +277,10 @@ class Config:
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf; `model.extra` is one leaf, its own keys are not ours."""
+    """(dotted key, value) of every leaf; a free mapping is one leaf, its own keys are not ours."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
-        if isinstance(value, dict) and key != "model.extra":
+        if isinstance(value, dict) and key not in FREE:
             yield from leaves(value, key + ".")
         else:
             yield key, value

@@ -6,6 +6,7 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 from dataclasses import dataclass
 
@@ -28,9 +29,19 @@ class Identity:
     rendezvous: str  # torch.distributed's init_method
 
     @property
+    def node(self) -> str:
+        """The name of this node where there are several, else nothing."""
+        return node_name() if self.world_size > self.local_world_size else ""
+
+    @property
     def is_ours(self) -> bool:
         """Started by this project's own launcher, which has printed the plan and reports failures."""
         return self.rendezvous.startswith("file://")
+
+
+def node_name() -> str:
+    """What Slurm calls this node, else what it calls itself."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def is_started() -> bool:

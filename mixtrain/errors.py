@@ -24,11 +24,10 @@ class Fault(RuntimeError):
     """A fault that explains itself (a loss that is not a number, say): one line, no traceback, exit code 1."""
 
 
-def print_problems(problems, stream=None) -> None:
-    """Print the problems as a user reads them: a count, then one line each."""
-    stream = stream or sys.stderr
-    count = len(problems)
-    print(f"mixtrain: {count} problem{'s' if count != 1 else ''}:", file=stream)
+def print_problems(problems, node: str = "") -> None:
+    """Print the problems as a user reads them, on `node` where there are several: a count, then one line each."""
+    stream, count = sys.stderr, len(problems)
+    print(f"mixtrain: {count} problem{'s' if count != 1 else ''}{node and f' on node {node}'}:", file=stream)
     for problem in problems:
         print(f"  - {problem}", file=stream)
     stream.flush()

@@ -11,13 +11,20 @@ import re
 import shlex
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from mixtrain.checkpoint.directory import newest
-from mixtrain.config import Accelerator, DataKind, Dispatcher, TransformerImpl
+from mixtrain.config import Accelerator, DataKind, Dispatcher, LauncherType, TransformerImpl
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
+from mixtrain.errors import UserError
 from mixtrain.fields import SECTIONS, transformer_config_defaults
+from mixtrain.launch.checks import submission_problems
+from mixtrain.launch.choose import place
+from mixtrain.launch.containers import as_on_host, mounts_of
+from mixtrain.launch.script import ROOT
 from mixtrain.plan import Plan
 from mixtrain.run_directory import directory_problems
 
@@ -26,6 +33,8 @@ Problems = Iterator[str]
 
 def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> list[str]:
     """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
+    if me is None and place(plan) is LauncherType.slurm:
+        return job_problems(plan)
     problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan)]
     problems += [*gpus(plan, overrides), *data_files(plan), *weights_to_load(plan)]
     if me is None:
@@ -34,6 +43,18 @@ def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> l
         problems += started_ranks(plan, me)
         problems += directory_problems(plan) if me.rank == 0 else []
     return problems or [*room_for_checkpoints(plan)]  # the disk of a machine that cannot run it is not the one
+
+
+def job_problems(plan: Plan) -> list[str]:
+    """Every reason why the plan should not be sent to Slurm from here: this machine need not be like the nodes."""
+    folder = Path.cwd()
+    problems = submission_problems(plan, folder)
+    if plan.config.launcher.container_image:
+        with suppress(UserError):  # a mount that cannot be read is said already
+            mounts = mounts_of(plan.config, folder, ROOT)
+            plan = replace(plan, config=as_on_host(plan.config, folder, mounts))
+    problems += [*data_files(plan), *weights_to_load(plan), *directory_problems(plan)]
+    return problems or [*room_for_checkpoints(plan)]
 
 
 def packages(plan: Plan) -> Problems:
@@ -96,8 +117,9 @@ def several_nodes(plan: Plan, overrides: list[str]) -> Problems:
     trainer = plan.config.trainer
     if trainer.num_nodes > 1:
         yield (
-            f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the other nodes. On each"
-            f" node type: {torchrun_command(plan, overrides)}"
+            f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the other nodes, and there"
+            " is no sbatch on PATH to submit a job with. Type this where Slurm's commands are, or on each node:"
+            f" {torchrun_command(plan, overrides)}"
         )
 
 

@@ -64,6 +64,16 @@ class ExpertLoad:
         return sorted([layer, rank] for rank, layers in enumerate(found) for layer in layers)
 
 
+def forget_model() -> None:
+    """Forget what Megatron-Core has recorded of a model: it keeps a tensor of its number of layers for the next one."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # 0.19
+    except ImportError:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    else:
+        destroy_moe_metrics_tracker()
+
+
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
     """Whether all entries are finite, looked at by their sum: that takes no memory and is one kernel."""
     return tensor.detach().sum().isfinite()

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from mixtrain import cpu, upstream
-from mixtrain.config import Accelerator, DataKind, to_yaml
+from mixtrain import cpu, preflight, upstream
+from mixtrain.config import Accelerator, DataKind, Mode, to_yaml
 from mixtrain.environment import FOLDER, Identity
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
 from mixtrain.logs import Logs
 from mixtrain.plan import Plan
+from mixtrain.preflight import meeting
 from mixtrain.stop import StopRequest
 from mixtrain.watchdog import Watchdog, beat
 
@@ -38,7 +39,7 @@ def run(plan: Plan, me: Identity) -> int:
             return FINISHED
         except UserError as error:
             logs.status("failed", " | ".join(error.problems))
-            print_problems(error.problems)
+            print_problems(error.problems, me.node)
             return REFUSED
         except Fault as fault:
             logs.status("failed", str(fault))
@@ -58,8 +59,15 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
     # imported here: what Megatron-Core defines on import must find cpu.py applied
     from mixtrain import loop, model, optimizer, ranks, resume
     from mixtrain.checkpoint.save import Saver
+    from mixtrain.preflight.check import Preflight
 
+    meeting.check(me)
     with ranks.start(plan, me) as here:
+        if preflight.wanted(plan):
+            Preflight(plan, me, here, logs.say).run()
+        if plan.config.trainer.mode is Mode.preflight:
+            logs.status("finished", "preflight")
+            return
         start = resume.find(plan, here, logs.say)
         resume.refuse_a_crash_loop(plan, here, start)
         data, entropy, found = build_data(plan, here, logs, start.state)

@@ -165,6 +165,21 @@ def _lock(descriptor: int, run_dir: str) -> None:
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
 
 
+def is_in_use(run_dir: str) -> bool:
+    """Whether a process has claimed run_dir. Nothing is written."""
+    try:
+        descriptor = os.open(os.path.join(run_dir, LOCK), os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in NO_LOCKS
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def taken(directory: str) -> str:
     return f"run_dir = {directory} holds a run already; the next free name: run_dir={free_name(directory)}"
 

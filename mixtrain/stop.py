@@ -11,11 +11,14 @@ from mixtrain.errors import FINISHED
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
+_early: list[int] = []  # signals that were noted before there was a StopRequest
+
+
 class StopRequest:
     """The signals that asked, in their order. Use as a context manager, on the main thread."""
 
     def __init__(self) -> None:
-        self.signals: list[int] = []
+        self.signals: list[int] = _early
 
     @property
     def signal(self) -> int | None:
@@ -44,6 +47,14 @@ def exit_on_request() -> None:
         os._exit(FINISHED)  # an exception would be caught by whatever import or Hydra is at
 
     _handle(leave)
+
+
+def note_requests() -> None:
+    """From now on, until a StopRequest is entered, a signal is noted for it: the run then stops after its first step.
+
+    For a rank that torchrun or Slurm has started: all ranks are signalled, and one that left alone would be waited for.
+    """
+    _handle(lambda number, _frame: _early.append(number))
 
 
 def _handle(handler) -> dict[int, object]:

@@ -16,9 +16,10 @@ USERS = {"train", "tools", "tests"}  # they import the package, never the revers
 PACKAGE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "mixtrain").rglob("*.py"))
 LIGHT = [
     "train.py",
-    *[f"mixtrain/{name}.py" for name in ("compose", "config", "costs", "environment", "errors", "launch", "layouts")],
+    *[f"mixtrain/{name}.py" for name in ("compose", "config", "costs", "environment", "errors", "jobs", "layouts")],
     *[f"mixtrain/{name}.py" for name in ("machine", "plan", "report", "status", "data/check")],
-    *[name for name in PACKAGE if name.startswith("mixtrain/rules/")],
+    *[name for name in PACKAGE if name.startswith(("mixtrain/rules/", "mixtrain/launch/"))],
+    "tools/submit.py",
     "mixtrain/checkpoint/megatron_args.py",
 ]
 

@@ -92,8 +92,8 @@ def train(folder: Path, *overrides: str) -> Command:
 
 def launch(folder: Path, rank: str) -> Command:
     """The launcher alone, with two ranks that run the code `rank` where train.py would train."""
-    start = f"mixtrain.launch.start(composing.plan_of('run_dir={folder}/run'), (sys.executable, '-c', {rank!r}))"
-    return Command(folder, sys.executable, "-c", f"import sys, composing, mixtrain.launch; sys.exit({start})")
+    start = f"mixtrain.launch.local.start(composing.plan_of('run_dir={folder}/run'), (sys.executable, '-c', {rank!r}))"
+    return Command(folder, sys.executable, "-c", f"import sys, composing, mixtrain.launch.local; sys.exit({start})")
 
 
 def lm_losses(folder: Path) -> list[float]:

@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from mixtrain import launch
+from mixtrain.launch import local
 
 AT = 8  # the step in which a fault shows
 
 
 def main() -> None:
-    script = launch.TRAIN[-1]
+    script = local.TRAIN[-1]
     if "RANK" not in os.environ:
-        launch.TRAIN = (sys.executable, "-m", "mixtrain.drill.faulty_rank")
+        local.TRAIN = (sys.executable, "-m", "mixtrain.drill.faulty_rank")
     else:
         put_in(FAULTS[os.environ["MIXTRAIN_FAULT"]], int(os.environ["RANK"]))
     runpy.run_path(script, run_name="__main__")

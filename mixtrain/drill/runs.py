@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mixtrain.checkpoint.directory import steps_in
-from mixtrain.launch import TRAIN
+from mixtrain.launch.local import TRAIN
 
 FAULTY = (sys.executable, "-m", "mixtrain.drill.faulty_rank")
 # A model for which a step takes some 50 ms, on two ranks that share the experts; runs of any length are one run.

@@ -83,26 +83,31 @@ def _largest(key: str, whole: torch.Tensor) -> list[float]:
 
 
 def measure(plan: Plan, me: Identity, file: Path) -> dict:
-    """The run at the plan's layout, on one of its ranks: its figures, and a line for each of its parts of a tensor.
+    """The run at the plan's layout, on one of its ranks: `differences` from the one-rank run's tensors in `file`."""
+    wholes = torch.load(file, mmap=True, weights_only=True)
+    with ranks.start(plan, me) as here:
+        return differences(plan, here, wholes)
+
+
+def differences(plan: Plan, here: ranks.Ranks, wholes: dict[str, dict[str, torch.Tensor]]) -> dict:
+    """Two steps in the groups that there are: this rank's figures, and a line for each of its parts of a tensor.
 
     A line is [key, layer, part, elements, difference of the gradient, of the parameter], differences being the largest
     absolute ones.
     """
-    wholes = torch.load(file, mmap=True, weights_only=True)
-    with ranks.start(plan, me) as here:
-        figures, gradients, parameters = two_steps(plan, here)
-        lines = {}
-        for column, (chunks, held) in enumerate((gradients, parameters)):
-            whole = wholes["parameters" if column else "gradients"]
-            with places.standing_in(chunks, held.__getitem__):
-                for shard in (shard for chunk in chunks for shard in places.shards(chunk)):
-                    part = str((shard.numbers, [(cut.start, cut.stop) for cut in shard.cut]))
-                    line = lines.setdefault(
-                        (shard.key, part),
-                        [shard.key, shard.numbers[0] if shard.numbers else None, part, shard.data.numel(), 0.0, 0.0],
-                    )
-                    difference = (shard.data - shard.of(whole[shard.key])).abs().max().item()
-                    line[4 + column] = difference if math.isfinite(difference) else 1e30
+    figures, gradients, parameters = two_steps(plan, here)
+    lines = {}
+    for column, (chunks, held) in enumerate((gradients, parameters)):
+        whole = wholes["parameters" if column else "gradients"]
+        with places.standing_in(chunks, held.__getitem__):
+            for shard in (shard for chunk in chunks for shard in places.shards(chunk)):
+                part = str((shard.numbers, [(cut.start, cut.stop) for cut in shard.cut]))
+                line = lines.setdefault(
+                    (shard.key, part),
+                    [shard.key, shard.numbers[0] if shard.numbers else None, part, shard.data.numel(), 0.0, 0.0],
+                )
+                difference = (shard.data.cpu() - shard.of(whole[shard.key])).abs().max().item()
+                line[4 + column] = difference if math.isfinite(difference) else 1e30
     return {**figures, "parts": list(lines.values())}
 
 

@@ -22,7 +22,7 @@ from mixtrain.status import read_status, write_status
 from mixtrain.stop import StopRequest
 from mixtrain.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_beat, stacks_file
 
-TRAIN = (sys.executable, str(Path(__file__).resolve().parent.parent / "train.py"))
+TRAIN = (sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"))
 GRACE_SECONDS = 20  # what the other ranks get to notice that one has failed, before they are killed
 # the same before the first step, where they wait for it to come to the meeting and notice nothing, and after a
 # watchdog has spoken, since when the others had their time
@@ -193,11 +193,11 @@ def _report(
     # a refused input or a killed process is a cause; a fault may be only that of losing a peer
     causes = [rank for rank, code in codes.items() if code == REFUSED or code < 0]
     rank = (causes or list(codes))[0]
-    words, reason = _last_words(rank, codes[rank], _log(plan, rank), beats[rank])
+    words, reason = last_words(rank, codes[rank], _log(plan, rank), beats[rank])
     status = read_status(plan.config.run_dir)
     if status["state"] == "failed" and rank == 0:
         reason = status["reason"]  # as rank 0 put it
-    still = any(STANDS_STILL in _last_words(each, code, _log(plan, each), None)[1] for each, code in codes.items())
+    still = any(STANDS_STILL in last_words(each, code, _log(plan, each), None)[1] for each, code in codes.items())
     if not causes and (running or still):  # it may be these that the others have waited for
         guilty = stopped or running or [_behind(beats, stacks)]
         silent = f"rank{'s' * (len(guilty) > 1)} {', '.join(map(str, guilty))} did not answer{_in(beats[guilty[0]])}"
@@ -233,7 +233,7 @@ def _stacks(plan: Plan, beats: dict[int, Beat | None], stacks: dict[int, list[st
     return lines
 
 
-def _last_words(rank: int, code: int, log: Path, beat: Beat | None) -> tuple[list[str], str]:
+def last_words(rank: int, code: int, log: Path, beat: Beat | None) -> tuple[list[str], str]:
     """(what the terminal is told of a failed rank, the same in one line)."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     own_words = max((number for number, line in enumerate(lines) if line.startswith("mixtrain: ")), default=None)

@@ -1,0 +1,19 @@
+"""From a composed job of a command line to its plan: the same for everything that is typed. No torch."""
+
+from __future__ import annotations
+
+from mixtrain.compose import Composed
+from mixtrain.config import Config, Mode
+from mixtrain.environment import Identity
+from mixtrain.plan import Plan, make_plan
+
+
+def plan_of(job: Composed, problems: list[str], me: Identity | None = None) -> Plan:
+    """The plan, with what was changed of the recipe; a UserError after the `problems` of the words.
+
+    A plan that is only printed is that of any machine: how many ranks somebody has started here is not asked.
+    """
+    config = Config.from_hydra(job.tree, problems)
+    recipe = job.recipe and (job.recipe.name, Config.from_hydra(job.recipe.tree))
+    started = me.world_size if me and config.trainer.mode is not Mode.plan else None
+    return make_plan(config, started, problems, recipe)

@@ -1,0 +1,100 @@
+"""What a submission would fail of, hours later: said now, with the key. No torch.
+
+Rule: nothing is written and no job is sent; what Slurm itself can refuse is left to `sbatch --test-only`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from difflib import get_close_matches
+from pathlib import Path
+
+from mixtrain.errors import UserError
+from mixtrain.launch import cluster, containers
+from mixtrain.launch.cluster import Node
+from mixtrain.launch.script import ROOT, env_file, gpus_per_node
+from mixtrain.plan import Plan
+
+Problems = Iterator[str]
+
+
+def submission_problems(plan: Plan, folder: Path) -> list[str]:
+    """Every reason why the plan should not be submitted from `folder`, but for its data and its directory."""
+    found = [*files(plan, folder), *container(plan, folder)]
+    if not cluster.has_slurm():
+        return [*found, no_slurm(plan)]
+    try:
+        return found + [*fits(plan, cluster.nodes())]
+    except UserError as error:
+        return [*found, *error.problems]
+
+
+def no_slurm(plan: Plan) -> str:
+    several = plan.config.trainer.num_nodes > 1
+    instead = "trainer.num_nodes=1 launcher=local runs on this machine" if several else "launcher=local runs here"
+    return f"launcher = slurm, but there is no sbatch on PATH; type this where Slurm's commands are. {instead}"
+
+
+def files(plan: Plan, folder: Path) -> Problems:
+    path = env_file(plan, folder)
+    if not path.is_file():
+        yield f"launcher.env_file = {plan.config.launcher.env_file or path}: no such file; null is slurm/env.sh"
+
+
+def container(plan: Plan, folder: Path) -> Problems:
+    launcher = plan.config.launcher
+    if not launcher.container_image:
+        return
+    image = launcher.container_image
+    is_path = image.startswith(("/", ".", "~")) or image.endswith(".sqsh")
+    if is_path and not (folder / os.path.expanduser(image)).is_file():
+        yield f"launcher.container_image = {image}: no such file; docs/cluster.md says how to make one"
+    try:
+        mounts = containers.mounts_of(plan.config, folder, ROOT)
+    except UserError as error:
+        yield from error.problems
+        return
+    for mount in mounts:
+        if not os.path.exists(mount.host):
+            yield f"launcher.container_mounts: {mount.host} does not exist on this machine"
+    yield from containers.hidden(plan.config, folder, mounts)
+
+
+def fits(plan: Plan, nodes: list[Node]) -> Problems:
+    """Whether the cluster has the partition, its nodes the GPUs, and the partition the nodes."""
+    launcher, trainer = plan.config.launcher, plan.config.trainer
+    partitions = list(dict.fromkeys(node.partition for node in nodes))
+    asked = launcher.partition
+    if asked is None:
+        asked = next((node.partition for node in nodes if node.is_default), None)
+        if asked is None:
+            yield f"launcher.partition = null, but this cluster has no default; use {' or '.join(partitions)}"
+            return
+    named = asked.split(",")  # Slurm takes the first that can start it
+    unknown = [name for name in named if name not in partitions]
+    for name in unknown:
+        near = get_close_matches(name, partitions, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        yield f"launcher.partition = {name}: {hint}the partitions of this cluster are {', '.join(partitions)}"
+    inside = [node for node in nodes if node.partition in named]
+    if unknown or not inside:
+        return
+    names, wanted = {node.name for node in inside}, gpus_per_node(plan)
+    most = max(node.gpus for node in inside)
+    where = f"partition {asked}"
+    if wanted > most:
+        has = (
+            f"a node of {where} has {most} at most; use trainer.devices={most} and more nodes"
+            if most
+            else (f"no node of {where} has any; use")
+        )
+        instead = f"{', or' * bool(most)} another launcher.partition"
+        yield f"launcher.gpus_per_node = {wanted} ({_source(plan)}): {has}{instead}"
+    elif trainer.num_nodes > len(fitting := {node.name for node in inside if node.gpus >= wanted}):
+        of = f" with {wanted} GPUs" if wanted and fitting != names else ""
+        yield f"trainer.num_nodes = {trainer.num_nodes}, but {where} has {len(fitting)} nodes{of}; use {len(fitting)}"
+
+
+def _source(plan: Plan) -> str:
+    return "as typed" if plan.config.launcher.gpus_per_node is not None else "from trainer.devices"

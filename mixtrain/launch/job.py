@@ -1,0 +1,135 @@
+"""What a job's script asks before its ranks start and after they have ended: `python -m mixtrain.launch.job`. No torch.
+
+    begin WORDS       one line for the script to read: nodes, ranks a node, run_dir here, run_dir on the host
+    end CODE WORDS    what became of the ranks, which ended with CODE; exit code RETURN if the job should come back
+
+Rule: a job comes back only if its run was stopped before its last step and says so itself (status.json), never after a
+failure, and not more than launcher.max_requeues times in a row without having come a step further.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mixtrain.compose import compose
+from mixtrain.config import Mode
+from mixtrain.environment import node_name
+from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
+from mixtrain.jobs import plan_of
+from mixtrain.launch import containers
+from mixtrain.launch.local import last_words
+from mixtrain.launch.script import NOW, ROOT
+from mixtrain.plan import Plan
+from mixtrain.preflight import recorded
+from mixtrain.run_directory import former, is_in_use
+from mixtrain.status import write_status
+
+RETURN = 75  # EX_TEMPFAIL of sysexits.h: the same again later
+RETURNS = "returns.jsonl"  # beside the ranks' logs: the step of each return
+
+
+def main(arguments: list[str]) -> int:
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the job is asked to stop: that is the ranks' to do, this takes a second
+    try:
+        verb, *rest = arguments
+        if verb == "begin":
+            return begin(planned(rest), rest)
+        return end(planned(rest[1:]), int(rest[0]))
+    except UserError as error:
+        print_problems(error.problems)
+        return REFUSED
+
+
+def planned(words: list[str]) -> Plan:
+    jobs, problems = compose(words)
+    if len(jobs) != 1:
+        raise UserError(*problems, "a job is one run: no --multirun here; tools/submit.py sends a job for each")
+    return plan_of(jobs[0], problems)
+
+
+def begin(plan: Plan, words: list[str]) -> int:
+    """Print what the script needs to start the ranks. UserError if Slurm has given other nodes than the plan's."""
+    nodes, given = plan.config.trainer.num_nodes, int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    if nodes != given:
+        raise UserError(f"this job has {given} nodes, but trainer.num_nodes = {nodes}; sbatch --nodes={nodes}")
+    if any(text in word for text in NOW for word in words):
+        raise UserError(
+            "the words have ${now:} or ${hydra:} in them, another run_dir at every return of the job; type what you mean"
+        )
+    run_dir = recorded(plan).config.run_dir
+    print("\t".join((str(nodes), str(plan.config.trainer.devices), run_dir, _outside(plan, run_dir))))
+    return FINISHED
+
+
+def _outside(plan: Plan, run_dir: str) -> str:
+    """run_dir as the script sees it, which runs on the host."""
+    folder = Path.cwd()
+    if not plan.config.launcher.container_image:
+        return str(folder / run_dir)
+    mounts = containers.mounts_of(plan.config, folder, ROOT)
+    return containers.on_host(os.path.join(folder, run_dir), mounts) or str(folder / run_dir)
+
+
+def end(plan: Plan, code: int) -> int:
+    """Say what became of the ranks; RETURN, or the exit code of the job."""
+    run_dir = Path(recorded(plan).config.run_dir)
+    logs = run_dir / "logs" / f"job_{os.environ['SLURM_JOB_ID']}"
+    status = former(str(run_dir))
+    if code:
+        return failed(run_dir, logs, status, code)
+    if status.get("state") != "stopped" or plan.config.trainer.mode is not Mode.train:
+        print(f"mixtrain: {status.get('state', 'ended')} after {status.get('step', 0)} steps; see {run_dir}")
+        return FINISHED
+    step, reason = status["step"], status.get("reason")
+    if too_often(logs, step, plan.config.launcher.max_requeues):
+        words = f"{reason}; returned {plan.config.launcher.max_requeues} times and came no further than step {step}"
+        print(f"mixtrain: {words}; give it more launcher.time, or launcher.max_requeues", file=sys.stderr)
+        write_status(run_dir, **{**status, "reason": words})
+        return FAULT
+    with open(logs / RETURNS, "a") as file:
+        file.write(json.dumps({"step": step, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+    print(f"mixtrain: {reason}, after {step} of {status['max_steps']} steps: returning to the queue")
+    return RETURN
+
+
+def too_often(logs: Path, step: int, most: int) -> bool:
+    """The last `most` returns of this job were at this step, or beyond it (its checkpoint was lost)."""
+    steps = []
+    for line in (logs / RETURNS).read_text().splitlines() if (logs / RETURNS).exists() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            steps.append(json.loads(line)["step"])
+    return len(steps) >= most and all(before >= step for before in steps[len(steps) - most :])
+
+
+def failed(run_dir: Path, logs: Path, status: dict, code: int) -> int:
+    """Name the rank that failed first, in the job's log and, where the ranks could not say it, in status.json."""
+    srun = _text(logs / "srun.log")
+    named = re.findall(r"error: (\S+): tasks? ([\d,-]+): (.+)", srun)
+    print(f"mixtrain: the ranks have failed (exit code {code}); this job does not return", file=sys.stderr)
+    for node, tasks, words in named[:4]:
+        print(f"  rank {tasks} on {node}: {words}", file=sys.stderr)
+    spoke = [path for path in sorted(logs.glob("rank_*.log")) if "mixtrain: " in _text(path)[-4000:]]
+    reason = "; ".join(f"rank {tasks} on {node}: {words}" for node, tasks, words in named[:1]) or f"exit code {code}"
+    for path in spoke[:1]:
+        lines, reason = last_words(int(re.findall(r"\d+", path.name)[-1]), code, path, None)
+        print("\n".join(lines), file=sys.stderr)
+    print(f"  all logs: {logs}, {node_name()}", file=sys.stderr)
+    if status.get("state") == "running" and not is_in_use(str(run_dir)):  # else it is another run's
+        write_status(run_dir, **{**status, "state": "failed", "reason": reason})
+    return REFUSED if code == REFUSED else FAULT
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

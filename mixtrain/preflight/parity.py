@@ -1,0 +1,126 @@
+"""The shrunk recipe at the run's own layout, on its hardware, against one CPU rank: two steps, every gradient.
+
+Rule: this is the parity certificate's measurement, in the groups that the run will use; what it leaves behind in
+Megatron-Core is taken away again.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mixtrain import contract
+from mixtrain.config import to_yaml
+from mixtrain.errors import Fault
+from mixtrain.moe_metrics import forget_model
+from mixtrain.parity import measure
+from mixtrain.parity.verdict import Verdict, judge
+from mixtrain.plan import Plan
+from mixtrain.preflight.facts import ROOT, source_digest, versions
+from mixtrain.preflight.shrink import Shrunk
+from mixtrain.ranks import Ranks, seed_everything
+
+PATIENCE_S = 180
+STARTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Reference:
+    """The CPU's result, made by a process beside this one while the ranks do something else; kept for the next start."""
+
+    def __init__(self, plan: Plan, folder: Path):
+        text = to_yaml(plan.config)
+        key = hashlib.sha256(json.dumps([text, source_digest(), versions()]).encode()).hexdigest()[:16]
+        self.out = folder / f"reference_{key}"
+        self.process = None
+        if self.out.with_suffix(".json").exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        config = self.out.with_suffix(".yaml")
+        config.write_text(text)
+        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        kept = {name: value for name, value in os.environ.items() if name not in STARTED and "SLURM" not in name}
+        with open(self.out.with_suffix(".log"), "w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mixtrain.preflight.reference", str(config), str(self.out)],
+                env=kept | {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+            )
+
+    def wait(self) -> str | None:
+        """Until it is there; what went wrong, or None."""
+        if self.process is None:
+            return None
+        try:
+            code = self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.end()
+            return f"the CPU's result took more than {PATIENCE_S} s; the log is {self.out.with_suffix('.log')}"
+        lines = self.out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
+        return f"the CPU's result failed: {lines[-1] if lines else code}" if code else None
+
+    def end(self) -> None:
+        """Leave no process behind."""
+        if self.process and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def differences(plan: Plan, plans: Shrunk, here: Ranks, out: Path) -> dict:
+    """What this rank's parts differ by from the CPU's in `out`. Every rank must call."""
+    seen_within(out.with_suffix(".json"))
+    figures = figures_in(out)
+    wholes = torch.load(out.with_suffix(".pt"), mmap=True, weights_only=True)
+    seeded = replace(plans.here, config=replace(plans.here.config, seed=figures["seed"]))
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers have TF32 on
+    try:
+        return measure.differences(seeded, here, wholes)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        take_away(plan)
+
+
+def verdict(plans: Shrunk, out: Path, results: list[dict]) -> tuple[Verdict, dict]:
+    """(the verdict on what all ranks found, the CPU's figures)."""
+    figures = figures_in(out)
+    return judge(figures, results, contract.shapes(plans.here.config)), figures
+
+
+def figures_in(out: Path) -> dict:
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+def with_nodes(words: str, nodes: list[str]) -> str:
+    """A sentence of the verdict with the node of the rank that it names."""
+    return re.sub(r"on rank (\d+)", lambda found: f"on rank {found[1]}, node {nodes[int(found[1])]},", words)
+
+
+def seen_within(path: Path, seconds: float = 20) -> None:
+    """Wait for a file that another node has written. A Fault if it does not show."""
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise Fault(f"{path}, which the first rank has written, is not seen here")
+        os.listdir(path.parent)  # has a network file system look again
+        time.sleep(0.1)
+
+
+def take_away(plan: Plan) -> None:
+    """What the small model leaves in Megatron-Core, in the random generators and on the device."""
+    forget_model()
+    seed_everything(plan)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
