@@ -34,7 +34,7 @@ Problems = Iterator[str]
 def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> list[str]:
     """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
     if me is None and place(plan) is LauncherType.slurm:
-        return job_problems(plan)
+        return job_problems(plan, overrides)
     problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan)]
     problems += [*gpus(plan, overrides), *data_files(plan), *weights_to_load(plan)]
     if me is None:
@@ -45,10 +45,10 @@ def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> l
     return problems or [*room_for_checkpoints(plan)]  # the disk of a machine that cannot run it is not the one
 
 
-def job_problems(plan: Plan) -> list[str]:
+def job_problems(plan: Plan, overrides: list[str]) -> list[str]:
     """Every reason why the plan should not be sent to Slurm from here: this machine need not be like the nodes."""
     folder = Path.cwd()
-    problems = submission_problems(plan, folder)
+    problems = submission_problems(plan, overrides, folder)
     if plan.config.launcher.container_image:
         with suppress(UserError):  # a mount that cannot be read is said already
             mounts = mounts_of(plan.config, folder, ROOT)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from urllib.parse import urlparse
 
 import numpy
 import torch
@@ -51,12 +53,16 @@ def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
     if plan.config.trainer.accelerator is Accelerator.gpu:
         device = torch.device("cuda", me.local_rank)
         torch.cuda.set_device(device)
+    timeout, store = timedelta(minutes=patience(plan)), None
+    if me.rendezvous.startswith("tcp://"):
+        store = meeting_store(me, timeout)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=me.rendezvous,
+        init_method=None if store else me.rendezvous,
+        store=store,
         rank=me.rank,
         world_size=me.world_size,
-        timeout=timedelta(minutes=patience(plan)),
+        timeout=timeout,
     )
     try:
         initialise_model_parallel(plan)
@@ -69,6 +75,30 @@ def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
             parallel_state.destroy_model_parallel()
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()
+
+
+def meeting_store(me: Identity, timeout: timedelta) -> torch.distributed.TCPStore:
+    """The store that the ranks meet at; the first rank listens at that address alone: who reaches it may write to it.
+
+    PyTorch's own tcp:// listens on every interface of the node.
+    """
+    address = urlparse(me.rendezvous)
+    listening = None
+    if me.rank == 0:
+        found = socket.getaddrinfo(address.hostname, address.port, type=socket.SOCK_STREAM)
+        family, kind, _, _, where = found[0]
+        with socket.socket(family, kind) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            listening = listener.detach()  # the store closes it
+    return torch.distributed.TCPStore(
+        address.hostname,
+        address.port,
+        me.world_size,
+        is_master=me.rank == 0,
+        timeout=timeout,
+        master_listen_fd=listening,
+    )
 
 
 def initialise_model_parallel(plan: Plan) -> None:

@@ -5,7 +5,7 @@
     python tools/submit.py +recipe=NAME ... --print > job.sbatch
 
 Checks the configuration and the cluster, submits, and prints the job's number, its logs and how to follow it. --print
-writes the job's script to stdout, byte for byte as a submission sends it, and submits nothing. docs/cluster.md has more.
+writes the job's script to stdout, byte for byte as a submission sends it, and submits nothing. More: docs/cluster.md.
 
 Exit codes: 0 sent (or printed), 2 the configuration, the input, or what Slurm refuses.
 """
@@ -44,7 +44,7 @@ def plans_of(words: list[str], multirun: bool, check: bool) -> list[tuple[Plan, 
     found = [(plan_of(job, problems), job.overrides) for job in jobs]
     wrong = [problem for plan, _ in found for problem in impossible(plan)]
     if check and not wrong:
-        wrong = [problem for plan, _ in found for problem in job_problems(plan)]
+        wrong = [problem for plan, overrides in found for problem in job_problems(plan, overrides)]
         wrong += shared_directories([plan for plan, _ in found])
     if wrong:
         raise UserError(*dict.fromkeys(wrong))

@@ -17,11 +17,12 @@ from mixtrain.launch.script import ROOT, env_file, gpus_per_node
 from mixtrain.plan import Plan
 
 Problems = Iterator[str]
+TASK = "SLURM_ARRAY_TASK_ID"
 
 
-def submission_problems(plan: Plan, folder: Path) -> list[str]:
-    """Every reason why the plan should not be submitted from `folder`, but for its data and its directory."""
-    found = [*files(plan, folder), *container(plan, folder)]
+def submission_problems(plan: Plan, words: list[str], folder: Path) -> list[str]:
+    """Every reason why the plan of `words` should not be submitted from `folder`, but for its data and its directory."""
+    found = [*files(plan, folder), *container(plan, folder), *array(plan, words)]
     if not cluster.has_slurm():
         return [*found, no_slurm(plan)]
     try:
@@ -59,6 +60,16 @@ def container(plan: Plan, folder: Path) -> Problems:
         if not os.path.exists(mount.host):
             yield f"launcher.container_mounts: {mount.host} does not exist on this machine"
     yield from containers.hidden(plan.config, folder, mounts)
+
+
+def array(plan: Plan, words: list[str]) -> Problems:
+    """Tasks of an array: one at a time (%1) each goes on with the run of the one before; side by side they are runs."""
+    asked = plan.config.launcher.sbatch_args.get("array")
+    if asked is not None and not str(asked).endswith("%1") and not any(TASK in word for word in words):
+        yield (
+            f"launcher.sbatch_args.array = {asked} starts jobs side by side in one run_dir; type"
+            f" run_dir='runs/${{name}}-${{oc.env:{TASK},0}}', or array={asked}%1 for one after the other"
+        )
 
 
 def fits(plan: Plan, nodes: list[Node]) -> Problems:

@@ -1,4 +1,4 @@
-"""What a container of a job sees of the host: the checkout, the folder of the submission, and launcher.container_mounts.
+"""What a job's container sees of the host: the checkout, the folder of the submission, launcher.container_mounts.
 
 Rule: a path of the configuration is meant as the container sees it, and must lie in a mount: a checkpoint that is
 written anywhere else is gone with the container. No torch.

@@ -1,7 +1,7 @@
 """What a job's script asks before its ranks start and after they have ended: `python -m mixtrain.launch.job`. No torch.
 
-    begin WORDS       one line for the script to read: nodes, ranks a node, run_dir here, run_dir on the host
-    end CODE WORDS    what became of the ranks, which ended with CODE; exit code RETURN if the job should come back
+    begin WORDS       one line for the script to read: nodes, ranks a node, run_dir on the host
+    end CODE WORDS    what became of the ranks, which ended with CODE; on stdout the job's exit code, or `return`
 
 Rule: a job comes back only if its run was stopped before its last step and says so itself (status.json), never after a
 failure, and not more than launcher.max_requeues times in a row without having come a step further.
@@ -20,7 +20,6 @@ from pathlib import Path
 
 from mixtrain.compose import compose
 from mixtrain.config import Mode
-from mixtrain.environment import node_name
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
 from mixtrain.jobs import plan_of
 from mixtrain.launch import containers
@@ -31,7 +30,7 @@ from mixtrain.preflight import recorded
 from mixtrain.run_directory import former, is_in_use
 from mixtrain.status import write_status
 
-RETURN = 75  # EX_TEMPFAIL of sysexits.h: the same again later
+RETURN = "return"  # to the queue
 RETURNS = "returns.jsonl"  # beside the ranks' logs: the step of each return
 
 
@@ -42,7 +41,8 @@ def main(arguments: list[str]) -> int:
         verb, *rest = arguments
         if verb == "begin":
             return begin(planned(rest), rest)
-        return end(planned(rest[1:]), int(rest[0]))
+        print(end(planned(rest[1:]), int(rest[0])))
+        return FINISHED
     except UserError as error:
         print_problems(error.problems)
         return REFUSED
@@ -62,10 +62,10 @@ def begin(plan: Plan, words: list[str]) -> int:
         raise UserError(f"this job has {given} nodes, but trainer.num_nodes = {nodes}; sbatch --nodes={nodes}")
     if any(text in word for text in NOW for word in words):
         raise UserError(
-            "the words have ${now:} or ${hydra:} in them, another run_dir at every return of the job; type what you mean"
+            "${now:} and ${hydra:} give another run_dir every time that the job returns; type what you mean"
         )
-    run_dir = recorded(plan).config.run_dir
-    print("\t".join((str(nodes), str(plan.config.trainer.devices), run_dir, _outside(plan, run_dir))))
+    run_dir = _outside(plan, recorded(plan).config.run_dir)
+    print("\t".join((str(nodes), str(plan.config.trainer.devices), run_dir)))
     return FINISHED
 
 
@@ -78,25 +78,25 @@ def _outside(plan: Plan, run_dir: str) -> str:
     return containers.on_host(os.path.join(folder, run_dir), mounts) or str(folder / run_dir)
 
 
-def end(plan: Plan, code: int) -> int:
-    """Say what became of the ranks; RETURN, or the exit code of the job."""
+def end(plan: Plan, code: int) -> int | str:
+    """Say on stderr what became of the ranks; RETURN, or the exit code of the job."""
     run_dir = Path(recorded(plan).config.run_dir)
     logs = run_dir / "logs" / f"job_{os.environ['SLURM_JOB_ID']}"
     status = former(str(run_dir))
     if code:
         return failed(run_dir, logs, status, code)
     if status.get("state") != "stopped" or plan.config.trainer.mode is not Mode.train:
-        print(f"mixtrain: {status.get('state', 'ended')} after {status.get('step', 0)} steps; see {run_dir}")
+        say(f"mixtrain: {status.get('state', 'ended')} after {status.get('step', 0)} steps; see {run_dir}")
         return FINISHED
     step, reason = status["step"], status.get("reason")
     if too_often(logs, step, plan.config.launcher.max_requeues):
         words = f"{reason}; returned {plan.config.launcher.max_requeues} times and came no further than step {step}"
-        print(f"mixtrain: {words}; give it more launcher.time, or launcher.max_requeues", file=sys.stderr)
+        say(f"mixtrain: {words}; give it more launcher.time, or launcher.max_requeues")
         write_status(run_dir, **{**status, "reason": words})
         return FAULT
     with open(logs / RETURNS, "a") as file:
         file.write(json.dumps({"step": step, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
-    print(f"mixtrain: {reason}, after {step} of {status['max_steps']} steps: returning to the queue")
+    say(f"mixtrain: {reason}, after {step} of {status['max_steps']} steps: returning to the queue")
     return RETURN
 
 
@@ -113,18 +113,22 @@ def failed(run_dir: Path, logs: Path, status: dict, code: int) -> int:
     """Name the rank that failed first, in the job's log and, where the ranks could not say it, in status.json."""
     srun = _text(logs / "srun.log")
     named = re.findall(r"error: (\S+): tasks? ([\d,-]+): (.+)", srun)
-    print(f"mixtrain: the ranks have failed (exit code {code}); this job does not return", file=sys.stderr)
+    say(f"mixtrain: the ranks have failed (exit code {code}); this job does not return")
     for node, tasks, words in named[:4]:
-        print(f"  rank {tasks} on {node}: {words}", file=sys.stderr)
+        say(f"  rank {tasks} on {node}: {words}")
     spoke = [path for path in sorted(logs.glob("rank_*.log")) if "mixtrain: " in _text(path)[-4000:]]
     reason = "; ".join(f"rank {tasks} on {node}: {words}" for node, tasks, words in named[:1]) or f"exit code {code}"
     for path in spoke[:1]:
         lines, reason = last_words(int(re.findall(r"\d+", path.name)[-1]), code, path, None)
-        print("\n".join(lines), file=sys.stderr)
-    print(f"  all logs: {logs}, {node_name()}", file=sys.stderr)
+        say("\n".join(lines))
+    say(f"  all logs: {logs}")
     if status.get("state") == "running" and not is_in_use(str(run_dir)):  # else it is another run's
         write_status(run_dir, **{**status, "state": "failed", "reason": reason})
     return REFUSED if code == REFUSED else FAULT
+
+
+def say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
 
 
 def _text(path: Path) -> str:

@@ -50,7 +50,7 @@ class Facts(NamedTuple):
 
 
 def gather(plan: Plan, me: Identity, run_dir: Path, token: str, device: dict) -> Facts:
-    """The facts of this rank. `token`: what the first rank has left in run_dir; `device`: its GPU's (fabric.device_facts)."""
+    """The facts of this rank. `token`: what the first rank has left in run_dir; `device`: fabric.device_facts."""
     first_here = me.local_rank == 0
     return Facts(
         rank=me.rank,

@@ -45,7 +45,7 @@ def check(me: Identity, patience: float = PATIENCE_S) -> None:
         time.monotonic() + patience
     )  # two nodes of Slurm, or two torchruns, may be on one machine: somebody answers
     while time.monotonic() < deadline:
-        try:
+        try:  # two nodes of Slurm, or two torchruns, may be on one machine: then somebody answers
             socket.create_connection(address, timeout=1).close()
             return
         except OSError:

@@ -35,7 +35,7 @@ STARTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR"
 
 
 class Reference:
-    """The CPU's result, made by a process beside this one while the ranks do something else; kept for the next start."""
+    """The CPU's result, made by a process beside this one while the ranks do something else, and kept in `folder`."""
 
     def __init__(self, plan: Plan, folder: Path):
         text = to_yaml(plan.config)

@@ -1,7 +1,7 @@
 """The recipe at the sizes of the parity certificate: at its own layout, and on one CPU rank. No torch.
 
-Rule: what may change a number stays the recipe's (router, dispatcher, sharding, recompute, implementation of the layers);
-sizes, precision and what a CPU has no kernels for do not.
+Rule: what may change a number stays the recipe's: router, dispatcher, sharding, recompute, implementation of the
+layers. Sizes, precision and what a CPU has no kernels for do not.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def enough_gpus(plan: Plan, facts: list[Facts]) -> Problems:
             )
         elif fact.gpus and fact.gpu_free < plan.state_bytes:
             yield (
-                f"{where} has {fact.gpu_free / GIB:.1f} GiB free of {fact.gpu_memory / GIB:.1f}, but the state of a rank"
-                f" is {plan.state_bytes / GIB:.1f} GiB; is somebody else on it?"
+                f"{where} has {fact.gpu_free / GIB:.1f} GiB free of {fact.gpu_memory / GIB:.1f}, but the state of a"
+                f" rank is {plan.state_bytes / GIB:.1f} GiB; is somebody else on it?"
             )
 
 

@@ -1,0 +1,196 @@
+"""A two-node Slurm on this machine: controller, nodes and munge of its own, on loopback, in one folder. For the tests.
+
+Rule: nothing outside the folder is read or written (SLURM_CONF leads every command there), several may run at once, and
+every process that was started is ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import random
+import secrets
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
+SBIN = os.pathsep.join(["/usr/sbin", "/usr/local/sbin"])  # where Debian has the daemons, not on everybody's PATH
+GPUS = 2  # of the node in the partition gpu; regular files stand in for the devices, which no job opens
+
+CONFIGURATION = """
+ClusterName=mixtrain
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge/socket
+CredType=cred/munge
+SlurmUser={user}
+SlurmdUser={user}
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdPidFile={folder}/slurmd_%n.pid
+SlurmdLogFile={folder}/slurmd_%n.log
+SlurmdSpoolDir={folder}/spool_%n
+StateSaveLocation={folder}/state
+SlurmdParameters=config_overrides
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+SwitchType=switch/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
+ReturnToService=2
+GresTypes=gpu
+NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:{gpus}
+PartitionName=cpu Nodes=n[0-1] Default=YES MaxTime=60
+PartitionName=gpu Nodes=n1 MaxTime=60
+"""
+# In the shell of who submits: gloo's connections stay on loopback too, and two cores are shared by all ranks.
+SHELL = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+OTHERS = ("SLURM", "SBATCH", "MIXTRAIN")  # what variables of another cluster begin with
+
+
+def lacking() -> list[str]:
+    """The programs that are not installed here."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), SBIN])
+    return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
+
+
+class Cluster:
+    """The cluster, once it is up. `environment` is what a user's shell has on its login node."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.processes = folder, []
+        path = os.pathsep.join([os.environ["PATH"], SBIN])
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "MIXTRAIN"))
+        }
+        self.environment = kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
+
+    def start(self) -> None:
+        for name in ("munge", "state", "spool_n0", "spool_n1"):
+            (self.folder / name).mkdir()
+        os.chmod(self.folder / "munge", 0o755)
+        key = self.folder / "munge" / "key"
+        key.write_bytes(secrets.token_bytes(1024))
+        key.chmod(0o600)
+        devices = [self.folder / f"gpu{number}" for number in range(GPUS)]
+        for device in devices:
+            device.write_text("")
+        gres = "".join(f"NodeName=n1 Name=gpu File={device}\n" for device in devices)
+        (self.folder / "gres.conf").write_text(gres)
+        values = {
+            "folder": self.folder,
+            "host": socket.gethostname().split(".")[0],
+            "user": pwd.getpwuid(os.getuid()).pw_name,
+            "ports": free_ports(3),
+            "gpus": GPUS,
+        }
+        (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
+        self._daemon("munged", "--foreground", "--force", "--num-threads=2", *self._munge())
+        wait((self.folder / "munge" / "socket").exists, 20, "munge's socket")
+        self._daemon("slurmctld", "-D", "-c")
+        for node in ("n0", "n1"):
+            self._daemon("slurmd", "-D", "-N", node)
+        wait(lambda: self.ask("sinfo", "--format=%T %D", "--partition=cpu") == "idle 2", 30, self.logs)
+
+    def _munge(self) -> list[str]:
+        return [f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "log", "seed")] + [
+            f"--socket={self.folder}/munge/socket"
+        ]
+
+    def _daemon(self, *command: str) -> None:
+        with open(self.folder / "daemons.log", "a") as log:
+            process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        self.processes.append(process)
+
+    def stop(self) -> None:
+        """End the jobs, then the daemons in the reverse order of their start."""
+        with contextlib.suppress(subprocess.SubprocessError, OSError, AssertionError):
+            for job in self.ask("squeue", "--format=%A").split():
+                self.run("scancel", job, check=False)
+            wait(lambda: not self.ask("squeue"), 45, "the last job")
+        for process in reversed(self.processes):
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+    def run(self, *command: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """A command as a user of the cluster types it."""
+        return subprocess.run(
+            command,
+            env=self.environment,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=check,
+        )
+
+    def ask(self, command: str, *flags: str) -> str:
+        """What a command that lists has to say, without its header; nothing where Slurm does not answer."""
+        return self.run(command, "--noheader", *flags, check=False).stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says; {} of a job that is forgotten."""
+        shown = self.run("scontrol", "--oneliner", "show", "job", number, check=False).stdout
+        return dict(part.split("=", 1) for part in shown.split() if "=" in part)
+
+    def state(self, number: str) -> str:
+        return self.job(number).get("JobState", "GONE")
+
+    def wait_for(self, number: str, *states: str, seconds: float = 120) -> None:
+        wait(lambda: self.state(number) in states, seconds, lambda: f"{number} is {self.state(number)}\n{self.logs()}")
+
+    def let_return(self, number: str, seconds: float = 60) -> None:
+        """Start a requeued job at once: Slurm makes it wait two minutes."""
+        self.wait_for(number, "PENDING", seconds=seconds)
+        self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+
+    def logs(self) -> str:
+        return "\n".join(f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.folder.glob("*.log")))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below those of outgoing connections that nobody listens at."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(11000, 30000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+    return found
+
+
+def wait(until: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
+    deadline = time.monotonic() + seconds
+    while not until():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"nothing after {seconds:.0f} s: {what() if callable(what) else what}")
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[Cluster]:
+    """A cluster within the block."""
+    cluster = Cluster(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
