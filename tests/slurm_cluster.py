@@ -1,4 +1,4 @@
-"""A two-node Slurm on this machine: controller, nodes and munge of its own, on loopback, in one folder. For the tests.
+"""A Slurm on this machine: two nodes, one beside them, controller and munge, on loopback, in one folder. For tests.
 
 Rule: nothing outside the folder is read or written (SLURM_CONF leads every command there), several may run at once, and
 every process that was started is ended.
@@ -51,12 +51,15 @@ SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
 ReturnToService=2
 GresTypes=gpu
 NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=4 RealMemory=4000
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:{gpus}
 PartitionName=cpu Nodes=n[0-1] Default=YES MaxTime=60
 PartitionName=gpu Nodes=n1 MaxTime=60
+PartitionName=short Nodes=n2 MaxTime=1
 """
 # In the shell of who submits: gloo's connections stay on loopback too, and two cores are shared by all ranks.
 SHELL = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+REVOKED_S = 3  # a node that has ended a job refuses it, and fails it, if it comes back within a second or two
 OTHERS = ("SLURM", "SBATCH", "MIXTRAIN")  # what variables of another cluster begin with
 
 
@@ -78,7 +81,7 @@ class Cluster:
         self.environment = kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
 
     def start(self) -> None:
-        for name in ("munge", "state", "spool_n0", "spool_n1"):
+        for name in ("munge", "state", "spool_n0", "spool_n1", "spool_n2"):
             (self.folder / name).mkdir()
         os.chmod(self.folder / "munge", 0o755)
         key = self.folder / "munge" / "key"
@@ -93,14 +96,14 @@ class Cluster:
             "folder": self.folder,
             "host": socket.gethostname().split(".")[0],
             "user": pwd.getpwuid(os.getuid()).pw_name,
-            "ports": free_ports(3),
+            "ports": free_ports(4),
             "gpus": GPUS,
         }
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(**values))
         self._daemon("munged", "--foreground", "--force", "--num-threads=2", *self._munge())
         wait((self.folder / "munge" / "socket").exists, 20, "munge's socket")
         self._daemon("slurmctld", "-D", "-c")
-        for node in ("n0", "n1"):
+        for node in ("n0", "n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
         wait(lambda: self.ask("sinfo", "--format=%T %D", "--partition=cpu") == "idle 2", 30, self.logs)
 
@@ -158,9 +161,15 @@ class Cluster:
         wait(lambda: self.state(number) in states, seconds, lambda: f"{number} is {self.state(number)}\n{self.logs()}")
 
     def let_return(self, number: str, seconds: float = 60) -> None:
-        """Start a requeued job at once: Slurm makes it wait two minutes."""
-        self.wait_for(number, "PENDING", seconds=seconds)
+        """Start a requeued job soon: Slurm makes it wait two minutes. Not at once: its nodes have just revoked it."""
+        wait(lambda: self.is_requeued(number), seconds, lambda: f"job {number} to be requeued\n{self.logs()}")
+        time.sleep(REVOKED_S)
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
+        wait(lambda: self.state(number) != "PENDING", seconds, lambda: f"job {number} to start\n{self.logs()}")
+
+    def is_requeued(self, number: str) -> bool:
+        job = self.job(number)
+        return job.get("JobState") == "PENDING" and job.get("Reason") == "BeginTime"
 
     def logs(self) -> str:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.folder.glob("*.log")))

@@ -5,6 +5,7 @@ Rule: nothing is written and no job is sent; what Slurm itself can refuse is lef
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -15,13 +16,14 @@ from mixtrain.launch import cluster, containers
 from mixtrain.launch.cluster import Node
 from mixtrain.launch.script import ROOT, env_file, gpus_per_node
 from mixtrain.plan import Plan
+from mixtrain.rules.launcher import seconds_of
 
 Problems = Iterator[str]
 TASK = "SLURM_ARRAY_TASK_ID"
 
 
 def submission_problems(plan: Plan, words: list[str], folder: Path) -> list[str]:
-    """Every reason why the plan of `words` should not be submitted from `folder`, but for its data and its directory."""
+    """Every reason why the plan of `words` should not be submitted from `folder`, its data and directory apart."""
     found = [*files(plan, folder), *container(plan, folder), *array(plan, words)]
     if not cluster.has_slurm():
         return [*found, no_slurm(plan)]
@@ -91,6 +93,7 @@ def fits(plan: Plan, nodes: list[Node]) -> Problems:
     inside = [node for node in nodes if node.partition in named]
     if unknown or not inside:
         return
+    yield from within_limit(plan, inside)
     names, wanted = {node.name for node in inside}, gpus_per_node(plan)
     most = max(node.gpus for node in inside)
     where = f"partition {asked}"
@@ -105,6 +108,15 @@ def fits(plan: Plan, nodes: list[Node]) -> Problems:
     elif trainer.num_nodes > len(fitting := {node.name for node in inside if node.gpus >= wanted}):
         of = f" with {wanted} GPUs" if wanted and fitting != names else ""
         yield f"trainer.num_nodes = {trainer.num_nodes}, but {where} has {len(fitting)} nodes{of}; use {len(fitting)}"
+
+
+def within_limit(plan: Plan, inside: list[Node]) -> Problems:
+    """Many clusters take a job that is too long, and let it wait for ever."""
+    asked, limits = plan.config.launcher.time, {node.limit: seconds_of(node.limit) or math.inf for node in inside}
+    longest = max(limits, key=limits.get)
+    if asked is not None and (seconds_of(asked) or 0) > limits[longest]:
+        where = "/".join(dict.fromkeys(node.partition for node in inside))
+        yield f"launcher.time = {asked} is more than partition {where} allows; use at most {longest}"
 
 
 def _source(plan: Plan) -> str:

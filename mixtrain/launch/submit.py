@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,9 +28,10 @@ def show(plan: Plan, words: list[str]) -> int:
 
 
 def submit(plan: Plan, words: list[str]) -> int:
-    """Send the job; the exit code. UserError with what Slurm says if it does not take it."""
+    """Send the job; the exit code. UserError with what Slurm says if it does not take it, and nothing is written."""
     folder = Path.cwd()
     text = script.render(plan, words, folder)
+    sbatch(plan, folder, "--test-only", stdin=text)
     run_dir = folder / plan.config.run_dir
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
@@ -39,19 +39,19 @@ def submit(plan: Plan, words: list[str]) -> int:
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"run_dir = {plan.config.run_dir} cannot be made or written ({reason}); give another") from None
-    sbatch("--test-only", plan, folder)
-    job = sbatch(*COMMAND[1:], plan, folder).stdout.strip().split(";")[0]  # a federation adds ;cluster
+    job = sbatch(plan, folder, *COMMAND[1:], str(run_dir / NAME)).split(";")[0]  # a federation adds ;cluster
     print("\n".join(said(plan, job)), flush=True)
     return FINISHED
 
 
-def sbatch(flag: str, plan: Plan, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = ["sbatch", flag, str(folder / plan.config.run_dir / NAME)]
-    kept, environment = overruled(plan, folder), dict(os.environ)
-    answer = cluster.ask(*command, environment={name: value for name, value in environment.items() if name not in kept})
+def sbatch(plan: Plan, folder: Path, *arguments: str, stdin: str = "") -> str:
+    """What sbatch prints. UserError with its reason, and the key that it is about, if it refuses."""
+    hidden = overruled(plan, folder)
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    answer = cluster.ask("sbatch", *arguments, stdin=stdin, environment=environment)
     if answer.returncode:
-        raise UserError(f"sbatch refuses the job: {cluster.last_line(answer)}{key_of(plan, answer.stderr)}")
-    return answer
+        raise UserError(f"sbatch refuses the job: {cluster.reason(answer)}{key_of(plan, answer.stderr)}")
+    return answer.stdout.strip()
 
 
 def command_line(plan: Plan, folder: Path) -> str:
