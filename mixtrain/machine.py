@@ -118,8 +118,7 @@ def several_nodes(plan: Plan, overrides: list[str]) -> Problems:
     if trainer.num_nodes > 1:
         yield (
             f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the other nodes, and there"
-            " is no sbatch on PATH to submit a job with. Type this where Slurm's commands are, or on each node:"
-            f" {torchrun_command(plan, overrides)}"
+            f" is no sbatch on PATH to submit a job with. On each node type: {torchrun_command(plan, overrides)}"
         )
 
 

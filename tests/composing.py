@@ -50,7 +50,9 @@ def quick_tree_of(*overrides: str) -> DictConfig:
     for word in overrides:
         if word not in groups:
             override = OverridesParser.create().parse_override(word)
-            OmegaConf.update(tree, override.key_or_group, override.value(), force_add="extra" in word)
+            OmegaConf.update(
+                tree, override.key_or_group, override.value(), force_add="extra" in word or "sbatch_args" in word
+            )
     return tree
 
 
@@ -87,10 +89,17 @@ def problems_in(tree: DictConfig, changes: dict[str, object] | None = None) -> l
 
 
 def unstarted_environment() -> dict[str, str]:
-    """This environment, as if nobody had started ranks (the tests may run in a Slurm job) and without a GPU."""
+    """This environment, as if nobody had started ranks (the tests may run in a Slurm job), without a GPU and Slurm."""
     started = [name for name in os.environ if name in STARTED_BY or name.startswith(("SLURM", "MIXTRAIN"))]
     kept = {name: value for name, value in os.environ.items() if name not in started}
-    return kept | {"CUDA_VISIBLE_DEVICES": ""}
+    return kept | {"CUDA_VISIBLE_DEVICES": "", "PATH": path_without_slurm()}
+
+
+def path_without_slurm() -> str:
+    """PATH less the folders that have sbatch: the tests mean a machine without, wherever they run."""
+    return os.pathsep.join(
+        folder for folder in os.environ["PATH"].split(os.pathsep) if not os.path.exists(os.path.join(folder, "sbatch"))
+    )
 
 
 def run_train(

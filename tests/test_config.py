@@ -12,7 +12,7 @@ from composing import RECIPES, config_of, problems_in, tree_of
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mixtrain.compose import CONF, options
-from mixtrain.config import Config, legal_keys, plain, to_yaml, unknown_key
+from mixtrain.config import FREE, Config, legal_keys, plain, to_yaml, unknown_key
 from mixtrain.errors import UserError
 
 SECTIONS = sorted({key.split(".")[0] for key in legal_keys() if "." in key})
@@ -57,7 +57,7 @@ def test_no_dataclass_holds_a_value():
         for entry in fields(section):
             if is_dataclass(hints[entry.name]):
                 check(hints[entry.name])
-            elif entry.name == "extra":
+            elif entry.name in ("extra", "sbatch_args"):
                 assert entry.default_factory is dict
             else:
                 assert entry.default == MISSING and entry.default_factory is NO_DEFAULT, entry.name
@@ -69,7 +69,7 @@ def test_no_dataclass_holds_a_value():
 def test_a_section_that_is_lost_is_reported_key_by_key(default_tree, section):
     tree = OmegaConf.create(OmegaConf.to_container(default_tree))
     del tree[section]
-    keys = {key for key in legal_keys() if key.startswith(f"{section}.")} - {"model.extra"}
+    keys = {key for key in legal_keys() if key.startswith(f"{section}.")} - set(FREE)
     assert {problem.split(" has no value")[0] for problem in problems_in(tree)} == keys
 
 

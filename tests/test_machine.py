@@ -8,7 +8,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
-from composing import plan_of
+from composing import path_without_slurm, plan_of
 
 from mixtrain.config import legal_keys
 from mixtrain.environment import Identity, identity
@@ -23,11 +23,12 @@ INDEXED = ["data=indexed", "data.seq_length=128"]
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch, tmp_path):
-    """Nobody has started ranks, no GPU is visible, and the directory is empty."""
+    """Nobody has started ranks, no GPU and no Slurm is there, and the directory is empty."""
     for name in list(os.environ):
         if name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") or "LOCAL_" in name or "SLURM" in name:
             monkeypatch.delenv(name)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("PATH", path_without_slurm())
     monkeypatch.chdir(tmp_path)
 
 

@@ -43,6 +43,9 @@ ELSEWHERE = {
     ("shrink", "laptop"):        "tests of the recipes, below",
     ("shrink", "parity"):        "tests/test_certificate.py",
     ("trainer", "laptop"):       "every test here",
+    ("launcher", "auto"):        "every test here",
+    ("launcher", "local"):       "tests/launch/test_choose.py",
+    ("launcher", "slurm"):       "tests/launch/test_choose.py",
 }
 # fmt: on
 TRAINED = [

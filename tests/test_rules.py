@@ -22,6 +22,19 @@ OFFLOAD = f"{TE} trainer.accelerator=gpu trainer.fine_grained_activation_offload
 # rule, overrides on top of the default configuration, what one line of the refusal must contain
 # fmt: off
 CASES = [
+    ("time_is_slurms", "launcher.time=tomorrow", ["launcher.time = tomorrow is no time of Slurm's"]),
+    ("time_leaves_some_to_train", "launcher.time=5",
+     ["launcher.time = 5 is 300 s", "asked to stop 300 s before the limit", "at least 6 (minutes)"]),
+    ("gpus_are_those_of_the_ranks", "trainer.accelerator=gpu launcher.gpus_per_node=1",
+     ["launcher.gpus_per_node = 1 must be at least trainer.devices = 2"]),
+    ("flags_are_not_ours", "launcher.sbatch_args.N=2", ["launcher.sbatch_args.N must be the long name of a flag"]),
+    ("flags_are_not_ours", "launcher.sbatch_args.ntasks_per_node=2",
+     ["launcher.sbatch_args.ntasks_per_node has a key of its own; set trainer.devices"]),
+    ("flags_are_not_ours", "launcher.sbatch_args.wrap=date", ["launcher.sbatch_args.wrap would make another job"]),
+    ("flags_are_not_ours", "launcher.sbatch_args.comment='a\"b'", ["launcher.sbatch_args.comment has", "double quote"]),
+    ("names_are_names", "launcher.account='a\"b'", ["launcher.account = a\"b must be a name"]),
+    ("mounts_need_an_image", "launcher.container_mounts=[/data]",
+     ["launcher.container_mounts = [/data], but launcher.container_image = null"]),
     ("dense_ranks", "parallel.tensor_model_parallel_size=4 trainer.devices=6",
      ["trainer.devices * trainer.num_nodes = 6*1 = 6", "TP*PP*CP = 4", "use 4 or 8 ranks"]),
     ("expert_ranks", "parallel=ep1 parallel.expert_model_parallel_size=4 trainer.devices=3 trainer.num_nodes=2",
@@ -278,6 +291,10 @@ CASES = [
 
 # what is next to a breach, and legal
 LEGAL = [
+    "launcher.time=6 launcher.sbatch_args.signal=USR1@300",
+    "launcher.time=1 launcher.sbatch_args.signal=USR1@30",
+    "launcher.time=1-00 launcher.account=lab-7 launcher.partition='a100,h100' launcher.sbatch_args.job_name=x",
+    "launcher.time=1 trainer.mode=preflight",
     "model.moe_router_topk=8",
     "data.seq_length=2048",
     "data.seq_length=127",

@@ -55,7 +55,7 @@ def time_leaves_some_to_train(plan: Plan) -> Problems:
         return
     yield (
         f"launcher.time = {time} is {seconds:.0f} s, but the run is asked to stop {warning} s before the limit; use at"
-        f" least {math.ceil((warning + TO_START_S) / 60)} (minutes), or a later launcher.sbatch_args.signal=USR1@60"
+        f" least {math.ceil((warning + TO_START_S) / 60)} (minutes), or later: launcher.sbatch_args.signal=USR1@60"
     )
 
 
@@ -82,6 +82,9 @@ def flags_are_not_ours(plan: Plan) -> Problems:
             yield f"launcher.sbatch_args.{flag} would make another job of it; take it out"
         elif any(sign in str(value) for sign in '\n\r"'):
             yield f"launcher.sbatch_args.{flag} has a line break or a double quote, which no #SBATCH line can hold"
+
+
+def names_are_names(plan: Plan) -> Problems:
     for key in ("partition", "account"):
         value = getattr(plan.config.launcher, key)
         if value is not None and not re.fullmatch(r"[\w.,@+-]+", value):
@@ -98,5 +101,6 @@ def mounts_need_an_image(plan: Plan) -> Problems:
 
 
 RULES = [
-    time_is_slurms, time_leaves_some_to_train, gpus_are_those_of_the_ranks, flags_are_not_ours, mounts_need_an_image,
+    time_is_slurms, time_leaves_some_to_train, gpus_are_those_of_the_ranks, flags_are_not_ours, names_are_names,
+    mounts_need_an_image,
 ]  # fmt: skip
