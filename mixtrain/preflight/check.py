@@ -126,7 +126,7 @@ class Preflight:
         found, figures = parity.verdict(plans, Path(out), self.gather(result))
         self._write({"parity": {"differences": found.differences, "outside": found.outside[:20]}})
         if found.outside:
-            raise Fault(f"the shrunk recipe is not what the CPU computes: {parity.with_nodes(found.outside[0], nodes)}")
+            raise Fault(f"the shrunk recipe is not what the CPU computes: {parity.first_outside(found, nodes)}")
         worst = max(found.differences["lm_loss"], found.differences["grad_norm"])
         self._row("parity", f"lm_loss {figures['lm_loss'][0]:.4f} and all gradients are the CPU's, within {worst:.0e}")
 

@@ -102,8 +102,9 @@ def figures_in(out: Path) -> dict:
     return json.loads(out.with_suffix(".json").read_text())
 
 
-def with_nodes(words: str, nodes: list[str]) -> str:
-    """A sentence of the verdict with the node of the rank that it names."""
+def first_outside(found: Verdict, nodes: list[str]) -> str:
+    """What is outside first, with its node: a gradient, as that of an expert is a rank's own; a norm is everybody's."""
+    words = next((line for line in found.outside if line.startswith("gradient of")), found.outside[0])
     return re.sub(r"on rank (\d+)", lambda found: f"on rank {found[1]}, node {nodes[int(found[1])]},", words)
 
 

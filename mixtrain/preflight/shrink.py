@@ -44,6 +44,7 @@ def shrunk(plan: Plan) -> Shrunk | str:
 def _sizes(config: Config) -> Config:
     tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     small = OmegaConf.to_container(OmegaConf.load(CONF / "shrink" / "parity.yaml"))
+    tree |= {"name": "preflight", "run_dir": "preflight"}  # the same result for every run of these switches
     kept = config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes
     for section in SIZES:
         tree[section] |= {key: value for key, value in small.get(section, {}).items() if key in tree[section]}
