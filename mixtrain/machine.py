@@ -82,6 +82,8 @@ def gpus(plan: Plan, overrides: list[str]) -> Problems:
             f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine has {found} GPUs."
             f" To see the plan alone: {train_command(plan_overrides(overrides))}; to try the code path on this CPU:"
             f" {train_command(cpu_overrides(overrides))}"
+            + f"; on the cluster: {train_command([*overrides, 'launcher=slurm'])}"
+            * (shutil.which("sbatch") is not None)
         )
 
 

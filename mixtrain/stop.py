@@ -18,7 +18,7 @@ class StopRequest:
     """The signals that asked, in their order. Use as a context manager, on the main thread."""
 
     def __init__(self) -> None:
-        self.signals: list[int] = _early
+        self.signals: list[int] = []
 
     @property
     def signal(self) -> int | None:
@@ -32,6 +32,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._before = _handle(lambda number, _frame: self.signals.append(number))
+        self.signals[:0], _early[:] = list(_early), []
         return self
 
     def __exit__(self, *_: object) -> None:

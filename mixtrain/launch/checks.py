@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
+from mixtrain.config import Mode, Resume
 from mixtrain.errors import UserError
 from mixtrain.launch import cluster, containers
 from mixtrain.launch.cluster import Node
@@ -24,7 +25,7 @@ TASK = "SLURM_ARRAY_TASK_ID"
 
 def submission_problems(plan: Plan, words: list[str], folder: Path) -> list[str]:
     """Every reason why the plan of `words` should not be submitted from `folder`, its data and directory apart."""
-    found = [*files(plan, folder), *container(plan, folder), *array(plan, words)]
+    found = [*files(plan, folder), *container(plan, folder), *array(plan, words), *may_return(plan)]
     if not cluster.has_slurm():
         return [*found, no_slurm(plan)]
     try:
@@ -62,6 +63,14 @@ def container(plan: Plan, folder: Path) -> Problems:
         if not os.path.exists(mount.host):
             yield f"launcher.container_mounts: {mount.host} does not exist on this machine"
     yield from containers.hidden(plan.config, folder, mounts)
+
+
+def may_return(plan: Plan) -> Problems:
+    if plan.config.checkpoint.resume is Resume.never and plan.saves and plan.config.trainer.mode is Mode.train:
+        yield (
+            "checkpoint.resume = never would refuse the job when it returns to its run_dir; use auto, in a run_dir that"
+            " holds no run yet"
+        )
 
 
 def array(plan: Plan, words: list[str]) -> Problems:

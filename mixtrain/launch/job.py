@@ -89,6 +89,9 @@ def end(plan: Plan, code: int) -> int | str:
         say(f"mixtrain: {status.get('state', 'ended')} after {status.get('step', 0)} steps; see {run_dir}")
         return FINISHED
     step, reason = status["step"], status.get("reason")
+    if not plan.saves:
+        say(f"mixtrain: {reason}, after {step} steps; none of them was saved (checkpoint), so it does not return")
+        return FINISHED
     if too_often(logs, step, plan.config.launcher.max_requeues):
         words = f"{reason}; returned {plan.config.launcher.max_requeues} times and came no further than step {step}"
         say(f"mixtrain: {words}; give it more launcher.time, or launcher.max_requeues")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from composing import plan_of
 
-from mixtrain.launch.checks import array, fits
+from mixtrain.launch.checks import array, fits, may_return
 from mixtrain.launch.cluster import Node, gpus_of
 from mixtrain.rules.launcher import seconds_of
 
@@ -70,3 +70,10 @@ def test_a_cluster_without_a_default_partition_is_given_its_names():
 ])  # fmt: skip
 def test_an_array_side_by_side_needs_a_directory_for_each(words, refused):
     assert bool(list(array(plan_of(*words), words))) is refused
+
+
+def test_a_run_that_may_not_be_resumed_is_not_sent():
+    (problem,) = may_return(plan_of("checkpoint.resume=never"))
+    assert problem.startswith("checkpoint.resume = never would refuse the job when it returns")
+    assert list(may_return(plan_of("checkpoint.resume=never", "checkpoint=none"))) == []
+    assert list(may_return(plan_of())) == []

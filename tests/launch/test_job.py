@@ -146,3 +146,9 @@ def test_returns_are_noted_with_their_step(capsys, run_dir):
     ended(capsys, run_dir, 0)
     (line,) = (run_dir / "logs" / "job_17" / job.RETURNS).read_text().splitlines()
     assert json.loads(line)["step"] == 40
+
+
+def test_a_run_that_saves_nothing_does_not_return(capsys, run_dir):
+    status(run_dir, "stopped", 40)
+    verdict, said = ended(capsys, run_dir, 0, "checkpoint=none")
+    assert verdict == "0" and "does not return" in said

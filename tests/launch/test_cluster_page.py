@@ -1,0 +1,61 @@
+"""docs/cluster.md and the README are true: their commands compose, and their keys exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from composing import ROOT, run_train, unstarted_environment
+
+from mixtrain.config import legal_keys
+
+PAGES = {name: (ROOT / name).read_text() for name in ("docs/cluster.md", "README.md")}
+COMMANDS = [
+    shlex.split(line[2:].rstrip("\\") + (" " + following.strip() if line.endswith("\\") else ""))
+    for page in PAGES.values()
+    for block in re.findall(r"```console\n(.*?)```", page, flags=re.DOTALL)
+    for line, following in zip(block.splitlines(), [*block.splitlines()[1:], ""], strict=True)
+    if line.startswith("$ ")
+]
+SUBMISSIONS = [words for words in COMMANDS if "tools/submit.py" in words]
+
+
+@pytest.mark.parametrize("words", SUBMISSIONS, ids=" ".join)
+def test_a_submission_that_is_shown_can_be_printed_without_slurm(words, tmp_path):
+    overrides = [word for word in words[words.index("tools/submit.py") + 1 :] if word != "--print"]
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "tools/submit.py"), *overrides, "--print"],
+        cwd=tmp_path,
+        env=unstarted_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("#!/usr/bin/env bash\n") and all(word in shown.stdout for word in overrides)
+    assert shown.stderr.startswith("would be sent by: ") and list(tmp_path.iterdir()) == []
+
+
+def test_submissions_and_jobs_by_hand_are_shown():
+    assert len(SUBMISSIONS) >= 4
+    by_hand = [words for words in COMMANDS if "slurm/train.sbatch" in words]
+    assert by_hand
+    for words in by_hand:
+        overrides = words[words.index("slurm/train.sbatch") + 1 :]
+        assert run_train(*overrides, "trainer.mode=plan").returncode == 0
+
+
+def test_every_key_of_the_launcher_is_explained():
+    page = PAGES["docs/cluster.md"]
+    for key in legal_keys():
+        if key.startswith("launcher.") and key != "launcher.type":
+            assert re.search(rf"`(launcher\.)?{key.removeprefix('launcher.')}`", page), key
+
+
+def test_every_key_that_is_named_is_a_key():
+    named = re.findall(r"`((?:launcher|trainer|checkpoint)\.[a-z_]+)", PAGES["docs/cluster.md"])
+    assert named and set(named) <= set(legal_keys())
