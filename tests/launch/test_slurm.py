@@ -130,7 +130,8 @@ def test_a_job_signalled_at_a_step_returns_and_ends_with_the_metrics_of_one_that
 
 def test_a_job_that_meets_its_time_limit_returns_and_one_that_is_cancelled_does_not(cluster, limited):
     wait(lambda: cluster.is_requeued(limited), 100, cluster.logs)
-    cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=30")  # an administrator may: once is enough
+    cluster.run("scontrol", "update", "PartitionName=short", "MaxTime=60")  # an administrator may: once is enough
+    cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=30")
     cluster.let_return(limited)
     log = log_of(cluster, limited, "limited")
     left = re.search(r"stopped by SIGUSR1, after (\d+) of 100000 steps: returning to the queue", log)
@@ -138,6 +139,7 @@ def test_a_job_that_meets_its_time_limit_returns_and_one_that_is_cancelled_does_
     wait_for_step(cluster, limited, "limited", int(left[1]) + 3)
     cluster.run("scancel", limited)
     cluster.wait_for(limited, "CANCELLED")
+    wait(lambda: not cluster.ask("squeue", "--job", limited), 45, cluster.logs)  # it is saving
     last = read_status(cluster.folder / "limited")
     assert (last["state"], last["reason"]) == ("stopped", "stopped by SIGTERM")
     steps = [record["step"] for record in records(cluster.folder / "limited") if "lm_loss" in record]
