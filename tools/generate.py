@@ -23,12 +23,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain import launch  # noqa: E402
 from mixtrain.environment import LAUNCHER, Identity, die_with, identity  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.generate import settings, tokenizer  # noqa: E402
 from mixtrain.generate.request import Request, Sampling, read_prompts  # noqa: E402
 from mixtrain.generate.words import Follower, say  # noqa: E402
+from mixtrain.launch import local  # noqa: E402
 from mixtrain.plan import Plan  # noqa: E402
 from mixtrain.status import read_status  # noqa: E402
 from mixtrain.tool import INTERRUPTED  # noqa: E402
@@ -98,7 +98,7 @@ def start(plan: Plan, request: Request, folder: str) -> int:
     """Start this machine's ranks and wait for them."""
     request.write(folder)
     with Follower(Path(folder, "logs", "rank_0.log")):
-        code = launch.start(plan, (sys.executable, str(Path(__file__).resolve())))
+        code = local.start(plan, (sys.executable, str(Path(__file__).resolve())))
     return INTERRUPTED if code == FINISHED and read_status(folder)["state"] == "stopped" else code
 
 
@@ -114,7 +114,7 @@ def main() -> int:
         me = identity()
         if me and me.is_ours:
             die_with(int(os.environ[LAUNCHER]))
-            plan = launch.handed_plan()
+            plan = local.handed_plan()
             return rank(plan, Request.read(plan.config.run_dir), me)
         return generate(*parse_arguments(), me)
     except UserError as error:
