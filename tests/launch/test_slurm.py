@@ -113,21 +113,6 @@ def test_print_writes_byte_for_byte_what_slurm_has_been_sent(cluster, whole):
     assert jobs_so_far(cluster) == before
 
 
-def test_a_job_signalled_at_a_step_returns_and_ends_with_the_metrics_of_one_that_was_not(cluster, whole):
-    job = submit(cluster, *SHOWS, "run_dir=signalled")
-    wait_for_step(cluster, job, "signalled", 7)
-    cluster.run("scancel", "--signal=USR1", job)
-    cluster.wait_for(job, "PENDING")
-    status = read_status(cluster.folder / "signalled")
-    assert (status["state"], status["reason"]) == ("stopped", "stopped by SIGUSR1") and 7 <= status["step"] < 20
-    cluster.let_return(job)
-    cluster.wait_for(job, "COMPLETED")
-    assert cluster.job(job)["Restarts"] == "1"
-    assert f"resumed from signalled/iter_{status['step']:07d}" in log_of(cluster, job, "signalled", 0)
-    assert records(cluster.folder / "signalled") == records(cluster.folder / RUN)
-    assert f"after {status['step']} of 20 steps: returning to the queue" in log_of(cluster, job, "signalled")
-
-
 def test_a_job_that_meets_its_time_limit_returns_and_one_that_is_cancelled_does_not(cluster, limited):
     wait(lambda: cluster.is_requeued(limited), 100, cluster.logs)
     cluster.run("scontrol", "update", "PartitionName=short", "MaxTime=60")  # an administrator may: once is enough
@@ -145,6 +130,21 @@ def test_a_job_that_meets_its_time_limit_returns_and_one_that_is_cancelled_does_
     steps = [record["step"] for record in records(cluster.folder / "limited") if "lm_loss" in record]
     assert steps == list(range(1, last["step"] + 1))  # none lost, none twice
     assert f"resumed from limited/iter_{int(left[-1]):07d}" in log_of(cluster, limited, "limited", 0)
+
+
+def test_a_job_signalled_at_a_step_returns_and_ends_with_the_metrics_of_one_that_was_not(cluster, whole):
+    job = submit(cluster, *SHOWS, "run_dir=signalled")
+    wait_for_step(cluster, job, "signalled", 7)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait_for(job, "PENDING")
+    status = read_status(cluster.folder / "signalled")
+    assert (status["state"], status["reason"]) == ("stopped", "stopped by SIGUSR1") and 7 <= status["step"] < 20
+    cluster.let_return(job)
+    cluster.wait_for(job, "COMPLETED")
+    assert cluster.job(job)["Restarts"] == "1"
+    assert f"resumed from signalled/iter_{status['step']:07d}" in log_of(cluster, job, "signalled", 0)
+    assert records(cluster.folder / "signalled") == records(cluster.folder / RUN)
+    assert f"after {status['step']} of 20 steps: returning to the queue" in log_of(cluster, job, "signalled")
 
 
 def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster, whole):
