@@ -35,8 +35,6 @@ RETURNS = "returns.jsonl"  # beside the ranks' logs: the step of each return
 
 
 def main(arguments: list[str]) -> int:
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the job is asked to stop: that is the ranks' to do, this takes a second
     try:
         verb, *rest = arguments
         if verb == "begin":
@@ -139,4 +137,6 @@ def _text(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the job is asked to stop: that is the ranks' to do, this takes a second
     sys.exit(main(sys.argv[1:]))

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from mixtrain import limits
 from mixtrain.compose import CONF
-from mixtrain.config import Accelerator, AttnBackend, Config, Dispatcher, ParallelConfig, TransformerImpl
+from mixtrain.config import Accelerator, AttnBackend, Config, Dispatcher, TransformerImpl
 from mixtrain.errors import UserError
 from mixtrain.plan import Plan, derive, make_plan, resolve
 from mixtrain.rules.upstream import present
@@ -23,6 +23,20 @@ TOKENS = 8  # of a sequence: few choices of experts, so that none is near a tie
 LEAST = 8  # experts, or twice as many as a token goes to
 
 
+# fmt: off
+WHOLE = {  # what else splits a model
+    "virtual_pipeline_model_parallel_size":       None,
+    "sequence_parallel":                          False,
+    "data_parallel_sharding_strategy":            None,
+    "num_layers_in_first_pipeline_stage":         None,
+    "num_layers_in_last_pipeline_stage":          None,
+    "account_for_embedding_in_pipeline_split":    False,
+    "account_for_loss_in_pipeline_split":         False,
+    "pipeline_model_parallel_layout":             None,
+}
+# fmt: on
+
+
 class Shrunk(NamedTuple):
     here: Plan  # at the run's layout, on its hardware
     one: Plan  # one CPU rank
@@ -30,7 +44,7 @@ class Shrunk(NamedTuple):
 
 def shrunk(plan: Plan) -> Shrunk | str:
     """Both plans, or the reason why this layout must compute something else than one rank."""
-    config = _sizes(plan.config)
+    config = _sizes(plan)
     if beyond := limits.broken(config, plan.data_parallel_size):
         return f"{beyond[0][0].name}: {beyond[0][0].why}"
     if met := present(derive(resolve(config))):
@@ -41,58 +55,58 @@ def shrunk(plan: Plan) -> Shrunk | str:
         return error.problems[0]
 
 
-def _sizes(config: Config) -> Config:
+def _sizes(plan: Plan) -> Config:
+    config = plan.config
     tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     small = OmegaConf.to_container(OmegaConf.load(CONF / "shrink" / "parity.yaml"))
-    tree |= {"name": "preflight", "run_dir": "preflight"}  # the same result for every run of these switches
-    kept = config.trainer.accelerator, config.trainer.devices, config.trainer.num_nodes
     for section in SIZES:
-        tree[section] |= {key: value for key, value in small.get(section, {}).items() if key in tree[section]}
-    parallel, model, data, trainer = config.parallel, tree["model"], tree["data"], tree["trainer"]
-    trainer |= {"accelerator": kept[0].name, "devices": kept[1], "num_nodes": kept[2], "mode": "train"}
-    tp, cp, pp = (
-        parallel.tensor_model_parallel_size,
-        parallel.context_parallel_size,
-        parallel.pipeline_model_parallel_size,
-    )
-    tokens = max(TOKENS, 2 * tp * cp)
-    data |= {"seq_length": tokens, "data_path": None, "tokenizer": None}
-    model |= {"num_layers": None, "max_position_embeddings": max(tokens, model["max_position_embeddings"])}
-    if model["num_query_groups"] % tp:
-        model |= {"num_query_groups": tp, "num_attention_heads": tp}
-    ep = parallel.expert_model_parallel_size
-    fewest = max(LEAST, 2 * model["moe_router_topk"])
-    model["num_moe_experts"] = min(config.model.num_moe_experts, -(-fewest // ep) * ep)
-    copies = kept[1] * kept[2] // (tp * cp * pp)
-    trainer["global_batch_size"] = copies * (pp if parallel.virtual_pipeline_model_parallel_size else 1)
-    if tree["dispatcher"]["moe_token_dispatcher_type"] == Dispatcher.flex.name:  # its kernels take no fp32
+        tree[section] |= {key: value for key, value in small[section].items() if key in tree[section]}
+    tree |= {"name": "preflight", "run_dir": "preflight"}  # the same result for every run of these switches
+    trainer = config.trainer
+    tree["trainer"] |= {
+        "mode": "train",
+        "accelerator": trainer.accelerator.name,
+        "devices": trainer.devices,
+        "num_nodes": trainer.num_nodes,
+        "global_batch_size": _sequences(plan),
+    }
+    tokens = max(TOKENS, 2 * config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size)
+    tree["data"] |= {"seq_length": tokens, "data_path": None, "tokenizer": None}
+    tree["model"] |= _layers_and_experts(config, tree["model"], tokens)
+    if config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex:  # its kernels take no fp32
         tree["dispatcher"]["moe_token_dispatcher_type"] = Dispatcher.alltoall.name
     return Config.from_hydra(OmegaConf.create(tree))
 
 
+def _sequences(plan: Plan) -> int:
+    """The fewest of a step: one a rank, and for virtual stages as many microbatches as stages."""
+    parallel = plan.config.parallel
+    stages = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
+    return plan.data_parallel_size * stages
+
+
+def _layers_and_experts(config: Config, small: dict, tokens: int) -> dict:
+    """As few layers as the pipeline needs, as few experts as the layout lets be split."""
+    tp, ep = config.parallel.tensor_model_parallel_size, config.parallel.expert_model_parallel_size
+    fewest = max(LEAST, 2 * config.model.moe_router_topk)
+    sizes = {
+        "num_layers": None,
+        "max_position_embeddings": max(tokens, small["max_position_embeddings"]),
+        "num_moe_experts": min(config.model.num_moe_experts, -(-fewest // ep) * ep),
+    }
+    if small["num_query_groups"] % tp:
+        sizes |= {"num_query_groups": tp, "num_attention_heads": tp}
+    return sizes
+
+
 def _on_one_rank(config: Config) -> Config:
-    parallel = replace(
-        config.parallel,
-        **dict.fromkeys([name for name in vars(config.parallel) if name.endswith(("_parallel_size", "_instances"))], 1),
-    )
-    parallel = replace(parallel, virtual_pipeline_model_parallel_size=None, sequence_parallel=False, **_NO_STAGES)
-    layers = resolve(config).model.num_layers
+    sizes = [name for name in vars(config.parallel) if name.endswith(("_parallel_size", "_instances"))]
+    parallel = replace(config.parallel, **dict.fromkeys(sizes, 1))
     model = replace(
         config.model,
-        num_layers=layers,
+        num_layers=resolve(config).model.num_layers,
         transformer_impl=TransformerImpl.torch,
         attention_backend=AttnBackend.auto,
     )
     trainer = replace(config.trainer, accelerator=Accelerator.cpu, devices=1, num_nodes=1)
-    return replace(config, parallel=parallel, model=model, trainer=trainer)
-
-
-_NO_STAGES = {
-    "data_parallel_sharding_strategy": None,
-    "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None,
-    "account_for_embedding_in_pipeline_split": False,
-    "account_for_loss_in_pipeline_split": False,
-    "pipeline_model_parallel_layout": None,
-}
-assert set(_NO_STAGES) <= set(ParallelConfig.__dataclass_fields__)
+    return replace(config, parallel=replace(parallel, **WHOLE), model=model, trainer=trainer)

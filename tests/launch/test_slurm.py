@@ -149,7 +149,7 @@ def test_a_job_signalled_at_a_step_returns_and_ends_with_the_metrics_of_one_that
 
 def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster, whole):
     by_hand = {"MIXTRAIN_PYTHON": sys.executable, "MIXTRAIN_ROOT": str(ROOT)}
-    words = [*SHOWS, "run_dir=down", "checkpoint.save_interval=4"]
+    words = [*SHOWS, "run_dir=down", "checkpoint.save_interval=4", "trainer.preflight=never"]
     script = ["sbatch", "--parsable", "--nodes=2", "--output=down_%j.log", str(ROOT / "slurm/train.sbatch")]
     before, cluster.environment = cluster.environment, cluster.environment | by_hand
     job = cluster.run(*script, *words).stdout.strip()
