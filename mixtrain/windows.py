@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,11 +30,6 @@ def window(path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) ->
         except ValueError as error:
             raise OSError(0, f"it ends before byte {offset - before + size:,}", str(path)) from error
     with contextlib.suppress(OSError):
+        mapped.madvise(mmap.MADV_WILLNEED)  # one large read ahead where the pages are not in memory
         mapped.madvise(POPULATE_READ)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=before).view(tuple(shape))
-
-
-def will_need(path: Path, offset: int, size: int) -> None:
-    """Tell the kernel to begin reading these bytes."""
-    with open(path, "rb") as file, contextlib.suppress(OSError, AttributeError):
-        os.posix_fadvise(file.fileno(), offset, size, os.POSIX_FADV_WILLNEED)
