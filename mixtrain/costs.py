@@ -51,6 +51,19 @@ def active_parameters(model: ModelConfig) -> int:
     return total_parameters(model, experts=model.moe_router_topk)
 
 
+def training_flops(model: ModelConfig, seq_length: int, causal: bool) -> float:
+    """Floating-point operations of training on one token, forward and backward, nothing recomputed.
+
+    6 for each weight that it is multiplied with (not the embedding, which is looked up). The two products of attention
+    are counted for the half of the score matrix that is causal, or for all of it, as Megatron-LM's older count does.
+    """
+    layer = layer_parameters(model)
+    router = model.hidden_size * model.num_moe_experts
+    weights = layer.attention + router + layer.shared_expert + model.moe_router_topk * layer.expert
+    scores = 2 * seq_length * model.num_attention_heads * model.kv_channels / (2 if causal else 1)
+    return 6 * (model.num_layers * (weights + scores) + model.vocab_size * model.hidden_size)
+
+
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
     """(dense, expert) parameters on one rank of pipeline stage `stage`.
 

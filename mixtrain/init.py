@@ -8,6 +8,7 @@ on the CPU on every machine; the layout only decides who draws what.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 
 import torch
@@ -44,7 +45,7 @@ def initialise(model: torch.nn.Module, plan: Plan) -> None:
     for shard in places.shards(model):
         if contract.starts(shard.key) == "buffer":
             continue  # its module has filled it
-        seed = f"{plan.config.seed}/{shard.key}/{'/'.join(map(str, shard.numbers))}"
+        seed = seed_of(plan, shard.key, shard.numbers)
         if last[0] != seed:  # gate and up are two parts of one tensor: draw it once
             last = (seed, draw(seed, shard.key, shapes[shard.key][len(shard.numbers) :], plan))
         shard.data.copy_(last[1][shard.cut])
@@ -52,6 +53,24 @@ def initialise(model: torch.nn.Module, plan: Plan) -> None:
     total = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
     if drawn != total:
         raise RuntimeError(f"initialised {drawn} of {total} parameters: a tensor is missing from sharded_state_dict")
+
+
+def seed_of(plan: Plan, key: str, numbers: tuple[int, ...]) -> str:
+    """`numbers`: the layer and the expert, of a tensor that has them."""
+    return f"{plan.config.seed}/{key}/{'/'.join(map(str, numbers))}"
+
+
+def wholes(plan: Plan, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Every tensor of the model as it starts, whole, by key on disk: what `initialise` cuts, without a model."""
+    drawn = {}
+    for key, shape in contract.shapes(plan.config).items():
+        if contract.starts(key) == "buffer":
+            continue
+        drawn[key] = torch.empty(shape, dtype=dtype)
+        axes = contract.stacked(key)
+        for numbers in itertools.product(*map(range, shape[:axes])):
+            drawn[key][numbers] = draw(seed_of(plan, key, numbers), key, shape[axes:], plan)
+    return drawn
 
 
 def draw(seed: str, key: str, shape: tuple[int, ...], plan: Plan) -> torch.Tensor:

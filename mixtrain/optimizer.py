@@ -27,10 +27,7 @@ class Training:
 
 def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
     """Wrap the model chunks for data parallelism and give them their optimizer and schedule."""
-    config = models[0].config
-    ddp = ddp_config(plan)
-    wrapper = FullyShardedDataParallel if ddp.use_megatron_fsdp else DistributedDataParallel
-    chunks = [wrapper(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)]
+    config, chunks = models[0].config, reduced(plan, models)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             **same_names(plan, OptimizerConfig),
@@ -41,12 +38,20 @@ def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
     )
     if not isinstance(optimizer, ChainedOptimizer):  # Megatron-FSDP's: it would look at the norm only if it clips
         optimizer = ChainedOptimizer([optimizer])
-    config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = optimizer.scale_loss
+    return Training(chunks, optimizer, build_scheduler(plan, optimizer))
+
+
+def reduced(plan: Plan, models: list[torch.nn.Module]) -> list[DistributedDataParallel]:
+    """The model chunks with gradient buffers that are reduced over data-parallel ranks at the end of a backward pass."""
+    config, ddp = models[0].config, ddp_config(plan)
+    wrapper = FullyShardedDataParallel if ddp.use_megatron_fsdp else DistributedDataParallel
+    chunks = [wrapper(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)]
+    config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in chunks]
         config.no_sync_func = hooks if len(hooks) > 1 else hooks[0]
-    return Training(chunks, optimizer, build_scheduler(plan, optimizer))
+    return chunks
 
 
 def ddp_config(plan: Plan) -> DistributedDataParallelConfig:

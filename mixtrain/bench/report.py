@@ -1,0 +1,86 @@
+"""How a benchmark reads in a terminal: a table a row, made of nothing but readings and facts. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from mixtrain.bench.figures import Figures, figures
+from mixtrain.bench.machine import peak_tflops
+from mixtrain.bench.reading import Reading
+
+GIB = 2**30
+WIDTH = 100
+UNITS = {"tokens": ("tokens/s", 1, ",.0f"), "bytes": ("GB/s", 1e-9, ".2f"), "runs": ("s", None, ".2f")}
+
+
+def show(facts: dict[str, str], readings: Iterable[Reading]) -> None:
+    """Print the facts, a table for each row, and what the columns mean."""
+    console = Console(width=WIDTH, highlight=False)
+    for name, value in facts.items():
+        console.print(f"{name:<9} {value}", soft_wrap=True)
+    rows: dict[str, list[Figures]] = {}
+    for figure in figures(readings):
+        rows.setdefault(figure.row, []).append(figure)
+    for row, found in rows.items():
+        console.print()
+        console.print(_table(row, found, peak_tflops(facts["machine"])))
+    console.print()
+    for line in legend(facts, [figure for found in rows.values() for figure in found]):
+        console.print(line)
+
+
+def _table(row: str, found: list[Figures], peak: int | None) -> Table:
+    unit, scale, form = UNITS[found[0].unit]
+    columns = {
+        unit: [f"{figure.rate * scale if scale else figure.seconds:{form}}" for figure in found],
+        f"{found[0].variant} / this": [str(figure.ratio or "") for figure in found],
+        "by CPU time": [f"{figure.cpu_ratio.median:.2f}" if figure.cpu_ratio else "" for figure in found],
+        "peak GiB": [_gib(figure.peak_bytes) for figure in found],
+        "state GiB": [_gib(figure.held_bytes) for figure in found],
+        "planned": [_gib(figure.state_bytes) for figure in found],
+        "TFLOP/s": [_tflops(figure, figure.flops_causal) for figure in found],
+        "TFLOP/s whole": [_tflops(figure, figure.flops_whole) for figure in found],
+        "MFU": [_mfu(figure, peak) for figure in found],
+    }
+    rounds = f"{found[0].rounds} rounds" if found[0].rounds > 1 else "1 round"
+    table = Table(title=f"{row}, {rounds}", title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("variant", no_wrap=True)
+    shown = {name: cells for name, cells in columns.items() if any(cells)}
+    for name in shown:
+        table.add_column(name, justify="right", no_wrap=True)
+    for number, figure in enumerate(found):
+        table.add_row(figure.variant, *(cells[number] for cells in shown.values()))
+    return table
+
+
+def _gib(count: int | None) -> str:
+    return "" if count is None else f"{count / GIB:.2f}"
+
+
+def _tflops(figure: Figures, flops: float | None) -> str:
+    """A rank, that is a GPU."""
+    if not flops:
+        return ""
+    tflops = figure.rate * flops / figure.ranks / 1e12
+    return f"{tflops:.0f}" if tflops >= 10 else f"{tflops:.3f}"
+
+
+def _mfu(figure: Figures, peak: int | None) -> str:
+    if peak is None or not figure.flops_whole:
+        return ""
+    return f"{figure.rate * figure.flops_whole / figure.ranks / 1e12 / peak:.1%}"
+
+
+def legend(facts: dict[str, str], found: list[Figures]) -> Iterator[str]:
+    yield "speeds: medians over rounds; ratios: the median of those within a round (95% interval of the median)"
+    if any(figure.held_bytes for figure in found):
+        yield "peak and state GiB: of the fullest rank, within and between steps; planned: the state by the plan"
+    if any(figure.flops_whole for figure in found):
+        yield "TFLOP/s of a rank: 6 a weight and token, and attention's causal half of the scores or the whole,"
+        yield "which is how Megatron-Core's published figures count; recomputing is not counted"
+    if peak := peak_tflops(facts["machine"]):
+        yield f"MFU: TFLOP/s whole over the dense bf16 peak of {peak} TFLOP/s"

@@ -1,0 +1,111 @@
+"""A benchmark from its variants to its readings. No torch.
+
+Rule: nothing is timed before all variants of a row have been seen to compute the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mixtrain import costs
+from mixtrain.bench import command
+from mixtrain.bench.machine import ROOT
+from mixtrain.bench.reading import Reading
+from mixtrain.bench.scenario import Measure, Row, Scenario
+from mixtrain.bench.turns import Computed, Processes
+from mixtrain.bench.variants import Variant
+from mixtrain.config import Precision
+from mixtrain.errors import Fault
+
+# How far LM losses and norms of gradients may differ, relatively. fp32: sums in another order. bf16: every product is
+# rounded to 3 digits, in another order, and the choice of experts nearest to a tie may fall the other way.
+TOLERANCE = {Precision.fp32: (1e-5, 1e-3), Precision.bf16: (5e-3, 5e-2), Precision.fp8: (5e-2, 5e-1)}
+
+Say = Callable[[str], None]
+
+
+def readings_of(
+    name: str, row: Row, variants: list[Variant], scenario: Scenario, folder: Path, say: Say
+) -> Iterator[Reading]:
+    """The readings of a row, in the order in which they are taken."""
+    if row.measure is Measure.command:
+        yield from _commands(name, row, variants, scenario, folder)
+        return
+    with contextlib.ExitStack() as stack:
+        started = {}
+
+        def processes(variant: Variant, turn: str) -> Processes:
+            found = Processes(variant, scenario, folder / turn / variant.name)
+            stack.callback(found.close)
+            return found
+
+        for variant in variants:
+            say(f"{name}: {variant.name} builds its model and warms up ...")
+            started[variant.name] = processes(variant, "0")
+            if not scenario.resident:
+                started[variant.name].close()
+        computed = {own: process.computed for own, process in started.items()}
+        same(name, variants, computed)
+        for number in range(1, scenario.rounds + 1):
+            for variant in variants:
+                mine = started[variant.name] if scenario.resident else processes(variant, str(number))
+                load = os.getloadavg()[0]
+                yield Reading(name, number, variant.name, load=load, **mine.turn(), **facts_of(variant, mine.computed))
+                if not scenario.resident:
+                    mine.close()
+
+
+def facts_of(variant: Variant, computed: Computed) -> dict[str, Any]:
+    """What a reading says of its variant."""
+    if variant.measure is Measure.save:
+        return {"unit": "bytes"}
+    config = variant.plan.config
+    flops = {
+        name: costs.training_flops(config.model, config.data.seq_length, name == "flops_causal")
+        for name in ("flops_causal", "flops_whole")
+    }
+    whole_state = variant.measure is Measure.step  # without an optimizer there is less than the plan says
+    return {
+        "unit": "tokens",
+        "ranks": variant.ranks,
+        "held_bytes": computed.held_bytes,
+        "state_bytes": variant.plan.state_bytes if whole_state else None,
+        **flops,
+    }
+
+
+def same(row: str, variants: list[Variant], computed: dict[str, Computed]) -> None:
+    """A Fault if a variant has not computed what the first one has: then there is nothing to compare."""
+    first, *others = variants
+    for other in others:
+        of_loss, of_norm = TOLERANCE[other.plan.config.trainer.precision]
+        one, two = computed[first.name], computed[other.name]
+        pairs = [("LM loss", a, b, of_loss) for a, b in zip(one.losses, two.losses, strict=True)]
+        if one.norm is not None and two.norm is not None:
+            pairs.append(("gradient norm", one.norm, two.norm, of_norm))
+        for what, a, b, tolerance in pairs:
+            if not abs(a - b) <= tolerance * abs(a):
+                raise Fault(
+                    f"{row}: {other.name} does not compute what {first.name} does: {what} {b:.6g} against {a:.6g}, on"
+                    f" the same weights and batch (limit {tolerance:g} of it); there is nothing to compare"
+                )
+
+
+def _commands(name: str, row: Row, variants: list[Variant], scenario: Scenario, folder: Path) -> Iterator[Reading]:
+    shared = folder / "shared"
+    shared.mkdir(parents=True)
+    if row.prepare:
+        line = command.filled(row.prepare, shared, folder)
+        subprocess.run(line, shell=True, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=60 * command.MINUTES)
+    for number in range(1 - scenario.warmup, scenario.rounds + 1):
+        for variant in variants:
+            load = os.getloadavg()[0]
+            turn = folder / f"turn_{number}_{variant.name}"
+            taken, cpu = command.seconds(variant.name, variant.line, shared, turn, row.until, ROOT)
+            if number > 0:
+                yield Reading(name, number, variant.name, taken, cpu, 1, "runs", load)

@@ -1,0 +1,85 @@
+"""How fast, against whom: the same work by several implementations, in turn, each in processes of its own.
+
+    python tools/bench.py scenario=cpu_small                        the table, and runs/bench/cpu_small.csv
+    python tools/bench.py scenario=cpu_small rounds=3 rows=[step] variants=[torch,local] csv=FILE
+    python tools/bench.py scenario=mixtral_slice_1gpu +shrink=laptop   a GPU's scenario to its end, tiny, on this CPU
+    python tools/bench.py show benchmarks/cpu_small.csv             the table of readings taken before
+
+Scenarios are conf/bench/*.yaml: rows of variants that are compared, in words of train.py. Other words of train.py on the
+command line go to every variant. docs/benchmarks.md says what is measured and how.
+
+Exit codes: 0 measured, 1 a fault, or variants that do not compute the same, 2 the arguments or the machine are wrong,
+130 interrupted.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+
+from mixtrain.bench import machine, reading, report, run, scenario  # noqa: E402
+from mixtrain.bench.variants import Variant, variants_of  # noqa: E402
+from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems  # noqa: E402
+
+RESULTS = Path("runs/bench")
+INTERRUPTED = 130
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(f"{__doc__}\nscenarios: {', '.join(scenario.names())}")
+            return FINISHED
+        if argv[0] == "show":
+            if len(argv) != 2:
+                raise UserError("show takes one file: python tools/bench.py show benchmarks/cpu_small.csv")
+            report.show(*reading.read(Path(argv[1])))
+            return FINISHED
+        request = scenario.parse(argv)
+        rows, left_out = variants_of(request)
+        return measure(request, rows, left_out)
+    except UserError as error:
+        print_problems(error.problems)
+        return REFUSED
+    except Fault as fault:
+        print(f"mixtrain: {fault}", file=sys.stderr)
+        return FAULT
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out: list[str]) -> int:
+    """Take every row's readings; what there is by then is in the file after each."""
+    for line in left_out:
+        say(line)
+    facts = {"scenario": described(request), **machine.facts(), **{"not run": text for text in left_out[:1]}}
+    path, taken = Path(request.csv or RESULTS / f"{request.name}.csv"), []
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="working-", dir=RESULTS) as folder:
+        for name, variants in rows.items():
+            row = request.scenario.rows[name]
+            where = (Path(folder) / name).resolve()
+            for number, one in enumerate(run.readings_of(name, row, variants, request.scenario, where, say)):
+                taken.append(one)
+                if number % len(variants) == len(variants) - 1:
+                    say(f"{name}: round {one.round} of {request.scenario.rounds}, load {one.load:.1f}")
+            reading.write(path, facts, taken)
+    report.show(facts, taken)
+    print(f"\n{path}")
+    return FINISHED
+
+
+def described(request: scenario.Request) -> str:
+    return " ".join([request.name, *request.words])
+
+
+if __name__ == "__main__":
+    os.environ.pop("RANK", None)  # its variants start their own ranks
+    sys.exit(main(sys.argv[1:]))
