@@ -172,6 +172,17 @@ def _reduce_scatter(
     return output.view(group.size(), mine, *input_.shape[1:]).sum(dim=0)
 
 
+def _one_rank_less_work(collective: Callable) -> Callable:
+    """gloo copies a buffer out and in even where one rank exchanges with nobody what lies there already."""
+
+    def function(output: torch.Tensor, input_: torch.Tensor, *arguments: Any, group: Any = None, **options: Any) -> Any:
+        if group is not None and group.size() == 1 and output.data_ptr() == input_.data_ptr():
+            return _Stream()  # a handle on which there is nothing to wait for
+        return collective(output, input_, *arguments, group=group, **options)
+
+    return function
+
+
 def _positions_on_this_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
     """Rotary positions of this context-parallel rank's two chunks; upstream takes the way over pinned memory."""
     chunks = pos_emb.chunk(2 * cp_group.size(), dim=seq_dim)
@@ -179,6 +190,16 @@ def _positions_on_this_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) 
 
 
 REPLACEMENTS = [
+    (
+        "distributed.param_and_grad_buffer",
+        "dist_all_gather_func",
+        _one_rank_less_work(torch.distributed.all_gather_into_tensor),
+    ),
+    (
+        "distributed.param_and_grad_buffer",
+        "dist_reduce_scatter_func",
+        _one_rank_less_work(torch.distributed.reduce_scatter_tensor),
+    ),
     ("tensor_parallel.mappings", "_gather_along_first_dim", _gather),
     ("tensor_parallel.mappings", "_reduce_scatter_along_first_dim", _reduce_scatter),
     ("models.common.embeddings.rope_utils", "get_pos_emb_on_this_cp_rank", _positions_on_this_rank),

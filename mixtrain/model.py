@@ -20,7 +20,9 @@ from mixtrain import init, upstream
 from mixtrain.config import TransformerImpl
 from mixtrain.errors import UserError
 from mixtrain.fields import transformer_fields
+from mixtrain.layers import products
 from mixtrain.layers import spec as torch_layers
+from mixtrain.layers.loss import token_losses
 from mixtrain.plan import Plan
 
 # What fields.py gives by name.
@@ -56,6 +58,8 @@ def build_chunk(
     with torch.device("meta"):
         model = gpt_model(plan, config, vp_stage)
         upstream.mark_tensor_parallel(model)
+        if device.type == "cpu" and plan.config.model.transformer_impl is TransformerImpl.torch:
+            products.use(model)
         if config.bf16:
             model = Float16Module(config, model)
     init.materialise(model, device)
@@ -65,7 +69,7 @@ def build_chunk(
 
 
 class SeededGPTModel(GPTModel):
-    """GPTModel whose tied embeddings start equal because init.py draws them so, under one name.
+    """GPTModel whose tied embeddings start equal because init.py draws them so, under one name; with a loss of ours.
 
     Upstream copies them from the first to the last pipeline stage while building, which a meta tensor has nothing for.
     """
@@ -73,11 +77,18 @@ class SeededGPTModel(GPTModel):
     def _is_in_embd_group(self) -> bool:
         return False
 
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """[b, s], [s, b, V / TP] -> the loss of each token [b, s]."""
+        split = self.config.tensor_model_parallel_size > 1
+        if split or self.config.cross_entropy_loss_fusion or not self.own_loss:
+            return super().compute_language_model_loss(labels, logits)
+        return token_losses(logits, labels)
+
 
 def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     """Megatron-Core's GPTModel for this rank's pipeline stage (and chunk), on the current default device."""
     model, virtual = plan.config.model, {"ignore_virtual": False, "vp_stage": vp_stage}
-    return SeededGPTModel(
+    made = SeededGPTModel(
         config=config,
         transformer_layer_spec=block_spec(plan, config, vp_stage),
         vocab_size=model.vocab_size,
@@ -89,6 +100,8 @@ def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GP
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
+    made.own_loss = model.transformer_impl is TransformerImpl.torch
+    return made
 
 
 def block_spec(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

@@ -43,7 +43,7 @@ def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
 
 
 def reduced(plan: Plan, models: list[torch.nn.Module]) -> list[DistributedDataParallel]:
-    """The model chunks with gradient buffers that are reduced over data-parallel ranks at the end of a backward pass."""
+    """The model chunks with gradient buffers that are reduced over data-parallel ranks after a backward pass."""
     config, ddp = models[0].config, ddp_config(plan)
     wrapper = FullyShardedDataParallel if ddp.use_megatron_fsdp else DistributedDataParallel
     chunks = [wrapper(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)]

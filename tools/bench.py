@@ -5,8 +5,8 @@
     python tools/bench.py scenario=mixtral_slice_1gpu +shrink=laptop   a GPU's scenario to its end, tiny, on this CPU
     python tools/bench.py show benchmarks/cpu_small.csv             the table of readings taken before
 
-Scenarios are conf/bench/*.yaml: rows of variants that are compared, in words of train.py. Other words of train.py on the
-command line go to every variant. docs/benchmarks.md says what is measured and how.
+Scenarios are conf/bench/*.yaml: rows of variants that are compared, in words of train.py. Other words of train.py on
+the command line go to every variant. docs/benchmarks.md says what is measured and how.
 
 Exit codes: 0 measured, 1 a fault, or variants that do not compute the same, 2 the arguments or the machine are wrong,
 130 interrupted.
@@ -59,7 +59,9 @@ def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out:
     """Take every row's readings; what there is by then is in the file after each."""
     for line in left_out:
         say(line)
-    facts = {"scenario": described(request), **machine.facts(), **{"not run": text for text in left_out[:1]}}
+    facts = {"scenario": described(request), **machine.facts()} | (
+        {"left out": "; ".join(left_out)} if left_out else {}
+    )
     path, taken = Path(request.csv or RESULTS / f"{request.name}.csv"), []
     RESULTS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="working-", dir=RESULTS) as folder:

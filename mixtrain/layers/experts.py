@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mixtrain.layers.cpu_experts import ExpertByExpert
+
 
 class Experts(MegatronModule):
     """E experts, each down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU), split over expert and tensor ranks.
@@ -46,6 +48,8 @@ class Experts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """[T, H], [E], the router's weights [T] -> ([T, H], no bias)."""
         counts = tokens_per_expert
+        if tokens.device.type == "cpu" and self.config.moe_grouped_gemm:
+            return ExpertByExpert.apply(tokens, probs, self.weight1, self.weight2, counts.tolist()), None
         multiply = self._grouped(counts, tokens.device) if self.config.moe_grouped_gemm else self._loop(counts)
         hidden = multiply(tokens, self.weight1)
         if not self.recompute_act:

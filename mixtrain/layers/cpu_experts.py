@@ -1,0 +1,68 @@
+"""The experts of a layer on the CPU: one after the other, forward and backward, while what one needs is in the cache.
+
+Rule: the same formula as experts.py. There all rows go through one operation after the other; here memory is the limit,
+and so the rows of one expert go through all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from mixtrain.layers.products import product
+
+
+class ExpertByExpert(torch.autograd.Function):
+    """([T, H] sorted by expert, the router's weights [T], [E, 2F, H], [E, H, F], rows of each expert) -> [T, H].
+
+    For the backward pass it keeps gate and up of every token, and makes the rest anew.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, probs, weight1, weight2, counts: list[int]) -> torch.Tensor:
+        outputs, hiddens = tokens.new_empty(tokens.shape), []
+        parts = zip(tokens.split(counts), probs.split(counts), outputs.split(counts), weight1, weight2, strict=True)
+        for x, weights, output, w1, w2 in parts:
+            hidden = product(x, w1.t())
+            output.copy_(product(swiglu(hidden, weights), w2.t()))
+            hiddens.append(hidden)
+        ctx.save_for_backward(tokens, probs, weight1, weight2, *hiddens)
+        ctx.counts = counts
+        return outputs
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tokens, probs, weight1, weight2, *hiddens = ctx.saved_tensors
+        to_tokens, to_probs = torch.empty_like(tokens), torch.empty_like(probs)
+        to_weight1, to_weight2 = torch.empty_like(weight1), torch.empty_like(weight2)
+        rows = [tensor.split(ctx.counts) for tensor in (gradient, tokens, probs, to_tokens, to_probs)]
+        for g, x, weights, to_x, to_p, hidden, w1, w2, to_w1, to_w2 in zip(
+            *rows, hiddens, weight1, weight2, to_weight1, to_weight2, strict=True
+        ):
+            activated, to_hidden, to_p[:] = swiglu_backward(hidden, weights, product(g, w2))
+            to_w2.copy_(product(g.t(), activated))
+            to_w1.copy_(product(to_hidden.t(), x))
+            to_x.copy_(product(to_hidden, w1))
+        return to_tokens, to_probs, to_weight1, to_weight2, None
+
+
+def swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up times the router's weight, in its precision: [t, 2F], [t] -> [t, F]."""
+    gate, up = hidden.to(probs.dtype).chunk(2, dim=-1)
+    return F.silu(gate).mul_(up).mul_(probs[:, None]).to(hidden.dtype)
+
+
+def swiglu_backward(
+    hidden: torch.Tensor, probs: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What swiglu gave, the gradient of `hidden`, that of `probs`."""
+    gate, up = hidden.to(probs.dtype).chunk(2, dim=-1)
+    gradient = gradient.to(probs.dtype)
+    silu, weighted = F.silu(gate), gradient * probs[:, None]
+    to_hidden = torch.empty_like(hidden)
+    to_gate, to_up = to_hidden.chunk(2, dim=-1)
+    to_up.copy_(silu * weighted)
+    to_gate.copy_(torch.ops.aten.silu_backward(weighted.mul_(up), gate))
+    activated = silu.mul_(up)
+    to_probs = (gradient * activated).sum(dim=-1)
+    return activated.mul_(probs[:, None]).to(hidden.dtype), to_hidden, to_probs

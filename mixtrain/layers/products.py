@@ -1,0 +1,61 @@
+"""Matrix products of the CPU: oneDNN's where they are faster than those that PyTorch takes.
+
+PyTorch multiplies fp32 matrices on the CPU by MKL, which leaves AVX-512 to Intel's processors; the oneDNN that PyTorch
+carries takes it wherever it is: on an AMD EPYC of 2024 the products of a training step are 2.2 times as fast
+(docs/benchmarks.md). bf16 goes through oneDNN already. Rule: the same sums, in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+# Multiplications below which preparing oneDNN's kernel, which is made anew for every shape, costs more than it saves.
+WORTHWHILE = 3e7
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[m, k] times [k, n], both of any strides."""
+    if a.dtype is torch.float32 and a.device.type == "cpu" and a.shape[0] * b.numel() >= WORTHWHILE and _has_onednn():
+        # the operator that torch.compile puts in the place of a linear layer: a times a transposed
+        return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return a @ b
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+
+
+class Linear(torch.autograd.Function):
+    """x times the transposed weight: [..., in], [out, in] -> [..., out]."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x.flatten(0, -2), weight.t()).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        to_x = product(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        to_weight = product(x.flatten(0, -2).t(), rows).t() if ctx.needs_input_grad[1] else None
+        return to_x, to_weight
+
+
+def use(model: torch.nn.Module) -> None:
+    """From now on Megatron-Core's linear layers in `model` take Linear where no tensor ranks exchange anything."""
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            module._forward_impl = partial(_linear, module._forward_impl)
+
+
+def _linear(upstream: Callable, input: torch.Tensor, weight: torch.Tensor, **options) -> torch.Tensor:
+    """Stands in for the method of both layers that multiplies."""
+    plain = {"bias": None, "gradient_accumulation_fusion": False, "allreduce_dgrad": False, "sequence_parallel": False}
+    if options.get("grad_output_buffer") is None and all(options[name] is value for name, value in plain.items()):
+        return Linear.apply(input, weight)
+    return upstream(input=input, weight=weight, **options)
