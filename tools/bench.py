@@ -71,7 +71,8 @@ def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out:
             for number, one in enumerate(run.readings_of(name, row, variants, request.scenario, where, say)):
                 taken.append(one)
                 if number % len(variants) == len(variants) - 1:
-                    say(f"{name}: round {one.round} of {request.scenario.rounds}, load {one.load:.1f}")
+                    rounds = request.scenario.rounds
+                    say(f"{name}: round {one.round} of {rounds}, others kept {one.others:.1f} CPUs busy")
             reading.write(path, facts, taken)
     report.show(facts, taken)
     print(f"\n{path}")

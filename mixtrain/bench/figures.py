@@ -1,19 +1,22 @@
 """From readings to figures: medians, ratios pair by pair, and how sure a median is. No torch.
 
 Rule: a ratio is taken within a round, of two turns one shortly after the other, and then the median over rounds: on a
-machine that others use too, two medians of the whole time would compare two different machines.
+machine that others use too, two medians of the whole time would compare two different machines. Where ENOUGH rounds
+were quiet, the figures are theirs alone; how many they were is said.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import median
 
+from mixtrain.bench.others import QUIET
 from mixtrain.bench.reading import Reading
 
 CONFIDENCE = 0.95
+ENOUGH = 5
 FLOPS = ("flops_causal", "flops_whole")
 
 
@@ -36,6 +39,7 @@ class Figures:
     row: str
     variant: str
     rounds: int
+    quiet_rounds: int  # in which others kept fewer than QUIET CPUs busy in every turn
     rate: float  # amounts a second: the median
     unit: str
     seconds: float  # a turn: the median
@@ -51,20 +55,33 @@ class Figures:
 
 def figures(readings: Iterable[Reading]) -> list[Figures]:
     """Of every row and variant, in the order of the readings."""
-    rows: dict[str, dict[str, list[Reading]]] = {}
+    rows: dict[str, list[Reading]] = {}
     for reading in readings:
-        rows.setdefault(reading.row, {}).setdefault(reading.variant, []).append(reading)
-    return [_figures(row, name, rows[row]) for row in rows for name in rows[row]]
+        rows.setdefault(reading.row, []).append(reading)
+    return [figure for row in rows.values() for figure in _row(row)]
 
 
-def _figures(row: str, name: str, variants: dict[str, list[Reading]]) -> Figures:
+def _row(readings: list[Reading]) -> Iterator[Figures]:
+    rounds = {reading.round for reading in readings}
+    quiet = rounds - {reading.round for reading in readings if reading.others > QUIET}
+    counted = quiet if len(quiet) >= ENOUGH else rounds
+    variants: dict[str, list[Reading]] = {}
+    for reading in readings:
+        if reading.round in counted:
+            variants.setdefault(reading.variant, []).append(reading)
+    for name in variants:
+        yield _figures(name, variants, len(rounds), len(quiet))
+
+
+def _figures(name: str, variants: dict[str, list[Reading]], rounds: int, quiet: int) -> Figures:
     first, own = next(iter(variants.values())), variants[name]
     peaks = [reading.peak_bytes for reading in own if reading.peak_bytes is not None]
     same = {key: getattr(own[0], key) for key in ("unit", "ranks", "held_bytes", "state_bytes", *FLOPS)}
     return Figures(
-        row,
+        own[0].row,
         name,
-        rounds=len(own),
+        rounds=rounds,
+        quiet_rounds=quiet,
         rate=median(rate(reading) for reading in own),
         seconds=median(reading.seconds for reading in own),
         ratio=None if own is first else ratio([rate(a) / rate(b) for a, b in pairs(first, own)]),

@@ -26,7 +26,7 @@ class Reading:
     cpu_seconds: float  # of all ranks and their threads together: what it costs where others use the machine too
     amount: float
     unit: str  # of the amount: tokens, bytes, runs
-    load: float  # processes that wanted to run, of the whole machine over the minute before the turn
+    others: float  # CPUs that other processes of the machine kept busy meanwhile
     ranks: int = 1
     peak_bytes: int | None = None
     held_bytes: int | None = None  # between steps

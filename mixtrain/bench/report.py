@@ -8,7 +8,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
-from mixtrain.bench.figures import Figures, figures
+from mixtrain.bench.figures import ENOUGH, Figures, figures
 from mixtrain.bench.machine import peak_tflops
 from mixtrain.bench.reading import Reading
 
@@ -35,26 +35,37 @@ def show(facts: dict[str, str], readings: Iterable[Reading]) -> None:
 
 def _table(row: str, found: list[Figures], peak: int | None) -> Table:
     unit, scale, form = UNITS[found[0].unit]
+    first = found[0].variant
     columns = {
         unit: [f"{figure.rate * scale if scale else figure.seconds:{form}}" for figure in found],
-        f"{found[0].variant} / this": [str(figure.ratio or "") for figure in found],
-        "by CPU time": [f"{figure.cpu_ratio.median:.2f}" if figure.cpu_ratio else "" for figure in found],
+        f"{first} / this": [str(figure.ratio or "") for figure in found],
+        "CPU time": [f"{figure.cpu_ratio.median:.2f}" if figure.cpu_ratio else "" for figure in found],
         "peak GiB": [_gib(figure.peak_bytes) for figure in found],
         "state GiB": [_gib(figure.held_bytes) for figure in found],
         "planned": [_gib(figure.state_bytes) for figure in found],
-        "TFLOP/s": [_tflops(figure, figure.flops_causal) for figure in found],
-        "TFLOP/s whole": [_tflops(figure, figure.flops_whole) for figure in found],
+        "TF/s": [_tflops(figure, figure.flops_causal) for figure in found],
+        "TF/s whole": [_tflops(figure, figure.flops_whole) for figure in found],
         "MFU": [_mfu(figure, peak) for figure in found],
     }
-    rounds = f"{found[0].rounds} rounds" if found[0].rounds > 1 else "1 round"
-    table = Table(title=f"{row}, {rounds}", title_justify="left", box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("variant", no_wrap=True)
+    table = Table(
+        title=f"{row}: {_rounds(found[0])}",
+        title_justify="left",
+        box=rich.box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("variant", no_wrap=True, min_width=13)
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
     for number, figure in enumerate(found):
         table.add_row(figure.variant, *(cells[number] for cells in shown.values()))
     return table
+
+
+def _rounds(figure: Figures) -> str:
+    counted = "these count" if figure.quiet_rounds >= ENOUGH else "all count"
+    return f"{figure.rounds} rounds, {figure.quiet_rounds} of them on a quiet machine: {counted}"
 
 
 def _gib(count: int | None) -> str:
@@ -76,11 +87,11 @@ def _mfu(figure: Figures, peak: int | None) -> str:
 
 
 def legend(facts: dict[str, str], found: list[Figures]) -> Iterator[str]:
-    yield "speeds: medians over rounds; ratios: the median of those within a round (95% interval of the median)"
+    yield "speeds: medians over rounds; ratios: medians of those within a round (95% interval), in time and CPU time"
     if any(figure.held_bytes for figure in found):
         yield "peak and state GiB: of the fullest rank, within and between steps; planned: the state by the plan"
     if any(figure.flops_whole for figure in found):
-        yield "TFLOP/s of a rank: 6 a weight and token, and attention's causal half of the scores or the whole,"
-        yield "which is how Megatron-Core's published figures count; recomputing is not counted"
+        yield "TF/s: TFLOP/s of a rank, 6 a weight and token and attention's causal half of the scores, or the whole"
+        yield "as in Megatron-Core's published figures; what is recomputed is not counted"
     if peak := peak_tflops(facts["machine"]):
-        yield f"MFU: TFLOP/s whole over the dense bf16 peak of {peak} TFLOP/s"
+        yield f"MFU: TF/s whole over the dense bf16 peak of {peak} TFLOP/s"

@@ -6,7 +6,6 @@ Rule: nothing is timed before all variants of a row have been seen to compute th
 from __future__ import annotations
 
 import contextlib
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from mixtrain import costs
 from mixtrain.bench import command
 from mixtrain.bench.machine import ROOT
+from mixtrain.bench.others import Others, wait_for_quiet
 from mixtrain.bench.reading import Reading
 from mixtrain.bench.scenario import Measure, Row, Scenario
 from mixtrain.bench.turns import Computed, Processes
@@ -52,10 +52,13 @@ def readings_of(
         computed = {own: process.computed for own, process in started.items()}
         same(name, variants, computed)
         for number in range(1, scenario.rounds + 1):
+            wait_for_quiet(scenario.patience_seconds)
             for variant in variants:
                 mine = started[variant.name] if scenario.resident else processes(variant, str(number))
-                load = os.getloadavg()[0]
-                yield Reading(name, number, variant.name, load=load, **mine.turn(), **facts_of(variant, mine.computed))
+                with Others() as others:
+                    taken = mine.turn()
+                busy = others.busy(taken["cpu_seconds"])
+                yield Reading(name, number, variant.name, others=busy, **taken, **facts_of(variant, mine.computed))
                 if not scenario.resident:
                     mine.close()
 
@@ -103,9 +106,10 @@ def _commands(name: str, row: Row, variants: list[Variant], scenario: Scenario, 
         line = command.filled(row.prepare, shared, folder)
         subprocess.run(line, shell=True, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=60 * command.MINUTES)
     for number in range(1 - scenario.warmup, scenario.rounds + 1):
+        wait_for_quiet(scenario.patience_seconds)
         for variant in variants:
-            load = os.getloadavg()[0]
             turn = folder / f"turn_{number}_{variant.name}"
-            taken, cpu = command.seconds(variant.name, variant.line, shared, turn, row.until, ROOT)
+            with Others() as others:
+                taken, cpu = command.seconds(variant.name, variant.line, shared, turn, row.until, ROOT)
             if number > 0:
-                yield Reading(name, number, variant.name, taken, cpu, 1, "runs", load)
+                yield Reading(name, number, variant.name, taken, cpu, 1, "runs", others.busy(cpu))

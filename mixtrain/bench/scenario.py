@@ -43,6 +43,7 @@ class Scenario:
     warmup: int = MISSING  # repeats that do not count, whenever a process has started
     resident: bool = MISSING  # processes live as long as their row; false: as long as their turn (GPU memory)
     threads: int | None = MISSING  # CPU threads of a variant, divided among its ranks; null: PyTorch's own choice
+    patience_seconds: float = MISSING  # before a round: how long to wait for others to leave the machine alone
     words: list[str] = field(default_factory=list)
     rows: dict[str, Row] = MISSING
 
@@ -74,7 +75,7 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-OWN = ("scenario", "csv", "rows", "variants", "rounds", "repeats", "warmup", "resident", "threads")
+OWN = ("scenario", "csv", "rows", "variants", "rounds", "repeats", "warmup", "resident", "threads", "patience_seconds")
 
 
 def _own_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
@@ -99,7 +100,7 @@ def load(path: Path, changes: dict[str, str]) -> Scenario:
         scenario = OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         raise UserError(f"{path.name}: {str(error).splitlines()[0]}") from None
-    minimum = {"rounds": 1, "repeats": 1, "warmup": 0, "threads": 1}
+    minimum = {"rounds": 1, "repeats": 1, "warmup": 0, "threads": 1, "patience_seconds": 0}
     wrong = [
         f"{key} = {getattr(scenario, key)} must be at least {least}"
         for key, least in minimum.items()

@@ -34,16 +34,38 @@ class ExpertByExpert(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, probs, weight1, weight2, *hiddens = ctx.saved_tensors
         to_tokens, to_probs = torch.empty_like(tokens), torch.empty_like(probs)
-        to_weight1, to_weight2 = torch.empty_like(weight1), torch.empty_like(weight2)
+        to_weight1, to_weight2 = WeightGradient(weight1), WeightGradient(weight2)
         rows = [tensor.split(ctx.counts) for tensor in (gradient, tokens, probs, to_tokens, to_probs)]
-        for g, x, weights, to_x, to_p, hidden, w1, w2, to_w1, to_w2 in zip(
-            *rows, hiddens, weight1, weight2, to_weight1, to_weight2, strict=True
-        ):
+        parts = zip(*rows, hiddens, weight1, weight2, strict=True)
+        for expert, (g, x, weights, to_x, to_p, hidden, w1, w2) in enumerate(parts):
             activated, to_hidden, to_p[:] = swiglu_backward(hidden, weights, product(g, w2))
-            to_w2.copy_(product(g.t(), activated))
-            to_w1.copy_(product(to_hidden.t(), x))
+            to_weight2.give(expert, product(g.t(), activated))
+            to_weight1.give(expert, product(to_hidden.t(), x))
             to_x.copy_(product(to_hidden, w1))
-        return to_tokens, to_probs, to_weight1, to_weight2, None
+        return to_tokens, to_probs, to_weight1.given(), to_weight2.given(), None
+
+
+class WeightGradient:
+    """The gradient of a weight [E, ...], expert by expert: added to Megatron-Core's buffer at once where there is one.
+
+    As its own fused kernels do: the weight says that its gradient has been added, and autograd is given a tensor that
+    nobody reads.
+    """
+
+    def __init__(self, weight: torch.nn.Parameter):
+        self.weight, self.buffer = weight, getattr(weight, "main_grad", None)
+        self.whole = torch.empty_like(weight)
+
+    def give(self, expert: int, gradient: torch.Tensor) -> None:
+        if self.buffer is None:
+            self.whole[expert] = gradient
+        else:
+            self.buffer[expert].add_(gradient)
+
+    def given(self) -> torch.Tensor:
+        if self.buffer is not None:
+            self.weight.grad_added_to_main_grad = True
+        return self.whole
 
 
 def swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

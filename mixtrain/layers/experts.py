@@ -48,7 +48,7 @@ class Experts(MegatronModule):
     ) -> tuple[torch.Tensor, None]:
         """[T, H], [E], the router's weights [T] -> ([T, H], no bias)."""
         counts = tokens_per_expert
-        if tokens.device.type == "cpu" and self.config.moe_grouped_gemm:
+        if self.config.moe_grouped_gemm and self._is_cpu(tokens):
             return ExpertByExpert.apply(tokens, probs, self.weight1, self.weight2, counts.tolist()), None
         multiply = self._grouped(counts, tokens.device) if self.config.moe_grouped_gemm else self._loop(counts)
         hidden = multiply(tokens, self.weight1)
@@ -58,6 +58,11 @@ class Experts(MegatronModule):
         output = multiply(checkpoint.checkpoint(_swiglu, hidden, probs), self.weight2)
         checkpoint.discard_output_and_register_recompute(output)
         return output, None
+
+    @staticmethod
+    def _is_cpu(tokens: torch.Tensor) -> bool:
+        """There grouped_mm is a loop over experts too, and a slower one."""
+        return tokens.device.type == "cpu"
 
     @staticmethod
     def _grouped(tokens_per_expert: torch.Tensor, device: torch.device):
