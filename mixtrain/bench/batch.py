@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from mixtrain.data.batches import IDS
 from mixtrain.plan import Plan
 
 
@@ -21,4 +22,5 @@ def microbatches(plan: Plan, rank: int = 0, size: int = 1) -> Iterator[dict[str,
             "labels": part[:, 1:].contiguous(),
             "loss_mask": torch.ones(len(part), length),
             "position_ids": torch.arange(length).repeat(len(part), 1),
+            IDS: torch.zeros(len(part), dtype=torch.int64),
         }

@@ -68,7 +68,7 @@ def fill(training: Training, kind: str) -> None:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(one.main, dtype=torch.float32)
         if counts_by_parameter(one.inner) and "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=one.main.device)  # where fused Adam wants it
 
 
 def counts_by_parameter(inner: torch.optim.Optimizer) -> bool:

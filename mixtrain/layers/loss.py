@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-ROWS = 64  # tokens whose logits go through all operations on the CPU while they are in its cache
+# Tokens whose logits are in fp32 at a time: on the CPU as many as its cache holds, on a GPU as many as keep it busy.
+ROWS = {"cpu": 64, "cuda": 4096}
 
 
 class TokenLosses(torch.autograd.Function):
-    """Cross entropy of fp32 logits [n, V] against labels [n] -> [n]. The logits are overwritten by their gradient.
+    """Cross entropy in fp32 of logits [n, V] against labels [n] -> [n]. The logits are overwritten by their gradient.
 
-    Megatron-Core's takes three tensors of the logits' size, for a vocabulary that is split over tensor ranks;
+    Megatron-Core's takes three fp32 tensors of the logits' size, for a vocabulary that is split over tensor ranks;
     PyTorch's takes four.
     """
 
     @staticmethod
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        losses = logits.new_empty(len(logits), 1)
-        rows = ROWS if logits.device.type == "cpu" else max(1, len(logits))
-        for part, label, loss in zip(
-            *(tensor.split(rows) for tensor in (logits, labels.unsqueeze(1), losses)), strict=True
-        ):
-            part.sub_(part.amax(dim=1, keepdim=True))
-            of_label = part.gather(1, label)
-            total = part.exp_().sum(dim=1, keepdim=True)
+        losses = torch.empty(len(logits), 1, dtype=torch.float32, device=logits.device)
+        for part, label, loss in _parts(logits, labels.unsqueeze(1), losses):
+            scores = part.float()  # itself, where it is
+            scores.sub_(scores.amax(dim=1, keepdim=True))
+            of_label = scores.gather(1, label)
+            total = scores.exp_().sum(dim=1, keepdim=True)
             loss.copy_(total.log() - of_label)
-            part.div_(total)  # the softmax, which the gradient is but for the label's own place
-            part.scatter_add_(1, label, part.new_full(label.shape, -1.0))
+            scores.div_(total)  # the softmax: the gradient, but for the label's own place
+            scores.scatter_add_(1, label, scores.new_full(label.shape, -1.0))
+            part.copy_(scores)
         ctx.gradient = logits.detach()  # not saved as an input: it is one no more
         return losses.squeeze(1)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.gradient.mul_(gradient.unsqueeze(1)), None
+        for part, scale in _parts(ctx.gradient, gradient.unsqueeze(1)):
+            part.copy_(part.float().mul_(scale))
+        return ctx.gradient, None
+
+
+def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    return zip(*(tensor.split(ROWS[tensor.device.type]) for tensor in tensors), strict=True)
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """[s, b, V], which are overwritten, [b, s] -> [b, s] in fp32."""
-    losses = TokenLosses.apply(logits.flatten(0, 1).float(), labels.t().flatten())
+    losses = TokenLosses.apply(logits.flatten(0, 1), labels.t().flatten())
     return losses.view(logits.shape[:2]).t().contiguous()
