@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from mixtrain import gloo
+
 # Modules that call torch.cuda functions on the way of a training step (current_device, streams, RNG states).
 # fmt: off
 NAMESPACES = {
@@ -148,41 +150,6 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
-def _gather(input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False) -> Any:
-    """Upstream gathers parts of unequal length with all_gather, which gloo refuses; its all-to-all takes them."""
-    if group.size() == 1:
-        return input_
-    sizes = [int(size) for size in output_split_sizes or [len(input_)] * group.size()]
-    output = input_.new_empty(sum(sizes), *input_.shape[1:])
-    given = torch.cat([input_] * group.size())
-    torch.distributed.all_to_all_single(output, given, sizes, [len(input_)] * group.size(), group=group)
-    return output
-
-
-def _reduce_scatter(
-    input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
-) -> torch.Tensor:
-    """The same for the way back: every rank's contribution to this rank's part, added up in the order of ranks."""
-    if group.size() == 1:
-        return input_
-    sizes = [int(size) for size in input_split_sizes or [len(input_) // group.size()] * group.size()]
-    mine = sizes[group.rank()]
-    output = input_.new_empty(group.size() * mine, *input_.shape[1:])
-    torch.distributed.all_to_all_single(output, input_.contiguous(), [mine] * group.size(), sizes, group=group)
-    return output.view(group.size(), mine, *input_.shape[1:]).sum(dim=0)
-
-
-def _one_rank_less_work(collective: Callable) -> Callable:
-    """gloo copies a buffer out and in even where one rank exchanges with nobody what lies there already."""
-
-    def function(output: torch.Tensor, input_: torch.Tensor, *arguments: Any, group: Any = None, **options: Any) -> Any:
-        if group is not None and group.size() == 1 and output.data_ptr() == input_.data_ptr():
-            return _Stream()  # a handle on which there is nothing to wait for
-        return collective(output, input_, *arguments, group=group, **options)
-
-    return function
-
-
 def _positions_on_this_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
     """Rotary positions of this context-parallel rank's two chunks; upstream takes the way over pinned memory."""
     chunks = pos_emb.chunk(2 * cp_group.size(), dim=seq_dim)
@@ -190,18 +157,10 @@ def _positions_on_this_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) 
 
 
 REPLACEMENTS = [
-    (
-        "distributed.param_and_grad_buffer",
-        "dist_all_gather_func",
-        _one_rank_less_work(torch.distributed.all_gather_into_tensor),
-    ),
-    (
-        "distributed.param_and_grad_buffer",
-        "dist_reduce_scatter_func",
-        _one_rank_less_work(torch.distributed.reduce_scatter_tensor),
-    ),
-    ("tensor_parallel.mappings", "_gather_along_first_dim", _gather),
-    ("tensor_parallel.mappings", "_reduce_scatter_along_first_dim", _reduce_scatter),
+    ("distributed.param_and_grad_buffer", "dist_all_gather_func", gloo.all_gather),
+    ("distributed.param_and_grad_buffer", "dist_reduce_scatter_func", gloo.reduce_scatter),
+    ("tensor_parallel.mappings", "_gather_along_first_dim", gloo.gather_uneven),
+    ("tensor_parallel.mappings", "_reduce_scatter_along_first_dim", gloo.reduce_scatter_uneven),
     ("models.common.embeddings.rope_utils", "get_pos_emb_on_this_cp_rank", _positions_on_this_rank),
     ("tensor_parallel.random", "_get_cuda_rng_state", _get_rng_state),
     ("tensor_parallel.random", "_set_cuda_rng_state", _set_rng_state),
