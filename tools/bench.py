@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from mixtrain.bench import machine, reading, report, run, scenario  # noqa: E402
 from mixtrain.bench.variants import Variant, variants_of  # noqa: E402
-from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems  # noqa: E402
+from mixtrain.errors import FINISHED, UserError  # noqa: E402
+from mixtrain.tool import run as run_tool  # noqa: E402
 
 RESULTS = Path("runs/bench")
-INTERRUPTED = 130
 
 
 def say(text: str) -> None:
@@ -32,33 +32,22 @@ def say(text: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-    try:
-        if not argv or argv[0] in ("-h", "--help"):
-            print(f"{__doc__}\nscenarios: {', '.join(scenario.names())}")
-            return FINISHED
-        if argv[0] == "show":
-            if len(argv) != 2:
-                raise UserError("show takes one file: python tools/bench.py show benchmarks/cpu_small.csv")
-            report.show(*reading.read(Path(argv[1])))
-            return FINISHED
-        request = scenario.parse(argv)
-        rows, left_out = variants_of(request)
-        return measure(request, rows, left_out)
-    except UserError as error:
-        print_problems(error.problems)
-        return REFUSED
-    except Fault as fault:
-        print(f"mixtrain: {fault}", file=sys.stderr)
-        return FAULT
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"{__doc__}\nscenarios: {', '.join(scenario.names())}")
+        return FINISHED
+    if argv[0] == "show":
+        if len(argv) != 2:
+            raise UserError("show takes one file: python tools/bench.py show benchmarks/cpu_small.csv")
+        report.show(*reading.read(Path(argv[1])))
+        return FINISHED
+    request = scenario.parse(argv)
+    return measure(request, *variants_of(request))
 
 
 def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out: list[str]) -> int:
     """Take every row's readings; what there is by then is in the file after each."""
     for line in left_out:
-        say(line)
+        say(f"left out: {line}")
     facts = {"scenario": described(request), **machine.facts()} | (
         {"left out": "; ".join(left_out)} if left_out else {}
     )
@@ -85,4 +74,4 @@ def described(request: scenario.Request) -> str:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)  # its variants start their own ranks
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_tool(main, sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The work of transformers' own Mixtral: forward and backward of the same batch, from the same weights.
+"""The work of transformers' own model, Mixtral or Qwen3-MoE: forward and backward, the same batch and weights.
 
 Rule: transformers' public classes as they are, with the fastest settings it has for training unless the scenario names
 another: PyTorch's attention, no cache, no router logits, gradients set to None between passes.
@@ -7,7 +7,7 @@ another: PyTorch's attention, no cache, no router logits, gradients set to None 
 from __future__ import annotations
 
 import torch
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mixtrain import init
 from mixtrain.bench.batch import microbatches
@@ -22,7 +22,7 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 def forward_backward(plan: Plan, chosen: dict[str, str], memory: Memory) -> Work:
-    """Each repeat takes the whole global batch in the plan's microbatches; `chosen`: values of MixtralConfig."""
+    """Each repeat takes the whole global batch in the plan's microbatches; `chosen`: values of its config."""
     trainer = plan.config.trainer
     device = torch.device("cuda" if trainer.accelerator is Accelerator.gpu else "cpu")
     memory.begin()
@@ -46,16 +46,12 @@ def forward_backward(plan: Plan, chosen: dict[str, str], memory: Memory) -> Work
     return Work(once, plan.tokens_per_step, wait, lambda: gradient_norm(model))
 
 
-def built(plan: Plan, chosen: dict[str, str], device: torch.device) -> MixtralForCausalLM:
+def built(plan: Plan, chosen: dict[str, str], device: torch.device) -> PreTrainedModel:
     """The model with the weights that the plan's seed gives ours."""
-    config = MixtralConfig(**settings.to_hugging_face(plan.config), **{"attn_implementation": "sdpa"} | chosen)
-    default, dtype = torch.get_default_dtype(), DTYPES[plan.config.trainer.precision]
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = MixtralForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
+    values = settings.to_hugging_face(plan.config) | {"attn_implementation": "sdpa"} | chosen
+    dtype = DTYPES[plan.config.trainer.precision]
+    with device:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=dtype)
     weights = to_hugging_face(plan.config, init.wholes(plan, dtype), "fused")
     model.load_state_dict(weights, strict=plan.config.model.untie_embeddings_and_output_weights)
     return model.train()

@@ -17,16 +17,17 @@ PEAKS = {"H100": 989, "H200": 989, "A100": 312}
 
 def facts() -> dict[str, str]:
     return {
-        "machine": _gpu() or _cpu(),
+        "machine": _cpu(),
+        **({"gpu": gpu} if (gpu := _gpu()) else {}),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "versions": ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
         "commit": _commit(),
     }
 
 
-def peak_tflops(machine: str) -> int | None:
-    """Of the machine's GPU, where it is one of PEAKS."""
-    return next((peak for word, peak in PEAKS.items() if word in machine), None)
+def peak_tflops(gpu: str) -> int | None:
+    """Where it is one of PEAKS."""
+    return next((peak for word, peak in PEAKS.items() if word in gpu), None)
 
 
 def _cpu() -> str:

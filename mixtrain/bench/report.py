@@ -21,32 +21,35 @@ def show(facts: dict[str, str], readings: Iterable[Reading]) -> None:
     """Print the facts, a table for each row, and what the columns mean."""
     console = Console(width=WIDTH, highlight=False)
     for name, value in facts.items():
-        console.print(f"{name:<9} {value}", soft_wrap=True)
+        console.print(f"{name:<9} {value}")
     rows: dict[str, list[Figures]] = {}
     for figure in figures(readings):
         rows.setdefault(figure.row, []).append(figure)
     for row, found in rows.items():
         console.print()
-        console.print(_table(row, found, peak_tflops(facts["machine"])))
+        console.print(_table(row, found, facts.get("gpu")))
     console.print()
     for line in legend(facts, [figure for found in rows.values() for figure in found]):
         console.print(line)
 
 
-def _table(row: str, found: list[Figures], peak: int | None) -> Table:
+def _table(row: str, found: list[Figures], gpu: str | None) -> Table:
     unit, scale, form = UNITS[found[0].unit]
     first = found[0].variant
     columns = {
         unit: [f"{figure.rate * scale if scale else figure.seconds:{form}}" for figure in found],
         f"{first} / this": [str(figure.ratio or "") for figure in found],
         "CPU time": [f"{figure.cpu_ratio.median:.2f}" if figure.cpu_ratio else "" for figure in found],
-        "peak GiB": [_gib(figure.peak_bytes) for figure in found],
-        "state GiB": [_gib(figure.held_bytes) for figure in found],
+        "peak": [_gib(figure.peak_bytes) for figure in found],
+        "state": [_gib(figure.held_bytes) for figure in found],
         "planned": [_gib(figure.state_bytes) for figure in found],
-        "TF/s": [_tflops(figure, figure.flops_causal) for figure in found],
-        "TF/s whole": [_tflops(figure, figure.flops_whole) for figure in found],
-        "MFU": [_mfu(figure, peak) for figure in found],
     }
+    if gpu:
+        columns |= {
+            "TF/s": [_tflops(figure, figure.flops_causal) for figure in found],
+            "whole": [_tflops(figure, figure.flops_whole) for figure in found],
+            "MFU": [_mfu(figure, peak_tflops(gpu)) for figure in found],
+        }
     table = Table(
         title=f"{row}: {_rounds(found[0])}",
         title_justify="left",
@@ -64,8 +67,8 @@ def _table(row: str, found: list[Figures], peak: int | None) -> Table:
 
 
 def _rounds(figure: Figures) -> str:
-    counted = "these count" if figure.quiet_rounds >= ENOUGH else "all count"
-    return f"{figure.rounds} rounds, {figure.quiet_rounds} of them on a quiet machine: {counted}"
+    rounds = f"{figure.rounds} round{'s' * (figure.rounds > 1)}, {figure.quiet_rounds} of them on a quiet machine"
+    return f"{rounds}: {'these' if figure.quiet_rounds >= ENOUGH else 'all'} count"
 
 
 def _gib(count: int | None) -> str:
@@ -87,11 +90,13 @@ def _mfu(figure: Figures, peak: int | None) -> str:
 
 
 def legend(facts: dict[str, str], found: list[Figures]) -> Iterator[str]:
-    yield "speeds: medians over rounds; ratios: medians of those within a round (95% interval), in time and CPU time"
+    """What the columns mean, in lines of a terminal."""
+    yield "speed: median over rounds; ratio: median of those within a round (95% interval); CPU time: the same"
+    yield "of work per second of CPU time, which others on the machine disturb less"
     if any(figure.held_bytes for figure in found):
-        yield "peak and state GiB: of the fullest rank, within and between steps; planned: the state by the plan"
-    if any(figure.flops_whole for figure in found):
-        yield "TF/s: TFLOP/s of a rank, 6 a weight and token and attention's causal half of the scores, or the whole"
-        yield "as in Megatron-Core's published figures; what is recomputed is not counted"
-    if peak := peak_tflops(facts["machine"]):
-        yield f"MFU: TF/s whole over the dense bf16 peak of {peak} TFLOP/s"
+        yield "peak, state: GiB on the fullest rank within and between steps; planned: that state by the plan"
+    if "gpu" in facts:
+        yield "TF/s: TFLOP/s a GPU, 6 a weight and token and the causal half of attention's scores; whole: all of"
+        yield "the scores, as in Megatron-Core's published figures. What is recomputed is not counted."
+        if peak := peak_tflops(facts["gpu"]):
+            yield f"MFU: whole over the dense bf16 peak of {peak} TFLOP/s"

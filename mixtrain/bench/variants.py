@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mixtrain.bench.scenario import Measure, Request, Row
 from mixtrain.compose import compose
-from mixtrain.config import Accelerator, Config, TransformerImpl
+from mixtrain.config import Accelerator, AttnBackend, Config, TransformerImpl
 from mixtrain.convert.settings import problems as not_mixtral
 from mixtrain.errors import UserError
 from mixtrain.machine import gpu_count, installed
@@ -39,7 +39,7 @@ class Variant:
 
 
 def variants_of(request: Request) -> tuple[dict[str, list[Variant]], list[str]]:
-    """Row -> its variants, and a line for each that is left out. UserError with every problem of all of them."""
+    """Row -> its variants, and those left out, with the reason. UserError with every problem of all of them."""
     found, left_out, problems = {}, [], []
     for name, row in request.scenario.rows.items():
         found[name] = []
@@ -50,12 +50,12 @@ def variants_of(request: Request) -> tuple[dict[str, list[Variant]], list[str]]:
                 problems += [f"{name}, {variant}: {problem}" for problem in error.problems]
                 continue
             if isinstance(made, str):
-                left_out.append(f"{name}: {variant} is left out: {made}")
+                left_out.append(f"{variant} ({made})")
             else:
                 found[name].append(made)
     if problems:
         raise UserError(*dict.fromkeys(problems))
-    return {name: row for name, row in found.items() if row}, left_out
+    return {name: row for name, row in found.items() if row}, list(dict.fromkeys(left_out))
 
 
 def _variant(name: str, row: Row, request: Request, words: list[str]) -> Variant | str:
@@ -109,6 +109,8 @@ def _lacks(config: Config, request: Request) -> str | None:
             return "the package transformer-engine is not installed"
         if trainer.accelerator is not Accelerator.gpu:
             return "Transformer Engine needs a GPU"
+    if model.attention_backend is AttnBackend.fused and trainer.accelerator is not Accelerator.gpu:
+        return "cuDNN's attention needs a GPU"
     if trainer.accelerator is Accelerator.gpu and gpu_count() < (trainer.devices or 1):
         raise UserError(
             f"scenario={request.name} is for {trainer.devices or 1} GPU, and this machine has {gpu_count()}; to run it"
