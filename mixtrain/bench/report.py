@@ -26,14 +26,14 @@ def show(facts: dict[str, str], readings: Iterable[Reading]) -> None:
     for figure in figures(readings):
         rows.setdefault(figure.row, []).append(figure)
     for row, found in rows.items():
-        console.print()
-        console.print(_table(row, found, facts.get("gpu")))
+        console.print(f"\n{row}: {_rounds(found[0])}")
+        console.print(_table(found, facts.get("gpu")))
     console.print()
     for line in legend(facts, [figure for found in rows.values() for figure in found]):
         console.print(line)
 
 
-def _table(row: str, found: list[Figures], gpu: str | None) -> Table:
+def _table(found: list[Figures], gpu: str | None) -> Table:
     unit, scale, form = UNITS[found[0].unit]
     first = found[0].variant
     columns = {
@@ -50,13 +50,7 @@ def _table(row: str, found: list[Figures], gpu: str | None) -> Table:
             "whole": [_tflops(figure, figure.flops_whole) for figure in found],
             "MFU": [_mfu(figure, peak_tflops(gpu)) for figure in found],
         }
-    table = Table(
-        title=f"{row}: {_rounds(found[0])}",
-        title_justify="left",
-        box=rich.box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("variant", no_wrap=True, min_width=13)
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     for name in shown:

@@ -1,12 +1,12 @@
 """A benchmark from its variants to its readings. No torch.
 
-Rule: nothing is timed before all variants of a row have been seen to compute the same.
+Rule: no ratio is given of variants that have not been seen to compute the same, before the first of them is timed where
+their processes live side by side.
 """
 
 from __future__ import annotations
 
 import contextlib
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,29 +36,30 @@ def readings_of(
     if row.measure is Measure.command:
         yield from _commands(name, row, variants, scenario, folder)
         return
+    label = f"{name} FORCED" if any(variant.is_forced for variant in variants) else name
     with contextlib.ExitStack() as stack:
-        started = {}
 
-        def processes(variant: Variant, turn: str) -> Processes:
-            found = Processes(variant, scenario, folder / turn / variant.name)
+        def started(variant: Variant, turn: int) -> Processes:
+            found = Processes(variant, scenario, folder / str(turn) / variant.name)
             stack.callback(found.close)
             return found
 
-        for variant in variants:
-            say(f"{name}: {variant.name} builds its model and warms up ...")
-            started[variant.name] = processes(variant, "0")
-            if not scenario.resident:
-                started[variant.name].close()
-        computed = {own: process.computed for own, process in started.items()}
-        same(name, variants, computed)
+        say(f"{name}: {', '.join(variant.name for variant in variants)} build their models and warm up ...")
+        if scenario.resident:
+            resident = {variant.name: started(variant, 0) for variant in variants}  # all at once
+            same(name, variants, {own: processes.ready() for own, processes in resident.items()})
+        first: dict[str, Computed] = {}
         for number in range(1, scenario.rounds + 1):
             wait_for_quiet(scenario.patience_seconds)
             for variant in variants:
-                mine = started[variant.name] if scenario.resident else processes(variant, str(number))
+                mine = resident[variant.name] if scenario.resident else started(variant, number)
+                if not scenario.resident:
+                    first[variant.name] = mine.ready()
+                    same(name, [one for one in variants if one.name in first], first)
                 with Others() as others:
                     taken = mine.turn()
                 busy = others.busy(taken["cpu_seconds"])
-                yield Reading(name, number, variant.name, others=busy, **taken, **facts_of(variant, mine.computed))
+                yield Reading(label, number, variant.name, others=busy, **taken, **facts_of(variant, mine.computed))
                 if not scenario.resident:
                     mine.close()
 
@@ -103,8 +104,7 @@ def _commands(name: str, row: Row, variants: list[Variant], scenario: Scenario, 
     shared = folder / "shared"
     shared.mkdir(parents=True)
     if row.prepare:
-        line = command.filled(row.prepare, shared, folder)
-        subprocess.run(line, shell=True, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, timeout=60 * command.MINUTES)
+        command.seconds(f"{name}, prepare", row.prepare, shared, folder / "prepare", None, ROOT)
     for number in range(1 - scenario.warmup, scenario.rounds + 1):
         wait_for_quiet(scenario.patience_seconds)
         for variant in variants:

@@ -37,6 +37,18 @@ class Computed:
     held_bytes: int | None  # between steps, of the fullest rank
 
 
+def computed(answers: list[dict[str, Any]]) -> Computed:
+    """What the ranks say together: each has a part of the batch, and the losses of its tokens."""
+    repeats = zip(*(answer["computed"] for answer in answers), strict=True)
+    losses = [
+        sum(result["sum"] for result in results) / sum(result["tokens"] for result in results)
+        for results in repeats
+        if "sum" in results[0]
+    ]
+    held = max(answer["held_bytes"] for answer in answers)
+    return Computed(losses, answers[0]["computed"][-1].get("norm"), held)
+
+
 class Processes:
     """The ranks of one variant."""
 
@@ -50,15 +62,11 @@ class Processes:
             own.mkdir()
             spec.write_bytes(pickle.dumps(Spec(variant, me, scenario.repeats, scenario.warmup, threads, own)))
             self.children.append(self._start(spec, own, threads))
-        answers = self._answers()
-        computed = [answer["computed"] for answer in answers]
-        losses = [
-            sum(result["sum"] for result in results) / sum(result["tokens"] for result in results)
-            for results in zip(*computed, strict=True)
-            if "sum" in results[0]
-        ]
-        held = max(answer["held_bytes"] for answer in answers)
-        self.computed = Computed(losses, computed[0][-1].get("norm"), held)
+
+    def ready(self) -> Computed:
+        """Wait until all ranks have built their part and warmed up."""
+        self.computed = computed(self._answers())
+        return self.computed
 
     def _start(self, spec: Path, own: Path, threads: int | None) -> subprocess.Popen:
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}

@@ -40,21 +40,25 @@ class Variant:
 
 def variants_of(request: Request) -> tuple[dict[str, list[Variant]], list[str]]:
     """Row -> its variants, and those left out, with the reason. UserError with every problem of all of them."""
-    found, left_out, problems = {}, [], []
+    found, left_out, problems = {}, [], {}
+    wanted = 0
     for name, row in request.scenario.rows.items():
         found[name] = []
         for variant, words in row.variants.items():
             try:
                 made = _variant(variant, row, request, words)
             except UserError as error:
-                problems += [f"{name}, {variant}: {problem}" for problem in error.problems]
+                wanted += 1
+                for problem in error.problems:
+                    problems.setdefault(problem, []).append(f"{name}, {variant}")
                 continue
             if isinstance(made, str):
                 left_out.append(f"{variant} ({made})")
             else:
+                wanted += 1
                 found[name].append(made)
     if problems:
-        raise UserError(*dict.fromkeys(problems))
+        raise UserError(*[text if len(of) == wanted else f"{'; '.join(of)}: {text}" for text, of in problems.items()])
     return {name: row for name, row in found.items() if row}, list(dict.fromkeys(left_out))
 
 
@@ -69,10 +73,10 @@ def _variant(name: str, row: Row, request: Request, words: list[str]) -> Variant
         if prefix in FOREIGN:
             foreign.setdefault(prefix, {})[key] = value
     own = [word for word in words if _cut(word)[0] not in FOREIGN]
-    config = _config(_merged(request.scenario.words, row.words, own, request.words))
-    if missing := _lacks(config, request):
+    config, problems = _config(_merged(request.scenario.words, row.words, own, request.words))
+    if not problems and (missing := _lacks(config, request)):
         return missing
-    plan = make_plan(config)
+    plan = make_plan(config, None, problems)
     if "hf" in foreign and (wrong := not_mixtral(plan.config)):
         raise UserError(*wrong)
     return Variant(name, row.measure, plan, foreign, None)
@@ -94,11 +98,12 @@ def _merged(*lists: list[str]) -> list[str]:
     return [*groups, *merged.values()]
 
 
-def _config(words: list[str]) -> Config:
+def _config(words: list[str]) -> tuple[Config, list[str]]:
+    """The configuration of words of train.py, and what is wrong with the words."""
     jobs, problems = compose(words)
     if len(jobs) != 1:
         raise UserError(*problems, "one configuration at a time: no sweep here")
-    return Config.from_hydra(jobs[0].tree, problems)
+    return Config.from_hydra(jobs[0].tree, problems), problems
 
 
 def _lacks(config: Config, request: Request) -> str | None:

@@ -1,0 +1,152 @@
+"""The benchmark without running anything: scenarios, figures, files. What it measures is in test_bench_run.py."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from composing import ROOT, config_of
+
+from mixtrain import costs
+from mixtrain.bench import reading, report, run, scenario
+from mixtrain.bench.figures import figures, ratio
+from mixtrain.bench.machine import peak_tflops
+from mixtrain.bench.reading import Reading
+from mixtrain.bench.scenario import Measure, Request
+from mixtrain.bench.turns import Computed
+from mixtrain.bench.variants import variants_of
+from mixtrain.errors import Fault, UserError
+
+RESULTS = sorted((ROOT / "benchmarks").glob("*.csv"))
+
+
+def problems_of(*words: str) -> tuple[str, ...]:
+    with pytest.raises(UserError) as caught:
+        variants_of(scenario.parse(list(words)))
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("name", scenario.names())
+def test_every_variant_of_a_scenario_is_a_legal_run_of_this_machine_or_left_out_with_a_reason(name):
+    words = ["+shrink=laptop"] if name.endswith("_1gpu") else []
+    rows, left_out = variants_of(scenario.parse([f"scenario={name}", *words]))
+    asked = scenario.parse([f"scenario={name}"]).scenario.rows
+    assert list(rows) == list(asked)
+    for row, variants in rows.items():
+        missing = set(asked[row].variants) - {variant.name for variant in variants}
+        assert all(any(line.startswith(f"{one} (") for line in left_out) for one in missing), missing
+
+
+def test_a_scenario_of_a_gpu_names_the_command_that_runs_it_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for problem in problems_of("scenario=fine_grained_1gpu", "rows=[microbatch_1]", "variants=[torch]"):
+        assert problem.endswith("python tools/bench.py scenario=fine_grained_1gpu +shrink=laptop")
+
+
+WRONG = {
+    ("scenario=cpu_smal",): "scenario=cpu_smal: did you mean cpu_small?",
+    ("rounds=3",): "scenario=: there are checkpoint, ",
+    ("scenario=cpu_small", "variants=[jax]"): "variants=jax: there are torch, local, hf_eager, ",
+    ("scenario=cpu_small", "rows=[step]"): "rows=step: there are forward_backward_fp32, ",
+    ("scenario=cpu_small", "--fast"): "--fast is no key=value; ",
+    ("scenario=cpu_small", "rounds=0"): "rounds = 0 must be at least 1",
+    ("scenario=cpu_small", "rounds=many"): "cpu_small.yaml: ",
+    ("scenario=cpu_small", "model.hiden_size=1"): "model.hiden_size is not a key of mixtrain; did you mean",
+    ("scenario=cpu_ep2", "trainer.global_batch_size=3"): "trainer.global_batch_size = 3 must be a multiple of",
+    ("scenario=start_up", "data=mock"): "data=mock: this row runs commands, which take no words of train.py",
+    ("scenario=cpu_small", "router=sinkhorn"): "router.moe_router_load_balancing_type = sinkhorn: its weights",
+}
+
+
+@pytest.mark.parametrize("words", WRONG, ids=" ".join)
+def test_what_is_wrong_is_said_before_anything_runs(words):
+    assert any(WRONG[words] in problem for problem in problems_of(*words))
+
+
+def test_words_of_the_command_line_win_over_those_of_a_variant_over_those_of_its_row_over_the_scenarios():
+    tree = scenario.Row(Measure.step, words=["seed=2", "name=b"], variants={"one": ["seed=3"]})
+    whole = scenario.Scenario(1, 1, 1, True, None, 0, ["seed=1", "name=a", "parallel=ep1"], {"row": tree})
+    rows, _ = variants_of(Request("made", whole, ["name=c"], None))
+    config = rows["row"][0].plan.config
+    assert (config.seed, config.name, config.parallel.expert_model_parallel_size) == (3, "c", 1)
+
+
+def test_flops_are_those_of_the_published_conventions():
+    """Mixtral 8x7B at 4096: 79.7 GF a token with the causal half of the scores, 82.9 with all of them."""
+    model = config_of("+recipe=mixtral_8x7b_ep8").model
+    assert costs.training_flops(model, 4096, causal=True) == pytest.approx(79.7e9, rel=1e-3)
+    assert costs.training_flops(model, 4096, causal=False) == pytest.approx(82.9e9, rel=1e-3)
+    assert (peak_tflops("NVIDIA H200, 143771 MiB"), peak_tflops("GeForce")) == (989, None)
+
+
+def test_the_interval_of_a_median_is_that_of_the_sign_test():
+    """Of 15 values the 4th to the 12th has the median with 96.5 %, of 20 the 6th to the 15th with 95.9 % (tables)."""
+    found = ratio([float(value) for value in range(15, 0, -1)])
+    assert (found.median, found.low, found.high) == (8, 4, 12)
+    found = ratio([float(value) for value in range(1, 21)])
+    assert (found.median, found.low, found.high) == (10.5, 6, 15)
+    assert (ratio([1.0, 2.0]).low, ratio([1.0, 2.0]).high) == (1, 2)
+
+
+def made(variant: str, number: int, seconds: float, others: float = 0.0, **values) -> Reading:
+    return Reading("row", number, variant, seconds, 2 * seconds, 100, "tokens", others, **values)
+
+
+def test_ratios_are_taken_within_rounds():
+    """A machine that slows down over the rounds changes the speeds, not the ratio."""
+    slow = [(number, 1.0 + number) for number in range(9)]
+    taken = [one for number, time in slow for one in (made("a", number, time), made("b", number, 2 * time))]
+    first, second = figures(taken)
+    assert first.ratio is None and (second.ratio.median, second.ratio.low, second.ratio.high) == (2, 2, 2)
+    assert first.rate == pytest.approx(100 / 5) and second.cpu_ratio.median == 2
+
+
+def test_where_enough_rounds_were_quiet_they_alone_count():
+    quiet = [one for number in range(5) for one in (made("a", number, 1), made("b", number, 2))]
+    loud = [one for number in range(5, 20) for one in (made("a", number, 1), made("b", number, 9, others=1.5))]
+    assert figures(quiet + loud)[1].ratio.median == 2
+    assert figures(quiet[:-2] + loud)[1].ratio.median == 9
+    assert (figures(quiet + loud)[1].rounds, figures(quiet + loud)[1].quiet_rounds) == (20, 5)
+
+
+def test_variants_that_compute_something_else_are_not_compared():
+    rows, _ = variants_of(scenario.parse(["scenario=cpu_small", "rows=[forward_backward_fp32]"]))
+    variants = rows["forward_backward_fp32"][:2]
+    right = Computed([10.0, 9.0], 2.0, None)
+    for wrong in (
+        Computed([10.0, 9.001], 2.0, None),
+        Computed([10.0, 9.0], 2.1, None),
+        Computed([float("nan")] * 2, 2, 0),
+    ):
+        with pytest.raises(Fault, match="local does not compute what torch does"):
+            run.same("row", variants, {"torch": right, "local": wrong})
+    run.same("row", variants, {"torch": right, "local": replace(right, losses=[10.00001, 9.0])})
+
+
+def test_a_file_of_readings_is_read_as_it_was_written_and_another_is_refused(tmp_path):
+    taken = [made("a", 1, 0.5, peak_bytes=7, flops_causal=2.5), made("b", 1, 0.25)]
+    reading.write(tmp_path / "new" / "file.csv", {"machine": "of: one"}, taken)
+    assert reading.read(tmp_path / "new" / "file.csv") == ({"machine": "of: one"}, taken)
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    for other in ("other.csv", "none.csv"):
+        with pytest.raises(UserError, match="is not a file of this benchmark's readings"):
+            reading.read(tmp_path / other)
+
+
+def test_tflops_and_mfu_are_shown_of_a_gpu(capsys):
+    taken = [made("a", 1, 1.0, flops_causal=1e13, flops_whole=2e13, ranks=2)]
+    report.show({"machine": "32 cores"}, taken)
+    assert "MFU" not in capsys.readouterr().out
+    report.show({"machine": "32 cores", "gpu": "NVIDIA H100"}, taken)
+    shown = capsys.readouterr().out
+    assert re.search(r"a +100 +500 +1000 +101\.1%", shown) and max(map(len, shown.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_a_checked_in_result_says_where_it_is_from(path):
+    if "seconds" not in path.read_text().splitlines()[0]:  # tools/bench_convert.py writes another kind
+        facts, taken = reading.read(path)
+        assert {"scenario", "machine", "system", "versions", "commit"} <= set(facts)
+        assert "dirty" not in facts["commit"] and facts["scenario"].split()[0] in scenario.names()
+        assert len({one.round for one in taken}) >= 1

@@ -1,0 +1,91 @@
+"""The benchmark at tiny sizes: real processes, real transformers, in turn."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from composing import ROOT, unstarted_environment
+
+from mixtrain.bench import reading, run
+from mixtrain.bench.scenario import Measure, Request, Row, Scenario
+from mixtrain.bench.variants import variants_of
+from mixtrain.errors import Fault
+
+TINY = [
+    "data=mock",
+    "parallel=ep1",
+    "router=none",
+    "checkpoint=none",
+    "data.seq_length=32",
+    "trainer.micro_batch_size=2",
+    "trainer.global_batch_size=4",
+    "model.num_layers=2",
+    "model.hidden_size=64",
+    "model.moe_ffn_hidden_size=96",
+    "model.vocab_size=256",
+    "model.init_method_std=0.1",
+]
+
+
+def taken(folder, measure: Measure, rounds: int = 2, **variants: list[str]) -> list[reading.Reading]:
+    """The readings of a row of these variants."""
+    row = Row(measure, variants=variants)
+    scenario = Scenario(rounds, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY)
+    rows, _ = variants_of(Request("made", replace(scenario, rows={"row": row}), [], None))
+    return list(run.readings_of("row", row, rows["row"], scenario, folder, print))
+
+
+def test_ours_and_transformers_take_turns_on_the_same_loss_and_gradient_and_a_rank_of_several_its_part(tmp_path):
+    """That they compute the same is checked before the first turn: see the next test."""
+    variants = {
+        "torch": [],
+        "hf_eager": ["hf.experts_implementation=eager"],
+        "ep2": ["parallel=ep2"],
+    }
+    found = taken(tmp_path, Measure.forward_backward, **variants)
+    assert [(one.round, one.variant) for one in found] == [(number, name) for number in (1, 2) for name in variants]
+    assert all(one.seconds > 0 and one.cpu_seconds > 0 and one.amount == 4 * 32 for one in found)
+    assert [one.ranks for one in found[:3]] == [1, 1, 2]
+    assert all(one.peak_bytes > 1 << 20 and one.flops_whole > one.flops_causal for one in found)
+
+
+def test_a_variant_of_another_model_ends_the_benchmark_before_it_is_timed(tmp_path):
+    with pytest.raises(Fault, match=r"row: other does not compute what torch does: LM loss \S+ against"):
+        taken(tmp_path, Measure.forward_backward, torch=[], other=["model.rotary_base=10"])
+
+
+def test_saving_is_timed_against_plain_files_of_as_many_bytes(tmp_path):
+    saved, plain = taken(tmp_path, Measure.save, rounds=1, save=["checkpoint=last"], plain_files=["plain.files=2"])
+    assert saved.amount == pytest.approx(plain.amount, abs=2) and saved.unit == "bytes"
+    assert list((tmp_path / "0" / "save").glob("rank_0/iter_*/.metadata"))
+
+
+def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
+    row = Row(Measure.command, variants={}, prepare="echo ready > {shared}/file")
+    slow = 'cat {shared}/file; echo seen; sleep 1; test -z "$(ls {folder})"'
+    scenario = Scenario(1, 1, 0, True, None, 0, rows={"row": Row(Measure.command, variants={"slow": [slow]})})
+    rows, _ = variants_of(Request("made", scenario, [], None))
+    for until, least, most in (("^seen", 0, 0.9), (None, 1, 30)):
+        row.until = until
+        found = list(run.readings_of("row", row, rows["row"], scenario, tmp_path / str(until), print))
+        assert len(found) == 1 and least <= found[0].seconds < most, found
+    row.until = "^never"
+    with pytest.raises(Fault, match="slow: no line of its output matches"):
+        list(run.readings_of("row", row, rows["row"], scenario, tmp_path / "never", print))
+
+
+def test_the_command_prints_a_table_and_leaves_a_file_that_it_shows_again(tmp_path):
+    words = ["scenario=cpu_small", "rows=[step_bf16]", "variants=[torch]", "rounds=1", "patience_seconds=0", *TINY[4:]]
+    tool, file = [sys.executable, str(ROOT / "tools" / "bench.py")], str(tmp_path / "file.csv")
+    shown = []
+    for arguments in ([*words, f"csv={file}"], ["show", file]):
+        done = subprocess.run(
+            [*tool, *arguments], cwd=tmp_path, env=unstarted_environment(), capture_output=True, text=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+        shown.append(done.stdout.splitlines())
+    assert [line for line in shown[0][:-2]] == shown[1] and shown[0][-1] == file
+    assert "step_bf16: 1 round, " in "\n".join(shown[1]) and max(map(len, shown[0][:-1])) <= 100
