@@ -78,7 +78,15 @@ def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
 
 
 def test_the_command_prints_a_table_and_leaves_a_file_that_it_shows_again(tmp_path):
-    words = ["scenario=cpu_small", "rows=[step_bf16]", "variants=[torch]", "rounds=1", "patience_seconds=0", *TINY[4:]]
+    words = [
+        "scenario=cpu_small",
+        "rows=[step_bf16]",
+        "variants=[torch]",
+        "rounds=1",
+        "patience_seconds=0",
+        "resident=false",
+        *TINY[4:],
+    ]
     tool, file = [sys.executable, str(ROOT / "tools" / "bench.py")], str(tmp_path / "file.csv")
     shown = []
     for arguments in ([*words, f"csv={file}"], ["show", file]):

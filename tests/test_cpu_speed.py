@@ -1,0 +1,186 @@
+"""What makes a step on the CPU quick computes the same as what it stands for, and is taken."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from composing import ROOT, plan_of
+from rank_workers import run_ranks
+
+from mixtrain import gloo, model, optimizer, ranks
+from mixtrain.layers import loss, products
+from mixtrain.layers.cpu_experts import ExpertByExpert
+from mixtrain.layers.experts import Experts
+from mixtrain.parity.measure import batches
+
+LARGE, SMALL = (300, 512, 256), (30, 16, 8)  # rows, in, out: above and below products.WORTHWHILE
+ONEDNN = "mkldnn::_linear_pointwise"
+
+
+def kernels(work) -> set[str]:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    return {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("size", [LARGE, SMALL], ids=["large", "small"])
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+def test_a_product_is_the_product_whichever_way_its_factors_lie(size, turned):
+    torch.manual_seed(0)
+    rows, inner, columns = size
+    a = torch.randn(inner, rows).t() if turned[0] else torch.randn(rows, inner)
+    b = torch.randn(columns, inner).t() if turned[1] else torch.randn(inner, columns)
+    exact = a.double() @ b.double()
+    assert (products.product(a, b) - exact).abs().max() < 1e-5 * exact.abs().max()
+    taken = ONEDNN in kernels(lambda: products.product(a, b))
+    assert taken is (size is LARGE and torch.backends.mkldnn.is_available())
+
+
+def test_a_linear_layers_gradients_are_pytorchs():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 60, 512, requires_grad=True), torch.randn(256, 512, requires_grad=True)
+    given = torch.randn(5, 60, 256)
+    ours = torch.autograd.grad((products.Linear.apply(x, weight) * given).sum(), (x, weight))
+    theirs = torch.autograd.grad((F.linear(x, weight) * given).sum(), (x, weight))
+    assert all((a - b).abs().max() < 1e-5 * b.abs().max() for a, b in zip(ours, theirs, strict=True))
+    assert products.Linear.apply(x.detach(), weight).requires_grad  # only what needs a gradient gets one
+    products.Linear.apply(x.detach(), weight).sum().backward()
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["fp32", "bf16"])
+def test_token_losses_are_cross_entropy_and_take_no_second_tensor_of_the_logits_size(dtype, tolerance):
+    torch.manual_seed(0)
+    weight = torch.randn(130, 3, 50, dtype=dtype) * 3  # more tokens than loss.ROWS
+    labels, given = torch.randint(0, 50, (3, 130)), torch.rand(3, 130)
+    leaf = weight.clone().requires_grad_()
+    logits = leaf * 1
+    lies_at = logits.data_ptr()
+    ours = loss.token_losses(logits, labels)
+    exact = F.cross_entropy(weight.double().permute(1, 2, 0), labels, reduction="none")
+    assert ours.dtype is torch.float32 and (ours - exact).abs().max() < 1e-5
+    seen = []
+    logits.register_hook(lambda gradient: seen.append(gradient.data_ptr()))
+    (ours * given).sum().backward()
+    softmax = weight.double().softmax(dim=2)
+    softmax[torch.arange(130)[:, None], torch.arange(3), labels.t()] -= 1
+    assert (leaf.grad - softmax * given.t()[..., None]).abs().max() < tolerance
+    assert seen == [lies_at]
+
+
+def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
+    """Twice, as in two microbatches; autograd's own tensor is then nobody's."""
+    torch.manual_seed(0)
+    tokens, probs, counts = torch.randn(9, 16), torch.rand(9), [4, 0, 5]
+    weights = [torch.nn.Parameter(torch.randn(3, 24, 16)), torch.nn.Parameter(torch.randn(3, 16, 12))]
+    exact = torch.autograd.grad(ExpertByExpert.apply(tokens, probs, *weights, counts).sum(), weights)
+    for weight in weights:
+        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
+    for _ in range(2):
+        torch.autograd.grad(ExpertByExpert.apply(tokens, probs, *weights, counts).sum(), weights)
+    for weight, gradient in zip(weights, exact, strict=True):
+        assert weight.grad_added_to_main_grad is True
+        assert (weight.main_grad - 2 * gradient).abs().max() < 1e-5 * gradient.abs().max()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_parts_of_a_buffer_go_from_rank_to_rank_as_gloos_own_collectives_send_them(size, tmp_path):
+    def same_on_this_rank(me) -> list[bool]:
+        dist.init_process_group("gloo", init_method=me.rendezvous, rank=me.rank, world_size=size)
+        whole = torch.randn(4 * size, generator=torch.Generator().manual_seed(me.rank))
+        ours, theirs = torch.empty(4), torch.empty(4)
+        gloo.reduce_scatter(ours, whole.clone(), group=dist.group.WORLD)
+        dist.reduce_scatter_tensor(theirs, whole.clone())
+        in_place = whole.clone()
+        gloo.reduce_scatter(in_place.view(size, -1)[me.rank], in_place)  # as Megatron-Core's buffers are
+        gathered, expected = torch.empty(4 * size), torch.empty(4 * size)
+        gloo.all_gather(gathered, ours)
+        dist.all_gather_into_tensor(expected, theirs)
+        there = torch.zeros(size, 4)
+        there[me.rank] = theirs
+        gloo.all_gather(there, there[me.rank], group=dist.group.WORLD)
+        dist.barrier()
+        pairs = [(ours, theirs), (in_place.view(size, -1)[me.rank], theirs), (gathered, expected)]
+        return [torch.allclose(a, b, atol=1e-6) for a, b in [*pairs, (there.view(-1), expected)]]
+
+    assert all(all(same) for same in run_ranks(size, same_on_this_rank, tmp_path))
+
+
+STEP = ["data=mock", "parallel=ep1", "checkpoint=none", "data.seq_length=64", "trainer.micro_batch_size=1",
+        "trainer.global_batch_size=4", "model.num_layers=2", "model.hidden_size=512", "model.moe_ffn_hidden_size=512",
+        "model.num_attention_heads=8", "model.kv_channels=64", "model.num_moe_experts=2", "model.vocab_size=1024",
+        "trainer.timeout_minutes=1"]  # fmt: skip
+
+
+def test_a_step_takes_all_of_it(tmp_path):
+    def taken(me) -> dict[str, list[str]]:
+        from mixtrain import loop
+        from mixtrain.stop import StopRequest
+
+        found = {}
+        for kind in ("torch", "local"):
+            words = [f"model.transformer_impl={kind}", f"model.moe_grouped_gemm={str(kind == 'torch').lower()}"]
+            plan = plan_of(*STEP, *words)
+            with ranks.start(plan, me) as here:
+                training = optimizer.build(plan, model.build(plan, here.device))
+                stream = batches(plan)
+                seen = kernels(lambda: loop.train_step(plan, here, training, [stream], StopRequest(), 1, 4))  # noqa: B023
+            found[kind] = sorted(seen)
+            (tmp_path / "0" / "rendezvous").unlink(missing_ok=True)
+        return found
+
+    (found,) = run_ranks(1, taken, tmp_path / "0")
+    wanted = {"ExpertByExpert", "LinearBackward", "TokenLosses", "aten::_fused_adamw_"}
+    wanted |= {ONEDNN} if torch.backends.mkldnn.is_available() else set()
+    assert wanted <= set(found["torch"])
+    assert not {"aten::_grouped_mm", "c10d::_reduce_scatter_base_", "_VocabParallelCrossEntropy"} & set(found["torch"])
+    # Megatron-Core's own layers stay as they are, to be compared with
+    assert not {"ExpertByExpert", "LinearBackward", "TokenLosses"} & set(found["local"])
+    assert "_VocabParallelCrossEntropy" in found["local"]
+
+
+def test_memory_that_is_freed_is_not_fetched_anew():
+    code = """
+import ctypes, resource, sys
+from mixtrain.host_memory import keep_what_is_freed
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if sys.argv[1] == "kept":
+    keep_what_is_freed()
+def faults(times):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        block = libc.malloc(100 << 20)
+        ctypes.memset(block, 1, 100 << 20)
+        libc.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(1)
+print(faults(5))
+"""
+    found = {}
+    for how in ("kept", "given back"):
+        command = [sys.executable, "-c", code, how]
+        found[how] = int(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert found["kept"] < found["given back"] / 10
+
+
+def test_experts_of_a_gpu_are_tested_on_the_cpu_too(monkeypatch):
+    """grouped_mm, which CPU runs do not take: the same as expert by expert, forward and backward."""
+    from test_layers import ALONE, config_of
+
+    torch.manual_seed(0)
+    made = Experts(4, config_of(), pg_collection=ALONE)
+    torch.nn.init.normal_(made.weight1), torch.nn.init.normal_(made.weight2)
+    tokens, probs = torch.randn(10, 32, requires_grad=True), torch.rand(10, requires_grad=True)
+    results = []
+    for is_cpu in (True, False):
+        monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _, is_cpu=is_cpu: is_cpu))
+        output, _ = made(tokens, torch.tensor([3, 0, 5, 2]), probs)
+        gradients = torch.autograd.grad(output.sum(), [tokens, probs, made.weight1, made.weight2])
+        results.append([output, *gradients])
+    assert "aten::_grouped_mm" in kernels(lambda: made(tokens, torch.tensor([3, 0, 5, 2]), probs))
+    assert all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in zip(*results, strict=True))
