@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from mixtrain import contract, places
+from mixtrain.places import Shard
 from mixtrain.plan import Plan
 
 
@@ -37,44 +39,50 @@ def materialise(model: torch.nn.Module, device: torch.device) -> None:
         raise RuntimeError(f"tensors without memory after materialise: {', '.join(left)}")
 
 
-@torch.no_grad()
 def initialise(model: torch.nn.Module, plan: Plan) -> None:
     """Draw every parameter of this rank's part of the model (one pipeline chunk) in place."""
-    drawn, last = 0, ("", torch.empty(0))
     shapes = contract.shapes(plan.config)
-    for shard in places.shards(model):
-        if contract.starts(shard.key) == "buffer":
-            continue  # its module has filled it
-        seed = seed_of(plan, shard.key, shard.numbers)
-        if last[0] != seed:  # gate and up are two parts of one tensor: draw it once
-            last = (seed, draw(seed, shard.key, shapes[shard.key][len(shard.numbers) :], plan))
-        shard.data.copy_(last[1][shard.cut])
-        drawn += shard.data.numel()
+    # a buffer has been filled by its module; gate and up are two parts of one tensor: draw it once
+    parts = [shard for shard in places.shards(model) if contract.starts(shard.key) != "buffer"]
+    tensors = [list(shards) for _, shards in itertools.groupby(parts, lambda shard: (shard.key, shard.numbers))]
+
+    @torch.no_grad()
+    def fill(shards: list[Shard]) -> int:
+        key, numbers = shards[0].key, shards[0].numbers
+        whole = draw(plan, key, numbers, shapes[key][len(numbers) :])
+        for shard in shards:
+            shard.data.copy_(whole[shard.cut])
+        return sum(shard.data.numel() for shard in shards)
+
+    with draws() as pool:
+        drawn = sum(pool.map(fill, tensors))
     total = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
     if drawn != total:
         raise RuntimeError(f"initialised {drawn} of {total} parameters: a tensor is missing from sharded_state_dict")
 
 
-def seed_of(plan: Plan, key: str, numbers: tuple[int, ...]) -> str:
-    """`numbers`: the layer and the expert, of a tensor that has them."""
-    return f"{plan.config.seed}/{key}/{'/'.join(map(str, numbers))}"
-
-
 def wholes(plan: Plan, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Every tensor of the model as it starts, whole, by key on disk: what `initialise` cuts, without a model."""
-    drawn = {}
-    for key, shape in contract.shapes(plan.config).items():
-        if contract.starts(key) == "buffer":
-            continue
-        drawn[key] = torch.empty(shape, dtype=dtype)
-        axes = contract.stacked(key)
-        for numbers in itertools.product(*map(range, shape[:axes])):
-            drawn[key][numbers] = draw(seed_of(plan, key, numbers), key, shape[axes:], plan)
+    shapes = {key: shape for key, shape in contract.shapes(plan.config).items() if contract.starts(key) != "buffer"}
+    drawn = {key: torch.empty(shape, dtype=dtype) for key, shape in shapes.items()}
+
+    def fill(key: str, numbers: tuple[int, ...]) -> None:
+        drawn[key][numbers] = draw(plan, key, numbers, shapes[key][len(numbers) :])
+
+    with draws() as pool:
+        for key, shape in shapes.items():
+            every = list(itertools.product(*map(range, shape[: contract.stacked(key)])))
+            list(pool.map(fill, [key] * len(every), every))
     return drawn
 
 
-def draw(seed: str, key: str, shape: tuple[int, ...], plan: Plan) -> torch.Tensor:
-    """A tensor in fp32, whole but for its layer and expert, from `seed` and nothing else.
+def draws() -> ThreadPoolExecutor:
+    """As many tensors at a time as this rank has threads: each is drawn by one. Few, as each is held in fp32."""
+    return ThreadPoolExecutor(min(torch.get_num_threads(), 8))
+
+
+def draw(plan: Plan, key: str, numbers: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor in fp32, whole but for `numbers`: its layer and expert. From the plan's seed and its name, nothing else.
 
     Megatron-Core's defaults for a GPT model: normal with init_method_std, and with std / sqrt(2 * layers) for what
     writes into the residual stream.
@@ -85,6 +93,6 @@ def draw(seed: str, key: str, shape: tuple[int, ...], plan: Plan) -> torch.Tenso
     std = plan.config.model.init_method_std
     if how == "scaled":
         std /= math.sqrt(2 * plan.config.model.num_layers)
-    digest = hashlib.sha256(seed.encode()).digest()
+    digest = hashlib.sha256(f"{plan.config.seed}/{key}/{'/'.join(map(str, numbers))}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.empty(shape).normal_(0.0, std, generator=generator)

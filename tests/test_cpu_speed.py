@@ -38,7 +38,7 @@ def test_a_product_is_the_product_whichever_way_its_factors_lie(size, turned):
     exact = a.double() @ b.double()
     assert (products.product(a, b) - exact).abs().max() < 1e-5 * exact.abs().max()
     taken = ONEDNN in kernels(lambda: products.product(a, b))
-    assert taken is (size is LARGE and torch.backends.mkldnn.is_available())
+    assert taken is (size is LARGE and products.by_onednn())
 
 
 def test_a_linear_layers_gradients_are_pytorchs():
@@ -135,7 +135,7 @@ def test_a_step_takes_all_of_it(tmp_path):
 
     (found,) = run_ranks(1, taken, tmp_path / "0")
     wanted = {"ExpertByExpert", "LinearBackward", "TokenLosses", "aten::_fused_adamw_"}
-    wanted |= {ONEDNN} if torch.backends.mkldnn.is_available() else set()
+    wanted |= {ONEDNN} if products.by_onednn() else set()
     assert wanted <= set(found["torch"])
     assert not {"aten::_grouped_mm", "c10d::_reduce_scatter_base_", "_VocabParallelCrossEntropy"} & set(found["torch"])
     # Megatron-Core's own layers stay as they are, to be compared with

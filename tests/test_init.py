@@ -96,7 +96,7 @@ def test_experts_keep_the_mark_that_keeps_them_out_of_the_dense_reduction(tmp_pa
 
 def test_a_tensor_that_no_row_describes_is_an_error():
     with pytest.raises(RuntimeError, match="no row of TENSORS.*decoder.surprise"):
-        init.draw("seed", "decoder.surprise", (2,), plan_of())
+        init.draw(plan_of(), "decoder.surprise", (), (2,))
 
 
 def test_materialise_refuses_to_leave_a_tensor_without_memory():

@@ -1,7 +1,8 @@
 """How fast, against whom: the same work by several implementations, in turn, each in processes of its own.
 
     python tools/bench.py scenario=cpu_small                        the table, and runs/bench/cpu_small.csv
-    python tools/bench.py scenario=cpu_small rounds=3 rows=[step] variants=[torch,local] csv=FILE
+    python tools/bench.py scenario=cpu_small rounds=3 rows=[step_fp32] variants=[torch,local] csv=FILE
+    python tools/bench.py scenario=conversion folder=/data         the disk to measure
     python tools/bench.py scenario=mixtral_slice_1gpu +shrink=laptop   a GPU's scenario to its end, tiny, on this CPU
     python tools/bench.py show benchmarks/cpu_small.csv             the table of readings taken before
 
@@ -12,9 +13,11 @@ Exit codes: 0 measured, 1 a fault, or variants that do not compute the same, 2 t
 130 interrupted.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
@@ -45,27 +48,38 @@ def main(argv: list[str]) -> int:
 
 
 def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out: list[str]) -> int:
-    """Take every row's readings; what there is by then is in the file after each."""
+    """Take every row's readings; what there is by then is in the file after each round."""
     for line in left_out:
         say(f"left out: {line}")
     facts = {"scenario": described(request), **machine.facts()} | (
         {"left out": "; ".join(left_out)} if left_out else {}
     )
     path, taken = Path(request.csv or RESULTS / f"{request.name}.csv"), []
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="working-", dir=RESULTS) as folder:
+    with working(path, Path(request.folder or RESULTS)) as folder:
         for name, variants in rows.items():
-            row = request.scenario.rows[name]
-            where = (Path(folder) / name).resolve()
-            for number, one in enumerate(run.readings_of(name, row, variants, request.scenario, where, say)):
+            row, rounds = request.scenario.rows[name], request.scenario.rounds
+            for number, one in enumerate(run.readings_of(name, row, variants, request.scenario, folder / name, say)):
                 taken.append(one)
                 if number % len(variants) == len(variants) - 1:
-                    rounds = request.scenario.rounds
                     say(f"{name}: round {one.round} of {rounds}, others kept {one.others:.1f} CPUs busy")
-            reading.write(path, facts, taken)
+                    reading.write(path, facts, taken)
     report.show(facts, taken)
     print(f"\n{path}")
     return FINISHED
+
+
+@contextlib.contextmanager
+def working(path: Path, folder: Path) -> Iterator[Path]:
+    """A folder for what is written while measuring, in `folder`. UserError where it, or `path`, cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
+        folder.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(prefix="working-", dir=folder)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+    with made as name:
+        yield Path(name).resolve()
 
 
 def described(request: scenario.Request) -> str:

@@ -13,11 +13,21 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from mixtrain.errors import Fault
 
 MINUTES = 30
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a line took. CPU time and memory are those of all processes that it has waited for, to its end."""
+
+    seconds: float  # to the end, or to the line
+    cpu_seconds: float
+    peak_bytes: int  # resident, of the fullest process
 
 
 def filled(line: str, shared: Path, folder: Path) -> str:
@@ -26,16 +36,13 @@ def filled(line: str, shared: Path, folder: Path) -> str:
     return line
 
 
-def seconds(name: str, line: str, shared: Path, folder: Path, until: str | None, cwd: Path) -> tuple[float, float]:
-    """Run the line in an empty `folder`: seconds until it ended, or printed a line in which `until` is found.
-
-    And the CPU time of all processes it has waited for, to the end.
-    """
+def run(name: str, line: str, shared: Path, folder: Path, until: str | None, cwd: Path) -> Taken:
+    """Run the line in an empty `folder`, until it ends or prints a line in which `until` is found."""
     folder.mkdir(parents=True)
     log = folder.parent / f"{folder.name}.log"
-    printed, seen = [], None
+    os.sync()  # what was written before is not written now
     with log.open("w") as errors:
-        began, cpu_began = time.perf_counter(), _cpu_of_children()
+        began = time.perf_counter()
         child = subprocess.Popen(
             filled(line, shared, folder),
             shell=True,
@@ -46,23 +53,27 @@ def seconds(name: str, line: str, shared: Path, folder: Path, until: str | None,
             text=True,
             start_new_session=True,
         )
-        patience = threading.Timer(60 * MINUTES, os.killpg, (child.pid, signal.SIGKILL))
-        patience.start()
-        for text in child.stdout:
-            printed.append(text)
-            if until and seen is None and re.search(until, text):
-                seen = time.perf_counter() - began
-        code = child.wait()
-        taken = time.perf_counter() - began
-        patience.cancel()
+        seen, printed = _watched(child, until, began)
+        _, status, usage = os.wait4(child.pid, 0)
+        ended = time.perf_counter() - began
+        child.returncode = code = os.waitstatus_to_exitcode(status)
     shutil.rmtree(folder)
     if code:
         raise Fault(f"{name}: exit code {code} of {line}\n{log.read_text()[-2000:]}")
     if until and seen is None:
         raise Fault(f"{name}: no line of its output matches {until}:\n{''.join(printed)[-2000:]}")
-    return seen if until else taken, _cpu_of_children() - cpu_began
+    return Taken(seen if until else ended, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def _cpu_of_children() -> float:
-    times = os.times()
-    return times.children_user + times.children_system
+def _watched(child: subprocess.Popen, until: str | None, began: float) -> tuple[float | None, list[str]]:
+    """(when `until` was found, all lines), when the child's output has ended; after MINUTES it is killed."""
+    seen, printed = None, []
+    patience = threading.Timer(60 * MINUTES, os.killpg, (child.pid, signal.SIGKILL))
+    patience.start()
+    for text in child.stdout:
+        printed.append(text)
+        if until and seen is None and re.search(until, text):
+            seen = time.perf_counter() - began
+    child.stdout.close()
+    patience.cancel()
+    return seen, printed

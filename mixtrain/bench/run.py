@@ -7,7 +7,9 @@ their processes live side by side.
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +106,14 @@ def _commands(name: str, row: Row, variants: list[Variant], scenario: Scenario, 
     shared = folder / "shared"
     shared.mkdir(parents=True)
     if row.prepare:
-        command.seconds(f"{name}, prepare", row.prepare, shared, folder / "prepare", None, ROOT)
+        command.run(f"{name}, prepare", row.prepare, shared, folder / "prepare", None, ROOT)
     for number in range(1 - scenario.warmup, scenario.rounds + 1):
         wait_for_quiet(scenario.patience_seconds)
         for variant in variants:
             turn = folder / f"turn_{number}_{variant.name}"
             with Others() as others:
-                taken, cpu = command.seconds(variant.name, variant.line, shared, turn, row.until, ROOT)
+                taken = command.run(variant.name, variant.line, shared, turn, row.until, ROOT)
             if number > 0:
-                yield Reading(name, number, variant.name, taken, cpu, 1, "runs", others.busy(cpu))
+                busy = others.busy(taken.cpu_seconds)
+                yield Reading(name, number, variant.name, amount=1, unit="runs", others=busy, **asdict(taken))
+    shutil.rmtree(shared)

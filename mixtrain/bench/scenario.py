@@ -55,27 +55,29 @@ class Request:
     name: str
     scenario: Scenario
     words: list[str]  # of train.py, over those of the scenario
-    csv: str | None
+    csv: str | None = None  # where the readings go
+    folder: str | None = None  # where variants write: the disk that is measured
 
 
 def parse(argv: list[str]) -> Request:
-    """The request of `scenario=NAME [rows=[..]] [variants=[..]] [rounds=N] [csv=FILE] [words of train.py]`."""
+    """The request of `scenario=NAME [keys of OWN] [words of train.py]`."""
     own, words = _own_words(argv)
     name = own.pop("scenario", None)
     if name not in names():
         near = get_close_matches(str(name), names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(f"scenario={'' if name is None else name}: {hint}there are {', '.join(names())}")
-    csv, only_rows, only_variants = own.pop("csv", None), own.pop("rows", None), own.pop("variants", None)
+    only_rows, only_variants, csv, folder = (own.pop(key, None) for key in ("rows", "variants", "csv", "folder"))
     scenario = load(FOLDER / f"{name}.yaml", own)
-    return Request(name, chosen(scenario, only_rows, only_variants), words, csv)
+    return Request(name, chosen(scenario, only_rows, only_variants), words, csv, folder)
 
 
 def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-OWN = ("scenario", "csv", "rows", "variants", "rounds", "repeats", "warmup", "resident", "threads", "patience_seconds")
+CHANGEABLE = ("rounds", "repeats", "warmup", "resident", "threads", "patience_seconds")  # of a Scenario
+OWN = ("scenario", "rows", "variants", "csv", "folder", *CHANGEABLE)
 
 
 def _own_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:

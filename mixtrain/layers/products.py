@@ -2,7 +2,8 @@
 
 PyTorch multiplies fp32 matrices on the CPU by MKL, which leaves AVX-512 to Intel's processors; the oneDNN that PyTorch
 carries takes it wherever it is: on an AMD EPYC of 2024 the products of a training step are 2.2 times as fast
-(docs/benchmarks.md). bf16 goes through oneDNN already. Rule: the same sums, in another order.
+(docs/benchmarks.md). Elsewhere, and for bf16, which goes through oneDNN already, PyTorch's own choice stays. Rule: the
+same sums, in another order.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ WORTHWHILE = 3e7
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """[m, k] times [k, n], both of any strides."""
-    if a.dtype is torch.float32 and a.device.type == "cpu" and a.shape[0] * b.numel() >= WORTHWHILE and _has_onednn():
+    if a.dtype is torch.float32 and a.device.type == "cpu" and a.shape[0] * b.numel() >= WORTHWHILE and by_onednn():
         # the operator that torch.compile puts in the place of a linear layer: a times a transposed
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
 
 
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+def by_onednn() -> bool:
+    """Whether large fp32 products are oneDNN's on this machine."""
+    has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return has_it and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Linear(torch.autograd.Function):
