@@ -27,6 +27,7 @@ from mixtrain.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ADDED_GROUPS = ("recipe", "shrink")  # not in config.yaml's defaults list: given with a plus
+SCENARIOS = "bench"  # a folder in conf/ that is no group
 
 
 class NamedRecipe(NamedTuple):
@@ -95,6 +96,8 @@ def _problem(override: Override, conf: Path) -> str | None:
         return None
     if override.type is OverrideType.DEL:
         return f"{override.input_line}: no key can be taken away; set it to null where null is allowed"
+    if key == SCENARIOS:
+        return f"{override.input_line}: conf/bench is the benchmark's; type python tools/bench.py scenario=NAME"
     if key in ADDED_GROUPS or (conf / key).is_dir():
         return _group_problem(override, added, conf)
     if key in legal_keys() or key.startswith(tuple(f"{free}." for free in FREE)):

@@ -138,6 +138,7 @@ def test_a_recipe_that_picks_an_option_which_is_not_there_is_refused(conf, capfd
     (["router=sinkhron"], ["router=sinkhron", "did you mean sinkhorn", "options of router are aux_loss, "]),
     (["trainer={max_steps:5}"], ["options of trainer are "]),
     (["model="], ["options of model are"]),
+    (["bench=cpu_small"], ["bench=cpu_small: ", "type python tools/bench.py scenario="]),
     (["~trainer.max_steps"], ["~trainer.max_steps", "no key can be taken away"]),
     (["~model"], ["~model", "no key can be taken away"]),
     (["+trainer.max_steps=5"], ["+trainer.max_steps", "without the plus"]),

@@ -73,7 +73,7 @@ def test_token_losses_are_cross_entropy_and_take_no_second_tensor_of_the_logits_
 
 
 def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
-    """Twice, as in two microbatches; autograd's own tensor is then nobody's."""
+    """Twice, as in two microbatches; autograd's own tensor is then nobody's, unless there is a hook on the weight."""
     torch.manual_seed(0)
     tokens, probs, counts = torch.randn(9, 16), torch.rand(9), [4, 0, 5]
     weights = [torch.nn.Parameter(torch.randn(3, 24, 16)), torch.nn.Parameter(torch.randn(3, 16, 12))]
@@ -85,6 +85,11 @@ def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
     for weight, gradient in zip(weights, exact, strict=True):
         assert weight.grad_added_to_main_grad is True
         assert (weight.main_grad - 2 * gradient).abs().max() < 1e-5 * gradient.abs().max()
+    seen = []
+    weights[1].register_hook(seen.append)
+    weights[1].grad_added_to_main_grad = False
+    torch.autograd.grad(ExpertByExpert.apply(tokens, probs, *weights, counts).sum(), weights)
+    assert weights[1].grad_added_to_main_grad is False and torch.equal(seen[0], exact[1])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -8,13 +8,13 @@ import pytest
 from composing import RECIPES, ROOT, config_of, derived, plan_of, problems_of, tree_of
 from omegaconf import OmegaConf
 
-from mixtrain.compose import ADDED_GROUPS, CONF, options
+from mixtrain.compose import ADDED_GROUPS, CONF, SCENARIOS, options
 from mixtrain.config import DataKind, TransformerImpl, leaves, legal_keys
 from mixtrain.costs import GIB
 from mixtrain.layouts import LAPTOP_RANKS
 from mixtrain.machine import packages
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ADDED_GROUPS)
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in (*ADDED_GROUPS, SCENARIOS))
 SHRINKS = options("shrink")
 
 # What +shrink may change: sizes, how long the run is, and where it runs and writes

@@ -49,12 +49,12 @@ class WeightGradient:
     """The gradient of a weight [E, ...], expert by expert: added to Megatron-Core's buffer at once where there is one.
 
     As its own fused kernels do: the weight says that its gradient has been added, and autograd is given a tensor that
-    nobody reads.
+    nobody reads. Where somebody does, with a hook on the weight, autograd is given the gradient.
     """
 
     def __init__(self, weight: torch.nn.Parameter):
-        self.weight, self.buffer = weight, getattr(weight, "main_grad", None)
-        self.whole = torch.empty_like(weight)
+        self.weight, self.whole = weight, torch.empty_like(weight)
+        self.buffer = None if weight._backward_hooks else getattr(weight, "main_grad", None)
 
     def give(self, expert: int, gradient: torch.Tensor) -> None:
         if self.buffer is None:
