@@ -144,9 +144,13 @@ def test_tflops_and_mfu_are_shown_of_a_gpu(capsys):
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
-def test_a_checked_in_result_says_where_it_is_from(path):
-    if "seconds" not in path.read_text().splitlines()[0]:  # tools/bench_convert.py writes another kind
-        facts, taken = reading.read(path)
-        assert {"scenario", "machine", "system", "versions", "commit"} <= set(facts)
-        assert "dirty" not in facts["commit"] and facts["scenario"].split()[0] in scenario.names()
-        assert len({one.round for one in taken}) >= 1
+def test_a_checked_in_result_says_where_it_is_from_and_the_page_has_its_tables(path, capsys):
+    facts, taken = reading.read(path)
+    assert {"scenario", "machine", "system", "versions", "commit"} <= set(facts)
+    assert "dirty" not in facts["commit"] and facts["scenario"].split()[0] == path.stem in scenario.names()
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"show benchmarks/{path.name}" in page
+    report.show({}, taken)
+    tables = capsys.readouterr().out.split("\n\n")[:-1]  # what the columns mean stands below
+    for line in "\n".join(tables).splitlines():
+        assert line.strip() in page
