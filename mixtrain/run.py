@@ -14,7 +14,6 @@ from mixtrain import cpu, preflight, upstream
 from mixtrain.config import Accelerator, DataKind, Mode, to_yaml
 from mixtrain.environment import FOLDER, Identity
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
-from mixtrain.host_memory import keep_what_is_freed
 from mixtrain.logs import Logs
 from mixtrain.plan import Plan
 from mixtrain.preflight import meeting
@@ -57,7 +56,6 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
     upstream.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
-        keep_what_is_freed()
     # imported here: what Megatron-Core defines on import must find cpu.py applied
     from mixtrain import loop, model, optimizer, ranks, resume
     from mixtrain.checkpoint.save import Saver

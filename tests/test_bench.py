@@ -52,6 +52,7 @@ WRONG = {
     ("scenario=cpu_small", "--fast"): "--fast is no key=value; ",
     ("scenario=cpu_small", "rounds=0"): "rounds = 0 must be at least 1",
     ("scenario=cpu_small", "rounds=many"): "cpu_small.yaml: ",
+    ("scenario=cpu_small", "rounds=[3"): "cpu_small.yaml: ",
     ("scenario=cpu_small", "model.hiden_size=1"): "model.hiden_size is not a key of mixtrain; did you mean",
     ("scenario=cpu_ep2", "trainer.global_batch_size=3"): "trainer.global_batch_size = 3 must be a multiple of",
     ("scenario=start_up", "data=mock"): "data=mock: this row runs commands, which take no words of train.py",
@@ -103,11 +104,11 @@ def test_ratios_are_taken_within_rounds():
 
 
 def test_where_enough_rounds_were_quiet_they_alone_count():
-    quiet = [one for number in range(5) for one in (made("a", number, 1), made("b", number, 2))]
-    loud = [one for number in range(5, 20) for one in (made("a", number, 1), made("b", number, 9, others=1.5))]
+    quiet = [one for number in range(6) for one in (made("a", number, 1), made("b", number, 2))]
+    loud = [one for number in range(6, 20) for one in (made("a", number, 1), made("b", number, 9, others=1.5))]
     assert figures(quiet + loud)[1].ratio.median == 2
     assert figures(quiet[:-2] + loud)[1].ratio.median == 9
-    assert (figures(quiet + loud)[1].rounds, figures(quiet + loud)[1].quiet_rounds) == (20, 5)
+    assert (figures(quiet + loud)[1].rounds, figures(quiet + loud)[1].quiet_rounds) == (20, 6)
 
 
 def test_variants_that_compute_something_else_are_not_compared():
@@ -138,9 +139,13 @@ def test_tflops_and_mfu_are_shown_of_a_gpu(capsys):
     taken = [made("a", 1, 1.0, flops_causal=1e13, flops_whole=2e13, ranks=2)]
     report.show({"machine": "32 cores"}, taken)
     assert "MFU" not in capsys.readouterr().out
-    report.show({"machine": "32 cores", "gpu": "NVIDIA H100"}, taken)
+    report.show({"machine": "32 cores", "gpu": "NVIDIA H100", "scenario": "model.x=[/a]"}, taken)
     shown = capsys.readouterr().out
-    assert re.search(r"a +100 +500 +1000 +101\.1%", shown) and max(map(len, shown.splitlines())) <= 100
+    assert (
+        "model.x=[/a]" in shown
+        and re.search(r"a +100 +500 +1000 +101\.1%", shown)
+        and max(map(len, shown.splitlines())) <= 100
+    )
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)

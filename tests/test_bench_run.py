@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 from composing import ROOT, unstarted_environment
 
@@ -75,6 +78,40 @@ def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
     row.until = "^never"
     with pytest.raises(Fault, match="slow: no line of its output matches"):
         list(run.readings_of("row", row, rows["row"], scenario, tmp_path / "never", print))
+
+
+def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_path):
+    row = Row(Measure.step, variants={"torch": [], "ep2": ["parallel=ep2"]})
+    scenario = Scenario(2, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY)
+    rows, _ = variants_of(Request("made", replace(scenario, rows={"row": row}), [], None))
+    readings = run.readings_of("row", row, rows["row"], scenario, tmp_path, print)
+    next(readings)
+    (killed,) = [child for child in workers() if "ep2/spec_1" in " ".join(child.cmdline())]
+    killed.kill()
+    with pytest.raises(Fault, match="ep2: rank 1 ended with exit code -9"):
+        list(readings)
+    assert workers() == []
+
+
+def workers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_an_interrupted_command_leaves_no_process(tmp_path):
+    words = ["scenario=start_up", "rows=[first_loss]", "rounds=1", f"folder={tmp_path}", f"csv={tmp_path}/file.csv"]
+    tool = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "bench.py"), *words], env=unstarted_environment(), start_new_session=True
+    )
+    own = psutil.Process(tool.pid)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (started := own.children(recursive=True)):
+        time.sleep(0.1)
+    time.sleep(3)
+    started = own.children(recursive=True)
+    tool.send_signal(signal.SIGINT)
+    assert tool.wait(timeout=60) == 130
+    assert started and psutil.wait_procs(started, timeout=20)[1] == []
+    assert list(tmp_path.glob("working-*")) == []
 
 
 def test_the_command_prints_a_table_and_leaves_a_file_that_it_shows_again(tmp_path):

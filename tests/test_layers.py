@@ -164,10 +164,11 @@ def expert_by_expert(experts: Experts, tokens, counts, probs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
-@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "loop"])
+@pytest.mark.parametrize("how", ["expert by expert", "grouped_mm", "loop"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_experts_are_the_formula_whoever_gets_the_tokens(counts, grouped, dtype):
-    made = Experts(4, config_of(moe_grouped_gemm=grouped, params_dtype=dtype), pg_collection=ALONE)
+def test_experts_are_the_formula_whoever_gets_the_tokens(counts, how, dtype, monkeypatch):
+    monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _: how != "grouped_mm"))
+    made = Experts(4, config_of(moe_grouped_gemm=how != "loop", params_dtype=dtype), pg_collection=ALONE)
     for weight in (made.weight1, made.weight2):
         torch.nn.init.normal_(weight, std=0.3)
     tokens, probs = leaf(sum(counts), 32, dtype=dtype), torch.rand(sum(counts), requires_grad=True)
@@ -191,7 +192,9 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros():
     assert made.weight1.grad[1:].abs().max() == 0 and made.weight1.grad[0].abs().min() > 0
 
 
-def test_recomputing_the_activation_gives_the_same_to_the_last_bit():
+def test_recomputing_the_activation_gives_the_same_to_the_last_bit(monkeypatch):
+    """Of grouped_mm, which a GPU takes: expert by expert it is always made anew."""
+    monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _: False))
     results = []
     for recompute in ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}):
         torch.manual_seed(2)

@@ -14,6 +14,7 @@ from rank_workers import run_ranks
 
 from mixtrain import loop, model, optimizer, ranks
 from mixtrain.environment import Identity
+from mixtrain.layers.experts import Experts
 from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
 from mixtrain.plan import Plan
 from mixtrain.stop import StopRequest
@@ -247,6 +248,7 @@ def test_a_switch_computes_the_same_over_tensor_and_context_ranks(switches, layo
     assert_same(measure([*layout, *SPLIT_TOO[switches]], tmp_path), alone(SPLIT_TOO[switches]))
 
 
+MOE_ACT = "trainer.recompute_modules=[moe_act]"
 IMPLEMENTATIONS = {
     "local": ["model.transformer_impl=local", "model.moe_grouped_gemm=false"],
     "torch, a loop over experts": ["model.moe_grouped_gemm=false"],
@@ -257,6 +259,13 @@ IMPLEMENTATIONS = {
 def test_an_implementation_computes_what_another_computes(implementation, one_rank, tmp_path):
     """The same weights from the seed, through other operations."""
     assert_same(measure([EP + "2", *IMPLEMENTATIONS[implementation]], tmp_path), one_rank)
+
+
+@pytest.mark.parametrize("words", [[], ["trainer.recompute_granularity=selective", MOE_ACT]], ids=["", "moe_act"])
+def test_the_grouped_products_of_a_gpu_compute_what_the_cpus_compute(words, one_rank, tmp_path, monkeypatch):
+    """The path of a GPU, on the CPU: grouped_mm, and its activation made anew."""
+    monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _: False))
+    assert_same(measure([EP + "2", *words], tmp_path), one_rank)
 
 
 @pytest.mark.parametrize("split", SPLITS)

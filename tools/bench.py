@@ -44,7 +44,10 @@ def main(argv: list[str]) -> int:
         report.show(*reading.read(Path(argv[1])))
         return FINISHED
     request = scenario.parse(argv)
-    return measure(request, *variants_of(request))
+    rows, left_out = variants_of(request)
+    if not rows:
+        raise UserError(f"nothing to measure: {'; '.join(left_out) or 'no row is chosen'}")
+    return measure(request, rows, left_out)
 
 
 def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out: list[str]) -> int:
@@ -58,11 +61,13 @@ def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out:
     with working(path, Path(request.folder or RESULTS)) as folder:
         for name, variants in rows.items():
             row, rounds = request.scenario.rows[name], request.scenario.rounds
-            for number, one in enumerate(run.readings_of(name, row, variants, request.scenario, folder / name, say)):
-                taken.append(one)
-                if number % len(variants) == len(variants) - 1:
-                    say(f"{name}: round {one.round} of {rounds}, others kept {one.others:.1f} CPUs busy")
-                    reading.write(path, facts, taken)
+            # closed before `folder` goes, whatever happens
+            with contextlib.closing(run.readings_of(name, row, variants, request.scenario, folder / name, say)) as made:
+                for number, one in enumerate(made):
+                    taken.append(one)
+                    if number % len(variants) == len(variants) - 1:
+                        say(f"{name}: round {one.round} of {rounds}, others kept {one.others:.1f} CPUs busy")
+                        reading.write(path, facts, taken)
     report.show(facts, taken)
     print(f"\n{path}")
     return FINISHED
@@ -83,7 +88,7 @@ def working(path: Path, folder: Path) -> Iterator[Path]:
 
 
 def described(request: scenario.Request) -> str:
-    return " ".join([request.name, *request.words])
+    return " ".join([request.name, *request.changes, *request.words])
 
 
 if __name__ == "__main__":

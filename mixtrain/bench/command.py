@@ -5,14 +5,18 @@ In a line {python} is this Python, {shared} a folder that the row's lines share,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import resource
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +31,12 @@ class Taken:
 
     seconds: float  # to the end, or to the line
     cpu_seconds: float
-    peak_bytes: int  # resident, of the fullest process
+    peak_bytes: int | None  # resident, of the fullest process; null where it was less than this one's
 
 
 def filled(line: str, shared: Path, folder: Path) -> str:
     for name, value in {"python": sys.executable, "shared": shared, "folder": folder}.items():
-        line = line.replace(f"{{{name}}}", str(value))
+        line = line.replace(f"{{{name}}}", shlex.quote(str(value)))
     return line
 
 
@@ -53,27 +57,50 @@ def run(name: str, line: str, shared: Path, folder: Path, until: str | None, cwd
             text=True,
             start_new_session=True,
         )
-        seen, printed = _watched(child, until, began)
-        _, status, usage = os.wait4(child.pid, 0)
-        ended = time.perf_counter() - began
-        child.returncode = code = os.waitstatus_to_exitcode(status)
+        with _ended(child):
+            seen, printed = _watched(child, until, began)
+            _, status, usage = os.wait4(child.pid, 0)
+            ended = time.perf_counter() - began
+            child.returncode = code = os.waitstatus_to_exitcode(status)
     shutil.rmtree(folder)
     if code:
         raise Fault(f"{name}: exit code {code} of {line}\n{log.read_text()[-2000:]}")
     if until and seen is None:
         raise Fault(f"{name}: no line of its output matches {until}:\n{''.join(printed)[-2000:]}")
-    return Taken(seen if until else ended, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Taken(seen if until else ended, usage.ru_utime + usage.ru_stime, _peak(usage))
 
 
 def _watched(child: subprocess.Popen, until: str | None, began: float) -> tuple[float | None, list[str]]:
     """(when `until` was found, all lines), when the child's output has ended; after MINUTES it is killed."""
     seen, printed = None, []
     patience = threading.Timer(60 * MINUTES, os.killpg, (child.pid, signal.SIGKILL))
+    patience.daemon = True
     patience.start()
-    for text in child.stdout:
-        printed.append(text)
-        if until and seen is None and re.search(until, text):
-            seen = time.perf_counter() - began
-    child.stdout.close()
-    patience.cancel()
+    try:
+        for text in child.stdout:
+            printed.append(text)
+            if until and seen is None and re.search(until, text):
+                seen = time.perf_counter() - began
+    finally:
+        patience.cancel()
     return seen, printed
+
+
+@contextlib.contextmanager
+def _ended(child: subprocess.Popen) -> Iterator[None]:
+    """Within the block the child may run. Asked first: the ranks that a training starts are in groups of their own."""
+    try:
+        yield
+    finally:
+        child.stdout.close()
+        for asked in (signal.SIGTERM, signal.SIGKILL):
+            if child.returncode is None:
+                os.killpg(child.pid, asked)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=20)
+
+
+def _peak(usage: resource.struct_rusage) -> int | None:
+    """Resident bytes at the most; null where that is no more than its parent's, with whose peak a child starts."""
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage.ru_maxrss * 1024 if usage.ru_maxrss > 1.2 * own else None

@@ -16,7 +16,7 @@ from mixtrain.bench.others import QUIET
 from mixtrain.bench.reading import Reading
 
 CONFIDENCE = 0.95
-ENOUGH = 5
+ENOUGH = 6  # below it there is no such interval
 FLOPS = ("flops_causal", "flops_whole")
 
 

@@ -19,7 +19,6 @@ from mixtrain.bench.scenario import Measure
 from mixtrain.bench.worker import Work
 from mixtrain.config import Accelerator
 from mixtrain.environment import Identity
-from mixtrain.host_memory import keep_what_is_freed
 from mixtrain.plan import Plan
 
 
@@ -29,7 +28,6 @@ def started(plan: Plan, me: Identity, memory: Memory) -> Iterator[Any]:
     upstream.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
-        keep_what_is_freed()
     from mixtrain import loop, ranks  # noqa: F401  (all of Megatron-Core that a step needs)
 
     memory.begin()

@@ -55,7 +55,7 @@ def read(path: Path) -> tuple[dict[str, str], list[Reading]]:
         facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
         rows = list(csv.DictReader(line for line in lines if not line.startswith("# ")))
         return facts, [_reading(row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is not a file of this benchmark's readings: {error}") from None
 
 

@@ -19,7 +19,7 @@ UNITS = {"tokens": ("tokens/s", 1, ",.0f"), "bytes": ("GB/s", 1e-9, ".2f"), "run
 
 def show(facts: dict[str, str], readings: Iterable[Reading]) -> None:
     """Print the facts, a table for each row, and what the columns mean."""
-    console = Console(width=WIDTH, highlight=False)
+    console = Console(width=WIDTH, highlight=False, markup=False)
     for name, value in facts.items():
         console.print(f"{name:<9} {value}")
     rows: dict[str, list[Figures]] = {}
@@ -88,7 +88,8 @@ def legend(facts: dict[str, str], found: list[Figures]) -> Iterator[str]:
     yield "speed: median over rounds; ratio: median of those within a round (95% interval); CPU time: the same"
     yield "of work per second of CPU time, which others on the machine disturb less"
     if any(figure.held_bytes for figure in found):
-        yield "peak, state: GiB on the fullest rank within and between steps; planned: that state by the plan"
+        yield "peak, state: GiB on the fullest rank within steps and of what lives on between them; planned:"
+        yield "that state by the plan"
     if "gpu" in facts:
         yield "TF/s: TFLOP/s a GPU, 6 a weight and token and the causal half of attention's scores; whole: all of"
         yield "the scores, as in Megatron-Core's published figures. What is recomputed is not counted."

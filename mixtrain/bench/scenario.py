@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,7 +20,7 @@ from mixtrain.errors import UserError
 FOLDER = CONF / "bench"
 
 # forward_backward: of one global batch, without an optimizer; step: the same with the optimizer's; save: of a
-# checkpoint; plain_writes and async_hold: see mixtrain/bench/saving.py; command: a line of a shell
+# checkpoint, or of as many bytes in plain files; command: a line of a shell
 Measure = Enum("Measure", ["forward_backward", "step", "save", "command"])
 
 
@@ -55,6 +56,7 @@ class Request:
     name: str
     scenario: Scenario
     words: list[str]  # of train.py, over those of the scenario
+    changes: list[str] = field(default_factory=list)  # the benchmark's own, but for where things are written
     csv: str | None = None  # where the readings go
     folder: str | None = None  # where variants write: the disk that is measured
 
@@ -69,7 +71,8 @@ def parse(argv: list[str]) -> Request:
         raise UserError(f"scenario={'' if name is None else name}: {hint}there are {', '.join(names())}")
     only_rows, only_variants, csv, folder = (own.pop(key, None) for key in ("rows", "variants", "csv", "folder"))
     scenario = load(FOLDER / f"{name}.yaml", own)
-    return Request(name, chosen(scenario, only_rows, only_variants), words, csv, folder)
+    changes = [word for word in argv if word.partition("=")[0] in ("rows", "variants", *CHANGEABLE)]
+    return Request(name, chosen(scenario, only_rows, only_variants), words, changes, csv, folder)
 
 
 def names() -> list[str]:
@@ -100,7 +103,7 @@ def load(path: Path, changes: dict[str, str]) -> Scenario:
         tree = OmegaConf.merge(OmegaConf.structured(Scenario), OmegaConf.load(path))
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{key}={value}" for key, value in changes.items()]))
         scenario = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{path.name}: {str(error).splitlines()[0]}") from None
     minimum = {"rounds": 1, "repeats": 1, "warmup": 0, "threads": 1, "patience_seconds": 0}
     wrong = [

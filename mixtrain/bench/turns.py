@@ -24,6 +24,7 @@ from mixtrain.bench.variants import Variant
 from mixtrain.bench.worker import Spec
 from mixtrain.environment import Identity
 from mixtrain.errors import Fault
+from mixtrain.host_memory import LARGE_PAGES
 
 MINUTES = 30  # for one answer
 
@@ -69,7 +70,8 @@ class Processes:
         return self.computed
 
     def _start(self, spec: Path, own: Path, threads: int | None) -> subprocess.Popen:
-        environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+        paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
+        environment = {LARGE_PAGES: "1", **os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
         if threads:
             environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         return subprocess.Popen(
@@ -85,21 +87,31 @@ class Processes:
     def turn(self) -> dict[str, Any]:
         """The turn of all ranks: the slowest one's time, everybody's CPU time, the fullest one's memory."""
         for child in self.children:
-            child.stdin.write("\n")
-            child.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended: its answer says so
+                child.stdin.write("\n")
+                child.stdin.flush()
         answers = self._answers()
         slowest = {key: max(answer[key] for answer in answers) for key in ("seconds", "amount", "peak_bytes")}
         return slowest | {"cpu_seconds": sum(answer["cpu_seconds"] for answer in answers)}
 
     def _answers(self) -> list[dict[str, Any]]:
-        return [self._answer(rank) for rank in range(len(self.children))]
+        """One of each rank. The first rank that ends instead is the cause: what others say then follows from it."""
+        answers: dict[int, dict[str, Any]] = {}
+        with selectors.DefaultSelector() as selector:
+            for rank, child in enumerate(self.children):
+                selector.register(child.stdout, selectors.EVENT_READ, rank)
+            while len(answers) < len(self.children):
+                ready = selector.select(60 * MINUTES)
+                if not ready:
+                    silent = sorted(set(range(len(self.children))) - set(answers))
+                    raise Fault(f"{self.variant.name}: rank {silent[0]} has not answered for {MINUTES} minutes")
+                for key, _ in ready:
+                    answers[key.data] = self._answer(key.data)
+                    selector.unregister(key.fileobj)
+        return [answers[rank] for rank in range(len(self.children))]
 
     def _answer(self, rank: int) -> dict[str, Any]:
         child = self.children[rank]
-        with selectors.DefaultSelector() as selector:
-            selector.register(child.stdout, selectors.EVENT_READ)
-            if not selector.select(60 * MINUTES):
-                raise Fault(f"{self.variant.name}: rank {rank} has not answered for {MINUTES} minutes")
         if not (line := child.stdout.readline()):
             words = (self.folder / f"rank_{rank}" / "log").read_text().strip()[-2000:]
             raise Fault(f"{self.variant.name}: rank {rank} ended with exit code {child.wait()}:\n{words}")
@@ -117,3 +129,9 @@ class Processes:
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             child.stdout.close()
+
+    def end(self) -> None:
+        """At once, whatever they do."""
+        for child in self.children:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
