@@ -23,9 +23,8 @@ if __name__ == "__main__":  # before the other imports, which take half a second
         note_requests()
 
 from mixtrain.compose import Composed, compose
-from mixtrain.config import Accelerator, LauncherType, Mode
+from mixtrain.config import LauncherType, Mode
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems
-from mixtrain.host_memory import use_large_pages
 from mixtrain.jobs import plan_of
 from mixtrain.launch.choose import launch, place, starts_ranks
 from mixtrain.launch.local import handed_plan
@@ -96,8 +95,6 @@ def was_stopped(plan: Plan) -> bool:
 
 def train(plan: Plan, me: Identity) -> int:
     """This process is a rank."""
-    if plan.config.trainer.accelerator is Accelerator.cpu:
-        use_large_pages()
     # our own launcher has claimed it before it started this rank
     with claimed(plan) if me.rank == 0 and not me.is_ours else nullcontext():
         from mixtrain.run import run  # the first import of torch

@@ -24,7 +24,7 @@ from mixtrain.bench.variants import Variant
 from mixtrain.bench.worker import Spec
 from mixtrain.environment import Identity
 from mixtrain.errors import Fault
-from mixtrain.host_memory import LARGE_PAGES
+from mixtrain.host_memory import SETTINGS
 
 MINUTES = 30  # for one answer
 
@@ -71,7 +71,7 @@ class Processes:
 
     def _start(self, spec: Path, own: Path, threads: int | None) -> subprocess.Popen:
         paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
-        environment = {LARGE_PAGES: "1", **os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
+        environment = {**SETTINGS, **os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
         if threads:
             environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         return subprocess.Popen(

@@ -14,6 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from mixtrain import host_memory
+from mixtrain.config import Accelerator
 from mixtrain.environment import FOLDER, LAUNCHER
 from mixtrain.errors import FAULT, FINISHED, REFUSED
 from mixtrain.plan import Plan
@@ -78,6 +80,7 @@ def _start_rank(plan: Plan, command: tuple[str, ...], rank: int, folder: str) ->
     world = str(plan.world_size)
     environment = {
         **QUIET,
+        **(host_memory.SETTINGS if plan.config.trainer.accelerator is Accelerator.cpu else {}),
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // plan.world_size)),
         **os.environ,
         "RANK": str(rank),
