@@ -1,9 +1,9 @@
 """How a CPU rank gets memory for its tensors: in large pages, and what it frees stays with it. No torch.
 
-The C library gives large blocks back to the kernel and gets them anew, filled with zeros and in pages of 4 KiB, in every
-operation: a tenth of a training step. Both it and PyTorch (c10/core/impl/alloc_cpu.cpp) take the settings from the
-environment that a process starts with; a C library that is not glibc takes nothing. Rule: these are laid under the user's
-environment, never over it.
+The C library gives large blocks back to the kernel and gets them anew, filled with zeros and in pages of 4 KiB, in
+every operation: a tenth of a training step. Both it and PyTorch (c10/core/impl/alloc_cpu.cpp) take the settings from
+the environment that a process starts with; a C library that is not glibc takes nothing. Rule: these are laid under the
+user's environment, never over it.
 """
 
 from __future__ import annotations
