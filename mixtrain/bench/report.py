@@ -85,7 +85,7 @@ def _mfu(figure: Figures, peak: int | None) -> str:
 
 def legend(facts: dict[str, str], found: list[Figures]) -> Iterator[str]:
     """What the columns mean, in lines of a terminal."""
-    yield "speed: median over rounds; ratio: median of those within a round (95% interval); CPU time: the same"
+    yield "speed: median over rounds; ratio: median of those within a round (95% interval); CPU time: that"
     yield "of work per second of CPU time, which others on the machine disturb less"
     if any(figure.held_bytes for figure in found):
         yield "peak, state: GiB on the fullest rank within steps and of what lives on between them; planned:"

@@ -1,6 +1,6 @@
 """The work of saving: a checkpoint, the part of an asynchronous one that training waits for, or plain files.
 
-Rule: whatever is written is on the disk (fsync) before the time stops, and gone before the next is written.
+Rule: whatever is written is on the disk (fsync) before the time stops; one checkpoint is kept, and no plain file.
 """
 
 from __future__ import annotations
