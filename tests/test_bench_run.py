@@ -94,7 +94,9 @@ def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_pa
 
 
 def workers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    """Those of variants that are running now."""
+    there = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in there if "mixtrain.bench.worker" in child.cmdline()]
 
 
 def test_an_interrupted_command_leaves_no_process(tmp_path):
