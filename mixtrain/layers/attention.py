@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
+from mixtrain.layers.cpu_attention import BlockAttention
 from mixtrain.layers.context import chunks_of, gather_in_order
 
 KERNELS = {  # model.attention_backend; Megatron-Core calls cuDNN's kernel fused
@@ -55,6 +56,8 @@ class CoreAttention(MegatronModule):
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """The queries are the last positions of the keys. [s, b, h, d], [>=s, b, g, d] twice -> [s, b, h, d]."""
         forced = KERNELS.get(self.config.attention_backend)
+        if forced is None and query.device.type == "cpu":
+            return BlockAttention.apply(query, key, value, self.softmax_scale or query.shape[3] ** -0.5)
         with sdpa_kernel(forced) if forced else contextlib.nullcontext():
             attended = F.scaled_dot_product_attention(
                 *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),

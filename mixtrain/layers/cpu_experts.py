@@ -15,30 +15,31 @@ from mixtrain.layers.products import product
 class ExpertByExpert(torch.autograd.Function):
     """([T, H] sorted by expert, the router's weights [T], [E, 2F, H], [E, H, F], rows of each expert) -> [T, H].
 
-    For the backward pass it keeps gate and up of every token, and makes the rest anew.
+    The router's weight is multiplied with what an expert gives, H numbers a token and not F. For the backward pass it
+    keeps gate, up and result of every token, and makes the rest anew.
     """
 
     @staticmethod
     def forward(ctx, tokens, probs, weight1, weight2, counts: list[int]) -> torch.Tensor:
-        outputs, hiddens = tokens.new_empty(tokens.shape), []
-        parts = zip(tokens.split(counts), probs.split(counts), outputs.split(counts), weight1, weight2, strict=True)
-        for x, weights, output, w1, w2 in parts:
+        results, hiddens = torch.empty_like(tokens), []
+        parts = zip(tokens.split(counts), results.split(counts), weight1, weight2, strict=True)
+        for x, result, w1, w2 in parts:
             hidden = product(x, w1.t())
-            output.copy_(product(swiglu(hidden, weights), w2.t()))
+            result.copy_(product(swiglu(hidden), w2.t()))
             hiddens.append(hidden)
-        ctx.save_for_backward(tokens, probs, weight1, weight2, *hiddens)
+        ctx.save_for_backward(tokens, probs, results, weight1, weight2, *hiddens)
         ctx.counts = counts
-        return outputs
+        return results.mul(probs[:, None]).to(tokens.dtype)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        tokens, probs, weight1, weight2, *hiddens = ctx.saved_tensors
-        to_tokens, to_probs = torch.empty_like(tokens), torch.empty_like(probs)
+        tokens, probs, results, weight1, weight2, *hiddens = ctx.saved_tensors
+        to_probs = gradient.to(probs.dtype).mul(results).sum(dim=1)
+        weighted, to_tokens = gradient.mul(probs[:, None]).to(gradient.dtype), torch.empty_like(tokens)
         to_weight1, to_weight2 = WeightGradient(weight1), WeightGradient(weight2)
-        rows = [tensor.split(ctx.counts) for tensor in (gradient, tokens, probs, to_tokens, to_probs)]
-        parts = zip(*rows, hiddens, weight1, weight2, strict=True)
-        for expert, (g, x, weights, to_x, to_p, hidden, w1, w2) in enumerate(parts):
-            activated, to_hidden, to_p[:] = swiglu_backward(hidden, weights, product(g, w2))
+        rows = [tensor.split(ctx.counts) for tensor in (weighted, tokens, to_tokens)]
+        for expert, (g, x, to_x, hidden, w1, w2) in enumerate(zip(*rows, hiddens, weight1, weight2, strict=True)):
+            activated, to_hidden = swiglu_backward(hidden, product(g, w2))
             to_weight2.give(expert, product(g.t(), activated))
             to_weight1.give(expert, product(to_hidden.t(), x))
             to_x.copy_(product(to_hidden, w1))
@@ -68,23 +69,17 @@ class WeightGradient:
         return self.whole
 
 
-def swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up times the router's weight, in its precision: [t, 2F], [t] -> [t, F]."""
-    gate, up = hidden.to(probs.dtype).chunk(2, dim=-1)
-    return F.silu(gate).mul_(up).mul_(probs[:, None]).to(hidden.dtype)
+def swiglu(hidden: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up: [t, 2F] -> [t, F]."""
+    gate, up = hidden.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
 
 
-def swiglu_backward(
-    hidden: torch.Tensor, probs: torch.Tensor, gradient: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What swiglu gave, the gradient of `hidden`, that of `probs`."""
-    gate, up = hidden.to(probs.dtype).chunk(2, dim=-1)
-    gradient = gradient.to(probs.dtype)
-    silu, weighted = F.silu(gate), gradient * probs[:, None]
-    to_hidden = torch.empty_like(hidden)
-    to_gate, to_up = to_hidden.chunk(2, dim=-1)
-    to_up.copy_(silu * weighted)
-    to_gate.copy_(torch.ops.aten.silu_backward(weighted.mul_(up), gate))
-    activated = silu.mul_(up)
-    to_probs = (gradient * activated).sum(dim=-1)
-    return activated.mul_(probs[:, None]).to(hidden.dtype), to_hidden, to_probs
+def swiglu_backward(hidden: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What swiglu gave, the gradient of `hidden`. That of what it gave is overwritten."""
+    (gate, up), to_hidden = hidden.chunk(2, dim=1), torch.empty_like(hidden)
+    to_gate, to_up = to_hidden.chunk(2, dim=1)
+    silu = F.silu(gate)
+    torch.mul(gradient, silu, out=to_up)
+    torch.ops.aten.silu_backward(gradient.mul_(up), gate, grad_input=to_gate)
+    return silu.mul_(up), to_hidden

@@ -21,14 +21,12 @@ class TokenLosses(torch.autograd.Function):
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         losses = torch.empty(len(logits), 1, dtype=torch.float32, device=logits.device)
         for part, label, loss in _parts(logits, labels.unsqueeze(1), losses):
-            scores = part.float()  # itself, where it is
-            scores.sub_(scores.amax(dim=1, keepdim=True))
-            of_label = scores.gather(1, label)
-            total = scores.exp_().sum(dim=1, keepdim=True)
-            loss.copy_(total.log() - of_label)
-            scores.div_(total)  # the softmax: the gradient, but for the label's own place
-            scores.scatter_add_(1, label, scores.new_full(label.shape, -1.0))
-            part.copy_(scores)
+            highest, of_label = part.amax(dim=1, keepdim=True).float(), part.gather(1, label).float()
+            softmax = torch.softmax(part, dim=1, dtype=torch.float32)
+            # the highest score's softmax is one over the sum of all exponentials less the highest
+            loss.copy_(highest - of_label - softmax.amax(dim=1, keepdim=True).log())
+            softmax.scatter_add_(1, label, softmax.new_full(label.shape, -1.0))  # the gradient
+            part.copy_(softmax)
         ctx.gradient = logits.detach()  # not saved as an input: it is one no more
         return losses.squeeze(1)
 

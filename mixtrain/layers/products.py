@@ -14,16 +14,27 @@ from functools import partial
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-# Multiplications below which preparing oneDNN's kernel, which is made anew for every shape, costs more than it saves.
-WORTHWHILE = 3e7
+# Multiplications below which preparing oneDNN's kernel, which is made anew for every shape, costs more than it saves;
+# and where the same few shapes come again and again.
+WORTHWHILE, WORTHWHILE_AGAIN = 3e7, 1e6
 
 
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """[m, k] times [k, n], both of any strides."""
-    if a.dtype is torch.float32 and a.device.type == "cpu" and a.shape[0] * b.numel() >= WORTHWHILE and by_onednn():
+def product(a: torch.Tensor, b: torch.Tensor, again: bool = False) -> torch.Tensor:
+    """[m, k] times [k, n], both of any strides; `again`: of one of few shapes."""
+    if _is_onednns(a, b, WORTHWHILE_AGAIN if again else WORTHWHILE):
         # the operator that torch.compile puts in the place of a linear layer: a times a transposed
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     return a @ b
+
+
+def _is_onednns(a: torch.Tensor, b: torch.Tensor, worthwhile: float = WORTHWHILE) -> bool:
+    large = a.device.type == "cpu" and a.shape[0] * b.numel() >= worthwhile
+    return large and a.dtype is torch.float32 and by_onednn() and _is_whole(a) and _is_whole(b)
+
+
+def _is_whole(matrix: torch.Tensor) -> bool:
+    """Whether it lies in one piece. oneDNN's products of some columns of a wider matrix take minutes."""
+    return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
 def by_onednn() -> bool:
@@ -45,8 +56,13 @@ class Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
         to_x = product(rows, weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        to_weight = product(x.flatten(0, -2).t(), rows).t() if ctx.needs_input_grad[1] else None
+        to_weight = _weight_gradient(x.flatten(0, -2), rows) if ctx.needs_input_grad[1] else None
         return to_x, to_weight
+
+
+def _weight_gradient(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """[n, in], [n, out] -> [out, in]. oneDNN is quicker by its transpose, which the sum of gradients is slow to read."""
+    return product(x.t(), rows).t() if _is_onednns(x.t(), rows) else rows.t() @ x
 
 
 def use(model: torch.nn.Module) -> None:
