@@ -20,7 +20,7 @@ from mixtrain import init, upstream
 from mixtrain.config import TransformerImpl
 from mixtrain.errors import UserError
 from mixtrain.fields import transformer_fields
-from mixtrain.layers import products
+from mixtrain.layers import cpu_embedding, products
 from mixtrain.layers import spec as torch_layers
 from mixtrain.layers.loss import token_losses
 from mixtrain.plan import Plan
@@ -60,6 +60,7 @@ def build_chunk(
         upstream.mark_tensor_parallel(model)
         if device.type == "cpu" and plan.config.model.transformer_impl is TransformerImpl.torch:
             products.use(model)
+            cpu_embedding.use(model)
         if config.bf16:
             model = Float16Module(config, model)
     init.materialise(model, device)

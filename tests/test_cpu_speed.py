@@ -6,16 +6,20 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from composing import ROOT, plan_of
+from megatron.core.transformer.enums import AttnBackend
 from rank_workers import run_ranks
 
 from mixtrain import gloo, host_memory, model, optimizer, ranks
-from mixtrain.layers import loss, products
+from mixtrain.layers import cpu_attention, loss, products
+from mixtrain.layers.attention import CoreAttention
+from mixtrain.layers.cpu_embedding import Lookup
 from mixtrain.layers.cpu_experts import ExpertByExpert
 from mixtrain.parity.measure import batches
 
@@ -40,6 +44,14 @@ def test_a_product_is_the_product_whichever_way_its_factors_lie(size, turned):
     assert (products.product(a, b) - exact).abs().max() < 1e-5 * exact.abs().max()
     taken = ONEDNN in kernels(lambda: products.product(a, b))
     assert taken is (size is LARGE and products.by_onednn())
+
+
+def test_onednn_is_left_out_of_what_it_is_slow_at():
+    a, b = torch.randn(512, 300), torch.randn(512, 512)
+    some_columns, small = b[:, :256], (torch.randn(128, 64), torch.randn(64, 128))
+    assert ONEDNN not in kernels(lambda: products.product(a.t(), some_columns))  # minutes, where they are long
+    assert ONEDNN not in kernels(lambda: products.product(*small))
+    assert (ONEDNN in kernels(lambda: products.product(*small, again=True))) is products.by_onednn()
 
 
 def test_a_linear_layers_gradients_are_pytorchs():
@@ -71,6 +83,58 @@ def test_token_losses_are_cross_entropy_and_take_no_second_tensor_of_the_logits_
     softmax[torch.arange(130)[:, None], torch.arange(3), labels.t()] -= 1
     assert (leaf.grad - softmax * given.t()[..., None]).abs().max() < tolerance
     assert seen == [lies_at]
+
+
+@pytest.mark.parametrize("rows", [8, 512], ids=["many blocks", "one block"])
+@pytest.mark.parametrize("queries, keys, heads, groups", [(21, 21, 4, 2), (21, 21, 3, 3), (6, 20, 4, 1)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_attention_by_blocks_is_attention(rows, queries, keys, heads, groups, dtype, tolerance, monkeypatch):
+    """Also of queries that are the last of the positions, as in context parallelism."""
+    monkeypatch.setattr(cpu_attention, "ROWS", rows)
+    torch.manual_seed(0)
+    query = torch.randn(queries, 2, heads, 8, dtype=dtype).requires_grad_()
+    key, value = (torch.randn(keys, 2, groups, 8, dtype=dtype).requires_grad_() for _ in range(2))
+    given = torch.randn(queries, 2, heads, 8, dtype=dtype)
+    ours = cpu_attention.BlockAttention.apply(query, key, value, 0.3)
+    wide = [tensor.double() for tensor in (query, key, value)]
+    repeated = [tensor.repeat_interleave(heads // groups, dim=2) for tensor in wide[1:]]
+    scores = torch.einsum("sbhd,nbhd->bhsn", wide[0], repeated[0]) * 0.3
+    later = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
+    exact = torch.einsum("bhsn,nbhd->sbhd", scores.masked_fill(later, -torch.inf).softmax(dim=3), repeated[1])
+    assert ours.dtype is dtype and (ours - exact).abs().max() < tolerance * exact.abs().max()
+    found = torch.autograd.grad(ours, (query, key, value), given)
+    expected = torch.autograd.grad(exact, (query, key, value), given.double())
+    for name, one, other in zip("qkv", found, expected, strict=True):
+        assert (one - other).abs().max() < tolerance * other.abs().max(), name
+
+
+def test_attention_takes_pytorchs_kernel_where_the_configuration_names_one():
+    tensors = [torch.randn(16, 1, 2, 8) for _ in range(3)]
+    taken = {}
+    for backend in (AttnBackend.auto, AttnBackend.flash, AttnBackend.unfused):
+        layer = CoreAttention.__new__(CoreAttention)
+        layer.__dict__ |= {"config": SimpleNamespace(attention_backend=backend), "softmax_scale": None}
+        taken[backend] = kernels(lambda: CoreAttention._attend(layer, *tensors))  # noqa: B023
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert [flash in taken[backend] for backend in taken] == [False, True, False]
+    assert ["BlockAttention" in taken[backend] for backend in taken] == [True, False, False]
+
+
+def test_a_looked_up_embedding_adds_its_rows_to_the_buffer():
+    """Of a row that two tokens name, twice; autograd's own tensor is then nobody's, unless there is a hook."""
+    torch.manual_seed(0)
+    tokens, table = torch.tensor([[3, 1, 3], [0, 4, 4]]), torch.nn.Parameter(torch.randn(6, 5))
+    given = torch.randn(2, 3, 5)
+    assert torch.equal(Lookup.apply(tokens, table), F.embedding(tokens, table))
+    (exact,) = torch.autograd.grad(F.embedding(tokens, table), table, given)
+    (alone,) = torch.autograd.grad(Lookup.apply(tokens, table), table, given)
+    assert torch.equal(alone, exact)
+    table.main_grad, table.grad_added_to_main_grad = torch.ones(6, 5), False
+    torch.autograd.grad(Lookup.apply(tokens, table), table, given)
+    assert table.grad_added_to_main_grad is True and (table.main_grad - 1 - exact).abs().max() < 1e-6
+    table.register_hook(lambda _: None)
+    (alone,) = torch.autograd.grad(Lookup.apply(tokens, table), table, given)
+    assert torch.equal(alone, exact) and (table.main_grad - 1 - exact).abs().max() < 1e-6
 
 
 def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
@@ -140,12 +204,14 @@ def test_a_step_takes_all_of_it(tmp_path):
         return found
 
     (found,) = run_ranks(1, taken, tmp_path / "0")
-    wanted = {"ExpertByExpert", "LinearBackward", "TokenLosses", "aten::_fused_adamw_"}
+    ours = {"BlockAttention", "ExpertByExpert", "LinearBackward", "LookupBackward", "TokenLosses"}
+    wanted = ours | {"aten::_fused_adamw_"}
     wanted |= {ONEDNN} if products.by_onednn() else set()
     assert wanted <= set(found["torch"])
-    assert not {"aten::_grouped_mm", "c10d::_reduce_scatter_base_", "_VocabParallelCrossEntropy"} & set(found["torch"])
+    slower = {"aten::_grouped_mm", "aten::embedding_dense_backward", "aten::scaled_dot_product_attention"}
+    assert not (slower | {"c10d::_reduce_scatter_base_", "_VocabParallelCrossEntropy"}) & set(found["torch"])
     # Megatron-Core's own layers stay as they are, to be compared with
-    assert not {"ExpertByExpert", "LinearBackward", "TokenLosses"} & set(found["local"])
+    assert not ours & set(found["local"])
     assert "_VocabParallelCrossEntropy" in found["local"]
 
 

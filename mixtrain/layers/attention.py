@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
-from mixtrain.layers.cpu_attention import BlockAttention
 from mixtrain.layers.context import chunks_of, gather_in_order
+from mixtrain.layers.cpu_attention import BlockAttention
 
 KERNELS = {  # model.attention_backend; Megatron-Core calls cuDNN's kernel fused
     AttnBackend.flash: SDPBackend.FLASH_ATTENTION,

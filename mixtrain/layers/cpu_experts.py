@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from mixtrain.layers.main_grad import buffer_of
 from mixtrain.layers.products import product
 
 
@@ -47,15 +48,10 @@ class ExpertByExpert(torch.autograd.Function):
 
 
 class WeightGradient:
-    """The gradient of a weight [E, ...], expert by expert: added to Megatron-Core's buffer at once where there is one.
-
-    As its own fused kernels do: the weight says that its gradient has been added, and autograd is given a tensor that
-    nobody reads. Where somebody does, with a hook on the weight, autograd is given the gradient.
-    """
+    """The gradient of a weight [E, ...], expert by expert: added to Megatron-Core's buffer where there is one."""
 
     def __init__(self, weight: torch.nn.Parameter):
-        self.weight, self.whole = weight, torch.empty_like(weight)
-        self.buffer = None if weight._backward_hooks else getattr(weight, "main_grad", None)
+        self.weight, self.whole, self.buffer = weight, torch.empty_like(weight), buffer_of(weight)
 
     def give(self, expert: int, gradient: torch.Tensor) -> None:
         if self.buffer is None:

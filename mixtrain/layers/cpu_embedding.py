@@ -1,0 +1,45 @@
+"""The embedding on the CPU: the gradient of the rows that were looked up, and no tensor of the table's size."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+
+from mixtrain.layers.main_grad import buffer_of
+
+
+class Lookup(torch.autograd.Function):
+    """Tokens [...] of a table [V, H] -> [..., H]."""
+
+    @staticmethod
+    def forward(ctx, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens, table)
+        return F.embedding(tokens, table)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[None, torch.Tensor]:
+        tokens, table = ctx.saved_tensors
+        buffer = buffer_of(table)
+        if buffer is None:
+            return None, torch.ops.aten.embedding_dense_backward(gradient, tokens, len(table), -1, False)
+        buffer.index_add_(0, tokens.flatten(), gradient.flatten(0, -2).to(buffer.dtype))
+        table.grad_added_to_main_grad = True
+        return None, torch.empty_like(table)  # nobody reads it
+
+
+def use(model: GPTModel) -> None:
+    """From now on `model` looks up by this, where its table is whole on this rank and no output layer's too."""
+    if model.share_embeddings_and_output_weights:
+        return  # two gradients meet in one
+    for module in model.modules():
+        if isinstance(module, VocabParallelEmbedding) and module.tp_group.size() == 1:
+            if not module.reduce_scatter_embeddings:
+                module.forward = partial(_forward, module)
+
+
+def _forward(module: VocabParallelEmbedding, tokens: torch.Tensor) -> torch.Tensor:
+    return Lookup.apply(tokens, module.weight)

@@ -1,0 +1,14 @@
+"""Megatron-Core's gradient buffers, for layers of ours that add to them without a detour over autograd."""
+
+from __future__ import annotations
+
+import torch
+
+
+def buffer_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
+    """Where the gradient of `weight` is added up. None: autograd must be given it, for a hook on the weight reads it.
+
+    Whoever adds to it says so in weight.grad_added_to_main_grad, as Megatron-Core's own fused kernels do, and gives
+    autograd a tensor that nobody reads.
+    """
+    return None if weight._backward_hooks else getattr(weight, "main_grad", None)
