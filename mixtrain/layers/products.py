@@ -61,7 +61,7 @@ class Linear(torch.autograd.Function):
 
 
 def _weight_gradient(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[n, in], [n, out] -> [out, in]. By oneDNN its transpose, which is quicker; bf16 of that is slow to be added up."""
+    """[n, in], [n, out] -> [out, in]. By oneDNN its transpose, which is quicker; in bf16 that is slow to add up."""
     return product(x.t(), rows).t() if _is_onednns(x.t(), rows) else rows.t() @ x
 
 
