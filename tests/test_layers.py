@@ -75,8 +75,10 @@ def exact_attention(query, key, value, scale: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("backend", [AttnBackend.auto, AttnBackend.flash, AttnBackend.unfused], ids=lambda b: b.name)
+@pytest.mark.parametrize("path", ["cpu", "gpu"])
 @pytest.mark.parametrize("groups", [8, 2, 1])
-def test_attention_is_the_formula(groups, backend):
+def test_attention_is_the_formula(groups, path, backend, monkeypatch):
+    monkeypatch.setattr(attention.CoreAttention, "_is_cpu", staticmethod(lambda _: path == "cpu"))
     made = attention.CoreAttention(config_of(attention_backend=backend), pg_collection=ALONE)
     query, key, value = leaf(17, 2, 8, 16), leaf(17, 2, groups, 16), leaf(17, 2, groups, 16)
     got = made(query, key, value, None)
@@ -105,7 +107,9 @@ def kernels(work) -> set[str]:
     return {event.key for event in profile.key_averages()}
 
 
-def test_keys_and_values_are_not_copied_for_the_queries_that_share_them():
+def test_keys_and_values_are_not_copied_for_the_queries_that_share_them(monkeypatch):
+    """On the path of a GPU."""
+    monkeypatch.setattr(attention.CoreAttention, "_is_cpu", staticmethod(lambda _: False))
     made = attention.CoreAttention(config_of(), pg_collection=ALONE)
     query, key, value = leaf(64, 1, 8, 16), leaf(64, 1, 2, 16), leaf(64, 1, 2, 16)
     seen = kernels(lambda: made(query, key, value).sum().backward())
@@ -123,8 +127,10 @@ def test_every_chunk_of_a_sequence_is_on_one_rank_and_costs_are_even(size):
     assert parts[0][0, : 16 // size].tolist()[0] == 0 and torch.cat(parts, dim=1).sort().values.equal(sequence)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_attention_over_context_ranks_is_attention_over_the_sequence(size, tmp_path):
+@pytest.mark.parametrize("size, path", [(2, "cpu"), (4, "cpu"), (2, "gpu")])
+def test_attention_over_context_ranks_is_attention_over_the_sequence(size, path, tmp_path, monkeypatch):
+    monkeypatch.setattr(attention.CoreAttention, "_is_cpu", staticmethod(lambda _: path == "cpu"))
+
     def part_of_the_whole(me) -> float:
         import torch.distributed as dist
 

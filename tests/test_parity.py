@@ -14,6 +14,7 @@ from rank_workers import run_ranks
 
 from mixtrain import loop, model, optimizer, ranks
 from mixtrain.environment import Identity
+from mixtrain.layers.attention import CoreAttention
 from mixtrain.layers.experts import Experts
 from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
 from mixtrain.plan import Plan
@@ -262,9 +263,10 @@ def test_an_implementation_computes_what_another_computes(implementation, one_ra
 
 
 @pytest.mark.parametrize("words", [[], ["trainer.recompute_granularity=selective", MOE_ACT]], ids=["", "moe_act"])
-def test_the_grouped_products_of_a_gpu_compute_what_the_cpus_compute(words, one_rank, tmp_path, monkeypatch):
-    """The path of a GPU, on the CPU: grouped_mm, and its activation made anew."""
-    monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _: False))
+def test_a_gpus_path_computes_what_the_cpus_computes(words, one_rank, tmp_path, monkeypatch):
+    """On the CPU: grouped_mm, its activation made anew, and PyTorch's attention."""
+    for layer in (Experts, CoreAttention):
+        monkeypatch.setattr(layer, "_is_cpu", staticmethod(lambda _: False))
     assert_same(measure([EP + "2", *words], tmp_path), one_rank)
 
 
