@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -14,8 +15,10 @@ from composing import ROOT, unstarted_environment
 
 from mixtrain.bench import reading, run
 from mixtrain.bench.scenario import Measure, Request, Row, Scenario
+from mixtrain.bench.turns import Processes
 from mixtrain.bench.variants import variants_of
-from mixtrain.errors import Fault
+from mixtrain.errors import Fault, UserError
+from mixtrain.host_memory import SETTINGS
 
 TINY = [
     "data=mock",
@@ -53,6 +56,27 @@ def test_ours_and_transformers_take_turns_on_the_same_loss_and_gradient_and_a_ra
     assert all(one.seconds > 0 and one.cpu_seconds > 0 and one.amount == 4 * 32 for one in found)
     assert [one.ranks for one in found[:3]] == [1, 1, 2]
     assert all(one.peak_bytes > 1 << 20 and one.flops_whole > one.flops_causal for one in found)
+
+
+def test_a_variant_can_be_without_our_memory_settings(tmp_path, monkeypatch):
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    row = Row(Measure.forward_backward, variants={"with": [], "without": ["host.memory_settings=false"]})
+    words = [word for word in TINY if not word.startswith("parallel=")]
+    scenario = Scenario(1, 1, 0, True, None, 0, words=[*words, "parallel=ep2"], rows={"row": row})
+    rows, _ = variants_of(Request("made", scenario, [], None))
+    seen = []
+    for variant in rows["row"]:
+        processes = Processes(variant, scenario, tmp_path / variant.name)
+        try:
+            alone = Path(f"/proc/{processes.children[1].pid}/environ").read_bytes().split(b"\0")
+            seen.append([name for name in SETTINGS if any(entry.startswith(name.encode()) for entry in alone)])
+        finally:
+            processes.end()
+    assert seen == [list(SETTINGS), []]
+    row.variants["other"] = ["host.threads=3"]
+    with pytest.raises(UserError, match=r"row, other: host\. has one word"):
+        variants_of(Request("made", scenario, [], None))
 
 
 def test_a_variant_of_another_model_ends_the_benchmark_before_it_is_timed(tmp_path):

@@ -30,7 +30,7 @@ class Row:
 
     measure: Measure = MISSING
     # of what is trained: words of train.py for all, and for each; hf.KEY=VALUE is transformers' own model with that
-    # setting. Of a command: the line of each
+    # setting, host.memory_settings=false leaves out those of mixtrain/host_memory.py. Of a command: the line of each
     words: list[str] = field(default_factory=list)
     variants: dict[str, list[str]] = MISSING
     prepare: str | None = None  # commands only: a line that is run once, before all

@@ -71,7 +71,8 @@ class Processes:
 
     def _start(self, spec: Path, own: Path, threads: int | None) -> subprocess.Popen:
         paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
-        environment = {**SETTINGS, **os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
+        settings = SETTINGS if self.variant.has_memory_settings else {}
+        environment = {**settings, **os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
         if threads:
             environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         return subprocess.Popen(

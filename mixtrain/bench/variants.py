@@ -16,7 +16,9 @@ from mixtrain.errors import UserError
 from mixtrain.machine import gpu_count, installed
 from mixtrain.plan import Plan, make_plan
 
-FOREIGN = ("hf", "plain")  # prefixes of words that are not train.py's: transformers' model, plain files
+# Prefixes of words that are not train.py's: transformers' model, plain files, what processes get from this machine.
+FOREIGN = ("hf", "plain", "host")
+OWN_MEMORY = {"memory_settings": "false"}  # all that can be said of the machine
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,12 @@ class Variant:
 
     @property
     def ranks(self) -> int:
-        return 1 if self.plan is None or self.foreign else self.plan.world_size
+        return 1 if self.plan is None or {"hf", "plain"} & set(self.foreign) else self.plan.world_size
+
+    @property
+    def has_memory_settings(self) -> bool:
+        """Whether its processes start with those of mixtrain/host_memory.py."""
+        return "host" not in self.foreign
 
     @property
     def is_forced(self) -> bool:
@@ -72,6 +79,8 @@ def _variant(name: str, row: Row, request: Request, words: list[str]) -> Variant
     for prefix, key, value in (_cut(word) for word in words):
         if prefix in FOREIGN:
             foreign.setdefault(prefix, {})[key] = value
+    if foreign.get("host", OWN_MEMORY) != OWN_MEMORY:
+        raise UserError("host. has one word: host.memory_settings=false, without mixtrain/host_memory.py's settings")
     own = [word for word in words if _cut(word)[0] not in FOREIGN]
     config, problems = _config(_merged(request.scenario.words, row.words, own, request.words))
     if not problems and (missing := _lacks(config, request)):
