@@ -46,6 +46,16 @@ def test_a_product_is_the_product_whichever_way_its_factors_lie(size, turned):
     assert taken is (size is LARGE and products.by_onednn())
 
 
+def test_a_product_of_long_sums_in_bf16_is_the_product():
+    torch.manual_seed(0)
+    a, b = torch.randn(7, products.LONG, dtype=torch.bfloat16), torch.randn(products.LONG, 5, dtype=torch.bfloat16)
+    found, exact = products.product(a, b), a.double() @ b.double()
+    assert found.is_contiguous() and found.dtype is torch.bfloat16
+    assert (found - exact).abs().max() < 4e-3 * exact.abs().max()
+    assert "aten::t" in kernels(lambda: products.product(a, b))
+    assert "aten::t" not in kernels(lambda: products.product(a[:, :-1], b[:-1]))
+
+
 def test_onednn_is_left_out_of_what_it_is_slow_at():
     a, b = torch.randn(512, 300), torch.randn(512, 512)
     some_columns, small = b[:, :256], (torch.randn(128, 64), torch.randn(64, 128))

@@ -2,8 +2,8 @@
 
 PyTorch multiplies fp32 matrices on the CPU by MKL, which leaves AVX-512 to Intel's processors; the oneDNN that PyTorch
 carries takes it wherever it is: on an AMD EPYC of 2024 the products of a training step are 2.2 times as fast
-(docs/benchmarks.md). Elsewhere, and for bf16, which goes through oneDNN already, PyTorch's own choice stays. Rule: the
-same sums, in another order.
+(docs/benchmarks.md). Elsewhere, and for bf16, which goes through oneDNN already, PyTorch's own choice stays; but for
+sums of many terms. Rule: the same sums, in another order.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 # Multiplications below which preparing oneDNN's kernel, which is made anew for every shape, costs more than it saves;
 # and where the same few shapes come again and again.
 WORTHWHILE, WORTHWHILE_AGAIN = 3e7, 1e6
+# Terms of a sum, as many as a vocabulary has words, from which on a bf16 product is quicker by its transpose.
+LONG = 16000
 
 
 def product(a: torch.Tensor, b: torch.Tensor, again: bool = False) -> torch.Tensor:
@@ -24,6 +26,8 @@ def product(a: torch.Tensor, b: torch.Tensor, again: bool = False) -> torch.Tens
     if _is_onednns(a, b, WORTHWHILE_AGAIN if again else WORTHWHILE):
         # the operator that torch.compile puts in the place of a linear layer: a times a transposed
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    if a.device.type == "cpu" and a.dtype is torch.bfloat16 and a.shape[1] >= LONG:
+        return (b.t() @ a.t()).t().contiguous()
     return a @ b
 
 
