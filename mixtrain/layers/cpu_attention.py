@@ -49,11 +49,11 @@ class BlockAttention(torch.autograd.Function):
         for group in range(len(k)):
             for rows, seen, hidden in blocks:
                 weights = _softmax(scaled[group, rows], wide_k[group, :seen], hidden)
-                to_v[group, :seen] += _product(weights.to(v.dtype).t(), g[group, rows])
+                to_v[group, :seen].add_(_product(weights.to(v.dtype).t(), g[group, rows]))
                 to_weights = _product(wide_g[group, rows], wide_v[group, :seen].t())
                 to_scores = torch._softmax_backward_data(to_weights, weights, 1, torch.float32).to(q.dtype)
                 to_q[group, rows] = _product(to_scores, k[group, :seen])
-                to_k[group, :seen] += _product(to_scores.t(), q[group, rows])
+                to_k[group, :seen].add_(_product(to_scores.t(), q[group, rows]))
         pairs = ((to_q, query), (to_k, key), (to_v, value))
         return *(_from_groups(found.to(like.dtype), like.shape) for found, like in pairs), None
 
@@ -88,5 +88,5 @@ def _blocks(query: torch.Tensor, key: torch.Tensor) -> list[tuple[slice, int, to
 def _softmax(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """[rows, d] with the scale in them, [m, d], what hides the last of the m keys -> [rows, m]."""
     scores = _product(q, k.t())
-    scores[:, -hidden.shape[1] :] += hidden
+    scores[:, -hidden.shape[1] :].add_(hidden)
     return torch.softmax(scores, dim=1)

@@ -26,14 +26,14 @@ def product(a: torch.Tensor, b: torch.Tensor, again: bool = False) -> torch.Tens
     if _is_onednns(a, b, WORTHWHILE_AGAIN if again else WORTHWHILE):
         # the operator that torch.compile puts in the place of a linear layer: a times a transposed
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
-    if a.device.type == "cpu" and a.dtype is torch.bfloat16 and a.shape[1] >= LONG:
+    if a.dtype is torch.bfloat16 and a.shape[1] >= LONG and a.device.type == "cpu":
         return (b.t() @ a.t()).t().contiguous()
     return a @ b
 
 
 def _is_onednns(a: torch.Tensor, b: torch.Tensor, worthwhile: float = WORTHWHILE) -> bool:
-    large = a.device.type == "cpu" and a.shape[0] * b.numel() >= worthwhile
-    return large and a.dtype is torch.float32 and by_onednn() and _is_whole(a) and _is_whole(b)
+    large = a.dtype is torch.float32 and a.shape[0] * b.numel() >= worthwhile and a.device.type == "cpu"
+    return large and by_onednn() and _is_whole(a) and _is_whole(b)
 
 
 def _is_whole(matrix: torch.Tensor) -> bool:
