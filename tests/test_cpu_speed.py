@@ -214,7 +214,7 @@ def test_a_step_takes_all_of_it(tmp_path):
         return found
 
     (found,) = run_ranks(1, taken, tmp_path / "0")
-    ours = {"BlockAttention", "ExpertByExpert", "LinearBackward", "LookupBackward", "TokenLosses"}
+    ours = {"BlockAttention", "CpuNorm", "ExpertByExpert", "LinearBackward", "LookupBackward", "TokenLosses"}
     wanted = ours | {"aten::_fused_adamw_"}
     wanted |= {ONEDNN} if products.by_onednn() else set()
     assert wanted <= set(found["torch"])

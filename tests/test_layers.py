@@ -55,6 +55,10 @@ def test_the_norm_is_the_formula(dtype):
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-3).sqrt() * made.weight.double()
     assert (made(x).double() - exact).abs().max() < TOLERANCE[dtype]
     assert made.weight.dtype is made(x).dtype is dtype
+    given = torch.randn(5, 2, 32, dtype=dtype)
+    ours = torch.autograd.grad(made(x), (x, made.weight), given)
+    theirs = torch.autograd.grad(exact, (x, made.weight), given.double())
+    assert all((a - b).abs().max() < TOLERANCE[dtype] * b.abs().max() for a, b in zip(ours, theirs, strict=True))
 
 
 def test_the_norm_is_marked_where_the_sequence_is_split():

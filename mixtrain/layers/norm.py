@@ -1,4 +1,4 @@
-"""The norm: PyTorch's fused RMSNorm, with the mark that sequence parallelism needs."""
+"""The norm: PyTorch's fused RMSNorm, on the CPU one of ours, with the mark that sequence parallelism needs."""
 
 from __future__ import annotations
 
@@ -16,3 +16,28 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return CpuNorm.apply(x, self.weight, self.eps) if x.device.type == "cpu" else super().forward(x)
+
+
+class CpuNorm(torch.autograd.Function):
+    """The same in fp32, keeping x and one number a row. PyTorch has it in many operations there, and keeps each."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        rows = x.flatten(0, -2).float()
+        squares = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_()
+        scale = squares.div_(rows.shape[1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return rows.mul(scale).mul_(weight).to(x.dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, given = x.flatten(0, -2).float() * scale, gradient.flatten(0, -2).float()
+        to_weight = (given * normed).sum(dim=0).to(weight.dtype)
+        given = given * weight
+        along = (given * normed).mean(dim=1, keepdim=True)
+        to_x = given.addcmul_(normed, along, value=-1).mul_(scale)
+        return to_x.to(x.dtype).view(x.shape), to_weight, None
