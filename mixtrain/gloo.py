@@ -12,6 +12,9 @@ import torch
 import torch.distributed as dist
 
 
+PIECE = 1 << 22  # numbers that a rank receives at a time to add them up: memory for all would be new in every step
+
+
 class Done:
     """What an asynchronous collective returns where everything has been done already."""
 
@@ -40,12 +43,15 @@ def reduce_scatter(
     if op != dist.ReduceOp.SUM or (async_op and _size(group) > 1):
         return dist.reduce_scatter_tensor(output, input_, op=op, group=group, async_op=async_op)
     parts, own, rank = input_.contiguous().view(_size(group), -1), output.view(-1), _rank(group)
-    received = {other: torch.empty_like(own) for other in range(len(parts)) if other != rank}
-    _exchange(group, parts.__getitem__, received.__getitem__)
     if own.data_ptr() != parts[rank].data_ptr():
         own.copy_(parts[rank])
-    for part in received.values():
-        own.add_(part)
+    others = [other for other in range(len(parts)) if other != rank]
+    received = {other: own.new_empty(min(PIECE, len(own))) for other in others}
+    for start in range(0, len(own), PIECE):
+        mine, here = own[start : start + PIECE], slice(start, start + PIECE)
+        _exchange(group, lambda other: parts[other, here], lambda other: received[other][: len(mine)])  # noqa: B023
+        for other in others:
+            mine.add_(received[other][: len(mine)])
     return Done() if async_op else None
 
 
