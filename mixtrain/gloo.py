@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
 PIECE = 1 << 22  # numbers that a rank receives at a time to add them up: memory for all would be new in every step
 
 
