@@ -16,6 +16,7 @@ from mixtrain import loop, model, optimizer, ranks
 from mixtrain.environment import Identity
 from mixtrain.layers.attention import CoreAttention
 from mixtrain.layers.experts import Experts
+from mixtrain.layers.norm import RMSNorm
 from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
 from mixtrain.plan import Plan
 from mixtrain.stop import StopRequest
@@ -264,8 +265,8 @@ def test_an_implementation_computes_what_another_computes(implementation, one_ra
 
 @pytest.mark.parametrize("words", [[], ["trainer.recompute_granularity=selective", MOE_ACT]], ids=["", "moe_act"])
 def test_a_gpus_path_computes_what_the_cpus_computes(words, one_rank, tmp_path, monkeypatch):
-    """On the CPU: grouped_mm, its activation made anew, and PyTorch's attention."""
-    for layer in (Experts, CoreAttention):
+    """On the CPU: grouped_mm, its activation made anew, PyTorch's attention and norm."""
+    for layer in (Experts, CoreAttention, RMSNorm):
         monkeypatch.setattr(layer, "_is_cpu", staticmethod(lambda _: False))
     assert_same(measure([EP + "2", *words], tmp_path), one_rank)
 

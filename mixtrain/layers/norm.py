@@ -18,7 +18,12 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return CpuNorm.apply(x, self.weight, self.eps) if x.device.type == "cpu" else super().forward(x)
+        return CpuNorm.apply(x, self.weight, self.eps) if self._is_cpu(x) else super().forward(x)
+
+    @staticmethod
+    def _is_cpu(x: torch.Tensor) -> bool:
+        """There PyTorch's takes twice as long."""
+        return x.device.type == "cpu"
 
 
 class CpuNorm(torch.autograd.Function):
