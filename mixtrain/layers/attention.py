@@ -55,7 +55,7 @@ class CoreAttention(MegatronModule):
 
     @staticmethod
     def _is_cpu(query: torch.Tensor) -> bool:
-        """There PyTorch's kernel takes 1.3 to 3 times as long as products of blocks do."""
+        """There PyTorch's kernel takes 1.3 to 3 times as long as products of blocks do (measured with AVX-512)."""
         return query.device.type == "cpu"
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

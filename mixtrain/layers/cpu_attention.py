@@ -15,7 +15,7 @@ import torch
 
 from mixtrain.layers import products
 
-ROWS = 512  # of a block: its scores stay in the cache, its products are worth a call
+ROWS = 512  # of a block: a product of them is worth a call, and its scores find room in a cache
 
 _product = partial(products.product, again=True)
 

@@ -1,4 +1,4 @@
-"""The embedding on the CPU: the gradient of the rows that were looked up, and no tensor of the table's size."""
+"""The embedding on the CPU: the gradient of the rows that were looked up, and no passes over the whole table."""
 
 from __future__ import annotations
 

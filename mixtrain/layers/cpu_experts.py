@@ -1,7 +1,7 @@
 """The experts of a layer on the CPU: one after the other, forward and backward, while what one needs is in the cache.
 
-Rule: the same formula as experts.py. There all rows go through one operation after the other; here memory is the limit,
-and so the rows of one expert go through all of them.
+Rule: the same formula as experts.py, with the router's weight after the second matrix. There all rows go through one
+operation after the other; here memory is the limit, and so the rows of one expert go through all of them.
 """
 
 from __future__ import annotations

@@ -167,6 +167,6 @@ class _SwiGLU(torch.autograd.Function):
 def _swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up times the router's weight of the token: [T, 2F], [T] -> [T, F].
 
-    The weight goes in before the second matrix, where it costs least; the router's precision decides the product's.
+    The weight goes in before the second matrix, where a pass is made anyway, in the router's precision.
     """
     return _SwiGLU.apply(hidden, probs)

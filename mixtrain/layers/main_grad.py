@@ -6,9 +6,11 @@ import torch
 
 
 def buffer_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    """Where the gradient of `weight` is added up. None: autograd must be given it, for a hook on the weight reads it.
+    """Where the gradient of `weight` is added up. None: autograd must be given it, for there is no such place or a hook
+    on the weight (put there between steps) or Megatron-Core (zero_out_wgrad) reads it.
 
     Whoever adds to it says so in weight.grad_added_to_main_grad, as Megatron-Core's own fused kernels do, and gives
     autograd a tensor that nobody reads.
     """
-    return None if weight._backward_hooks else getattr(weight, "main_grad", None)
+    readers = ("_backward_hooks", "_post_accumulate_grad_hooks", "zero_out_wgrad")
+    return None if any(getattr(weight, name, None) for name in readers) else getattr(weight, "main_grad", None)

@@ -31,18 +31,18 @@ class CpuNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        rows = x.flatten(0, -2).float()
-        squares = torch.linalg.vector_norm(rows, dim=1, keepdim=True).square_()
-        scale = squares.div_(rows.shape[1]).add_(eps).rsqrt_()
+        wide = x.float()
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        scale = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return rows.mul(scale).mul_(weight).to(x.dtype).view(x.shape)
+        return wide.mul(scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed, given = x.flatten(0, -2).float() * scale, gradient.flatten(0, -2).float()
-        to_weight = (given * normed).sum(dim=0).to(weight.dtype)
+        normed, given = x.float() * scale, gradient.float()
+        to_weight = (given * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
         given = given * weight
-        along = (given * normed).mean(dim=1, keepdim=True)
+        along = (given * normed).mean(dim=-1, keepdim=True)
         to_x = given.addcmul_(normed, along, value=-1).mul_(scale)
-        return to_x.to(x.dtype).view(x.shape), to_weight, None
+        return to_x.to(x.dtype), to_weight, None
