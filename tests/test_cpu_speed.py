@@ -17,7 +17,7 @@ from megatron.core.transformer.enums import AttnBackend
 from rank_workers import run_ranks
 
 from mixtrain import gloo, host_memory, model, optimizer, ranks
-from mixtrain.layers import cpu_attention, loss, products
+from mixtrain.layers import loss, products
 from mixtrain.layers.attention import CoreAttention
 from mixtrain.layers.cpu_embedding import Lookup
 from mixtrain.layers.cpu_experts import ExpertByExpert
@@ -93,29 +93,6 @@ def test_token_losses_are_cross_entropy_and_take_no_second_tensor_of_the_logits_
     softmax[torch.arange(130)[:, None], torch.arange(3), labels.t()] -= 1
     assert (leaf.grad - softmax * given.t()[..., None]).abs().max() < tolerance
     assert seen == [lies_at]
-
-
-@pytest.mark.parametrize("rows", [8, 512], ids=["many blocks", "one block"])
-@pytest.mark.parametrize("queries, keys, heads, groups", [(21, 21, 4, 2), (21, 21, 3, 3), (6, 20, 4, 1)], ids=str)
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
-def test_attention_by_blocks_is_attention(rows, queries, keys, heads, groups, dtype, tolerance, monkeypatch):
-    """Also of queries that are the last of the positions, as in context parallelism."""
-    monkeypatch.setattr(cpu_attention, "ROWS", rows)
-    torch.manual_seed(0)
-    query = torch.randn(queries, 2, heads, 8, dtype=dtype).requires_grad_()
-    key, value = (torch.randn(keys, 2, groups, 8, dtype=dtype).requires_grad_() for _ in range(2))
-    given = torch.randn(queries, 2, heads, 8, dtype=dtype)
-    ours = cpu_attention.BlockAttention.apply(query, key, value, 0.3)
-    wide = [tensor.double() for tensor in (query, key, value)]
-    repeated = [tensor.repeat_interleave(heads // groups, dim=2) for tensor in wide[1:]]
-    scores = torch.einsum("sbhd,nbhd->bhsn", wide[0], repeated[0]) * 0.3
-    later = torch.ones(queries, keys, dtype=torch.bool).triu(1 + keys - queries)
-    exact = torch.einsum("bhsn,nbhd->sbhd", scores.masked_fill(later, -torch.inf).softmax(dim=3), repeated[1])
-    assert ours.dtype is dtype and (ours - exact).abs().max() < tolerance * exact.abs().max()
-    found = torch.autograd.grad(ours, (query, key, value), given)
-    expected = torch.autograd.grad(exact, (query, key, value), given.double())
-    for name, one, other in zip("qkv", found, expected, strict=True):
-        assert (one - other).abs().max() < tolerance * other.abs().max(), name
 
 
 def test_attention_takes_pytorchs_kernel_where_the_configuration_names_one():

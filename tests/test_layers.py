@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 from rank_workers import run_ranks  # its import makes Megatron-Core run on the CPU
 
-from mixtrain.layers import attention, context, norm
+from mixtrain.layers import attention, context, cpu_attention, norm
+from mixtrain.layers.cpu_attention import BlockAttention
 from mixtrain.layers.experts import Experts
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # a few roundings of the type, at entries of size 1
@@ -91,6 +92,22 @@ def test_attention_is_the_formula(groups, path, backend, monkeypatch):
     ours = torch.autograd.grad(got.sum(), (query, key, value))
     theirs = torch.autograd.grad(exact.sum(), (query, key, value))
     assert all((a - b).abs().max() < 1e-4 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("rows", [8, 512], ids=["many blocks", "one block"])
+@pytest.mark.parametrize("queries, keys, heads, groups", [(21, 21, 4, 2), (21, 21, 3, 3), (6, 20, 4, 1)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"])
+def test_attention_by_blocks_is_the_formula(rows, queries, keys, heads, groups, dtype, tolerance, monkeypatch):
+    """Also of queries that are the last of the positions, as in context parallelism."""
+    monkeypatch.setattr(cpu_attention, "ROWS", rows)
+    query, given = leaf(queries, 2, heads, 8, dtype=dtype), torch.randn(queries, 2, heads, 8, dtype=dtype)
+    key, value = (leaf(keys, 2, groups, 8, dtype=dtype) for _ in range(2))
+    ours, exact = BlockAttention.apply(query, key, value, 0.3), exact_attention(query, key, value, 0.3)
+    found = torch.autograd.grad(ours, (query, key, value), given)
+    expected = torch.autograd.grad(exact, (query, key, value), given.double())
+    assert ours.dtype is dtype
+    for one, other in [(ours, exact), *zip(found, expected, strict=True)]:
+        assert (one - other).abs().max() < tolerance * other.abs().max()
 
 
 def test_attention_takes_a_scale_of_its_own():

@@ -263,6 +263,12 @@ def test_an_implementation_computes_what_another_computes(implementation, one_ra
     assert_same(measure([EP + "2", *IMPLEMENTATIONS[implementation]], tmp_path), one_rank)
 
 
+def test_tied_embeddings_get_the_gradients_of_both_their_uses(alone, tmp_path):
+    """Megatron-Core's own layers, which add nothing to its buffers themselves, say what these are."""
+    tied = ["model.untie_embeddings_and_output_weights=false"]
+    assert_same(measure([EP + "2", *IMPLEMENTATIONS["local"], *tied], tmp_path), alone(tied))
+
+
 @pytest.mark.parametrize("words", [[], ["trainer.recompute_granularity=selective", MOE_ACT]], ids=["", "moe_act"])
 def test_a_gpus_path_computes_what_the_cpus_computes(words, one_rank, tmp_path, monkeypatch):
     """On the CPU: grouped_mm, its activation made anew, PyTorch's attention and norm."""

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 
 from mixtrain.layers.main_grad import buffer_of
@@ -31,14 +30,12 @@ class Lookup(torch.autograd.Function):
         return None, torch.empty_like(table)  # nobody reads it
 
 
-def use(model: GPTModel) -> None:
-    """From now on `model` looks up by this, where its table is whole on this rank and no output layer's too."""
-    if model.share_embeddings_and_output_weights:
-        return  # two gradients meet in one
+def use(model: torch.nn.Module) -> None:
+    """From now on `model` looks up by this, where its table is whole on this rank."""
     for module in model.modules():
-        if isinstance(module, VocabParallelEmbedding) and module.tp_group.size() == 1:
-            if not module.reduce_scatter_embeddings:
-                module.forward = partial(_forward, module)
+        is_table = isinstance(module, VocabParallelEmbedding)
+        if is_table and module.tp_group.size() == 1 and not module.reduce_scatter_embeddings:
+            module.forward = partial(_forward, module)
 
 
 def _forward(module: VocabParallelEmbedding, tokens: torch.Tensor) -> torch.Tensor:
