@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from composing import ROOT
 
-from mixtrain.watchdog import Beat, beat_file, main_stack, read_beat
+from mixtrain import watchdog
+from mixtrain.watchdog import Beat, Watchdog, beat_file, main_stack, read_beat
 
 BEGIN = """
 import sys, time
@@ -48,14 +52,60 @@ def test_a_main_thread_that_lets_no_other_run_is_ended_as_well(tmp_path):
     assert done.returncode == 1 and "Timeout" in done.stderr and "most recent call first" in done.stderr
 
 
-@pytest.mark.parametrize("body", ["    for n in range(15): beat('x', n); time.sleep(0.1)\n", "    time.sleep(1)\n"])
-def test_who_moves_or_has_not_begun_is_left_alone(tmp_path, body):
-    done = run(tmp_path, body + "print('done')\n")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+@dataclass
+class Looks:
+    """The watchdog's event on a clock of its own: each look of its thread comes a tenth of the timeout later."""
+
+    clock: float = 100.0
+    seen: int = 0
+    ended_at: int | None = None  # the look at which the watchdog would have ended the process
+    at_look: Callable[[int], None] = lambda number: None
+
+    def wait(self, seconds: float) -> bool:
+        assert seconds == pytest.approx(0.05)
+        self.seen += 1
+        self.clock = 100 + self.seen / 20
+        self.at_look(self.seen)
+        return self.seen == 100 or self.ended_at is not None
+
+
+@pytest.fixture
+def looks(monkeypatch) -> Iterator[tuple[Looks, Watchdog]]:
+    """A watchdog of half a second whose thread is this one, and the event that it waits for."""
+    found = Looks()
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: found.clock)
+    monkeypatch.setattr(Watchdog, "_end", lambda self: setattr(self.done, "ended_at", self.done.seen))
+    dog = Watchdog(3, 0.5 / 60, None, print)
+    dog.done = found
+    yield found, dog
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_who_has_not_begun_is_left_alone(looks):
+    found, dog = looks
+    dog._watch()
+    assert (found.seen, found.ended_at) == (100, None)  # 5 s
+
+
+def test_who_moves_is_left_alone(looks):
+    found, dog = looks
+    found.at_look = lambda number: number % 9 == 0 and dog.beat("x", number)
+    dog.beat("x", 0)
+    dog._watch()
+    assert (found.seen, found.ended_at) == (100, None)
+
+
+def test_who_has_stopped_moving_is_ended_at_the_first_look_after_the_timeout(looks):
+    found, dog = looks
+    dog.beat("x", 0)
+    dog._watch()
+    assert found.ended_at == 11
 
 
 def test_after_the_block_nobody_watches(tmp_path):
-    done = run(tmp_path, "    beat('x', 1)\ntime.sleep(1.5)\nbeat('nobody')\nprint('done')\n")
+    """Neither the thread nor the backstop, which would end the process after 1.75 s."""
+    ended = "[thread.join(20) for thread in threading.enumerate() if thread.name == 'watchdog']"
+    done = run(tmp_path, f"    beat('x', 1)\nimport threading; {ended}\ntime.sleep(2)\nbeat('nobody')\nprint('done')\n")
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
