@@ -6,18 +6,22 @@ ARGS ?=
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check plan
+.PHONY: help setup train test test-long check plan
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-7s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.installed  ## make the virtual environment and install what training needs
 
 train: setup  ## train the default: a small Mixtral on this machine's CPU, on two processes
 	@$(BIN)/python train.py $(ARGS)
 
-test: $(VENV)/.tested  ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+# Two at a time, a file's tests in one process: they share what the file has set up.
+test: $(VENV)/.tested  ## run the tests but for those that take minutes
+	@$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile $(ARGS)
+
+test-long: $(VENV)/.tested  ## run the tests that take minutes: Slurm, the drill, fuzzers
+	@$(BIN)/python -m pytest -m long $(ARGS)
 
 check: $(VENV)/.tested  ## look for what ruff finds: errors, unused names, formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -27,6 +27,7 @@ def problems_of(*words: str) -> tuple[str, ...]:
     return caught.value.problems
 
 
+@pytest.mark.long  # Hydra composes each of some sixty
 @pytest.mark.parametrize("name", scenario.names())
 def test_every_variant_of_a_scenario_is_a_legal_run_of_this_machine_or_left_out_with_a_reason(name):
     words = ["+shrink=laptop"] if name.endswith("_1gpu") else []
@@ -44,6 +45,8 @@ def test_a_scenario_of_a_gpu_names_the_command_that_runs_it_on_a_cpu(monkeypatch
         assert problem.endswith("python tools/bench.py scenario=fine_grained_1gpu +shrink=laptop")
 
 
+ONE = ("scenario=cpu_small", "rows=[step_fp32]", "variants=[torch]")
+HUGGING_FACE = ("scenario=cpu_small", "rows=[forward_backward_fp32]", "variants=[hf_eager]")
 WRONG = {
     ("scenario=cpu_smal",): "scenario=cpu_smal: did you mean cpu_small?",
     ("rounds=3",): "scenario=: there are checkpoint, ",
@@ -53,10 +56,10 @@ WRONG = {
     ("scenario=cpu_small", "rounds=0"): "rounds = 0 must be at least 1",
     ("scenario=cpu_small", "rounds=many"): "cpu_small.yaml: ",
     ("scenario=cpu_small", "rounds=[3"): "cpu_small.yaml: ",
-    ("scenario=cpu_small", "model.hiden_size=1"): "model.hiden_size is not a key of mixtrain; did you mean",
-    ("scenario=cpu_ep2", "trainer.global_batch_size=3"): "trainer.global_batch_size = 3 must be a multiple of",
+    (*ONE, "model.hiden_size=1"): "model.hiden_size is not a key of mixtrain; did you mean",
+    (*ONE, "trainer.global_batch_size=3"): "trainer.global_batch_size = 3 must be a multiple of",
     ("scenario=start_up", "data=mock"): "data=mock: this row runs commands, which take no words of train.py",
-    ("scenario=cpu_small", "router=sinkhorn"): "router.moe_router_load_balancing_type = sinkhorn: its weights",
+    (*HUGGING_FACE, "router=sinkhorn"): "router.moe_router_load_balancing_type = sinkhorn: its weights",
 }
 
 
@@ -112,7 +115,9 @@ def test_where_enough_rounds_were_quiet_they_alone_count():
 
 
 def test_variants_that_compute_something_else_are_not_compared():
-    rows, _ = variants_of(scenario.parse(["scenario=cpu_small", "rows=[forward_backward_fp32]"]))
+    rows, _ = variants_of(
+        scenario.parse(["scenario=cpu_small", "rows=[forward_backward_fp32]", "variants=[torch,local]"])
+    )
     variants = rows["forward_backward_fp32"][:2]
     right = Computed([10.0, 9.0], 2.0, None)
     for wrong in (

@@ -43,6 +43,7 @@ def taken(folder, measure: Measure, rounds: int = 2, **variants: list[str]) -> l
     return list(run.readings_of("row", row, rows["row"], scenario, folder, print))
 
 
+@pytest.mark.long
 def test_ours_and_transformers_take_turns_on_the_same_loss_and_gradient_and_a_rank_of_several_its_part(tmp_path):
     """That they compute the same is checked before the first turn: see the next test."""
     variants = {
@@ -86,11 +87,13 @@ def test_a_variant_can_be_without_our_memory_settings(tmp_path, monkeypatch):
         variants_of(Request("made", scenario, [], None))
 
 
+@pytest.mark.long
 def test_a_variant_of_another_model_ends_the_benchmark_before_it_is_timed(tmp_path):
     with pytest.raises(Fault, match=r"row: other does not compute what torch does: LM loss \S+ against"):
         taken(tmp_path, Measure.forward_backward, torch=[], other=["model.rotary_base=10"])
 
 
+@pytest.mark.long
 def test_saving_is_timed_against_plain_files_of_as_many_bytes(tmp_path):
     saved, plain = taken(tmp_path, Measure.save, rounds=1, save=["checkpoint=last"], plain_files=["plain.files=2"])
     assert saved.amount == pytest.approx(plain.amount, abs=2) and saved.unit == "bytes"
@@ -112,6 +115,7 @@ def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
         list(run.readings_of("row", row, rows["row"], scenario, tmp_path / "never", print))
 
 
+@pytest.mark.long
 def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_path):
     row = Row(Measure.step, variants={"torch": [], "ep2": ["parallel=ep2"]})
     scenario = Scenario(2, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY)
@@ -155,6 +159,7 @@ def test_an_interrupted_command_leaves_no_process(tmp_path):
     assert list(tmp_path.glob("working-*")) == []
 
 
+@pytest.mark.long
 def test_the_command_prints_a_table_and_leaves_a_file_that_it_shows_again(tmp_path):
     words = [
         "scenario=cpu_small",

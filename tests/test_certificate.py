@@ -175,6 +175,7 @@ def parity(*words: str, timeout: float = 120) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_tool_certifies_a_recipe_and_leaves_its_table(tmp_path):
     done = parity("+recipe=mixtral_8x7b_tp2_pp4_ep4", "--sample", "3", f"run_dir={tmp_path}", "model.num_layers=2")
     assert done.returncode == 0, done.stderr

@@ -257,6 +257,7 @@ def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.long
 def test_the_tools_convert_and_say_what_to_type_next(hub, tmp_path):
     there = tool("convert_hf_to_megatron", hub, tmp_path / "megatron", "--dtype", "bf16")
     assert there.returncode == 0 and "GB" not in there.stderr, there.stderr

@@ -26,6 +26,7 @@ def drill(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.long
 def test_a_shortened_drill_passes(tmp_path):
     done = drill("--folder", str(tmp_path), "--kills", "2", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -34,6 +34,7 @@ TINY = [
     "trainer.micro_batch_size=1",
     "trainer.global_batch_size=8",
     "trainer.max_steps=3",
+    "trainer.limit_val_batches=1",
     "optimizer.lr=1e-3",
     "optimizer.min_lr=1e-4",
     "optimizer.lr_warmup_steps=0",
@@ -105,7 +106,8 @@ def three_steps(plan: Plan, me: Identity) -> dict:
             norms.append(norm)
             loads.append(load.collect())
             balances.append(collect_balancing_loss(plan, plan.num_microbatches, here.device))
-        held_out = loop.evaluate(plan, here, training, random_batches(plan, steps=8), step)
+        unseen = random_batches(plan, plan.config.trainer.limit_val_batches)
+        held_out = loop.evaluate(plan, here, training, unseen, step)
     return {"losses": losses, "norms": norms, "loads": loads, "balances": balances, "held_out": held_out}
 
 

@@ -21,6 +21,7 @@ from mixtrain.drill.runs import SMALL, records
 from mixtrain.status import read_status
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.slurm,
     pytest.mark.skipif(bool(lacking()), reason=f"no Slurm here: {', '.join(lacking())} not installed"),
 ]
