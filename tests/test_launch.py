@@ -110,6 +110,7 @@ def ranks_of(command: Command) -> dict[int, int]:
     return found
 
 
+@pytest.mark.long
 def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
     words = [f"data.path_to_cache={tmp_path}/cache", "trainer.max_steps=40", "trainer.limit_val_batches=2"]
     with train(tmp_path, *words) as run:
@@ -129,6 +130,7 @@ def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
     assert read_status(tmp_path / "run")["state"] == "finished"
 
 
+@pytest.mark.long
 def test_a_recipe_shrunk_to_a_laptop_trains_on_eight_ranks(tmp_path):
     words = ["+recipe=mixtral_8x7b_ep8", "+shrink=laptop", "trainer.max_steps=5", "trainer.log_every_n_steps=5"]
     with train(tmp_path, *words) as run:
