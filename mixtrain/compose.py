@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mixtrain.characters import CONTROL
 from mixtrain.config import FREE, legal_keys, unknown_key
 from mixtrain.errors import UserError
 
@@ -63,6 +64,9 @@ def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = Fa
     """(the overrides that Hydra can take, one problem for each of the others)."""
     kept, problems, parsed = [], [], []
     for text in overrides:
+        if CONTROL.search(text):
+            problems.append(f"{text} has a control character; take it out")
+            continue
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:

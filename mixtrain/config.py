@@ -18,6 +18,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
+from mixtrain import characters
 from mixtrain.errors import UserError
 
 # fmt: off
@@ -265,7 +266,10 @@ class Config:
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise UserError(*problems, f"{error.full_key} cannot be resolved: {reason}") from None
-        for key, value in leaves(tree):
+        every = list(leaves(tree))
+        if unprintable := [problem for key, value in every for problem in characters.problems(key, value)]:
+            raise UserError(*problems, *unprintable)
+        for key, value in every:
             problems += _set(schema, key, value)
         missing = sorted(OmegaConf.missing_keys(schema))
         named = {problem.split(" ")[0] for problem in problems}

@@ -6,6 +6,9 @@ and never shows a traceback. Any other exception is a fault of ours or of the ma
 
 import sys
 
+from mixtrain.characters import escaped
+
+SHOWN = 2000  # characters of a problem: a value that it quotes may be a whole file
 FINISHED, FAULT, REFUSED = 0, 1, 2  # the exit codes of every command of the project
 
 
@@ -29,5 +32,6 @@ def print_problems(problems, node: str = "") -> None:
     stream, count = sys.stderr, len(problems)
     print(f"mixtrain: {count} problem{'s' if count != 1 else ''}{node and f' on node {node}'}:", file=stream)
     for problem in problems:
-        print(f"  - {problem}", file=stream)
+        text = escaped(problem[:SHOWN], keep="\n\t") + " ..." * (len(problem) > SHOWN)
+        print(f"  - {text}", file=stream)
     stream.flush()

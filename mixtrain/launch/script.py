@@ -12,22 +12,33 @@ from pathlib import Path
 
 from mixtrain.config import Accelerator
 from mixtrain.launch.containers import mounts_of
+from mixtrain.launch.directive import MARK, directive
 from mixtrain.plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "slurm" / "train.sbatch"
 ENV_FILE = ROOT / "slurm" / "env.sh"
-MARK = "#SBATCH "
+KEYS = {
+    "job-name": "name", "partition": "launcher.partition", "account": "launcher.account", "time": "launcher.time",
+    "chdir": "the folder", "output": "the folder and run_dir",
+}  # fmt: skip
 NOW = ("${now:", "${hydra:")  # in a word: another value every time that it is composed
 
 
 def render(plan: Plan, words: list[str], folder: Path, template: Path = TEMPLATE) -> str:
-    """The script of a submission from `folder`, to which relative paths of the configuration belong."""
+    """The script of a submission from `folder`, to which relative paths of the configuration belong.
+
+    UserError if a directive cannot hold its value.
+    """
     head, ours, body = split(template.read_text())
     directives = {**ours, **directives_of(plan, folder)}
     for flag, value in plan.config.launcher.sbatch_args.items():
         directives[dashed(flag)] = value
-    lines = [_directive(flag, value) for flag, value in directives.items() if value not in (None, False)]
+    lines = [
+        directive(flag, value, KEYS.get(flag, f"launcher.sbatch_args.{flag}"))
+        for flag, value in directives.items()
+        if value not in (None, False)
+    ]
     return "".join(
         [*head, *lines, "\n# filled in by mixtrain for this submission\n", *_settings(plan, words, folder), *body]
     )
@@ -55,7 +66,7 @@ def directives_of(plan: Plan, folder: Path) -> dict[str, str | int | None]:
         "time": config.launcher.time,
         "gpus-per-node": gpus_per_node(plan) or None,
         "chdir": str(folder),
-        "output": str(folder / config.run_dir / "logs" / "job_%j.log"),
+        "output": str(folder / config.run_dir / "logs").replace("%", "%%") + "/job_%j.log",  # %j: sbatch fills it in
     }
 
 
@@ -80,14 +91,6 @@ def env_file(plan: Plan, folder: Path) -> Path:
 def pinned(words: list[str], run_dir: str) -> list[str]:
     """The words with run_dir as it is now, where composing them again would give another."""
     return [*words, f"run_dir='{run_dir}'"] if any(text in word for word in words for text in NOW) else words
-
-
-def _directive(flag: str, value: object) -> str:
-    if value is True:
-        return f"{MARK}--{flag}\n"
-    text = ",".join(str(item) for item in value) if isinstance(value, (list, tuple)) else str(value)
-    quoted = f'"{text}"' if any(sign in text for sign in " \t#'") else text  # sbatch reads quotes as a shell does
-    return f"{MARK}--{flag}={quoted}\n"
 
 
 def _settings(plan: Plan, words: list[str], folder: Path) -> list[str]:

@@ -6,6 +6,7 @@ import math
 import re
 
 from mixtrain.config import Accelerator, Mode
+from mixtrain.launch.directive import unquotable
 from mixtrain.plan import Plan
 from mixtrain.rules.nearest import Problems
 
@@ -80,8 +81,8 @@ def flags_are_not_ours(plan: Plan) -> Problems:
             yield f"launcher.sbatch_args.{flag} has a key of its own; set {OWN[name]}"
         elif name in NEVER:
             yield f"launcher.sbatch_args.{flag} would make another job of it; take it out"
-        elif any(sign in str(value) for sign in '\n\r"'):
-            yield f"launcher.sbatch_args.{flag} has a line break or a double quote, which no #SBATCH line can hold"
+        elif has := unquotable(value):
+            yield f"launcher.sbatch_args.{flag} has {has}, which no #SBATCH line can hold; take it out"
 
 
 def names_are_names(plan: Plan) -> Problems:
