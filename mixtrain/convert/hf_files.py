@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mixtrain.errors import UserError
+from mixtrain.links import file_in
 from mixtrain.windows import window
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -50,7 +51,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_tensors(directory: Path) -> dict[str, Stored]:
     """Name -> where it lies, of every tensor of the model. UserError naming the file that is wrong."""
     weight_map = _weight_map(directory)
-    if missing := [name for name in sorted(set(weight_map.values())) if not (directory / name).is_file()]:
+    if missing := [name for name in sorted(set(weight_map.values())) if not file_in(directory, name)]:
         said = [f"{directory / name} is missing, and {INDEX} names it" for name in missing[:SHOWN]]
         raise UserError(*said, *([f"... and {len(missing) - SHOWN} more files"] if len(missing) > SHOWN else []))
     found: dict[str, Stored] = {}
@@ -64,9 +65,10 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory")
     single, index = directory / SINGLE, directory / INDEX
-    if single.is_file() and index.is_file():
+    whole = file_in(directory, SINGLE)
+    if whole and index.is_file():
         raise UserError(f"{directory} has both {SINGLE} and {INDEX}: which is the model? take one away")
-    if single.is_file():
+    if whole:
         return dict.fromkeys(_header(single), SINGLE)
     if not index.is_file():
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)

@@ -21,6 +21,7 @@ from mixtrain.compose import CONF, compose
 from mixtrain.config import Config, TransformerImpl, to_yaml
 from mixtrain.data.tokenizer import TOKENIZER
 from mixtrain.errors import UserError
+from mixtrain.links import directory_in
 from mixtrain.plan import resolve
 
 
@@ -69,9 +70,11 @@ def run_state(config: Config) -> RunState:
 
 
 def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
-    """The directory of a checkpoint's tokenizer: the one beside it, or that of the run's data; None if none."""
-    beside = checkpoint.resolve().parent / TOKENIZER
-    if beside.is_dir():
+    """The directory of a checkpoint's tokenizer: the one beside it, or that of the run's data; None if none.
+
+    UserError if the one beside it is a link to another place.
+    """
+    if beside := directory_in(checkpoint.resolve().parent, TOKENIZER):
         return beside
     named = Path(config.data.tokenizer) if config.data.tokenizer else None
     return named if named and named.is_dir() else None

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from mixtrain.checkpoint.parts import Parts
+from mixtrain.config import Config
 from mixtrain.convert import runs
 from mixtrain.convert.casting import cast
 from mixtrain.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
@@ -25,7 +26,7 @@ from mixtrain.convert.output import Advance, dealt, in_processes, write_text, wr
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import to_hugging_face
 from mixtrain.convert.weights import check
-from mixtrain.data.tokenizer import SPECIAL_IDS, copy_tokenizer, special_ids
+from mixtrain.data.tokenizer import SPECIAL_IDS, VOCABULARIES, copy_tokenizer, special_ids, tokenizer_files
 from mixtrain.errors import Fault, UserError
 
 BLOCK = 1 << 26  # bytes
@@ -78,7 +79,7 @@ def convert(
     config = config_of(checkpoint)
     values = to_hugging_face(config)
     origin = _origin(Parts(checkpoint), runs.index(config, layout), dtype)
-    tokenizer = tokenizer or tokenizer_of(checkpoint, config)
+    tokenizer = _tokenizer(tokenizer, checkpoint, config)
     # transformers would take Mixtral's own for a key that is not there
     values |= {name: None for name in SPECIAL_IDS} | (special_ids(tokenizer) if tokenizer else {})
     written = str(origin.dtype).removeprefix("torch.")
@@ -94,6 +95,14 @@ def convert(
             copy_tokenizer(tokenizer, out)
         write_text(out / CONFIG, json.dumps(values, indent=2) + "\n")
     return checkpoint
+
+
+def _tokenizer(given: Path | None, checkpoint: Path, config: Config) -> Path | None:
+    """The tokenizer that goes with the model. What is wrong with its files is said before anything is copied."""
+    found = given or tokenizer_of(checkpoint, config)
+    if found and not tokenizer_files(found) and given:
+        raise UserError(f"--tokenizer {given}: none of {', '.join(sorted(VOCABULARIES))} is there")
+    return found
 
 
 def _origin(parts: Parts, index: Index, dtype: torch.dtype | None) -> Origin:

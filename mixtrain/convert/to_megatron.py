@@ -41,7 +41,7 @@ from mixtrain.convert.output import Advance, dealt, in_processes, written_whole
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import from_hugging_face
 from mixtrain.convert.weights import check, layout_of, mixtral
-from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
+from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, tokenizer_files
 from mixtrain.errors import Fault
 from mixtrain.plan import derive
 
@@ -72,6 +72,7 @@ def convert(hf_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, proce
     index = runs.index(config, layout_of(config, tensors))
     check(index.names, tensors, DTYPES.values(), mixed=dtype is not None)
     kept = dtype or next(iter(tensors.values())).dtype
+    tokenizer_files(hf_dir)  # what is wrong with them is said before anything is copied
     parts = [part for key in index.shapes for part in parts_of(key, index.shapes[key], kept)]
     size = sum(map(Part.count, parts)) * kept.itemsize
     with written_whole(out_dir, size) as out:

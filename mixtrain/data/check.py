@@ -11,7 +11,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_sha256, tokenizer_vocab_size
+from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_files, tokenizer_sha256, tokenizer_vocab_size
 from mixtrain.errors import UserError
 
 # The .idx layout is that of megatron/core/datasets/indexed_dataset.py: magic, version, dtype code, number of sequences,
@@ -198,6 +198,7 @@ def _tokenizer_problems(tokenizer_dir: Path | None, vocab_size: int) -> list[str
     try:
         size = tokenizer_vocab_size(tokenizer_dir)
         tokenizer_eod_id(tokenizer_dir)
+        tokenizer_files(tokenizer_dir)  # they are copied to the checkpoints
     except UserError as error:
         return [f"data.tokenizer: {problem}" for problem in error.problems]
     if size > vocab_size:

@@ -7,11 +7,11 @@ has the size that was asked for, never silently another one (the embedding is cu
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from mixtrain.errors import UserError
+from mixtrain.links import copy, file_in
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and the end-of-document token
@@ -132,15 +132,29 @@ def token_ids(directory: Path) -> dict[str, int]:
     return {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens", ())}}
 
 
+def tokenizer_files(directory: Path) -> dict[str, Path]:
+    """Name -> where it lies, of the tokenizer files in a directory; {} if no vocabulary is among them.
+
+    UserError if one is no regular file, or a link that leads out of the directory (links.py).
+    """
+    found = {name: path for name in TOKENIZER_FILES if (path := file_in(Path(directory), name))}
+    return found if found.keys() & VOCABULARIES else {}
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copy the tokenizer files that are in `source`; their names. None of them is looked into."""
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not set(names) & VOCABULARIES:
-        return []
+    """Copy the tokenizer files that are in `source` to the directory `target`; their names. None is looked into.
+
+    UserError as of tokenizer_files, or if `target` is no directory of its own: nothing is written through a link.
+    """
+    found = tokenizer_files(source)
+    if not found or (target.is_dir() and target.samefile(source)):
+        return list(found)
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target} is a link or a file, where the tokenizer is to be copied to; take it away")
     target.mkdir(exist_ok=True)
-    for name in names:
-        shutil.copyfile(source / name, target / name)
-    return names
+    for name, path in found.items():
+        copy(path, target / name)
+    return list(found)
 
 
 def special_ids(tokenizer: Path) -> dict[str, int]:
