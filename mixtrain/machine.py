@@ -36,7 +36,7 @@ def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> l
     if me is None and place(plan) is LauncherType.slurm:
         return job_problems(plan, overrides)
     problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan)]
-    problems += [*gpus(plan, overrides), *data_files(plan), *weights_to_load(plan)]
+    problems += [*gpus(plan, overrides), *data_files(plan, me is None), *weights_to_load(plan)]
     if me is None:
         problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
     else:
@@ -53,7 +53,7 @@ def job_problems(plan: Plan, overrides: list[str]) -> list[str]:
         with suppress(UserError):  # a mount that cannot be read is said already
             mounts = mounts_of(plan.config, folder, ROOT)
             plan = replace(plan, config=as_on_host(plan.config, folder, mounts))
-    problems += [*data_files(plan), *weights_to_load(plan), *directory_problems(plan)]
+    problems += [*data_files(plan, True), *weights_to_load(plan), *directory_problems(plan)]
     return problems or [*room_for_checkpoints(plan)]
 
 
@@ -133,11 +133,14 @@ def torchrun_command(plan: Plan, overrides: list[str]) -> str:
     )
 
 
-def data_files(plan: Plan) -> Problems:
+def data_files(plan: Plan, every_entry: bool) -> Problems:
+    """`every_entry` of the index files, before ranks are there; started ones leave it to the first of them, later."""
     data = plan.config.data
     if data.kind is DataKind.indexed:
-        tokenizer = Path(data.tokenizer)
-        yield from check_files(data.data_path, tokenizer, plan.config.model.vocab_size, data.split, plan.samples)
+        yield from check_files(
+            data.data_path, Path(data.tokenizer), plan.config.model.vocab_size, data.split, plan.samples,
+            seq_length=data.seq_length, every_entry=every_entry,
+        )  # fmt: skip
 
 
 def room_for_checkpoints(plan: Plan) -> Problems:

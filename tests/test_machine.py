@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import struct
 from types import SimpleNamespace
 
 import pytest
 from composing import path_without_slurm, plan_of
 
 from mixtrain.config import legal_keys
+from mixtrain.data.index import HEADER, MAGIC
 from mixtrain.environment import Identity, identity
 from mixtrain.errors import FINISHED, REFUSED
 from mixtrain.fields import transformer_config_defaults
@@ -191,6 +193,18 @@ def test_indexed_data_without_its_files_is_refused_file_by_file(tmp_path):
     assert len(problems) == 2
     assert f"{prefix}.bin" in problems[0] and f"{prefix}.idx" in problems[0]
     assert str(tokenizer) in problems[1]
+
+
+def test_every_entry_of_an_index_is_looked_at_before_ranks_are_started(tmp_path):
+    prefix, words = tmp_path / "corpus", ["data.split='1,0,0'", "trainer.limit_val_batches=0"]
+    entries = [struct.pack("<3i", 2, -2, 2), struct.pack("<3q", 0, 4, 4), struct.pack("<4q", 0, 1, 2, 3)]
+    prefix.with_suffix(".idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 3, 4) + b"".join(entries))
+    prefix.with_suffix(".bin").write_bytes(bytes(8))
+    words = [*INDEXED, *words, f"data.data_path=[{prefix}]", f"data.tokenizer={tmp_path}/tokens"]
+    assert [problem.split(";")[0] for problem in refused(*words)][0] == (
+        f"{prefix}.idx: sequence 1 of document 1 has -2 tokens (byte {HEADER.size + 4})"
+    )
+    assert not any("sequence 1" in problem for problem in refused(*words, me=rank(1, 2)))  # rank 0 looks, once
 
 
 def test_all_that_a_machine_lacks_is_reported_together(tmp_path):

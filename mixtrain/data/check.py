@@ -1,43 +1,18 @@
 """What is wrong with the data a configuration names, found before torch is imported.
 
-The rule it keeps: only file sizes, headers and JSON are read (milliseconds, whatever the size of the data), with the
-standard library alone; every problem found is reported, and each names the file or key and both numbers.
+The rule it keeps: nothing heavy on import, and no token is read; every problem found is reported, and each names the
+file or key and both numbers. Sizes, headers and JSON take milliseconds, every entry of an index seconds for 10^8.
 """
 
 import json
 import math
-import re
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 
+from mixtrain.data.index import Index, entries_problem, read_index
 from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_files, tokenizer_sha256, tokenizer_vocab_size
 from mixtrain.errors import UserError
 
-# The .idx layout is that of megatron/core/datasets/indexed_dataset.py: magic, version, dtype code, number of sequences,
-# number of document boundaries; then lengths (int32) and byte offsets (int64) of the sequences, and boundaries (int64).
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-# fmt: off
-BYTES_OF_DTYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # uint8 int8 int16 int32 int64 uint16
-# fmt: on
 SPLITS = ("train", "valid", "test")
-
-
-@dataclass(frozen=True)
-class Index:
-    """What an .idx file says: how many sequences there are, and how many bytes of the .bin they fill."""
-
-    path: Path
-    sequences: int
-    bin_bytes: int
-
-    def offset(self, sequence: int) -> int:
-        """Where the sequence begins in the .bin, in bytes; for the number of sequences, where the last one ends."""
-        if sequence == self.sequences:
-            return self.bin_bytes
-        with open(self.path, "rb") as stream:
-            return _read_number(stream, HEADER.size + 4 * self.sequences + 8 * sequence, "<q")
 
 
 def check_files(
@@ -46,11 +21,14 @@ def check_files(
     vocab_size: int,
     split: str | None = None,
     samples: tuple[int, int, int] | None = None,
+    *,
+    seq_length: int = 1,
+    every_entry: bool = False,
 ) -> list[str]:
     """Every problem with the indexed data and its tokenizer, one sentence each; an empty list where there is none.
 
-    `split` and `samples` (train, valid, test; as many as the run will ask for) are checked against the number of
-    documents where they are given.
+    `split`, `samples` (train, valid, test; as many as the run will ask for) and `seq_length` (tokens) are checked
+    against the documents where they are given. `every_entry`: of the index files, not the last one alone.
     """
     try:
         prefixes, _ = parse_blend(data_path)
@@ -58,15 +36,22 @@ def check_files(
         return [*error.problems, *_tokenizer_problems(tokenizer_dir, vocab_size)]
     problems = []
     for prefix in prefixes:
-        try:
-            index = read_index(prefix)
-        except UserError as error:
-            problems += error.problems
-        else:
-            if split is not None:
-                problems += _split_problems(prefix, index, split, samples or (1, 0, 0))
+        problems += _index_problems(prefix, split, samples or (1, 0, 0), seq_length, every_entry)
         problems += _sidecar_problems(prefix, tokenizer_dir, vocab_size)
     return problems + _tokenizer_problems(tokenizer_dir, vocab_size)
+
+
+def _index_problems(prefix: str, split: str | None, samples, seq_length: int, every_entry: bool) -> list[str]:
+    """What is wrong with the index, or, where nothing is, with how the split cuts its documents."""
+    try:
+        index = read_index(prefix)
+        if every_entry and (problem := entries_problem(index)):
+            return [problem]
+        return [] if split is None else _split_problems(prefix, index, split, samples, seq_length)
+    except UserError as error:
+        return list(error.problems)
+    except OSError as error:
+        return [f"{prefix}.idx: cannot be read: {error.strerror or error}"]
 
 
 def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
@@ -95,42 +80,6 @@ def _number(entry: str) -> float | None:
         return None
 
 
-def read_index(prefix: str) -> Index:
-    """What prefix.idx says, checked against the sizes of both files. Raises UserError."""
-    idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    missing = [str(path) for path in (bin_, idx) if not path.is_file()]
-    if missing:
-        without = re.sub(r"\.(bin|idx)$", "", prefix)
-        hint = f"; data.data_path takes the prefix {without}" if without != prefix else ""
-        raise UserError(f"data.data_path: no file {' and no file '.join(missing)}{hint}")
-    idx_bytes = idx.stat().st_size
-    with open(idx, "rb") as stream:
-        header = stream.read(HEADER.size)
-        if len(header) < HEADER.size or not header.startswith(MAGIC):
-            raise UserError(f"{idx}: not a Megatron index, it starts with {header[:9]!r} instead of {MAGIC!r}")
-        _, version, code, sequences, documents = HEADER.unpack(header)
-        if version != 1 or code not in BYTES_OF_DTYPE:
-            raise UserError(f"{idx}: version {version}, token type {code}; version 1 with whole numbers is read")
-        wanted = HEADER.size + 12 * sequences + 8 * documents
-        if idx_bytes != wanted:
-            raise UserError(f"{idx}: {idx_bytes:,} bytes, but its header ({sequences:,} sequences) makes it {wanted:,}")
-        if not sequences:
-            raise UserError(f"{idx}: an empty data set, it has no sequence")
-        last_length = _read_number(stream, HEADER.size + 4 * (sequences - 1), "<i")
-        last_offset = _read_number(stream, HEADER.size + 4 * sequences + 8 * (sequences - 1), "<q")
-    bin_bytes = last_offset + last_length * BYTES_OF_DTYPE[code]
-    if bin_.stat().st_size != bin_bytes:
-        raise UserError(f"{bin_}: {bin_.stat().st_size:,} bytes, but by {idx} it should have {bin_bytes:,}")
-    if not bin_bytes:
-        raise UserError(f"{bin_}: an empty data set, its {sequences} documents have no token")
-    return Index(idx, sequences, bin_bytes)
-
-
-def _read_number(stream, position: int, layout: str) -> int:
-    stream.seek(position)
-    return struct.unpack(layout, stream.read(struct.calcsize(layout)))[0]
-
-
 def split_weights(split: str) -> list[float]:
     """The parts of train, valid and test in "90,5,5". Raises UserError."""
     try:
@@ -151,18 +100,25 @@ def split_ranges(documents: int, split: str) -> list[tuple[int, int]]:
     return list(zip(bounds[:-1], bounds[1:], strict=True))
 
 
-def _split_problems(prefix: str, index: Index, split: str, samples: tuple[int, int, int]) -> list[str]:
-    """Splits that samples are wanted of and that hold no token: Megatron would add epochs of nothing for ever."""
-    try:
-        ranges = split_ranges(index.sequences, split)
-    except UserError as error:
-        return list(error.problems)
+def _split_problems(prefix: str, index: Index, split: str, samples, seq_length: int) -> list[str]:
+    """Parts that samples are wanted of and that are shorter than one: Megatron would fill each by reading them again.
+
+    A sample is seq_length tokens and the one that the last of them predicts. Of no token Megatron adds epochs for ever.
+    """
     return [
-        f'data.split = "{split}" gives {name} no token of {prefix} ({end - begin} of its {index.sequences} documents), '
-        f"but {wanted} samples are wanted; give it a larger share, as in data.split='90,5,5', or 0"
-        for name, (begin, end), wanted in zip(SPLITS, ranges, samples, strict=True)
-        if wanted and index.offset(begin) == index.offset(end)
+        f'data.split = "{split}" gives {name} {tokens or "no"} token{"s" * (tokens > 1)} of {prefix} ({end - begin} of '
+        f"its {index.sequences} documents), but {wanted} samples are wanted, and one takes data.seq_length + 1 = "
+        f"{seq_length + 1}; give it a larger share, as in data.split='90,5,5', or {_without(name, split)}"
+        for name, (begin, end), wanted in zip(SPLITS, split_ranges(index.sequences, split), samples, strict=True)
+        if wanted and (tokens := (index.offset(end) - index.offset(begin)) // index.token_bytes) <= seq_length
     ]
+
+
+def _without(name: str, split: str) -> str:
+    """How a run asks for no sample of a part."""
+    train, valid, _ = split_weights(split)
+    none = {"valid": "trainer.limit_val_batches=0", "test": f"data.split='{train:g},{valid:g},0'"}
+    return none.get(name, "more text")
 
 
 def _sidecar_problems(prefix: str, tokenizer_dir: Path | None, vocab_size: int) -> list[str]:

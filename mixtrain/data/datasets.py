@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from mixtrain.data.check import HEADER, SPLITS, check_files, parse_blend, read_index
+from mixtrain.data.check import SPLITS, check_files, parse_blend
+from mixtrain.data.index import HEADER, read_index
 from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_sha256, tokenizer_vocab_size
 from mixtrain.errors import UserError
 
@@ -55,8 +56,10 @@ def build(
         tokenizer = TokenizerFacts(vocab_size, vocab_size - 1, "mock")
         config = _config(None, None, seq_length, seed, tokenizer, path_to_cache)
     elif kind == "indexed":
-        problems = check_files(data_path, tokenizer_dir, vocab_size, split, samples)
-        if problems:
+        problems = check_files(
+            data_path, tokenizer_dir, vocab_size, split, samples, seq_length=seq_length, every_entry=_rank() == 0
+        )
+        if problems := _first_of_all_ranks(problems):
             raise UserError(*problems)
         tokenizer = TokenizerFacts(
             tokenizer_vocab_size(tokenizer_dir), tokenizer_eod_id(tokenizer_dir), tokenizer_sha256(tokenizer_dir)
@@ -72,6 +75,15 @@ def build(
                 if _rank() == 0:
                     log(line)
     return tuple(datasets)
+
+
+def _first_of_all_ranks(problems: list[str]) -> list[str]:
+    """The problems of the first rank that has any: every rank stops at what one of them has found."""
+    if not torch.distributed.is_initialized():
+        return problems
+    found: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, problems)
+    return next((these for these in found if these), [])
 
 
 def _config(data_path, split, seq_length: int, seed: int, tokenizer: TokenizerFacts, path_to_cache):
@@ -173,16 +185,22 @@ def parts_of(dataset) -> list[tuple[object, float]]:
 
 
 def _describe(dataset, name: str, wanted: int, seq_length: int) -> list[str]:
-    """One line per part: how much text there is, and how often it will be read."""
+    """One line per part: how much text there is, and how often it will be read; a warning where that is above once."""
     lines = []
     for part, share in parts_of(dataset):
         tokens = int(part.dataset.sequence_lengths[part.indices].sum())
         samples = round(wanted * share)
         source = f" of {Path(part.dataset_path).name}" if part.dataset_path else ""
+        epochs = samples * seq_length / tokens
         lines.append(
             f"data: {name}: {samples:,} samples of {seq_length:,} tokens from {len(part.indices):,} documents{source}, "
-            f"{tokens:,} tokens: {samples * seq_length / tokens:.3g} epochs"
+            f"{tokens:,} tokens: {epochs:.3g} epochs"
         )
+        if epochs > 1 and not part.config.mock:
+            lines.append(
+                f"warning: data: {name}: the same {tokens:,} tokens{source} are read {epochs:.3g} times; "
+                f"{tokens // seq_length:,} samples are one epoch"
+            )
     return lines
 
 

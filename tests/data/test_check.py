@@ -1,15 +1,18 @@
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
+import torch
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
 from megatron.core.datasets.utils import get_blend_from_list
 
-from mixtrain.data.check import check_files, parse_blend, read_index, split_ranges
+from mixtrain.data.check import check_files, parse_blend, split_ranges
+from mixtrain.data.index import HEADER, entries_problem, read_index
 from mixtrain.errors import UserError
 
 
@@ -80,11 +83,95 @@ def test_an_empty_data_set_is_refused(tmp_path):
 
 
 def test_an_index_says_where_every_document_begins(indexed):
+    assert entries_problem(read_index(indexed)) is None
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     theirs, ours = IndexedDataset(indexed), read_index(indexed)
     ends = [2 * int(length) for length in theirs.sequence_lengths]
     assert [ours.offset(i) for i in range(17)] == [sum(ends[:i]) for i in range(17)]
+
+
+LENGTH, OFFSET, BOUNDARY = HEADER.size, HEADER.size + 4 * 16, HEADER.size + 12 * 16  # of the sixteen documents
+
+
+# fmt: off
+@pytest.mark.parametrize("position, layout, value, said", [
+    (LENGTH + 4 * 6, "<i", -5, f"sequence 6 of document 6 has -5 tokens (byte {LENGTH + 24}); 0 is the least"),
+    (LENGTH, "<i", -1, f"sequence 0 of document 0 has -1 tokens (byte {LENGTH}); 0 is the least"),
+    (LENGTH + 4 * 6, "<i", 2**31 - 1, f"sequence 6 of document 6 has {2**31 - 1:,} tokens (byte {LENGTH + 24}) and so"),
+    (LENGTH + 4 * 6, "<i", 1, f"sequence 7 of document 7 begins at byte {{at 7}} of the {{size}} bytes of {{bin}} "
+                              f"(byte {OFFSET + 56}), but the one before it ends at {{at 6 + 2}}"),
+    (OFFSET + 8 * 7, "<q", -2, f"sequence 7 of document 7 begins at byte -2 of the {{size}} bytes of {{bin}} "
+                               f"(byte {OFFSET + 56}), but the one before it ends at {{at 7}}"),
+    (OFFSET + 8 * 7, "<q", 2**62, f"sequence 7 of document 7 begins at byte {2**62:,} of the {{size}} bytes"),
+    (OFFSET, "<q", 2, f"sequence 0 of document 0 begins at byte 2 of the {{size}} bytes of {{bin}} (byte {OFFSET}), "
+                      "but the first begins at 0"),
+    (BOUNDARY, "<q", 1, f"document boundary 0 (byte {BOUNDARY}) is 1, but the first must be 0"),
+    (BOUNDARY + 8 * 5, "<q", 3, f"document boundary 5 (byte {BOUNDARY + 40}) is 3, but the one before it is 4"),
+    (BOUNDARY + 8 * 5, "<q", -1, f"document boundary 5 (byte {BOUNDARY + 40}) is -1, but the one before it is 4"),
+    (BOUNDARY + 8 * 5, "<q", 99, f"document boundary 5 (byte {BOUNDARY + 40}) is 99, but there are 16 sequences"),
+    (BOUNDARY + 8 * 16, "<q", 15, f"the last document boundary (byte {BOUNDARY + 128}) is 15, but there are 16 seq"),
+])
+# fmt: on
+@pytest.mark.parametrize("block", [1, 3, 5, 1000])
+def test_a_wrong_entry_anywhere_in_an_index_is_named_by_file_document_and_byte(
+    position, layout, value, said, block, copied, tokenizer, monkeypatch
+):
+    monkeypatch.setattr("mixtrain.data.index.BLOCK", block)
+    good = read_index(copied)
+    facts = {"{at 7}": f"{good.offset(7):,}", "{at 6 + 2}": f"{good.offset(6) + 2:,}", "{size}": f"{good.bin_bytes:,}"}
+    change(copied, position, struct.pack(layout, value))
+    for name, fact in (facts | {"{bin}": f"{copied}.bin"}).items():
+        said = said.replace(name, fact)
+    assert only(check_files([copied], tokenizer, 512, every_entry=True)).startswith(f"{copied}.idx: {said}")
+
+
+@pytest.mark.parametrize("position, layout, value", [(LENGTH + 4 * 15, "<i", -1), (OFFSET + 8 * 15, "<q", -8)])
+def test_a_negative_last_entry_is_named_without_reading_the_others(position, layout, value, copied, tokenizer):
+    change(copied, position, struct.pack(layout, value))
+    problem = only(check_files([copied], tokenizer, 512))
+    assert problem.startswith(f"{copied}.idx: the last sequence has ") and problem.endswith(f"(byte {position})")
+
+
+def test_every_byte_of_an_index_counts(copied):
+    """None can change without a word."""
+    for position in range(Path(f"{copied}.idx").stat().st_size):
+        with open(f"{copied}.idx", "r+b") as stream:
+            stream.seek(position)
+            (was,) = stream.read(1)
+        change(copied, position, bytes([was ^ 1 << position % 8]))
+        try:
+            problem = entries_problem(read_index(copied))
+        except UserError as error:
+            problem = str(error)
+        assert problem, position
+        change(copied, position, bytes([was]))
+
+
+def test_sequences_that_share_a_document_and_empty_ones_are_right(tmp_path):
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"))
+    builder.add_document(torch.arange(7), [3, 4])
+    builder.add_document(torch.arange(0), [0])
+    builder.add_document(torch.arange(5), [5])
+    builder.finalize(str(tmp_path / "x.idx"))
+    index = read_index(str(tmp_path / "x"))
+    assert entries_problem(index) is None
+    assert [index.document(sequence) for sequence in range(4)] == [0, 0, 1, 2]
+
+
+def test_an_index_without_document_boundaries_is_refused(copied, tokenizer):
+    change(copied, 26, struct.pack("<Q", 0))
+    with open(f"{copied}.idx", "r+b") as stream:
+        stream.truncate(BOUNDARY)
+    assert "no document boundary" in only(check_files([copied], tokenizer, 512))
+
+
+def test_an_index_that_cannot_be_read_is_named(copied, tokenizer):
+    Path(f"{copied}.idx").unlink()
+    Path(f"{copied}.idx").symlink_to("/proc/self/mem")  # reading it is an error, for root too
+    assert only(check_files([copied], tokenizer, 512)) == f"{copied}.idx: cannot be read: Input/output error"
 
 
 @pytest.mark.parametrize(
@@ -136,6 +223,28 @@ def test_a_split_without_a_token_is_refused_only_where_samples_are_wanted(indexe
     assert problem.startswith(f'data.split = "969,30,1" gives test no token of {indexed} (0 of its 16 documents)')
     assert "7 samples are wanted" in problem
     assert check_files([indexed], tokenizer, 512, "969,30,1", (10, 0, 0)) == []
+
+
+def test_a_part_that_cannot_fill_one_sequence_is_refused_with_both_numbers(indexed, tokenizer):
+    index = read_index(indexed)
+    tokens = (index.bin_bytes - index.offset(15)) // 2
+    split = dict(split="80,14,6", samples=(10, 0, 7))
+    assert split_ranges(16, "80,14,6")[2] == (15, 16)
+    assert check_files([indexed], tokenizer, 512, **split, seq_length=tokens - 1) == []
+    problem = only(check_files([indexed], tokenizer, 512, **split, seq_length=tokens))
+    assert problem == (
+        f'data.split = "80,14,6" gives test {tokens} tokens of {indexed} (1 of its 16 documents), but 7 samples are '
+        f"wanted, and one takes data.seq_length + 1 = {tokens + 1}; give it a larger share, as in data.split='90,5,5', "
+        "or data.split='80,14,0'"
+    )
+    assert check_files([indexed], tokenizer, 512, "80,14,6", (10, 0, 0), seq_length=tokens) == []
+
+
+@pytest.mark.parametrize("name, way", [("train", "or more text"), ("valid", "or trainer.limit_val_batches=0")])
+def test_a_part_that_is_too_short_is_told_how_to_do_without(name, way, indexed, tokenizer):
+    samples = [10 * (part == name) for part in ("train", "valid", "test")]
+    problem = only(check_files([indexed], tokenizer, 512, "80,14,6", samples, seq_length=10**6))
+    assert f" gives {name} " in problem and problem.endswith(way)
 
 
 def test_a_tokenizer_that_is_not_there_is_named(indexed, tmp_path):

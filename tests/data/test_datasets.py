@@ -9,6 +9,7 @@ import torch
 
 from mixtrain.data.batches import Batches
 from mixtrain.data.datasets import build, unigram_entropy
+from mixtrain.data.index import HEADER
 from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files
 from mixtrain.errors import UserError
@@ -75,7 +76,25 @@ def test_data_shorter_than_the_run_repeats_and_says_how_often(built):
     assert len(train) >= 5000
     assert said[0].startswith("data: train: 5,000 samples of 32 tokens from 12 documents of ")
     assert said[0].endswith(f", {tokens:,} tokens: {5000 * 32 / tokens:.3g} epochs")
-    assert 5000 * 32 / tokens > 2 and len(said) == 3
+    assert 5000 * 32 / tokens > 2 and len(said) == 4
+    assert said[1] == (
+        f"warning: data: train: the same {tokens:,} tokens of small are read {5000 * 32 / tokens:.3g} times; "
+        f"{tokens // 32:,} samples are one epoch"
+    )
+
+
+def test_only_a_part_that_is_read_more_than_once_has_a_warning(built):
+    said = []
+    parts = built(log=said.append)
+    tokens = [int(part.dataset.sequence_lengths[part.indices].sum()) for part in parts]
+    assert not [line for line in said if "warning" in line]
+    built(valid_samples=tokens[1] // 32, log=said.append)
+    assert not [line for line in said if "warning" in line]
+    built(valid_samples=tokens[1] // 32 + 1, log=said.append)
+    assert [line.split(":")[2] for line in said if line.startswith("warning")] == [" valid"]
+    said.clear()
+    built("mock", train_samples=5000, log=said.append)
+    assert said and not [line for line in said if "warning" in line]
 
 
 def test_mock_data_needs_no_file_and_stays_below_any_vocabulary(built):
@@ -174,6 +193,21 @@ def test_problems_with_the_files_are_refused_before_anything_is_built(built, tmp
 def test_a_split_that_megatron_would_search_for_ever_is_refused(built):
     with pytest.raises(UserError, match="gives test no token"):
         built(split="969,30,1")
+
+
+def test_what_rank_0_finds_in_the_index_every_rank_refuses(on_ranks, built, indexed, tmp_path):
+    move_in(indexed, tmp_path / "x")
+    with open(tmp_path / "x.idx", "r+b") as stream:
+        stream.seek(HEADER.size + 4 * 6)
+        stream.write(b"\xff\xff\xff\xff")
+
+    def read(rank: int):
+        with pytest.raises(UserError) as refusal:
+            built(data_path=[str(tmp_path / "x")])
+        return refusal.value.problems
+
+    first, second = on_ranks(2, read, tmp_path)
+    assert first == second and "sequence 6 of document 6 has -1 tokens" in first[0]
 
 
 def test_the_unigram_entropy_is_that_of_the_tokens_of_the_split(built, indexed):
