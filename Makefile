@@ -6,7 +6,7 @@ ARGS ?=
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check plan
+.PHONY: help setup train test check plan mutants
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-7s %s\n", $$1, $$2}'
@@ -21,6 +21,9 @@ test: $(VENV)/.tested  ## run the tests
 
 check: $(VENV)/.tested  ## look for what ruff finds: errors, unused names, formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+mutants: $(VENV)/.tested  ## put small faults into the pure modules and see whether tests notice: make mutants ARGS="rules/experts"
+	@$(BIN)/python tools/mutants.py $(ARGS)
 
 plan: setup  ## print what a run would be: make plan ARGS="+recipe=mixtral_8x7b_ep8"
 	@$(BIN)/python train.py trainer.mode=plan $(ARGS)
