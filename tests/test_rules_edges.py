@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 from composing import config_of
@@ -16,14 +15,9 @@ RULE = {rule.__name__: rule for rule in RULES}
 TE = ("model.transformer_impl=transformer_engine", "trainer.accelerator=gpu")
 
 
-@cache
-def config(*overrides: str):
-    return config_of(*overrides)
-
-
 def problems(rule: str, *overrides: str, **sections: dict) -> list[str]:
     """What a rule says of the default under some overrides, with keys of sections set to values as they are."""
-    changed = config(*overrides)
+    changed = config_of(*overrides)
     for section, keys in sections.items():
         changed = replace(changed, **{section: replace(getattr(changed, section), **keys)})
     return list(RULE[rule](derive(resolve(changed))))

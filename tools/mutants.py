@@ -12,9 +12,9 @@ fault, in which the faulty module is what its tests import.
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import gc
-import importlib
 import importlib.abc
 import importlib.util
 import json
@@ -28,11 +28,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import CodeType, ModuleType
 from typing import NamedTuple
 
 import pytest
 import yaml
-from mutations import Mutant, mutants
+from mutations import REACHED, Mutant, mutants, telling
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCEPTED = ROOT / "tests/mutants_accepted.yaml"
@@ -62,46 +63,33 @@ class Test(NamedTuple):
     """What a run without a fault says of a test."""
 
     seconds: float
-    lines: list[int]  # of the module, that it runs
+    lines: set[int]  # of the module: where the statements begin that it runs
 
 
 class Watch:
-    """A plugin of pytest: which lines of a file each test runs. What a fixture runs counts for all of its file."""
+    """A plugin of pytest: which lines of a module each test runs. What a fixture runs counts for all of its file."""
 
-    def __init__(self, path: str):
-        self.path, self.here, self.lines, self.shared = path, set(), {}, {}
+    def __init__(self, *, active: bool):
+        self.here, self.lines, self.shared = set(), {}, {}
         self.seconds, self.failed, self.refused = Counter(), [], set()
+        self.current = "a child" if active else ""
         sys.addaudithook(self._audit)
-        self.current = ""
 
     def _audit(self, event: str, _: tuple) -> None:
         if event in PROCESSES and self.current:
             self.refused.add(self.current)
             raise RuntimeError("a test that is to notice a fault starts no process")
 
-    def _trace(self, frame, event: str, _):
-        if frame.f_code.co_filename != self.path:
-            return None
-        self.here.add(frame.f_lineno)
-        return self._trace
+    def reached(self, line: int) -> None:
+        self.here.add(line)
 
-    @contextlib.contextmanager
-    def _watched(self, into: set[int]) -> Iterator[None]:
-        self.here = into
-        sys.settrace(self._trace)
-        yield
-        sys.settrace(None)
-
-    @pytest.hookimpl(hookwrapper=True)
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
-        self.current = item.nodeid
-        with self._watched(self.shared.setdefault(item.path, set())):
-            yield
+        self.current, self.here = item.nodeid, self.shared.setdefault(item.path, set())
 
-    @pytest.hookimpl(hookwrapper=True)
+    @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item):
-        with self._watched(self.lines.setdefault(item.nodeid, set())):
-            yield
+        self.here = self.lines.setdefault(item.nodeid, set())
 
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] += report.duration
@@ -109,17 +97,14 @@ class Watch:
             self.failed.append(report.nodeid)
             self.lines.pop(report.nodeid, None)
 
-    def result(self) -> dict:
-        shared = {str(path.relative_to(ROOT)): lines for path, lines in self.shared.items()}
-        tests = {
-            name: (self.seconds[name], sorted(lines | shared[name.split("::")[0]]))
-            for name, lines in self.lines.items()
-        }
-        outside = [name for name, module in list(sys.modules.items()) if not _is_ours(module)]
+    def tests(self) -> dict[str, Test]:
+        """Those that pass and start no process."""
+        self.current = ""
+        if failed := [name for name in self.failed if name not in self.refused]:
+            raise SystemExit(f"mutants: these fail without a fault: {' '.join(failed)}")
+        shared = {path.relative_to(ROOT).as_posix(): lines for path, lines in self.shared.items()}
         return {
-            "tests": tests,
-            "failed": [name for name in self.failed if name not in self.refused],
-            "outside": outside,
+            name: Test(self.seconds[name], lines | shared[name.split("::")[0]]) for name, lines in self.lines.items()
         }
 
 
@@ -133,31 +118,40 @@ class Choice:
         items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
 
 
-class Faulty(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives a module another code than its file has."""
+class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives a module another code than its file has. `names` are in it beforehand."""
 
-    def __init__(self, name: str, path: Path, code):
-        self.name, self.path, self.code = name, path, code
+    def __init__(self, name: str, path: Path, code: CodeType, **names: object):
+        self.name, self.path, self.code, self.names = name, path, code, names
 
     def find_spec(self, name, path, target=None):
         if name != self.name:
             return None
         package = [str(self.path.parent)] if self.path.name == "__init__.py" else None
-        spec = importlib.util.spec_from_file_location(name, self.path, loader=self, submodule_search_locations=package)
-        return spec
+        return importlib.util.spec_from_file_location(name, self.path, loader=self, submodule_search_locations=package)
 
     def exec_module(self, module):
+        module.__dict__.update(self.names)
         exec(self.code, module.__dict__)
 
 
-def _is_ours(module) -> bool:
-    file = getattr(module, "__file__", None) or ""
-    return file.startswith(str(ROOT)) and not file.startswith(str(ROOT / ".venv")) or module.__name__ == "__main__"
-
-
 def pytest_of(files: list[str], folder: Path, *plugins: object) -> int:
-    words = ["-q", "-x", "--tb=no", "-p", "no:cacheprovider", "-m", "not long and not slurm", f"--basetemp={folder}"]
-    return pytest.main([*words, "-o", "addopts=", *files], plugins=list(plugins))
+    words = ["-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not long and not slurm", "-o", "addopts="]
+    return pytest.main([*words, f"--basetemp={folder}", *files], plugins=list(plugins))
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    sys.stdout.flush()
+    kept, nowhere = [os.dup(stream) for stream in (1, 2)], os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        for stream, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, stream)
 
 
 def forked(work: Callable[[], int], limit: float | None) -> int | None:
@@ -166,76 +160,105 @@ def forked(work: Callable[[], int], limit: float | None) -> int | None:
     child = os.fork()
     if child == 0:
         code = BROKEN
-        with contextlib.suppress(BaseException):
+        try:
             os.setsid()
-            quiet = os.open(os.devnull, os.O_RDWR)
-            for stream in (0, 1, 2):
-                os.dup2(quiet, stream)
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
             code = work()
-        os._exit(code)
-    end = time.monotonic() + (limit or float("inf"))
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > end:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
-        time.sleep(0.02)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
-    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+        except BaseException as error:
+            print(error, file=sys.stderr)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    end = time.monotonic() + limit if limit else float("inf")
+    try:
+        while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                return None
+            time.sleep(0.01)
+        return os.WEXITSTATUS(ended[1]) if os.WIFEXITED(ended[1]) else None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(child, 0)
 
 
-def without_a_fault(path: Path, files: list[str], folder: Path) -> dict[str, Test]:
-    """The tests that can notice a fault of a module. Imports here what they import from elsewhere."""
-    answer = folder / "answer.json"
+class Faults:
+    """The faults of a module, and the tests that are to notice them. To be made in a process of its own."""
 
-    def work() -> int:
-        watch = Watch(str(path))
-        words = ["-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not long and not slurm", "-o", "addopts="]
-        pytest.main([*words, f"--basetemp={folder / 'tests'}", *files], plugins=[watch])
-        watch.current = ""
-        answer.write_text(json.dumps(watch.result()))
-        return 0
+    def __init__(self, module: str, folder: Path):
+        self.files, self.folder, self.path = MODULES[module], folder, path_of(module)
+        self.name = ".".join(self.path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        self.source = self.path.read_text()
+        self.tests = self._without_a_fault()
 
-    if forked(work, limit=None) != 0 or not answer.exists():
-        sys.exit(f"mutants: {' '.join(files)} could not be run")
-    found = json.loads(answer.read_text())
-    if found["failed"]:
-        sys.exit(f"mutants: these fail without a fault: {' '.join(found['failed'])}")
-    for name in found["outside"]:
-        with contextlib.suppress(BaseException):
-            importlib.import_module(name)
-    gc.freeze()
-    return {name: Test(*test) for name, test in found["tests"].items()}
+    def _without_a_fault(self) -> dict[str, Test]:
+        """Leaves imported, and cached, what does not depend on the module."""
+        watch = Watch(active=False)
+        code = compile(telling(self.source), str(self.path), "exec")
+        instead = Instead(self.name, self.path, code, **{REACHED: watch.reached})
+        sys.meta_path.insert(0, instead)
+        with silence():
+            pytest_of(self.files, self.folder / "tests", watch)
+        sys.meta_path.remove(instead)
+        forget_dependents_of(self.name)
+        gc.freeze()
+        return watch.tests()
+
+    def chosen(self, mutant: Mutant) -> list[str]:
+        """The tests that run the faulty statement: first those named after its function, then the most particular."""
+        own, lines = f"[{mutant.function.split('.')[-1]}-", {*mutant.lines}
+        reaching = [name for name, test in self.tests.items() if not lines or lines & test.lines]
+        return sorted(reaching, key=lambda n: (own not in n, len(self.tests[n].lines), self.tests[n].seconds))
+
+    def survives(self, mutant: Mutant) -> bool:
+        names = self.chosen(mutant)
+        files = [file for file in self.files if any(name.startswith(file) for name in names)]
+
+        def work() -> int:
+            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            sys.meta_path.insert(0, Instead(self.name, self.path, mutant.code(self.source, str(self.path))))
+            with silence():
+                ended = pytest_of(["-x", *files], self.folder / "tests", Choice(names), Watch(active=True))
+            return SURVIVED if ended == 0 else KILLED
+
+        seconds = sum(self.tests[name].seconds for name in names)
+        survived = not names or forked(work, limit=20 + 10 * seconds) == SURVIVED
+        shutil.rmtree(self.folder / "tests", ignore_errors=True)
+        return survived
 
 
-def chosen(mutant: Mutant, tests: dict[str, Test]) -> list[str]:
-    """The tests that run the faulty statement: first those named after its function, then the most particular."""
-    reaching = [name for name, test in tests.items() if not mutant.lines or {*mutant.lines} & {*test.lines}]
-    own = mutant.function.split(".")[-1]
-    return sorted(reaching, key=lambda name: (f"[{own}-" not in name, len(tests[name].lines), tests[name].seconds))
+def forget_dependents_of(name: str) -> None:
+    """As if a module, what imports it and all tests had never been imported."""
+    ours = {key: module for key, module in sys.modules.items() if _is_ours(module)}
+    imports = {key: _imported(Path(module.__file__)) for key, module in ours.items()}
+    gone, tests = {name}, {key for key in ours if key.rpartition(".")[2].startswith(("test_", "conftest"))}
+    while more := {key for key in ours if key not in gone and imports[key] & gone} | tests - gone:
+        gone |= more
+    for key in gone & {*sys.modules}:
+        package, _, last = key.rpartition(".")
+        if last in vars(sys.modules.get(package, sys)):
+            delattr(sys.modules[package], last)  # `from package import last` looks there first
+        del sys.modules[key]
 
 
-def survives(module: str, mutant: Mutant, files: list[str], names: list[str], seconds: float, folder: Path) -> bool:
-    path = path_of(module)
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+def _imported(path: Path) -> set[str]:
+    """The names that a file imports, but for those that a function does when it is called."""
+    nodes, names = list(ast.parse(path.read_text()).body), set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            nodes += ast.iter_child_nodes(node)
+    return names
 
-    def work() -> int:
-        sys.meta_path.insert(0, Faulty(name, path, mutant.code(path.read_text(), str(path))))
-        watch = Watch("")  # refuses processes
-        watch.current = "all"
-        return SURVIVED if pytest_of(files, folder / "tests", Choice(names)) == 0 else KILLED
 
-    if not names:
-        return True
-    files = [file for file in files if any(name.startswith(file) for name in names)]
-    result = forked(work, limit=20 + 10 * seconds)
-    shutil.rmtree(folder / "tests", ignore_errors=True)
-    return result == SURVIVED
+def _is_ours(module: ModuleType) -> bool:
+    file = getattr(module, "__file__", None) or ""
+    inside = file.startswith(str(ROOT)) and not file.startswith(str(ROOT / ".venv"))
+    return inside and module.__name__ not in ("__main__", "mutations")
 
 
 def path_of(module: str) -> Path:
@@ -247,25 +270,28 @@ def accepted() -> dict[tuple[str, str, str], str]:
     return {(entry["function"], entry["before"], entry["after"]): entry["why"] for entry in entries}
 
 
-def run_module(module: str, known: dict, folder: Path) -> tuple[Counter, list[Mutant]]:
-    files = MODULES[module]
-    tests, found = without_a_fault(path_of(module), files, folder), mutants(path_of(module).read_text())
-    count, alive = Counter(faults=len(found)), []
-    for number, mutant in enumerate(found, 1):
-        if mutant.key in known:
-            count["accepted"] += 1
-            continue
-        names = chosen(mutant, tests)
-        seconds = sum(tests[name].seconds for name in names)
-        if survives(module, mutant, files, names, seconds, folder):
-            alive.append(mutant)
-            where = f"{mutant.lines.start}" if mutant.lines else "on import"
-            print(f"\r{module}.py:{where} {mutant.function}\n    - {mutant.before}\n    + {mutant.after}", flush=True)
-        print(f"\r{module}: {number}/{len(found)}, {len(alive)} survive ", end="", flush=True)
-    count["survived"] = len(alive)
-    count["killed"] = count["faults"] - count["accepted"] - count["survived"]
-    print()
-    return count, alive
+def run_module(module: str, known: dict, folder: Path) -> Counter:
+    """Faults, and those that are accepted, survived and killed. In a child: it imports what the next must not have."""
+    answer = folder / "answer.json"
+
+    def work() -> int:
+        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # threads do not come along when it forks
+        faults, count = Faults(module, folder), Counter()
+        found = mutants(faults.source)
+        for number, mutant in enumerate(found, 1):
+            fate = "accepted" if mutant.key in known else "survived" if faults.survives(mutant) else "killed"
+            count.update(["faults", fate])
+            if fate == "survived":
+                where = f"line {mutant.lines.start}" if mutant.lines else "on import"
+                print(f"\r{module}.py, {where}, {mutant.function}:\n    - {mutant.before}\n    + {mutant.after}")
+            print(f"\r{module}: {number}/{len(found)}, {count['survived']} survived ", end="", flush=True)
+        print()
+        answer.write_text(json.dumps(count))
+        return 0
+
+    if forked(work, limit=None) != 0:
+        sys.exit(f"mutants: {module} could not be done")
+    return Counter(json.loads(answer.read_text()))
 
 
 def main(words: list[str]) -> int:
@@ -287,18 +313,17 @@ def main(words: list[str]) -> int:
     known = accepted()
     there = {mutant.key for module in MODULES for mutant in mutants(path_of(module).read_text())}
     spare = [key for key in known if key not in there]
-    table, survivors = [], 0
+    table = []
     with tempfile.TemporaryDirectory() as folder:
         for module in modules:
-            count, alive = run_module(module, known, Path(folder))
-            table.append((module, count))
-            survivors += len(alive)
+            table.append((module, run_module(module, known, Path(folder))))
     print(f"\n{'module':24}{'faults':>8}{'killed':>8}{'accepted':>9}{'survived':>9}")
-    for module, count in [*table, ("all", sum((count for _, count in table), Counter()))]:
+    all_of_them = sum((count for _, count in table), Counter())
+    for module, count in [*table, ("all", all_of_them)]:
         print(f"{module:24}{count['faults']:8}{count['killed']:8}{count['accepted']:9}{count['survived']:9}")
     for function, before, after in spare:
         print(f"no longer there, take it out of {ACCEPTED.name}: {function}: {before} -> {after}")
-    return 1 if survivors or spare else 0
+    return 1 if all_of_them["survived"] or spare else 0
 
 
 if __name__ == "__main__":

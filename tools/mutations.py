@@ -16,6 +16,7 @@ OTHER = {  # what is put for an operator, and for the name of a function
     "min": "max", "max": "min", "any": "all", "all": "any", "startswith": "endswith", "endswith": "startswith",
     "sorted": "list",
 }  # fmt: skip
+REACHED = "_reached"
 DROPPED = (ast.Expr, ast.AugAssign, ast.Raise, ast.Continue, ast.Break)
 Change = Callable[[ast.AST], None]  # changes a node in place
 
@@ -54,6 +55,23 @@ def mutants(source: str) -> list[Mutant]:
                 before += f"  # {count}"  # the second of its kind in a function
             found.append(Mutant(function, before, after, lines, numbers[node], change))
     return found
+
+
+def telling(source: str) -> ast.Module:
+    """The module with a call of REACHED before every statement of a function: the line at which it begins."""
+    tree = ast.parse(source)
+    for node in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        for inner in ast.walk(node):
+            for name in ("body", "orelse", "finalbody"):
+                statements = _list(inner, name)
+                if statements and isinstance(statements[0], ast.stmt):
+                    setattr(inner, name, [part for statement in statements for part in (_tells(statement), statement)])
+    return ast.fix_missing_locations(tree)
+
+
+def _tells(statement: ast.stmt) -> ast.Expr:
+    call = ast.Call(ast.Name(REACHED, ast.Load()), [ast.Constant(statement.lineno)], [])
+    return ast.copy_location(ast.Expr(call), statement)
 
 
 def _places(node: ast.AST, function: str, lines: range) -> Iterator[tuple[ast.AST, str, range]]:
