@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import ctypes
 import gc
 import importlib.abc
 import importlib.util
@@ -56,7 +57,9 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
 }
 PROCESSES = ("os.fork", "os.posix_spawn", "os.exec", "os.system", "subprocess.Popen")
 MEMORY = 8 << 30  # bytes that a fault may ask for
-SURVIVED, KILLED, BROKEN = 0, 1, 2  # exit codes of a child; whatever else it ends with, the fault was noticed
+PR_SET_PDEATHSIG = 1
+SURVIVED, KILLED, BROKEN = 0, 1, 70  # exit codes of a child; whatever else it ends with, the fault was noticed
+NO_FAULT = Mutant("", "", "", range(0), 0, lambda node: None)
 
 
 class Test(NamedTuple):
@@ -94,8 +97,9 @@ class Watch:
     def pytest_runtest_logreport(self, report):
         self.seconds[report.nodeid] += report.duration
         if report.failed:
-            self.failed.append(report.nodeid)
             self.lines.pop(report.nodeid, None)
+            if report.when == "call":  # a fixture may have been refused its processes for another test
+                self.failed.append(report.nodeid)
 
     def tests(self) -> dict[str, Test]:
         """Those that pass and start no process."""
@@ -162,6 +166,7 @@ def forked(work: Callable[[], int], limit: float | None) -> int | None:
         code = BROKEN
         try:
             os.setsid()
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever ends the parent ends this one too
             code = work()
         except BaseException as error:
             print(error, file=sys.stderr)
@@ -222,9 +227,11 @@ class Faults:
             return SURVIVED if ended == 0 else KILLED
 
         seconds = sum(self.tests[name].seconds for name in names)
-        survived = not names or forked(work, limit=20 + 10 * seconds) == SURVIVED
+        ended = forked(work, limit=20 + 10 * seconds) if names else SURVIVED
+        if ended == BROKEN:
+            raise RuntimeError(f"{mutant.key} could not be tried")
         shutil.rmtree(self.folder / "tests", ignore_errors=True)
-        return survived
+        return ended == SURVIVED
 
 
 def forget_dependents_of(name: str) -> None:
@@ -277,6 +284,8 @@ def run_module(module: str, known: dict, folder: Path) -> Counter:
     def work() -> int:
         os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")  # threads do not come along when it forks
         faults, count = Faults(module, folder), Counter()
+        if not faults.survives(NO_FAULT):
+            raise RuntimeError("the tests do not pass in a forked child without a fault")
         found = mutants(faults.source)
         for number, mutant in enumerate(found, 1):
             fate = "accepted" if mutant.key in known else "survived" if faults.survives(mutant) else "killed"
