@@ -46,8 +46,8 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
         for name in ("__init__", "experts", "implementation", "layout", "nearest", "training", "upstream")
     },
     "rules/launcher": [*RULES, "tests/launch/test_cluster.py"],
-    "plan": ["tests/test_plan.py", "tests/test_schedule.py", "tests/test_recipes.py"],
-    "costs": ["tests/test_costs.py", "tests/test_plan.py"],
+    "plan": ["tests/test_plan.py", "tests/test_plan_edges.py"],
+    "costs": ["tests/test_costs.py", "tests/test_plan.py", "tests/test_plan_edges.py"],
     "pipeline": ["tests/test_pipeline.py"],
     "checkpoint/boxes": ["tests/test_checkpoint_directory.py"],
     "checkpoint/integrity": ["tests/test_checkpoint_directory.py"],
