@@ -23,7 +23,7 @@ check: $(VENV)/.tested  ## look for what ruff finds: errors, unused names, forma
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 mutants: $(VENV)/.tested  ## put small faults into the pure modules and see whether tests notice: make mutants ARGS="rules/experts"
-	@$(BIN)/python tools/mutants.py $(ARGS)
+	@nice -n 19 $(BIN)/python tools/mutants.py $(ARGS)
 
 plan: setup  ## print what a run would be: make plan ARGS="+recipe=mixtral_8x7b_ep8"
 	@$(BIN)/python train.py trainer.mode=plan $(ARGS)

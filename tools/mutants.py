@@ -317,7 +317,6 @@ def main(words: list[str]) -> int:
             for mutant in mutants(path_of(module).read_text()):
                 print(f"{module} {mutant.function}\n    - {mutant.before}\n    + {mutant.after}")
         return 0
-    os.nice(19)
     os.chdir(ROOT)
     known = accepted()
     there = {mutant.key for module in MODULES for mutant in mutants(path_of(module).read_text())}
