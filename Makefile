@@ -6,7 +6,7 @@ ARGS ?=
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long check plan
+.PHONY: help setup train test test-long check plan mutants
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,9 @@ test-long: $(VENV)/.tested  ## run the tests that take minutes: Slurm, the drill
 
 check: $(VENV)/.tested  ## look for what ruff finds: errors, unused names, formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+mutants: $(VENV)/.tested  ## put small faults into the pure modules and see whether tests notice: make mutants ARGS="rules/experts"
+	@nice -n 19 $(BIN)/python tools/mutants.py $(ARGS)
 
 plan: setup  ## print what a run would be: make plan ARGS="+recipe=mixtral_8x7b_ep8"
 	@$(BIN)/python train.py trainer.mode=plan $(ARGS)

@@ -61,6 +61,7 @@ def _groups(words: tuple[str, ...]) -> DictConfig:
     return tree_of(*words)
 
 
+@cache
 def config_of(*overrides: str) -> Config:
     """The typed configuration of a command line; UserError if a value does not fit."""
     return Config.from_hydra(quick_tree_of(*overrides))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 import os
 import shutil
@@ -24,6 +26,8 @@ def test_every_range_of_a_tensor_is_a_few_boxes_of_it_in_order(shape):
         found = []
         cut = list(boxes(shape, start, stop, base=100))
         for box in cut:
+            whole = zip(box.offset, box.size, shape, strict=True)
+            assert all(first >= 0 and size > 0 and first + size <= axis for first, size, axis in whole)
             axes = [range(first, first + size) for first, size in zip(box.offset, box.size, strict=True)]
             elements = [
                 sum(place * math.prod(shape[axis + 1 :]) for axis, place in enumerate(places))
@@ -33,6 +37,9 @@ def test_every_range_of_a_tensor_is_a_few_boxes_of_it_in_order(shape):
             found += elements
         assert found == list(range(start, stop))
         assert len(cut) <= max(1, 2 * len(shape) - 1)
+        assert list(boxes(shape, start, stop)) == [
+            box._replace(start=box.start - 100, stop=box.stop - 100) for box in cut
+        ]
 
 
 def checkpoint(run_dir: Path, step: int, text: str = "weights") -> Path:
@@ -129,6 +136,12 @@ def test_killed_at_any_call_of_a_commit_there_is_a_whole_checkpoint(tmp_path, mo
         assert valid and valid[0] >= 5 and valid == directory.steps_in(folder)
 
 
+def _listed(path: Path, *names: str) -> None:
+    there = integrity.describe([path / "__0_0.distcp"])["__0_0.distcp"]
+    (path / "x").write_text("weights"), (path.parent / "x").write_text("weights")
+    integrity.write_manifest(path, dict.fromkeys(names, there))
+
+
 DAMAGE = {
     "truncated": lambda path: (path / "__0_0.distcp").write_bytes(b"weigh"),
     "flipped": lambda path: (path / "__0_0.distcp").write_bytes(b"weightz"),
@@ -140,6 +153,8 @@ DAMAGE = {
     "a manifest that leads outside": lambda path: (path / "integrity.json").write_text(
         '{"files": {"../x": {"size": 1, "sha256": ""}}}'
     ),
+    "a manifest that leads outside beside one that does not": lambda path: _listed(path, "../x", "__0_0.distcp"),
+    "a manifest of a folder inside": lambda path: _listed(path, "__0_0.distcp", "a/x"),
     "a directory for a file": lambda path: ((path / "__0_0.distcp").unlink(), (path / "__0_0.distcp").mkdir()),
 }
 
@@ -168,6 +183,32 @@ def test_ranks_share_the_files_and_miss_none(tmp_path):
     (path / "__4_0.distcp").write_text("xxxxx")
     found = [integrity.problem(path, True, part, 3) for part in range(3)]
     assert sorted(bool(wrong) for wrong in found) == [False, False, True]
+
+
+def test_whoever_asks_for_no_share_is_told_of_damage_in_any_file(tmp_path):
+    for damaged in range(4):
+        path = tmp_path / f"iter_000000{damaged}"
+        path.mkdir()
+        for number in range(4):
+            (path / f"__{number}_0.distcp").write_text(f"{number}" * (number + 1))
+        integrity.write_manifest(path, integrity.describe(sorted(path.iterdir())))
+        assert integrity.problem(path, full=True) == ""
+        name = path / f"__{damaged}_0.distcp"
+        name.write_text("x" * (damaged + 1))
+        assert integrity.problem(path, full=True) == f"{name} is damaged: its SHA-256 is not that of what was written"
+
+
+def test_a_watchdog_hears_of_every_block_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(integrity, "BLOCK", 2)
+    path, beats = checkpoint(tmp_path, 1), []
+    assert integrity.problem(path, full=True, beat=lambda: beats.append(1)) == ""
+    assert len(beats) == 4  # of 7 bytes
+
+
+def test_a_manifest_says_what_format_it_has_and_its_files_by_name(tmp_path):
+    path = checkpoint(tmp_path, 1)
+    files = {"__0_0.distcp": {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}}
+    assert json.loads((path / "integrity.json").read_text()) == {"format": 1, "files": files}
 
 
 def test_the_state_of_a_run_comes_back_as_it_was(tmp_path):

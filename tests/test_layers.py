@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 from rank_workers import run_ranks  # its import makes Megatron-Core run on the CPU
 
-from mixtrain.layers import attention, context, cpu_attention, norm
+from mixtrain.layers import attention, context, cpu_attention, experts, norm
 from mixtrain.layers.cpu_attention import BlockAttention
 from mixtrain.layers.experts import Experts
 
@@ -232,6 +232,34 @@ def test_recomputing_the_activation_gives_the_same_to_the_last_bit(monkeypatch):
         output.sum().backward()
         results.append([output, tokens.grad, made.weight1.grad, made.weight2.grad])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("modules, passes", [(None, 1), (["moe_act"], 2), (["core_attn"], 1)], ids=str)
+def test_the_activation_is_computed_twice_where_it_is_named_and_only_there(modules, passes, monkeypatch):
+    calls, own = [], experts._swiglu
+    monkeypatch.setattr(experts, "_swiglu", lambda *given: calls.append(1) or own(*given))
+    selective = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+    monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _: False))
+    made = Experts(4, config_of(**selective), pg_collection=ALONE)
+    torch.nn.init.normal_(made.weight1), torch.nn.init.normal_(made.weight2)
+    made(leaf(10, 32), torch.tensor([3, 0, 5, 2]), torch.rand(10))[0].sum().backward()
+    assert len(calls) == passes
+
+
+@pytest.mark.parametrize("how", ["expert by expert", "grouped_mm", "loop"])
+def test_the_routers_gradient_of_bf16_tokens_is_added_up_in_fp32(how, monkeypatch):
+    """40 (1 + 3/128) takes ten bits, a bf16 number has eight."""
+    monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _: how != "grouped_mm"))
+    made = Experts(4, config_of(moe_grouped_gemm=how != "loop", params_dtype=torch.bfloat16), pg_collection=ALONE)
+    with torch.no_grad():
+        made.weight1.zero_(), made.weight2.zero_()
+        made.weight1[:, :48, 0] = 40  # the gate: silu(40) = 40
+        made.weight1[:, 48:52, 0] = torch.tensor([1, 1 / 128, 1 / 128, 1 / 128])
+        made.weight2[:, range(32), range(32)] = 1
+    tokens, probs = torch.zeros(4, 32, dtype=torch.bfloat16), torch.ones(4, requires_grad=True)
+    tokens[:, 0] = 1
+    made(tokens, torch.tensor([1, 1, 1, 1]), probs)[0].float().sum().backward()
+    assert probs.grad.dtype is torch.float32 and probs.grad.tolist() == [40.9375] * 4
 
 
 def test_weights_are_marked_as_megatron_reduces_and_counts_them():

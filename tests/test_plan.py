@@ -8,7 +8,7 @@ import pytest
 from composing import config_of, derived, plan_of
 
 from mixtrain.config import Config
-from mixtrain.costs import GIB, layer_parameters
+from mixtrain.costs import GIB, layer_parameters, training_flops
 from mixtrain.errors import UserError
 from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
 from mixtrain.plan import Plan, make_plan, ranks_needed, resolve
@@ -75,6 +75,16 @@ def test_a_tied_output_layer_is_counted_once_and_held_by_first_and_last_stage():
     assert derived(tied, "parallel=ep1").rank_parameters == ((derived(tied).total_parameters - experts, experts),)
     pipeline = derived(tied, *sizes(pp=2))
     assert sum(sum(rank) for rank in pipeline.rank_parameters) == pipeline.total_parameters + embedding
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_token_costs_six_operations_for_every_weight_that_it_meets_and_for_its_scores(causal):
+    """By hand. Of the router too, which is a thousandth of it: a tolerance would hide it."""
+    attention = 192 * 192 + 2 * 192 * 2 * 32 + 192 * 192  # queries, keys and values, output
+    scores = 2 * 128 * 192 / (2 if causal else 1)
+    layer = attention + 192 * 8 + 3 * 192 * 96 + 2 * 3 * 192 * 512 + scores
+    model = config_of("model.moe_shared_expert_intermediate_size=96").model
+    assert training_flops(model, 128, causal) == 6 * (4 * layer + 4096 * 192)
 
 
 # Bytes

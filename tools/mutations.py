@@ -1,0 +1,214 @@
+"""Small faults of a Python source: each changes one comparison, operator, constant, element or statement of it."""
+
+from __future__ import annotations
+
+import ast
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+OTHER = {  # what is put for an operator, and for the name of a function
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.LShift: ast.RShift,
+    "min": "max", "max": "min", "any": "all", "all": "any", "startswith": "endswith", "endswith": "startswith",
+    "sorted": "list",
+}  # fmt: skip
+REACHED = "_reached"
+DROPPED = (ast.Expr, ast.AugAssign, ast.Raise, ast.Continue, ast.Break)
+Change = Callable[[ast.AST], None]  # changes a node in place
+
+
+class Mutant(NamedTuple):
+    """A fault: the key says what it is wherever the function is moved to."""
+
+    function: str  # with its class; what a table is called, for what is in no function
+    before: str
+    after: str
+    lines: range  # of the statement it is in; empty for what runs on import
+    node: int  # its number in the order of ast.walk
+    change: Change
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return self.function, self.before, self.after
+
+    def code(self, source: str, path: str):
+        """The faulty module, compiled."""
+        tree = ast.parse(source)
+        self.change(list(ast.walk(tree))[self.node])
+        return compile(ast.fix_missing_locations(tree), path, "exec")
+
+
+def mutants(source: str) -> list[Mutant]:
+    """Every fault of a module, in the order of its lines."""
+    tree, found, seen = ast.parse(source), [], Counter()
+    nodes = list(ast.walk(tree))
+    numbers = {node: number for number, node in enumerate(nodes)}
+    parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    for node, function, lines in _places(tree, "", range(0)):
+        for before, after, change in _changes(node, parents.get(node)):
+            seen[function, before, after] += 1
+            if (count := seen[function, before, after]) > 1:
+                before += f"  # {count}"  # the second of its kind in a function
+            found.append(Mutant(function, before, after, lines, numbers[node], change))
+    return found
+
+
+def telling(source: str) -> ast.Module:
+    """The module with a call of REACHED before every statement of a function: the line at which it begins."""
+    tree = ast.parse(source)
+    for node in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
+        for inner in ast.walk(node):
+            for name in ("body", "orelse", "finalbody"):
+                statements = _list(inner, name)
+                if statements and isinstance(statements[0], ast.stmt):
+                    setattr(inner, name, [part for statement in statements for part in (_tells(statement), statement)])
+    return ast.fix_missing_locations(tree)
+
+
+def _tells(statement: ast.stmt) -> ast.Expr:
+    call = ast.Call(ast.Name(REACHED, ast.Load()), [ast.Constant(statement.lineno)], [])
+    return ast.copy_location(ast.Expr(call), statement)
+
+
+def _places(node: ast.AST, function: str, lines: range) -> Iterator[tuple[ast.AST, str, range]]:
+    """Every node that may be changed, the function it is in, and the lines of its statement."""
+    yield node, function, lines
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "format_spec", "type_params"):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if not isinstance(child, ast.AST) or _is_text(node, child):
+                continue
+            inside, at = function, lines
+            if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
+                inside = f"{function}.{child.name}".lstrip(".")
+            elif isinstance(child, (ast.Assign, ast.AnnAssign)) and isinstance(node, ast.Module):
+                inside = ast.unparse(child.targets[0] if isinstance(child, ast.Assign) else child.target)
+            if isinstance(node, ast.FunctionDef):
+                at = _lines(child) if name == "body" else range(0)  # defaults and decorators run on import
+            elif isinstance(child, ast.stmt) and lines:
+                at = _lines(child)
+            yield from _places(child, inside, at)
+
+
+def _lines(statement: ast.AST) -> range:
+    body = getattr(statement, "body", None)
+    last = body[0].lineno - 1 if isinstance(body, list) else statement.end_lineno
+    return range(statement.lineno, max(last, statement.lineno) + 1)
+
+
+def _is_text(parent: ast.AST, node: ast.AST) -> bool:
+    """Words for people: docstrings, and what is said between the values of an f-string."""
+    said = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return said or isinstance(parent, ast.JoinedStr) and isinstance(node, ast.Constant)
+
+
+def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, str, Change]]:
+    shown = node
+    if isinstance(node, (ast.Constant, ast.Name, ast.Attribute)) and isinstance(parent, ast.expr):
+        shown = parent if len(ast.unparse(parent)) <= 100 else node  # a 0 alone says nothing
+    place = list(ast.walk(shown)).index(node)
+    for change in _in_place(node):
+        other = copy.deepcopy(shown)
+        change(list(ast.walk(other))[place])
+        yield ast.unparse(shown), ast.unparse(other), change
+    for name in ("body", "orelse", "finalbody"):
+        for number, statement in enumerate(_list(node, name)):
+            if isinstance(statement, DROPPED) and not _is_text(node, statement):
+                yield ast.unparse(statement), "pass", _put(name, number, ast.Pass())
+    if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+        test = ast.unparse(node.test)
+        yield f"if {test}", f"if not ({test})", _negated
+    for number, test in enumerate(_list(node, "ifs")):
+        yield f"for if {ast.unparse(test)}", "for", _without("ifs", number)
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)) and not _is_unpacked(node, parent):
+        for number, element in enumerate(node.elts):
+            yield ast.unparse(element), "without", _without("elts", number)
+    if isinstance(node, ast.Dict):
+        for number, (key, value) in enumerate(zip(node.keys, node.values, strict=True)):
+            yield f"{ast.unparse(key) if key else '**'}: {ast.unparse(value)}", "without", _without_key(number)
+    if _is_split(node):
+        for word in node.func.value.value.split():
+            yield word, "without", _without_word(word)
+
+
+def _in_place(node: ast.AST) -> Iterator[Change]:
+    if isinstance(node, ast.Compare):
+        for number, operator in enumerate(node.ops):
+            yield _put("ops", number, OTHER[type(operator)]())
+    elif isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in OTHER:
+        yield _set("op", OTHER[type(node.op)]())
+        if isinstance(node, ast.BoolOp):
+            neutral = ast.Constant(isinstance(node.op, ast.And))
+            yield from (_put("values", number, neutral) for number in range(len(node.values)))
+    elif isinstance(node, ast.UnaryOp):
+        other = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()  # not not x
+        yield _set("op", other) if isinstance(node.op, ast.USub) else _set("operand", ast.UnaryOp(other, node.operand))
+    elif isinstance(node, ast.Return) and node.value and not _is(node.value, None):
+        yield _set("value", ast.Constant(None))
+    elif isinstance(node, ast.Name) and node.id in OTHER:
+        yield _set("id", OTHER[node.id])
+    elif isinstance(node, ast.Attribute) and node.attr in OTHER:
+        yield _set("attr", OTHER[node.attr])
+    elif isinstance(node, ast.Constant):
+        yield from (_set("value", other) for other in _other_constants(node.value))
+
+
+def _other_constants(value: object) -> Iterator[object]:
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, (int, float)):
+        yield value + 1
+    elif isinstance(value, (str, bytes)) and len(value.split()) == 1:  # sentences are what tests of messages hold
+        yield value + value[:1]
+
+
+def _is_unpacked(node: ast.AST, parent: ast.AST | None) -> bool:
+    """One element less is a ValueError wherever it runs, or is no value at all."""
+    assigned = isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Tuple)
+    return assigned or isinstance(parent, ast.Subscript) or isinstance(getattr(node, "ctx", None), ast.Store)
+
+
+def _is(node: ast.AST, value: object) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+def _is_split(node: ast.AST) -> bool:
+    call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "split"
+    return call and not node.args and isinstance(node.func.value, ast.Constant)
+
+
+def _list(node: ast.AST, name: str) -> list:
+    value = getattr(node, name, None)
+    return value if isinstance(value, list) else []
+
+
+def _set(name: str, value: object) -> Change:
+    return lambda node: setattr(node, name, value)
+
+
+def _put(name: str, number: int, value: ast.AST) -> Change:
+    return lambda node: getattr(node, name).__setitem__(number, value)
+
+
+def _without(name: str, number: int) -> Change:
+    return lambda node: getattr(node, name).pop(number)
+
+
+def _without_key(number: int) -> Change:
+    return lambda node: (node.keys.pop(number), node.values.pop(number))
+
+
+def _without_word(word: str) -> Change:
+    def change(node: ast.Call) -> None:
+        node.func.value.value = " ".join(part for part in node.func.value.value.split() if part != word)
+
+    return change
+
+
+def _negated(node: ast.AST) -> None:
+    node.test = ast.UnaryOp(ast.Not(), node.test)
