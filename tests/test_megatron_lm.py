@@ -20,7 +20,7 @@ from test_parity import CP, EP, ETP, PLAIN, PP, TP, VPP
 from test_resume import BF16, SHORT, path_of, start
 
 from mixtrain import model, optimizer, places, ranks
-from mixtrain.checkpoint import content, optimizer_state
+from mixtrain.checkpoint import content, optimizer_state, safe
 from mixtrain.checkpoint.megatron_args import ARGS, megatron_args
 from mixtrain.checkpoint.state import RunState
 
@@ -166,6 +166,11 @@ def test_upstream_loads_what_was_saved_and_saves_the_same_keys_shapes_and_bits(n
     assert run_ranks(plan.world_size, load_and_save, tmp_path / "ranks") == [[]] * plan.world_size
     if name in SAVED_AGAIN:
         assert unequal(ours, theirs) == []
+        index, there = safe.read_metadata(theirs), pickle.loads((theirs / ".metadata").read_bytes())
+        assert (
+            index.storage_data == there.storage_data
+            and index.state_dict_metadata.keys() == there.state_dict_metadata.keys()
+        )
         assert objects_of(theirs) - objects_of(ours) <= {"common_state/shard_0_1"}  # 0.19 has no common.pt
         assert all("_extra_state" in key or "rng_state" in key for key in objects_of(ours) - objects_of(theirs))
 

@@ -1,4 +1,4 @@
-"""A checkpoint that carries a malicious pickle is refused, wherever it hides, and nothing in it runs."""
+"""A checkpoint that carries a malicious pickle is refused, wherever it hides; nothing in it runs or changes a thing."""
 
 from __future__ import annotations
 
@@ -6,16 +6,22 @@ import builtins
 import io
 import os
 import pickle
+import resource
 import shutil
+import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import unequal
+from evil_pickles import OPCODES, Watch, attributes, mutants, small_index
+from test_evil_pickles import DECLARED, NAMES, READERS, THINGS
 from test_parity import EP
 from test_resume import INTERVAL, path_of, start
 
-from mixtrain.checkpoint import integrity, safe
+from mixtrain.checkpoint import integrity, metadata, pickles, safe
+from mixtrain.checkpoint.archive import Archive
 from mixtrain.errors import FINISHED, REFUSED, UserError
 
 ONE = [EP + "1"]
@@ -95,17 +101,23 @@ def test_a_run_refuses_a_malicious_checkpoint_and_nothing_in_it_runs(place, trai
     assert not sentinel.exists()
 
 
+def no_unpickler(me) -> None:
+    """What opens a file of a checkpoint through PyTorch or pickle fails."""
+    torch.load = torch.serialization.load = pickle.load = None
+
+
+def test_a_run_resumes_without_an_unpickler(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    _, codes, log = start(tmp_path, "trainer.max_steps=3", "checkpoint.save_last=false", *ONE, before=no_unpickler)
+    assert codes == {FINISHED} and "after 2 steps" in log, log
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("place", PLACES)
 def test_the_readers_refuse_every_route(place, route, trained, tmp_path):
     checkpoint, sentinel = attacked(trained, tmp_path, place, route)
     with pytest.raises(UserError, match="is not loaded"):
-        safe.read_metadata(checkpoint)
-        safe.read_common(checkpoint)
-        try:
-            safe.load_object(open(checkpoint / "__9_9.distcp", "rb"))
-        except pickle.UnpicklingError as error:
-            raise UserError(safe.refusal(error)) from None
+        READERS[place](checkpoint)
     assert not sentinel.exists()
 
 
@@ -120,30 +132,23 @@ def test_the_attacks_are_attacks(place, trained, tmp_path):
     assert sentinel.exists()
 
 
-def test_an_index_that_leads_out_of_its_directory_is_refused(trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "run")
-    checkpoint = path_of(tmp_path / "run", 2)
-    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
-    next(iter(metadata.storage_data.values())).relative_path = "../../secret"
-    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(UserError, match="leads out of its directory, to ../../secret"):
-        safe.read_metadata(checkpoint)
-
-
 GARBAGE = {"empty": b"", "bytes": b"\x80\x05garbage", "a string": pickle.dumps("x"), "half": None}
 
 
-@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize("which", GARBAGE)
 @pytest.mark.parametrize("file, read", [(".metadata", safe.read_metadata), ("common.pt", safe.read_common)])
-def test_a_damaged_file_is_named(file, read, name, trained, tmp_path):
+def test_a_damaged_file_is_named(file, read, which, trained, tmp_path):
     checkpoint = tmp_path / "iter_0000002"
     shutil.copytree(path_of(trained, 2), checkpoint)
     whole = (checkpoint / file).read_bytes()
-    (checkpoint / file).write_bytes(whole[: len(whole) // 2] if GARBAGE[name] is None else GARBAGE[name])
-    with pytest.raises(UserError, match=file):
+    (checkpoint / file).write_bytes(whole[: len(whole) // 2] if GARBAGE[which] is None else GARBAGE[which])
+    with pytest.raises(UserError, match=f"{file}(: a pickle with the opcode GET is not loaded| is damaged)"):
         read(checkpoint)
     (checkpoint / file).unlink()
     with pytest.raises(UserError, match=f"{file} cannot be read"):
+        read(checkpoint)
+    os.mkfifo(checkpoint / file)
+    with pytest.raises(UserError, match=f"{file} is no file"):
         read(checkpoint)
 
 
@@ -153,3 +158,77 @@ def test_an_honest_checkpoint_is_read(trained, tmp_path):
     assert safe.read_common(checkpoint)["iteration"] == 2
     shutil.copytree(checkpoint, tmp_path / "copy")
     assert unequal(checkpoint, tmp_path / "copy") == []
+
+
+# Bytes by chance
+
+
+def read_bytes(kind: str, data: bytes) -> None:
+    if kind == "index":
+        metadata.metadata_of(pickles.read(data, metadata.ALLOWED))
+        return
+    there = Archive(io.BytesIO(data))
+    tree = there.tree()
+    if kind == "tensor":
+        there.load(there.numbers(tree))
+    elif kind == "object":
+        there.plain()
+
+
+def bases_of(checkpoint: Path) -> list[tuple[str, bytes]]:
+    """What there is to read in a checkpoint, and the small index of the tests."""
+    index = safe.read_metadata(checkpoint)
+    parts = {}
+    for at, place in index.storage_data.items():
+        kind = "object" if at.fqn.startswith("rng_state") else None if "_extra_state" in at.fqn else "tensor"
+        if kind and place.length < parts.get(kind, place).length + 1:
+            parts[kind] = place
+    for kind, place in parts.items():
+        data = (checkpoint / place.relative_path).read_bytes()
+        yield kind, data[place.offset : place.offset + place.length]
+    yield "common", (checkpoint / "common.pt").read_bytes()
+    yield "index", (checkpoint / ".metadata").read_bytes()
+    yield from [("index", pickle.dumps(small_index(), protocol)) for protocol in (2, 4)]
+
+
+def fuzz(bases: list[tuple[str, bytes]], seconds: float, seed: int, kept: Path) -> int:
+    """How many mutants were read or refused in time, one by one, in no more than 2 GiB beyond what there is."""
+    assert b"x".decode("cp437")  # zipfile imports it for names that are no UTF-8
+    attacks = [of(*pair) for of in OPCODES.values() for pair in [*NAMES, *DECLARED]]
+    before, count, end = attributes(THINGS), 0, time.monotonic() + seconds
+    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (2 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    for number, data in mutants([base for _, base in bases], attacks, seed):
+        kept.write_bytes(data)
+        with Watch() as events:
+            try:
+                read_bytes(bases[number][0], data)
+            except (pickles.Damaged, pickles.Unwanted):
+                pass
+        assert events == [], events
+        count += 1
+        if count % 200 == 1:
+            assert attributes(THINGS) == before
+        if time.monotonic() > end:
+            return count
+
+
+@pytest.mark.parametrize("seconds", [1.5, pytest.param(60, marks=pytest.mark.long)])
+def test_bytes_by_chance_are_read_or_refused(seconds, trained, tmp_path):
+    bases = [*bases_of(path_of(trained, 2))]
+    assert {kind for kind, _ in bases} == {"index", "common", "object", "tensor"}
+    for kind, data in bases:
+        read_bytes(kind, data)  # as they are, they are read
+    seed, outcome = int.from_bytes(os.urandom(4), "little"), tmp_path / "outcome"
+    child = os.fork()
+    if not child:
+        try:
+            outcome.write_text(str(fuzz(bases, seconds, seed, tmp_path / "last")))
+        except BaseException:
+            outcome.write_text(traceback.format_exc())
+        os._exit(0)
+    code = os.waitpid(child, 0)[1]
+    told = outcome.read_text() if outcome.exists() else "nothing"
+    assert code == 0 and told.isdigit(), f"seed {seed}, {tmp_path / 'last'}, exit {code}: {told}"
+    print(f"{told} mutants in {seconds} s")
+    assert int(told) > 50 * seconds

@@ -146,11 +146,33 @@ def rng_object(data: list | None, by_data_rank: bool = True) -> ShardedObject:
     )
 
 
-def set_rng_state(streams: dict[str, Any]) -> None:
-    """Go on with the random streams of `rng_state`."""
+def set_rng_state(data: Any) -> None:
+    """Go on with the random streams in the data of `rng_state`. ValueError, with nothing changed, if they are none."""
+    try:
+        (streams,) = data
+        _check_streams(streams)
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RuntimeError) as error:
+        raise ValueError("the random streams are damaged, or of another kind of device") from error
     random.setstate(streams["random_rng_state"])
     numpy.random.set_state(streams["np_rng_state"])
     torch.set_rng_state(streams["torch_rng_state"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state(streams["cuda_rng_state"])
     tensor_parallel.get_cuda_rng_tracker().set_states(streams["rng_tracker_states"])
+
+
+def _check_streams(streams: Any) -> None:
+    """Raises if one is not what `_streams` makes. numpy takes a place beyond its numbers, and would read there."""
+    version, words, gauss = streams["random_rng_state"]
+    random.Random().setstate((version, words, gauss))
+    kind, numbers, place, has_gauss, cached = streams["np_rng_state"]
+    numpy.random.RandomState().set_state((kind, numbers, place, has_gauss, cached))
+    if kind != "MT19937" or not 0 <= place <= len(numbers) or type(gauss) not in (float, type(None)):
+        raise ValueError
+    tracked = streams["rng_tracker_states"]
+    if tracked.keys() != tensor_parallel.get_cuda_rng_tracker().get_states().keys():
+        raise ValueError
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.Generator().set_state(streams["torch_rng_state"])
+    for state in (streams["cuda_rng_state"], *tracked.values()):
+        torch.Generator(device).set_state(state)

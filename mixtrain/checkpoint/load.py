@@ -101,7 +101,10 @@ def resume(
     optimizer_state.set_steps(training, run_state.optimizer_steps)
     training.scheduler.step(increment=run_state.schedule_steps)
     if same_streams and run_state.layout == layout(plan):
-        content.set_rng_state(loaded["rng_state"][0])
+        try:
+            content.set_rng_state(loaded["rng_state"])
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from None
     elif plan.config.router.moe_input_jitter_eps or plan.config.router.moe_router_force_load_balancing:
         say("the layout has changed: the random streams of the router start anew")
 
@@ -207,7 +210,7 @@ def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
     wanted, _, factories = load_preprocess(wanted)
     by_key, names, renamed = strategy._replace_state_dict_keys_with_sharded_keys(wanted)
     tensors = strategy.mcore_to_pyt_state_dict(by_key, True)
-    planner = safe_load.Planner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = safe_load.MCoreLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     error = ""
     try:
         torch.distributed.checkpoint.load(tensors, storage_reader=safe_load.Reader(path), planner=planner, no_dist=True)

@@ -1,16 +1,12 @@
 """The tensors of a checkpoint, read part by part, whatever layout wrote them: windows on its files where they can be.
 
-Rule: PyTorch says what a stored chunk is (its dtype, shape and strides, without its data); its bytes are then found in
-the zip file that PyTorch made of it. No process group, no pickle, no whole tensor.
+Rule: a stored chunk's shape is held against the index, and its bytes are found in the zip file that PyTorch made of it
+(archive.py). No process group, no whole tensor.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import os
-import struct
-import zipfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -21,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from mixtrain.checkpoint import safe
+from mixtrain.checkpoint.archive import Archive
 from mixtrain.checkpoint.boxes import Box, boxes
 from mixtrain.errors import UserError
 from mixtrain.windows import window
@@ -60,9 +57,7 @@ class Parts:
             axes += 1
         self.singles[key] = axes
         for chunk in kind.chunks:
-            place = places.get(MetadataIndex(key, chunk.offsets))
-            if place is None:
-                raise UserError(f"{self.directory / safe.METADATA} does not say where a part of {key} lies")
+            place = places[MetadataIndex(key, chunk.offsets)]
             path = self.directory / place.relative_path
             stored = Chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), path, place.offset, place.length)
             self.chunks.setdefault((key, stored.offset[:axes]), []).append(stored)
@@ -165,43 +160,12 @@ def _overlap(chunk: Chunk, box: Box) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _data_offset(chunk: Chunk, dtype: torch.dtype) -> int:
     """The byte of a file at which a chunk's numbers begin. UserError if they are not as the index says."""
-    try:
-        with open(chunk.path, "rb") as file:
-            part = _Part(file, chunk.start, chunk.length)
-            tensor = torch.load(part, map_location="meta", weights_only=True)
-            with zipfile.ZipFile(part) as archive:
-                (record,) = [info for info in archive.infolist() if info.filename.endswith("/data/0")]
-            file.seek(chunk.start + record.header_offset)
-            name, extra = struct.unpack("<26x2H", file.read(30))  # of the record's own header
-    except OSError as error:
-        raise UserError(f"{chunk.path} cannot be read ({error.strerror or error})") from None
-    except Exception as error:  # a damaged zip file or pickle ends in any of them
-        raise UserError(f"{chunk.path} is damaged at byte {chunk.start:,} ({type(error).__name__})") from None
-    plain = isinstance(tensor, torch.Tensor) and tensor.is_contiguous() and not tensor.storage_offset()
-    expected = (chunk.size, dtype, math.prod(chunk.size) * dtype.itemsize, zipfile.ZIP_STORED)
-    if not plain or (tuple(tensor.shape), tensor.dtype, record.file_size, record.compress_type) != expected:
+    with safe.reading(chunk.path) as file:
+        archive = Archive(file, chunk.start, chunk.length)
+        there = archive.numbers(archive.tree())
+    plain = zip(there.size, there.stride, _strides(there.size), strict=True)
+    together = all(n == 1 or stride == expected for n, stride, expected in plain)
+    expected = (chunk.size, dtype, math.prod(chunk.size) * dtype.itemsize)
+    if there.offset or not together or (there.size, there.dtype, there.length) != expected:
         raise UserError(f"{chunk.path} is damaged: a part of {chunk.key} is not what the index says")
-    return chunk.start + record.header_offset + 30 + name + extra
-
-
-class _Part(io.RawIOBase):
-    """Some bytes of a file as a file."""
-
-    def __init__(self, file: io.BufferedReader, start: int, length: int):
-        self.file, self.start, self.length, self.at = file, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
-        return self.at
-
-    def readinto(self, buffer) -> int:
-        self.file.seek(self.start + self.at)
-        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.at)])
-        self.at += count
-        return count
+    return there.start

@@ -1,0 +1,295 @@
+"""A pickle read as text: plain values, and what it names as names. Nothing is imported, called or changed. No torch.
+
+Rule: whatever a pickle would make, by whatever opcode, becomes a Record: a name, arguments, a state. Time and memory
+are linear in the bytes: an opcode takes no more than it has of them, and what all make together has a limit.
+"""
+
+from __future__ import annotations
+
+import pickle
+import pickletools
+import struct
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
+
+MOST = 1 << 28  # bytes of a pickle; the index of the largest models has a fifth of it
+# An honest pickle makes a container or record in twelve bytes; one for each byte would take sixty times its size.
+BYTES_EACH, SPARE = 4, 64
+SHOWN = 100  # characters of a stranger's text
+KEYS = (str, int, bool, float, type(None))  # whose hash takes no recursion
+
+
+class Damaged(ValueError):
+    """These bytes are no pickle of plain records."""
+
+
+class Unwanted(ValueError):
+    """A pickle wants something; the text is a sentence about it."""
+
+
+class Name(NamedTuple):
+    """What a pickle names: a class or a function, which stays a name."""
+
+    module: str
+    name: str
+
+    def __str__(self) -> str:
+        return shown(f"{self.module}.{self.name}")
+
+
+class Record:
+    """What a pickle would have called or made: `args` are what it gives to `of`, `state` is what it would set."""
+
+    __slots__ = ("of", "args", "state")
+
+    def __init__(self, of: Name, args: tuple):
+        self.of, self.args, self.state = of, args, None
+
+
+class Stored(NamedTuple):
+    """A persistent id: torch.save's words for numbers that lie elsewhere in its file."""
+
+    id: Any
+
+
+def shown(text: str) -> str:
+    """Text of a stranger as it may stand on a terminal: short, and without control characters."""
+    text = text if len(text) <= SHOWN else text[:SHOWN] + "..."
+    return text if text.isprintable() else ascii(text)
+
+
+def read(data: bytes, allowed: Mapping[str, Collection[str]]) -> Any:
+    """What a pickle says: plain Python, Names, Records and Stored. `allowed`: module -> the names that it may give.
+
+    Parts may stand at many places and be nested without end: who walks through them must bound both. Unwanted for a
+    name or an opcode that honest pickles do not have, Damaged for everything else that is wrong.
+    """
+    reader = _Reader(data, allowed)
+    try:
+        return reader.run()
+    except (IndexError, UnicodeDecodeError, struct.error):  # it ends early, or takes what is not there
+        raise Damaged(f"at byte {reader.at:,}") from None
+
+
+class _Reader:
+    """A stack, where its marks are, and a list of what can be referred to again."""
+
+    def __init__(self, data: bytes, allowed: Mapping[str, Collection[str]]):
+        self.data, self.allowed, self.at = data, allowed, 0
+        self.stack: list[Any] = []
+        self.marks: list[int] = []
+        self.memo: list[Any] = []
+        self.left = len(data) // BYTES_EACH + SPARE  # containers and records that may still be made
+
+    def run(self) -> Any:
+        data, stop = self.data, pickle.STOP[0]
+        while (opcode := data[self.at]) != stop:
+            self.at += 1
+            if opcode not in STEPS:
+                self.refuse(data[self.at - 1 : self.at])
+            STEPS[opcode](self)
+        if len(self.stack) != 1 or self.marks:
+            raise Damaged(f"at byte {self.at:,}")
+        return self.stack[0]
+
+    def refuse(self, opcode: bytes) -> None:
+        known = pickletools.code2op.get(opcode.decode("latin1"))
+        if known is None:
+            raise Damaged(f"at byte {self.at:,}")
+        raise Unwanted(f"a pickle with the opcode {known.name} is not loaded")
+
+    def number(self, kind: str, size: int) -> Any:
+        (value,) = struct.unpack_from(kind, self.data, self.at)
+        self.at += size
+        return value
+
+    def take(self, size: int) -> bytes:
+        start, self.at = self.at, self.at + size
+        if self.at > len(self.data):
+            raise IndexError
+        return self.data[start : self.at]
+
+    def line(self) -> str:
+        end = self.data.find(b"\n", self.at, self.at + 1024)
+        if end < 0:
+            raise IndexError
+        text = self.take(end - self.at).decode()
+        self.at += 1
+        return text
+
+    def push(self, container: Any) -> None:
+        """A new container or record."""
+        self.left -= 1
+        if self.left < 0:
+            raise Damaged(f"it makes too much of too few bytes, up to byte {self.at:,}")
+        self.stack.append(container)
+
+    def since_mark(self) -> list[Any]:
+        mark = self.marks.pop()
+        items = self.stack[mark:]
+        if mark > len(self.stack):
+            raise IndexError
+        del self.stack[mark:]
+        return items
+
+    def named(self, module: Any, name: Any) -> None:
+        if type(module) is not str or type(name) is not str:
+            raise Damaged(f"at byte {self.at:,}")
+        if name not in self.allowed.get(module, ()):
+            raise Unwanted(f"a pickle that wants {Name(module, name)} is not loaded")
+        self.stack.append(Name(module, name))
+
+
+Step = Callable[[_Reader], None]
+
+
+def _value(value: Any) -> Step:
+    return lambda reader: reader.stack.append(value)
+
+
+def _fixed(kind: str) -> Step:
+    size = struct.calcsize(kind)
+    return lambda reader: reader.stack.append(reader.number(kind, size))
+
+
+def _text(kind: str) -> Step:
+    size = struct.calcsize(kind)
+    return lambda reader: reader.stack.append(reader.take(reader.number(kind, size)).decode())
+
+
+def _bytes(kind: str) -> Step:
+    size = struct.calcsize(kind)
+    return lambda reader: reader.stack.append(reader.take(reader.number(kind, size)))
+
+
+def _long(reader: _Reader) -> None:
+    data = reader.take(reader.number("<B", 1))
+    if len(data) > 8:
+        raise Damaged(f"a number of more than 64 bits at byte {reader.at:,}")
+    reader.stack.append(int.from_bytes(data, "little", signed=True))
+
+
+def _tuple(reader: _Reader) -> None:
+    reader.push(tuple(reader.since_mark()))
+
+
+def _tuple_of(size: int) -> Step:
+    def step(reader: _Reader) -> None:
+        items = tuple(reader.stack[-size:])
+        if len(items) != size:
+            raise IndexError
+        del reader.stack[-size:]
+        reader.push(items)
+
+    return step
+
+
+def _list_of(reader: _Reader) -> list:
+    if type(reader.stack[-1]) is not list:
+        raise Damaged(f"items for what is no list, at byte {reader.at:,}")
+    return reader.stack[-1]
+
+
+def _append(reader: _Reader) -> None:
+    item = reader.stack.pop()
+    _list_of(reader).append(item)
+
+
+def _appends(reader: _Reader) -> None:
+    items = reader.since_mark()
+    _list_of(reader).extend(items)
+
+
+def _set_items(reader: _Reader, items: list[Any]) -> None:
+    target = reader.stack[-1]
+    if type(target) is not dict or len(items) % 2:
+        raise Damaged(f"items for what is no mapping, at byte {reader.at:,}")
+    for key in items[::2]:
+        if not isinstance(key, (*KEYS, Record)):  # a nested tuple's hash would recurse
+            raise Damaged(f"a key of a mapping is no text, number or record, at byte {reader.at:,}")
+    target.update(zip(items[::2], items[1::2], strict=True))
+
+
+def _set_item(reader: _Reader) -> None:
+    value, key = reader.stack.pop(), reader.stack.pop()
+    _set_items(reader, [key, value])
+
+
+def _put(reader: _Reader, place: int) -> None:
+    if place > len(reader.memo):
+        raise IndexError
+    reader.memo[place : place + 1] = [reader.stack[-1]]
+
+
+def _name(reader: _Reader) -> None:
+    reader.named(reader.line(), reader.line())
+
+
+def _stack_name(reader: _Reader) -> None:
+    name, module = reader.stack.pop(), reader.stack.pop()
+    reader.named(module, name)
+
+
+def _make(reader: _Reader) -> None:
+    """NEWOBJ and REDUCE: a record of what would have been made or called. An OrderedDict is a dict."""
+    args, of = reader.stack.pop(), reader.stack.pop()
+    if type(of) is not Name:
+        raise Unwanted("a pickle that calls what is no class or function is not loaded")
+    if type(args) is not tuple:
+        raise Damaged(f"arguments that are no tuple, at byte {reader.at:,}")
+    reader.push({} if of == ("collections", "OrderedDict") and not args else Record(of, args))
+
+
+def _build(reader: _Reader) -> None:
+    state, record = reader.stack.pop(), reader.stack[-1]
+    if type(record) is not Record or record.state is not None:
+        raise Unwanted(f"a pickle that changes {record if type(record) is Name else 'what there is'} is not loaded")
+    if type(state) not in (dict, tuple):
+        raise Damaged(f"a state that is no mapping, at byte {reader.at:,}")
+    record.state = state
+
+
+STEPS: dict[int, Step] = {
+    opcode[0]: step
+    for opcode, step in {
+        pickle.PROTO: lambda reader: reader.take(1) and None,
+        pickle.FRAME: lambda reader: reader.take(8) and None,
+        pickle.MARK: lambda reader: reader.marks.append(len(reader.stack)),
+        pickle.NONE: _value(None),
+        pickle.NEWTRUE: _value(True),
+        pickle.NEWFALSE: _value(False),
+        pickle.BININT: _fixed("<i"),
+        pickle.BININT1: _fixed("<B"),
+        pickle.BININT2: _fixed("<H"),
+        pickle.BINFLOAT: _fixed(">d"),
+        pickle.LONG1: _long,
+        pickle.SHORT_BINUNICODE: _text("<B"),
+        pickle.BINUNICODE: _text("<I"),
+        pickle.BINUNICODE8: _text("<Q"),
+        pickle.SHORT_BINBYTES: _bytes("<B"),
+        pickle.BINBYTES: _bytes("<I"),
+        pickle.BINBYTES8: _bytes("<Q"),
+        pickle.EMPTY_TUPLE: _value(()),
+        pickle.TUPLE1: _tuple_of(1),
+        pickle.TUPLE2: _tuple_of(2),
+        pickle.TUPLE3: _tuple_of(3),
+        pickle.TUPLE: _tuple,
+        pickle.EMPTY_LIST: lambda reader: reader.push([]),
+        pickle.APPEND: _append,
+        pickle.APPENDS: _appends,
+        pickle.EMPTY_DICT: lambda reader: reader.push({}),
+        pickle.SETITEM: _set_item,
+        pickle.SETITEMS: lambda reader: _set_items(reader, reader.since_mark()),
+        pickle.MEMOIZE: lambda reader: reader.memo.append(reader.stack[-1]),
+        pickle.BINPUT: lambda reader: _put(reader, reader.number("<B", 1)),
+        pickle.LONG_BINPUT: lambda reader: _put(reader, reader.number("<I", 4)),
+        pickle.BINGET: lambda reader: reader.stack.append(reader.memo[reader.number("<B", 1)]),
+        pickle.LONG_BINGET: lambda reader: reader.stack.append(reader.memo[reader.number("<I", 4)]),
+        pickle.GLOBAL: _name,
+        pickle.STACK_GLOBAL: _stack_name,
+        pickle.NEWOBJ: _make,
+        pickle.REDUCE: _make,
+        pickle.BUILD: _build,
+        pickle.BINPERSID: lambda reader: reader.push(Stored(reader.stack.pop())),
+    }.items()
+}
