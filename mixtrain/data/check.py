@@ -4,15 +4,17 @@ The rule it keeps: only file sizes, headers and JSON are read (milliseconds, wha
 standard library alone; every problem found is reported, and each names the file or key and both numbers.
 """
 
-import json
 import math
 import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
+from mixtrain import untrusted_json
 from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_sha256, tokenizer_vocab_size
 from mixtrain.errors import UserError
+from mixtrain.untrusted_json import Count, InvalidJson, Name
 
 # The .idx layout is that of megatron/core/datasets/indexed_dataset.py: magic, version, dtype code, number of sequences,
 # number of document boundaries; then lengths (int32) and byte offsets (int64) of the sequences, and boundaries (int64).
@@ -22,6 +24,14 @@ HEADER = struct.Struct("<9sQBQQ")
 BYTES_OF_DTYPE = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}  # uint8 int8 int16 int32 int64 uint16
 # fmt: on
 SPLITS = ("train", "valid", "test")
+
+
+class Facts(TypedDict):
+    """PREFIX.json, as far as it is compared."""
+
+    max_token_id: Count
+    tokenizer_sha256: Name
+    tokenizer: NotRequired[Name | None]
 
 
 @dataclass(frozen=True)
@@ -171,10 +181,10 @@ def _sidecar_problems(prefix: str, tokenizer_dir: Path | None, vocab_size: int) 
     if not path.is_file():
         return []
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        highest, sha256 = int(facts["max_token_id"]), facts["tokenizer_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{path}: not a description written by tools/preprocess_data.py ({error!r})"]
+        facts = untrusted_json.read(path, Facts)
+    except InvalidJson as error:
+        return [f"{error}; it is not a description written by tools/preprocess_data.py"]
+    highest, sha256 = facts["max_token_id"], facts["tokenizer_sha256"]
     problems = []
     if highest >= vocab_size:
         problems.append(
