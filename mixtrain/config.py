@@ -374,6 +374,8 @@ def _out_of_bounds(schema: DictConfig) -> Iterator[str]:
 
 def _bound(value: float, bounds: Mapping[str, float]) -> str | None:
     """What a number must be and is not, or None."""
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "below 2^63"  # what a tensor's size, a step and a seed can be
     if not math.isfinite(value):
         return "a finite number"
     if "minimum" in bounds and value < bounds["minimum"]:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 import numpy
+
+from mixtrain import untrusted_json
+from mixtrain.untrusted_json import Count, InvalidJson
+
+
+class Record(TypedDict):
+    """A line of metrics.jsonl, as far as it is drawn."""
+
+    step: Count
+    lm_loss: NotRequired[float | None]
+    val_loss: NotRequired[float | None]
+    tokens_per_expert: NotRequired[list[list[Count]]]
 
 
 def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
@@ -14,8 +27,8 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     directory = Path(run_dir)
-    records = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    steps = [record for record in records if "lm_loss" in record]
+    records = read(directory / "metrics.jsonl")
+    steps = [record for record in records if "lm_loss" in record and "tokens_per_expert" in record]
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     _losses(left, records, entropy)
@@ -27,6 +40,15 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
     figure.suptitle(title)
     figure.savefig(directory / "report.png", dpi=110)
     return directory / "report.png"
+
+
+def read(metrics: Path) -> list[Record]:
+    """The records of a run. What else stands in the file is not drawn: what was there before the run is said then."""
+    records = []
+    for _, line in untrusted_json.lines(metrics):
+        with suppress(InvalidJson):
+            records.append(untrusted_json.parse(line, Record))
+    return records
 
 
 def _losses(axes, records: list[dict], entropy: float | None) -> None:
@@ -43,6 +65,6 @@ def _losses(axes, records: list[dict], entropy: float | None) -> None:
 
 def _load(steps: list[dict]) -> numpy.ndarray:
     """[layers, experts]: tokens of each expert over the even share, pooled over the last tenth of the logged steps."""
-    tail = steps[-max(1, len(steps) // 10) :]
-    counts = numpy.sum([record["tokens_per_expert"] for record in tail], axis=0)
+    tail = [record["tokens_per_expert"] for record in steps[-max(1, len(steps) // 10) :]]
+    counts = numpy.sum([load for load in tail if list(map(len, load)) == list(map(len, tail[-1]))], axis=0)
     return counts / numpy.maximum(counts.mean(axis=1, keepdims=True), 1e-9)

@@ -5,28 +5,35 @@ Rule: rank 0 writes, the others are given an object that does nothing. One line 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from shutil import copyfile
+from typing import Any, TypedDict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mixtrain import figure
+from mixtrain import figure, untrusted_json
 from mixtrain.checkpoint.directory import write_atomically
 from mixtrain.plan import Plan
 from mixtrain.report import banners, changed_mathematics, render, tags
 from mixtrain.status import read_status, write_status
+from mixtrain.untrusted_json import Count, InvalidJson
 
 COLUMNS = {"step": 7, "lm_loss": 9, "val_loss": 9, "grad_norm": 9, "lr": 9, "balance": 8, "tokens/s": 9, "s/step": 8}
 MOST = 0.9  # of all that is sent, to as few experts as a token has: the others have stopped learning
 QUIET_STEPS = 10  # logged steps between two warnings of the same kind
 LAST = "last"  # marks a record that is there because the run ended, and not at its interval
 HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
+
+
+class Record(TypedDict):
+    """A line of metrics.jsonl, as far as all have the same."""
+
+    step: Count
 
 
 class Logs:
@@ -71,12 +78,14 @@ class Logs:
             head = "".join(f"# {line}\n" for line in self._changes())
             (self.directory / "config.yaml").write_text(head + self.config_yaml)
             (self.directory / "plan.txt").write_text(render(self.plan) + "\n")
-            cut_back(self.directory / "metrics.jsonl", step)
+            damage = cut_back(self.directory / "metrics.jsonl", step)
             self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
             if self.plan.config.logging.tensorboard:
                 self.tensorboard = _tensorboard(self.directory, step)
             self.progress.update(self.task, completed=step)
             self.status("running", "")
+            if damage:
+                self.say(f"warning: {damage}")
         for line in [*banners(self.plan), *self._changes()]:
             self.say(line)
         self.say(HEADER)
@@ -175,20 +184,34 @@ def collapsed_layers(tokens_per_expert: list[list[int]], topk: int) -> list[int]
     ]
 
 
-def cut_back(metrics: Path, step: int) -> None:
-    """Leave of metrics.jsonl what a run that goes on after `step` has written or would have.
+def cut_back(metrics: Path, step: int) -> str:
+    """Leave of metrics.jsonl what a run that goes on after `step` has written or would have; what is wrong with it.
 
     Later records go, also half of one that a killed run has left, and those that were only made because the run ended.
+    Where a line is something else the file is kept as it was, under another name.
     """
     if step == 0 and metrics.exists():  # nothing was saved: the records are all that is left of that run
         os.replace(metrics, metrics.with_suffix(".jsonl.before"))
-    kept = []
-    for line in metrics.read_text(errors="replace").splitlines() if metrics.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            record = json.loads(line)
+    kept, wrong, last = [], {}, 0
+    for last, line in untrusted_json.lines(metrics) if metrics.exists() else ():
+        try:
+            record = untrusted_json.parse(line, Record)
+        except InvalidJson as error:
+            wrong[last] = error
+        else:
             if record["step"] <= step and LAST not in record:
-                kept.append(line + "\n")
+                kept.append(line.decode() + "\n")
+    damaged = [number for number in wrong if number != last or "not valid JSON" not in str(wrong[number])]
+    if damaged:
+        copyfile(metrics, metrics.with_suffix(".jsonl.damaged"))
     write_atomically(metrics, "".join(kept))
+    if not damaged:
+        return ""
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    return (
+        f"line {damaged[0]}{more} of {metrics} is no record ({wrong[damaged[0]]}) and was left out;"
+        f" {metrics.name}.damaged is the file as it was"
+    )
 
 
 def _tensorboard(directory: Path, step: int) -> Any:

@@ -11,17 +11,20 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from mixtrain import untrusted_json
 from mixtrain.checkpoint.directory import steps_in
 from mixtrain.classes import MATHEMATICS, changes
 from mixtrain.config import Config, Resume
 from mixtrain.errors import UserError
 from mixtrain.plan import Plan
-from mixtrain.status import read_status, write_status
+from mixtrain.status import Ending, read_status, write_status
+from mixtrain.untrusted_json import Count, InvalidJson
 
 RUN_FILES = ("status.json", "config.yaml", "metrics.jsonl")  # one of them: a run was here
 LOCK = ".lock"
@@ -31,6 +34,13 @@ LENGTH = ("trainer.max_steps", "optimizer.lr_decay_steps")  # a longer run is th
 IN_A_ROW = "runs in a row started at step"  # in the words of a run that was refused for it
 _held: set[int] = set()  # the locks of this process
 os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])  # a child would keep them
+
+
+class Attempt(TypedDict):
+    """A line of attempts.jsonl."""
+
+    step: Count
+    before: NotRequired[Ending | None]
 
 
 def directory_problems(plan: Plan) -> Iterator[str]:
@@ -57,10 +67,9 @@ def former(directory: str) -> dict:
     """What status.json says of the run before this one; {} if there is none, or nothing that can be read."""
     try:
         found = read_status(directory)
-    except (OSError, ValueError):
+    except (OSError, InvalidJson):
         return {}
-    whole = isinstance(found, dict) and all(isinstance(found.get(key), int) for key in ("step", "max_steps"))
-    return found if whole else {}
+    return found or {}
 
 
 def is_finished(directory: str) -> bool:
@@ -204,13 +213,12 @@ def attempts_problem(run_dir: str, step: int, most: int | None) -> str | None:
     """Why a run should not start at `step` again: `most` in a row did, and none came further or was asked to stop."""
     before = former(run_dir).get("before") or {}
     endings, path = [before], os.path.join(run_dir, ATTEMPTS)
-    for line in reversed(Path(path).read_text(errors="replace").splitlines() if os.path.exists(path) else []):
+    for _, line in reversed(list(untrusted_json.lines(path)) if os.path.exists(path) else []):
         try:
-            attempt = json.loads(line)
-            same = attempt["step"] == step and endings[-1].get("state") not in ("stopped", "finished")
-        except (ValueError, KeyError, TypeError, AttributeError):
+            attempt = untrusted_json.parse(line, Attempt)
+        except InvalidJson:
             break
-        if not same:
+        if attempt["step"] != step or endings[-1].get("state") in ("stopped", "finished"):
             break
         endings.append(attempt.get("before") or {})
     if most is None or len(endings) - 1 < most:

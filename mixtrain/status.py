@@ -5,8 +5,30 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+from mixtrain import untrusted_json
+from mixtrain.untrusted_json import Count
 
 STATES = ("running", "finished", "stopped", "failed")
+
+
+class Ending(TypedDict):
+    """How a run has ended, as it said itself."""
+
+    state: NotRequired[Literal[STATES] | None]
+    reason: NotRequired[str | None]
+
+
+class Status(TypedDict):
+    """status.json."""
+
+    state: Literal[STATES]
+    step: Count
+    max_steps: Count
+    reason: str
+    before: NotRequired[Ending | None]
+    changed_mathematics: NotRequired[list[Any]]
 
 
 def write_status(run_dir: str | Path, *, state: str, step: int, max_steps: int, reason: str, **more: object) -> None:
@@ -21,7 +43,9 @@ def write_status(run_dir: str | Path, *, state: str, step: int, max_steps: int, 
 
 
 def read_status(run_dir: str | Path) -> dict | None:
-    """The status of a run, or None if it has written none yet (the file is there, but empty, while it is claimed)."""
+    """The status of a run, or None if it has written none yet (the file is there, but empty, while it is claimed).
+
+    InvalidJson if it is damaged.
+    """
     path = Path(run_dir) / "status.json"
-    text = path.read_text() if path.exists() else ""
-    return json.loads(text) if text else None
+    return untrusted_json.read(path, Status) if path.exists() and path.stat().st_size else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -59,6 +60,12 @@ def only_a_pickle(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch /tmp/x'\ntR.")
 
 
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 REFUSALS = {
     "00002-of-": lambda folder: sorted(folder.glob("*.safetensors"))[1].unlink(),
     "leads out of its directory, to ../secret.safetensors": lambda folder: change_index(
@@ -75,7 +82,23 @@ REFUSALS = {
     f"{GATE} is torch.bfloat16": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor.bfloat16()),
     "is I64; weights are F32, F16, BF16": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor.long()),
     "is damaged": lambda folder: os.truncate(first_file(folder), 2000),
-    "is not JSON": lambda folder: (folder / "config.json").write_text("{"),
+    "config.json is damaged: not valid JSON (": lambda folder: (folder / "config.json").write_text("{"),
+    "config.json is damaged: nested more than 64 deep": lambda folder: (folder / "config.json").write_text(DEEP),
+    "index.json is damaged: nested more than 64 deep": lambda folder: (folder / hf_files.INDEX).write_text(DEEP),
+    "index.json is damaged: weight_map = 5 is not an object": lambda folder: (folder / hf_files.INDEX).write_text(
+        '{"weight_map": 5}'
+    ),
+    "index.json is damaged: the key \"a\" stands in it twice": lambda folder: (folder / hf_files.INDEX).write_text(
+        '{"weight_map": {"a": "b", "a": "c"}}'
+    ),
+    'the key "\\u001b[2J" is not text without control characters, in weight_map': lambda folder: change_index(
+        folder, lambda names: names.__setitem__("\x1b[2J", "x.safetensors")
+    ),
+    "config.json is damaged: NaN is no number of JSON": lambda folder: change_config(folder, rope_theta=math.nan),
+    "config.json is damaged: the number 1e999 is too large": lambda folder: (folder / "config.json").write_text(
+        '{"rope_theta": 1e999}'
+    ),
+    "config.json is refused: no regular file": lambda folder: a_pipe(folder / "config.json"),
     "config.json is missing": lambda folder: (folder / "config.json").unlink(),
     "model_type = llama": lambda folder: change_config(folder, model_type="llama"),
     "auto_map: the model wants code of its own": lambda folder: change_config(folder, auto_map={"AutoModel": "m.M"}),

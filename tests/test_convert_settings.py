@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from composing import config_of
 from test_convert import SHAPES, SMALL, small
@@ -130,16 +132,28 @@ REFUSED_VALUES = {
     "rope_theta = 0.5: model.rotary_base is a whole number": {"rope_theta": 0.5},
     "rope_theta is missing, in rope_parameters and beside it": {"rope_theta": None},
     "vocab_size is missing": {"vocab_size": ...},
-    "num_hidden_layers = null is not a whole number from 1": {"num_hidden_layers": None},
-    "num_attention_heads = 0 is not a whole number from 1": {"num_attention_heads": 0},
+    "num_hidden_layers = null is not a whole number from 1 to 16,384": {"num_hidden_layers": None},
+    "num_hidden_layers = 1000000 is not a whole number from 1 to 16,384": {"num_hidden_layers": 10**6},
+    f"hidden_size = {10**30} is not a whole number from 1 to 1,048,576": {"hidden_size": 10**30},
+    "vocab_size = 4294967296 is not a whole number from 1 to 2,147,483,647": {"vocab_size": 2**32},
+    "num_hidden_layers = 16000 with num_local_experts = 60000 is beyond every model": {
+        "num_hidden_layers": 16000, "num_local_experts": 60000, "num_key_value_heads": 1,
+    },
+    "num_hidden_layers = 16000 with num_key_value_heads = 32 is beyond every model": {
+        "num_hidden_layers": 16000, "num_key_value_heads": 32,
+    },
+    "tie_word_embeddings = false is not true or false": {"tie_word_embeddings": "false"},
+    "num_attention_heads = 0 is not a whole number from 1 to 65,536": {"num_attention_heads": 0},
     "num_key_value_heads = 3 must divide num_attention_heads = 32": {"num_key_value_heads": 3},
     "num_attention_heads = 24 must divide hidden_size = 4096": {"num_attention_heads": 24},
     "num_experts_per_tok = 9, but num_local_experts = 8": {"num_experts_per_tok": 9},
     "rms_norm_eps = small is not a number between 0 and 1": {"rms_norm_eps": "small"},
-    "rope_theta = 1e6 is not a number above 0": {"rope_theta": "1e6"},
+    "rope_theta = 1e6 is not a number above 0, up to 9,007,199,254,740,992": {"rope_theta": "1e6"},
+    "rope_theta = nan is not a number above 0, up to 9,007,199,254,740,992": {"rope_theta": math.nan},
+    "rope_theta = 1e+300 is not a number above 0, up to 9,007,199,254,740,992": {"rope_theta": 1e300},
     "rope_parameters = [1] is not a mapping": {"rope_parameters": [1]},
     "model_type = null: mixtrain converts mixtral and qwen3_moe": {"model_type": ...},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("problem", REFUSED_VALUES)

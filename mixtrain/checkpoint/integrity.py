@@ -9,12 +9,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypedDict
+
+from mixtrain import untrusted_json
+from mixtrain.untrusted_json import LARGE, Check, Count, Name
 
 MANIFEST = "integrity.json"
 BLOCK = 1 << 24  # bytes
+
+
+FileName = Annotated[Name, Check("the name of a file beside it", lambda name: os.path.basename(name) == name != "")]
+Sha256 = Annotated[str, Check("a SHA-256 in hexadecimal", lambda text: re.fullmatch("[0-9a-f]{64}", text))]
+
+
+class Entry(TypedDict):
+    """What the manifest holds of a file."""
+
+    size: Count
+    sha256: Sha256
+
+
+class Manifest(TypedDict):
+    """integrity.json."""
+
+    files: dict[FileName, Entry]
 
 
 class File(NamedTuple):
@@ -35,18 +56,10 @@ def write_manifest(directory: Path, files: dict[str, File]) -> None:
 
 def read_manifest(directory: Path) -> dict[str, File]:
     """The manifest of a checkpoint. ValueError with what is wrong with it."""
-    try:
-        entries = json.loads((directory / MANIFEST).read_bytes())["files"]
-        files = {name: File(int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
-    except FileNotFoundError:
-        raise ValueError(f"{directory / MANIFEST} is missing") from None
-    except OSError as error:
-        raise ValueError(f"{directory / MANIFEST} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{directory / MANIFEST} is damaged: it is not a list of files") from None
-    if not files or any(os.path.basename(name) != name for name in files):
-        raise ValueError(f"{directory / MANIFEST} is damaged: it does not list the files of its directory")
-    return files
+    entries = untrusted_json.read(directory / MANIFEST, Manifest, most=LARGE)["files"]
+    if not entries:
+        raise ValueError(f"{directory / MANIFEST} is damaged: it lists no file")
+    return {name: File(entry["size"], entry["sha256"]) for name, entry in entries.items()}
 
 
 def problem(directory: Path, full: bool, part: int = 0, of: int = 1, beat: Callable[[], None] = lambda: None) -> str:

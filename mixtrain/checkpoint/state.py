@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from mixtrain import untrusted_json
+from mixtrain.untrusted_json import Check, Count, Name
 
 NAME = "run_state.json"
 
@@ -30,21 +33,32 @@ class RunState:
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
 
 
+# resolved when it was written: ${oc.env:SECRET} would now read what belongs to whoever looks at the checkpoint
+RESOLVED = Check("a resolved configuration, without ${", lambda config: "${" not in str(config))
+
+
+class Written(TypedDict):
+    """run_state.json. What later versions have added need not be there."""
+
+    step: Count
+    consumed_samples: Count
+    schedule_steps: Count
+    optimizer_steps: Count
+    skipped_steps: NotRequired[Count]
+    skipped_in_a_row: NotRequired[Count]
+    validation_due: NotRequired[bool]
+    data: NotRequired[dict[Name, Name]]
+    config: NotRequired[Annotated[dict[str, Any], RESOLVED]]
+    layout: NotRequired[dict[Name, int]]
+    versions: NotRequired[dict[Name, Name]]
+
+
 def to_json(state: RunState) -> str:
     return json.dumps(asdict(state), indent=1) + "\n"
 
 
 def read(directory: Path) -> RunState:
     """The state in a checkpoint. ValueError with what is wrong, naming the file."""
-    path = directory / NAME
-    try:
-        values = json.loads(path.read_bytes())
-        known = {entry.name for entry in fields(RunState)}
-        state = RunState(**{name: value for name, value in values.items() if name in known})
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: no run of mixtrain has written this checkpoint") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f"{path} is damaged: it is not the state of a run") from None
-    return state
+    missing = "no run of mixtrain has written this checkpoint"
+    values = untrusted_json.read(directory / NAME, Written, missing=missing)
+    return RunState(**{entry.name: values[entry.name] for entry in fields(RunState) if entry.name in values})

@@ -5,17 +5,18 @@ Rule: config.json and safetensors alone are read. Nothing there is ever run: a p
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mixtrain import untrusted_json
 from mixtrain.errors import UserError
 from mixtrain.links import file_in
+from mixtrain.untrusted_json import LARGE, Count, InvalidJson, Name
 from mixtrain.windows import window
 
 SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -24,6 +25,20 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHOWN = 5  # problems of a kind
+
+
+class Index(TypedDict):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[Name, Name]  # tensor -> file
+
+
+class Entry(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: Name
+    shape: list[Count]
+    data_offsets: tuple[Count, Count]
 
 
 class Stored(NamedTuple):
@@ -45,7 +60,7 @@ class Stored(NamedTuple):
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json. UserError if there is none."""
-    return _json(directory / CONFIG, "a Hugging Face model has one")
+    return untrusted_json.read(directory / CONFIG, missing="a Hugging Face model has one")
 
 
 def read_tensors(directory: Path) -> dict[str, Stored]:
@@ -75,9 +90,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
         if pickles:
             raise UserError(f"{directory / pickles[0]} is a pickle, which could run anything: give safetensors files")
         raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
-    weight_map = _json(index, "").get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise UserError(f"{index}: weight_map is not a mapping of tensors to files")
+    weight_map = untrusted_json.read(index, Index, most=LARGE)["weight_map"]
     for file in sorted(set(weight_map.values())):
         if os.path.basename(file) != file or file in ("", ".", ".."):
             raise UserError(f"{index} leads out of its directory, to {file}")
@@ -107,12 +120,14 @@ def _header(path: Path) -> dict[str, Stored]:
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            entries = json.loads(file.read(length))
+            entries = untrusted_json.parse(file.read(length))
+        entries.pop("__metadata__", None)
+        if wrong := untrusted_json.problem(entries, dict[Name, Entry]):
+            raise InvalidJson(wrong)
     except (SafetensorError, ValueError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    entries.pop("__metadata__", None)
     for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} is {entry['dtype']}; weights are {', '.join(DTYPES)}")
@@ -120,17 +135,3 @@ def _header(path: Path) -> dict[str, Stored]:
         name: Stored(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
         for name, entry in entries.items()
     }
-
-
-def _json(path: Path, why: str) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: {why}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: it is not JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: a JSON object was expected")
-    return values

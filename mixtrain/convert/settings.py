@@ -14,6 +14,13 @@ from mixtrain.config import Config
 from mixtrain.errors import UserError
 
 REQUIRED = object()  # must be in config.json
+# The largest sizes that are looked into, far beyond every model: with larger ones names are made for minutes, and the
+# shapes of tensors are beyond what a number holds.
+MOST = {"num_hidden_layers": 2**14, "head_dim": 2**16, "num_attention_heads": 2**16, "hidden_size": 2**20}
+MOST |= {"num_local_experts": 2**16, "num_experts": 2**16, "moe_intermediate_size": 2**24, "intermediate_size": 2**24}
+MOST_OF_OTHERS = 2**31 - 1
+MOST_NAMES = 2**18  # layers times experts, and layers times key/value heads
+MOST_THETA = 2**53  # whole numbers in a double
 
 
 class Architecture(NamedTuple):
@@ -129,11 +136,14 @@ def to_hugging_face(config: Config) -> dict[str, Any]:
         raise UserError(*found)
     architecture, theta = architecture_of(config), float(config.model.rotary_base)
     normalised = {architecture.normalised: not config.router.moe_router_pre_softmax} if architecture.normalised else {}
+    sizes = {theirs: value_of(config, ours) for theirs, ours, _ in architecture.same}
+    if wrong := _sizes(sizes, architecture):
+        raise UserError(*[f"config.json: {problem}" for problem in wrong])
     return {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         **architecture.fixed,
-        **{theirs: value_of(config, ours) for theirs, ours, _ in architecture.same},
+        **sizes,
         **normalised,
         "rope_theta": theta,  # transformers 4
         "rope_parameters": {"rope_theta": theta, "rope_type": "default"},  # transformers 5
@@ -161,6 +171,11 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in architecture.fixed.items()
         if name in values and values[name] != value
     ]
+    wrong += [
+        f"{name} = {show(values[name])} is not true or false"
+        for name in ("tie_word_embeddings", architecture.normalised)
+        if not isinstance(values.get(name, False), bool)
+    ]
     if "auto_map" in values:
         wrong.append("auto_map: the model wants code of its own, and none but transformers' is known or run")
     wrong += _sizes(values, architecture)
@@ -185,7 +200,7 @@ def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
     """What is wrong with the numbers of a config.json, each alone and one against another."""
     wrong = []
     for theirs, _, absent in architecture.same:
-        value = values.get(theirs, absent)
+        value, most = values.get(theirs, absent), MOST.get(theirs, MOST_OF_OTHERS)
         if value is REQUIRED:
             wrong.append(f"{theirs} is missing")
         elif value is None and absent is None:
@@ -193,13 +208,18 @@ def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
         elif theirs == "rms_norm_eps":
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
                 wrong.append(f"{theirs} = {show(value)} is not a number between 0 and 1")
-        elif isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            wrong.append(f"{theirs} = {show(value)} is not a whole number from 1")
+        elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            wrong.append(f"{theirs} = {show(value)} is not a whole number from 1 to {most:,}")
     if wrong:
         return wrong
     (experts,) = (theirs for theirs, ours, _ in architecture.same if ours == "model.num_moe_experts")
     if values["num_experts_per_tok"] > values[experts]:
         wrong.append(f"num_experts_per_tok = {values['num_experts_per_tok']}, but {experts} = {values[experts]}")
+    wrong += [
+        f"num_hidden_layers = {values['num_hidden_layers']} with {name} = {values[name]} is beyond every model"
+        for name in (experts, "num_key_value_heads")
+        if values["num_hidden_layers"] * values[name] > MOST_NAMES
+    ]
     divisions = [("num_key_value_heads", "num_attention_heads")]
     if values.get("head_dim") is None:
         divisions.append(("num_attention_heads", "hidden_size"))
@@ -221,8 +241,8 @@ def _rope(values: Mapping[str, Any], name: str) -> tuple[float, list[str]]:
     wrong = []
     if theta is None:
         return 0.0, ["rope_theta is missing, in rope_parameters and beside it"]
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or theta <= 0:
-        return 0.0, [f"rope_theta = {theta} is not a number above 0"]
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta <= MOST_THETA:
+        return 0.0, [f"rope_theta = {theta} is not a number above 0, up to {MOST_THETA:,}"]
     if values.get("rope_theta", theta) != theta:
         wrong.append(f"rope_theta = {values['rope_theta']}, but rope_parameters.rope_theta = {theta}")
     if theta != int(theta):

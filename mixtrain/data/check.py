@@ -4,15 +4,25 @@ The rule it keeps: nothing heavy on import, and no token is read; every problem 
 file or key and both numbers. Sizes, headers and JSON take milliseconds, every entry of an index seconds for 10^8.
 """
 
-import json
 import math
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
+from mixtrain import untrusted_json
 from mixtrain.data.index import Index, entries_problem, read_index
 from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_files, tokenizer_sha256, tokenizer_vocab_size
 from mixtrain.errors import UserError
+from mixtrain.untrusted_json import Count, InvalidJson, Name
 
 SPLITS = ("train", "valid", "test")
+
+
+class Facts(TypedDict):
+    """PREFIX.json, as far as it is compared."""
+
+    max_token_id: Count
+    tokenizer_sha256: Name
+    tokenizer: NotRequired[Name | None]
 
 
 def check_files(
@@ -127,10 +137,10 @@ def _sidecar_problems(prefix: str, tokenizer_dir: Path | None, vocab_size: int) 
     if not path.is_file():
         return []
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        highest, sha256 = int(facts["max_token_id"]), facts["tokenizer_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{path}: not a description written by tools/preprocess_data.py ({error!r})"]
+        facts = untrusted_json.read(path, Facts)
+    except InvalidJson as error:
+        return [f"{error}; it is not a description written by tools/preprocess_data.py"]
+    highest, sha256 = facts["max_token_id"], facts["tokenizer_sha256"]
     problems = []
     if highest >= vocab_size:
         problems.append(

@@ -4,13 +4,13 @@ The rule it keeps: a source streams small items in one fixed order and leaves to
 themselves, and an item that gives no text says why, under its name.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from mixtrain import untrusted_json
 from mixtrain.errors import UserError
 
 FORMATS = ("auto", "text", "jsonl", "directory", "datasets")
@@ -62,9 +62,9 @@ def _json_text(line: bytes, key: str) -> object:
     if not line:
         return ""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise Unreadable(f"not valid JSON ({error})") from error
+        record = untrusted_json.parse(line, Any, only=key)
+    except untrusted_json.InvalidJson as error:
+        raise Unreadable(str(error)) from error
     if not isinstance(record, dict) or key not in record:
         raise Unreadable(f"no key {key!r}")
     return record[key]

@@ -7,16 +7,18 @@ the same sha256 were trained on the same text. Nothing is downloaded.
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
+from mixtrain import untrusted_json
 from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files
 from mixtrain.errors import UserError
+from mixtrain.untrusted_json import Count
 
 # Present in Python 3.11, 3.12 and 3.13, in none of the packages that distributions split off (tkinter, venv, tests),
 # neither generated nor a table, and not announced for removal. pydoc_data/topics.py is the language reference, a
@@ -83,6 +85,13 @@ def corpus(root: Path | None = None) -> tuple[list[Path], int, str]:
     return files, size, digest.hexdigest()
 
 
+class Facts(TypedDict):
+    """text.json, as far as it is said."""
+
+    tokens: Count
+    vocab_size: Count
+
+
 def prepare(cache_dir: Path, vocab_size: int, log=print) -> tuple[Path, Path]:
     """Train a tokenizer on the corpus, index it, and return (prefix of .bin and .idx, tokenizer directory).
 
@@ -96,7 +105,7 @@ def prepare(cache_dir: Path, vocab_size: int, log=print) -> tuple[Path, Path]:
     with _locked(home.with_name(home.name + ".lock"), log):
         if not home.is_dir():
             _build(home, files, vocab_size, log)
-    facts = json.loads((home / "text.json").read_text(encoding="utf-8"))
+    facts = untrusted_json.read(home / "text.json", Facts)
     log(f"data: {len(files)} files of the Python standard library, {size:,} bytes, sha256 {sha256}")
     log(f"data: {facts['tokens']:,} tokens, vocabulary {facts['vocab_size']:,}, in {home}")
     return home / "text", home / "text-tokenizer"

@@ -9,9 +9,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
+from mixtrain import untrusted_json
 from mixtrain.errors import UserError
 from mixtrain.links import copy, file_in
+from mixtrain.untrusted_json import LARGE, whole
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and the end-of-document token
@@ -22,7 +25,43 @@ TOKENIZER_FILES = """
     chat_template.jinja chat_template.json generation_config.json
 """.split()
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+Id = whole(0, 2**31 - 1)
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # without one of them there is no tokenizer
+
+
+class Added(TypedDict):
+    """A token beside the vocabulary."""
+
+    content: str
+    id: Id
+
+
+class Model(TypedDict):
+    vocab: NotRequired[dict[str, Id] | list[tuple[str, float]]]  # Unigram's: a token's id is its place
+
+
+class TokenizerJson(TypedDict):
+    """tokenizer.json, as far as it is read."""
+
+    model: NotRequired[Model]
+    added_tokens: NotRequired[list[Added] | None]
+
+
+class Written(TypedDict):
+    """A token as older versions of transformers write it."""
+
+    content: str
+
+
+Special = NotRequired[str | Written | None]
+
+
+class Settings(TypedDict):
+    """tokenizer_config.json and special_tokens_map.json, as far as they are read."""
+
+    bos_token: Special
+    eos_token: Special
+    pad_token: Special
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
@@ -77,9 +116,7 @@ def tokenizer_eod_id(directory: Path) -> int:
     ids = token_ids(directory)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         path = directory / name
-        token = _read_json(path).get("eos_token") if path.is_file() else None
-        if isinstance(token, dict):  # older versions of transformers write an AddedToken
-            token = token.get("content")
+        token = _text(_settings(path).get("eos_token")) if path.is_file() else None
         if token is not None:
             if token not in ids:
                 raise UserError(f"{path}: eos_token {token!r} is not in the vocabulary of {directory}/tokenizer.json")
@@ -110,26 +147,24 @@ def _tokenizer_json(directory: Path) -> Path:
     return path
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected, not {type(value).__name__}")
-    return value
+def _settings(path: Path) -> Settings:
+    return untrusted_json.read(path, Settings, most=LARGE)
+
+
+def _text(token: str | Written | None) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
 
 
 def token_ids(directory: Path) -> dict[str, int]:
     """Every token and its id: the model's vocabulary (a mapping, or Unigram's list of pairs) and the added tokens."""
     path = _tokenizer_json(directory)
-    content = _read_json(path)
+    content = untrusted_json.read(path, TokenizerJson, most=LARGE)
     vocab = content.get("model", {}).get("vocab")
     if isinstance(vocab, list):
         vocab = {pair[0]: index for index, pair in enumerate(vocab)}
-    if not isinstance(vocab, dict) or not vocab:
+    if not vocab:
         raise UserError(f"{path}: no vocabulary under model.vocab")
-    return {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens", ())}}
+    return {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
 
 
 def tokenizer_files(directory: Path) -> dict[str, Path]:
@@ -160,11 +195,10 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 def special_ids(tokenizer: Path) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id of a tokenizer, where it has them: what config.json repeats."""
     path = tokenizer / "tokenizer_config.json"
-    values = _read_json(path) if path.is_file() else {}
+    values = _settings(path) if path.is_file() else {}
     ids, found = token_ids(tokenizer) if (tokenizer / "tokenizer.json").is_file() else {}, {}
     for name in SPECIAL_IDS:
-        token = values.get(name.removesuffix("_id"))
-        token = token.get("content") if isinstance(token, dict) else token  # older versions of transformers
+        token = _text(values.get(name.removesuffix("_id")))
         if token in ids:
             found[name] = ids[token]
     return found

@@ -10,7 +10,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
+from mixtrain import untrusted_json
 from mixtrain.errors import UserError
 
 NAME = "request.json"
@@ -75,8 +77,14 @@ class Request:
 
     @staticmethod
     def read(folder: str | Path) -> Request:
-        values = json.loads(Path(folder, NAME).read_text())
+        values = untrusted_json.read(Path(folder, NAME), most=1 << 32)
         return Request(**{**values, "sampling": Sampling(**values["sampling"])})
+
+
+class Prompt(TypedDict):
+    """A line of a .jsonl file of prompts."""
+
+    prompt: str
 
 
 def read_prompts(path: str) -> list[str]:
@@ -97,9 +105,6 @@ def read_prompts(path: str) -> list[str]:
 
 def _prompt(where: str, line: str) -> str:
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
-        raise UserError(f'{where}: an object with a text under "prompt" was expected')
-    return value["prompt"]
+        return untrusted_json.parse(line, Prompt, only="prompt")["prompt"]
+    except untrusted_json.InvalidJson as error:
+        raise UserError(f'{where}: {error}; an object with a text under "prompt" is read') from None

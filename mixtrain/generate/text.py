@@ -5,15 +5,23 @@ Rule: nothing is fetched, and no code that lies beside a tokenizer is run.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import NotRequired, TypedDict
 
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
+from mixtrain import untrusted_json
+from mixtrain.data.tokenizer import Id
 from mixtrain.errors import UserError
 
 TOKENS_OF_A_CHARACTER = 4  # at most: the bytes of its UTF-8
+
+
+class GenerationConfig(TypedDict):
+    """generation_config.json, as far as it is read."""
+
+    eos_token_id: NotRequired[Id | list[Id] | None]
 
 
 class Text:
@@ -32,10 +40,7 @@ class Text:
     def ends(self) -> set[int]:
         """The tokens that end a document: the tokenizer's, and those of a generation_config.json beside it."""
         path = Path(self.directory, "generation_config.json")
-        try:
-            more = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.exists() else None
-        except (OSError, ValueError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error})") from None
+        more = untrusted_json.read(path, GenerationConfig).get("eos_token_id") if path.exists() else None
         found = {self.tokenizer.eos_token_id, *(more if isinstance(more, list) else [more])}
         return found - {None}
 

@@ -17,7 +17,10 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import TypedDict
 
+from mixtrain import untrusted_json
+from mixtrain.characters import escaped
 from mixtrain.compose import compose
 from mixtrain.config import Mode
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
@@ -29,9 +32,16 @@ from mixtrain.plan import Plan
 from mixtrain.preflight import recorded
 from mixtrain.run_directory import former, is_in_use
 from mixtrain.status import write_status
+from mixtrain.untrusted_json import Count, InvalidJson
 
 RETURN = "return"  # to the queue
 RETURNS = "returns.jsonl"  # beside the ranks' logs: the step of each return
+
+
+class Return(TypedDict):
+    """A line of returns.jsonl."""
+
+    step: Count
 
 
 def main(arguments: list[str]) -> int:
@@ -104,9 +114,9 @@ def end(plan: Plan, code: int) -> int | str:
 def too_often(logs: Path, step: int, most: int) -> bool:
     """The last `most` returns of this job were at this step, or beyond it (its checkpoint was lost)."""
     steps = []
-    for line in (logs / RETURNS).read_text().splitlines() if (logs / RETURNS).exists() else []:
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            steps.append(json.loads(line)["step"])
+    for _, line in untrusted_json.lines(logs / RETURNS) if (logs / RETURNS).exists() else ():
+        with contextlib.suppress(InvalidJson):
+            steps.append(untrusted_json.parse(line, Return)["step"])
     return len(steps) >= most and all(before >= step for before in steps[len(steps) - most :])
 
 
@@ -129,7 +139,7 @@ def failed(run_dir: Path, logs: Path, status: dict, code: int) -> int:
 
 
 def say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+    print(escaped(words, keep="\n\t"), file=sys.stderr, flush=True)
 
 
 def _text(path: Path) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from mixtrain import contract
+from mixtrain import contract, untrusted_json
 from mixtrain.config import to_yaml
 from mixtrain.errors import Fault
 from mixtrain.moe_metrics import forget_model
@@ -99,7 +99,7 @@ def verdict(plans: Shrunk, out: Path, results: list[dict]) -> tuple[Verdict, dic
 
 
 def figures_in(out: Path) -> dict:
-    return json.loads(out.with_suffix(".json").read_text())
+    return untrusted_json.read(out.with_suffix(".json"))
 
 
 def first_outside(found: Verdict, nodes: list[str]) -> str:
