@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mixtrain.compose import Composed
 from mixtrain.config import Config, Mode
+from mixtrain.contradictions import contradictions
 from mixtrain.environment import Identity
 from mixtrain.plan import Plan, make_plan
 
@@ -13,6 +14,7 @@ def plan_of(job: Composed, problems: list[str], me: Identity | None = None) -> P
 
     A plan that is only printed is that of any machine: how many ranks somebody has started here is not asked.
     """
+    problems = [*problems, *contradictions(job)]
     config = Config.from_hydra(job.tree, problems)
     recipe = job.recipe and (job.recipe.name, Config.from_hydra(job.recipe.tree))
     started = me.world_size if me and config.trainer.mode is not Mode.plan else None

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mixtrain.checkpoint.directory import newest
 from mixtrain.config import Accelerator, DataKind, Dispatcher, LauncherType, TransformerImpl
+from mixtrain.contradictions import settled
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
 from mixtrain.errors import UserError
@@ -82,7 +83,7 @@ def gpus(plan: Plan, overrides: list[str]) -> Problems:
             f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine has {found} GPUs."
             f" To see the plan alone: {train_command(plan_overrides(overrides))}; to try the code path on this CPU:"
             f" {train_command(cpu_overrides(overrides))}"
-            + f"; on the cluster: {train_command([*overrides, 'launcher=slurm'])}"
+            + f"; on the cluster: {train_command([*overrides, 'launcher.type=slurm'])}"
             * (shutil.which("sbatch") is not None)
         )
 
@@ -96,11 +97,11 @@ def cpu_overrides(overrides: list[str]) -> list[str]:
     kept = _without(overrides, "shrink", "trainer.accelerator", "trainer.devices", "trainer.num_nodes")
     if not any(_key(text) == "recipe" for text in kept):
         return [*kept, "trainer.accelerator=cpu"]
-    shrunk = []
+    shrunk, kept = [], _without(kept, "trainer")  # the shrink has a trainer of its own
     for text in kept:
         if _key(text).split(".")[0] != "data":  # the vocabulary is shrunk too: not for tokens of one's own
             shrunk += [text, "+shrink=laptop"] if _key(text) == "recipe" else [text]
-    return shrunk
+    return [*shrunk, *settled(shrunk, "laptop")]
 
 
 def _without(overrides: list[str], *keys: str) -> list[str]:

@@ -21,6 +21,10 @@ from train import main
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 INDEXED = ["data=indexed", "data.seq_length=128"]
+OF_TRAINER = ["trainer.max_steps=9", "trainer.recompute_granularity=null", "trainer.recompute_method=null"]
+OF_TRAINER += ["trainer.recompute_num_layers=null"]
+OF_MODEL = ["num_layers=null", "hidden_size=128", "ffn_hidden_size=256", "num_attention_heads=8", "kv_channels=16"]
+OF_MODEL += ["moe_ffn_hidden_size=256", "vocab_size=1024", "max_position_embeddings=128", "hf_model=null"]
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +66,9 @@ def test_missing_gpus_are_counted_with_both_ways_to_go_on():
     ([RECIPE, "data=indexed", "data.data_path=[x]", "data.tokenizer=y"], [RECIPE, "+shrink=laptop"]),
     (["trainer.accelerator=gpu", "trainer.mode=train"], ["trainer.mode=train", "trainer.accelerator=cpu"]),
     (["trainer=node8"], ["trainer=node8", "trainer.accelerator=cpu"]),
+    ([RECIPE, "trainer=node8", "trainer.num_nodes=2", *OF_TRAINER], [RECIPE, "+shrink=laptop", *OF_TRAINER]),
+    ([RECIPE, "model=mixtral_8x7b"],
+     [RECIPE, "+shrink=laptop", "model=mixtral_8x7b", *[f"model.{word}" for word in OF_MODEL]]),
 ])
 # fmt: on
 def test_what_is_advised_where_there_are_no_gpus_can_be_typed_and_is_not_refused(overrides, on_cpu):

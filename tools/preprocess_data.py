@@ -4,10 +4,13 @@
     python tools/preprocess_data.py INPUT --output PREFIX --train-tokenizer 32000
 
 INPUT is a text file (one document), a .jsonl file (one document a line, under --json-key), a directory (every text
-file below it a document, hidden ones left out), or a path or name that `datasets.load_dataset` takes. With
---input-format auto, a file is judged by its suffix (.jsonl .ndjson; .txt .text .md .rst .py; .parquet .arrow .json
-.csv for datasets), a directory is a data set if it holds .parquet files or was saved by `datasets`, and a name that is
-no path is a data set's.
+file below it a document, hidden ones left out), a path or name that `datasets.load_dataset` takes (--column of
+--split), or a quoted pattern of files such as 'data/*.parquet'. With --input-format auto, a file is judged by its
+suffix (.jsonl .ndjson; .txt .text .md .rst .py; .parquet .arrow .json .csv for datasets), and a name that is no path is
+a data set's. A directory is a data set if it was saved by `datasets`, holds .parquet or .arrow files, or holds files of
+records (.jsonl .json .csv) and either is a clone of the hub's or holds nothing else but README and LICENSE. A file that
+would be left out, or read as what it is not, is an error: say what to read with --suffix, a pattern, or --input-format
+directory (all of it is text).
 
 Writes PREFIX.bin, PREFIX.idx, PREFIX.json (counts, highest token id, hashes) and, with --train-tokenizer,
 PREFIX-tokenizer. Every document ends with the tokenizer's end-of-document token. Documents that are empty or cannot
@@ -42,7 +45,8 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--input-format", choices=FORMATS, default="auto", help="what INPUT is (default: auto)")
     add("--json-key", default="text", help="key of the text in a .jsonl line (default: text)")
     add("--suffix", nargs="+", default=(), help="take files of a directory that end so: --suffix .py .rst")
-    add("--split", default="train", help="split of a data set (default: train)")
+    add("--split", help="split of a data set, or a part of it: 'train[:10%%]', 'train[:900]+test' (default: train)")
+    add("--subset", metavar="NAME", help="subset (configuration) of a data set that has several")
     add("--column", default="text", help="column of a data set that holds the text (default: text)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that tokenize (default: %(default)s, the cores)")
     add("--overwrite", action="store_true", help="replace existing output")
@@ -54,7 +58,7 @@ def main() -> int:
     try:
         source = open_source(
             args.input, args.input_format, json_key=args.json_key, suffixes=tuple(args.suffix),
-            split=args.split, column=args.column,
+            split=args.split, column=args.column, subset=args.subset,
         )  # fmt: skip
         facts = preprocess(
             source, Path(args.output), args.tokenizer, train_vocab_size=args.train_tokenizer,

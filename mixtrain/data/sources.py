@@ -4,13 +4,15 @@ The rule it keeps: a source streams small items in one fixed order and leaves to
 themselves, and an item that gives no text says why, under its name.
 """
 
-import os
+import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from mixtrain import untrusted_json
+from mixtrain.data.directory import PACKED, POINTER, RECORDS, TABLES, has_card, lies_beside, saved_by_datasets, walk
+from mixtrain.data.rows import load_rows, reason
 from mixtrain.errors import UserError
 
 FORMATS = ("auto", "text", "jsonl", "directory", "datasets")
@@ -21,8 +23,6 @@ FORMAT_OF_SUFFIX = {
     ".parquet": "datasets", ".arrow":  "datasets", ".json":  "datasets", ".csv": "datasets",
 }
 # fmt: on
-BUILDER_OF_SUFFIX = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
-SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a directory
 
 
 class Unreadable(Exception):
@@ -42,7 +42,10 @@ class Item:
         """The document's text. Raises Unreadable with the reason where there is none."""
         try:
             if isinstance(self.content, Path):
-                text = self.content.read_bytes().decode("utf-8-sig")
+                content = self.content.read_bytes()
+                if content.startswith(POINTER):
+                    raise Unreadable("a Git LFS pointer, its content was not fetched")
+                text = content.decode("utf-8-sig")
             elif isinstance(self.content, bytes):
                 text = _json_text(self.content, self.json_key)
             else:
@@ -110,98 +113,125 @@ class Rows:
 
     dataset: object
     column: str
+    name: str = ""
+    length: int | None = None  # where it is known
     unit: ClassVar[str] = "rows"
 
     def items(self) -> Iterator[Item]:
-        for number, row in enumerate(self.dataset):
+        rows, number = iter(self.dataset), 0
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # the library raises a dozen types, with no base class of its own
+                raise UserError(f"{self.name}: `datasets` cannot read row {number}: {reason(error)}") from error
+            if row is None:
+                return
             yield Item(f"row {number}", row[self.column])
+            number += 1
 
     def total(self) -> int | None:
-        return len(self.dataset) if hasattr(self.dataset, "__len__") else None  # a stream does not know
+        return len(self.dataset) if hasattr(self.dataset, "__len__") else self.length
+
+
+@dataclass
+class Several:
+    """The items of several sources, one source after the other."""
+
+    sources: list
+    unit: ClassVar[str] = "bytes"
+
+    def items(self) -> Iterator[Item]:
+        for source in self.sources:
+            yield from source.items()
+
+    def total(self) -> int:
+        return sum(source.total() for source in self.sources)
 
 
 def open_source(
     name: str, input_format: str = "auto", *, json_key: str = "text", suffixes: tuple[str, ...] = (),
-    split: str = "train", column: str = "text",
+    split: str | None = None, column: str = "text", subset: str | None = None,
 ):  # fmt: skip
-    """The source meant by a name and a format. Raises UserError where nothing can be read under that name."""
-    path = Path(name)
-    kind = detect_format(name) if input_format == "auto" else input_format
-    if suffixes and kind != "directory":
-        raise UserError(f"{name} is read as {kind}, and --suffix chooses among the files of a directory; leave it out")
+    """The source meant by a name or a pattern, and a format. Raises UserError where nothing can be read there."""
+    path, files = Path(name), matching(name)
+    kind = detect_format(name, suffixes) if input_format == "auto" else input_format
+    _refuse_idle(name, kind, json_key, suffixes, {"split": split, "column": column, "subset": subset})
     if kind == "datasets":
-        return Rows(_load_rows(name, split, column), column)
+        rows, length = load_rows(name, split, column, subset, files)
+        return Rows(rows, column, name, length)
+    if files:
+        if kind == "directory":
+            raise UserError(f"{name} is a pattern of files; leave --input-format directory out, or give a directory")
+        sources = [JsonLines(Path(file), json_key) for file in files]
+        return Several(sources) if kind == "jsonl" else Files(Path(), files)
     if not path.exists():
         raise UserError(f"{name}: no such file or directory")
     if kind == "directory":
-        return Files(path, _walk(path, suffixes))
+        return Files(path, walk(path, suffixes))
     if path.is_dir():
         raise UserError(f"{name} is a directory; use --input-format directory or datasets")
     return JsonLines(path, json_key) if kind == "jsonl" else Files(path.parent, [path.name])
 
 
-def detect_format(name: str) -> str:
+def _refuse_idle(name: str, kind: str, json_key: str, suffixes: tuple[str, ...], of_rows: dict) -> None:
+    """An option that the format does not read was meant for something."""
+    if suffixes and kind != "directory":
+        raise UserError(f"{name} is read as {kind}, and --suffix chooses among the files of a directory; leave it out")
+    if json_key != "text" and kind != "jsonl":
+        hint = f"; type --column {json_key}" if kind == "datasets" else "; leave it out"
+        raise UserError(f"{name} is read as {kind}, and --json-key is for .jsonl files{hint}")
+    given = [option for option, value in of_rows.items() if value not in (None, "text")]
+    if given and kind != "datasets":
+        hint = "--input-format datasets" if kind == "jsonl" else "or leave it out"
+        raise UserError(f"{name} is read as {kind}, and --{given[0]} is for the rows of a data set; type {hint}")
+
+
+def detect_format(name: str, suffixes: tuple[str, ...] = ()) -> str:
     """What `auto` means: a file by its suffix, a directory by what lies in it, and any other name a data set."""
     path = Path(name)
-    kind = FORMAT_OF_SUFFIX.get(path.suffix.lower())
     if path.is_dir():
-        tables = any(path.glob("*.parquet")) or any(path.glob("data/*.parquet"))
-        return "datasets" if tables or _saved_by_datasets(path) else "directory"
-    if path.is_file():
-        if kind is None:
-            known = " ".join(FORMAT_OF_SUFFIX)
-            raise UserError(f"{path}: no format goes with the suffix {path.suffix!r} ({known}); give --input-format")
-        return kind
-    if kind is not None or name.startswith((".", "/", "~")):
+        return _format_of_directory(path, suffixes)
+    files = matching(name) or ([name] if path.is_file() else [])
+    kinds = {FORMAT_OF_SUFFIX.get(Path(file).suffix.lower()): file for file in files}
+    if None in kinds:
+        known = " ".join(FORMAT_OF_SUFFIX)
+        file = kinds[None]
+        raise UserError(f"{file}: no format goes with the suffix {Path(file).suffix!r} ({known}); give --input-format")
+    if len(kinds) > 1:
+        raise UserError(f"{name}: {' and '.join(kinds.values())} are not of one format; give a narrower pattern")
+    if kinds:
+        return next(iter(kinds))
+    if path.suffix.lower() in FORMAT_OF_SUFFIX or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such file or directory")
     return "datasets"
 
 
-def _saved_by_datasets(path: Path) -> bool:
-    return any((path / name).is_file() for name in SAVED_BY_DATASETS)
+def _format_of_directory(path: Path, suffixes: tuple[str, ...]) -> str:
+    """A data set of `datasets`, or a directory of text; a mixture, of which either leaves a part out, is refused."""
+    if saved_by_datasets(path):
+        return "datasets"
+    names = walk(path, suffixes)
+    records = [name for name in names if Path(name).suffix.lower() in (*RECORDS, *PACKED) and not lies_beside(name)]
+    others = [name for name in names if name not in set(records) and not lies_beside(name)]
+    say = f"say what to read: --suffix of the text, a pattern as in '{path}/**/*.jsonl', or --input-format directory"
+    if suffixes:
+        if records:
+            raise UserError(f"{path}/{records[0]} is a file of records, and --suffix is for files of text; {say}")
+        return "directory"
+    if has_card(path) and not records:
+        raise UserError(f"{path}/README.md describes a data set, and there is no file of records; {say}")
+    if any(name.lower().endswith(TABLES) for name in records) or (records and (has_card(path) or not others)):
+        return "datasets"
+    if records:
+        raise UserError(f"{path}/{records[0]} is no text, and {others[0]} beside it may be; {say}")
+    return "directory"
 
 
-def _walk(root: Path, suffixes: tuple[str, ...]) -> list[str]:
-    """Files below the root in order of their names; hidden ones and __pycache__ are left out: nobody wrote those."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}")
-
-    if not root.is_dir():
-        raise UserError(f"{root} is not a directory")
-    names = []
-    for folder, subfolders, files in os.walk(root, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
-        for name in files:
-            if not name.startswith(".") and (not suffixes or name.endswith(suffixes)):
-                names.append((Path(folder) / name).relative_to(root).as_posix())
-    if not names:
-        raise UserError(f"{root}: no file{' that ends in ' + ' or '.join(suffixes) if suffixes else ''} there")
-    return sorted(names)
-
-
-def _load_rows(name: str, split: str, column: str):
-    """A Hugging Face data set with one column, streamed where it would be copied into a cache first."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(f"{name}: to read it, install the package `datasets`") from error
-    path, builder = Path(name), BUILDER_OF_SUFFIX.get(Path(name).suffix.lower())
-    if path.is_file() and builder is None:
-        raise UserError(f"{name}: as a file of a data set it must end in {' or '.join(BUILDER_OF_SUFFIX)}")
-    try:
-        if _saved_by_datasets(path):
-            rows = datasets.load_from_disk(name)
-            rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        elif path.is_file():
-            rows = datasets.load_dataset(builder, data_files={split: name}, split=split, streaming=True)
-        else:
-            rows = datasets.load_dataset(name, split=split, streaming=True)
-        columns = rows.column_names or list(next(iter(rows), {}))
-    except Exception as error:  # the library raises a dozen types, with no base class of its own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        missing = "" if path.exists() else "no such path, and "
-        raise UserError(f"{name}: {missing}`datasets` cannot load the split {split!r} of it: {reason}") from error
-    if column not in columns:
-        raise UserError(f"{name}: no column {column!r} in split {split!r}; there is {', '.join(columns) or 'no row'}")
-    return rows.select_columns([column])
+def matching(name: str) -> list[str]:
+    """The files that a pattern such as data/*.parquet stands for, in order of their names; none if it is no pattern."""
+    if not glob.has_magic(name) or Path(name).exists():
+        return []
+    found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
+    if not found:
+        raise UserError(f"{name}: no file fits this pattern")
+    return found

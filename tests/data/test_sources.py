@@ -113,5 +113,5 @@ def test_a_format_that_does_not_fit_is_refused(tmp_path):
         open_source(str(tmp_path / "a.txt"), suffixes=(".txt",))
     with pytest.raises(UserError, match="as a file of a data set it must end in .parquet or"):
         open_source(str(tmp_path / "a.txt"), "datasets")
-    with pytest.raises(UserError, match="cannot load the split 'nosuch'"):
+    with pytest.raises(UserError, match="no split 'nosuch'; there is train"):
         open_source(str(tmp_path), "datasets", split="nosuch")
