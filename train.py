@@ -32,8 +32,7 @@ from mixtrain.machine import machine_problems
 from mixtrain.plan import Plan
 from mixtrain.preflight import recorded
 from mixtrain.report import render
-from mixtrain.run_directory import claimed, finished_already, shared_directories
-from mixtrain.status import read_status
+from mixtrain.run_directory import claimed, finished_already, former, shared_directories
 
 
 def main(argv: list[str]) -> int:
@@ -90,7 +89,7 @@ def run_jobs(plans: list[tuple[Plan, list[str]]], me: Identity | None) -> int:
 
 def was_stopped(plan: Plan) -> bool:
     """A run of this machine's was: those of the cluster have not begun."""
-    return place(plan) is LauncherType.local and read_status(recorded(plan).config.run_dir)["state"] == "stopped"
+    return place(plan) is LauncherType.local and former(recorded(plan).config.run_dir).get("state") == "stopped"
 
 
 def train(plan: Plan, me: Identity) -> int:

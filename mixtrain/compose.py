@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import sys
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mixtrain import scratch
 from mixtrain.characters import CONTROL
 from mixtrain.config import FREE, legal_keys, unknown_key
 from mixtrain.errors import UserError
@@ -150,8 +150,8 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
                 tree.run_dir = tree.run_dir  # now: ${hydra:job.num} has no value once Hydra is through
         jobs.append(Composed(tree, OmegaConf.to_container(overrides, resolve=False)))  # its recipe: below
 
-    with tempfile.TemporaryDirectory(prefix="mixtrain-") as scratch:  # a sweep leaves a multirun.yaml somewhere
-        before, sys.argv = sys.argv, [sys.argv[0], *words, f"hydra.sweep.dir='{scratch}'"]
+    with scratch.folder() as folder:  # a sweep leaves a multirun.yaml somewhere
+        before, sys.argv = sys.argv, [sys.argv[0], *words, f"hydra.sweep.dir='{folder}'"]
         try:
             collect()
         except SystemExit as stop:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
 import re
 import signal
 import socket
+import struct
 import sys
 from dataclasses import dataclass
 
@@ -16,6 +19,7 @@ from mixtrain.errors import UserError
 FOLDER = "MIXTRAIN_FOLDER"  # holds their plan, and the file they meet at
 LAUNCHER = "MIXTRAIN_LAUNCHER"  # the process that started them
 
+INTERFACES = "GLOO_SOCKET_IFNAME"  # gloo's own: where it listens
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_LOCALID", "SLURM_JOB_ID")
 
@@ -94,6 +98,29 @@ def _slurm_rendezvous() -> str:
         host = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1")).split(",")[0]
     port = os.environ.get("MASTER_PORT", 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
     return f"tcp://{host}:{port}"
+
+
+def interface_problem(names: str) -> str:
+    """Why gloo cannot listen at the network interfaces `names`; "" where it can, or where that cannot be known here."""
+    for name in filter(None, names.split(",")) if sys.platform == "linux" else ():
+        if wrong := _is_unusable(name):
+            return (
+                f"the ranks meet over the network interface {name} ({INTERFACES}), which {wrong};"
+                f" {INTERFACES}=NAME takes another"
+            )
+    return ""
+
+
+def _is_unusable(interface: str) -> str:
+    get_flags, up = 0x8913, 1  # SIOCGIFFLAGS and IFF_UP of Linux
+    request = struct.pack("16sH14x", interface.encode()[:15], 0)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
+            flags = struct.unpack("16sH14x", fcntl.ioctl(any_socket, get_flags, request))[1]
+        except OSError as error:
+            there = ", ".join(name for _, name in socket.if_nameindex())
+            return f"this machine lacks (it has {there or 'none'})" if error.errno == errno.ENODEV else ""
+    return "" if flags & up else f"is down: `ip link set {interface} up` as root"
 
 
 def die_with(launcher: int) -> None:

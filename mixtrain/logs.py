@@ -5,6 +5,7 @@ Rule: rank 0 writes, the others are given an object that does nothing. One line 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,9 +19,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mixtrain import figure, untrusted_json
 from mixtrain.checkpoint.directory import write_atomically
+from mixtrain.outlook import Unwritable, writing
 from mixtrain.plan import Plan
 from mixtrain.report import banners, changed_mathematics, render, tags
-from mixtrain.status import read_status, write_status
+from mixtrain.run_directory import former
+from mixtrain.status import write_status
 from mixtrain.untrusted_json import Count, InvalidJson
 
 COLUMNS = {"step": 7, "lm_loss": 9, "val_loss": 9, "grad_norm": 9, "lr": 9, "balance": 8, "tokens/s": 9, "s/step": 8}
@@ -42,11 +45,12 @@ class Logs:
     def __init__(self, plan: Plan, writes: bool, config_yaml: str):
         self.plan, self.writes, self.config_yaml = plan, writes, config_yaml
         self.directory = Path(plan.config.run_dir)
-        self.steps_done, self.last_val_loss = (read_status(self.directory) or {}).get("step", 0), None
+        self.steps_done, self.last_val_loss = former(str(self.directory)).get("step", 0), None
+        self.metrics = self.tensorboard = None
         if not writes:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.metrics = self.tensorboard = None
+        with contextlib.suppress(OSError):  # what cannot be written there says so itself
+            self.directory.mkdir(parents=True, exist_ok=True)
         self.since_warned = QUIET_STEPS
         self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
         self.progress = _progress(self.console)
@@ -59,9 +63,11 @@ class Logs:
         if self.writes:
             self.progress.stop()
             if self.metrics:
-                self.metrics.close()
+                with contextlib.suppress(OSError):  # each line is written at once; what failed has been said
+                    self.metrics.close()
             if self.tensorboard:
-                self.tensorboard.close()
+                with contextlib.suppress(OSError):
+                    self.tensorboard.close()
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -76,12 +82,13 @@ class Logs:
         self.steps_done = step
         if self.writes:
             head = "".join(f"# {line}\n" for line in self._changes())
-            (self.directory / "config.yaml").write_text(head + self.config_yaml)
-            (self.directory / "plan.txt").write_text(render(self.plan) + "\n")
-            damage = cut_back(self.directory / "metrics.jsonl", step)
-            self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
-            if self.plan.config.logging.tensorboard:
-                self.tensorboard = _tensorboard(self.directory, step)
+            with writing(self.directory):
+                (self.directory / "config.yaml").write_text(head + self.config_yaml)
+                (self.directory / "plan.txt").write_text(render(self.plan) + "\n")
+                damage = cut_back(self.directory / "metrics.jsonl", step)
+                self.metrics = open(self.directory / "metrics.jsonl", "a", buffering=1)
+                if self.plan.config.logging.tensorboard:
+                    self.tensorboard = _tensorboard(self.directory, step)
             self.progress.update(self.task, completed=step)
             self.status("running", "")
             if damage:
@@ -153,21 +160,35 @@ class Logs:
         )
 
     def status(self, state: str, reason: str) -> None:
+        """Replace status.json. Unwritable if it cannot be."""
         if self.writes:
             steps = self.plan.config.trainer.max_steps
             changed = {"changed_mathematics": changed_mathematics(self.plan)} if self.plan.recipe else {}
-            write_status(self.directory, state=state, step=self.steps_done, max_steps=steps, reason=reason, **changed)
+            with writing(self.directory / "status.json"):
+                write_status(
+                    self.directory, state=state, step=self.steps_done, max_steps=steps, reason=reason, **changed
+                )
+
+    def failed(self, reason: str) -> str:
+        """Leave in status.json that the run has failed; "", or that this could not be written."""
+        try:
+            self.status("failed", reason)
+        except Unwritable as error:
+            return str(error)
+        return ""
 
     def _write(self, facts: dict[str, Any], last: bool) -> None:
         if tags(self.plan):
             facts = {**facts, "tags": tags(self.plan)}
         if last:
             facts = {**facts, LAST: True}
-        self.metrics.write(json.dumps(facts, allow_nan=False) + "\n")
+        with writing(self.directory / "metrics.jsonl"):
+            self.metrics.write(json.dumps(facts, allow_nan=False) + "\n")
         if self.tensorboard:
-            for name, value in facts.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self.tensorboard.add_scalar(name, value, facts["step"])
+            with writing(self.directory / "tensorboard"):
+                for name, value in facts.items():
+                    if isinstance(value, (int, float)) and name != "step":
+                        self.tensorboard.add_scalar(name, value, facts["step"])
 
 
 def _show(number: float | None, digits: int) -> str:

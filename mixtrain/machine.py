@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mixtrain.checkpoint.directory import newest
+from mixtrain.checkpoint.directory import MARGIN, newest
 from mixtrain.config import Accelerator, DataKind, Dispatcher, LauncherType, TransformerImpl
 from mixtrain.contradictions import settled
 from mixtrain.data.check import check_files
@@ -151,10 +151,10 @@ def room_for_checkpoints(plan: Plan) -> Problems:
     if not plan.saves or there is None:
         return
     disk, needed = shutil.disk_usage(there), plan.checkpoint_bytes
-    if disk.total and disk.free < needed:
+    if disk.total and disk.free < needed + MARGIN:
         yield (
-            f"run_dir = {plan.config.run_dir}: a checkpoint takes {needed:,} bytes, but {disk.free:,} are free on its"
-            " disk; free some, give a run_dir on another disk, or checkpoint=none"
+            f"run_dir = {plan.config.run_dir}: a checkpoint takes {needed:,} bytes and a margin of {MARGIN:,}, but"
+            f" {disk.free:,} are free on its disk; free some, give a run_dir on another disk, or checkpoint=none"
         )
 
 

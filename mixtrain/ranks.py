@@ -17,7 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from mixtrain.config import Accelerator
-from mixtrain.environment import Identity
+from mixtrain.environment import INTERFACES, Identity, interface_problem
+from mixtrain.errors import UserError
 from mixtrain.plan import Plan
 
 # fmt: off
@@ -47,6 +48,8 @@ class Ranks:
 @contextlib.contextmanager
 def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
     """torch.distributed and Megatron-Core's groups for the plan's layout, until the block ends."""
+    if (names := os.environ.get(INTERFACES)) and (wrong := interface_problem(names)):
+        raise UserError(wrong)  # gloo's own words for it come after 40 s, and are a traceback
     if plan.config.trainer.deterministic:
         be_deterministic()
     device = torch.device("cpu")

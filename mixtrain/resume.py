@@ -57,8 +57,11 @@ def refuse_a_crash_loop(plan: Plan, ranks: Ranks, start: Start) -> None:
     run_dir, most, problem = plan.config.run_dir, plan.config.checkpoint.max_attempts, None
     if ranks.is_first and plan.saves:
         problem = attempts_problem(run_dir, start.state.step, most)
-        if not problem:
-            record_attempt(run_dir, start.state.step)
+        try:
+            if not problem:
+                record_attempt(run_dir, start.state.step)
+        except OSError as error:
+            problem = f"run_dir = {run_dir}: {error.filename} cannot be written ({error.strerror})"
     if problem := _of_first(ranks, problem):
         raise UserError(problem)
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from mixtrain import cpu, preflight, upstream
+from mixtrain import cpu, preflight, streams, upstream
 from mixtrain.config import Accelerator, DataKind, Mode, to_yaml
 from mixtrain.environment import FOLDER, Identity
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
 from mixtrain.logs import Logs
+from mixtrain.outlook import Unwritable, explains_itself, outlook
 from mixtrain.plan import Plan
 from mixtrain.preflight import meeting
 from mixtrain.stop import StopRequest
@@ -23,6 +24,7 @@ from mixtrain.watchdog import Watchdog, beat
 
 def run(plan: Plan, me: Identity) -> int:
     """Train the plan as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
+    streams.forgive()
     folder = os.environ.get(FOLDER) if me.is_ours else None
     with (
         StopRequest() as stop,
@@ -31,25 +33,36 @@ def run(plan: Plan, me: Identity) -> int:
             me.rank,
             plan.config.trainer.timeout_minutes,
             folder,
-            lambda words: logs.status("failed", words),
+            logs.failed,
         ),
     ):
         try:
             _run(plan, me, logs, stop)
             return FINISHED
         except UserError as error:
-            logs.status("failed", " | ".join(error.problems))
+            logs.failed(" | ".join(error.problems))
             print_problems(error.problems, me.node)
             return REFUSED
-        except Fault as fault:
-            logs.status("failed", str(fault))
-            print(f"mixtrain: {fault}", file=sys.stderr)
-            return FAULT
         except Exception as error:
-            logs.status("failed", f"rank {me.rank}: {type(error).__name__}: {error}")
-            print(f"rank {me.rank}:", file=sys.stderr)
-            traceback.print_exc()
-            return FAULT
+            return _fault(plan, me, logs, error)
+
+
+def _fault(plan: Plan, me: Identity, logs: Logs, error: Exception) -> int:
+    """Say what has gone wrong, in one line if it explains itself, in status.json too if that can be written."""
+    words = str(error) if isinstance(error, Fault) else f"rank {me.rank}: {type(error).__name__}: {error}"
+    unwritten = isinstance(error, Unwritable)
+    if plain := not unwritten and explains_itself(plan, error):
+        words, unwritten = f"rank {me.rank}: {error.filename or plan.config.run_dir}: {error.strerror}", True
+    if unwritten:
+        words = f"{words}; {outlook(plan, error.errno)}"
+    if (wrong := logs.failed(words)) and wrong not in words and not me.is_ours:  # our launcher says it itself
+        words = f"{words}; {wrong}"
+    if plain or isinstance(error, Fault):
+        print(f"mixtrain: {words}", file=sys.stderr)
+    else:
+        print(f"rank {me.rank}:", file=sys.stderr)
+        traceback.print_exc()
+    return FAULT
 
 
 def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:

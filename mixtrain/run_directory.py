@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from mixtrain import untrusted_json
+from mixtrain import locks, untrusted_json
 from mixtrain.checkpoint.directory import steps_in
 from mixtrain.classes import MATHEMATICS, changes
 from mixtrain.config import Config, Resume
@@ -126,7 +126,7 @@ def claimed(plan: Plan, folder: str = "") -> Iterator[None]:
     run_dir = plan.config.run_dir
     try:
         Path(run_dir, folder).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(os.path.join(run_dir, LOCK), os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = locks.open_lock(os.path.join(run_dir, LOCK))
     except (OSError, ValueError) as error:
         raise UserError(_unusable(run_dir, error)) from None
     _held.add(descriptor)
@@ -159,9 +159,9 @@ def _lock(descriptor: int, run_dir: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
         raise UserError(
-            f"run_dir = {run_dir} is in use by {owner}; wait for it, or give another: run_dir={free_name(run_dir)}"
+            f"run_dir = {run_dir} is in use by {locks.holder(descriptor)}; wait for it, or give another:"
+            f" run_dir={free_name(run_dir)}"
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
@@ -169,15 +169,18 @@ def _lock(descriptor: int, run_dir: str) -> None:
         print(
             f"warning: the file system of {run_dir} has no locks; a second job there would not be noticed", flush=True
         )
-    os.ftruncate(descriptor, 0)
-    since = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {since}\n".encode(), 0)
+    try:
+        locks.sign(descriptor)
+    except OSError as error:
+        raise UserError(_unusable(run_dir, error)) from None
 
 
 def is_in_use(run_dir: str) -> bool:
     """Whether a process has claimed run_dir. Nothing is written."""
     try:
-        descriptor = os.open(os.path.join(run_dir, LOCK), os.O_RDWR)
+        descriptor = os.open(os.path.join(run_dir, LOCK), os.O_RDWR | os.O_NOFOLLOW)
+    except PermissionError:
+        return True  # it is another user's, who may be using it
     except OSError:
         return False
     try:
@@ -232,4 +235,5 @@ def attempts_problem(run_dir: str, step: int, most: int | None) -> str | None:
 
 def _unusable(run_dir: str, error: Exception) -> str:
     reason = getattr(error, "strerror", None) or error
-    return f"run_dir = {run_dir} cannot be made or written ({reason}); give another run_dir"
+    where = f"{LOCK}: " if str(getattr(error, "filename", None)).endswith(LOCK) else ""
+    return f"run_dir = {run_dir} cannot be made or written ({where}{reason}); give another run_dir"

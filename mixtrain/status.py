@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 from mixtrain import untrusted_json
 from mixtrain.untrusted_json import Count
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 STATES = ("running", "finished", "stopped", "failed")
 
 
@@ -36,10 +39,36 @@ def write_status(run_dir: str | Path, *, state: str, step: int, max_steps: int, 
     assert state in STATES, state
     path = Path(run_dir) / "status.json"
     temporary = path.with_suffix(".json.tmp")
-    temporary.write_text(
-        json.dumps({"state": state, "step": step, "max_steps": max_steps, "reason": reason, **more}) + "\n"
-    )
-    os.replace(temporary, path)
+    text = json.dumps({"state": state, "step": step, "max_steps": max_steps, "reason": reason, **more}) + "\n"
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if error.errno not in DISK_FULL or not _overwritten(path, text.encode()):
+            raise
+
+
+def _overwritten(path: Path, data: bytes) -> bool:
+    """Whether the file took the bytes in its place, at most a block at once: a full disk has room for that."""
+    try:
+        with open(path, "r+b", buffering=0) as file:
+            found = os.fstat(file.fileno())
+            if len(data) > min(found.st_blocks * 512, 4096):
+                return False
+            return file.write(data.ljust(found.st_size)) >= len(data)
+    except OSError:
+        return False
+
+
+def try_write_status(run_dir: str | Path, **status: object) -> OSError | None:
+    """The same, for who has more to do than to write it: what went wrong, or None."""
+    try:
+        write_status(run_dir, **status)
+    except OSError as error:
+        return error
+    return None
 
 
 def read_status(run_dir: str | Path) -> dict | None:

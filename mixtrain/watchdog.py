@@ -6,6 +6,7 @@ all of them say where they are; the launcher asks those that cannot.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import re
@@ -44,9 +45,11 @@ class Watchdog:
 
     def __init__(self, rank: int, minutes: float, folder: str | None, last_words: Callable[[str], None]):
         self.rank, self.timeout, self.last_words = rank, 60 * minutes, last_words
-        self.file = open(beat_file(folder, rank), "w") if folder else None
-        # a file of its own: a process that goes on after SIGCONT has several timers that write to stderr at once
-        self.stacks = open(stacks_file(folder, rank), "w") if folder else None
+        self.file = self.stacks = None
+        with contextlib.suppress(OSError):  # a full disk: the launcher will say less of a rank that fails
+            self.file = open(beat_file(folder, rank), "w") if folder else None
+            # a file of its own: a process that goes on after SIGCONT has several timers that write to stderr at once
+            self.stacks = open(stacks_file(folder, rank), "w") if folder else None
         self.last, self.at, self.armed = Beat(0, "start"), None, 0.0
         self.done = threading.Event()
 
@@ -73,7 +76,8 @@ class Watchdog:
         self.last = Beat(self.last.step if step is None else step, doing)
         self.at = time.monotonic()
         if self.file:
-            os.pwrite(self.file.fileno(), f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(), 0)
+            with contextlib.suppress(OSError):
+                os.pwrite(self.file.fileno(), f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(), 0)
         if self.at - self.armed > SECONDS:
             self.armed = self.at
             faulthandler.dump_traceback_later(BACKSTOP * self.timeout + 1, exit=True)

@@ -94,6 +94,47 @@ def test_the_oldest_go(tmp_path, keep, left):
     assert not list(tmp_path.glob("*.deleting"))
 
 
+def test_of_a_linked_checkpoint_the_link_goes_and_it_is_said(tmp_path):
+    elsewhere = checkpoint(tmp_path / "elsewhere", 1)
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    shutil.rmtree(tmp_path / "iter_0000001")
+    (tmp_path / "iter_0000001").symlink_to(elsewhere)
+    said = directory.prune(tmp_path, 1)
+    assert said == [f"iter_0000001 was a link: it is removed, and {elsewhere} is left as it is"]
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "iter_0000003", directory.TRACKER]
+    assert integrity.problem(elsewhere, full=True) == ""
+
+
+def test_a_linked_checkpoint_is_replaced_and_its_leftover_removed_as_any_other(tmp_path):
+    elsewhere = checkpoint(tmp_path / "elsewhere", 1, "old")
+    (tmp_path / "iter_0000001").symlink_to(elsewhere)
+    assert not checkpoint(tmp_path, 1, "new").is_symlink()
+    (tmp_path / "iter_0000002.deleting").symlink_to(elsewhere)
+    directory.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere", "iter_0000001", directory.TRACKER]
+    assert (elsewhere / "__0_0.distcp").read_text() == "old"
+
+
+def test_a_file_named_as_a_checkpoint_goes_as_the_others_do(tmp_path):
+    (tmp_path / "iter_0000001").write_text("no directory")
+    checkpoint(tmp_path, 2)
+    assert directory.prune(tmp_path, 1) == []
+    assert sorted(os.listdir(tmp_path)) == ["iter_0000002", directory.TRACKER]
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch):
+    for step in (1, 2):
+        checkpoint(tmp_path, step)
+
+    def refuse(*_):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    said = directory.prune(tmp_path, 1)
+    assert said == [f"warning: {tmp_path}/iter_0000001 could not be deleted (Operation not permitted)"]
+
+
 def test_what_a_killed_run_left_half_done_is_removed_and_nothing_else(tmp_path):
     checkpoint(tmp_path, 7)
     for name in ("iter_0000008.saving", "iter_0000007.replaced", "iter_0000001.deleting", "mine.saving"):

@@ -17,9 +17,10 @@ from composing import plan_of
 from rank_workers import run_ranks
 from test_parity import EP
 from test_resume import INTERVAL, SHORT, path_of, records, start
+from tiny_disks import fill, tiny_disk
 
 from mixtrain import ranks
-from mixtrain.checkpoint import directory, integrity, load, writing
+from mixtrain.checkpoint import directory, integrity, load, save, writing
 from mixtrain.checkpoint.integrity import MANIFEST
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
 from mixtrain.status import read_status
@@ -212,16 +213,65 @@ def small_files(me) -> None:
     writing.write = limited
 
 
-@pytest.mark.parametrize("async_save", ["false", "true"])
-def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_is_intact(async_save, tmp_path):
-    words = ["trainer.max_steps=5", INTERVAL, f"checkpoint.async_save={async_save}"]
-    run_dir, codes, log = start(tmp_path, *TWO, *words, before=small_files)
+def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_is_intact(tmp_path):
+    run_dir, codes, log = start(tmp_path, *TWO, "trainer.max_steps=5", INTERVAL, before=small_files)
     assert codes == {FAULT}, log
     reason = read_status(run_dir)["reason"]
     assert re.search(r"on rank 1: .*iter_0000004.saving/__1_\d.distcp: File too large", reason)
-    assert re.search(r"the checkpoint takes [\d,]+ bytes, [\d,]+ are free; iter_0000002 is intact", reason)
+    assert re.search(r"of its [\d,]+ bytes [\d,]+ were written, [\d,]+ are free; iter_0000002 is whole", reason)
     assert directory.steps_in(run_dir) == [2] and not list(run_dir.glob("*.saving"))
     assert integrity.problem(path_of(run_dir, 2), full=True) == ""
+
+
+def full_disk(me) -> None:
+    """Every writer of the second save finds not a byte free on the disk."""
+    write = writing.write
+
+    def filled(path, *rest):
+        if path.name == "iter_0000004.saving":
+            fill(path.parent)
+        return write(path, *rest)
+
+    writing.write = filled
+
+
+def test_a_disk_full_to_the_last_byte_in_an_async_save_is_a_line_that_says_what_to_type(tmp_path):
+    with tiny_disk(tmp_path, "40m", "run"):
+        words = ["trainer.max_steps=50", INTERVAL, "checkpoint.async_save=true"]
+        run_dir, codes, log = start(tmp_path, *TWO, *words, before=full_disk)
+        assert codes == {FAULT} and "Traceback" not in log, log
+        status = read_status(run_dir)  # in the place of the last one: there is no room for another file
+        assert status["state"] == "failed" and "No space left on device" in status["reason"]
+        said = "iter_0000002 is whole: free some space and type the same command again, and it goes on from there"
+        assert status["reason"].endswith(said) and log.endswith(f"{said}\n")
+        assert directory.steps_in(run_dir) == [2]
+        assert integrity.problem(path_of(run_dir, 2), full=True) == ""
+
+
+def saver_of(run_dir: Path) -> save.Saver:
+    """As much of a Saver as looks at the disk."""
+    saver = object.__new__(save.Saver)
+    saver.run_dir = run_dir
+    return saver
+
+
+def test_a_save_that_the_disk_has_no_room_for_is_not_begun_and_its_margin_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "MARGIN", 1 << 60)
+    half = tmp_path / "iter_0000004.saving"
+    half.mkdir()
+    with pytest.raises(OSError) as caught:
+        saver_of(tmp_path)._prepare(half, 1_551_126, None)
+    words = r"it takes 1,551,126 bytes and a margin of 1,152,921,504,606,846,976 for its small files, [\d,]+ are free"
+    assert re.fullmatch(words, caught.value.strerror) and not half.exists()
+
+
+def test_what_was_written_is_counted_before_it_is_removed(tmp_path):
+    assert saver_of(tmp_path)._how_far(3000) == ""  # nothing was begun
+    (tmp_path / "iter_0000004.saving").mkdir()
+    for name, size in (("__0_0.distcp", 2000), ("__1_0.distcp", 234)):
+        (tmp_path / "iter_0000004.saving" / name).write_bytes(b"x" * size)
+    said = saver_of(tmp_path)._how_far(3000)
+    assert re.fullmatch(r"; of its 3,000 bytes 2,234 were written, [\d,]+ are free", said)
 
 
 def writer_that(what: int):

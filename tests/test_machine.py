@@ -117,7 +117,8 @@ def test_a_run_directory_that_cannot_be_made_is_refused_by_name(tmp_path, capsys
 def test_a_disk_without_room_for_a_checkpoint_is_said_with_both_numbers(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=10**9, free=12_345_678))
     (problem,) = refused(f"run_dir={tmp_path}/run")
-    assert "a checkpoint takes 182,578,176 bytes, but 12,345,678 are free" in problem and "checkpoint=none" in problem
+    assert "takes 182,578,176 bytes and a margin of 1,048,576, but 12,345,678 are free" in problem
+    assert "checkpoint=none" in problem
     assert refused(f"run_dir={tmp_path}/run", "checkpoint=none") == []
 
 

@@ -37,6 +37,12 @@ def run(folder: Path, body: str) -> subprocess.CompletedProcess:
     )
 
 
+def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path):
+    full = "    from mixtrain import watchdog; watchdog._active.file = open('/dev/full', 'w')\n"
+    done = run(tmp_path / "gone", "    beat('start', 1)\n" + full + "    beat('forward', 1); print('goes on')\n")
+    assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
+
+
 def test_a_main_thread_that_stands_still_is_shown_and_ended(tmp_path):
     done = run(tmp_path, "    beat('forward', 12)\n    time.sleep(20)\n")
     assert done.returncode == 1

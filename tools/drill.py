@@ -10,14 +10,15 @@ more than there were since the last save. Exit codes: 0 all as expected, 1 one w
 import argparse
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain import scratch  # noqa: E402
 from mixtrain.drill import scenarios  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, print_problems  # noqa: E402
+from mixtrain.tool import run  # noqa: E402
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     if unknown := [name for name in given.scenario if name not in names]:
         print_problems([f"{name} is not a scenario; --list shows them" for name in unknown])
         return REFUSED
-    with tempfile.TemporaryDirectory(prefix="drill-") as temporary:
+    with scratch.folder("drill-") as temporary:
         return drill([names[name] for name in given.scenario or names], Path(given.folder or temporary), given)
 
 
@@ -65,4 +66,4 @@ def drill(chosen: list, folder: Path, given: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)  # its runs start their own ranks
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run(main, sys.argv[1:]))

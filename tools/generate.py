@@ -18,11 +18,11 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain import scratch  # noqa: E402
 from mixtrain.environment import LAUNCHER, Identity, die_with, identity  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.generate import settings, tokenizer  # noqa: E402
@@ -30,7 +30,7 @@ from mixtrain.generate.request import Request, Sampling, read_prompts  # noqa: E
 from mixtrain.generate.words import Follower, say  # noqa: E402
 from mixtrain.launch import local  # noqa: E402
 from mixtrain.plan import Plan  # noqa: E402
-from mixtrain.status import read_status  # noqa: E402
+from mixtrain.run_directory import former  # noqa: E402
 from mixtrain.tool import INTERRUPTED  # noqa: E402
 
 
@@ -79,7 +79,7 @@ def generate(options: argparse.Namespace, words: list[str], me: Identity | None)
     tree, problems = settings.composed(words)
     checkpoint, damaged = settings.find(options.checkpoint, full=str(tree.checkpoint.verify) == "full")
     run = settings.read_state(checkpoint)
-    folder, code = tempfile.mkdtemp(prefix="mixtrain-generate-"), FINISHED
+    code, (folder, _) = FINISHED, scratch.make("generate-")
     try:
         plan = settings.plan_of(tree, words, run, checkpoint, folder, me, problems)
         given = options.tokenizer or tree.data.tokenizer  # which only a word has set
@@ -90,7 +90,9 @@ def generate(options: argparse.Namespace, words: list[str], me: Identity | None)
         code = start(plan, request, folder) if me is None else rank(plan, request, me)
         return code
     finally:
-        if code != FAULT or me is not None:  # what is said of a fault names a log in there
+        if code == FAULT and me is None:
+            scratch.keep(folder)  # what is said of the fault names a log in there
+        else:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -99,7 +101,7 @@ def start(plan: Plan, request: Request, folder: str) -> int:
     request.write(folder)
     with Follower(Path(folder, "logs", "rank_0.log")):
         code = local.start(plan, (sys.executable, str(Path(__file__).resolve())))
-    return INTERRUPTED if code == FINISHED and read_status(folder)["state"] == "stopped" else code
+    return INTERRUPTED if code == FINISHED and former(folder).get("state") == "stopped" else code
 
 
 def rank(plan: Plan, request: Request, me: Identity) -> int:

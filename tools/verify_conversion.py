@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
@@ -74,7 +73,7 @@ def one_rank(config, precision: str):
     """A context with (the model's configuration for one CPU rank, the rank)."""
     import contextlib
 
-    from mixtrain import ranks
+    from mixtrain import ranks, scratch
     from mixtrain.convert.origin import for_one_rank
     from mixtrain.environment import Identity
     from mixtrain.plan import derive
@@ -82,7 +81,7 @@ def one_rank(config, precision: str):
     @contextlib.contextmanager
     def started():
         own = for_one_rank(config, precision)
-        with tempfile.TemporaryDirectory(prefix="mixtrain-") as folder:
+        with scratch.folder() as folder:
             with ranks.start(derive(own), Identity(0, 1, 0, 1, f"file://{folder}/rendezvous")) as here:
                 yield own, here
 

@@ -15,6 +15,7 @@ from mixtrain.checkpoint.integrity import MANIFEST
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # weights of no training run: Megatron-LM's name for what a converter writes
+MARGIN = 1 << 20  # bytes that the small files of a checkpoint and the headers of the large ones may take
 LEFTOVER = re.compile(r"iter_\d{7,}\.(saving|replaced|deleting)")
 
 
@@ -65,26 +66,49 @@ def commit(written: Path, step: int) -> Path:
     os.rename(written, target)
     sync(target.parent)
     write_atomically(target.parent / TRACKER, f"{step}\n")
-    shutil.rmtree(replaced, ignore_errors=True)
+    remove(replaced)
     return target
 
 
-def prune(run_dir: str | Path, keep: int | None) -> list[int]:
-    """Delete the oldest checkpoints but for `keep`; their steps. To be called when the newest has just been written."""
-    old = [] if keep is None else steps_in(run_dir)[keep:]
-    for step in old:
+def prune(run_dir: str | Path, keep: int | None) -> list[str]:
+    """Delete the oldest checkpoints but for `keep`; what there is to say of it, a line each.
+
+    To be called when the newest has just been written. Of a checkpoint that is a link the link goes, and what it leads
+    to is left: somebody has put it elsewhere.
+    """
+    said = []
+    for step in [] if keep is None else steps_in(run_dir)[keep:]:
         path = path_of(run_dir, step)
         going = path.with_name(path.name + ".deleting")
-        os.rename(path, going)  # killed while it deletes, no half of it has a checkpoint's name
-        shutil.rmtree(going, ignore_errors=True)
-    return old
+        try:
+            led = os.readlink(path) if path.is_symlink() else ""
+            os.rename(path, going)  # killed while it deletes, no half of it has a checkpoint's name
+        except OSError as error:
+            said.append(f"warning: {path} could not be deleted ({error.strerror})")
+            continue
+        said += [f"{path.name} was a link: it is removed, and {led} is left as it is"] if led else []
+        said += [f"warning: {left}"] if (left := remove(going)) else []
+    return said
+
+
+def remove(path: Path) -> str:
+    """Remove a directory with all that is in it, a file, or a link but not what it leads to; "", or what was left."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        shutil.rmtree(path, ignore_errors=True)  # the rest of it
+        return f"{error.filename or path} could not be deleted ({error.strerror})"
+    return ""
 
 
 def remove_leftovers(run_dir: str | Path) -> list[str]:
     """Remove what a killed run has left half done; its names. Only for who holds the run directory."""
     names = [name for name in os.listdir(run_dir) if LEFTOVER.fullmatch(name)] if os.path.isdir(run_dir) else []
     for name in names:
-        shutil.rmtree(Path(run_dir) / name, ignore_errors=True)
+        remove(Path(run_dir) / name)
     return names
 
 

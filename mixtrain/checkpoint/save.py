@@ -6,6 +6,8 @@ on all and never a wait; and until the directory has its name, nothing there has
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import shutil
 import threading
@@ -25,16 +27,17 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mixtrain.checkpoint import content, directory, optimizer_state, state, writing
+from mixtrain.checkpoint.directory import MARGIN
 from mixtrain.checkpoint.index import COMMON, CONFIG, METADATA, write_index
 from mixtrain.checkpoint.integrity import describe, write_manifest
 from mixtrain.checkpoint.state import RunState
 from mixtrain.checkpoint.writing import Item, Writer, Written
 from mixtrain.errors import Fault
 from mixtrain.optimizer import Training, parameters_gathered
+from mixtrain.outlook import outlook
 from mixtrain.plan import Plan
 from mixtrain.ranks import Ranks
-
-MARGIN = 1 << 20  # bytes that the small files of a checkpoint and the headers of the large ones may take
+from mixtrain.status import DISK_FULL
 
 
 class Pending(NamedTuple):
@@ -57,6 +60,7 @@ class Saver:
         self.pending: Pending | None = None
         self.checked = False  # the shards of all ranks have been seen to make whole tensors
         self.pruning: threading.Thread | None = None
+        self.pruned: list[str] = []  # what there is to say of it
 
     def after_step(self, run_state: RunState, ending: bool) -> None:
         """After a step: save where one is due, and conclude what has been written meanwhile."""
@@ -99,6 +103,9 @@ class Saver:
         """Wait for what is being written, at most trainer.timeout_minutes, and for what is being deleted."""
         if self.pruning:
             self.pruning.join()
+            for line in self.pruned:
+                self.say(line)
+            self.pruned = []
         if self.pending is not None:
             self.written = self.written or self.pending.writer.wait(self.beat)
             self._conclude()
@@ -124,16 +131,19 @@ class Saver:
 
     def _prepare(self, path: Path, size: int, run_state: RunState) -> None:
         """On the first rank: the directory, if the disk has room, and the files that do not come in shards."""
+        directory.remove(path)
         free = shutil.disk_usage(self.run_dir).free
         if free < size + MARGIN:
-            raise OSError(writing.DISK_FULL[0], "no space left on device", str(path))
-        shutil.rmtree(path, ignore_errors=True)
+            words = f"it takes {size:,} bytes and a margin of {MARGIN:,} for its small files, {free:,} are free"
+            raise OSError(errno.ENOSPC, words, str(path))
         path.mkdir()
-        torch.save(content.common(self.plan, self.training, run_state), path / COMMON)
+        common = io.BytesIO()  # writing to a full disk itself, torch.save would raise what is no OSError
+        torch.save(content.common(self.plan, self.training, run_state), common)
+        (path / COMMON).write_bytes(common.getvalue())
         (path / state.NAME).write_text(state.to_json(run_state))
 
     def _finish(self, pending: Pending, written: Written) -> None:
-        self._agree(written.error, lambda: None, pending.size, full=written.full)
+        self._agree(written.error, lambda: None, pending.size, written.number)
         shares = self._gather(written)
         self._agree("", lambda: self._commit(pending, shares), pending.size)
         seconds = time.monotonic() - pending.started
@@ -151,36 +161,43 @@ class Saver:
         write_manifest(path, {name: file for share in shares for name, file in share.files} | describe(small))
         directory.sync(path)
         directory.commit(path, pending.step)
-        keep = self.plan.config.checkpoint.keep_last
-        self.pruning = threading.Thread(target=directory.prune, args=(self.run_dir, keep))  # a second for some GB
+        self.pruning = threading.Thread(target=self._prune)  # a second for some GB
         self.pruning.start()
 
-    def _agree(self, error: str, on_first: Callable[[], None], size: int, full: bool = False) -> None:
+    def _prune(self) -> None:
+        self.pruned = directory.prune(self.run_dir, self.plan.config.checkpoint.keep_last)
+
+    def _agree(self, error: str, on_first: Callable[[], None], size: int, number: int = 0) -> None:
         """Do `on_first` on the first rank; a Fault on every rank if it, or any rank's own part, went wrong."""
         if self.ranks.is_first and not error:
             try:
                 on_first()
             except OSError as failure:
-                error, full = (
-                    f"{failure.filename or self.run_dir}: {failure.strerror}",
-                    failure.errno in writing.DISK_FULL,
-                )
+                error, number = f"{failure.filename or self.run_dir}: {failure.strerror}", failure.errno
         outcomes: list[Any] = [None] * self.ranks.world_size
-        torch.distributed.all_gather_object(outcomes, (error, full))
-        wrong = [(rank, text, full) for rank, (text, full) in enumerate(outcomes) if text]
+        torch.distributed.all_gather_object(outcomes, (error, number))
+        wrong = [(rank, text, number) for rank, (text, number) in enumerate(outcomes) if text]
         if wrong:
             self._fail(*wrong[0], size)
 
-    def _fail(self, rank: int, text: str, full: bool, size: int) -> None:
+    def _fail(self, rank: int, text: str, number: int, size: int) -> None:
+        said = [""]
         if self.ranks.is_first:
-            for step_path in self.run_dir.glob("iter_*.saving"):
-                shutil.rmtree(step_path, ignore_errors=True)
-        kept = directory.steps_in(self.run_dir)
-        room = (
-            f"; the checkpoint takes {size:,} bytes, {shutil.disk_usage(self.run_dir).free:,} are free" if full else ""
-        )
-        last = f"; {directory.path_of(self.run_dir, kept[0]).name} is intact" if kept else ""
-        raise Fault(f"the checkpoint could not be written on rank {rank}: {text}{room}{last}")
+            said = [self._how_far(size) if number in DISK_FULL else ""]  # before it is removed, which makes room
+            for half in self.run_dir.glob("iter_*.saving"):
+                directory.remove(half)
+        torch.distributed.broadcast_object_list(said, src=0)
+        what_now = outlook(self.plan, number)
+        raise Fault(f"the checkpoint could not be written on rank {rank}: {text}{said[0]}; {what_now}")
+
+    def _how_far(self, size: int) -> str:
+        """How much of a checkpoint of `size` bytes there is on the disk, and what is free; "" if none was begun."""
+        try:
+            halves = [path.stat() for path in self.run_dir.glob("iter_*.saving/*")]
+            written, free = sum(half.st_size for half in halves), shutil.disk_usage(self.run_dir).free
+        except OSError:
+            return ""
+        return f"; of its {size:,} bytes {written:,} were written, {free:,} are free" if halves else ""
 
     def _gather(self, mine: Any) -> list[Any]:
         """Every rank's object, on the first rank; an empty list on the others."""

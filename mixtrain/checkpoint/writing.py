@@ -6,18 +6,17 @@ wait has an end.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import os
 import pickle
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,6 @@ from mixtrain.environment import die_with
 from mixtrain.errors import UserError
 
 FILES = 2  # a rank's, written side by side
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Item = tuple[WriteItem, torch.Tensor | io.BytesIO]
 
 
@@ -39,7 +37,7 @@ class Written(NamedTuple):
     """What became of a rank's share."""
 
     error: str = ""  # "" if all is on the disk
-    full: bool = False  # the error is that no more bytes may be written
+    number: int = 0  # of the error, if it is one of the system
     results: tuple[WriteResult, ...] = ()  # where each item lies, for .metadata
     files: tuple[tuple[str, File], ...] = ()  # for the manifest
 
@@ -65,7 +63,7 @@ def write_files(
             ]
             done = [job.result() for job in jobs]
     except OSError as error:
-        return Written(f"{error.filename or directory}: {error.strerror}", error.errno in DISK_FULL)
+        return Written(f"{error.filename or directory}: {error.strerror}", error.errno or 0)
     except UserError:
         raise
     except Exception as error:
@@ -162,8 +160,8 @@ class Writer:
 
     def __init__(self, directory: Path, rank: int, items: list[Item], timeout: float):
         self.rank, self.deadline, self.timeout = rank, time.monotonic() + timeout, timeout
-        # of this process alone: what is unpickled from it nobody else can have written
-        self.answer = tempfile.TemporaryFile()
+        # of this process alone: what is unpickled from it nobody else can have written; in memory, as disks may be full
+        self.answer = open(os.memfd_create("answer"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()
         parent = os.getpid()
         self.process = os.fork()
         if self.process == 0:

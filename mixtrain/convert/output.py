@@ -44,7 +44,7 @@ def written_whole(out: Path, size: int) -> Iterator[Path]:
         raise UserError(f"{out} would take {size + MARGIN:,} bytes, but {free:,} are free on its disk")
     writing = out.with_name(out.name + ".writing")
     try:
-        writing.mkdir(parents=True, exist_ok=True)
+        writing.mkdir(0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{writing} cannot be made ({error.strerror})") from None
     with _claimed(writing):
@@ -53,6 +53,7 @@ def written_whole(out: Path, size: int) -> Iterator[Path]:
         try:
             yield writing
             sync(writing)
+            writing.chmod(0o777 & ~_umask())
             os.rename(writing, out)
             sync(out.parent)
         except BaseException:
@@ -62,9 +63,11 @@ def written_whole(out: Path, size: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _claimed(directory: Path) -> Iterator[None]:
-    """Hold a directory alone, as long as this process lives."""
+    """Hold a directory alone, as long as this process lives. It is the user's alone: who can open it can hold it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
+        with contextlib.suppress(PermissionError):  # a file system without modes
+            os.fchmod(descriptor, 0o700)
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
@@ -72,6 +75,11 @@ def _claimed(directory: Path) -> Iterator[None]:
         raise UserError(f"{directory} is being written by another conversion")
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0))
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

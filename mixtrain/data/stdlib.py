@@ -18,6 +18,7 @@ from mixtrain import untrusted_json
 from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files
 from mixtrain.errors import UserError
+from mixtrain.locks import holder, open_lock, sign
 from mixtrain.untrusted_json import Count
 
 # Present in Python 3.11, 3.12 and 3.13, in none of the packages that distributions split off (tkinter, venv, tests),
@@ -102,9 +103,10 @@ def prepare(cache_dir: Path, vocab_size: int, log=print) -> tuple[Path, Path]:
     files, size, sha256 = corpus()
     key = hashlib.sha256(f"{LAYOUT} {sha256} {vocab_size}".encode()).hexdigest()[:12]
     home = Path(cache_dir) / f"stdlib-{key}"
-    with _locked(home.with_name(home.name + ".lock"), log):
-        if not home.is_dir():
-            _build(home, files, vocab_size, log)
+    if not home.is_dir():  # who only reads needs no lock, and no right to write
+        with _locked(home.with_name(home.name + ".lock"), log):
+            if not home.is_dir():
+                _build(home, files, vocab_size, log)
     facts = untrusted_json.read(home / "text.json", Facts)
     log(f"data: {len(files)} files of the Python standard library, {size:,} bytes, sha256 {sha256}")
     log(f"data: {facts['tokens']:,} tokens, vocabulary {facts['vocab_size']:,}, in {home}")
@@ -126,15 +128,19 @@ def _locked(path: Path, log) -> Iterator[None]:
     """Hold an exclusive lock on the file; the system lets go of it when the process ends, however it ends."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "w")
+        descriptor = open_lock(path)
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            log(f"data: waiting for another process that prepares {path.stem}")
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            log(f"data: waiting for {holder(descriptor)}, which prepares {path.stem}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write and lock it: {error.strerror}; put the data cache elsewhere (data.path_to_cache)"
         ) from error
-    with stream:
+    try:
+        with contextlib.suppress(OSError):  # a disk that is full: what is prepared will say so
+            sign(descriptor)
         yield
+    finally:
+        os.close(descriptor)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from mixtrain import cpu, upstream
+from mixtrain import cpu, streams, upstream
 from mixtrain.config import Accelerator
 from mixtrain.environment import FOLDER, Identity
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
@@ -33,6 +33,7 @@ def run(plan: Plan, request: Request, me: Identity) -> int:
     folder = os.environ.get(FOLDER) if me.is_ours else None
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints
+    streams.forgive()
     with StopRequest() as stop, Watchdog(me.rank, plan.config.trainer.timeout_minutes, folder, lambda words: None):
         try:
             return _run(plan, request, me, stop, results)

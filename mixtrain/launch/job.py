@@ -26,12 +26,13 @@ from mixtrain.config import Mode
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
 from mixtrain.jobs import plan_of
 from mixtrain.launch import containers
-from mixtrain.launch.local import last_words
+from mixtrain.launch.local import last_words, read_text
 from mixtrain.launch.script import NOW, ROOT
+from mixtrain.outlook import outlook
 from mixtrain.plan import Plan
 from mixtrain.preflight import recorded
 from mixtrain.run_directory import former, is_in_use
-from mixtrain.status import write_status
+from mixtrain.status import try_write_status
 from mixtrain.untrusted_json import Count, InvalidJson
 
 RETURN = "return"  # to the queue
@@ -92,7 +93,7 @@ def end(plan: Plan, code: int) -> int | str:
     logs = run_dir / "logs" / f"job_{os.environ['SLURM_JOB_ID']}"
     status = former(str(run_dir))
     if code:
-        return failed(run_dir, logs, status, code)
+        return failed(plan, run_dir, logs, status, code)
     if status.get("state") != "stopped" or plan.config.trainer.mode is not Mode.train:
         say(f"mixtrain: {status.get('state', 'ended')} after {status.get('step', 0)} steps; see {run_dir}")
         return FINISHED
@@ -103,10 +104,15 @@ def end(plan: Plan, code: int) -> int | str:
     if too_often(logs, step, plan.config.launcher.max_requeues):
         words = f"{reason}; returned {plan.config.launcher.max_requeues} times and came no further than step {step}"
         say(f"mixtrain: {words}; give it more launcher.time, or launcher.max_requeues")
-        write_status(run_dir, **{**status, "reason": words})
+        leave(plan, run_dir, {**status, "reason": words})
         return FAULT
-    with open(logs / RETURNS, "a") as file:
-        file.write(json.dumps({"step": step, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+    try:
+        with open(logs / RETURNS, "a") as file:
+            file.write(json.dumps({"step": step, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+    except OSError as error:  # returns that are not counted have no end
+        say(f"mixtrain: {reason}, after {step} steps; {logs / RETURNS} cannot be written ({error.strerror}),")
+        say(f"  so this job does not return; {outlook(plan, error.errno)}")
+        return FAULT
     say(f"mixtrain: {reason}, after {step} of {status['max_steps']} steps: returning to the queue")
     return RETURN
 
@@ -120,30 +126,35 @@ def too_often(logs: Path, step: int, most: int) -> bool:
     return len(steps) >= most and all(before >= step for before in steps[len(steps) - most :])
 
 
-def failed(run_dir: Path, logs: Path, status: dict, code: int) -> int:
+def failed(plan: Plan, run_dir: Path, logs: Path, status: dict, code: int) -> int:
     """Name the rank that failed first, in the job's log and, where the ranks could not say it, in status.json."""
-    srun = _text(logs / "srun.log")
+    srun = read_text(logs / "srun.log")
     named = re.findall(r"error: (\S+): tasks? ([\d,-]+): (.+)", srun)
     say(f"mixtrain: the ranks have failed (exit code {code}); this job does not return")
     for node, tasks, words in named[:4]:
         say(f"  rank {tasks} on {node}: {words}")
-    spoke = [path for path in sorted(logs.glob("rank_*.log")) if "mixtrain: " in _text(path)[-4000:]]
+    spoke = [path for path in sorted(logs.glob("rank_*.log")) if "mixtrain: " in read_text(path)[-4000:]]
     reason = "; ".join(f"rank {tasks} on {node}: {words}" for node, tasks, words in named[:1]) or f"exit code {code}"
     for path in spoke[:1]:
-        lines, reason = last_words(int(re.findall(r"\d+", path.name)[-1]), code, path, None)
+        lines, reason = last_words(int(re.findall(r"\d+", path.name)[-1]), code, path, None, read_text(path))
         say("\n".join(lines))
+    if not spoke and status.get("state") == "failed":  # a full disk has taken no log, but this
+        say(f"mixtrain: {status['reason']}")
     say(f"  all logs: {logs}")
     if status.get("state") == "running" and not is_in_use(str(run_dir)):  # else it is another run's
-        write_status(run_dir, **{**status, "state": "failed", "reason": reason})
+        leave(plan, run_dir, {**status, "state": "failed", "reason": reason})
     return REFUSED if code == REFUSED else FAULT
+
+
+def leave(plan: Plan, run_dir: Path, status: dict) -> None:
+    """Replace status.json; where that cannot be, the job's log has to do."""
+    if (wrong := try_write_status(run_dir, **status)) is not None:
+        unwritten = f"status.json cannot be written ({wrong.strerror}) and does not say so"
+        say(f"mixtrain: {status['reason']}; {unwritten}; {outlook(plan, wrong.errno)}")
 
 
 def say(words: str) -> None:
     print(escaped(words, keep="\n\t"), file=sys.stderr, flush=True)
-
-
-def _text(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else ""
 
 
 if __name__ == "__main__":

@@ -5,22 +5,24 @@ Rule: a rank is a process group of its own; none outlives the launcher, and no w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
-from mixtrain import host_memory
+from mixtrain import host_memory, scratch
+from mixtrain.checkpoint.directory import remove_leftovers
 from mixtrain.config import Accelerator
-from mixtrain.environment import FOLDER, LAUNCHER
-from mixtrain.errors import FAULT, FINISHED, REFUSED
+from mixtrain.environment import FOLDER, INTERFACES, LAUNCHER, interface_problem
+from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
+from mixtrain.launch.rank_process import RankProcess
+from mixtrain.outlook import outlook
 from mixtrain.plan import Plan
-from mixtrain.run_directory import claimed
-from mixtrain.status import read_status, write_status
+from mixtrain.run_directory import claimed, former
+from mixtrain.status import try_write_status
 from mixtrain.stop import StopRequest
 from mixtrain.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_beat, stacks_file
 
@@ -33,34 +35,46 @@ STACK_SECONDS = 1.0  # what a rank that hangs gets to print its stacks
 FRAMES = 6  # of each rank's main thread, on the terminal
 # in the path of a frame: it waits for other ranks
 WAITING = ("torch/distributed", "megatron/core/distributed", "pipeline_parallel/p2p_communication")
-QUIET = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}  # one node: nothing listens beyond it
+QUIET = {INTERFACES: "lo"} if sys.platform == "linux" else {}  # one node: nothing listens beyond it
 
 
 def start(plan: Plan, command: tuple[str, ...] | None = None) -> int:
     """Run `command`, or train.py, as plan.world_size ranks of this node; their exit code as one."""
-    ranks: list[subprocess.Popen] = []
-    with (
-        StopRequest() as stop,
-        tempfile.TemporaryDirectory(prefix="mixtrain-") as folder,
-        claimed(plan, "logs"),
-    ):
-        hand_over(plan, folder)
+    if wrong := interface_problem(os.environ.get(INTERFACES, QUIET.get(INTERFACES, ""))):
+        raise UserError(wrong)  # gloo's own words for it come after 40 s, and are a traceback
+    with StopRequest() as stop, scratch.folder() as folder, claimed(plan, "logs"):
+        ranks: list[RankProcess] = []
         try:
-            for rank in range(plan.world_size):
-                ranks.append(_start_rank(plan, command or TRAIN, rank, folder))
-            failed, running = _wait(plan, ranks, stop, folder)
+            _start_ranks(plan, command or TRAIN, folder, ranks)
+            failed, running = _wait(ranks, stop, folder)
             hung = _hung(ranks, running) if running and not stop.at_once else []
         finally:
             _kill(ranks)
-        if not failed and not running:
-            return _ended(plan, stop)
-        if stop.at_once:
-            return _stopped(plan, "stopped at once on request, without a checkpoint")
-        codes = {rank: ranks[rank].returncode for rank in failed}
-        if stop.signal and -signal.SIGTERM in codes.values():  # it had not come as far as to note the request
-            return _stopped(plan, "stopped before the first step")
-        beats = {rank: read_beat(beat_file(folder, rank)) for rank in range(plan.world_size)}
-        return _report(plan, codes, running, hung, beats, {rank: _stack(plan, rank, folder) for rank in beats})
+        try:
+            return _verdict(plan, ranks, stop, folder, failed, running, hung)
+        finally:
+            for rank in ranks:
+                rank.close()
+
+
+def _verdict(
+    plan: Plan,
+    ranks: list[RankProcess],
+    stop: StopRequest,
+    folder: str,
+    failed: list[int],
+    running: list[int],
+    hung: list[int],
+) -> int:
+    if not failed and not running:
+        return _ended(plan, stop)
+    if stop.at_once:
+        return _stopped(plan, "stopped at once on request, without a checkpoint")
+    codes = {rank: ranks[rank].poll() for rank in failed}
+    if stop.signal and -signal.SIGTERM in codes.values():  # it had not come as far as to note the request
+        return _stopped(plan, "stopped before the first step")
+    beats = {rank: read_beat(beat_file(folder, rank)) for rank in range(plan.world_size)}
+    return _report(plan, ranks, codes, running, hung, beats, {rank: _stack(ranks, rank, folder) for rank in beats})
 
 
 def hand_over(plan: Plan, folder: str) -> None:
@@ -76,9 +90,21 @@ def handed_plan() -> Plan:
     return pickle.loads(Path(os.environ[FOLDER], "plan.pickle").read_bytes())
 
 
-def _start_rank(plan: Plan, command: tuple[str, ...], rank: int, folder: str) -> subprocess.Popen:
+def _start_ranks(plan: Plan, command: tuple[str, ...], folder: str, ranks: list[RankProcess]) -> None:
+    """Start them all; those that run are in `ranks`, also after a UserError, where one could not be started."""
+    try:
+        hand_over(plan, folder)
+        for rank in range(plan.world_size):
+            ranks.append(RankProcess(command, _environment(plan, rank, folder), _log(plan, rank), speaks=rank == 0))
+    except OSError as error:
+        reason = f"the ranks could not be started: {error.filename or folder}: {error.strerror}"
+        try_write_status(plan.config.run_dir, **_status(plan, state="failed", reason=reason))
+        raise UserError(reason) from None
+
+
+def _environment(plan: Plan, rank: int, folder: str) -> dict[str, str]:
     world = str(plan.world_size)
-    environment = {
+    return {
         **QUIET,
         **(host_memory.SETTINGS if plan.config.trainer.accelerator is Accelerator.cpu else {}),
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // plan.world_size)),
@@ -90,31 +116,22 @@ def _start_rank(plan: Plan, command: tuple[str, ...], rank: int, folder: str) ->
         FOLDER: folder,
         LAUNCHER: str(os.getpid()),
     }
-    with open(_log(plan, rank), "w") as log:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=None if rank == 0 else log,  # rank 0 speaks for all
-            stderr=log,
-            start_new_session=True,
-        )
 
 
 def _log(plan: Plan, rank: int) -> Path:
     return Path(plan.config.run_dir) / "logs" / f"rank_{rank}.log"
 
 
-def _wait(plan: Plan, ranks: list[subprocess.Popen], stop: StopRequest, folder: str) -> tuple[list[int], list[int]]:
+def _wait(ranks: list[RankProcess], stop: StopRequest, folder: str) -> tuple[list[int], list[int]]:
     """Wait for all: (the ranks that failed, in the order seen; those still running when the wait was given up)."""
     failed: list[int] = []
     asked, deadline = False, float("inf")
     while True:
-        codes = [process.poll() for process in ranks]
+        codes = [rank.poll() for rank in ranks]
         new = [rank for rank, code in enumerate(codes) if code and rank not in failed]
         if new and not failed:
-            early = not any(read_beat(beat_file(folder, rank)) for rank in range(plan.world_size))
-            soon = early or STANDS_STILL in _log(plan, new[0]).read_text(errors="replace")
+            early = not any(read_beat(beat_file(folder, rank)) for rank in range(len(ranks)))
+            soon = early or STANDS_STILL in ranks[new[0]].text()
             deadline = time.monotonic() + (SHORT_GRACE_SECONDS if soon else GRACE_SECONDS)
         failed += new
         running = [rank for rank, code in enumerate(codes) if code is None]
@@ -122,40 +139,36 @@ def _wait(plan: Plan, ranks: list[subprocess.Popen], stop: StopRequest, folder: 
             return failed, running
         if stop.signal and not asked:
             asked = True
-            print("\nmixtrain: stopping after this step (once more: at once)", file=sys.stderr, flush=True)
-            for process in ranks:
-                process.send_signal(signal.SIGTERM)  # to the rank alone: its data workers are needed for this step
+            _say("\nmixtrain: stopping after this step (once more: at once)")
+            for rank in ranks:
+                rank.process.send_signal(signal.SIGTERM)  # to it alone: its data workers are needed for this step
         time.sleep(0.05)
 
 
-def _kill(ranks: list[subprocess.Popen]) -> None:
-    """End every rank's process group: the rank if it is still there, and the helpers it has left behind."""
-    for process in ranks:
-        try:
-            os.killpg(process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            pass  # the whole group has gone already
-    for process in ranks:
-        process.wait()
+def _kill(ranks: list[RankProcess]) -> None:
+    """End every rank and the helpers it has left behind."""
+    for rank in ranks:
+        rank.kill()
+    for rank in ranks:
+        rank.process.wait()
 
 
-def _hung(ranks: list[subprocess.Popen], running: list[int]) -> list[int]:
+def _hung(ranks: list[RankProcess], running: list[int]) -> list[int]:
     """Have every rank that still runs print its stacks; those that somebody had stopped (SIGSTOP)."""
-    stopped = [rank for rank in running if _state(ranks[rank].pid) == "T"]
+    stopped = [rank for rank in running if _state(ranks[rank].process.pid) == "T"]
     for rank in running:
-        ranks[rank].send_signal(signal.SIGUSR2)
-        ranks[rank].send_signal(signal.SIGCONT)
+        ranks[rank].process.send_signal(signal.SIGUSR2)
+        ranks[rank].process.send_signal(signal.SIGCONT)
     time.sleep(STACK_SECONDS)
     return stopped
 
 
-def _stack(plan: Plan, rank: int, folder: str) -> list[str]:
+def _stack(ranks: list[RankProcess], rank: int, folder: str) -> list[str]:
     """The frames of a rank's main thread: those it was asked for, which go to its log as well, or those in its log."""
-    asked = stacks_file(folder, rank)
-    if text := asked.read_text(errors="replace") if asked.exists() else "":
-        with open(_log(plan, rank), "a") as log:
-            log.write(f"\nstacks of rank {rank}, asked for by the launcher:\n{text}")
-    return main_stack(text or _log(plan, rank).read_text(errors="replace"))
+    asked = read_text(stacks_file(folder, rank))
+    if asked:
+        ranks[rank].append(f"\nstacks of rank {rank}, asked for by the launcher:\n{asked}")
+    return main_stack(asked or ranks[rank].text())
 
 
 def _state(process: int) -> str:
@@ -168,24 +181,45 @@ def _state(process: int) -> str:
 
 def _ended(plan: Plan, stop: StopRequest) -> int:
     """All ranks have ended as they should; if because of a signal, which one."""
-    status = read_status(plan.config.run_dir)
-    if stop.signal and status["state"] == "stopped":
-        name = signal.Signals(stop.signal).name
-        write_status(plan.config.run_dir, **{**status, "reason": f"stopped by {name}"})
+    if stop.signal and former(plan.config.run_dir).get("state") == "stopped":
+        reason = f"stopped by {signal.Signals(stop.signal).name}"
+        try_write_status(plan.config.run_dir, **_status(plan, reason=reason))  # else it says stopped all the same
     return FINISHED
 
 
 def _stopped(plan: Plan, words: str) -> int:
     """The ranks were ended before rank 0 could say that it stops."""
-    status = read_status(plan.config.run_dir)
-    if status["state"] == "running":
-        print(f"mixtrain: {words}", file=sys.stderr)
-        write_status(plan.config.run_dir, **{**status, "state": "stopped", "reason": words})
-    return FINISHED
+    if former(plan.config.run_dir).get("state", "running") != "running":
+        return FINISHED
+    return FINISHED if _conclude(plan, [f"mixtrain: {words}"], "stopped", words) else FAULT
+
+
+def _status(plan: Plan, **changes: object) -> dict:
+    """What status.json says, with changes, whether or not there is one that can be read."""
+    known = {"state": "running", "step": 0, "max_steps": plan.config.trainer.max_steps, "reason": ""}
+    return known | former(plan.config.run_dir) | changes
+
+
+def _conclude(plan: Plan, words: list[str], state: str, reason: str) -> bool:
+    """Say the last words, leave them in status.json; whether that could be written: else the last line says all."""
+    wrong = try_write_status(plan.config.run_dir, **_status(plan, state=state, reason=reason))
+    if wrong is not None:
+        unwritten = f"status.json cannot be written ({wrong.strerror}) and does not say so"
+        after = outlook(plan, wrong.errno)
+        words = [*words[:-1]] if len(words) == 1 else words
+        words = [*words, f"mixtrain: {reason.removesuffix('; ' + after)}; {unwritten}; {after}"]
+    _say("\n".join(words))
+    return wrong is None
+
+
+def _say(words: str) -> None:
+    with contextlib.suppress(OSError):  # a terminal that is gone, a full disk
+        print(words, file=sys.stderr, flush=True)
 
 
 def _report(
     plan: Plan,
+    ranks: list[RankProcess],
     codes: dict[int, int],
     running: list[int],
     stopped: list[int],
@@ -193,22 +227,26 @@ def _report(
     stacks: dict[int, list[str]],
 ) -> int:
     """Say which rank failed, in which step and why, here and in status.json; the exit code for it."""
-    # a refused input or a killed process is a cause; a fault may be only that of losing a peer
+    remove_leftovers(plan.config.run_dir)  # half a checkpoint may be what has filled the disk
+    said = {
+        rank: last_words(rank, code, ranks[rank].log, beats[rank], ranks[rank].text()) for rank, code in codes.items()
+    }
+    # a refused input or a killed process is a cause; a fault may be that of losing a peer, without words of its own
     causes = [rank for rank, code in codes.items() if code == REFUSED or code < 0]
-    rank = (causes or list(codes))[0]
-    words, reason = last_words(rank, codes[rank], _log(plan, rank), beats[rank])
-    status = read_status(plan.config.run_dir)
-    if status["state"] == "failed" and rank == 0:
+    own = [rank for rank in codes if not said[rank][1].startswith(f"rank {rank} failed")]
+    rank = (causes or own or list(codes))[0]
+    words, reason = said[rank]
+    status = former(plan.config.run_dir)
+    if status.get("state") == "failed" and rank == 0:
         reason = status["reason"]  # as rank 0 put it
-    still = any(STANDS_STILL in last_words(each, code, _log(plan, each), None)[1] for each, code in codes.items())
+    still = any(STANDS_STILL in text for _, text in said.values())
     if not causes and (running or still):  # it may be these that the others have waited for
         guilty = stopped or running or [_behind(beats, stacks)]
         silent = f"rank{'s' * (len(guilty) > 1)} {', '.join(map(str, guilty))} did not answer{_in(beats[guilty[0]])}"
         if stopped:
             silent += ": stopped by SIGSTOP"
         words, reason = [f"mixtrain: {silent}", *_stacks(plan, beats, stacks), *words[:1]], f"{silent}; {reason}"
-    print("\n".join(words), file=sys.stderr)
-    write_status(plan.config.run_dir, **{**status, "state": "failed", "reason": reason})
+    _conclude(plan, words, "failed", reason)
     return REFUSED if codes[rank] == REFUSED else FAULT
 
 
@@ -236,9 +274,16 @@ def _stacks(plan: Plan, beats: dict[int, Beat | None], stacks: dict[int, list[st
     return lines
 
 
-def last_words(rank: int, code: int, log: Path, beat: Beat | None) -> tuple[list[str], str]:
-    """(what the terminal is told of a failed rank, the same in one line)."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+def read_text(path: Path) -> str:
+    """A file as far as there is one that can be read."""
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace")
+    return ""
+
+
+def last_words(rank: int, code: int, log: Path, beat: Beat | None, text: str) -> tuple[list[str], str]:
+    """(what the terminal is told of a failed rank, whose log has this text; the same in one line)."""
+    lines = [line for line in text.splitlines() if line.strip()]
     own_words = max((number for number, line in enumerate(lines) if line.startswith("mixtrain: ")), default=None)
     if code < 0:
         reason = f"rank {rank} was ended by {signal.Signals(-code).name}{_in(beat)}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from mixtrain import contract, limits
+from mixtrain import contract, limits, scratch
 from mixtrain.config import Config
 from mixtrain.errors import UserError
 from mixtrain.forked_ranks import RankFailure, run_ranks
@@ -58,13 +57,13 @@ class Certificate:
         self.say(f"{self.name}: {len(layouts)} of {len(self.plans)} layouts of up to 8 ranks, {_versions()}")
         for reason, count in self.left_out.items():
             self.say(f"left out: {count} layouts, {reason}")
-        with tempfile.TemporaryDirectory(prefix="mixtrain-parity-") as scratch:
-            self._run(layouts, Path(scratch))
+        with scratch.folder("parity-") as folder:
+            self._run(layouts, Path(folder))
         return not any(verdict.outside for verdict in self.verdicts.values())
 
-    def _run(self, layouts: list[Layout], scratch: Path) -> None:
-        wholes, started = scratch / "one_rank.pt", time.monotonic()
-        self.one = one_rank(next(iter(self.plans.values())), wholes, scratch)
+    def _run(self, layouts: list[Layout], folder: Path) -> None:
+        wholes, started = folder / "one_rank.pt", time.monotonic()
+        self.one = one_rank(next(iter(self.plans.values())), wholes, folder)
         self.say(
             f"one rank: seed {self.one['seed']} ({self.one['tried']} tried), smallest top-k margin"
             f" {self.one['margin']:.1e}, lm_loss {' '.join(f'{loss:.4f}' for loss in self.one['lm_loss'])}"
@@ -81,7 +80,7 @@ class Certificate:
             )
         self.say(f"\n{table.HEADER}")
         for number, layout in enumerate(layouts, start=1):
-            verdict = at_layout(self.plans[layout], self.one, wholes, scratch / str(number))
+            verdict = at_layout(self.plans[layout], self.one, wholes, folder / str(number))
             self.verdicts[layout] = verdict
             self.say(table.line(layout, verdict))
             if verdict.outside:
@@ -142,10 +141,10 @@ def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
     return plans, dict(left_out)
 
 
-def one_rank(plan: Plan, wholes: Path, scratch: Path) -> dict:
+def one_rank(plan: Plan, wholes: Path, folder: Path) -> dict:
     """The figures of the one-rank run (measure.reference), its tensors in the file `wholes`."""
     work = partial(_reference, plan, wholes)
-    (figures,) = run_ranks(1, work, scratch / "one_rank", PATIENCE_S)
+    (figures,) = run_ranks(1, work, folder / "one_rank", PATIENCE_S)
     return figures
 
 
@@ -153,11 +152,11 @@ def _reference(plan: Plan, wholes: Path, me) -> dict:
     return measure.reference(plan, me, wholes)
 
 
-def at_layout(plan: Plan, one: dict, wholes: Path, scratch: Path, work: Callable = measure.measure) -> Verdict:
+def at_layout(plan: Plan, one: dict, wholes: Path, folder: Path, work: Callable = measure.measure) -> Verdict:
     """The verdict on a plan's layout; ranks that fail are outside, with what the one at fault said last."""
     seeded = replace(plan, config=replace(plan.config, seed=one["seed"]))
     try:
-        results = run_ranks(plan.world_size, lambda me: work(seeded, me, wholes), scratch, PATIENCE_S)
+        results = run_ranks(plan.world_size, lambda me: work(seeded, me, wholes), folder, PATIENCE_S)
     except RankFailure as failure:
         return Verdict(dict.fromkeys(LIMITS, math.inf), [failure.reason])
     return judge(one, results, contract.shapes(plan.config))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from mixtrain import scratch
 from mixtrain.config import Config
 from mixtrain.environment import Identity
 from mixtrain.plan import make_plan
@@ -26,8 +26,8 @@ def main(config: Path, out: Path) -> None:
     cpu.apply()
     from mixtrain.parity import measure
 
-    with tempfile.TemporaryDirectory(prefix="mixtrain-") as scratch:
-        alone = Identity(0, 1, 0, 1, f"file://{scratch}/rendezvous")
+    with scratch.folder() as folder:
+        alone = Identity(0, 1, 0, 1, f"file://{folder}/rendezvous")
         figures = measure.reference(plan, alone, out.with_suffix(".pt"))
     temporary = out.with_suffix(".json.tmp")
     temporary.write_text(json.dumps(figures))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from mixtrain.checkpoint.directory import MARGIN
 from mixtrain.config import Accelerator
 from mixtrain.costs import GIB
 from mixtrain.plan import Plan
@@ -60,12 +61,12 @@ def same_data(facts: list[Facts]) -> Problems:
 
 
 def enough_disk(plan: Plan, facts: list[Facts]) -> Problems:
-    needed = plan.checkpoint_bytes if plan.saves else 0
+    needed = plan.checkpoint_bytes
     for fact in first_ranks(facts):
-        if fact.disk_free < needed and not fact.directories:
+        if plan.saves and fact.disk_free < needed + MARGIN and not fact.directories:
             yield (
-                f"node {fact.node}: a checkpoint takes {needed:,} bytes, but {fact.disk_free:,} are free on the disk of"
-                " run_dir"
+                f"node {fact.node}: a checkpoint takes {needed:,} bytes and a margin of {MARGIN:,}, but"
+                f" {fact.disk_free:,} are free on the disk of run_dir"
             )
 
 

@@ -79,9 +79,13 @@ def test_a_split_of_90_5_5_validates_and_tests_on_enough_ordinary_text(prepared)
 def test_a_second_call_uses_what_the_first_one_made(prepared):
     cache, prefix, tokenizer, _ = prepared
     before = os.stat(f"{prefix}.bin")
+    (lock,) = cache.glob("*.lock")
+    assert lock.stat().st_mode & 0o777 == 0o600  # who can open it can hold it
+    lock.unlink()
     assert stdlib.prepare(cache, 4096, quiet) == (prefix, tokenizer)
     after = os.stat(f"{prefix}.bin")
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert not list(cache.glob("*.lock"))  # who only reads needs none, and no right to make one
 
 
 def test_several_processes_at_once_make_one_data_set(tmp_path):
@@ -100,7 +104,7 @@ def test_several_processes_at_once_make_one_data_set(tmp_path):
     for child in children:
         os.waitpid(child, 0)
     said = [(tmp_path / f"said-{i}").read_text().splitlines() for i in range(3)]
-    assert sum("waiting for another process" in lines[0] for lines in said) == 2
+    assert sum(lines[0].startswith("data: waiting for ") for lines in said) == 2
     assert len({lines[-1] for lines in said}) == 1 and all("300" in lines[-2] for lines in said)
 
 

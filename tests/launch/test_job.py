@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,29 @@ def test_what_a_rank_had_to_say_stands_in_the_jobs_log(capsys, run_dir):
     verdict, said = ended(capsys, run_dir, 2)
     assert verdict == "2" and "  - data.data_path: no file /data/a.bin" in said
     assert "no file /data/a.bin" in read_status(run_dir)["reason"]
+
+
+def test_a_return_that_cannot_be_counted_is_none(capsys, run_dir):
+    status(run_dir, "stopped", 40)
+    shutil.rmtree(run_dir / "logs")
+    verdict, said = ended(capsys, run_dir, 0)
+    assert verdict == "1" and "Traceback" not in said
+    assert "job_17/returns.jsonl cannot be written (No such file or directory),\n  so this job does not return" in said
+
+
+def test_a_verdict_that_cannot_be_written_stands_in_the_jobs_log_with_what_to_type(capsys, run_dir):
+    status(run_dir, "running", 7, "")
+    (run_dir / "status.json.tmp").mkdir()  # as good as a disk that takes no other file
+    verdict, said = ended(capsys, run_dir, 1)
+    assert verdict == "1" and "Traceback" not in said
+    last = said.splitlines()[-1]
+    said = "status.json cannot be written (Is a directory) and does not say so; there is no whole checkpoint: type"
+    assert last == f"mixtrain: exit code 1; {said} the same command again, and it begins anew"
+
+
+def test_what_a_full_disk_kept_out_of_the_logs_is_read_in_the_status(capsys, run_dir):
+    status(run_dir, "failed", 7, "step 8: metrics.jsonl cannot be written")
+    assert "mixtrain: step 8: metrics.jsonl cannot be written\n" in ended(capsys, run_dir, 1)[1]
 
 
 def test_the_status_of_a_run_that_another_job_is_at_is_left_alone(capsys, run_dir):

@@ -53,7 +53,8 @@ def test_nodes_that_are_alike_have_no_problem():
     (CPU, {"n1_data": {"/data/a.bin": 99}},
      "node n1: /data/a.bin has 99 bytes, on n0 it has 100 bytes"),
     (CPU, {"n1_disk_free": 1000},
-     "node n1: a checkpoint takes 182,578,176 bytes, but 1,000 are free on the disk of run_dir"),
+     "node n1: a checkpoint takes 182,578,176 bytes and a margin of 1,048,576, but 1,000 are free on the disk of"
+     " run_dir"),
     (CPU, {"n1_memory_free": GIB // 100},
      "node n1 has 0.0 GiB of memory free, but the state of its 2 ranks is 0.1 GiB"),
     (GPU, {"n2_gpus": 1}, "node n2 has 1 GPUs, but trainer.devices = 2"),
