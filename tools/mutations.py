@@ -78,8 +78,8 @@ def _places(node: ast.AST, function: str, lines: range) -> Iterator[tuple[ast.AS
     """Every node that may be changed, the function it is in, and the lines of its statement."""
     yield node, function, lines
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "format_spec", "type_params"):
-            continue
+        if name in ("annotation", "returns", "format_spec", "type_params") or getattr(node, "arg", "") == "strict":
+            continue  # what zip is promised is no behaviour
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or _is_text(node, child):
                 continue
@@ -120,7 +120,7 @@ def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, str, 
         for number, statement in enumerate(_list(node, name)):
             if isinstance(statement, DROPPED) and not _is_text(node, statement):
                 yield ast.unparse(statement), "pass", _put(name, number, ast.Pass())
-    if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+    if isinstance(node, (ast.If, ast.While, ast.IfExp)) and not _is_negated_by_operator(node.test):
         test = ast.unparse(node.test)
         yield f"if {test}", f"if not ({test})", _negated
     for number, test in enumerate(_list(node, "ifs")):
@@ -171,6 +171,12 @@ def _is_unpacked(node: ast.AST, parent: ast.AST | None) -> bool:
     """One element less is a ValueError wherever it runs, or is no value at all."""
     assigned = isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Tuple)
     return assigned or isinstance(parent, ast.Subscript) or isinstance(getattr(node, "ctx", None), ast.Store)
+
+
+def _is_negated_by_operator(test: ast.expr) -> bool:
+    """Another fault is the same."""
+    compared = isinstance(test, ast.Compare) and not isinstance(test.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE))
+    return compared or isinstance(test, ast.UnaryOp)
 
 
 def _is(node: ast.AST, value: object) -> bool:
