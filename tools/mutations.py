@@ -102,9 +102,10 @@ def _lines(statement: ast.AST) -> range:
 
 
 def _is_text(parent: ast.AST, node: ast.AST) -> bool:
-    """Words for people: docstrings, and what is said between the values of an f-string."""
+    """Words for people: docstrings, what is said between the values of an f-string, and what joins a list."""
     said = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return said or isinstance(parent, ast.JoinedStr) and isinstance(node, ast.Constant)
+    joins = isinstance(parent, ast.Attribute) and parent.attr == "join"
+    return said or (joins or isinstance(parent, ast.JoinedStr)) and isinstance(node, ast.Constant)
 
 
 def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, str, Change]]:
