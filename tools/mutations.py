@@ -145,7 +145,8 @@ def _in_place(node: ast.AST) -> Iterator[Change]:
         yield _set("op", OTHER[type(node.op)]())
         if isinstance(node, ast.BoolOp):
             neutral = ast.Constant(isinstance(node.op, ast.And))
-            yield from (_put("values", number, neutral) for number in range(len(node.values)))
+            last = [value for value in node.values if ast.unparse(value) not in ("0", "''", "[]", "{}")]  # as False
+            yield from (_put("values", node.values.index(value), neutral) for value in last)
     elif isinstance(node, ast.UnaryOp):
         other = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()  # not not x
         yield _set("op", other) if isinstance(node.op, ast.USub) else _set("operand", ast.UnaryOp(other, node.operand))
