@@ -166,7 +166,7 @@ def _other_constants(value: object) -> Iterator[object]:
     elif isinstance(value, (int, float)):
         yield value + 1
     elif isinstance(value, (str, bytes)) and len(value.split()) == 1:  # sentences are what tests of messages hold
-        yield value + value[:1]
+        yield value + ("x" if isinstance(value, str) else b"x")
 
 
 def _is_unpacked(node: ast.AST, parent: ast.AST | None) -> bool:
