@@ -191,6 +191,20 @@ DAMAGE = {
     "empty manifest": lambda path: (path / "integrity.json").write_text(""),
     "half a manifest": lambda path: (path / "integrity.json").write_text('{"format": 1, "files": {"__0_0.dis'),
     "a manifest of nothing": lambda path: (path / "integrity.json").write_text('{"files": {}}'),
+    "a manifest without a list": lambda path: (path / "integrity.json").write_text("{}"),
+    "a manifest of a list": lambda path: (path / "integrity.json").write_text('{"files": []}'),
+    "a manifest that is a number": lambda path: (path / "integrity.json").write_text("5"),
+    "a manifest of numbers": lambda path: (path / "integrity.json").write_text('{"files": {"__0_0.distcp": 5}}'),
+    "a manifest of words": lambda path: (path / "integrity.json").write_text(
+        '{"files": {"__0_0.distcp": {"size": "x", "sha256": ""}}}'
+    ),
+    "a manifest without hashes": lambda path: (path / "integrity.json").write_text(
+        '{"files": {"__0_0.distcp": {"size": 7}}}'
+    ),
+    "a manifest that is a directory": lambda path: (
+        (path / "integrity.json").unlink(),
+        (path / "integrity.json").mkdir(),
+    ),
     "a manifest that leads outside": lambda path: (path / "integrity.json").write_text(
         '{"files": {"../x": {"size": 1, "sha256": ""}}}'
     ),
@@ -207,6 +221,12 @@ def test_damage_is_found_and_the_file_named(tmp_path, name):
     wrong = integrity.problem(path, full=True)
     assert str(path / ("integrity.json" if "manifest" in name else "__0_0.distcp")) in wrong
     assert ("SHA-256" in wrong) == (name == "flipped")
+
+
+def test_a_file_that_cannot_be_looked_at_is_named(tmp_path):
+    path, name = checkpoint(tmp_path, 1), "x" * 300
+    integrity.write_manifest(path, {name: integrity.File(1, "")})
+    assert integrity.problem(path, full=False) == f"{path / name} cannot be read (File name too long)"
 
 
 def test_sizes_alone_do_not_show_a_flipped_byte(tmp_path):
@@ -237,6 +257,8 @@ def test_whoever_asks_for_no_share_is_told_of_damage_in_any_file(tmp_path):
         name = path / f"__{damaged}_0.distcp"
         name.write_text("x" * (damaged + 1))
         assert integrity.problem(path, full=True) == f"{name} is damaged: its SHA-256 is not that of what was written"
+    (path / "__0_0.distcp").write_text("x")
+    assert str(name) in integrity.problem(path, full=True)  # the largest first, so that ranks have even shares
 
 
 def test_a_watchdog_hears_of_every_block_that_is_read(tmp_path, monkeypatch):
@@ -247,9 +269,10 @@ def test_a_watchdog_hears_of_every_block_that_is_read(tmp_path, monkeypatch):
 
 
 def test_a_manifest_says_what_format_it_has_and_its_files_by_name(tmp_path):
-    path = checkpoint(tmp_path, 1)
-    files = {"__0_0.distcp": {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}}
-    assert json.loads((path / "integrity.json").read_text()) == {"format": 1, "files": files}
+    file = {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    integrity.write_manifest(tmp_path, {name: integrity.File(**file) for name in ("b", "a")})
+    written = json.loads((tmp_path / "integrity.json").read_text())
+    assert written == {"format": 1, "files": {"a": file, "b": file}} and list(written["files"]) == ["a", "b"]
 
 
 def test_the_state_of_a_run_comes_back_as_it_was(tmp_path):

@@ -51,6 +51,37 @@ def test_overlapping_gives_what_a_range_has_of_each_run():
     assert found == [(0, 8, 10), (50, 0, 5), (20, 0, 2)]
 
 
+def test_overlapping_of_every_range_is_what_a_range_has_of_each_run():
+    several = [runs.Run("a", 0, "k", 30, 4), runs.Run("a", 4, "k", 0, 1), runs.Run("a", 5, "k", 10, 6)]
+    for start in range(12):
+        for stop in range(start, 12):
+            whole = [(run, max(start - run.start, 0), min(stop - run.start, run.count)) for run in several]
+            expected = [(run, low, high) for run, low, high in whole if low < high]
+            assert list(runs.overlapping(several, start, stop, runs.START)) == expected
+
+
+def test_tensors_come_layer_after_layer_and_within_one_as_the_model_uses_them():
+    def of_layer(number: int) -> list[str]:
+        layer, moe = f"model.layers.{number}", f"model.layers.{number}.block_sparse_moe"
+        experts = [f"{moe}.experts.{expert}.w{part}" for expert in range(4) for part in (1, 3)]
+        experts += [f"{moe}.experts.{expert}.w2" for expert in range(4)]
+        attention = [f"{layer}.self_attn.{letter}_proj" for letter in "qkvo"]
+        return [f"{layer}.input_layernorm", *attention, f"{layer}.post_attention_layernorm", f"{moe}.gate", *experts]
+
+    expected = ["model.embed_tokens", *of_layer(0), *of_layer(1), "model.norm", "lm_head"]
+    index = runs.index(resolve(config_of(*SMALL)), "hub")
+    assert list(index.names) == [f"{name}.weight" for name in expected]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_runs_are_as_few_as_groups_of_heads_allow(groups):
+    index = runs.index(resolve(config_of(*SMALL, f"model.num_query_groups={groups}")), "hub")
+    in_parts = {name for name, several in index.by_name.items() if len(several) > 1}
+    cut = {name for name in index.names if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")}
+    assert in_parts == (cut if groups > 1 else set())
+    assert {len(index.by_name[name]) for name in cut} == {groups}
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Saved by TP2: some of its tensors are cut along their last axis."""

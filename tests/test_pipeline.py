@@ -147,6 +147,39 @@ def test_what_megatron_refuses_is_refused_with_its_numbers(name):
     )
 
 
+# pipeline keys, layers, and how the first problem ends
+ENDS = {
+    "in their order": (parallel_of(4), 14, "; use 12 or 16"),
+    "a single layer": (parallel_of(2, **{EMBEDDING: True}), 2, "; use 1 or 3"),
+    "never none": (parallel_of(2, **{EMBEDDING: True, LOSS: True}), 1, "; use 2"),
+    "the next alone": (parallel_of(2, **{FIRST: 2}), 2, "; use 3"),
+    "a chunk": (parallel_of(2, 2, layout="Et|tL"), 2, " = 2, but the layout has 1; use null"),
+    "L inside": (parallel_of(2, layout="Et|Lt"), 2, " = Et|Lt must begin with its only E and end with its only L"),
+    "the first letter": (
+        parallel_of(2, layout="Etzyxwvus|L"), 1,
+        ' has "s"; E is the embedding, t a layer, L the loss, | the next stage',
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_a_refusal_ends_with_what_is_legal(name):
+    parallel, num_layers, said = ENDS[name]
+    assert pipeline.problems(parallel, num_layers)[0].endswith(said)
+
+
+def test_a_chunk_that_an_embedding_leaves_less_than_nothing_is_named():
+    parallel = parallel_of(2, 2, **{EMBEDDING: True})
+    assert pipeline.problems(parallel, 1)[1:] == [
+        "pipeline stage 0 has a chunk with -1 layers; use fewer stages or chunks"
+    ]
+
+
+def test_a_layout_of_fewer_segments_than_stages_leaves_stages_without_layers():
+    """It is refused; its numbers are made all the same."""
+    assert pipeline.stages(parallel_of(4, layout="Et|tL"), 2) == ((1,), (1,), (0,), (0,))
+
+
 def test_the_numbers_that_a_refusal_offers_are_legal():
     offers = 0
     for parallel, num_layers in product(GRID, range(1, 13)):

@@ -9,7 +9,7 @@ from composing import config_of
 
 from mixtrain.config import legal_keys
 from mixtrain.plan import derive, resolve
-from mixtrain.rules import RULES, implementation, launcher, training
+from mixtrain.rules import RULES, implementation, launcher, training, upstream
 
 RULE = {rule.__name__: rule for rule in RULES}
 TE = ("model.transformer_impl=transformer_engine", "trainer.accelerator=gpu")
@@ -139,3 +139,114 @@ def test_every_module_that_can_be_recomputed_may_be_named(name):
 def test_rows_of_eight_bit_runs_are_aligned_as_those_of_bf16():
     (said,) = problems("grouped_gemm_reads_aligned_rows", "trainer.precision=fp8", model={"hidden_size": 188})
     assert said.endswith("use 184 or 192")
+
+
+GPU = "trainer.accelerator=gpu"
+FSDP = ("parallel=fsdp", GPU, "checkpoint=none")
+LAYOUT = "parallel.pipeline_model_parallel_layout="
+# rule, overrides, whether it refuses them: next to another value at which it answers otherwise
+EDGES = [
+    ("one_expert_needs_pre_softmax", ["model.moe_router_topk=1", "router.moe_router_score_function=sigmoid"], False),
+    ("one_expert_needs_pre_softmax", ["model.moe_router_topk=1", "router=sinkhorn"], False),
+    ("one_expert_needs_pre_softmax", ["model.moe_router_topk=2"], False),
+    ("balancing_types_can_be_combined", ["router=combined"], False),
+    ("flex_has_its_ranks", ["dispatcher=flex", GPU, "dispatcher.moe_pad_expert_input_to_capacity=true",
+                            "dispatcher.moe_flex_dispatcher_backend=hybridep"], False),
+    ("grouped_gemm_reads_aligned_rows", ["parallel.expert_tensor_parallel_size=3"], False),  # another rule's
+    ("attention_backend_is_there", ["model.transformer_impl=local", GPU, "trainer.precision=bf16",
+                                    "model.attention_backend=fused"], True),
+    ("attention_backend_is_there", ["model.attention_backend=fused", GPU, "trainer.precision=fp32"], True),
+    ("attention_backend_is_there", ["model.attention_backend=flash", GPU, "trainer.precision=bf16"], False),
+    ("attention_backend_is_there", ["model.attention_backend=unfused", GPU, "trainer.precision=fp32"], False),
+    ("gpus_are_those_of_the_ranks", ["launcher.gpus_per_node=1"], False),  # of a CPU run
+    ("mounts_need_an_image", ["launcher.container_mounts=[/a]", "launcher.container_image=x"], False),
+    ("sequence_over_ranks", ["data.seq_length=126", "parallel.tensor_model_parallel_size=2"], False),
+    ("batch_over_ranks", ["trainer.devices=6", "parallel.tensor_model_parallel_size=4",
+                          "trainer.global_batch_size=18"], False),  # of ranks that do not fit either
+    ("full_recompute_is_complete", ["trainer.recompute_granularity=full", "trainer.recompute_method=block",
+                                    "trainer.recompute_num_layers=1", "parallel.pipeline_model_parallel_size=4",
+                                    f"{LAYOUT}'E|tt|tt|L'"], False),  # of stages without layers
+    ("optimizer_offload_is_whole", ["optimizer.optimizer_offload_fraction=0.5"], True),
+    ("fsdp_has_what_it_needs", [*FSDP, "parallel.num_distributed_optimizer_instances=2"], False),
+    ("fsdp_has_what_it_needs", [*FSDP, "parallel.data_parallel_sharding_strategy=optim_grads",
+                                "parallel.num_distributed_optimizer_instances=2"], True),
+    ("fsdp_saves_nothing_yet", [*FSDP, "checkpoint.load_weights=there"], True),
+    ("fsdp_saves_nothing_yet", ["checkpoint.load_weights=there"], False),
+    ("split_has_three_parts", ["data.split='90,0,10'", "trainer.limit_val_batches=0"], False),
+    ("data_has_its_source", ["data=mock"], False),
+    ("virtual_pipeline_needs_pipeline", ["parallel.pipeline_model_parallel_size=2",
+                                         "trainer.global_batch_size=24"], False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rule, overrides, refused", EDGES)
+def test_a_rule_answers_as_it_should_on_the_other_side_of_an_edge(rule, overrides, refused):
+    assert bool(problems(rule, *overrides)) is refused
+
+
+@pytest.mark.parametrize(
+    "layout, each, refused",
+    [
+        ("Ettt|tt|t|tL", 1, False),
+        ("Ettt|tt|t|tL", 2, True),  # the first stage has a chunk of 1
+        ("Ettt|t|ttt|tL", 2, True),  # and here the second alone
+        ("Ettt|tt|ttt|ttL", 2, False),
+    ],
+)
+def test_blocks_that_are_recomputed_fit_the_smallest_chunk(layout, each, refused):
+    words = ["trainer.recompute_granularity=full", "trainer.recompute_method=block", f"{LAYOUT}'{layout}'"]
+    words += [f"trainer.recompute_num_layers={each}", "parallel.pipeline_model_parallel_size=2"]
+    words += [f"model.num_layers={layout.count('t')}"]
+    assert bool(problems("full_recompute_is_complete", *words)) is refused
+
+
+def test_a_state_may_fill_the_device_and_not_a_byte_more():
+    full = derive(resolve(config_of())).state_bytes / 2**30
+    assert problems("state_fits_the_device", trainer={"device_memory_gib": full}) == []
+    assert problems("state_fits_the_device", trainer={"device_memory_gib": full - 2**-30})
+    assert problems("state_fits_the_device", trainer={"device_memory_gib": None}) == []
+
+
+def test_mounts_without_an_image_are_all_named():
+    (said,) = problems("mounts_need_an_image", launcher={"container_mounts": ["/a", "/b"]})
+    assert said.startswith("launcher.container_mounts = [/a,/b], but")
+
+
+def test_without_megatron_core_every_value_of_an_unread_field_is_refused(monkeypatch):
+    monkeypatch.setattr(implementation, "transformer_config_defaults", lambda: None)
+    assert problems("torch_layers_honour_extra", model={"extra": {"use_mup": True}})
+
+
+TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+PER_TOKEN = "model.extra.calculate_per_token_loss=true"
+MET = [  # overrides, the fault of a version before 0.19 that they meet
+    ([*TE, "parallel=ep1", *TP2], "expert_gradients_over_tp"),
+    ([*TE, "parallel=ep1", *TP2, "parallel.expert_tensor_parallel_size=2"], None),
+    ([*TE, "parallel=ep1", "parallel.expert_tensor_parallel_size=2"], None),
+    ([*TE, *TP2], None),
+    (["parallel=ep1", *TP2], None),
+    ([PER_TOKEN, *TP2], "per_token_auxiliary_loss"),
+    ([PER_TOKEN, "parallel.context_parallel_size=2"], "per_token_auxiliary_loss"),
+    ([PER_TOKEN, "parallel.context_parallel_size=2", "router=none"], None),
+    ([PER_TOKEN], None),
+    (["model.extra.calculate_per_token_loss=false", *TP2], None),
+    ([*TP2], None),
+]
+
+
+@pytest.mark.parametrize("overrides, name", MET, ids=str)
+def test_a_fault_of_megatron_core_is_met_where_it_is_wrong_and_nowhere_else(overrides, name, monkeypatch):
+    monkeypatch.setattr(upstream, "megatron_version", lambda: (0, 18))
+    said = problems("upstream_faults_are_acknowledged", *overrides)
+    assert [f"parallel.acknowledged_faults=[{name}]" in text for text in said] == [True] * bool(name)
+
+
+def test_the_version_of_megatron_core_is_its_first_two_numbers_or_none(monkeypatch):
+    monkeypatch.setattr(upstream, "version", lambda name: {"megatron-core": "0.16.1"}[name])
+    assert upstream.megatron_version() == (0, 16)
+
+    def missing(name: str):
+        raise upstream.PackageNotFoundError(name)
+
+    monkeypatch.setattr(upstream, "version", missing)
+    assert upstream.megatron_version() is None

@@ -57,6 +57,7 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
 }
 PROCESSES = ("os.fork", "os.posix_spawn", "os.exec", "os.system", "subprocess.Popen")
 MEMORY = 8 << 30  # bytes that a fault may ask for
+SECONDS = 20  # that a fault may take beyond ten times what its tests take without it
 PR_SET_PDEATHSIG = 1
 SURVIVED, KILLED, BROKEN = 0, 1, 70  # exit codes of a child; whatever else it ends with, the fault was noticed
 NO_FAULT = Mutant("", "", "", range(0), 0, lambda node: None)
@@ -227,7 +228,7 @@ class Faults:
             return SURVIVED if ended == 0 else KILLED
 
         seconds = sum(self.tests[name].seconds for name in names)
-        ended = forked(work, limit=20 + 10 * seconds) if names else SURVIVED
+        ended = forked(work, limit=SECONDS + 10 * seconds) if names else SURVIVED
         if ended == BROKEN:
             raise RuntimeError(f"{mutant.key} could not be tried")
         shutil.rmtree(self.folder / "tests", ignore_errors=True)

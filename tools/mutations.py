@@ -78,8 +78,8 @@ def _places(node: ast.AST, function: str, lines: range) -> Iterator[tuple[ast.AS
     """Every node that may be changed, the function it is in, and the lines of its statement."""
     yield node, function, lines
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "format_spec", "type_params"):
-            continue
+        if name in ("annotation", "returns", "format_spec", "type_params") or getattr(node, "arg", "") == "strict":
+            continue  # what zip is promised is no behaviour
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or _is_text(node, child):
                 continue
@@ -102,9 +102,10 @@ def _lines(statement: ast.AST) -> range:
 
 
 def _is_text(parent: ast.AST, node: ast.AST) -> bool:
-    """Words for people: docstrings, and what is said between the values of an f-string."""
+    """Words for people: docstrings, what is said between the values of an f-string, and what joins a list."""
     said = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    return said or isinstance(parent, ast.JoinedStr) and isinstance(node, ast.Constant)
+    joins = isinstance(parent, ast.Attribute) and parent.attr == "join"
+    return said or (joins or isinstance(parent, ast.JoinedStr)) and isinstance(node, ast.Constant)
 
 
 def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, str, Change]]:
@@ -120,7 +121,7 @@ def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, str, 
         for number, statement in enumerate(_list(node, name)):
             if isinstance(statement, DROPPED) and not _is_text(node, statement):
                 yield ast.unparse(statement), "pass", _put(name, number, ast.Pass())
-    if isinstance(node, (ast.If, ast.While, ast.IfExp)):
+    if isinstance(node, (ast.If, ast.While, ast.IfExp)) and not _is_negated_by_operator(node.test):
         test = ast.unparse(node.test)
         yield f"if {test}", f"if not ({test})", _negated
     for number, test in enumerate(_list(node, "ifs")):
@@ -144,7 +145,8 @@ def _in_place(node: ast.AST) -> Iterator[Change]:
         yield _set("op", OTHER[type(node.op)]())
         if isinstance(node, ast.BoolOp):
             neutral = ast.Constant(isinstance(node.op, ast.And))
-            yield from (_put("values", number, neutral) for number in range(len(node.values)))
+            last = [value for value in node.values if ast.unparse(value) not in ("0", "''", "[]", "{}")]  # as False
+            yield from (_put("values", node.values.index(value), neutral) for value in last)
     elif isinstance(node, ast.UnaryOp):
         other = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()  # not not x
         yield _set("op", other) if isinstance(node.op, ast.USub) else _set("operand", ast.UnaryOp(other, node.operand))
@@ -164,13 +166,19 @@ def _other_constants(value: object) -> Iterator[object]:
     elif isinstance(value, (int, float)):
         yield value + 1
     elif isinstance(value, (str, bytes)) and len(value.split()) == 1:  # sentences are what tests of messages hold
-        yield value + value[:1]
+        yield value + ("x" if isinstance(value, str) else b"x")
 
 
 def _is_unpacked(node: ast.AST, parent: ast.AST | None) -> bool:
     """One element less is a ValueError wherever it runs, or is no value at all."""
     assigned = isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Tuple)
     return assigned or isinstance(parent, ast.Subscript) or isinstance(getattr(node, "ctx", None), ast.Store)
+
+
+def _is_negated_by_operator(test: ast.expr) -> bool:
+    """Another fault is the same."""
+    compared = isinstance(test, ast.Compare) and not isinstance(test.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE))
+    return compared or isinstance(test, ast.UnaryOp)
 
 
 def _is(node: ast.AST, value: object) -> bool:

@@ -61,8 +61,8 @@ def time_leaves_some_to_train(plan: Plan) -> Problems:
 
 
 def warning_seconds(plan: Plan) -> int:
-    asked = {name.replace("_", "-"): value for name, value in plan.config.launcher.sbatch_args.items()}
-    found = re.search(r"@(\d+)$", str(asked.get("signal", f"@{WARNING_S}")))
+    asked = plan.config.launcher.sbatch_args.get("signal", f"@{WARNING_S}")
+    found = re.search(r"@(\d+)$", str(asked))
     return int(found[1]) if found else 60  # Slurm's own
 
 
