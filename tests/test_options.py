@@ -54,6 +54,8 @@ TRAINED = [
 RECORDED = [(group, name) for group in ("checkpoint", "logging") for name in options(group)]
 ON_GPUS = [("trainer", name) for name in options("trainer") if name != "laptop"]
 RECIPES = options("recipe")
+LARGE = [recipe for recipe in RECIPES if "pp" in recipe]  # eight ranks, and as many microbatches as a pipeline wants
+SHARED = ["parallel=ep2", "model.moe_shared_expert_intermediate_size=32"]
 
 
 def test_every_option_of_every_group_is_tried():
@@ -92,11 +94,19 @@ def test_an_option_about_records_leaves_them_or_not(group, name, tmp_path):
     assert (directory / "tensorboard").exists() == (name != "files")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_shrunk_recipe_trains_two_steps_at_its_layout_or_the_nearest(recipe, tmp_path):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    """Where the first recipe's run leaves the data that it has made; the others read it."""
+    return f"data.path_to_cache={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in RECIPES]
+)
+def test_a_shrunk_recipe_trains_two_steps_at_its_layout_or_the_nearest(recipe, cache, tmp_path):
     """What the refusal offers is what is typed next."""
     words = [f"+recipe={recipe}", "+shrink=laptop", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
-    words += ["checkpoint=none", "logging=files", f"run_dir={tmp_path}/run", f"data.path_to_cache={tmp_path}/cache"]
+    words += ["checkpoint=none", "logging=files", f"run_dir={tmp_path}/run", cache]
     for problem in problems_of(*words):
         if "The nearest layout: " in problem:
             words += problem.split("The nearest layout: ")[1].split()
@@ -107,16 +117,19 @@ def test_a_shrunk_recipe_trains_two_steps_at_its_layout_or_the_nearest(recipe, t
     assert read_status(tmp_path / "run")["step"] == 2
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> dict:
+    return measure(SHARED, tmp_path_factory.mktemp("plain"))
+
+
 @pytest.mark.parametrize("kind", ["full", "core_attn", "layernorm", "moe", "moe_act", "shared_experts"])
-def test_recompute_changes_nothing_but_memory(kind, tmp_path):
-    shared = ["model.moe_shared_expert_intermediate_size=32"]
+def test_recompute_changes_nothing_but_memory(kind, plain, tmp_path):
     how = (
         ["recompute_granularity=full", "recompute_method=block", "recompute_num_layers=2"]
         if kind == "full"
         else ["recompute_granularity=selective", f"recompute_modules=[{kind}]"]
     )
-    plain = measure(["parallel=ep2", *shared], tmp_path / "plain")
-    again = measure(["parallel=ep2", *shared, *[f"trainer.{key}" for key in how]], tmp_path / "again")
+    again = measure([*SHARED, *[f"trainer.{key}" for key in how]], tmp_path)
     if kind == "layernorm":  # its output is made anew in another order of additions
         assert again["losses"] == pytest.approx(plain["losses"], rel=1e-6)
         assert again["norms"] == pytest.approx(plain["norms"], rel=1e-6)
