@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain.closed_pipe import ended  # noqa: E402
 from mixtrain.drill import scenarios  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, print_problems  # noqa: E402
 
@@ -65,4 +66,4 @@ def drill(chosen: list, folder: Path, given: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     os.environ.pop("RANK", None)  # its runs start their own ranks
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(main, sys.argv[1:]))
