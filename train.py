@@ -22,6 +22,7 @@ if __name__ == "__main__":  # before the other imports, which take half a second
     elif LAUNCHER not in os.environ:  # a rank of our own launcher is ended at once before the first step
         note_requests()
 
+from mixtrain.closed_pipe import ended
 from mixtrain.compose import Composed, compose
 from mixtrain.config import LauncherType, Mode
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems
@@ -102,4 +103,4 @@ def train(plan: Plan, me: Identity) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(main, sys.argv[1:]))

@@ -14,11 +14,11 @@ from pathlib import Path
 from shutil import copyfile
 from typing import Any, TypedDict
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mixtrain import figure, untrusted_json
 from mixtrain.checkpoint.directory import write_atomically
+from mixtrain.console import Console
 from mixtrain.outlook import Unwritable, writing
 from mixtrain.plan import Plan
 from mixtrain.report import banners, changed_mathematics, render, tags
@@ -70,9 +70,14 @@ class Logs:
                     self.tensorboard.close()
 
     def say(self, line: str) -> None:
-        if self.writes:
+        if not self.writes:
+            return
+        try:
             self.console.print(line, soft_wrap=True, markup=False)
             sys.stdout.flush()
+        except BrokenPipeError:  # as of `| head`: for a run as if its terminal had been closed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.kill(os.getpid(), signal.SIGHUP)
 
     def begin(self, step: int) -> None:
         """Before the first step after `step`: the files, the header, and the bar where there is a terminal.

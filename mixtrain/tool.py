@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import signal
 import sys
@@ -12,7 +11,9 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
+from mixtrain.characters import escaped
+from mixtrain.closed_pipe import ended
+from mixtrain.errors import FAULT, REFUSED, Fault, UserError, print_problems
 
 INTERRUPTED = 130
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -21,20 +22,21 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 def run(main: Callable[[list[str]], int], words: list[str]) -> int:
     """The exit code of a tool: what a user can cause is said in a line each, with no traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half done is removed
+    return ended(_coded, main, words)
+
+
+def _coded(main: Callable[[list[str]], int], words: list[str]) -> int:
     try:
         return main(words)
     except UserError as error:
         print_problems(error.problems)
         return REFUSED
     except Fault as error:
-        print(f"mixtrain: {error}", file=sys.stderr)
+        print(f"mixtrain: {escaped(str(error), keep=chr(10))}", file=sys.stderr)
         return FAULT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINISHED
 
 
 def counted(word: str) -> int:

@@ -55,6 +55,11 @@ DAMAGE = {
     "no .metadata": (lambda run: (newest(run) / ".metadata").unlink(), 2, ".metadata is missing"),
     "no manifest": (lambda run: (newest(run) / MANIFEST).unlink(), 2, "integrity.json is missing"),
     "a bad manifest": (lambda run: (newest(run) / MANIFEST).write_text("{"), 2, "integrity.json is damaged"),
+    "a nested manifest": (
+        lambda run: (newest(run) / MANIFEST).write_text('{"files":' * 100_000),
+        2,
+        "nested more than",
+    ),
     "a bad tracker": (lambda run: (run / directory.TRACKER).write_text("\0x"), 4, "names no checkpoint"),
     "no tracker": (lambda run: (run / directory.TRACKER).unlink(), 4, "names no checkpoint"),
     "an old tracker": (lambda run: (run / directory.TRACKER).write_text("2\n"), 4, None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -136,6 +137,21 @@ def test_a_text_ends_before_the_first_stop_text(trained, text, tmp_path):
     assert code == FINISHED and [line["prompt"] for line in lines] == ["generate", "x", "generate"], log
     assert lines[0]["text"] == lines[2]["text"] == text[:place]
     assert lines[0]["reason"] == "stop" and len(lines[0]["tokens"]) < 40
+
+
+def test_a_generation_whose_reader_has_gone_stops_after_its_batch(trained, tmp_path):
+    request = asked(trained, "generate", "x", "y", new=40, batch_size=1)
+
+    def unread(me) -> int:
+        gone, here = os.pipe()
+        os.close(gone)
+        os.dup2(here, 1)
+        return run(plan_of(trained, folder=tmp_path), request, me)
+
+    (code,) = run_ranks(1, unread, tmp_path / "ranks")
+    log = (tmp_path / "ranks" / "rank_0.log").read_text()
+    assert code == FINISHED and "Traceback" not in log, log
+    assert "continued with 4" in log  # 40 or 41 tokens, not 120
 
 
 def test_in_a_chat_the_template_stands_around_the_prompt(trained, tmp_path):

@@ -127,7 +127,7 @@ def test_prompts_come_from_lines_or_from_objects(tmp_path):
     lines.write_text("one\n\n two \n")
     objects.write_text('{"prompt": "a\\nb"}\n')
     assert read_prompts(str(lines)) == ["one", " two "] and read_prompts(str(objects)) == ["a\nb"]
-    for wrong, why in (("{}\n", "line 1: an object"), ("[\n", "line 1: not valid JSON"), ("\n", "there is no prompt")):
+    for wrong, why in (("{}\n", "prompt is missing"), ("[\n", "line 1: not valid JSON"), ("\n", "there is no prompt")):
         objects.write_text(wrong)
         with pytest.raises(UserError, match=why):
             read_prompts(str(objects))

@@ -8,18 +8,18 @@
 """
 
 import argparse
-import os
 import re
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from mixtrain.checkpoint import directory, integrity, state  # noqa: E402
+from mixtrain.closed_pipe import ended  # noqa: E402
+from mixtrain.console import Console  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 
 LETTERS = {"tensor": "TP", "pipeline": "PP", "context": "CP", "expert": "EP", "expert_tensor": "ETP"}
@@ -40,9 +40,6 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print_problems(error.problems)
         return REFUSED
-    except BrokenPipeError:  # as of `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FINISHED
 
 
 def checkpoints(path: Path) -> list[Path]:
@@ -121,4 +118,4 @@ def inspect(path: Path, match: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(main, sys.argv[1:]))

@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
 from mixtrain import scratch  # noqa: E402
+from mixtrain.closed_pipe import ended, reader_has_gone  # noqa: E402
 from mixtrain.environment import LAUNCHER, Identity, die_with, identity  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.generate import settings, tokenizer  # noqa: E402
@@ -101,7 +102,11 @@ def start(plan: Plan, request: Request, folder: str) -> int:
     request.write(folder)
     with Follower(Path(folder, "logs", "rank_0.log")):
         code = local.start(plan, (sys.executable, str(Path(__file__).resolve())))
-    return INTERRUPTED if code == FINISHED and former(folder).get("state") == "stopped" else code
+    if code != FINISHED or former(folder).get("state") != "stopped":
+        return code
+    if reader_has_gone():
+        raise BrokenPipeError
+    return INTERRUPTED
 
 
 def rank(plan: Plan, request: Request, me: Identity) -> int:
@@ -129,4 +134,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

@@ -14,12 +14,12 @@ configuration or the arguments are wrong, 130 interrupted.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain.closed_pipe import ended  # noqa: E402
 from mixtrain.compose import compose  # noqa: E402
 from mixtrain.config import Accelerator, Config, Precision  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
@@ -86,9 +86,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; parity.json and parity.md have the layouts up to the last tenth", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the lines has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAULT
     print(f"\n{certificate.folder}/parity.json and parity.md")
     if same:
         print("every layout computes what one rank computes")
@@ -99,4 +96,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

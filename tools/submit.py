@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain.closed_pipe import ended  # noqa: E402
 from mixtrain.compose import compose  # noqa: E402
 from mixtrain.config import LauncherType, Mode  # noqa: E402
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems  # noqa: E402
@@ -72,4 +73,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))

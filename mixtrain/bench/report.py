@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import rich.box
-from rich.console import Console
 from rich.table import Table
 
 from mixtrain.bench.figures import ENOUGH, Figures, figures
 from mixtrain.bench.machine import peak_tflops
 from mixtrain.bench.reading import Reading
+from mixtrain.console import Console
 
 GIB = 2**30
 WIDTH = 100

@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mixtrain.checkpoint.directory import sync
+from mixtrain.console import Console
 from mixtrain.environment import die_with
 from mixtrain.errors import Fault, UserError
 

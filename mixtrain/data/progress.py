@@ -47,7 +47,9 @@ class Progress:
 
 
 def _bar():
-    from rich import console, progress
+    from rich import progress
+
+    from mixtrain.console import Console
 
     return progress.Progress(
         progress.TextColumn("{task.description}"),
@@ -55,5 +57,5 @@ def _bar():
         progress.TaskProgressColumn(),
         progress.TextColumn("{task.fields[note]}"),
         progress.TimeRemainingColumn(),
-        console=console.Console(stderr=True),
+        console=Console(stderr=True),
     )

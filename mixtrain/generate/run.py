@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -40,9 +41,6 @@ def run(plan: Plan, request: Request, me: Identity) -> int:
         except UserError as error:
             print_problems(error.problems)
             return REFUSED
-        except BrokenPipeError:  # whoever read the texts has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())
-            return FAULT
         except Exception:
             print(f"rank {me.rank}:", file=sys.stderr)
             traceback.print_exc()
@@ -70,16 +68,17 @@ def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results:
         watch = Watch(lambda: stop.signal is not None, progress.passed)
         limits = Limits(request.max_new_tokens, text.ends(), text.stops)
         generator = Generator(chunks[0], here.device, request.sampling, limits, watch)
-        stopping, size = False, request.batch_size * plan.data_parallel_size
+        stopping, unread, size = False, False, request.batch_size * plan.data_parallel_size
         for first in range(0, len(prompts), size):
             batch = [Sequence(first + place, ids) for place, ids in enumerate(prompts[first : first + size])]
             stopping = generator.continue_all(batch)
-            if here.is_first:
-                write(results, request, text, batch)
+            if here.is_first and not unread:
+                unread = not write(results, request, text, batch)
+                stop.signals += [signal.SIGPIPE] * unread
             if stopping:
                 break
     progress.end(sum(map(len, prompts)))
-    if stopping and me.is_ours and me.rank == 0:
+    if (stopping or unread) and me.is_ours and me.rank == 0:
         write_status(plan.config.run_dir, state="stopped", step=0, max_steps=1, reason="stopped on request")
     return FINISHED
 
@@ -101,8 +100,17 @@ def refuse_lengths(prompts: list[list[int]], new: int, positions: int) -> None:
         raise UserError(*problems)
 
 
-def write(results: TextIO, request: Request, text, batch: list) -> None:
-    """The continuations of a batch, in the order of the prompts."""
+def write(results: TextIO, request: Request, text, batch: list) -> bool:
+    """Print the continuations of a batch, in the order of the prompts; whether somebody reads them."""
+    try:
+        _print(results, request, text, batch)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), results.fileno())
+        return False
+    return True
+
+
+def _print(results: TextIO, request: Request, text, batch: list) -> None:
     for sequence in batch:
         words = text.continuation(sequence.prompt, sequence.tokens)
         if request.as_json:

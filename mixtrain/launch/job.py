@@ -21,6 +21,7 @@ from typing import TypedDict
 
 from mixtrain import untrusted_json
 from mixtrain.characters import escaped
+from mixtrain.closed_pipe import ended
 from mixtrain.compose import compose
 from mixtrain.config import Mode
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
@@ -160,4 +161,4 @@ def say(words: str) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the job is asked to stop: that is the ranks' to do, this takes a second
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(ended(main, sys.argv[1:]))
