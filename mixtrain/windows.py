@@ -6,15 +6,17 @@ it count as this process's memory for as long: take small ones.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import math
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: all pages at once instead of one fault for each few
+UNREADABLE = (errno.EFAULT, errno.EIO, 133)  # the last: EHWPOISON of Linux
 
 
 def window(path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -29,7 +31,10 @@ def window(path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) ->
             mapped = mmap.mmap(file.fileno(), size, offset=offset - before, access=mmap.ACCESS_COPY)
         except ValueError as error:
             raise OSError(0, f"it ends before byte {offset - before + size:,}", str(path)) from error
-    with contextlib.suppress(OSError):
+    try:
         mapped.madvise(mmap.MADV_WILLNEED)  # one large read ahead where the pages are not in memory
         mapped.madvise(POPULATE_READ)
+    except OSError as error:  # EINVAL: an older Linux
+        if error.errno in UNREADABLE:  # to touch the page would end this process, by SIGBUS
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path)) from None
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=before).view(tuple(shape))

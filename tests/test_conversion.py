@@ -26,7 +26,7 @@ from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
 from mixtrain.compose import CONF
 from mixtrain.config import Config
-from mixtrain.convert import hf_files, origin, settings, to_hf, to_megatron, weights
+from mixtrain.convert import casting, hf_files, origin, settings, to_hf, to_megatron, weights
 from mixtrain.errors import UserError
 from mixtrain.plan import resolve
 
@@ -203,8 +203,8 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_a_rerun_works(h
     ):
         child = os.fork()
         if child == 0:
-            for module in (to_megatron, to_hf):
-                monkeypatch.setattr(module, "cast", dies_after(module.cast, 20))
+            torch.set_num_threads(1)  # a forked process has no others
+            monkeypatch.setattr(casting.Casting, "__call__", dies_after(casting.Casting.__call__, 20))
             convert(source, out)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mixtrain import ranks
 from mixtrain.checkpoint.parts import Parts
-from mixtrain.convert import origin, proof, sides, to_megatron
+from mixtrain.convert import origin, proof, sides, to_hf, to_megatron
 from mixtrain.errors import UserError
 from mixtrain.plan import derive
 
@@ -72,6 +72,19 @@ def test_the_converted_model_is_the_same_and_every_damage_is_caught(pair, tmp_pa
     for name, found in zip(proof.DAMAGES, damaged, strict=True):
         assert found["layers"][0][0] > 1e-2, name  # in the first layer, by far
         assert found["kl"] > 1e-4, name
+
+
+def test_a_damaged_checkpoint_proves_nothing_although_the_model_made_of_it_has_the_same_damage(tmp_path):
+    there = hf_models.saved("mixtral", tmp_path / "there")
+    to_megatron.convert(there, tmp_path / "megatron")
+    shard = max((tmp_path / "megatron" / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 8 * 4] ^= 1
+    shard.write_bytes(data)
+    to_hf.convert(tmp_path / "megatron", tmp_path / "back", verify=False)
+    assert len(hf_models.unequal(there, tmp_path / "back")) == 1
+    with pytest.raises(UserError, match=f"{shard} is damaged: its SHA-256 is not that of what was written"):
+        verify_conversion.main([str(tmp_path / "back"), str(tmp_path / "megatron")])
 
 
 def test_in_bf16_the_cosine_decides(pair, tmp_path):

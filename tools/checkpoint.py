@@ -4,7 +4,8 @@
     python tools/checkpoint.py verify runs/laptop                hash every file of all, or of one iter_NNNNNNN
     python tools/checkpoint.py inspect runs/laptop/iter_0000100  its tensors, shapes and dtypes (--match TEXT)
 
-`list` compares sizes, with --full hashes too. Exit codes: 0, 1 something is damaged, 2 there is nothing to look at.
+`list` and `inspect` compare the sizes of the files that hold tensors and hash the others; `list --full` hashes all.
+Exit codes: 0, 1 something is damaged, 2 there is nothing to look at.
 """
 
 import argparse
@@ -114,7 +115,10 @@ def inspect(path: Path, match: str) -> int:
         shape = f"[{', '.join(map(str, kind.size))}]"
         print(f"{str(dtype).removeprefix('torch.'):<8} {shape:<20} {key}")
     print(f"{count} tensors, {total / 2**20:,.1f} MiB, in {path}")
-    return FINISHED
+    wrong = integrity.problem(path, full=False) if os.path.lexists(path / integrity.MANIFEST) else ""  # Megatron-LM's
+    if wrong:
+        print(wrong)
+    return FAULT if wrong else FINISHED
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("out_dir", type=Path, help="a new directory for the checkpoint")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)")
     parser.add_argument("--processes", type=counted, default=1, metavar="N", help="that copy side by side (default: 1)")
+    parser.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too")
     parser.add_argument("--write-model-config", metavar="NAME", help="write conf/model/NAME.yaml from config.json")
     given = parser.parse_args(words)
 
@@ -42,7 +43,8 @@ def main(words: list[str]) -> int:
     started = time.monotonic()
     values = settings.from_hugging_face(hf_files.read_config(given.hf_dir))
     config_file = model_file(given.write_model_config) if given.write_model_config else None
-    to_megatron.convert(given.hf_dir, given.out_dir, DTYPES.get(given.dtype), given.processes)
+    dtype = DTYPES.get(given.dtype)
+    to_megatron.convert(given.hf_dir, given.out_dir, dtype, given.processes, given.allow_nonfinite)
     seconds = time.monotonic() - started
     print(f"{given.out_dir / 'release'}: {of_size(given.out_dir)} in {seconds:.1f} s")
     print(f"train from it with checkpoint.load_weights={given.out_dir}", end="")

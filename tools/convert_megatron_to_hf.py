@@ -5,7 +5,8 @@
 
 OUT_DIR must be new. It gets safetensors files under the names of the hub (--layout fused: those of transformers 5's
 memory), config.json, and the tokenizer that lies beside the checkpoint. A run whose model transformers would compute
-otherwise (sinkhorn or sigmoid scores, capacity dropping, shared experts ...) is refused, by its key.
+otherwise (sinkhorn or sigmoid scores, capacity dropping, shared experts ...) is refused, by its key. The files that
+hold the weights are hashed while they are copied: if one is damaged, there is no OUT_DIR.
 
 Exit codes: 0 done, 2 the checkpoint or the arguments are wrong (nothing was written), 1 a fault, 130 interrupted.
 """
@@ -31,6 +32,11 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="(default: the one beside the checkpoint)")
     parser.add_argument("--processes", type=counted, default=1, metavar="N", help="that copy side by side (default: 1)")
+    parser.add_argument(
+        "--verify", choices=["full", "size"], default="full",
+        help="the checkpoint's files by their SHA-256, or by their sizes alone (default: full)",
+    )  # fmt: skip
+    parser.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too")
     given = parser.parse_args(words)
 
     from mixtrain import upstream  # takes seconds, as all that follows
@@ -48,6 +54,8 @@ def main(words: list[str]) -> int:
         max_shard_size=given.max_shard_size,
         tokenizer=given.tokenizer,
         processes=given.processes,
+        verify=given.verify == "full",
+        allow_nonfinite=given.allow_nonfinite,
     )
     print(f"{given.out_dir}: {checkpoint}, {of_size(given.out_dir)} in {time.monotonic() - started:.1f} s")
     if not (given.out_dir / "tokenizer.json").is_file():

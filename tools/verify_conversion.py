@@ -9,6 +9,9 @@ one layer of each in memory at a time. Each goes on from its own hidden states. 
 states are apart, and for how many tokens other experts were chosen; at the end the same of the logits, their cosine
 and Kullback-Leibler divergence. All is computed in fp32 unless told otherwise: bf16 weights are fp32 numbers too.
 
+The files that hold the checkpoint's weights are hashed first, unless --verify size says otherwise: a model that was
+made of a damaged file has the same damage.
+
 --self-test damages what is read from the checkpoint, in each of the ways that converters have been wrong, and wants
 every one to be caught.
 
@@ -38,6 +41,10 @@ def main(words: list[str]) -> int:
     parser.add_argument("--layers", type=counted, metavar="N", help="only the first N layers, and then the logits")
     parser.add_argument("--manifest", type=Path, metavar="FILE", help="name, shape, dtype and SHA-256 of every tensor")
     parser.add_argument("--self-test", action="store_true", help="damage the tensors on purpose, and be caught")
+    parser.add_argument(
+        "--verify", choices=["full", "size"], default="full",
+        help="the checkpoint's files by their SHA-256, or by their sizes alone (default: full)",
+    )  # fmt: skip
     given = parser.parse_args(words)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
@@ -50,15 +57,24 @@ def main(words: list[str]) -> int:
 
     checkpoint = origin.checkpoint_at(given.ckpt_dir)
     config, parts = origin.config_of(checkpoint), Parts(checkpoint)
-    check_tensors(given.hf_dir, config, parts)
+    keys = check_tensors(given.hf_dir, config, parts)
+    if given.verify == "full":
+        hashed(origin.Hashes(checkpoint, parts.files(keys)))
     if given.manifest:
         write_manifest(given.manifest, given.hf_dir, config, parts)
     with one_rank(config, given.precision) as (own, here):
         return (self_test if given.self_test else verify)(given, own, parts, here)
 
 
-def check_tensors(hf_dir: Path, config, parts) -> None:
-    """UserError if the two are not of the same tensors: there is nothing to compare then."""
+def hashed(hashes) -> None:
+    """UserError if a file of the checkpoint is damaged: what was made of it would have the same damage."""
+    from mixtrain.convert.output import in_processes
+
+    in_processes("hashing", [], hashes.size, hashes.jobs(os.cpu_count() or 1))
+
+
+def check_tensors(hf_dir: Path, config, parts) -> list[str]:
+    """The keys of the model in the checkpoint. UserError if the two are not of the same tensors."""
     from mixtrain.convert import hf_files, runs, settings, weights
 
     settings.to_hugging_face(config)
@@ -67,6 +83,7 @@ def check_tensors(hf_dir: Path, config, parts) -> None:
     weights.check(index.names, tensors, hf_files.NAMES, mixed=True)
     if missing := [key for key, shape in index.shapes.items() if parts.shapes.get(key) != shape]:
         raise UserError(f"{parts.directory} has no {missing[0]} of shape {list(index.shapes[missing[0]])}")
+    return list(index.shapes)
 
 
 def one_rank(config, precision: str):

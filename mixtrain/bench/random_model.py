@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from mixtrain.convert import origin, runs, settings, to_hf
+from mixtrain.convert.casting import Casting
 from mixtrain.facts import published
 
 BLOCK = 1 << 26  # bytes
@@ -22,8 +23,9 @@ def write(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True)
     facts = published()["mistralai/Mixtral-8x7B-v0.1"] | {"model.num_layers": layers}
     config = origin.configuration(facts)
-    whole = to_hf.Origin(None, runs.index(config, "hub"), torch.bfloat16)
-    shards, noise = to_hf.shards_of(folder, whole, 5 * 10**9), os.urandom(BLOCK)
+    whole = to_hf.Origin(None, runs.index(config, "hub"), Casting(torch.bfloat16))
+    shards, noise = to_hf.shards_of(folder, whole, 5 * 10**9), bytearray(os.urandom(BLOCK))
+    noise[1::2] = bytes(byte & 0xBF for byte in noise[1::2])  # numbers below 2: else one in 256 would be none
     for shard in shards:
         with open(shard.path, "wb") as file:
             file.write(to_hf.header(shard, whole))

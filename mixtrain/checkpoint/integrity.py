@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
@@ -18,6 +19,7 @@ from mixtrain import untrusted_json
 from mixtrain.untrusted_json import LARGE, Check, Count, Name
 
 MANIFEST = "integrity.json"
+TENSORS = ".distcp"  # what the names of large files end with
 BLOCK = 1 << 24  # bytes
 
 
@@ -62,27 +64,37 @@ def read_manifest(directory: Path) -> dict[str, File]:
     return {name: File(entry["size"], entry["sha256"]) for name, entry in entries.items()}
 
 
-def problem(directory: Path, full: bool, part: int = 0, of: int = 1, beat: Callable[[], None] = lambda: None) -> str:
+def problem(
+    directory: Path,
+    full: bool,
+    part: int = 0,
+    of: int = 1,
+    beat: Callable[[], None] = lambda: None,
+    only: Callable[[str], bool] = lambda name: True,
+) -> str:
     """What is wrong with a checkpoint, naming the file; "" if nothing is. `part` of `of` looks at a share of the files.
 
-    By size alone, or by what is in them (`full`). `beat` is called every few blocks.
+    Those that hold tensors by size, or by what is in them (`full`), the small ones always by what is in them. Of those
+    alone whose names `only` takes. `beat` is called after each block.
     """
     try:
         files = read_manifest(directory)
     except ValueError as error:
         return str(error)
     for name, file in sorted(files.items(), key=lambda item: -item[1].size)[part::of]:
-        if wrong := _file_problem(directory / name, file, full, beat):
+        if only(name) and (wrong := _file_problem(directory / name, file, full, beat)):
             return wrong
     return ""
 
 
 def _file_problem(path: Path, expected: File, full: bool, beat: Callable[[], None]) -> str:
     try:
-        size = path.stat().st_size
-        if size != expected.size:
-            return f"{path} has {size:,} bytes, not the {expected.size:,} that were written"
-        if full and sha256(path, beat) != expected.sha256:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device has no end
+            return f"{path} is no file"
+        if found.st_size != expected.size:
+            return f"{path} has {found.st_size:,} bytes, not the {expected.size:,} that were written"
+        if (full or path.suffix != TENSORS) and sha256(path, beat) != expected.sha256:
             return f"{path} is damaged: its SHA-256 is not that of what was written"
     except FileNotFoundError:
         return f"{path} is missing"

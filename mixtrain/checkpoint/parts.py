@@ -7,7 +7,7 @@ Rule: a stored chunk's shape is held against the index, and its bytes are found 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -61,6 +61,11 @@ class Parts:
             path = self.directory / place.relative_path
             stored = Chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), path, place.offset, place.length)
             self.chunks.setdefault((key, stored.offset[:axes]), []).append(stored)
+
+    def files(self, keys: Iterable[str]) -> set[str]:
+        """The names of the files that hold some of these tensors."""
+        wanted = set(keys)
+        return {chunk.path.name for (key, _), chunks in self.chunks.items() if key in wanted for chunk in chunks}
 
     def at(self, key: str, numbers: tuple[int, ...] = ()) -> torch.Tensor:
         """A part of a tensor: that at the place `numbers` of its first axes, or all of it."""

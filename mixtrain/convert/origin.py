@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from omegaconf import OmegaConf
 from mixtrain import facts
 from mixtrain.checkpoint import directory, integrity, state
 from mixtrain.checkpoint.state import RunState
+from mixtrain.checkpoint.writing import FILES
 from mixtrain.classes import show
 from mixtrain.compose import CONF, compose
 from mixtrain.config import Config, TransformerImpl, to_yaml
+from mixtrain.convert.output import Advance, Job, dealt
 from mixtrain.data.tokenizer import TOKENIZER
 from mixtrain.errors import UserError
 from mixtrain.links import directory_in
@@ -35,7 +38,7 @@ def configuration(values: Mapping[str, Any]) -> Config:
 def checkpoint_at(path: Path) -> Path:
     """The checkpoint that a path means: itself, or the newest in it. UserError if there is none, or it is not whole.
 
-    By the sizes of its files: what they hold is for who reads them all anyway.
+    By the sizes of its files, and the SHA-256 of the small ones: the large ones are for who reads them (Hashes).
     """
     found = directory.newest(path)
     if found is None:
@@ -44,6 +47,28 @@ def checkpoint_at(path: Path) -> Path:
     if wrong := integrity.problem(found, full=False):
         raise UserError(wrong)
     return found
+
+
+class Hashes:
+    """The SHA-256 of files of a checkpoint, to be computed while they are read."""
+
+    def __init__(self, checkpoint: Path, names: set[str]):
+        """UserError if a name is not in the manifest."""
+        manifest = integrity.read_manifest(checkpoint)
+        if missing := sorted(names - manifest.keys()):
+            raise UserError(f"{checkpoint / missing[0]} holds weights, and {integrity.MANIFEST} does not have it")
+        self.checkpoint, self.files = checkpoint, [(name, manifest[name].size) for name in sorted(names)]
+        self.size = sum(size for _, size in self.files)  # bytes
+
+    def jobs(self, processes: int) -> list[Job]:
+        """The work for so many processes, two at least. A UserError of a job names the file that is damaged."""
+        shares = dealt(self.files, max(processes, FILES), lambda file: file[1])
+        return [partial(self._compare, {name for name, _ in share}) for share in shares if share]
+
+    def _compare(self, names: set[str], advance: Advance) -> None:
+        beat = partial(advance, integrity.BLOCK)
+        if wrong := integrity.problem(self.checkpoint, full=True, beat=beat, only=names.__contains__):
+            raise UserError(wrong)
 
 
 def config_of(checkpoint: Path) -> Config:

@@ -15,9 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -25,61 +27,103 @@ from mixtrain.checkpoint.directory import sync
 from mixtrain.console import Console
 from mixtrain.environment import die_with
 from mixtrain.errors import Fault, UserError
+from mixtrain.status import DISK_FULL
 
-MARGIN = 1 << 22  # bytes that small files and headers may take
+MARGIN = 1 << 22  # bytes that small files may take
+HEADER = 1 << 11  # bytes that a tensor or a chunk may take beside its data: in a header, an index, a manifest
 QUIET = 5  # seconds before a log is told how far it is
+_held: set[int] = set()  # the locks of this process
+os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])  # a child would keep them
 
 
 @contextlib.contextmanager
-def written_whole(out: Path, size: int) -> Iterator[Path]:
-    """An empty directory to write `size` bytes to, which becomes `out` if the block ends well, and else is removed.
+def written_whole(out: Path, size: int, parts: int) -> Iterator[Path]:
+    """An empty directory for `size` bytes in `parts` chunks: it becomes `out` if the block ends well, else is removed.
 
-    UserError if there is something at `out`, if it is being written, or if its disk has no room.
+    UserError if there is something at `out`, if it is being written, or if its disk has no room. An OSError within the
+    block is a Fault: what could not be written or read, and of a full disk how much was wanted and is there.
     """
-    out = Path(os.path.abspath(out))
+    out, margin = Path(os.path.abspath(out)), MARGIN + HEADER * parts
     if out.exists() and not (out.is_dir() and not os.listdir(out)):
         raise UserError(f"{out} is there already: give a new directory, or remove it")
-    there = next(path for path in out.parents if path.is_dir())
-    if (free := shutil.disk_usage(there).free) < size + MARGIN:
-        raise UserError(f"{out} would take {size + MARGIN:,} bytes, but {free:,} are free on its disk")
     writing = out.with_name(out.name + ".writing")
+    made = [path for path in (writing, *writing.parents) if not path.exists()]
     try:
         writing.mkdir(0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{writing} cannot be made ({error.strerror})") from None
     with _claimed(writing):
-        for path in writing.iterdir():  # of a conversion that was killed
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
+            for path in writing.iterdir():  # of a conversion that was killed
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if (free := _free(writing)) < size + margin:
+                raise UserError(f"{out} takes {_takes(size, margin)}, but {free:,} are free on its disk")
             yield writing
             sync(writing)
             writing.chmod(0o777 & ~_umask())
             os.rename(writing, out)
             sync(out.parent)
+        except OSError as error:
+            words = _words(out, writing, error, _takes(size, margin))  # measured before it is removed
+            _remove(made or [writing])
+            raise Fault(words) from None
         except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
+            _remove(made or [writing])
             raise
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(path).free
+
+
+def _takes(size: int, margin: int) -> str:
+    return f"{size:,} bytes, and up to {margin:,} for headers and small files"
+
+
+def _words(out: Path, writing: Path, error: OSError, takes: str) -> str:
+    """What came of a conversion that the disk has ended: one line."""
+    where = f"{error.filename}: " if error.filename else ""
+    words = f"{out} is not made: {where}{error.strerror or error}"
+    if error.errno not in DISK_FULL:
+        return words
+    written = sum(path.stat().st_size for path in writing.rglob("*") if path.is_file())
+    return f"{words}; it takes {takes}; {written:,} were written, and {_free(writing):,} were free then"
+
+
+def _remove(made: list[Path]) -> None:
+    """Remove the directory that was written to, and those that were made for it."""
+    shutil.rmtree(made[0], ignore_errors=True)
+    for path in made[1:]:
+        with contextlib.suppress(OSError):  # somebody else has put something there
+            path.rmdir()
 
 
 @contextlib.contextmanager
 def _claimed(directory: Path) -> Iterator[None]:
     """Hold a directory alone, as long as this process lives. It is the user's alone: who can open it can hold it."""
     descriptor = os.open(directory, os.O_RDONLY)
+    _held.add(descriptor)
     try:
         with contextlib.suppress(PermissionError):  # a file system without modes
             os.fchmod(descriptor, 0o700)
         with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-            return
-        raise UserError(f"{directory} is being written by another conversion")
+            _lock(descriptor, directory)
+        yield
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
 
 
 def _umask() -> int:
     os.umask(mask := os.umask(0))
     return mask
+
+
+def _lock(descriptor: int, directory: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{directory} is being written by another conversion") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,6 +134,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 Advance = Callable[[int], None]  # by so many bytes
+Job = Callable[[Advance], Any]
 T = TypeVar("T")
 
 
@@ -102,43 +147,70 @@ def dealt(parts: Sequence[T], shares: int, size: Callable[[T], int]) -> list[lis
     return found
 
 
-def in_processes(what: str, jobs: Sequence[Callable[[Advance], Any]], size: int) -> list[Any]:
+def in_processes(what: str, jobs: Sequence[Job], size: int, beside: Sequence[Job] = ()) -> list[Any]:
     """The results of the jobs, each run in a process of its own (one alone: in this one), with a bar of `size` bytes.
 
-    A UserError or Fault of one is raised here, and the others are ended.
+    Those `beside` them have processes of their own and no result; they too must end well. A UserError, Fault or OSError
+    of one is raised here as soon as it is known, and the others are ended.
     """
     context = multiprocessing.get_context("fork")
-    done = context.Value("q", 0)
+    done, alone = context.Value("q", 0), len(jobs) == 1
 
     def advance(count: int) -> None:
         with done.get_lock():
             done.value += count
 
-    with bar(what, size, lambda: done.value):
-        return [jobs[0](advance)] if len(jobs) == 1 else _forked(context, jobs, advance)
+    with bar(what, size, lambda: min(done.value, size)), Workers(context, advance) as workers:
+        for job in (*jobs[alone:], *beside):
+            workers.start(job)
+        here = [jobs[0](lambda count: [advance(count), workers.take(0)])] if alone else []
+        return [*here, *workers.all()][: len(jobs)]
 
 
-def _forked(context, jobs: Sequence[Callable[[Advance], Any]], advance: Advance) -> list[Any]:
-    parent, workers = os.getpid(), []
-    try:
-        for job in jobs:
-            mine, theirs = context.Pipe(duplex=False)
-            worker = context.Process(target=_live, args=(parent, job, advance, theirs), daemon=True)
-            worker.start()
-            theirs.close()  # so that a dead worker is the end of its pipe
-            workers.append((worker, mine))
-        return [_result(worker, pipe) for worker, pipe in workers]
-    finally:
-        for worker, _ in workers:
+class Workers:
+    """Processes of jobs. Within the block they live."""
+
+    def __init__(self, context, advance: Advance):
+        self.context, self.advance, self.parent = context, advance, os.getpid()
+        self.processes: list[Any] = []
+        self.waiting: dict[Any, int] = {}  # pipe: the job's number
+        self.results: dict[int, Any] = {}
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.processes:
             worker.kill()
             worker.join()
 
+    def start(self, job: Job) -> None:
+        mine, theirs = self.context.Pipe(duplex=False)
+        worker = self.context.Process(target=_live, args=(self.parent, job, self.advance, theirs), daemon=True)
+        worker.start()
+        theirs.close()  # so that a dead worker is the end of its pipe
+        self.waiting[mine] = len(self.processes)
+        self.processes.append(worker)
 
-def _live(parent: int, job: Callable[[Advance], Any], advance: Advance, pipe) -> None:
+    def take(self, seconds: float | None = None) -> None:
+        """Take the results that are there, or come within so many seconds. An error among them is raised."""
+        for pipe in connection.wait(list(self.waiting), seconds):
+            number = self.waiting.pop(pipe)
+            self.results[number] = _result(self.processes[number], pipe)
+
+    def all(self) -> list[Any]:
+        """Every result, in the order of the jobs."""
+        while self.waiting:
+            self.take()
+        return [self.results[number] for number in range(len(self.processes))]
+
+
+def _live(parent: int, job: Job, advance: Advance, pipe) -> None:
     die_with(parent)
+    torch.set_num_threads(1)  # a forked process has none of the threads that its parent made for such work
     try:
         pipe.send((None, job(advance)))
-    except (UserError, Fault) as error:
+    except (UserError, Fault, OSError) as error:
         pipe.send((error, None))
 
 

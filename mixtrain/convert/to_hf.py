@@ -19,15 +19,15 @@ import torch
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.config import Config
 from mixtrain.convert import runs
-from mixtrain.convert.casting import cast
+from mixtrain.convert.casting import Casting, warn
 from mixtrain.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
-from mixtrain.convert.origin import checkpoint_at, config_of, tokenizer_of
+from mixtrain.convert.origin import Hashes, checkpoint_at, config_of, tokenizer_of
 from mixtrain.convert.output import Advance, dealt, in_processes, write_text, written_whole
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import to_hugging_face
 from mixtrain.convert.weights import check
 from mixtrain.data.tokenizer import SPECIAL_IDS, VOCABULARIES, copy_tokenizer, special_ids, tokenizer_files
-from mixtrain.errors import Fault, UserError
+from mixtrain.errors import UserError
 
 BLOCK = 1 << 26  # bytes
 
@@ -45,21 +45,21 @@ class Origin(NamedTuple):
 
     parts: Parts
     index: Index
-    dtype: torch.dtype  # to give them in
+    cast: Casting  # to the dtype to give them in
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """The elements of a tensor in their order, as they lie together, in blocks of at most BLOCK bytes."""
-        most = BLOCK // self.dtype.itemsize
+        most = BLOCK // self.cast.dtype.itemsize
         for run in self.index.by_name[name]:
             at, end = run.place, run.place + run.count
             while at < end:
                 stop = min(end, self.parts.together(run.key, at, most))
-                yield cast(name, self.parts.flat(run.key, at, stop), self.dtype)
+                yield self.cast(name, self.parts.flat(run.key, at, stop))
                 at = stop
 
     def size(self, name: str) -> int:
         """Bytes of the tensor as it is written."""
-        return math.prod(self.index.names[name]) * self.dtype.itemsize
+        return math.prod(self.index.names[name]) * self.cast.dtype.itemsize
 
 
 def convert(
@@ -70,30 +70,37 @@ def convert(
     max_shard_size: int = 5 * 10**9,
     tokenizer: Path | None = None,
     processes: int = 1,
+    verify: bool = True,
+    allow_nonfinite: bool = False,
 ) -> Path:
     """Write the newest checkpoint of ckpt_dir (or itself) as a Hugging Face model; which checkpoint it was.
 
-    All is checked before anything is written. UserError with everything that is wrong.
+    All is checked before anything is written, but for what the files hold: with `verify` their SHA-256, always that
+    weights are numbers. UserError with everything that is wrong, a Fault if the disk is full: then there is no out_dir.
     """
     checkpoint = checkpoint_at(ckpt_dir)
     config = config_of(checkpoint)
     values = to_hugging_face(config)
-    origin = _origin(Parts(checkpoint), runs.index(config, layout), dtype)
+    parts = Parts(checkpoint)
+    origin = _origin(parts, runs.index(config, layout), dtype, allow_nonfinite)
     tokenizer = _tokenizer(tokenizer, checkpoint, config)
     # transformers would take Mixtral's own for a key that is not there
     values |= {name: None for name in SPECIAL_IDS} | (special_ids(tokenizer) if tokenizer else {})
-    written = str(origin.dtype).removeprefix("torch.")
+    written = str(origin.cast.dtype).removeprefix("torch.")
     values |= {"torch_dtype": written, "dtype": written}  # transformers 4, transformers 5
     size = sum(map(origin.size, origin.index.names))
-    with written_whole(out_dir, size) as out:
+    hashes = Hashes(checkpoint, parts.files(origin.index.shapes)) if verify else None
+    with written_whole(out_dir, size, len(origin.index.names)) as out:
         shards = shards_of(out, origin, max_shard_size)
         jobs = [partial(_write_shards, share, origin) for share in dealt(shards, processes, lambda shard: shard.size)]
-        in_processes("to Hugging Face", jobs, size)
+        beside = hashes.jobs(processes) if hashes else []
+        found = in_processes("to Hugging Face", jobs, size + (hashes.size if hashes else 0), beside)
         if len(shards) > 1:
             write_weight_map(out / INDEX, shards, origin)
         if tokenizer:
             copy_tokenizer(tokenizer, out)
         write_text(out / CONFIG, json.dumps(values, indent=2) + "\n")
+    warn(set().union(*found))
     return checkpoint
 
 
@@ -105,7 +112,7 @@ def _tokenizer(given: Path | None, checkpoint: Path, config: Config) -> Path | N
     return found
 
 
-def _origin(parts: Parts, index: Index, dtype: torch.dtype | None) -> Origin:
+def _origin(parts: Parts, index: Index, dtype: torch.dtype | None, allow_nonfinite: bool) -> Origin:
     """The tensors of a checkpoint's model, which must be those of its configuration."""
     stored = {
         key: torch.empty(shape, dtype=parts.dtypes[key], device="meta")
@@ -116,7 +123,7 @@ def _origin(parts: Parts, index: Index, dtype: torch.dtype | None) -> Origin:
         check(index.shapes, stored, NAMES, mixed=dtype is not None)
     except UserError as error:
         raise UserError(*(f"{parts.directory}: {problem}" for problem in error.problems)) from None
-    return Origin(parts, index, dtype or next(iter(stored.values())).dtype)
+    return Origin(parts, index, Casting(dtype or next(iter(stored.values())).dtype, allow_nonfinite))
 
 
 def shards_of(out: Path, origin: Origin, most: int) -> list[Shard]:
@@ -138,7 +145,8 @@ def shards_of(out: Path, origin: Origin, most: int) -> list[Shard]:
     ]  # fmt: skip
 
 
-def _write_shards(shards: list[Shard], origin: Origin, advance: Advance) -> None:
+def _write_shards(shards: list[Shard], origin: Origin, advance: Advance) -> set[str]:
+    """Write some of the files; the tensors in which NaN or infinite numbers were allowed."""
     for shard in shards:
         try:
             with open(shard.path, "wb", buffering=0) as file:
@@ -148,7 +156,9 @@ def _write_shards(shards: list[Shard], origin: Origin, advance: Advance) -> None
                     advance(block.nbytes)
                 os.fsync(file.fileno())
         except OSError as error:
-            raise Fault(f"{shard.path} could not be written ({error.strerror})") from None
+            error.filename = error.filename or str(shard.path)  # a failing write does not say
+            raise
+    return origin.cast.nonfinite
 
 
 def header(shard: Shard, origin: Origin) -> bytes:
@@ -158,7 +168,7 @@ def header(shard: Shard, origin: Origin) -> bytes:
     for name in shard.names:
         begin, end = end, end + origin.size(name)
         entries[name] = {
-            "dtype": NAMES[origin.dtype],
+            "dtype": NAMES[origin.cast.dtype],
             "shape": list(origin.index.names[name]),
             "data_offsets": [begin, end],
         }
@@ -175,6 +185,6 @@ def _write_all(file, data) -> None:
 
 def write_weight_map(path: Path, shards: list[Shard], origin: Origin) -> None:
     total = sum(math.prod(shape) for shape in origin.index.names.values())
-    metadata = {"total_parameters": total, "total_size": total * origin.dtype.itemsize}
+    metadata = {"total_parameters": total, "total_size": total * origin.cast.dtype.itemsize}
     weight_map = {name: shard.path.name for shard in shards for name in shard.names}
     write_text(path, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")

@@ -6,6 +6,7 @@ checkpoint, byte for byte. No chunk is larger than BLOCK, and no more than a few
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -34,7 +35,7 @@ from mixtrain.checkpoint.megatron_args import common_of_weights
 from mixtrain.checkpoint.writing import Item, Written
 from mixtrain.config import Config
 from mixtrain.convert import hf_files, runs
-from mixtrain.convert.casting import DTYPES, cast
+from mixtrain.convert.casting import DTYPES, Casting, warn
 from mixtrain.convert.hf_files import Stored
 from mixtrain.convert.origin import configuration, run_state
 from mixtrain.convert.output import Advance, dealt, in_processes, written_whole
@@ -42,7 +43,6 @@ from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import from_hugging_face
 from mixtrain.convert.weights import check, layout_of, mixtral
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, tokenizer_files
-from mixtrain.errors import Fault
 from mixtrain.plan import derive
 
 BLOCK = 1 << 26  # bytes of a chunk, at most
@@ -61,10 +61,13 @@ class Part(NamedTuple):
         return self.stop - self.start
 
 
-def convert(hf_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, processes: int = 1) -> Config:
+def convert(
+    hf_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, processes: int = 1, allow_nonfinite: bool = False
+) -> Config:
     """Write the Megatron checkpoint of a Hugging Face model to out_dir/release, with its tokenizer beside it.
 
-    All is checked before anything is written. UserError with everything that is wrong; the Config of the model.
+    All but the numbers is checked before anything is written. UserError with everything that is wrong, a Fault if the
+    disk is full: then there is no out_dir. The Config of the model.
     """
     config = configuration(from_hugging_face(hf_files.read_config(hf_dir)))
     mixtral(config)
@@ -75,12 +78,15 @@ def convert(hf_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, proce
     tokenizer_files(hf_dir)  # what is wrong with them is said before anything is copied
     parts = [part for key in index.shapes for part in parts_of(key, index.shapes[key], kept)]
     size = sum(map(Part.count, parts)) * kept.itemsize
-    with written_whole(out_dir, size) as out:
+    source = Source(tensors, index, Casting(kept, allow_nonfinite))
+    objects = dict(_extra_states(index))
+    with written_whole(out_dir, size, len(parts) + len(objects)) as out:
         release = out / directory.RELEASE
         release.mkdir()
-        _write(release, config, Source(tensors, index, kept), parts, processes)
+        nonfinite = _write(release, config, source, parts, objects, processes)
         copy_tokenizer(hf_dir, out / TOKENIZER)
         directory.write_atomically(out / directory.TRACKER, f"{directory.RELEASE}\n")
+    warn(nonfinite)
     return config
 
 
@@ -89,12 +95,12 @@ class Source(NamedTuple):
 
     tensors: dict[str, Stored]
     index: Index
-    dtype: torch.dtype  # to give them in
+    cast: Casting  # to the dtype to give them in
 
     def read(self, part: Part) -> torch.Tensor:
         """A chunk: a window on a file where it lies together in one, else a copy."""
         found = list(runs.overlapping(self.index.by_key[part.key], part.start, part.stop, runs.PLACE))
-        pieces = [cast(run.name, self._part(run, low, high), self.dtype) for run, low, high in found]
+        pieces = [self.cast(run.name, self._part(run, low, high)) for run, low, high in found]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.size)
 
     def _part(self, run: runs.Run, low: int, high: int) -> torch.Tensor:
@@ -114,20 +120,26 @@ def parts_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[P
             yield Part(key, offset, (*(1 for _ in place), count, *shape[axes + 1 :]), start, start + count * inner)
 
 
-def _write(release: Path, config: Config, source: Source, parts: list[Part], processes: int) -> None:
-    """Write the chunks, then what says where they lie, then the manifest, the last file of a checkpoint."""
-    objects = dict(_extra_states(source.index))
+def _write(
+    release: Path, config: Config, source: Source, parts: list[Part], objects: dict[str, Item], processes: int
+) -> set[str]:
+    """Write the chunks, then what says where they lie, then the manifest, the last file of a checkpoint.
+
+    The tensors in which NaN or infinite numbers were allowed. OSError if something could not be written.
+    """
     shares = dealt(parts, processes * writing.FILES, Part.count)
     jobs = [
         partial(_write_share, release, rank, shares[rank * writing.FILES : (rank + 1) * writing.FILES], source)
         for rank in range(processes)
     ]
-    written = in_processes("to Megatron-Core", jobs, sum(map(Part.count, parts)) * source.dtype.itemsize)
-    written.append(writing.write(release, processes, list(objects.values())))
-    if wrong := next((share.error for share in written if share.error), ""):
-        raise Fault(f"the checkpoint could not be written: {wrong}")
+    done = in_processes("to Megatron-Core", jobs, sum(map(Part.count, parts)) * source.cast.dtype.itemsize)
+    written = [share for share, _ in done] + [writing.write(release, processes, list(objects.values()))]
+    if wrong := next((share for share in written if share.error), None):
+        raise OSError(errno.ENOSPC if wrong.full else errno.EIO, wrong.error)
     small = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
-    torch.save(common_of_weights(derive(config)), release / COMMON)
+    common = io.BytesIO()  # of a full disk torch.save says something else
+    torch.save(common_of_weights(derive(config)), common)
+    (release / COMMON).write_bytes(common.getbuffer())
     (release / state.NAME).write_text(state.to_json(run_state(config)))
     write_index(release, _metadata(source, parts, list(objects)), written)
     for path in small:
@@ -135,18 +147,22 @@ def _write(release: Path, config: Config, source: Source, parts: list[Part], pro
             os.fsync(file.fileno())
     write_manifest(release, {name: file for share in written for name, file in share.files} | describe(small))
     directory.sync(release)
+    return set().union(*(names for _, names in done))
 
 
-def _write_share(release: Path, rank: int, shares: list[list[Part]], source: Source, advance: Advance) -> Written:
+def _write_share(
+    release: Path, rank: int, shares: list[list[Part]], source: Source, advance: Advance
+) -> tuple[Written, set[str]]:
     """Write one process's files, side by side."""
-    return writing.write_files(release, rank, [_items(share, source, advance) for share in shares])
+    written = writing.write_files(release, rank, [_items(share, source, advance) for share in shares])
+    return written, source.cast.nonfinite
 
 
 def _items(parts: list[Part], source: Source, advance: Advance) -> Iterator[Item]:
     """The chunks of a file, each made when the one before has been written."""
     for part in parts:
         yield item(part), source.read(part)
-        advance(part.count() * source.dtype.itemsize)
+        advance(part.count() * source.cast.dtype.itemsize)
 
 
 def item(part: Part) -> WriteItem:
@@ -174,7 +190,7 @@ def _metadata(source: Source, parts: list[Part], objects: list[str]) -> Metadata
     chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in source.index.shapes}
     for part in parts:
         chunks[part.key].append(ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size)))
-    properties = TensorProperties(dtype=source.dtype)
+    properties = TensorProperties(dtype=source.cast.dtype)
     tensors = {
         key: TensorStorageMetadata(properties, torch.Size(shape), chunks[key])
         for key, shape in source.index.shapes.items()
