@@ -9,8 +9,8 @@ Exit codes: 0, 1 something is damaged, 2 there is nothing to look at.
 """
 
 import argparse
-import re
 import os
+import re
 import sys
 from pathlib import Path
 
