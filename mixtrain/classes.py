@@ -35,7 +35,7 @@ CLASSES = {
         data.kind data.data_path data.split data.seq_length data.tokenizer
         trainer.max_steps trainer.micro_batch_size trainer.global_batch_size trainer.rampup_batch_size
         trainer.precision trainer.fp8_recipe trainer.bad_step_policy trainer.bad_step_grad_norm trainer.bad_step_limit
-        checkpoint.load_weights
+        checkpoint.load_weights checkpoint.acknowledge_differences
     """,  # micro_batch_size: an auxiliary loss is the mean of those of the microbatches
     EXECUTION: """
         model.transformer_impl model.attention_backend model.moe_grouped_gemm
@@ -65,6 +65,16 @@ CLASSES = {
     """,
 }
 # fmt: on
+# What decides what a model computes from its weights, beside their shapes. (An auxiliary loss, a jitter or a dtype
+# belongs to a training: weights are not for one of them.)
+FORWARD = """
+    model.num_attention_heads model.num_query_groups model.kv_channels model.moe_router_topk model.rotary_base
+    model.layernorm_epsilon model.untie_embeddings_and_output_weights model.qk_layernorm
+    router.moe_router_load_balancing_type router.moe_router_score_function router.moe_router_pre_softmax
+    router.moe_router_enable_expert_bias router.moe_router_force_load_balancing router.moe_router_num_groups
+    router.moe_router_group_topk router.moe_router_topk_scaling_factor
+    dispatcher.moe_expert_capacity_factor dispatcher.moe_token_drop_policy
+""".split()
 CLASS_OF = {key: kind for kind, keys in CLASSES.items() for key in keys.split()}
 
 

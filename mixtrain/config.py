@@ -216,6 +216,7 @@ class CheckpointConfig:
     resume: Resume = MISSING  # auto: from the newest valid one if there is any
     max_attempts: int | None = at_least(1)  # runs in a row that may start at the same step; null: no limit
     load_weights: str | None = MISSING  # a new run starts from the weights of this checkpoint, and of nothing else
+    acknowledge_differences: list[str] = MISSING  # keys of the model that may differ from those weights' own
 
 
 @dataclass

@@ -15,8 +15,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mixtrain.checkpoint.directory import MARGIN, newest
-from mixtrain.config import Accelerator, DataKind, Dispatcher, LauncherType, TransformerImpl
+from mixtrain.checkpoint import forward
+from mixtrain.checkpoint.directory import MARGIN, newest, steps_in
+from mixtrain.config import Accelerator, DataKind, Dispatcher, LauncherType, Resume, TransformerImpl
 from mixtrain.contradictions import settled
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
@@ -160,7 +161,13 @@ def room_for_checkpoints(plan: Plan) -> Problems:
 
 def weights_to_load(plan: Plan) -> Problems:
     given = plan.config.checkpoint.load_weights
-    if given is None or newest(given):
+    if given is None:
+        return
+    if there := newest(given):
+        goes_on = plan.config.checkpoint.resume is not Resume.never and steps_in(plan.config.run_dir)
+        if not goes_on:
+            with suppress(ValueError):  # what is missing or damaged is said by the ranks
+                yield from forward.problems(plan.config, there)
         return
     what = (
         "is not a checkpoint (iter_NNNNNNN, release) or a directory of some"

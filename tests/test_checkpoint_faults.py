@@ -179,6 +179,7 @@ def test_another_batch_size_goes_on_with_the_next_samples(trained, tmp_path):
 
 def test_the_weights_alone_start_a_new_run(trained, tmp_path):
     words = ["trainer.max_steps=1", f"checkpoint.load_weights={newest(trained)}", "optimizer.lr=0"]
+    words += ["model.rotary_base=10000", "checkpoint.acknowledge_differences=[model.rotary_base]"]
     run_dir, codes, log = start(tmp_path, EP + "1", *words, "optimizer.min_lr=0")
     assert codes == {FINISHED}, log
     assert f"weights of {newest(trained)}" in log
@@ -187,6 +188,18 @@ def test_the_weights_alone_start_a_new_run(trained, tmp_path):
         key.startswith(("optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")) for key in differing
     )
     assert records(run_dir)[0]["consumed_samples"] == 8
+
+
+def test_weights_for_another_rotary_base_are_refused_with_both_values(trained, tmp_path):
+    words = ["trainer.max_steps=1", f"checkpoint.load_weights={newest(trained)}", "model.rotary_base=10000"]
+    _, codes, log = start(tmp_path, EP + "1", *words)
+    assert codes == {REFUSED} and "Traceback" not in log, log
+    assert f"model.rotary_base = 10000, but the weights of {newest(trained)} are for 1000000" in log
+
+
+def test_a_run_does_not_go_on_as_another_model_of_the_same_shapes(trained, tmp_path):
+    log = refused(start_again(trained, tmp_path, "trainer.max_steps=4", "model.layernorm_epsilon=1e-3"), trained)
+    assert "model.layernorm_epsilon = 0.001, but the weights of" in log and "are for 1e-05" in log
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path):

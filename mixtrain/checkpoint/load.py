@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from mixtrain import contract
-from mixtrain.checkpoint import content, directory, integrity, optimizer_state, safe, safe_load, state
+from mixtrain.checkpoint import content, directory, forward, integrity, optimizer_state, safe, safe_load, state
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config import Config, Resume, Verify, plain
 from mixtrain.errors import UserError
@@ -110,7 +110,8 @@ def resume(
 
 
 def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path) -> None:
-    """The weights alone: a new run starts from them."""
+    """The weights alone: a new run starts from them. UserError if they are for a model that computes otherwise."""
+    forward.refuse(plan.config, path)
     load_model(plan, ranks, training.chunks, path)
     training.optimizer.reload_model_params()
 

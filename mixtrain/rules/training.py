@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from difflib import get_close_matches
 
-from mixtrain.classes import show
+from mixtrain.checkpoint import forward
+from mixtrain.classes import FORWARD, show
 from mixtrain.config import (
     Accelerator,
     DataKind,
@@ -49,6 +51,15 @@ def extra_leaves_the_plan_true(plan: Plan) -> Problems:
             yield f"model.extra.{name}: the plan does not count what it changes; it is not supported"
         elif name in own and name not in keys:  # those with a key of their own are told so in machine.py
             yield f"model.extra.{name}: mixtrain sets this field itself, to {show(own[name])}"
+
+
+def acknowledged_differences_are_keys(plan: Plan) -> Problems:
+    for key in forward.unknown(plan.config):
+        near = get_close_matches(key, FORWARD, n=1, cutoff=0.3)
+        yield (
+            f"{forward.KEY} has {key}; {f'did you mean {near[0]}? ' if near else ''}the keys are"
+            f" {forward.EXTRA}FIELD, {', '.join(FORWARD)}"
+        )
 
 
 def sequence_within_positions(plan: Plan) -> Problems:
@@ -262,6 +273,7 @@ RULES = [
     groups_of_heads,
     heads_can_rotate,
     extra_leaves_the_plan_true,
+    acknowledged_differences_are_keys,
     sequence_within_positions,
     overlap_needs_its_parts,
     distributed_optimizer_is_adam,

@@ -1,0 +1,95 @@
+"""Whether weights are for this model where shapes do not tell: what their run_state.json says, key by key. No torch.
+
+Rule: a difference is refused with both values unless checkpoint.acknowledge_differences names its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mixtrain.checkpoint import state
+from mixtrain.classes import FORWARD, show, value_of
+from mixtrain.config import Config
+from mixtrain.errors import UserError
+from mixtrain.fields import UNKNOWN, transformer_config_defaults
+
+EXTRA = "model.extra."  # fields of TransformerConfig that have no key of their own: ours are model.extra.FIELD
+KEY = "checkpoint.acknowledge_differences"
+ABSENT = object()
+
+
+class Difference(NamedTuple):
+    """A key that has another value than the weights were made with."""
+
+    key: str
+    there: Any
+    here: Any
+
+    def told(self, checkpoint: Path) -> str:
+        use = "" if self.there is ABSENT or self.there is UNKNOWN else f"use {self.key}={_shown(self.there)}, or "
+        here, there = _shown(self.here), _shown(self.there)
+        return (
+            f"{self.key} = {here}, but the weights of {checkpoint} are for {there}, which shapes do not show;"
+            f" {use}name the key in {KEY}"
+        )
+
+
+def refuse(config: Config, checkpoint: Path) -> None:
+    """UserError with every difference that is not acknowledged, or if the checkpoint does not say what it is of."""
+    try:
+        found = problems(config, checkpoint)
+    except ValueError as error:
+        raise UserError(f"{error}; what shapes do not show cannot be compared") from None
+    if found:
+        raise UserError(*found)
+
+
+def problems(config: Config, checkpoint: Path) -> list[str]:
+    """A line for each difference that is not acknowledged. ValueError if there is no run_state.json to read."""
+    known, there = config.checkpoint.acknowledge_differences, state.read(checkpoint).config
+    return [found.told(checkpoint) for found in differences(config, there) if found.key not in known]
+
+
+def differences(config: Config, there: Any) -> Iterator[Difference]:
+    """How the model of a Config differs from that of another, resolved, as plain YAML has it."""
+    for key in FORWARD:
+        mine, other = value_of(config, key), _at(there, key)
+        if key == "dispatcher.moe_token_drop_policy" and config.dispatcher.moe_expert_capacity_factor is None:
+            continue  # none is dropped
+        if other is ABSENT or _meaning(key, mine) != _meaning(key, other):
+            yield Difference(key, other, mine)
+    mine, other = config.model.extra, _at(there, "model.extra")
+    other, defaults = other if isinstance(other, Mapping) else {}, transformer_config_defaults() or {}
+    for field in sorted({*mine, *map(str, other)}):
+        values = [extra.get(field, defaults.get(field, ABSENT)) for extra in (other, mine)]
+        if values[0] != values[1]:
+            yield Difference(EXTRA + field, *values)
+
+
+def unknown(config: Config) -> list[str]:
+    """What is acknowledged and is no such key."""
+    return [
+        key for key in config.checkpoint.acknowledge_differences if key not in FORWARD and not key.startswith(EXTRA)
+    ]
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part, ABSENT) if isinstance(tree, Mapping) else ABSENT
+    return tree
+
+
+def _meaning(key: str, value: Any) -> Any:
+    """A value as it counts: of the ways to balance, sinkhorn alone chooses other experts."""
+    if key == "router.moe_router_load_balancing_type":
+        return value == "sinkhorn" or (isinstance(value, list) and "sinkhorn" in value)
+    if key == "router.moe_router_topk_scaling_factor":
+        return 1.0 if value is None else value
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = {id(ABSENT): "a value that is not known", id(UNKNOWN): "the default"}.get(id(value)) or show(value)
+    return text if text.isprintable() and len(text) < 100 else ascii(text)[:100]
