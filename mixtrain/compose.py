@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -21,8 +23,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixtrain import scratch
-from mixtrain.characters import CONTROL
+from mixtrain import scratch, yaml_file
+from mixtrain.characters import CONTROL, escaped
 from mixtrain.config import FREE, legal_keys, unknown_key
 from mixtrain.errors import UserError
 
@@ -53,6 +55,8 @@ def compose(argv: list[str], conf: Path = CONF) -> tuple[list[Composed], list[st
     """
     arguments = get_args_parser().parse_intermixed_args(argv)  # flags may stand between overrides
     kept, problems = check_overrides(arguments.overrides, conf, arguments.multirun)
+    if broken := file_problems(kept, conf):
+        raise UserError(*problems, *broken)
     words = [word for word in argv if word not in arguments.overrides] + kept
     jobs = _hydra(words, conf, problems)
     if problems and not jobs:  # --cfg job with a wrong override
@@ -86,6 +90,48 @@ def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = Fa
     return kept, problems + _order(parsed)
 
 
+def file_problems(overrides: list[str], conf: Path = CONF) -> list[str]:
+    """What is wrong, as YAML, with the files that the overrides compose: config.yaml, and what it and others name."""
+    waiting, seen, problems = [conf / "config.yaml"], set(), []
+    for text in overrides:
+        override = OverridesParser.create().parse_override(text)
+        group = override.key_or_group
+        if (conf / group).is_dir() and group != SCENARIOS:
+            waiting += [conf / group / f"{name}.yaml" for name in _chosen(override) or options(group, conf)]
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not path.is_file():  # a name that there is not: Hydra says so
+            continue
+        seen.add(path)
+        try:
+            found = yaml_file.plain(path)
+        except UserError as error:
+            problems += error.problems
+        else:
+            waiting += _named(found, path.parent, conf)
+    return sorted(problems)
+
+
+def _named(found: Any, folder: Path, conf: Path) -> Iterator[Path]:
+    """The files that a file's defaults list names: `- model: NAME`, `- override /model: NAME`, `- NAME`."""
+    entries = found.get("defaults") if isinstance(found, dict) else None
+    for entry in entries if isinstance(entries, list) else []:
+        for group, names in (entry if isinstance(entry, dict) else {"": entry}).items():
+            group = str(group).split(" ")[-1].split("@")[0]
+            base = conf / group[1:] if group.startswith("/") else folder / group
+            yield from (base / f"{name}.yaml" for name in (names if isinstance(names, list) else [names]))
+
+
+def _chosen(override: Override) -> list[str]:
+    """The options that an override names; none where it is a pattern."""
+    if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return []
+    if override.is_sweep_override():
+        return [str(choice) for choice in override.sweep_iterator()]
+    value = override.value()
+    return [str(name) for name in (value if isinstance(value, list) else [value])]
+
+
 def options(group: str, conf: Path = CONF) -> list[str]:
     """The options of a group: `options("router")` is the file names in conf/router."""
     return sorted(path.stem for path in (conf / group).glob("*.yaml"))
@@ -111,18 +157,14 @@ def _problem(override: Override, conf: Path) -> str | None:
 
 
 def _group_problem(override: Override, added: bool, conf: Path) -> str | None:
-    group, chosen, known = override.key_or_group, override.value(), options(override.key_or_group, conf)
+    group, known = override.key_or_group, options(override.key_or_group, conf)
     if not known:
         return f"{override.input_line}: there is no folder of options {conf / group}; is the checkout complete?"
     if group in ADDED_GROUPS and not added:
-        return f"{group}={chosen}: {group} is not part of the default; type +{group}={chosen}"
+        return f"{group}={override.value()}: {group} is not part of the default; type +{group}={override.value()}"
     if group not in ADDED_GROUPS and added:
-        return f"+{group}={chosen}: {group} has a default; type {group}={chosen}"
-    if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
-        return None  # a pattern: Hydra takes the options that fit it
-    if override.is_sweep_override():
-        chosen = [str(choice) for choice in override.sweep_iterator()]
-    wrong = [name for name in (chosen if isinstance(chosen, list) else [chosen]) if name not in known]
+        return f"+{group}={override.value()}: {group} has a default; type {group}={override.value()}"
+    wrong = [name for name in _chosen(override) if name not in known]  # of a pattern Hydra takes those that fit it
     if not wrong:
         return None
     near = difflib.get_close_matches(str(wrong[0]), known, n=1)
@@ -141,9 +183,13 @@ def _order(parsed: list[Override]) -> list[str]:
 def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
     """Let Hydra itself compose. Its own errors go to stderr as it words them, then end in a UserError."""
     jobs: list[Composed] = []
+    refused: list[str] = []
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
     def collect(tree: DictConfig) -> None:
+        if too_large := yaml_file.growth(tree):
+            refused.append(too_large)
+            return
         overrides = HydraConfig.get().overrides.task  # unresolved: the ${...} in them is the tree's
         if "${hydra:" in str(OmegaConf.to_container(tree, resolve=False)["run_dir"]):
             with contextlib.suppress(OmegaConfBaseException):  # Config.from_hydra says what cannot be resolved
@@ -152,14 +198,27 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
 
     with scratch.folder() as folder:  # a sweep leaves a multirun.yaml somewhere
         before, sys.argv = sys.argv, [sys.argv[0], *words, f"hydra.sweep.dir='{folder}'"]
+        said = io.StringIO()
         try:
-            collect()
+            with contextlib.redirect_stderr(said):
+                collect()
         except SystemExit as stop:
             if stop.code:
                 raise UserError(*known, "Hydra could not compose this configuration: its reason is above") from None
         finally:
             sys.argv = before
+            print(_without_traceback(said.getvalue()), end="", file=sys.stderr)
+    if refused:
+        raise UserError(*known, *refused)
     return [job._replace(recipe=_recipe(job.overrides, conf)) for job in jobs]
+
+
+def _without_traceback(said: str) -> str:
+    """What Hydra says on stderr, but for where in its code it was."""
+    lines = [line for line in said.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    if any(line.startswith(("Traceback", "Error executing job", "  File")) for line in lines):
+        lines = lines[-1:]
+    return "".join(f"{escaped(line)}\n" for line in lines)
 
 
 def _recipe(overrides: list[str], conf: Path) -> NamedRecipe | None:

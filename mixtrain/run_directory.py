@@ -13,11 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from mixtrain import locks, untrusted_json
+from mixtrain import locks, untrusted_json, yaml_file
 from mixtrain.checkpoint.directory import steps_in
 from mixtrain.classes import MATHEMATICS, changes
 from mixtrain.config import Config, Resume
@@ -96,9 +94,9 @@ def finished_already(plan: Plan) -> str | None:
 def other_mathematics(plan: Plan) -> list[str]:
     """The keys of mathematics that have another value in the directory's config.yaml, but for the run's length."""
     try:
-        tree = OmegaConf.load(os.path.join(plan.config.run_dir, "config.yaml"))
+        tree = yaml_file.read(os.path.join(plan.config.run_dir, "config.yaml"))
         found = changes(Config.from_hydra(tree), plan.config)[MATHEMATICS]
-    except (OSError, UnicodeDecodeError, YAMLError, AttributeError, OmegaConfBaseException, UserError):
+    except (OmegaConfBaseException, UserError):
         return []  # damaged, or of another version: a checkpoint will show what fits
     length = LENGTH if plan.config.optimizer.lr_warmup_fraction is None else (*LENGTH, "optimizer.lr_warmup_steps")
     return [change.key for change in found if change.key not in length]

@@ -7,7 +7,8 @@ import signal
 
 from mixtrain.errors import FINISHED
 
-# batch systems; Ctrl-C; a closed terminal; Slurm's warning of the time limit (--signal=USR1@120): one meaning for all
+# batch systems; Ctrl-C; a closed terminal, or a log that nobody reads any more (logs.py); Slurm's warning of the time
+# limit (--signal=USR1@120): one meaning for all
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 

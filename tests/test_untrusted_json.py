@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from mixtrain import figure, logs, status, untrusted_json
 from mixtrain.checkpoint import integrity, state
-from mixtrain.config import Config
 from mixtrain.convert.settings import from_hugging_face
 from mixtrain.data import check, tokenizer
 from mixtrain.data.sources import Item, Unreadable
@@ -238,7 +237,7 @@ def read_all(folder: Path, name: str) -> None:
         assert isinstance(integrity.problem(folder, full=True), str)
     elif name == "run_state.json":
         with contextlib.suppress(ValueError, UserError):
-            Config.from_hydra(untrusted_tree(state.read(folder)))
+            untrusted_tree(state.read(folder))
     elif name == "status.json":
         assert isinstance(former(str(folder)), dict)
         with contextlib.suppress(InvalidJson):
@@ -275,11 +274,11 @@ def untrusted_tree(run: state.RunState):
         raise ValueError from error
 
 
-def fuzz(folder: Path, examples: int) -> None:
+def fuzz(folder: Path, examples: int, always_the_same: bool) -> None:
     for name, value in VALID.items():
         (folder / name).write_text(json.dumps(value) + "\n")
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 1000)
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=always_the_same)
     @given(damaged())
     def attack(file: tuple[str, bytes]) -> None:
         name, data = file
@@ -294,7 +293,7 @@ def fuzz(folder: Path, examples: int) -> None:
 
 
 def test_whatever_stands_in_a_file_its_readers_end_as_they_promise(tmp_path):
-    fuzz(tmp_path, examples=60)
+    fuzz(tmp_path, examples=60, always_the_same=True)
 
 
 @pytest.mark.long
@@ -303,7 +302,7 @@ def test_a_minute_of_damaged_files_finds_nothing_else(tmp_path):
     end = time.monotonic() + float(os.environ.get("MIXTRAIN_FUZZ_SECONDS", 60))
     rounds = 0
     while time.monotonic() < end:
-        fuzz(tmp_path, examples=1000)
+        fuzz(tmp_path, examples=250, always_the_same=False)
         rounds += 1
-    print(f"{rounds * 1000:,} files")
+    print(f"{rounds * 250:,} files")
     assert rounds

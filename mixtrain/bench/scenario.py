@@ -10,10 +10,10 @@ from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 
-import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mixtrain import yaml_file
 from mixtrain.compose import CONF
 from mixtrain.errors import UserError
 
@@ -100,10 +100,10 @@ def _own_words(argv: list[str]) -> tuple[dict[str, str], list[str]]:
 def load(path: Path, changes: dict[str, str]) -> Scenario:
     """The scenario of a file, with some values changed; UserError for what does not belong or fit."""
     try:
-        tree = OmegaConf.merge(OmegaConf.structured(Scenario), OmegaConf.load(path))
+        tree = OmegaConf.merge(OmegaConf.structured(Scenario), yaml_file.read(path))
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{key}={value}" for key, value in changes.items()]))
         scenario = OmegaConf.to_object(tree)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"{path.name}: {str(error).splitlines()[0]}") from None
     minimum = {"rounds": 1, "repeats": 1, "warmup": 0, "threads": 1, "patience_seconds": 0}
     wrong = [
