@@ -250,6 +250,7 @@ def test_processes_of_a_conversion_that_was_killed_do_not_hold_its_directory(tmp
     with output._claimed(tmp_path):
         child = os.fork()
         if child == 0:
+            os.close(asks)  # so that it ends with this process at the latest
             os.write(says, b"x")
             os.read(asked, 1)
             os._exit(0)
