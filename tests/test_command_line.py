@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
-import time
 
 import pytest
 from composing import ROOT, run_train
@@ -21,15 +21,16 @@ def problems(shown: subprocess.CompletedProcess) -> list[str]:
     return [line.removeprefix("  - ") for line in lines]
 
 
-def test_a_recipe_is_planned_on_any_machine_in_under_two_seconds():
-    start = time.monotonic()
+def test_a_recipe_is_planned_on_any_machine_in_two_seconds_of_cpu_time():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     shown = run_train("trainer.mode=plan", RECIPE, "trainer.num_nodes=2")
     assert (shown.returncode, shown.stderr) == (0, "")
     assert "16 on 2 nodes of 8" in shown.stdout
     assert "46,702,792,704" in shown.stdout
     assert shown.stdout.startswith("MOCK")
-    # the promise is 2 seconds on a machine that does nothing else; one under load gets more
-    assert time.monotonic() - start < 6
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # half a second where nothing else runs: a core that is shared with another thread takes twice as long
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_two_problems_are_both_named():

@@ -121,10 +121,10 @@ def test_a_directory_that_is_converted_to_is_its_users_alone_until_it_is_whole(t
     before = os.umask(0o022)
     try:
         (tmp_path / "out.writing").mkdir(0o755)  # of a conversion that was killed
-        with written_whole(tmp_path / "out", 0) as writing:
+        with written_whole(tmp_path / "out", 0, 1) as writing:
             assert mode(writing) == 0o700
             with pytest.raises(UserError, match="is being written by another conversion"):
-                with written_whole(tmp_path / "out", 0):
+                with written_whole(tmp_path / "out", 0, 1):
                     pass
         assert mode(tmp_path / "out") == 0o755
     finally:

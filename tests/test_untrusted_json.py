@@ -27,7 +27,10 @@ from mixtrain.untrusted_json import Count, InvalidJson, Name, whole
 
 STATE = {"step": 20, "consumed_samples": 0, "schedule_steps": 0, "optimizer_steps": 0}
 # where a process reads what it has made itself, or a child of its own
-OWN = {"mixtrain/forked_ranks.py", "mixtrain/bench/turns.py", "mixtrain/drill/runs.py", "mixtrain/drill/scenarios.py"}
+OWN = {
+    "mixtrain/forked_ranks.py", "mixtrain/bench/turns.py", "mixtrain/drill/runs.py", "mixtrain/drill/scenarios.py",
+    "tools/mutants.py",
+}  # fmt: skip
 
 
 class Inner(TypedDict):

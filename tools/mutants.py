@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ACCEPTED = ROOT / "tests/mutants_accepted.yaml"
 RULES = ["tests/test_rules.py", "tests/test_rules_edges.py"]
 CONVERSION = ["tests/test_parts.py", "tests/test_convert.py"]
+READING = ["tests/test_evil_pickles.py", "tests/test_safe_reading.py"]
 MODULES = {  # and the tests that are to notice a fault, of which those that start processes are left out
     **{
         f"rules/{name}": RULES
@@ -51,7 +52,7 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
     "pipeline": ["tests/test_pipeline.py"],
     "checkpoint/boxes": ["tests/test_checkpoint_directory.py"],
     "checkpoint/integrity": ["tests/test_checkpoint_directory.py"],
-    "checkpoint/safe": ["tests/test_safe_reading.py"],
+    **{f"checkpoint/{name}": READING for name in ("safe", "pickles", "metadata", "archive")},
     "convert/table": CONVERSION,
     "convert/runs": CONVERSION,
 }

@@ -135,7 +135,7 @@ def _write(
     done = in_processes("to Megatron-Core", jobs, sum(map(Part.count, parts)) * source.cast.dtype.itemsize)
     written = [share for share, _ in done] + [writing.write(release, processes, list(objects.values()))]
     if wrong := next((share for share in written if share.error), None):
-        raise OSError(errno.ENOSPC if wrong.full else errno.EIO, wrong.error)
+        raise OSError(wrong.number or errno.EIO, wrong.error)
     small = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
     common = io.BytesIO()  # of a full disk torch.save says something else
     torch.save(common_of_weights(derive(config)), common)
