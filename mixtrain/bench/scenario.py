@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 
+import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -103,7 +104,7 @@ def load(path: Path, changes: dict[str, str]) -> Scenario:
         tree = OmegaConf.merge(OmegaConf.structured(Scenario), yaml_file.read(path))
         tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([f"{key}={value}" for key, value in changes.items()]))
         scenario = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, yaml.YAMLError) as error:  # of a value that was typed
         raise UserError(f"{path.name}: {str(error).splitlines()[0]}") from None
     minimum = {"rounds": 1, "repeats": 1, "warmup": 0, "threads": 1, "patience_seconds": 0}
     wrong = [
