@@ -225,7 +225,7 @@ def test_damage_is_found_and_the_file_named(tmp_path, name):
 
 def test_a_file_that_cannot_be_looked_at_is_named(tmp_path):
     path, name = checkpoint(tmp_path, 1), "x" * 300
-    integrity.write_manifest(path, {name: integrity.File(1, "")})
+    integrity.write_manifest(path, {name: integrity.File(1, "0" * 64)})
     assert integrity.problem(path, full=False) == f"{path / name} cannot be read (File name too long)"
 
 
