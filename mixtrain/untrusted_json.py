@@ -215,7 +215,7 @@ def _parts(value: Any, schema: Any, where: str) -> Iterator[str]:
         hints, required = _keys(schema)
         for name in sorted(required - value.keys()):
             yield f"{where and where + '.'}{name} is missing"
-        for name in hints.keys() & value.keys():
+        for name in (name for name in hints if name in value):  # in the schema's order: a set has none
             yield problem(value[name], hints[name], f"{where and where + '.'}{name}")
     elif get_origin(schema) is dict:
         of_name, of_part = get_args(schema)
