@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixtrain.checkpoint import directory, forward, load
+from mixtrain.checkpoint import directory, load
 from mixtrain.checkpoint.state import RunState
 from mixtrain.classes import MATHEMATICS, changes, show
 from mixtrain.config import Config, to_yaml
@@ -80,7 +80,6 @@ def enter(
                 f"{start.path} was trained on other data: {changed}; checkpoint.load_weights={start.path} in a new"
                 " run_dir starts a new run from its weights"
             )
-        forward.refuse(plan.config, start.path)
         load.resume(plan, ranks, training, start.path, start.state, say)
         say(f"resumed from {start.path}, after {start.state.step} steps and {start.state.consumed_samples:,} sequences")
         for line in changed_since(plan.config, start.state):

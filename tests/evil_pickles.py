@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import pickle
 import pickletools
 import random
 import struct
 import sys
+import traceback
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -121,8 +124,27 @@ def attributes(things: list[object]) -> list[dict]:
     return [{key: value for key, value in vars(thing).items() if key != "__slotnames__"} for thing in holders]
 
 
+def alone(outcome: Path, function: Callable[[], str]) -> tuple[int, str]:
+    """(exit code, what the function returned or its traceback) in a forked child, which leaves it in the file.
+
+    A process that has watched is slow ever after: Python tells it of every id() too.
+    """
+    if os.environ.get("MIXTRAIN_MUTANT"):  # a child of its own already, which may start no process
+        return 0, function()
+    child = os.fork()
+    if not child:
+        try:
+            outcome.write_text(function())
+        except BaseException:
+            outcome.write_text(traceback.format_exc())
+            os._exit(1)
+        os._exit(0)
+    code = os.waitpid(child, 0)[1]
+    return code, outcome.read_text() if outcome.exists() else "nothing"
+
+
 class Watch:
-    """The audited events of this process while it is open: files, processes, code."""
+    """The audited events of this process while it is open: files, processes, code. For a child: see `alone`."""
 
     def __enter__(self) -> list[str]:
         global _seen

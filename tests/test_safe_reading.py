@@ -9,13 +9,12 @@ import pickle
 import resource
 import shutil
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import unequal
-from evil_pickles import OPCODES, Watch, attributes, mutants, small_index
+from evil_pickles import OPCODES, Watch, alone, attributes, mutants, small_index
 from test_evil_pickles import DECLARED, NAMES, READERS, THINGS
 from test_parity import EP
 from test_resume import INTERVAL, path_of, start
@@ -222,15 +221,7 @@ def test_bytes_by_chance_are_read_or_refused(seconds, trained, tmp_path):
     for kind, data in bases:
         read_bytes(kind, data)  # as they are, they are read
     seed, outcome = int.from_bytes(os.urandom(4), "little"), tmp_path / "outcome"
-    child = os.fork()
-    if not child:
-        try:
-            outcome.write_text(str(fuzz(bases, seconds, seed, tmp_path / "last")))
-        except BaseException:
-            outcome.write_text(traceback.format_exc())
-        os._exit(0)
-    code = os.waitpid(child, 0)[1]
-    told = outcome.read_text() if outcome.exists() else "nothing"
+    code, told = alone(outcome, lambda: str(fuzz(bases, seconds, seed, tmp_path / "last")))
     assert code == 0 and told.isdigit(), f"seed {seed}, {tmp_path / 'last'}, exit {code}: {told}"
     print(f"{told} mutants")
     assert int(told) >= LEAST

@@ -30,10 +30,7 @@ class Difference(NamedTuple):
     def told(self, checkpoint: Path) -> str:
         use = "" if self.there is ABSENT or self.there is UNKNOWN else f"use {self.key}={_shown(self.there)}, or "
         here, there = _shown(self.here), _shown(self.there)
-        return (
-            f"{self.key} = {here}, but the weights of {checkpoint} are for {there}, which shapes do not show;"
-            f" {use}name the key in {KEY}"
-        )
+        return f"{self.key} = {here}, but the weights of {checkpoint} are for {there}; {use}name the key in {KEY}"
 
 
 def refuse(config: Config, checkpoint: Path) -> None:

@@ -89,6 +89,7 @@ def resume(
     if common.get("iteration") != run_state.step:
         raise UserError(f"{path / safe.COMMON} is of step {common.get('iteration')}, {path.name} of {run_state.step}")
     refuse_other_tensors(path, expected(plan.config, optimizer_state.STATES[kind]), metadata)
+    forward.refuse(plan.config, path)
     optimizer_state.fill(training, kind)
     wanted = tensors_alone(content.model(training.chunks))
     wanted["optimizer_state"] = optimizer_state.sharded(training, kind)
