@@ -284,9 +284,8 @@ def run_module(module: str, known: dict, folder: Path) -> Counter:
     answer = folder / "answer.json"
 
     def work() -> int:
-        os.environ.update(
-            OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MIXTRAIN_MUTANT="1"
-        )  # threads do not come along when it forks
+        # threads do not come along when it forks; tests that would fork have an answer to the third
+        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MIXTRAIN_MUTANT="1")
         faults, count = Faults(module, folder), Counter()
         if not faults.survives(NO_FAULT):
             raise RuntimeError("the tests do not pass in a forked child without a fault")
