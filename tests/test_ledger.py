@@ -19,7 +19,7 @@ LAYOUTS = {
     "PP2xVPP2": [EP + "1", PP + "2", VPP],
     "TP2xEP2": [EP + "2", *TP],
     "CP2": [EP + "1", CP],
-    "in microbatches of 2": [EP + "1", "trainer.micro_batch_size=2"],
+    "in microbatches of 1": [EP + "1", "trainer.micro_batch_size=1"],
     "read ahead": [EP + "2", "data.num_workers=1"],
 }
 

@@ -229,8 +229,9 @@ def assert_same(here: dict, there: dict) -> None:
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_switch_computes_the_same_over_experts_stages_and_data(switch, alone, tmp_path):
-    """EP2 x PP2 on four ranks: two data-parallel ranks a stage."""
-    assert_same(measure([EP + "2", PP + "2", *SWITCHES[switch]], tmp_path), alone(SWITCHES[switch]))
+    """EP2 x PP2 on four ranks: a layer and two data-parallel ranks a stage."""
+    words = ["model.num_layers=2", *SWITCHES[switch]]
+    assert_same(measure([EP + "2", PP + "2", *words], tmp_path), alone(words))
 
 
 # Switches with weights or sums of their own to split over tensor and context ranks, all at once.

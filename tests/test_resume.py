@@ -22,7 +22,7 @@ from mixtrain.run import run
 TIMING = ("tokens_per_second", "step_seconds")
 # what is left to the run's length by default, so that runs of different lengths are the same run
 SHORT = [
-    *TINY, "trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.limit_val_batches=1",
+    *TINY, "trainer.micro_batch_size=2", "trainer.log_every_n_steps=1", "trainer.val_check_interval=2",
     "optimizer.lr_decay_steps=8", "logging=files", "checkpoint.keep_last=null", "data.num_workers=0",
 ]  # fmt: skip
 INTERVAL = "checkpoint.save_interval=2"
@@ -101,7 +101,7 @@ SAME = {  # the same words before and after
     "global auxiliary loss": [EP + "2", "router=global_aux_loss"],
     "sgd": [EP + "2", "optimizer=sgd", "optimizer.lr_warmup_steps=0"],
     "tied embeddings": [EP + "1", PP + "2", "model.untie_embeddings_and_output_weights=false"],
-    "ramp-up": [EP + "2", "trainer.rampup_batch_size=[4,2,24]"],
+    "ramp-up": [EP + "2", "trainer.micro_batch_size=1", "trainer.rampup_batch_size=[4,2,24]"],
     "read ahead": [EP + "2", "data.num_workers=1"],
     "async": [EP + "2", "checkpoint.async_save=true"],
 }
