@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from composing import config_of, plan_of
 
@@ -98,9 +96,9 @@ def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(tmp_path):
         forward.refuse(config_of(), tmp_path)
 
 
-@pytest.mark.parametrize("config", [{}, [], {"model": 5}, {"model": {}, "router": None}], ids=str)
+@pytest.mark.parametrize("config", [{}, {"model": 5}, {"model": {}, "router": None}], ids=str)
 def test_a_state_without_the_keys_is_refused_for_each(config, tmp_path):
-    (tmp_path / state.NAME).write_text(json.dumps({"config": config}))
+    (tmp_path / state.NAME).write_text(state.to_json(state.RunState(config=config)))
     with pytest.raises(UserError) as refusal:
         forward.refuse(config_of(), tmp_path)
     assert "model.rotary_base = 1000000, but" in str(refusal.value) and "a value that is not known" in str(
