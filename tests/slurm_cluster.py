@@ -157,7 +157,7 @@ class Cluster:
     def state(self, number: str) -> str:
         return self.job(number).get("JobState", "GONE")
 
-    def wait_for(self, number: str, *states: str, seconds: float = 120) -> None:
+    def wait_for(self, number: str, *states: str, seconds: float = 300) -> None:
         wait(lambda: self.state(number) in states, seconds, lambda: f"{number} is {self.state(number)}\n{self.logs()}")
 
     def let_return(self, number: str, seconds: float = 60) -> None:

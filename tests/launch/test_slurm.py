@@ -76,7 +76,7 @@ def wait_for_step(cluster: Cluster, job: str, run_dir: str, step: int) -> None:
         assert cluster.state(job) in ("PENDING", "RUNNING"), log_of(cluster, job, run_dir)
         return (read_status(cluster.folder / run_dir) or {"step": 0})["step"] >= step
 
-    wait(reached, 120, lambda: f"step {step} of {run_dir}\n{cluster.logs()}")
+    wait(reached, 300, lambda: f"step {step} of {run_dir}\n{cluster.logs()}")
 
 
 def jobs_so_far(cluster: Cluster) -> str:
