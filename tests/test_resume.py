@@ -106,8 +106,18 @@ SAME = {  # the same words before and after
     "async": [EP + "2", "checkpoint.async_save=true"],
 }
 
+# one of each kind; the others are for make test-long
+QUICK = {
+    "EP2", "DP2, overlapped", "PP2xVPP2", "CP2xEP2", "DP2 without the distributed optimizer", "expert bias", "ramp-up",
+    "read ahead", "async",
+}  # fmt: skip
 
-@pytest.mark.parametrize("name", SAME)
+
+def some_long(names) -> list:
+    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
+@pytest.mark.parametrize("name", some_long(SAME))
 def test_a_resumed_run_is_bitwise_the_one_that_was_not_interrupted(name, whole, tmp_path):
     run_dir = whole(*SAME[name])
     again = interrupted(run_dir, tmp_path)
@@ -118,7 +128,7 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_interrupted(name, whole, 
     assert unequal(path_of(again, 4), path_of(run_dir, 4)) == []
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", some_long(LAYOUTS))
 def test_another_layout_has_bitwise_what_was_saved_and_goes_on_with_the_same_loss(name, whole, tmp_path):
     run_dir = whole(*LAYOUTS["EP1"])
     interrupted(run_dir, tmp_path)
@@ -142,7 +152,9 @@ def test_another_layout_has_bitwise_what_was_saved_and_goes_on_with_the_same_los
     assert losses == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["EP4xDP4", "EP2xETP2", "PP2xVPP2", "DP2 without the distributed optimizer"])
+@pytest.mark.parametrize(
+    "name", some_long(["EP4xDP4", "EP2xETP2", "PP2xVPP2", "DP2 without the distributed optimizer"])
+)
 def test_what_another_layout_has_saved_comes_back_to_one_rank(name, whole, tmp_path):
     there = interrupted(whole(*LAYOUTS[name]), tmp_path)
     _, codes, log = start(tmp_path, "trainer.max_steps=4", *LAYOUTS["EP1"])
