@@ -296,6 +296,7 @@ def peak_gb(folder: Path, out: Path) -> float:
     return float(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout)
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_model(hub, tmp_path):
     """A model of 0.9 GB takes no more than a few blocks above one of 1 MB."""
     config = json.loads((hub / "config.json").read_text())

@@ -73,6 +73,7 @@ def greedy_of_transformers(checkpoint: Path, prompts: list[str], new: int, folde
     return found
 
 
+@pytest.mark.long
 def test_the_commands_of_the_docs_run_and_give_transformers_tokens(trained, tmp_path):
     plain, as_json = COMMANDS
     one = command(*(str(trained) if word == "runs/laptop" else word for word in plain[2:]))

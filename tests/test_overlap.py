@@ -68,6 +68,7 @@ def test_a_checkpoint_after_overlapped_steps_has_the_weights_of_steps_one_after_
     assert differing(plain, overlapped) == []
 
 
+@pytest.mark.long
 def test_validation_between_overlapped_steps_sees_the_same_weights_and_changes_none(trained):
     layout = LAYOUTS["DP2, tied embeddings"]
     plain, overlapped = trained(*layout, *SEEN), trained(*layout, *SEEN, *OVERLAPPED)

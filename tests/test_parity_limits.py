@@ -26,6 +26,7 @@ def test_the_global_auxiliary_loss_counts_over_data_parallel_ranks(tmp_path):
     assert differs(one["balances"][0], two["balances"][0]) and differs(one["norms"][0], two["norms"][0])
 
 
+@pytest.mark.long
 def test_the_global_auxiliary_loss_is_the_same_at_the_same_data_parallel_size(tmp_path):
     plain = measure([EP + "1", DP2, *GLOBAL], tmp_path / "plain")
     for name, layout in {"EP2": [EP + "2"], "PP2": [EP + "1", PP + "2", "trainer.devices=4"]}.items():
@@ -35,6 +36,7 @@ def test_the_global_auxiliary_loss_is_the_same_at_the_same_data_parallel_size(tm
         assert here["balances"][0] == pytest.approx(plain["balances"][0], rel=1e-5)
 
 
+@pytest.mark.long
 def test_nothing_but_its_coefficient_makes_the_global_auxiliary_loss_depend_on_the_layout(tmp_path):
     off = ["router=global_aux_loss", "router.moe_aux_loss_coeff=0"]
     one = measure([EP + "1", *off], tmp_path / "one")
@@ -63,6 +65,7 @@ def test_forced_balance_draws_experts_by_rank_and_evenly(tmp_path):
 
 
 @pytest.mark.parametrize("layout", [[EP + "1"], [EP + "2"]])
+@pytest.mark.long
 def test_forced_balance_is_the_same_again_at_the_same_layout(layout, tmp_path):
     assert measure([*layout, *FORCED], tmp_path / "a") == measure([*layout, *FORCED], tmp_path / "b")
 
@@ -74,6 +77,7 @@ CAPACITY = ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.75"]
 
 @pytest.mark.parametrize("layout", HALVES)
 @pytest.mark.parametrize("switch", [["router=sinkhorn"], CAPACITY], ids=["sinkhorn", "capacity"])
+@pytest.mark.long
 def test_what_balances_or_drops_looks_at_the_tokens_of_one_rank(switch, layout, tmp_path):
     one = measure([EP + "1", *switch], tmp_path / "one")
     here = measure([*HALVES[layout], *switch], tmp_path / "here")
@@ -82,6 +86,7 @@ def test_what_balances_or_drops_looks_at_the_tokens_of_one_rank(switch, layout, 
     assert limits.broken(plan_of(*TINY, *HALVES[layout], *switch).config, 1)
 
 
+@pytest.mark.long
 def test_the_global_auxiliary_loss_is_the_same_over_tensor_and_context_ranks(tmp_path):
     one = measure([EP + "1", *GLOBAL], tmp_path / "one")
     for name, layout in HALVES.items():

@@ -26,7 +26,14 @@ KEYS = {
     "step", "lm_loss", "load_balancing_loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds",
     "consumed_samples", "tokens_per_expert", "skipped_steps", "ledger",
 }  # fmt: skip
-RUN = [*TINY, EP + "2", "trainer.log_every_n_steps=1", "trainer.val_check_interval=2", "trainer.limit_val_batches=2"]
+RUN = [
+    *TINY,
+    "trainer.micro_batch_size=2",
+    EP + "2",
+    "trainer.log_every_n_steps=1",
+    "trainer.val_check_interval=2",
+    "trainer.limit_val_batches=2",
+]
 
 
 def start(folder: Path, *overrides: str, before=None, world: int = 2) -> tuple[Path, list[int]]:

@@ -98,6 +98,7 @@ def tool(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.long
 def test_the_tool_proves_writes_a_manifest_and_tests_itself(tmp_path):
     there = hf_models.saved("mixtral", tmp_path / "there", dtype=torch.bfloat16)
     to_megatron.convert(there, tmp_path / "megatron")

@@ -143,6 +143,7 @@ def test_a_rank_that_computes_something_else_is_a_fault_with_its_node(field):
         assert "on rank 1, node n1," in result["fault"]
 
 
+@pytest.mark.long
 def test_a_run_with_a_preflight_has_the_numbers_of_one_without(field, tmp_path):
     words = [*SMALL, "parallel=ep2", "trainer.max_steps=3", f"data.path_to_cache={field.folder}/cache"]
     words += ["model.num_layers=3"]  # Megatron-Core remembers the number of layers of what it has seen first
@@ -155,6 +156,7 @@ def test_a_run_with_a_preflight_has_the_numbers_of_one_without(field, tmp_path):
     assert records(tmp_path / "always") == records(tmp_path / "never") and len(records(tmp_path / "always")) == 3
 
 
+@pytest.mark.long
 def test_a_preflight_alone_leaves_the_run_as_it_was(field, tmp_path):
     (tmp_path / "status.json").write_text('{"state": "stopped", "step": 7, "max_steps": 9, "reason": ""}')
     shutil.copytree(field.folder / "1" / preflight.FOLDER, tmp_path / preflight.FOLDER)
