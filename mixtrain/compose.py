@@ -69,7 +69,7 @@ def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = Fa
     kept, problems, parsed = [], [], []
     for text in overrides:
         if CONTROL.search(text):
-            problems.append(f"{text} has a control character; take it out")
+            problems.append(f"{escaped(text)} has a control character; take it out")
             continue
         try:
             override = OverridesParser.create().parse_override(text)
