@@ -235,6 +235,13 @@ def test_sizes_alone_do_not_show_a_flipped_byte(tmp_path):
     assert integrity.problem(path, full=False) == ""
 
 
+def test_a_file_that_is_not_asked_for_is_not_read(tmp_path):
+    path = checkpoint(tmp_path, 1)
+    DAMAGE["flipped"](path)
+    assert integrity.problem(path, full=True, only=lambda name: name != "__0_0.distcp") == ""
+    assert "SHA-256" in integrity.problem(path, full=True, only=lambda name: name == "__0_0.distcp")
+
+
 def test_ranks_share_the_files_and_miss_none(tmp_path):
     path = tmp_path / "iter_0000001"
     path.mkdir()

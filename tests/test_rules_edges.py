@@ -252,3 +252,9 @@ def test_the_version_of_megatron_core_is_its_first_two_numbers_or_none(monkeypat
 
     monkeypatch.setattr(upstream, "version", missing)
     assert upstream.megatron_version() is None
+
+
+@pytest.mark.parametrize("there, absent", [("num_groups", "group_topk"), ("group_topk", "num_groups")])
+def test_of_two_keys_for_groups_the_one_that_is_missing_is_named(there, absent):
+    said = f"router.moe_router_{there} = 2 needs router.moe_router_{absent} too; it is null"
+    assert problems("groups_of_experts", f"router.moe_router_{there}=2") == [said]
