@@ -245,8 +245,9 @@ def forget_dependents_of(name: str) -> None:
         gone |= more
     for key in gone & {*sys.modules}:
         package, _, last = key.rpartition(".")
-        if last in vars(sys.modules.get(package, sys)):
-            delattr(sys.modules[package], last)  # `from package import last` looks there first
+        parent = sys.modules.get(package)
+        if parent is not None and last in vars(parent):
+            delattr(parent, last)  # `from package import last` looks there first
         del sys.modules[key]
 
 
