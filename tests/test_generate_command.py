@@ -19,7 +19,7 @@ from test_parity import TINY
 from test_resume import path_of, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mixtrain.checkpoint import state
+from mixtrain.checkpoint import integrity, state
 from mixtrain.convert import to_hf
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import FINISHED, REFUSED, UserError
@@ -198,6 +198,18 @@ def test_the_newest_valid_checkpoint_is_taken_and_a_damaged_one_named(trained, t
     for place in (path_of(run_dir, 2), run_dir, tmp_path / "nothing"):
         with pytest.raises(UserError):
             settings.find(str(place), full=False)
+
+
+def test_sizes_that_only_the_state_of_a_run_has_are_refused_before_they_take_memory(trained, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    path = path_of(run_dir, 2)
+    state = json.loads((path / "run_state.json").read_text())
+    state["config"]["model"]["vocab_size"] = 1 << 40  # some hundred TB
+    (path / "run_state.json").write_text(json.dumps(state))
+    integrity.write_manifest(path, integrity.describe(file for file in path.iterdir() if file.name != "integrity.json"))
+    code, _, log = generated(run_dir, asked(run_dir, "a"), tmp_path / "work")
+    assert code == REFUSED and "embedding.word_embeddings.weight is [320, 64] there, [1099511627776, 64] here" in log
 
 
 def test_the_arguments_are_refused_before_anything_is_started(trained):

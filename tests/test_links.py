@@ -9,6 +9,7 @@ from pathlib import Path
 import hf_models
 import pytest
 
+from mixtrain.checkpoint import integrity
 from mixtrain.convert import hf_files, origin, to_hf, to_megatron
 from mixtrain.data.check import check_files
 from mixtrain.data.tokenizer import TOKENIZER_FILES, copy_tokenizer
@@ -150,6 +151,20 @@ def test_an_export_takes_no_tokenizer_through_a_link_of_the_run(converted, secre
     with pytest.raises(UserError, match="merges.txt is a link that leads out of its directory"):
         to_hf.convert(run, tmp_path / "out")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.writing").exists()
+
+
+def test_a_tokenizer_that_a_checkpoint_only_names_is_not_given_away(converted, tmp_path):
+    (tmp_path / "there").mkdir()
+    there, private = tmp_path / "there" / "release", tokenizer_in(tmp_path / "private")
+    hf_models.copied(converted / "release", there)
+    state = json.loads((there / "run_state.json").read_text())
+    state["config"]["data"]["tokenizer"] = str(private)
+    (there / "run_state.json").write_text(json.dumps(state))
+    integrity.write_manifest(there, integrity.describe(p for p in there.iterdir() if p.name != integrity.MANIFEST))
+    with pytest.raises(UserError, match=f"there is no tokenizer beside {there}, .* --tokenizer {private}"):
+        to_hf.convert(there, tmp_path / "out")
+    to_hf.convert(there, tmp_path / "out", tokenizer=private)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_a_tokenizer_that_was_asked_for_and_is_not_there_is_refused(converted, tmp_path):

@@ -119,9 +119,13 @@ def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path) -> No
 
 def load_model(plan: Plan, ranks: Ranks, chunks: list[torch.nn.Module], path: Path) -> None:
     """The weights of a model that nobody trains."""
-    metadata = safe.read_metadata(path)
-    refuse_other_tensors(path, expected(plan.config, ()), metadata)
+    refuse_another_model(plan, path)
     _into_model(chunks, _load(tensors_alone(content.model(chunks)), path, ranks))
+
+
+def refuse_another_model(plan: Plan, path: Path) -> None:
+    """UserError if a checkpoint has not the tensors of the plan's model: known before the model takes memory."""
+    refuse_other_tensors(path, expected(plan.config, ()), safe.read_metadata(path))
 
 
 def weights_at(plan: Plan, ranks: Ranks, beat=lambda: None) -> Path:

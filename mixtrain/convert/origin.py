@@ -95,14 +95,19 @@ def run_state(config: Config) -> RunState:
 
 
 def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
-    """The directory of a checkpoint's tokenizer: the one beside it, or that of the run's data; None if none.
+    """The directory of a checkpoint's tokenizer, which lies beside it; None if none.
 
-    UserError if the one beside it is a link to another place.
+    UserError if it is a link to another place, or if the checkpoint only names one: the path in its run_state.json may
+    be anybody's, and what lies there would be given away with the export.
     """
     if beside := directory_in(checkpoint.resolve().parent, TOKENIZER):
         return beside
-    named = Path(config.data.tokenizer) if config.data.tokenizer else None
-    return named if named and named.is_dir() else None
+    named = config.data.tokenizer
+    if named and Path(named).is_dir():
+        raise UserError(
+            f"there is no tokenizer beside {checkpoint}, which names {named}; if it is that, type --tokenizer {named}"
+        )
+    return None
 
 
 def model_config(values: Mapping[str, Any], source: str) -> str:

@@ -62,6 +62,7 @@ def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results:
     refuse_lengths(prompts, request.max_new_tokens, plan.config.model.max_position_embeddings)
     with ranks.start(plan, me) as here:
         beat("load")
+        load.refuse_another_model(plan, Path(plan.config.checkpoint.load_weights))  # sizes that a file says
         chunks = model.build(plan, here.device, drawn=False)
         load.load_model(plan, here, chunks, Path(plan.config.checkpoint.load_weights))
         progress = Progress(len(prompts), say if here.is_first else lambda words: None)
