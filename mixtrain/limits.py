@@ -28,6 +28,18 @@ def _balancing(config: Config, kind: Balancing) -> bool:
     return kind in pairs and (kind is Balancing.sinkhorn or pairs[kind] > 0)
 
 
+def counts_over_a_step(config: Config) -> bool:
+    """Whether the router balances by counts that run over a step's microbatches, each that of all ranks together.
+
+    A layout is then the same run where a step has as many microbatches: at the same micro_batch_size * DP.
+    """
+    return _balancing(config, Balancing.global_aux_loss)
+
+
+def _looks_at_a_microbatch(config: Config) -> bool:
+    return _balancing(config, Balancing.aux_loss) or config.dispatcher.moe_expert_capacity_factor is not None
+
+
 EVERY = ("TP", "CP", "PP", "EP", "ETP", "DP")
 # fmt: off
 LIMITS = [
@@ -35,8 +47,8 @@ LIMITS = [
           lambda config: _balancing(config, Balancing.sinkhorn)),
     Limit("dispatcher.moe_expert_capacity_factor", ("TP", "CP"), "it drops among the tokens of one rank",
           lambda config: config.dispatcher.moe_expert_capacity_factor is not None),
-    Limit("global_aux_loss", ("DP",), "its counts run over a step's microbatches, of which more ranks have fewer",
-          lambda config: _balancing(config, Balancing.global_aux_loss), warns=False),
+    Limit("global_aux_loss", ("DP",), "beside what looks at one rank's microbatch (aux_loss, a capacity)",
+          lambda config: counts_over_a_step(config) and _looks_at_a_microbatch(config), warns=False),
     Limit("router.moe_input_jitter_eps", ("TP", "CP", "DP"), "its random stream is a rank's",
           lambda config: bool(config.router.moe_input_jitter_eps), warns=False),
     Limit("router.moe_router_force_load_balancing", EVERY, "its random stream is a rank's",

@@ -62,11 +62,23 @@ def build_chunk(
             products.use(model)
             cpu_embedding.use(model)
         if config.bf16:
-            model = Float16Module(config, model)
+            model = in_bf16(config, model)
     init.materialise(model, device)
     if drawn:
         init.initialise(model, plan)
     return model
+
+
+def in_bf16(config: TransformerConfig, model: torch.nn.Module) -> Float16Module:
+    """The model with bf16 parameters, and with its buffers as they are.
+
+    Float16Module casts them too: a router would count tokens and microbatches in bf16, which ends at 256.
+    """
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    wrapped = Float16Module(config, model)
+    for module, kept in buffers:
+        module._buffers.update(kept)
+    return wrapped
 
 
 class SeededGPTModel(GPTModel):

@@ -105,20 +105,22 @@ def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) 
     """The step's auxiliary loss without its coefficient, averaged over types, layers and microbatches; None without.
 
     1 where every expert has the same load; None too where it is not finite, as in a step that was skipped. Every rank
-    must call: Megatron-Core reduces its per-layer sums here.
+    must call.
     """
-    names = [BALANCING_LOSSES[kind] for kind in balancing_types(plan)]
-    if not names:
+    kinds = balancing_types(plan)
+    if not kinds:
         return None
     tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-    for name in names:
-        if name not in tracker:  # a pipeline stage without layers: it must still take part in the reduction
-            zero = torch.zeros((), device=device)
-            moe_utils.save_to_aux_losses_tracker(name, zero, layer_number=1, num_layers=plan.config.model.num_layers)
-    moe_utils.reduce_aux_losses_tracker_across_ranks(names)
-    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-    total = sum(float(tracker[name]["values"].sum()) for name in names)
-    return total / (len(names) * plan.config.model.num_layers * microbatches) if math.isfinite(total) else None
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for kind in kinds:
+        name = BALANCING_LOSSES[kind]
+        if name in tracker:  # not on a pipeline stage without layers
+            # a rank has its tokens' part, of its data-parallel rank's microbatch or of the whole group's
+            replicas = 1 if kind == "global_aux_loss" else plan.data_parallel_size
+            total += tracker[name]["values"].sum(dtype=torch.float64) / replicas
+    torch.distributed.all_reduce(total)
+    mean = total.item() / (len(kinds) * plan.config.model.num_layers * microbatches)
+    return mean if math.isfinite(mean) else None
 
 
 def balancing_types(plan: Plan) -> list[str]:

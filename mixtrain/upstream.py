@@ -6,6 +6,7 @@ Rule: a mend says which version needs it and does nothing where it is not needed
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from typing import Any
 
@@ -30,6 +31,7 @@ def apply() -> None:
     warnings.filterwarnings("ignore", message="full scope is deprecated")  # of CUDA graphs, which nobody asked for
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.router import TopKRouter
 
     # 0.16: any MoE layer without Transformer Engine ends in NameError: te_general_gemm (router_gating_linear)
     _define(moe_utils, "te_general_gemm", None)
@@ -40,6 +42,9 @@ def apply() -> None:
     # 0.19: the same recompute compiles a C++ extension in the first backward pass: it wants ninja and a compiler
     if hasattr(random, "_get_share_storage"):
         random._get_share_storage = lambda: _copy_storage
+    # 0.16 and 0.19: the gradient of global_aux_loss is divided by the data-parallel size
+    if "dp_size" not in TopKRouter._apply_global_aux_loss.__code__.co_varnames:
+        _make_global_aux_loss_whole(TopKRouter)
 
 
 def _copy_storage(output: Any, recomputed: Any) -> None:
@@ -47,6 +52,26 @@ def _copy_storage(output: Any, recomputed: Any) -> None:
     storage = recomputed.untyped_storage()
     output.untyped_storage().resize_(storage.size())
     output.untyped_storage().copy_(storage)
+
+
+def _make_global_aux_loss_whole(router_class: type) -> None:
+    """Have global_aux_loss attached as what data parallelism averages.
+
+    A data-parallel rank computes its own tokens' part of that loss, and the ranks' gradients are averaged: the mean of
+    the parts is the whole divided by the number of ranks. Megatron-LM's pull request 3769 multiplies by it, too.
+    """
+    attach = router_class.attach_and_log_load_balancing_loss
+    if hasattr(attach, "__wrapped__"):
+        return
+
+    @functools.wraps(attach)
+    def attach_whole(router: Any, probs: Any, coeff: float, loss: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "global_load_balancing_loss":
+            ranks = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
+            coeff, loss = coeff * ranks, loss * ranks  # what is logged is the one divided by the other
+        return attach(router, probs, coeff, loss, name, *args, **kwargs)
+
+    router_class.attach_and_log_load_balancing_loss = attach_whole
 
 
 def mark_tensor_parallel(model: Any) -> None:

@@ -117,19 +117,23 @@ def random_batches(plan: Plan, steps: int = 3) -> list[dict[str, torch.Tensor]]:
 
     dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     length, batch = plan.config.data.seq_length, plan.config.trainer.global_batch_size
-    made = []
-    for first in range(rank, steps * batch, dp):
-        generator = torch.Generator().manual_seed(1000 + first % batch)
-        tokens = torch.randint(0, plan.config.model.vocab_size, (1, length + 1), generator=generator)
+    micro, made = plan.config.trainer.micro_batch_size, []
+    for first in range(rank * micro, steps * batch, dp * micro):
+        tokens = torch.stack([random_tokens(plan, number % batch) for number in range(first, first + micro)])
         made.append(
             {
                 "tokens": tokens[:, :-1].contiguous(),
                 "labels": tokens[:, 1:].contiguous(),
-                "loss_mask": torch.ones(1, length),
-                "position_ids": torch.arange(length)[None],
+                "loss_mask": torch.ones(micro, length),
+                "position_ids": torch.arange(length).expand(micro, length),
             }
         )
     return made
+
+
+def random_tokens(plan: Plan, number: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1000 + number)
+    return torch.randint(0, plan.config.model.vocab_size, (plan.config.data.seq_length + 1,), generator=generator)
 
 
 def measure(overrides: list[str], folder) -> dict:
@@ -197,6 +201,11 @@ SPLITS = {
     ],
     "layout": ["parallel.pipeline_model_parallel_layout='Ettt|tL'"],
     "layout with chunks": ["parallel.pipeline_model_parallel_layout='Et|t|t|tL'"],
+    "layout with a stage of the embedding alone, TP2": ["parallel.pipeline_model_parallel_layout='E|t*4L'", *TP],
+    "layout with a stage of the embedding alone, DP2": [
+        "parallel.pipeline_model_parallel_layout='E|t*4L'",
+        "trainer.devices=4",
+    ],
     "layout with a stage of the loss alone": ["parallel.pipeline_model_parallel_layout='Et*4|L'"],
     "buckets": ["optimizer=adam_overlap", "optimizer.bucket_size=10000", *TINY[-4:-1]],
 }

@@ -18,12 +18,31 @@ def differs(here: float, there: float) -> bool:
     return here != pytest.approx(there, rel=1e-5)
 
 
-def test_the_global_auxiliary_loss_counts_over_data_parallel_ranks(tmp_path):
-    """Its counts run over a step's microbatches: two ranks see in one what one rank sees in two."""
+MICRO = "trainer.micro_batch_size="
+SPLIT_BY_DATA = {"DP2": ([EP + "1", DP2], 2), "EP2xDP2": ([EP + "2", "trainer.devices=4"], 4)}
+
+
+def test_the_global_auxiliary_loss_counts_over_the_microbatches_of_a_step(tmp_path):
+    """Its counts run over them: with two ranks a step has half as many, each of twice the tokens."""
     one = measure([EP + "1", *GLOBAL], tmp_path / "one")
     two = measure([EP + "1", DP2, *GLOBAL], tmp_path / "two")
     assert one["losses"][0] == pytest.approx(two["losses"][0], rel=1e-6)  # forward: the same
     assert differs(one["balances"][0], two["balances"][0]) and differs(one["norms"][0], two["norms"][0])
+
+
+@pytest.mark.parametrize("layout", SPLIT_BY_DATA)
+@pytest.mark.parametrize("router", ["global_aux_loss", "combined"])
+def test_the_global_auxiliary_loss_weighs_the_same_at_every_data_parallel_size(router, layout, tmp_path):
+    """Where a step has as many microbatches. A coefficient of 1: the norm is the auxiliary loss's above all."""
+    coefficient = "1" if router == "global_aux_loss" else "[1,0.5]"
+    words = [f"router={router}", f"router.moe_aux_loss_coeff={coefficient}"]
+    split, parts = SPLIT_BY_DATA[layout]
+    one = measure([EP + "1", MICRO + "4", *words], tmp_path / "one")
+    here = measure([*split, MICRO + str(4 // parts), *words], tmp_path / "here")
+    assert here["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert here["norms"] == pytest.approx(one["norms"], rel=1e-4)
+    assert here["balances"][0] == pytest.approx(one["balances"][0], rel=1e-5)
+    assert here["loads"][0] == one["loads"][0]
 
 
 @pytest.mark.long
@@ -111,7 +130,10 @@ def test_a_limit_is_for_its_switch_alone(limit):
     words = {
         "sinkhorn": ["router=sinkhorn"],
         "dispatcher.moe_expert_capacity_factor": CAPACITY,
-        "global_aux_loss": GLOBAL,
+        "global_aux_loss": [
+            "router.moe_router_load_balancing_type=[global_aux_loss,aux_loss]",
+            "router.moe_aux_loss_coeff=[0.1,0.1]",
+        ],
         "router.moe_input_jitter_eps": JITTER,
         "router.moe_router_force_load_balancing": FORCED,
     }[limit.name]

@@ -54,17 +54,47 @@ def test_expert_tensor_parallelism_over_the_local_layers_is_wrong(tmp_path):
         assert here["norms"][1] != pytest.approx(right["norms"][1], rel=1e-3)
 
 
-def test_per_token_losses_scale_the_auxiliary_loss_by_context_ranks(tmp_path):
-    """0.16: calculate_per_token_loss with an auxiliary loss is another run under TP and CP."""
-    words = ["model.extra.calculate_per_token_loss=true", "router.moe_aux_loss_coeff=0.1", EP + "1"]
-    right = measure(words, tmp_path / "right")
+PER_TOKEN = [EP + "1", "model.extra.calculate_per_token_loss=true"]
+BY_SEQUENCE = ["router=seq_aux_loss", "router.moe_aux_loss_coeff=1"]
+WEIGHED_OTHERWISE = {
+    "auxiliary loss, CP2": (["router.moe_aux_loss_coeff=1"], [CP]),
+    "auxiliary loss, TP2": (["router.moe_aux_loss_coeff=1"], TP),
+    "z-loss alone, TP2": (["router=none", "router.moe_z_loss_coeff=1"], TP),
+    "z-loss alone, CP2": (["router=none", "router.moe_z_loss_coeff=1"], [CP]),
+    "by sequence, larger microbatches": (BY_SEQUENCE, ["trainer.micro_batch_size=4"]),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHED_OTHERWISE)
+def test_per_token_losses_weigh_what_a_router_adds_otherwise(name, tmp_path):
+    """0.16: with calculate_per_token_loss it is another run under TP and CP, or with other microbatches."""
+    words, other = WEIGHED_OTHERWISE[name]
+    right = measure([*PER_TOKEN, *words], tmp_path / "right")
     if not OLD:
-        assert_same(measure([*words, CP], tmp_path / "here"), right)
+        assert_same(measure([*PER_TOKEN, *words, *other], tmp_path / "here"), right)
         return
-    plan = unchecked([*words, CP])
-    here = run_ranks(2, lambda me: three_steps(plan, me), tmp_path / "here")[0]
+    plan = unchecked([*PER_TOKEN, *words, *other])
+    here = run_ranks(plan.world_size, lambda me: three_steps(plan, me), tmp_path / "here")[0]
     assert here["losses"][0] == pytest.approx(right["losses"][0], rel=1e-5)
-    assert here["norms"][0] != pytest.approx(right["norms"][0], rel=1e-5)
+    assert here["norms"][0] < 0.9 * right["norms"][0]
+
+
+def test_the_global_auxiliary_loss_is_divided_by_the_data_parallel_size(tmp_path):
+    """upstream.py multiplies by it. Both versions, in silence."""
+    words = [EP + "1", "router=global_aux_loss", "router.moe_aux_loss_coeff=10"]
+    right = measure([*words, "trainer.micro_batch_size=8"], tmp_path / "right")
+    plan = plan_of(*TINY, *words, "trainer.devices=4", "trainer.micro_batch_size=2")
+
+    def unmended(me):
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        attach = TopKRouter.attach_and_log_load_balancing_loss
+        TopKRouter.attach_and_log_load_balancing_loss = attach.__wrapped__
+        return three_steps(plan, me)
+
+    wrong = run_ranks(4, unmended, tmp_path / "wrong")[0]
+    assert wrong["balances"][0] == pytest.approx(right["balances"][0], rel=1e-5)
+    assert wrong["norms"][0] < 0.5 * right["norms"][0]
 
 
 @pytest.mark.skipif(not OLD, reason="mended by 0.19")

@@ -18,12 +18,14 @@ from mixtrain.config import Config
 from mixtrain.errors import UserError
 from mixtrain.forked_ranks import RankFailure, run_ranks
 from mixtrain.parity import measure, table
+from mixtrain.layouts import LAPTOP_RANKS
 from mixtrain.parity.layouts import Layout, all_layouts, legal_plan
 from mixtrain.parity.verdict import LIMITS, Verdict, judge
 from mixtrain.plan import Plan, derive, resolve
 from mixtrain.rules.upstream import present
 
 EXPERTS = 8  # at most, or twice as many as a token goes to: more of them need more tokens, and show no more
+MICROBATCHES = 4  # a step, where they must be as many at every layout: of virtual stages four take them by four
 PATIENCE_S = 300  # for one layout; the slowest take some 10 s on two cores
 
 
@@ -119,6 +121,7 @@ class Certificate:
             ("made with", _versions()),
             ("layouts within the limits", f"{inside} of {len(self.verdicts)}"),
             ("one rank", f"seed {self.one['seed']}, smallest top-k margin {self.one['margin']:.1e}"),
+            *self._microbatches(),
             *(("left out", f"{count} layouts, {reason}") for reason, count in self.left_out.items()),
         ]
         return table.markdown(f"Layout parity of {self.name}", facts, self.verdicts)
@@ -131,7 +134,7 @@ def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
     """
     plans, left_out = {}, Counter()
     for layout in all_layouts():
-        at = resolve(layout.of(config))
+        at = resolve(_with_its_microbatches(layout.of(config), layout.dp))
         if beyond := limits.broken(at, layout.dp):
             left_out.update(f"another run by design: {limit.name}, {limit.why}" for limit, _ in beyond[:1])
         elif faults := present(derive(at)):
@@ -139,6 +142,18 @@ def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
         elif (plan := legal_plan(at)) is not None:
             plans[layout] = plan
     return plans, dict(left_out)
+
+
+def _with_its_microbatches(config: Config, data_parallel_size: int) -> Config:
+    """The configuration with as many microbatches a step at every layout, where the router counts over them."""
+    if not limits.counts_over_a_step(config):
+        return config
+    trainer = replace(
+        config.trainer,
+        micro_batch_size=LAPTOP_RANKS // data_parallel_size,
+        global_batch_size=LAPTOP_RANKS * MICROBATCHES,
+    )
+    return replace(config, trainer=trainer)
 
 
 def one_rank(plan: Plan, wholes: Path, folder: Path) -> dict:

@@ -159,18 +159,26 @@ def gather_gradients(training: Training) -> None:
 
 
 def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's microbatches of one sequence, dealt out as mixtrain.data.batches does; every step the same samples.
+    """This rank's microbatches, dealt out as mixtrain.data.batches does; every step the same samples.
 
     Some tokens are masked, in each sequence others: a layout must not change what a token weighs.
     """
-    dp, first = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    length, size = plan.config.data.seq_length, plan.config.trainer.global_batch_size
-    for number in range(first, STEPS * size, dp):
-        generator = torch.Generator().manual_seed(1000 * plan.config.seed + number % size)
-        tokens = torch.randint(0, plan.config.model.vocab_size, (1, length + 1), generator=generator)
+    dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
+    micro, size = plan.config.trainer.micro_batch_size, plan.config.trainer.global_batch_size
+    length = plan.config.data.seq_length
+    for first in range(rank * micro, STEPS * size, dp * micro):
+        samples = [_sample(plan, number % size) for number in range(first, first + micro)]
         yield {
-            "tokens": tokens[:, :-1].contiguous(),
-            "labels": tokens[:, 1:].contiguous(),
-            "loss_mask": (torch.rand(1, length, generator=generator) < 0.9).float(),
-            "position_ids": torch.arange(length)[None],
+            "tokens": torch.stack([tokens[:-1] for tokens, _ in samples]),
+            "labels": torch.stack([tokens[1:] for tokens, _ in samples]),
+            "loss_mask": torch.stack([mask for _, mask in samples]),
+            "position_ids": torch.arange(length).expand(micro, length),
         }
+
+
+def _sample(plan: Plan, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens [seq_length + 1], loss mask [seq_length]) of a sample."""
+    length = plan.config.data.seq_length
+    generator = torch.Generator().manual_seed(1000 * plan.config.seed + number)
+    tokens = torch.randint(0, plan.config.model.vocab_size, (length + 1,), generator=generator)
+    return tokens, (torch.rand(length, generator=generator) < 0.9).float()

@@ -50,7 +50,7 @@ def shrunk(plan: Plan) -> Shrunk | str:
     if met := present(derive(resolve(config))):
         return f"megatron-core, {met[0].file}: {met[0].wrong}"
     try:
-        return Shrunk(make_plan(config), make_plan(_on_one_rank(config)))
+        return Shrunk(make_plan(config), make_plan(_on_one_rank(config, plan.data_parallel_size)))
     except UserError as error:
         return error.problems[0]
 
@@ -99,7 +99,7 @@ def _layers_and_experts(config: Config, small: dict, tokens: int) -> dict:
     return sizes
 
 
-def _on_one_rank(config: Config) -> Config:
+def _on_one_rank(config: Config, data_parallel_size: int) -> Config:
     sizes = [name for name in vars(config.parallel) if name.endswith(("_parallel_size", "_instances"))]
     parallel = replace(config.parallel, **dict.fromkeys(sizes, 1))
     model = replace(
@@ -109,4 +109,6 @@ def _on_one_rank(config: Config) -> Config:
         attention_backend=AttnBackend.auto,
     )
     trainer = replace(config.trainer, accelerator=Accelerator.cpu, devices=1, num_nodes=1)
+    if limits.counts_over_a_step(config):  # as many microbatches, each that of all ranks
+        trainer = replace(trainer, micro_batch_size=trainer.micro_batch_size * data_parallel_size)
     return replace(config, parallel=replace(parallel, **WHOLE), model=model, trainer=trainer)

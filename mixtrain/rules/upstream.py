@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
-from mixtrain.config import TransformerImpl
+from mixtrain.config import Balancing, TransformerImpl
 from mixtrain.plan import Plan
 from mixtrain.rules.nearest import Problems
 
@@ -36,9 +36,13 @@ def _experts_beside_tensor_ranks(plan: Plan) -> bool:
 
 
 def _per_token_auxiliary_loss(plan: Plan) -> bool:
-    parallel, per_token = plan.config.parallel, plan.config.model.extra.get("calculate_per_token_loss", False)
+    parallel, router = plan.config.parallel, plan.config.router
+    if not plan.config.model.extra.get("calculate_per_token_loss", False):
+        return False
+    coefficients = dict(zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False))
     split = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
-    return bool(per_token) and split and any(plan.config.router.moe_aux_loss_coeff)
+    by_sequence = coefficients.get(Balancing.seq_aux_loss) and plan.config.trainer.micro_batch_size > 1
+    return bool(by_sequence or (split and (any(coefficients.values()) or router.moe_z_loss_coeff)))
 
 
 # fmt: off
@@ -47,8 +51,8 @@ FAULTS = [
           "with TP above 1, EP = 1 and another ETP the experts' gradients are never added up over the tensor ranks",
           "model.transformer_impl=torch, EP of 2 or more, or ETP = TP", _experts_beside_tensor_ranks),
     Fault("per_token_auxiliary_loss", (0, 19), "megatron/core/transformer/moe/router.py",
-          "calculate_per_token_loss weighs an auxiliary loss otherwise under TP or CP than on one rank",
-          "TP = 1 and CP = 1, or router=none", _per_token_auxiliary_loss),
+          "calculate_per_token_loss divides auxiliary losses and the z-loss by TP*CP, seq_aux_loss by the micro batch too",
+          "model.extra.calculate_per_token_loss=false", _per_token_auxiliary_loss),
 ]
 # fmt: on
 
