@@ -17,8 +17,8 @@ from mixtrain import contract, limits, scratch
 from mixtrain.config import Config
 from mixtrain.errors import UserError
 from mixtrain.forked_ranks import RankFailure, run_ranks
-from mixtrain.parity import measure, table
 from mixtrain.layouts import LAPTOP_RANKS
+from mixtrain.parity import measure, table
 from mixtrain.parity.layouts import Layout, all_layouts, legal_plan
 from mixtrain.parity.verdict import LIMITS, Verdict, judge
 from mixtrain.plan import Plan, derive, resolve

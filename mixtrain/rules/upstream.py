@@ -51,7 +51,7 @@ FAULTS = [
           "with TP above 1, EP = 1 and another ETP the experts' gradients are never added up over the tensor ranks",
           "model.transformer_impl=torch, EP of 2 or more, or ETP = TP", _experts_beside_tensor_ranks),
     Fault("per_token_auxiliary_loss", (0, 19), "megatron/core/transformer/moe/router.py",
-          "calculate_per_token_loss divides auxiliary losses and the z-loss by TP*CP, seq_aux_loss by the micro batch too",
+          "calculate_per_token_loss divides auxiliary losses and the z-loss by TP*CP, seq_aux_loss by the micro batch",
           "model.extra.calculate_per_token_loss=false", _per_token_auxiliary_loss),
 ]
 # fmt: on
