@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import struct
 import time
@@ -283,7 +284,7 @@ STREAMS = {
 @pytest.mark.parametrize("which", STREAMS)
 def test_random_streams_that_are_none_are_refused_and_none_is_set(which):
     streams = content._streams()
-    assert content.set_rng_state([streams]) is None
+    assert content.set_rng_state([copy.deepcopy(streams)]) is None  # Megatron-Core keeps what it is given
     before = torch.get_rng_state()
     STREAMS[which](streams | {"torch_rng_state": torch.Generator().get_state()})
     STREAMS[which](streams)
