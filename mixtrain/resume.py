@@ -86,8 +86,8 @@ def enter(
             say(f"changed since then: {line}")
     elif plan.config.checkpoint.load_weights:
         path = load.weights_at(plan, ranks)
-        load.load_weights(plan, ranks, training, path)
         say(f"weights of {path}; everything else starts anew")
+        load.load_weights(plan, ranks, training, path, say)
     return replace(
         start.state,
         data=data,

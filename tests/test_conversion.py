@@ -21,7 +21,7 @@ from rank_workers import run_ranks
 from safetensors.torch import load_file, save_file
 
 from mixtrain import model, optimizer, places, ranks
-from mixtrain.checkpoint import directory, integrity, load, safe
+from mixtrain.checkpoint import directory, forward, integrity, load, safe
 from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
 from mixtrain.compose import CONF
@@ -127,7 +127,7 @@ def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(layo
     def load_and_save(me) -> None:
         with ranks.start(plan, me) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
-            load.load_weights(plan, here, training, load.weights_at(plan, here))
+            load.load_weights(plan, here, training, load.weights_at(plan, here), print)
             values = origin.run_state(plan.config).config
             Saver(plan, here, training, print).save(RunState(step=7, config=values))
 
@@ -136,6 +136,34 @@ def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(layo
     assert hf_models.unequal(hub, tmp_path / "back") == []
     own = {name for name in objects_of(directory.newest(tmp_path / "run")) if not name.startswith("rng_state")}
     assert objects_of(converted / "release") == own and len(own) > 30  # Transformer Engine's, for Megatron-LM
+
+
+def test_weights_without_biases_are_taken_by_a_router_with_them_which_start_at_zero(converted, tmp_path):
+    words = [*words_of(converted), f"checkpoint.load_weights={converted}", "router=expert_bias"]
+    (problem,) = forward.problems(config_of(*words), converted / "release")
+    assert problem.startswith("router.moe_router_score_function = sigmoid, but the weights of")  # and nothing else
+    plan = plan_of(
+        *words,
+        "checkpoint.acknowledge_differences=[router.moe_router_score_function]",
+        "trainer.devices=2",
+        "parallel=ep1",
+        *LAYOUTS["EP2"],
+    )
+
+    def load_weights(me) -> tuple[list[str], list[float], bool]:
+        said: list[str] = []
+        with ranks.start(plan, me) as here:
+            training = optimizer.build(plan, model.build(plan, here.device, drawn=False))
+            load.load_weights(plan, here, training, converted / "release", said.append)
+            routers = {name: part for name, part in training.chunks[0].state_dict().items() if ".router." in name}
+        biases = [part for name, part in routers.items() if name.endswith("expert_bias")]
+        weights = torch.stack([part for name, part in routers.items() if name.endswith("weight")])
+        stored = tensors_of(converted / "release")["decoder.layers.mlp.router.weight"]
+        return said, [bias.abs().max().item() for bias in biases], torch.equal(weights.cpu(), stored)
+
+    for said, biases, same in run_ranks(2, load_weights, tmp_path / "ranks"):
+        assert said == ["the routers' biases start at zero: these weights have none"]
+        assert biases == [0.0] * plan.config.model.num_layers and same
 
 
 def objects_of(checkpoint: Path) -> set[str]:

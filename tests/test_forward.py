@@ -82,6 +82,16 @@ def test_the_same_model_is_not_refused_whatever_its_training_was(tmp_path):
     forward.refuse(config_of("router.moe_router_load_balancing_type=[seq_aux_loss]"), checkpoint)
 
 
+def test_a_bias_that_starts_is_no_difference_and_one_that_ends_is(tmp_path):
+    with_bias, key = ["router=expert_bias"], "router.moe_router_enable_expert_bias"
+    alike = stored(tmp_path, router__moe_router_score_function="sigmoid")
+    assert forward.problems(config_of(*with_bias), alike) == []
+    biased = stored(tmp_path, router__moe_router_score_function="sigmoid", router__moe_router_enable_expert_bias=True)
+    assert forward.problems(config_of(*with_bias), biased) == []
+    (problem,) = forward.problems(config_of("router.moe_router_score_function=sigmoid"), biased)
+    assert problem.startswith(f"{key} = false, but the weights of {biased} are for true")
+
+
 def test_a_field_of_extra_is_compared_with_its_default(tmp_path):
     checkpoint = stored(tmp_path, model__extra={"rotary_interleaved": True, "layernorm_zero_centered_gamma": False})
     with pytest.raises(UserError, match=r"model.extra.rotary_interleaved = false, .* are for true") as refusal:

@@ -55,6 +55,8 @@ def differences(config: Config, there: Any) -> Iterator[Difference]:
         mine, other = value_of(config, key), _at(there, key)
         if key == "dispatcher.moe_token_drop_policy" and config.dispatcher.moe_expert_capacity_factor is None:
             continue  # none is dropped
+        if key == "router.moe_router_enable_expert_bias" and mine and other is False:
+            continue  # a bias starts at zero, and chooses as none does
         if other is ABSENT or _meaning(key, mine) != _meaning(key, other):
             yield Difference(key, other, mine)
     mine, other = config.model.extra, _at(there, "model.extra")

@@ -5,7 +5,7 @@ Rule: what is not the run's own state to the last bit is refused by name, and no
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -110,22 +110,33 @@ def resume(
         say("the layout has changed: the random streams of the router start anew")
 
 
-def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path) -> None:
-    """The weights alone: a new run starts from them. UserError if they are for a model that computes otherwise."""
+def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path, say: Callable[[str], None]) -> None:
+    """The weights alone: a new run starts from them. UserError if they are for a model that computes otherwise.
+
+    Routers' biases that they have not stay at zero, where a bias starts: the same experts are chosen as without one.
+    """
     forward.refuse(plan.config, path)
-    load_model(plan, ranks, training.chunks, path)
+    metadata = safe.read_metadata(path)
+    absent = {key for key in expected(plan.config, ()) if contract.condition(key) == "bias"}
+    absent -= {*metadata.state_dict_metadata}
+    load_model(plan, ranks, training.chunks, path, absent)
     training.optimizer.reload_model_params()
+    if absent:
+        say("the routers' biases start at zero: these weights have none")
 
 
-def load_model(plan: Plan, ranks: Ranks, chunks: list[torch.nn.Module], path: Path) -> None:
-    """The weights of a model that nobody trains."""
-    refuse_another_model(plan, path)
-    _into_model(chunks, _load(tensors_alone(content.model(chunks)), path, ranks))
+def load_model(
+    plan: Plan, ranks: Ranks, chunks: list[torch.nn.Module], path: Path, absent: Collection[str] = ()
+) -> None:
+    """The weights of a model, but for the tensors that are `absent`: they stay as they are."""
+    refuse_another_model(plan, path, absent)
+    _into_model(chunks, _load(tensors_alone(content.model(chunks), absent), path, ranks), absent)
 
 
-def refuse_another_model(plan: Plan, path: Path) -> None:
+def refuse_another_model(plan: Plan, path: Path, absent: Collection[str] = ()) -> None:
     """UserError if a checkpoint has not the tensors of the plan's model: known before the model takes memory."""
-    refuse_other_tensors(path, expected(plan.config, ()), safe.read_metadata(path))
+    wanted = {key: shape for key, shape in expected(plan.config, ()).items() if key not in absent}
+    refuse_other_tensors(path, wanted, safe.read_metadata(path))
 
 
 def weights_at(plan: Plan, ranks: Ranks, beat=lambda: None) -> Path:
@@ -196,14 +207,18 @@ def _show(shape: Any) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def tensors_alone(tree: dict[str, Any]) -> dict[str, Any]:
-    """The state dicts of model chunks without their _extra_state objects.
+def tensors_alone(tree: dict[str, Any], absent: Collection[str] = ()) -> dict[str, Any]:
+    """The state dicts of model chunks without their _extra_state objects, and without tensors that are `absent`.
 
     Those are Transformer Engine's, which unpickles them without restriction: they are never loaded, so that fp8 with
     delayed scaling starts a new history.
     """
     return {
-        name: {key: part for key, part in chunk.items() if not isinstance(part, ShardedObject)}
+        name: {
+            key: part
+            for key, part in chunk.items()
+            if not isinstance(part, ShardedObject) and getattr(part, "key", None) not in absent
+        }
         for name, chunk in tree.items()
     }
 
@@ -234,9 +249,11 @@ def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
     return apply_factory_merges(found, factories)
 
 
-def _into_model(chunks: list[torch.nn.Module], loaded: dict[str, Any]) -> None:
+def _into_model(chunks: list[torch.nn.Module], loaded: dict[str, Any], absent: Collection[str] = ()) -> None:
+    kept = ("_extra_state", *(key.rpartition(".")[2] for key in absent))
     for number, chunk in enumerate(chunks):
         name = "model" if len(chunks) == 1 else f"model{number}"
         result = unwrap(chunk).load_state_dict(loaded[name], strict=False)
-        if left := [key for key in (*result.missing_keys, *result.unexpected_keys) if "_extra_state" not in key]:
+        differing = (*result.missing_keys, *result.unexpected_keys)
+        if left := [key for key in differing if not key.endswith(kept)]:
             raise RuntimeError(f"the checkpoint's names and the model's differ: {', '.join(left[:5])}")
