@@ -13,7 +13,7 @@ from composing import ROOT, config_of, quick_tree_of, unstarted_environment
 from mixtrain.config import Config, Dispatcher
 from mixtrain.limits import LIMITS
 from mixtrain.parity import measure, table
-from mixtrain.parity.certificate import Certificate, comparable
+from mixtrain.parity.certificate import MICROBATCHES, Certificate, at_layout, comparable, one_rank
 from mixtrain.parity.layouts import Layout, all_layouts
 from mixtrain.parity.verdict import LIMITS as TOLERANCES
 from mixtrain.parity.verdict import Verdict, judge
@@ -72,6 +72,30 @@ def test_layouts_that_are_another_run_by_design_are_left_out_and_counted():
     assert all(layout.tp == layout.cp == 1 for layout in plans) and len(plans) > 100
     ((reason, count),) = left_out.items()
     assert "sinkhorn" in reason and count == sum(layout.tp * layout.cp > 1 for layout in all_layouts())
+
+
+@pytest.mark.parametrize("router", ["global_aux_loss", "combined"])
+def test_the_global_auxiliary_loss_is_compared_over_data_parallel_ranks(router, tmp_path):
+    """At as many microbatches everywhere, whose samples are the same: the counts run over them."""
+    plans, left_out = comparable(
+        shrunk(
+            f"router={router}",
+            "model.num_layers=2",
+            "router.moe_aux_loss_coeff=1" if router == "global_aux_loss" else "router.moe_aux_loss_coeff=[1,1]",
+        )
+    )
+    assert not left_out and {layout.dp for layout in plans} == {1, 2, 4, 8}
+    assert {plan.num_microbatches for plan in plans.values()} == {MICROBATCHES}
+    one = one_rank(plans[Layout()], tmp_path / "one.pt", tmp_path)
+    verdict = at_layout(plans[Layout(ranks=4, ep=2)], one, tmp_path / "one.pt", tmp_path / "four")
+    assert verdict.outside == [] and verdict.differences["parameter"] > 0
+
+
+def test_no_microbatch_is_left_to_compare_where_ranks_and_the_step_are_both_balanced():
+    both = ["router.moe_router_load_balancing_type=[global_aux_loss,aux_loss]", "router.moe_aux_loss_coeff=[1,1]"]
+    for words in (both, ["router=global_aux_loss", "dispatcher=drop"]):
+        plans, left_out = comparable(shrunk(*words))
+        assert all(layout.dp == 1 for layout in plans) and "aux_loss, a capacity" in " ".join(left_out)
 
 
 def test_a_layout_at_which_megatron_is_wrong_is_left_out_with_the_upstream_file(monkeypatch):

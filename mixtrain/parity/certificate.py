@@ -126,6 +126,11 @@ class Certificate:
         ]
         return table.markdown(f"Layout parity of {self.name}", facts, self.verdicts)
 
+    def _microbatches(self) -> list[tuple[str, str]]:
+        if not limits.counts_over_a_step(self.config):
+            return []
+        return [("microbatches a step", f"{MICROBATCHES} at every layout, as global_aux_loss counts over them")]
+
 
 def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
     """(the plans of the layouts that must compute what one rank computes, reason -> how many of the others there are).
@@ -153,7 +158,8 @@ def _with_its_microbatches(config: Config, data_parallel_size: int) -> Config:
         micro_batch_size=LAPTOP_RANKS // data_parallel_size,
         global_batch_size=LAPTOP_RANKS * MICROBATCHES,
     )
-    return replace(config, trainer=trainer)
+    data = replace(config.data, seq_length=LAPTOP_RANKS * 2)  # 2*CP*TP at most: few choices, so that none is near a tie
+    return replace(config, data=data, trainer=trainer)
 
 
 def one_rank(plan: Plan, wholes: Path, folder: Path) -> dict:

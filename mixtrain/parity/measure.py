@@ -11,7 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch.overrides import TorchFunctionMode
 
-from mixtrain import contract, loop, model, optimizer, places, ranks
+from mixtrain import contract, limits, loop, model, optimizer, places, ranks
 from mixtrain.environment import Identity
 from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
 from mixtrain.optimizer import Training
@@ -20,6 +20,7 @@ from mixtrain.stop import StopRequest
 
 STEPS = 2
 MARGIN = 1e-4  # a choice of experts nearer to a tie could fall the other way where sums are taken in another order
+MASKED = 0.1  # of the tokens
 SEEDS = 100  # tried for a batch without such a choice
 
 
@@ -177,8 +178,15 @@ def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _sample(plan: Plan, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens [seq_length + 1], loss mask [seq_length]) of a sample."""
+    """(tokens [seq_length + 1], loss mask [seq_length]) of a sample.
+
+    A microbatch weighs its tokens alike, and each microbatch weighs the same: where a layout changes how many sequences
+    one has, each sequence has as many tokens.
+    """
     length = plan.config.data.seq_length
     generator = torch.Generator().manual_seed(1000 * plan.config.seed + number)
     tokens = torch.randint(0, plan.config.model.vocab_size, (length + 1,), generator=generator)
-    return tokens, (torch.rand(length, generator=generator) < 0.9).float()
+    chance = torch.rand(length, generator=generator)
+    if limits.counts_over_a_step(plan.config):
+        return tokens, (chance.argsort() >= MASKED * length).float()
+    return tokens, (chance < 1 - MASKED).float()
