@@ -202,6 +202,6 @@ def test_every_recipe_is_shrunk_at_its_own_layout_or_the_reason_is_said(name):
 def test_the_global_auxiliary_loss_is_compared_at_as_many_microbatches(router, coefficient):
     words = [f"router={router}", f"router.moe_aux_loss_coeff={coefficient}"]
     plans = shrunk(plan_of("+recipe=mixtral_8x7b_ep8", *words))
-    assert isinstance(plans, Shrunk) and plans.here.data_parallel_size == 8
+    assert isinstance(plans, Shrunk) and plans.here.data_parallel_size == 16
     assert plans.one.num_microbatches == plans.here.num_microbatches
     assert plans.one.config.trainer.global_batch_size == plans.here.config.trainer.global_batch_size
