@@ -38,7 +38,7 @@ def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> l
     if me is None and place(plan) is LauncherType.slurm:
         return job_problems(plan, overrides)
     problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan)]
-    problems += [*gpus(plan, overrides), *data_files(plan, me is None), *weights_to_load(plan)]
+    problems += [*gpus(plan, overrides), *data_files(plan, me is None), *cache(plan), *weights_to_load(plan)]
     if me is None:
         problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
     else:
@@ -55,7 +55,7 @@ def job_problems(plan: Plan, overrides: list[str]) -> list[str]:
         with suppress(UserError):  # a mount that cannot be read is said already
             mounts = mounts_of(plan.config, folder, ROOT)
             plan = replace(plan, config=as_on_host(plan.config, folder, mounts))
-    problems += [*data_files(plan, True), *weights_to_load(plan), *directory_problems(plan)]
+    problems += [*data_files(plan, True), *cache(plan), *weights_to_load(plan), *directory_problems(plan)]
     return problems or [*room_for_checkpoints(plan)]
 
 
@@ -143,6 +143,23 @@ def data_files(plan: Plan, every_entry: bool) -> Problems:
             data.data_path, Path(data.tokenizer), plan.config.model.vocab_size, data.split, plan.samples,
             seq_length=data.seq_length, every_entry=every_entry,
         )  # fmt: skip
+
+
+def cache(plan: Plan) -> Problems:
+    """The directory of the data's index is there (one that has it all is only read), or can be made."""
+    directory, wrong = plan.config.data.path_to_cache, None
+    if os.path.isdir(directory):
+        return
+    try:
+        os.lstat(directory)
+        wrong = "it is no directory"
+    except FileNotFoundError:
+        above = next(path for path in Path(os.path.abspath(directory)).parents if path.is_dir())
+        wrong = None if os.access(above, os.W_OK | os.X_OK) else f"{above} cannot be written"
+    except OSError as error:
+        wrong = error.strerror
+    if wrong:
+        yield f"data.path_to_cache = {directory} cannot be made ({wrong}); give a directory that can be written"
 
 
 def room_for_checkpoints(plan: Plan) -> Problems:

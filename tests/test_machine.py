@@ -105,6 +105,28 @@ def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
     assert problem == f"run_dir = {tmp_path}/file is a file; give another run_dir"
 
 
+@pytest.mark.parametrize("directory, why", [
+    ("file", "it is no directory"), ("file/x", "Not a directory"), ("dangling", "it is no directory"),
+    ("long" * 75, "File name too long"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["mock", "stdlib"])
+def test_a_cache_that_cannot_be_made_is_refused_before_ranks_start(tmp_path, kind, directory, why):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    words = [f"data={kind}", "data.seq_length=128", f"data.path_to_cache={directory}"]
+    (problem,) = refused(*words)
+    assert problem.startswith(f"data.path_to_cache = {directory} cannot be made ({why}); give")
+    assert refused(*words[:2], "data.path_to_cache=new/folder") == []
+
+
+def test_a_cache_below_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))  # tests may run as root
+    (problem,) = refused("data.path_to_cache=new")
+    assert problem.startswith(f"data.path_to_cache = new cannot be made ({tmp_path} cannot be written)")
+    (tmp_path / "new").mkdir()  # which may hold all that is read
+    assert refused("data.path_to_cache=new") == []
+
+
 @pytest.mark.parametrize("directory", ["file/x", "/proc/x", "long" * 75, "file/x/y"])
 def test_a_run_directory_that_cannot_be_made_is_refused_by_name(tmp_path, capsys, directory):
     (tmp_path / "file").write_text("")

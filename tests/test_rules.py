@@ -32,6 +32,14 @@ CASES = [
      ["launcher.sbatch_args.ntasks_per_node has a key of its own; set trainer.devices"]),
     ("flags_are_not_ours", "launcher.sbatch_args.wrap=date", ["launcher.sbatch_args.wrap would make another job"]),
     ("flags_are_not_ours", "launcher.sbatch_args.comment='a\"b'", ["launcher.sbatch_args.comment has", "double quote"]),
+    ("flags_are_not_ours", "launcher.sbatch_args.mem=1.5",
+     ["launcher.sbatch_args.mem = 1.5", "sbatch reads a text", "quote it"]),
+    ("texts_are_not_empty", "run_dir=", ["run_dir is empty", "a variable of the shell that is not set", "give a text"]),
+    ("texts_are_not_empty", "data.data_path=['',a]", ["data.data_path is empty", "give a text or null"]),
+    ("paths_are_where_they_say", "data.tokenizer='~/tokens'",
+     ["data.tokenizer = ~/tokens", "nothing expands ~", "$HOME/tokens"]),
+    ("paths_are_where_they_say", "data.path_to_cache=//",
+     ["data.path_to_cache = // is the root of the file system", "a directory of its own"]),
     ("names_are_names", "launcher.account='a\"b'", ["launcher.account = a\"b must be a name"]),
     ("mounts_need_an_image", "launcher.container_mounts=[/data]",
      ["launcher.container_mounts = [/data], but launcher.container_image = null"]),
@@ -354,6 +362,8 @@ LEGAL = [
     "dispatcher=flex trainer.accelerator=gpu parallel=ep1 parallel.expert_tensor_parallel_size=2",
     "router.moe_router_num_groups=2 router.moe_router_group_topk=2",
     "trainer.accelerator=gpu launcher.gpus_per_node=2",
+    "run_dir=.",
+    "launcher.sbatch_args.exclusive=false launcher.sbatch_args.nice=100",
 ]
 # fmt: on
 
