@@ -81,7 +81,9 @@ def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = Fa
             problems.append(problem)
         elif override.is_sweep_override() and not multirun:
             key, _, values = text.partition("=")
-            problems.append(f"{text} reads as a sweep; type \"{key}='{values}'\" for one text, or add --multirun")
+            problems.append(
+                f"{text} reads as a sweep; type {texts.quoted(key, values)} for one text, or add --multirun"
+            )
         elif override.key_or_group.startswith(FREE) and override.type is OverrideType.CHANGE:
             kept.append(f"++{text}")  # a free mapping: Hydra wants to be told that the key is new
         else:
