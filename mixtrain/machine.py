@@ -22,7 +22,6 @@ from mixtrain.contradictions import settled
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
 from mixtrain.errors import UserError
-from mixtrain.fields import SECTIONS, transformer_config_defaults
 from mixtrain.launch.checks import submission_problems
 from mixtrain.launch.choose import place
 from mixtrain.launch.containers import as_on_host, mounts_of
@@ -37,7 +36,7 @@ def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> l
     """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
     if me is None and place(plan) is LauncherType.slurm:
         return job_problems(plan, overrides)
-    problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan)]
+    problems = [*packages(plan), *flex_packages(plan)]
     problems += [*gpus(plan, overrides), *data_files(plan, me is None), *cache(plan), *weights_to_load(plan)]
     if me is None:
         problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
@@ -207,17 +206,6 @@ def started_ranks(plan: Plan, me: Identity) -> Problems:
             f"the environment has RANK = {me.rank}, but no {' and no '.join(missing)} for the ranks to meet at; set"
             " them as torchrun does, or unset RANK and train.py starts its ranks itself"
         )
-
-
-def unknown_extra(plan: Plan) -> Problems:
-    """Fields in model.extra that the installed TransformerConfig lacks, or that have a key of their own."""
-    own = {name: f"{section}.{name}" for section in SECTIONS for name in vars(getattr(plan.config, section))}
-    fields = transformer_config_defaults() or {}
-    for name in plan.config.model.extra:
-        if name in own:
-            yield f"model.extra.{name} has a key of its own; set {own[name]}"
-        elif name not in fields:
-            yield f"model.extra.{name} is not a field of TransformerConfig in the installed megatron-core"
 
 
 def installed(package: str) -> bool:

@@ -11,12 +11,14 @@ from composing import RECIPES, derived, plan_of, problems_in, problems_of, quick
 
 from mixtrain.plan import Plan
 from mixtrain.rules import RULES, broken_rules, upstream
+from mixtrain.rules.upstream import megatron_version
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 INDEXED = "data=indexed data.seq_length=128 data.data_path=[corpus] data.tokenizer=tokens"
 TE = "model.transformer_impl=transformer_engine"
 LOCAL = "model.transformer_impl=local model.moe_grouped_gemm=false"
 SHARED = "model.moe_shared_expert_intermediate_size=256"
+VPP = "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
 OFFLOAD = f"{TE} trainer.accelerator=gpu trainer.fine_grained_activation_offloading=true"
 
 # rule, overrides on top of the default configuration, what one line of the refusal must contain
@@ -125,8 +127,6 @@ CASES = [
      ["model.attention_backend = flash", "model.transformer_impl = local", "model.transformer_impl=torch"]),
     ("attention_backend_is_there", "model.attention_backend=flash trainer.accelerator=gpu trainer.precision=fp32",
      ["model.attention_backend = flash", "not trainer.precision = fp32", "use auto"]),
-    ("torch_layers_honour_extra", "model.extra.window_size=[128,0]",
-     ["model.extra.window_size = [128,0]", "use null", "model.transformer_impl=transformer_engine"]),
     ("acknowledged_differences_are_keys", "checkpoint.acknowledge_differences=[model.rotary_bass]",
      ["checkpoint.acknowledge_differences has model.rotary_bass", "did you mean model.rotary_base?"]),
     ("acknowledged_differences_are_keys", "checkpoint.acknowledge_differences=[seed]",
@@ -203,10 +203,20 @@ CASES = [
     ("state_fits_the_device", f"{RECIPE} trainer.num_nodes=1 optimizer.grad_reduce_in_fp32=true",
      ["105.7 GiB", "trainer.device_memory_gib = 80"]),
     ("heads_can_rotate", "model.kv_channels=33", ["model.kv_channels = 33 must be even", "use 32 or 34"]),
-    ("extra_leaves_the_plan_true", "model.extra.moe_layer_freq=2",
-     ["model.extra.moe_layer_freq", "the plan does not count what it changes"]),
-    ("extra_leaves_the_plan_true", "model.extra.add_bias_linear=true",
+    ("extra_fields_are_fields", "model.extra.moe_permut_fusion=true",
+     ["model.extra.moe_permut_fusion is not a field", "did you mean model.extra.moe_permute_fusion?"]),
+    ("extra_fields_do_something", "model.extra.moe_layer_freq=2",
+     ["model.extra.moe_layer_freq", "the plan does not count what it changes", "use 1"]),
+    ("extra_fields_do_something", "model.extra.add_bias_linear=true",
      ["model.extra.add_bias_linear", "mixtrain sets this field itself, to false"]),
+    ("extra_fields_do_something", "model.extra.moe_extended_tp=true" if megatron_version() < (0, 19)
+     else "model.extra.moe_token_dropping=true", ["= true changes nothing: ", "use false"]),
+    ("extra_fields_do_something", f"{LOCAL} model.extra.softmax_type=learnable",
+     ["model.extra.softmax_type = learnable", "adds parameters", "use vanilla"]),
+    ("extra_fields_do_something", "model.extra.window_size=[128,0]",
+     ["model.extra.window_size = [128,0] needs model.transformer_impl = transformer_engine", "use null"]),
+    ("groups_of_microbatches_fit", f"{VPP} model.extra.microbatch_group_size_per_vp_stage=1",
+     ["model.extra.microbatch_group_size_per_vp_stage = 1 must be from PP = 2 to the 4 microbatches", "leave it out"]),
     ("one_expert_needs_pre_softmax", "model.moe_router_topk=1",
      ["model.moe_router_topk = 1", "router.moe_router_pre_softmax=true", "2 or more experts"]),
     ("balancing_types_can_be_combined",
@@ -332,6 +342,7 @@ LEGAL = [
     "model.attention_backend=flash",
     "trainer.recompute_granularity=selective trainer.recompute_modules=[moe_act]",
     "model.extra.window_size=null",
+    f"{VPP} model.extra.microbatch_group_size_per_vp_stage=2 model.extra.overlap_p2p_comm=true",
     f"{TE} model.extra.window_size=[128,0]",
     "optimizer.overlap_param_gather=true optimizer.overlap_grad_reduce=true",
     "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2",

@@ -7,10 +7,10 @@ the nearest legal value; RULES lists them all and every one has a test. Rules ab
 from __future__ import annotations
 
 from mixtrain.plan import Plan
-from mixtrain.rules import experts, implementation, launcher, layout, paths, training, upstream
+from mixtrain.rules import experts, extra, implementation, launcher, layout, paths, training, upstream
 
 RULES = [
-    *paths.RULES, *layout.RULES, *implementation.RULES, *experts.RULES, *training.RULES, *upstream.RULES,
+    *paths.RULES, *layout.RULES, *implementation.RULES, *experts.RULES, *training.RULES, *extra.RULES, *upstream.RULES,
     *launcher.RULES,
 ]  # fmt: skip
 
