@@ -149,7 +149,7 @@ def test_a_recipe_that_picks_an_option_which_is_not_there_is_refused(conf, capfd
     (["model"], ["model cannot be read", "key=value"]),
     (["name=a=b"], ["name=a=b cannot be read", "type name=\"'a=b'\""]),
     (["=5"], ["=5 has no key", "key=value"]),
-    (["data.split=90,5,5"], ["data.split=90,5,5", "type \"data.split='90,5,5'\"", "--multirun"]),
+    (["data.split=90,5,5"], ["data.split=90,5,5", "type data.split=\"'90,5,5'\"", "--multirun"]),
     (["model=mixtral_small,mixtral_8x7b"], ["model=mixtral_small,mixtral_8x7b", "--multirun"]),
     (["+shrink=laptop", RECIPE], ["+shrink stands before +recipe", "+recipe=... first"]),
 ])

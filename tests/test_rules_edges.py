@@ -116,8 +116,8 @@ def test_rows_of_eight_bit_runs_are_aligned_as_those_of_bf16():
 
 GPU = "trainer.accelerator=gpu"
 FSDP = ("parallel=fsdp", GPU, "checkpoint=none")
-PP2, VPP2 = "parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"
-GROUP = "model.extra.microbatch_group_size_per_vp_stage"
+PP2, GROUP = "parallel.pipeline_model_parallel_size=2", "model.extra.microbatch_group_size_per_vp_stage"
+CHUNKS = (PP2, "parallel.virtual_pipeline_model_parallel_size=2", "trainer.global_batch_size=32")
 LAYOUT = "parallel.pipeline_model_parallel_layout="
 # rule, overrides, whether it refuses them: next to another value at which it answers otherwise
 EDGES = [
@@ -149,9 +149,10 @@ EDGES = [
     ("fsdp_saves_nothing_yet", ["checkpoint.load_weights=there"], False),
     ("split_has_three_parts", ["data.split='90,0,10'", "trainer.limit_val_batches=0"], False),
     ("data_has_its_source", ["data=mock"], False),
-    *[("groups_of_microbatches_fit", [PP2, VPP2, f"{GROUP}={each}", *words], refused) for each, words, refused in (
-        (2, [], False), (3, [], True), (4, [], False), (5, [], True), (1, [], True),  # of 4 microbatches
-        (2, ["trainer.rampup_batch_size=[8,8,100]"], False), (4, ["trainer.rampup_batch_size=[8,8,100]"], True))],
+    *[("groups_of_microbatches_fit", [*CHUNKS, f"{GROUP}={each}"], refused) for each, refused in (
+        (2, False), (3, True), (4, False), (5, True), (1, True))],  # of 4 microbatches
+    ("groups_of_microbatches_fit", [*CHUNKS, f"{GROUP}=2", "trainer.rampup_batch_size=[16,16,100]"], False),
+    ("groups_of_microbatches_fit", [*CHUNKS, f"{GROUP}=4", "trainer.rampup_batch_size=[16,16,100]"], True),  # of 2, 4
     ("groups_of_microbatches_fit", [PP2, f"{GROUP}=9"], False),  # another rule's
     ("extra_fields_do_something", [PP2, f"{GROUP}=9"], True),
     ("extra_fields_do_something", [f"{GROUP}=9"], False),  # of one stage
