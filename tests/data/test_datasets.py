@@ -178,10 +178,17 @@ def test_a_sample_index_cut_short_is_refused_by_name(built, tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["indexed", "mock"])
-def test_a_cache_that_cannot_be_written_is_refused(built, tmp_path, kind):
+def test_a_cache_that_cannot_be_written_is_refused(on_ranks, built, tmp_path, kind):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="data.path_to_cache: the sample index cannot be written"):
-        built(kind, path_to_cache=tmp_path / "file")
+
+    def refusal(_: int) -> str:
+        with pytest.raises(UserError) as refused:
+            built(kind, path_to_cache=tmp_path / "file")
+        return str(refused.value)
+
+    (of_a_rank,) = on_ranks(1, refusal, tmp_path)  # there the builder wraps the error once more
+    for said in (refusal(0), of_a_rank):
+        assert said.startswith("data.path_to_cache: the sample index cannot be written")
 
 
 def test_problems_with_the_files_are_refused_before_anything_is_built(built, tmp_path):
