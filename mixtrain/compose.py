@@ -23,7 +23,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mixtrain import scratch, yaml_file
+from mixtrain import scratch, texts, yaml_file
 from mixtrain.characters import CONTROL, escaped
 from mixtrain.config import FREE, legal_keys, unknown_key
 from mixtrain.errors import UserError
@@ -74,15 +74,16 @@ def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = Fa
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as error:
-            reason = str(error).strip().splitlines()[0]
-            problems.append(f"{text} cannot be read ({reason}); an override is key=value, quoted where it has spaces")
+            problems.append(texts.unreadable(text, str(error).strip().splitlines()[0]))
             continue
         parsed.append(override)
-        if problem := _problem(override, conf):
+        if problem := _problem(override, conf) or texts.word_problem(override):
             problems.append(problem)
         elif override.is_sweep_override() and not multirun:
             key, _, values = text.partition("=")
-            problems.append(f"{text} reads as a sweep; type \"{key}='{values}'\" for one text, or add --multirun")
+            problems.append(
+                f"{text} reads as a sweep; type {texts.quoted(key, values)} for one text, or add --multirun"
+            )
         elif override.key_or_group.startswith(FREE) and override.type is OverrideType.CHANGE:
             kept.append(f"++{text}")  # a free mapping: Hydra wants to be told that the key is new
         else:
@@ -109,6 +110,7 @@ def file_problems(overrides: list[str], conf: Path = CONF) -> list[str]:
             problems += error.problems
         else:
             waiting += _named(found, path.parent, conf)
+            problems += texts.file_problems(path, conf)
     return sorted(problems)
 
 

@@ -50,6 +50,8 @@ Verify          = Enum("Verify", ["full", "size"])
 
 
 FREE = ("model.extra", "launcher.sbatch_args")  # mappings whose keys are others': Megatron-Core's, Slurm's
+SBATCH = "launcher.sbatch_args"
+WEIGHED = "data.data_path"  # a list of texts that has numbers in it
 
 
 def at_least(minimum: float) -> Any:
@@ -297,6 +299,13 @@ def legal_keys() -> dict[str, Any]:
     return {key: kind for key, kind, _ in _walk(Config)}
 
 
+def holds_text(key: str) -> bool:
+    """The key's value is a text, or a list of texts alone."""
+    kind = legal_keys()[key]
+    inner = {kind, *get_args(kind), *(part for argument in get_args(kind) for part in get_args(argument))}
+    return str in inner and get_origin(kind) is not dict and key != WEIGHED
+
+
 def _walk(section: type, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
     hints = get_type_hints(section)
     for entry in fields(section):
@@ -343,25 +352,29 @@ def _set(schema: DictConfig, key: str, value: Any) -> list[str]:
     if get_origin(kinds[key]) is list and value is not None and not isinstance(value, list):
         value = [value]  # a required list may be typed as its only item
     try:
-        if any(_is_another_type(kinds[key], part) for part in (value if isinstance(value, list) else [value])):
+        if any(_is_another_type(key, part) for part in (value if isinstance(value, list) else [value])):
             raise ValidationError
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        return [f"{key} = {'null' if value is None else value} must be {describe(kinds[key])}"]
+        advice = '; quote what is one: "1.10" in a file' * (holds_text(key) and not isinstance(value, (list, dict)))
+        return [f"{key} = {'null' if value is None else value} must be {describe(kinds[key])}{advice}"]
     return []
 
 
-def _is_another_type(kind: Any, value: Any) -> bool:
-    """What OmegaConf would turn into a value of the type, though its writer meant something else.
+def _is_another_type(key: str, value: Any) -> bool:
+    """What OmegaConf would turn into a value of the key's type, though its writer meant something else.
 
-    It makes true 1 and 2.0 2 of a whole number, 2 true of a bool, and 2 the second name of a choice.
+    It makes true 1 and 2.0 2 of a whole number, 2 true of a bool, 2 the second name of a choice, and 1.10 the text 1.1.
     """
+    kind = legal_keys()[key]
     kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
     kind = get_args(kind)[0] if get_origin(kind) is list else kind
     if kind is int:
         return isinstance(value, (bool, float))
     if kind is bool:
         return type(value) in (int, float)
+    if kind is str:
+        return isinstance(value, bool) or isinstance(value, float) and key != WEIGHED
     return isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, (int, float))
 
 

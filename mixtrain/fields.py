@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,12 @@ SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
 CLASSES = ("ModelParallelConfig", "TransformerConfig")
 SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")  # whose keys are TransformerConfig's fields
 UNKNOWN = object()  # a default that is computed
+TYPES = {
+    "int": (int, "a whole number"),
+    "float": (float, "a number"),
+    "bool": (bool, "true or false"),
+    "str": (str, "text"),
+}
 NAMED = {"float32": "fp32"}  # defaults that are a name in the source, where transformer_fields has another for it
 
 # What makes a transformer a Mixtral, whatever its sizes; and fusions that need packages Megatron-Core can do without.
@@ -39,8 +46,11 @@ ARCHITECTURE = {
 }
 
 
-def transformer_fields(config: Config) -> dict[str, object]:
-    """Every field of TransformerConfig that a Config sets; functions and dtypes by name (silu, bf16)."""
+def transformer_fields(config: Config, extra: bool = True) -> dict[str, object]:
+    """Every field of TransformerConfig that a Config sets; functions and dtypes by name (silu, bf16).
+
+    Not `extra`: without what model.extra says.
+    """
     known = transformer_config_defaults()  # without Megatron-Core every key counts as a field: nothing is built of it
     own = {name: value for section in SECTIONS for name, value in vars(getattr(config, section)).items()}
     values = {
@@ -62,24 +72,81 @@ def transformer_fields(config: Config) -> dict[str, object]:
     if config.parallel.virtual_pipeline_model_parallel_size:
         # batched messages silently mix activations up with the interleaved schedule on two stages (0.16 and 0.19)
         values["batch_p2p_comm"] = False
-    return values | ARCHITECTURE | config.model.extra
+    return values | ARCHITECTURE | (config.model.extra if extra else {})
+
+
+def transformer_config_defaults() -> dict[str, object] | None:
+    """Field -> default of the installed TransformerConfig, read from its source; None if it is not installed."""
+    lines = _source()
+    return None if lines is None else {name: _value(line.value) for name, line in lines.items()}
 
 
 @cache
-def transformer_config_defaults() -> dict[str, object] | None:
-    """Field -> default of the installed TransformerConfig, read from its source; None if it is not installed."""
+def _source() -> dict[str, ast.AnnAssign] | None:
+    """Field -> its line in the installed source."""
     found = importlib.util.find_spec("megatron")
     if not found:
         return None
     root = Path(next(iter(found.submodule_search_locations))) / "core"
     if not root.is_dir():
         return None
-    fields: dict[str, object] = {}
+    fields: dict[str, ast.AnnAssign] = {}
     for name in SOURCES:
         for node in ast.parse((root / name).read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name in CLASSES:
-                fields |= {line.target.id: _value(line.value) for line in node.body if isinstance(line, ast.AnnAssign)}
+                fields |= {line.target.id: line for line in node.body if isinstance(line, ast.AnnAssign)}
     return fields
+
+
+def takes(name: str, value: object) -> str | None:
+    """What a field's value must be, in words, where this is none; None where it fits, and without Megatron-Core."""
+    lines = _source()
+    if lines is None or fits(value, lines[name].annotation):
+        return None
+    return _words(lines[name].annotation)
+
+
+def fits(value: object, kind: ast.expr) -> bool:
+    """Whether a value as YAML has it is of a type as the source writes it: Optional[Union[int, List[int]]]."""
+    name, parts = _parts(kind)
+    match name:
+        case "Optional":
+            return value is None or fits(value, parts[0])
+        case "Union":
+            return any(fits(value, part) for part in parts)
+        case "Literal":
+            return any((type(value), value) == (type(part.value), part.value) for part in parts)
+        case "list" | "List":
+            return isinstance(value, list) and all(fits(part, parts[0]) for part in value)
+        case "Tuple":
+            whole = isinstance(value, list) and len(value) == len(parts)
+            return whole and all(fits(part, kind) for part, kind in zip(value, parts, strict=True))
+        case "float":
+            return type(value) in (int, float) and math.isfinite(value)
+    return name in TYPES and type(value) is TYPES[name][0]
+
+
+def _words(kind: ast.expr) -> str:
+    name, parts = _parts(kind)
+    match name:
+        case "Optional":
+            return f"{_words(parts[0])} or null"
+        case "Union":
+            return " or ".join(dict.fromkeys(words for part in parts if (words := _words(part))))
+        case "Literal":
+            return "one of " + ", ".join(str(part.value) for part in parts)
+        case "list" | "List":
+            return f"a list, each {_words(parts[0])}"
+        case "Tuple":
+            return f"a list of {len(parts)}, each {_words(parts[0])}"
+    return TYPES[name][1] if name in TYPES else ""
+
+
+def _parts(kind: ast.expr) -> tuple[str, list[ast.expr]]:
+    """A type's name and what stands in its brackets."""
+    if not isinstance(kind, ast.Subscript):
+        return getattr(kind, "id", ""), []
+    return getattr(kind.value, "id", ""), kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
 
 
 def _value(node: ast.expr | None) -> object:

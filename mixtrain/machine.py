@@ -22,7 +22,6 @@ from mixtrain.contradictions import settled
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
 from mixtrain.errors import UserError
-from mixtrain.fields import SECTIONS, transformer_config_defaults
 from mixtrain.launch.checks import submission_problems
 from mixtrain.launch.choose import place
 from mixtrain.launch.containers import as_on_host, mounts_of
@@ -37,8 +36,8 @@ def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> l
     """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
     if me is None and place(plan) is LauncherType.slurm:
         return job_problems(plan, overrides)
-    problems = [*packages(plan), *flex_packages(plan), *unknown_extra(plan)]
-    problems += [*gpus(plan, overrides), *data_files(plan, me is None), *weights_to_load(plan)]
+    problems = [*packages(plan), *flex_packages(plan)]
+    problems += [*gpus(plan, overrides), *data_files(plan, me is None), *cache(plan), *weights_to_load(plan)]
     if me is None:
         problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
     else:
@@ -55,7 +54,7 @@ def job_problems(plan: Plan, overrides: list[str]) -> list[str]:
         with suppress(UserError):  # a mount that cannot be read is said already
             mounts = mounts_of(plan.config, folder, ROOT)
             plan = replace(plan, config=as_on_host(plan.config, folder, mounts))
-    problems += [*data_files(plan, True), *weights_to_load(plan), *directory_problems(plan)]
+    problems += [*data_files(plan, True), *cache(plan), *weights_to_load(plan), *directory_problems(plan)]
     return problems or [*room_for_checkpoints(plan)]
 
 
@@ -145,6 +144,23 @@ def data_files(plan: Plan, every_entry: bool) -> Problems:
         )  # fmt: skip
 
 
+def cache(plan: Plan) -> Problems:
+    """The directory of the data's index is there (one that has it all is only read), or can be made."""
+    directory, wrong = plan.config.data.path_to_cache, None
+    if os.path.isdir(directory):
+        return
+    try:
+        os.lstat(directory)
+        wrong = "it is no directory"
+    except FileNotFoundError:
+        above = next(path for path in Path(os.path.abspath(directory)).parents if path.is_dir())
+        wrong = None if os.access(above, os.W_OK | os.X_OK) else f"{above} cannot be written"
+    except OSError as error:
+        wrong = error.strerror
+    if wrong:
+        yield f"data.path_to_cache = {directory} cannot be made ({wrong}); give a directory that can be written"
+
+
 def room_for_checkpoints(plan: Plan) -> Problems:
     """The disk of run_dir must hold one checkpoint more than there are: the old one goes when the new one is whole."""
     directory = Path(os.path.abspath(plan.config.run_dir))
@@ -190,17 +206,6 @@ def started_ranks(plan: Plan, me: Identity) -> Problems:
             f"the environment has RANK = {me.rank}, but no {' and no '.join(missing)} for the ranks to meet at; set"
             " them as torchrun does, or unset RANK and train.py starts its ranks itself"
         )
-
-
-def unknown_extra(plan: Plan) -> Problems:
-    """Fields in model.extra that the installed TransformerConfig lacks, or that have a key of their own."""
-    own = {name: f"{section}.{name}" for section in SECTIONS for name in vars(getattr(plan.config, section))}
-    fields = transformer_config_defaults() or {}
-    for name in plan.config.model.extra:
-        if name in own:
-            yield f"model.extra.{name} has a key of its own; set {own[name]}"
-        elif name not in fields:
-            yield f"model.extra.{name} is not a field of TransformerConfig in the installed megatron-core"
 
 
 def installed(package: str) -> bool:

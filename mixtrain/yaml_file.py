@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
 from omegaconf.errors import OmegaConfBaseException
 
 from mixtrain.errors import UserError
@@ -23,6 +24,7 @@ NODE = 16
 # the names in an interpolation, those in names and in a resolver's arguments too
 REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?([^${}:,]*)")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+KINDS = {"tag:yaml.org,2002:int": int, "tag:yaml.org,2002:float": float, "tag:yaml.org,2002:bool": bool}
 
 
 def read(path: str | Path) -> DictConfig:
@@ -58,6 +60,27 @@ def plain(path: str | Path) -> Any:
         raise UserError(f"{path}, line {data[: error.start].count(10) + 1}: not UTF-8") from None
     except (OSError, yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
+
+
+def scalars(path: str | Path) -> Iterator[tuple[str, str, type, str]]:
+    """(dotted key, text, int, float or bool, place) of every value without quotes that OmegaConf reads as one."""
+    waiting = [("", yaml.compose(Path(path).read_text(), Loader=Loader))]
+    while waiting:
+        key, node = waiting.pop()
+        if isinstance(node, yaml.MappingNode):
+            waiting += [(f"{key}.{name.value}".lstrip("."), value) for name, value in node.value]
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(key, value) for value in node.value]
+        elif node is not None and not node.style and (kind := _kind(node.value)):
+            mark = node.start_mark
+            yield key, node.value, kind, f"{path}, line {mark.line + 1}, column {mark.column + 1}"
+
+
+def _kind(text: str) -> type | None:
+    """What OmegaConf makes of a text without quotes; None for a text, and for null."""
+    table = get_yaml_loader().yaml_implicit_resolvers
+    tags = [tag for tag, pattern in [*table.get(text[:1], []), *table.get(None, [])] if pattern.match(text)]
+    return KINDS.get(tags[0]) if tags else None
 
 
 def _at(path: str | Path, mark: Any, words: str) -> str:

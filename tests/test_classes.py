@@ -83,7 +83,7 @@ def test_what_is_laid_on_a_shrunk_recipe_is_a_change_and_its_sizes_are_none():
 
 
 def test_an_extra_field_changes_the_mathematics():
-    mathematics, _ = changed_keys(planned(RECIPE, "model.extra.attention_softmax_in_fp32=false"))
+    mathematics, _ = changed_keys(planned(RECIPE, "model.extra.rotary_interleaved=true"))
     assert mathematics == ["model.extra"]
 
 

@@ -147,9 +147,9 @@ def test_a_recipe_that_picks_an_option_which_is_not_there_is_refused(conf, capfd
     (["trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "did you mean trainer.max_steps"]),
     (["max_steps=5"], ["max_steps is not a key", "did you mean trainer.max_steps"]),
     (["model"], ["model cannot be read", "key=value"]),
-    (["name=a=b"], ["name=a=b cannot be read", "quoted"]),
+    (["name=a=b"], ["name=a=b cannot be read", "type name=\"'a=b'\""]),
     (["=5"], ["=5 has no key", "key=value"]),
-    (["data.split=90,5,5"], ["data.split=90,5,5", "type \"data.split='90,5,5'\"", "--multirun"]),
+    (["data.split=90,5,5"], ["data.split=90,5,5", "type data.split=\"'90,5,5'\"", "--multirun"]),
     (["model=mixtral_small,mixtral_8x7b"], ["model=mixtral_small,mixtral_8x7b", "--multirun"]),
     (["+shrink=laptop", RECIPE], ["+shrink stands before +recipe", "+recipe=... first"]),
 ])

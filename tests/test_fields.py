@@ -29,7 +29,7 @@ CONFIGURATIONS = {
     "expert bias": ["router=expert_bias"],
     "padded": ["dispatcher=drop_and_pad"],
     "deterministic": ["trainer.deterministic=true"],
-    "extra": ["model.extra.attention_softmax_in_fp32=false", "model.extra.window_size=null"],
+    "extra": ["model.extra.rotary_interleaved=true", "model.extra.window_size=null"],
     **{name: [f"+recipe={name}"] for name in RECIPES},
 }  # fmt: skip
 
@@ -105,11 +105,11 @@ def test_every_key_that_is_a_field_reaches_the_class(section, kind):
 @pytest.fixture
 def without_megatron(monkeypatch):
     """As if megatron-core were not installed: find_spec answers None for a name that sys.modules has as None."""
-    transformer_config_defaults.cache_clear()
+    fields._source.cache_clear()
     monkeypatch.setitem(sys.modules, "megatron", None)
     yield
     monkeypatch.undo()
-    transformer_config_defaults.cache_clear()
+    fields._source.cache_clear()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -131,3 +131,13 @@ def test_without_megatron_a_field_that_mixtrain_sets_is_still_refused_as_an_extr
 
     (problem,) = problems_in(quick_tree_of(), {"model.extra.gated_linear_unit": False})
     assert "model.extra.gated_linear_unit: mixtrain sets this field itself, to true" in problem
+
+
+def test_without_megatron_a_field_that_does_not_exist_or_does_nothing_is_still_refused(without_megatron):
+    from composing import problems_in, quick_tree_of
+
+    extra = {"model.extra.no_such_field": 1, "model.extra.use_mup": True, "model.extra.moe_extended_tp": True}
+    first, *others = problems_in(quick_tree_of(), extra | {"model.extra.softmax_scale": 0.3})
+    assert first == "model.extra.no_such_field is not a field of TransformerConfig"
+    assert [text.split(" = ")[0] for text in others] == ["model.extra.use_mup", "model.extra.moe_extended_tp"]
+    assert all(text.endswith("; leave it out") for text in others)

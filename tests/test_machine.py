@@ -11,11 +11,9 @@ from types import SimpleNamespace
 import pytest
 from composing import path_without_slurm, plan_of
 
-from mixtrain.config import legal_keys
 from mixtrain.data.index import HEADER, MAGIC
 from mixtrain.environment import Identity, identity
 from mixtrain.errors import FINISHED, REFUSED
-from mixtrain.fields import transformer_config_defaults
 from mixtrain.machine import gpu_count, installed, machine_problems
 from train import main
 
@@ -105,6 +103,28 @@ def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
     assert problem == f"run_dir = {tmp_path}/file is a file; give another run_dir"
 
 
+@pytest.mark.parametrize("directory, why", [
+    ("file", "it is no directory"), ("file/x", "Not a directory"), ("dangling", "it is no directory"),
+    ("long" * 75, "File name too long"),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["mock", "stdlib"])
+def test_a_cache_that_cannot_be_made_is_refused_before_ranks_start(tmp_path, kind, directory, why):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    words = [f"data={kind}", "data.seq_length=128", f"data.path_to_cache={directory}"]
+    (problem,) = refused(*words)
+    assert problem.startswith(f"data.path_to_cache = {directory} cannot be made ({why}); give")
+    assert refused(*words[:2], "data.path_to_cache=new/folder") == []
+
+
+def test_a_cache_below_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(tmp_path))  # tests may run as root
+    (problem,) = refused("data.path_to_cache=new")
+    assert problem.startswith(f"data.path_to_cache = new cannot be made ({tmp_path} cannot be written)")
+    (tmp_path / "new").mkdir()  # which may hold all that is read
+    assert refused("data.path_to_cache=new") == []
+
+
 @pytest.mark.parametrize("directory", ["file/x", "/proc/x", "long" * 75, "file/x/y"])
 def test_a_run_directory_that_cannot_be_made_is_refused_by_name(tmp_path, capsys, directory):
     (tmp_path / "file").write_text("")
@@ -153,7 +173,8 @@ def test_only_the_first_rank_looks_for_an_older_run(tmp_path):
 
 
 def test_several_nodes_outside_slurm_are_refused_with_the_line_to_type_on_each():
-    overrides = [RECIPE, "trainer.num_nodes=2", "data.split='90,5,5'", "name='two words'", "model.extra={a: 1}"]
+    overrides = [RECIPE, "trainer.num_nodes=2", "data.split='90,5,5'", "name='two words'"]
+    overrides.append("model.extra={no_rope_freq: 1}")
     (problem,) = [line for line in refused(*overrides) if line.startswith("trainer.num_nodes")]
     said, _, typed = problem.partition("type: ")
     assert "trainer.num_nodes = 2" in said
@@ -170,29 +191,6 @@ def test_several_nodes_whose_ranks_a_launcher_started_are_accepted():
 def test_ranks_that_were_started_must_be_those_of_the_plan():
     (problem,) = refused(me=rank(0, 3))
     assert problem.startswith("3 ranks were started, but trainer.devices * trainer.num_nodes = 2; start 2")
-
-
-def test_a_field_that_transformer_config_lacks_is_refused_and_one_it_has_is_not():
-    (problem,) = refused("model.extra.no_such_field=1")
-    assert problem.startswith("model.extra.no_such_field is not a field of TransformerConfig")
-    assert refused("model.extra.attention_softmax_in_fp32=true") == []
-
-
-@pytest.mark.parametrize(
-    "key",
-    ["model.num_layers", "parallel.sequence_parallel", "router.moe_z_loss_coeff", "trainer.recompute_granularity"],
-)
-def test_a_field_with_a_key_of_its_own_is_refused_in_model_extra(key):
-    name = key.split(".")[1]
-    (problem,) = refused(f"model.extra.{name}=1")
-    assert problem == f"model.extra.{name} has a key of its own; set {key}"
-
-
-def test_every_key_that_is_a_field_of_transformer_config_is_known_as_a_key_of_its_own():
-    overlapping = [key for key in legal_keys() if key.split(".")[-1] in transformer_config_defaults()]
-    assert len(overlapping) > 30  # the fields were found at all
-    problems = refused(*[f"model.extra.{key.split('.')[1]}=1" for key in overlapping])
-    assert problems == [f"model.extra.{key.split('.')[1]} has a key of its own; set {key}" for key in overlapping]
 
 
 def test_indexed_data_without_its_files_is_refused_file_by_file(tmp_path):
@@ -218,14 +216,14 @@ def test_every_entry_of_an_index_is_looked_at_before_ranks_are_started(tmp_path)
 def test_all_that_a_machine_lacks_is_reported_together(tmp_path):
     (tmp_path / "status.json").write_text("")
     here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
-    problems = refused(RECIPE, "trainer.num_nodes=2", "model.extra.no_such_field=1", *here)
-    starts = ["model.extra.no_such_field", "trainer.accelerator", "run_dir", "trainer.num_nodes"]
+    problems = refused(RECIPE, "trainer.num_nodes=2", "data.path_to_cache=status.json", *here)
+    starts = ["trainer.accelerator", "data.path_to_cache", "run_dir", "trainer.num_nodes"]
     assert [problem.split(" ")[0] for problem in problems] == starts
 
 
 def test_nothing_of_this_machine_is_asked_in_plan_mode(tmp_path, capsys):
     (tmp_path / "status.json").write_text("")
-    lacking = [RECIPE, "trainer.num_nodes=2", "model.extra.no_such_field=1", f"run_dir={tmp_path}"]
+    lacking = [RECIPE, "trainer.num_nodes=2", f"run_dir={tmp_path}"]
     lacking += ["model.transformer_impl=transformer_engine", "data=indexed"]
     lacking += [f"data.data_path=[{tmp_path}/corpus]", f"data.tokenizer={tmp_path}/tokens"]
     assert main(lacking) == REFUSED

@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from composing import plan_of
+from composing import derived, plan_of
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -70,17 +70,12 @@ def test_the_transformer_config_has_what_the_keys_say():
 
 
 def test_an_extra_field_reaches_the_transformer_config():
-    assert (
-        model.transformer_config(plan_of("model.extra.attention_softmax_in_fp32=false")).attention_softmax_in_fp32
-        is False
-    )
+    assert model.transformer_config(plan_of("model.extra.rotary_interleaved=true")).rotary_interleaved is True
 
 
 def test_what_megatron_refuses_and_no_rule_foresaw_is_the_users_to_mend():
     with pytest.raises(UserError, match="Megatron-Core refuses this model"):
-        model.transformer_config(
-            plan_of("model.extra.num_layers_in_first_pipeline_stage=99", "model.extra.fp8=nonsense")
-        )
+        model.transformer_config(derived("model.extra.fp8=nonsense"))
 
 
 def test_the_interleaved_schedule_never_batches_its_messages():

@@ -11,12 +11,14 @@ from composing import RECIPES, derived, plan_of, problems_in, problems_of, quick
 
 from mixtrain.plan import Plan
 from mixtrain.rules import RULES, broken_rules, upstream
+from mixtrain.rules.upstream import megatron_version
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 INDEXED = "data=indexed data.seq_length=128 data.data_path=[corpus] data.tokenizer=tokens"
 TE = "model.transformer_impl=transformer_engine"
 LOCAL = "model.transformer_impl=local model.moe_grouped_gemm=false"
 SHARED = "model.moe_shared_expert_intermediate_size=256"
+VPP = "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
 OFFLOAD = f"{TE} trainer.accelerator=gpu trainer.fine_grained_activation_offloading=true"
 
 # rule, overrides on top of the default configuration, what one line of the refusal must contain
@@ -32,6 +34,14 @@ CASES = [
      ["launcher.sbatch_args.ntasks_per_node has a key of its own; set trainer.devices"]),
     ("flags_are_not_ours", "launcher.sbatch_args.wrap=date", ["launcher.sbatch_args.wrap would make another job"]),
     ("flags_are_not_ours", "launcher.sbatch_args.comment='a\"b'", ["launcher.sbatch_args.comment has", "double quote"]),
+    ("flags_are_not_ours", "launcher.sbatch_args.mem=1.5",
+     ["launcher.sbatch_args.mem = 1.5", "sbatch reads a text", "quote it"]),
+    ("texts_are_not_empty", "run_dir=", ["run_dir is empty", "a variable of the shell that is not set", "give a text"]),
+    ("texts_are_not_empty", "data.data_path=['',a]", ["data.data_path is empty", "give a text or null"]),
+    ("paths_are_where_they_say", "data.tokenizer='~/tokens'",
+     ["data.tokenizer = ~/tokens", "nothing expands ~", "$HOME/tokens"]),
+    ("paths_are_where_they_say", "data.path_to_cache=//",
+     ["data.path_to_cache = // is the root of the file system", "a directory of its own"]),
     ("names_are_names", "launcher.account='a\"b'", ["launcher.account = a\"b must be a name"]),
     ("mounts_need_an_image", "launcher.container_mounts=[/data]",
      ["launcher.container_mounts = [/data], but launcher.container_image = null"]),
@@ -117,8 +127,6 @@ CASES = [
      ["model.attention_backend = flash", "model.transformer_impl = local", "model.transformer_impl=torch"]),
     ("attention_backend_is_there", "model.attention_backend=flash trainer.accelerator=gpu trainer.precision=fp32",
      ["model.attention_backend = flash", "not trainer.precision = fp32", "use auto"]),
-    ("torch_layers_honour_extra", "model.extra.window_size=[128,0]",
-     ["model.extra.window_size = [128,0]", "use null", "model.transformer_impl=transformer_engine"]),
     ("acknowledged_differences_are_keys", "checkpoint.acknowledge_differences=[model.rotary_bass]",
      ["checkpoint.acknowledge_differences has model.rotary_bass", "did you mean model.rotary_base?"]),
     ("acknowledged_differences_are_keys", "checkpoint.acknowledge_differences=[seed]",
@@ -195,10 +203,21 @@ CASES = [
     ("state_fits_the_device", f"{RECIPE} trainer.num_nodes=1 optimizer.grad_reduce_in_fp32=true",
      ["105.7 GiB", "trainer.device_memory_gib = 80"]),
     ("heads_can_rotate", "model.kv_channels=33", ["model.kv_channels = 33 must be even", "use 32 or 34"]),
-    ("extra_leaves_the_plan_true", "model.extra.moe_layer_freq=2",
-     ["model.extra.moe_layer_freq", "the plan does not count what it changes"]),
-    ("extra_leaves_the_plan_true", "model.extra.add_bias_linear=true",
+    ("extra_fields_are_fields", "model.extra.moe_permut_fusion=true",
+     ["model.extra.moe_permut_fusion is not a field", "did you mean model.extra.moe_permute_fusion?"]),
+    ("extra_fields_do_something", "model.extra.moe_layer_freq=2",
+     ["model.extra.moe_layer_freq", "the plan does not count what it changes", "use 1"]),
+    ("extra_fields_do_something", "model.extra.add_bias_linear=true",
      ["model.extra.add_bias_linear", "mixtrain sets this field itself, to false"]),
+    ("extra_fields_do_something", "model.extra.moe_extended_tp=true" if megatron_version() < (0, 19)
+     else "model.extra.moe_token_dropping=true", ["= true changes nothing: ", "use false"]),
+    ("extra_fields_do_something", f"{LOCAL} model.extra.softmax_type=learnable",
+     ["model.extra.softmax_type = learnable", "adds parameters", "use vanilla"]),
+    ("extra_fields_do_something", "model.extra.window_size=[128,0]",
+     ["model.extra.window_size = [128,0] needs model.transformer_impl = transformer_engine", "use null"]),
+    ("groups_of_microbatches_fit",
+     f"{VPP} trainer.global_batch_size=32 model.extra.microbatch_group_size_per_vp_stage=1",
+     ["model.extra.microbatch_group_size_per_vp_stage = 1 must be from PP = 2 to the 4 microbatches", "leave it out"]),
     ("one_expert_needs_pre_softmax", "model.moe_router_topk=1",
      ["model.moe_router_topk = 1", "router.moe_router_pre_softmax=true", "2 or more experts"]),
     ("balancing_types_can_be_combined",
@@ -324,6 +343,7 @@ LEGAL = [
     "model.attention_backend=flash",
     "trainer.recompute_granularity=selective trainer.recompute_modules=[moe_act]",
     "model.extra.window_size=null",
+    f"{VPP} model.extra.microbatch_group_size_per_vp_stage=2 model.extra.overlap_p2p_comm=true",
     f"{TE} model.extra.window_size=[128,0]",
     "optimizer.overlap_param_gather=true optimizer.overlap_grad_reduce=true",
     "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2",
@@ -354,6 +374,8 @@ LEGAL = [
     "dispatcher=flex trainer.accelerator=gpu parallel=ep1 parallel.expert_tensor_parallel_size=2",
     "router.moe_router_num_groups=2 router.moe_router_group_topk=2",
     "trainer.accelerator=gpu launcher.gpus_per_node=2",
+    "run_dir=.",
+    "launcher.sbatch_args.exclusive=false launcher.sbatch_args.nice=100",
 ]
 # fmt: on
 

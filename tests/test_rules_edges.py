@@ -9,7 +9,7 @@ from composing import config_of
 
 from mixtrain.config import legal_keys
 from mixtrain.plan import derive, resolve
-from mixtrain.rules import RULES, implementation, launcher, training, upstream
+from mixtrain.rules import RULES, launcher, training, upstream
 
 RULE = {rule.__name__: rule for rule in RULES}
 TE = ("model.transformer_impl=transformer_engine", "trainer.accelerator=gpu")
@@ -89,35 +89,6 @@ def test_the_shortest_time_is_the_warning_and_half_a_minute(signal, first):
     assert f"is {less} s" in said and f"at least {-(-(less + 1) // 60)} (minutes)" in said
 
 
-UNCOUNTED = """moe_layer_freq mtp_num_layers multi_latent_attention add_qkv_bias moe_shared_expert_gate
-    attention_output_gate heterogeneous_block_specs hetereogenous_dist_checkpoint""".split()
-
-
-@pytest.mark.parametrize("name", UNCOUNTED)
-def test_a_field_that_adds_parameters_is_refused(name):
-    (said,) = problems("extra_leaves_the_plan_true", model={"extra": {name: 1}})
-    assert said.startswith(f"model.extra.{name}: the plan does not count")
-    assert set(training.UNCOUNTED) == set(UNCOUNTED)
-
-
-UNREAD = """window_size window_attn_skip_freq softmax_type apply_query_key_layer_scaling qk_clip log_max_attention_logit
-    qk_l2_norm attention_output_gate experimental_attention_variant linear_attention_freq batch_invariant_mode
-    layernorm_zero_centered_gamma fused_residual_rmsnorm apply_residual_connection_post_layernorm use_mup
-    glu_linear_offset activation_func_clamp_value use_te_activation_func activation_func_fp8_input_store
-    moe_apply_probs_on_input moe_latent_size moe_router_padding_for_fp8 moe_router_padding_for_quantization
-    moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size use_kitchen use_kitchen_attention fp4
-    use_transformer_engine_op_fuser use_inference_optimized_layers overlap_moe_expert_parallel_comm delay_wgrad_compute
-    overlap_dispatch_backward_with_experts_wgrad cp_comm_type hierarchical_context_parallel_sizes""".split()
-
-
-@pytest.mark.parametrize("name", UNREAD)
-def test_a_field_that_the_torch_layers_do_not_read_is_refused(name):
-    (said,) = problems("torch_layers_honour_extra", model={"extra": {name: "x"}})
-    assert said.startswith(f"model.extra.{name} = x: the layers of model.transformer_impl = torch do not read it")
-    assert problems("torch_layers_honour_extra", *TE, model={"extra": {name: "x"}}) == []
-    assert set(implementation.NOT_IN_TORCH) == set(UNREAD)
-
-
 OFFLOADED = ["attn_norm", "attn_proj", "core_attn", "expert_fc1", "mlp_norm", "moe_act", "qkv_linear"]
 
 
@@ -145,6 +116,8 @@ def test_rows_of_eight_bit_runs_are_aligned_as_those_of_bf16():
 
 GPU = "trainer.accelerator=gpu"
 FSDP = ("parallel=fsdp", GPU, "checkpoint=none")
+PP2, GROUP = "parallel.pipeline_model_parallel_size=2", "model.extra.microbatch_group_size_per_vp_stage"
+CHUNKS = (PP2, "parallel.virtual_pipeline_model_parallel_size=2", "trainer.global_batch_size=32")
 LAYOUT = "parallel.pipeline_model_parallel_layout="
 # rule, overrides, whether it refuses them: next to another value at which it answers otherwise
 EDGES = [
@@ -176,6 +149,13 @@ EDGES = [
     ("fsdp_saves_nothing_yet", ["checkpoint.load_weights=there"], False),
     ("split_has_three_parts", ["data.split='90,0,10'", "trainer.limit_val_batches=0"], False),
     ("data_has_its_source", ["data=mock"], False),
+    *[("groups_of_microbatches_fit", [*CHUNKS, f"{GROUP}={each}"], refused) for each, refused in (
+        (2, False), (3, True), (4, False), (5, True), (1, True))],  # of 4 microbatches
+    ("groups_of_microbatches_fit", [*CHUNKS, f"{GROUP}=2", "trainer.rampup_batch_size=[16,16,100]"], False),
+    ("groups_of_microbatches_fit", [*CHUNKS, f"{GROUP}=4", "trainer.rampup_batch_size=[16,16,100]"], True),  # of 2, 4
+    ("groups_of_microbatches_fit", [PP2, f"{GROUP}=9"], False),  # another rule's
+    ("extra_fields_do_something", [PP2, f"{GROUP}=9"], True),
+    ("extra_fields_do_something", [f"{GROUP}=9"], False),  # of one stage
     ("virtual_pipeline_needs_pipeline", ["parallel.pipeline_model_parallel_size=2",
                                          "trainer.global_batch_size=24"], False),
 ]  # fmt: skip
@@ -212,11 +192,6 @@ def test_a_state_may_fill_the_device_and_not_a_byte_more():
 def test_mounts_without_an_image_are_all_named():
     (said,) = problems("mounts_need_an_image", launcher={"container_mounts": ["/a", "/b"]})
     assert said.startswith("launcher.container_mounts = [/a,/b], but")
-
-
-def test_without_megatron_core_every_value_of_an_unread_field_is_refused(monkeypatch):
-    monkeypatch.setattr(implementation, "transformer_config_defaults", lambda: None)
-    assert problems("torch_layers_honour_extra", model={"extra": {"use_mup": True}})
 
 
 TP2 = ("parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")

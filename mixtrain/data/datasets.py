@@ -137,16 +137,19 @@ def _build(config, samples: tuple[int, int, int]) -> list:
     try:
         with _process_group_for(config):
             return BlendedMegatronDatasetBuilder(cls, list(samples), lambda: True, config).build()
-    except (ValueError, EOFError) as error:  # what numpy.load says of a file cut short
-        raise UserError(
-            f"{config.path_to_cache}: a sample index there cannot be read ({error}), as after a run that was killed "
-            "while it wrote it; remove the directory, it is made again"
-        ) from error
     except Exception as error:
-        if not isinstance(error.__cause__, OSError) and not isinstance(error, OSError):
+        root = error  # the builder wraps it, twice where the data is mock
+        while root.__cause__:
+            root = root.__cause__
+        if isinstance(root, (ValueError, EOFError)):  # what numpy.load says of a file cut short
+            raise UserError(
+                f"{config.path_to_cache}: a sample index there cannot be read ({root}), as after a run that was killed "
+                "while it wrote it; remove the directory, it is made again"
+            ) from error
+        if not isinstance(root, OSError):
             raise
         raise UserError(
-            f"data.path_to_cache: the sample index cannot be written or read ({error.__cause__ or error}); "
+            f"data.path_to_cache: the sample index cannot be written or read ({root}); "
             "give a directory that can be written and that every rank reaches"
         ) from error
 

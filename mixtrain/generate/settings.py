@@ -21,7 +21,7 @@ from mixtrain.compose import ADDED_GROUPS, CONF, compose
 from mixtrain.config import Accelerator, Config, leaves
 from mixtrain.environment import Identity
 from mixtrain.errors import UserError
-from mixtrain.machine import gpu_count, started_ranks, unknown_extra
+from mixtrain.machine import gpu_count, started_ranks
 from mixtrain.plan import Plan, make_plan, resolve, world_size
 
 SECTIONS = ("model", "router", "dispatcher")  # of the run, whole
@@ -88,7 +88,7 @@ def plan_of(
             _set(tree, key, value)
     config = sized(Config.from_hydra(tree, list(known)), me)
     plan = make_plan(config, me and me.world_size, [*known, *_set_by_itself(config, words), *refused(config)])
-    if lacking := [*unknown_extra(plan), *machine(plan, me)]:
+    if lacking := [*machine(plan, me)]:
         raise UserError(*lacking)
     return plan
 

@@ -7,9 +7,12 @@ the nearest legal value; RULES lists them all and every one has a test. Rules ab
 from __future__ import annotations
 
 from mixtrain.plan import Plan
-from mixtrain.rules import experts, implementation, launcher, layout, training, upstream
+from mixtrain.rules import experts, extra, implementation, launcher, layout, paths, training, upstream
 
-RULES = [*layout.RULES, *implementation.RULES, *experts.RULES, *training.RULES, *upstream.RULES, *launcher.RULES]
+RULES = [
+    *paths.RULES, *layout.RULES, *implementation.RULES, *experts.RULES, *training.RULES, *extra.RULES, *upstream.RULES,
+    *launcher.RULES,
+]  # fmt: skip
 
 
 def broken_rules(plan: Plan) -> list[str]:

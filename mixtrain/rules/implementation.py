@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-from mixtrain.classes import show
 from mixtrain.config import Accelerator, AttnBackend, Precision, TransformerImpl
-from mixtrain.fields import transformer_config_defaults
 from mixtrain.plan import Plan
 from mixtrain.rules.nearest import Problems, near_multiples
 
 ALIGNMENT_BYTES = 16  # of a row, where torch.nn.functional.grouped_mm reads it
 BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 2}
-
-# Fields of TransformerConfig that change what a layer computes, and that mixtrain/layers does not read.
-# fmt: off
-NOT_IN_TORCH = """
-    window_size window_attn_skip_freq softmax_type apply_query_key_layer_scaling qk_clip log_max_attention_logit
-    qk_l2_norm attention_output_gate experimental_attention_variant linear_attention_freq batch_invariant_mode
-    layernorm_zero_centered_gamma fused_residual_rmsnorm apply_residual_connection_post_layernorm use_mup
-    glu_linear_offset activation_func_clamp_value use_te_activation_func activation_func_fp8_input_store
-    moe_apply_probs_on_input moe_latent_size moe_router_padding_for_fp8 moe_router_padding_for_quantization
-    moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size use_kitchen use_kitchen_attention fp4
-    use_transformer_engine_op_fuser use_inference_optimized_layers overlap_moe_expert_parallel_comm delay_wgrad_compute
-    overlap_dispatch_backward_with_experts_wgrad cp_comm_type hierarchical_context_parallel_sizes
-""".split()
-# fmt: on
 
 
 def local_has_its_limits(plan: Plan) -> Problems:
@@ -82,21 +66,8 @@ def attention_backend_is_there(plan: Plan) -> Problems:
         yield f"model.attention_backend = {backend.name} takes bf16 on a GPU, not trainer.precision = fp32; use auto"
 
 
-def torch_layers_honour_extra(plan: Plan) -> Problems:
-    if plan.config.model.transformer_impl is not TransformerImpl.torch:
-        return
-    defaults = transformer_config_defaults() or {}
-    for name, value in plan.config.model.extra.items():
-        if name in NOT_IN_TORCH and value != defaults.get(name):
-            yield (
-                f"model.extra.{name} = {show(value)}: the layers of model.transformer_impl = torch do not read it; use"
-                f" {show(defaults.get(name))}, or model.transformer_impl=transformer_engine"
-            )
-
-
 RULES = [
     local_has_its_limits,
     grouped_gemm_reads_aligned_rows,
     attention_backend_is_there,
-    torch_layers_honour_extra,
 ]

@@ -81,6 +81,8 @@ def flags_are_not_ours(plan: Plan) -> Problems:
             yield f"launcher.sbatch_args.{flag} has a key of its own; set {OWN[name]}"
         elif name in NEVER:
             yield f"launcher.sbatch_args.{flag} would make another job of it; take it out"
+        elif any(isinstance(part, float) for part in (value if isinstance(value, list) else [value])):
+            yield f"launcher.sbatch_args.{flag} = {value} is a number where sbatch reads a text; quote it"
         elif has := unquotable(value):
             yield f"launcher.sbatch_args.{flag} has {has}, which no #SBATCH line can hold; take it out"
 

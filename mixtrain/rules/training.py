@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from difflib import get_close_matches
 
 from mixtrain.checkpoint import forward
-from mixtrain.classes import FORWARD, show
+from mixtrain.classes import FORWARD
 from mixtrain.config import (
     Accelerator,
     DataKind,
@@ -17,17 +16,12 @@ from mixtrain.config import (
     RecomputeMethod,
     Sharding,
     TransformerImpl,
-    legal_keys,
 )
 from mixtrain.data.check import split_weights
 from mixtrain.errors import UserError
-from mixtrain.fields import transformer_fields
 from mixtrain.plan import Plan
 from mixtrain.rules.nearest import Problems, must_divide, near_divisors, near_multiples
 
-# Fields of TransformerConfig that add or move parameters in ways that costs.py does not count.
-UNCOUNTED = ("moe_layer_freq", "mtp_num_layers", "multi_latent_attention", "add_qkv_bias", "moe_shared_expert_gate",
-             "attention_output_gate", "heterogeneous_block_specs", "hetereogenous_dist_checkpoint")  # fmt: skip
 OFFLOAD_MODULES = ("attn_norm", "attn_proj", "core_attn", "expert_fc1", "mlp_norm", "moe_act", "qkv_linear")
 SELECTIVE_MODULES = ("core_attn", "layernorm", "moe", "moe_act", "shared_experts")
 
@@ -41,16 +35,6 @@ def groups_of_heads(plan: Plan) -> Problems:
 def heads_can_rotate(plan: Plan) -> Problems:
     if (size := plan.config.model.kv_channels) % 2:
         yield f"model.kv_channels = {size} must be even: rotary positions turn pairs; use {near_multiples(size, 2)}"
-
-
-def extra_leaves_the_plan_true(plan: Plan) -> Problems:
-    own = transformer_fields(replace(plan.config, model=replace(plan.config.model, extra={})))
-    keys = {key.split(".")[-1] for key in legal_keys()}
-    for name in plan.config.model.extra:
-        if name in UNCOUNTED:
-            yield f"model.extra.{name}: the plan does not count what it changes; it is not supported"
-        elif name in own and name not in keys:  # those with a key of their own are told so in machine.py
-            yield f"model.extra.{name}: mixtrain sets this field itself, to {show(own[name])}"
 
 
 def acknowledged_differences_are_keys(plan: Plan) -> Problems:
@@ -272,7 +256,6 @@ def warmup_ends_before_decay(plan: Plan) -> Problems:
 RULES = [
     groups_of_heads,
     heads_can_rotate,
-    extra_leaves_the_plan_true,
     acknowledged_differences_are_keys,
     sequence_within_positions,
     overlap_needs_its_parts,

@@ -168,18 +168,27 @@ def test_data_made_anew_under_an_old_name_is_not_read_through_the_old_index(buil
     assert torch.equal(tokens_of(renewed, 500), tokens_of(direct, 500))
 
 
-def test_a_sample_index_cut_short_is_refused_by_name(built, tmp_path):
-    built()
+@pytest.mark.parametrize("kind", ["indexed", "mock"])
+def test_a_sample_index_cut_short_is_refused_by_name(built, tmp_path, kind):
+    built(kind)
     for path in (tmp_path / "cache").rglob("*train-shuffle_index.npy"):
         path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=f"{tmp_path}/cache/.*: a sample index there cannot be read .* remove the dir"):
-        built()
+    with pytest.raises(UserError, match=f"{tmp_path}/cache.*: a sample index there cannot be read .* remove the dir"):
+        built(kind)
 
 
-def test_a_cache_that_cannot_be_written_is_refused(built, tmp_path):
+@pytest.mark.parametrize("kind", ["indexed", "mock"])
+def test_a_cache_that_cannot_be_written_is_refused(on_ranks, built, tmp_path, kind):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="data.path_to_cache: the sample index cannot be written"):
-        built(path_to_cache=tmp_path / "file")
+
+    def refusal(_: int) -> str:
+        with pytest.raises(UserError) as refused:
+            built(kind, path_to_cache=tmp_path / "file")
+        return str(refused.value)
+
+    (of_a_rank,) = on_ranks(1, refusal, tmp_path)  # there the builder wraps the error once more
+    for said in (refusal(0), of_a_rank):
+        assert said.startswith("data.path_to_cache: the sample index cannot be written")
 
 
 def test_problems_with_the_files_are_refused_before_anything_is_built(built, tmp_path):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 
-import pytest
-from composing import ROOT, run_train, unstarted_environment
+from composing import ROOT, run_train
 
 from mixtrain.config import legal_keys
 
@@ -20,28 +17,9 @@ COMMANDS = [
     for line, following in zip(block.splitlines(), [*block.splitlines()[1:], ""], strict=True)
     if line.startswith("$ ")
 ]
-SUBMISSIONS = [words for words in COMMANDS if "tools/submit.py" in words]
 
 
-@pytest.mark.parametrize("words", SUBMISSIONS, ids=" ".join)
-def test_a_submission_that_is_shown_can_be_printed_without_slurm(words, tmp_path):
-    overrides = [word for word in words[words.index("tools/submit.py") + 1 :] if word != "--print"]
-    shown = subprocess.run(
-        [sys.executable, str(ROOT / "tools/submit.py"), *overrides, "--print"],
-        cwd=tmp_path,
-        env=unstarted_environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert shown.returncode == 0, shown.stderr
-    assert shown.stdout.startswith("#!/usr/bin/env bash\n") and all(word in shown.stdout for word in overrides)
-    assert shown.stderr.startswith("would be sent by: ") and list(tmp_path.iterdir()) == []
-
-
-def test_submissions_and_jobs_by_hand_are_shown():
-    assert len(SUBMISSIONS) >= 4
+def test_jobs_by_hand_are_shown():
     by_hand = [words for words in COMMANDS if "slurm/train.sbatch" in words]
     assert by_hand
     for words in by_hand:
