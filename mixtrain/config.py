@@ -125,7 +125,7 @@ class RouterConfig:
     moe_router_dtype: RouterDtype | None = MISSING
     moe_router_num_groups: int | None = at_least(1)  # groups of experts; a token goes to a few of them
     moe_router_group_topk: int | None = at_least(1)
-    moe_router_topk_scaling_factor: float | None = at_least(0)
+    moe_router_topk_scaling_factor: float | None = above(0)  # 0 would be none to Megatron-Core
 
 
 @dataclass

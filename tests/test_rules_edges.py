@@ -152,6 +152,7 @@ EDGES = [
     ("one_expert_needs_pre_softmax", ["model.moe_router_topk=1", "router=sinkhorn"], False),
     ("one_expert_needs_pre_softmax", ["model.moe_router_topk=2"], False),
     ("balancing_types_can_be_combined", ["router=combined"], False),
+    ("expert_bias_has_sigmoid", ["router=sinkhorn", "router.moe_router_enable_expert_bias=true"], False),  # unread
     ("flex_has_its_ranks", ["dispatcher=flex", GPU, "dispatcher.moe_pad_expert_input_to_capacity=true",
                             "dispatcher.moe_flex_dispatcher_backend=hybridep"], False),
     ("grouped_gemm_reads_aligned_rows", ["parallel.expert_tensor_parallel_size=3"], False),  # another rule's

@@ -46,6 +46,7 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
         f"rules/{name}": RULES
         for name in ("__init__", "experts", "implementation", "layout", "nearest", "training", "upstream")
     },
+    "rules/unread": [*RULES, "tests/test_unread.py"],
     "rules/launcher": [*RULES, "tests/launch/test_cluster.py"],
     "plan": ["tests/test_plan.py", "tests/test_plan_edges.py"],
     "costs": ["tests/test_costs.py", "tests/test_plan.py", "tests/test_plan_edges.py"],

@@ -7,9 +7,11 @@ the nearest legal value; RULES lists them all and every one has a test. Rules ab
 from __future__ import annotations
 
 from mixtrain.plan import Plan
-from mixtrain.rules import experts, implementation, launcher, layout, training, upstream
+from mixtrain.rules import experts, implementation, launcher, layout, training, unread, upstream
 
-RULES = [*layout.RULES, *implementation.RULES, *experts.RULES, *training.RULES, *upstream.RULES, *launcher.RULES]
+RULES = [
+    rule for part in (layout, implementation, experts, unread, training, upstream, launcher) for rule in part.RULES
+]
 
 
 def broken_rules(plan: Plan) -> list[str]:
