@@ -7,8 +7,10 @@ import inspect
 import re
 
 import pytest
-from composing import RECIPES, derived, plan_of, problems_in, problems_of, quick_tree_of
+from composing import RECIPES, config_of, derived, plan_of, problems_in, problems_of, quick_tree_of
 
+from mixtrain.classes import show, value_of
+from mixtrain.config import legal_keys
 from mixtrain.plan import Plan
 from mixtrain.rules import RULES, broken_rules, upstream
 
@@ -17,6 +19,7 @@ INDEXED = "data=indexed data.seq_length=128 data.data_path=[corpus] data.tokeniz
 TE = "model.transformer_impl=transformer_engine"
 LOCAL = "model.transformer_impl=local model.moe_grouped_gemm=false"
 SHARED = "model.moe_shared_expert_intermediate_size=256"
+INTERLEAVED = "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
 OFFLOAD = f"{TE} trainer.accelerator=gpu trainer.fine_grained_activation_offloading=true"
 
 # rule, overrides on top of the default configuration, what one line of the refusal must contain
@@ -46,7 +49,7 @@ CASES = [
     ("topk_within_experts", "model.moe_router_topk=9",
      ["model.moe_router_topk = 9 must be at most model.num_moe_experts = 8"]),
     ("heads_over_tensor_ranks", "parallel.tensor_model_parallel_size=4",
-     ["parallel.tensor_model_parallel_size = 4 must divide model.num_attention_heads = 6", "use 3 or 6"]),
+     ["parallel.tensor_model_parallel_size = 4 must divide model.num_attention_heads = 6", "use 2"]),
     ("heads_over_tensor_ranks", "parallel.tensor_model_parallel_size=3",
      ["parallel.tensor_model_parallel_size = 3 must divide model.num_query_groups = 2", "use 2"]),
     ("heads_over_tensor_ranks",
@@ -85,7 +88,8 @@ CASES = [
      ["moe_router_load_balancing_type = none", "router.moe_aux_loss_coeff = 0.01",
       "use router.moe_aux_loss_coeff=0"]),
     ("sinkhorn_drops_nothing", "router=sinkhorn dispatcher.moe_expert_capacity_factor=1.25",
-     ["moe_router_load_balancing_type = sinkhorn", "dispatcher.moe_expert_capacity_factor = 1.25", "use null"]),
+     ["moe_router_load_balancing_type = sinkhorn", "dispatcher.moe_expert_capacity_factor = 1.25",
+      "use dispatcher.moe_expert_capacity_factor=null"]),
     ("expert_bias_has_sigmoid", "router.moe_router_enable_expert_bias=true",
      ["router.moe_router_enable_expert_bias = true", "router.moe_router_score_function = sigmoid", "not softmax"]),
     ("padding_has_capacity", "dispatcher.moe_pad_expert_input_to_capacity=true",
@@ -142,7 +146,7 @@ CASES = [
     ("optimizer_instances_divide", "trainer.devices=4 parallel.num_distributed_optimizer_instances=4",
      ["parallel.num_distributed_optimizer_instances = 4 must divide expert data parallel size = 2", "use 2"]),
     ("optimizer_instances_divide", "trainer.devices=6 parallel.num_distributed_optimizer_instances=4",
-     ["parallel.num_distributed_optimizer_instances = 4 must divide data parallel size * CP = 6", "use 3 or 6"]),
+     ["parallel.num_distributed_optimizer_instances = 4 must divide data parallel size * CP = 6", "use 3"]),
     ("full_recompute_is_complete", "trainer.recompute_granularity=full",
      ["trainer.recompute_granularity = full needs trainer.recompute_method"]),
     ("full_recompute_is_complete", "trainer.recompute_granularity=full",
@@ -151,10 +155,10 @@ CASES = [
      ["trainer.recompute_method is set", "trainer.recompute_granularity = full", "use null"]),
     ("full_recompute_is_complete", "trainer.recompute_num_layers=1",
      ["trainer.recompute_num_layers is set", "trainer.recompute_granularity = full", "use null"]),
-    ("full_recompute_is_complete",
+    ("full_recompute_fits_every_chunk",
      "trainer.recompute_granularity=full trainer.recompute_method=uniform trainer.recompute_num_layers=3",
      ["trainer.recompute_num_layers = 3 does not fit the 4 layers", "use 2 or 4"]),
-    ("full_recompute_is_complete",
+    ("full_recompute_fits_every_chunk",
      "trainer.recompute_granularity=full trainer.recompute_method=block trainer.recompute_num_layers=5",
      ["trainer.recompute_num_layers = 5 does not fit the 4 layers", "use 4"]),
     ("selective_recompute_names_modules", "trainer.recompute_granularity=selective",
@@ -257,7 +261,7 @@ CASES = [
      ["trainer.fine_grained_activation_offloading = true", "model.transformer_impl = transformer_engine", "not torch"]),
     ("offload_needs_transformer_engine",
      f"{OFFLOAD} trainer.offload_modules=[core_attn] trainer.recompute_granularity=full",
-     ["trainer.fine_grained_activation_offloading = true", "full recompute", "use null"]),
+     ["trainer.fine_grained_activation_offloading = true", "full recompute", "use false"]),
     ("offload_needs_transformer_engine",
      f"{TE} trainer.fine_grained_activation_offloading=true trainer.offload_modules=[core_attn]",
      ["trainer.fine_grained_activation_offloading = true", "trainer.accelerator = cpu", "use false"]),
@@ -290,9 +294,17 @@ CASES = [
     ("rampup_reaches_the_batch", "trainer.rampup_batch_size=[16,8,100]",
      ["trainer.rampup_batch_size: its first batch 16", "below trainer.global_batch_size = 16"]),
     ("rampup_reaches_the_batch", "trainer.rampup_batch_size=[8,16,100] trainer.global_batch_size=32",
-     ["trainer.rampup_batch_size: its increment 16 must divide trainer.global_batch_size - 8 = 24", "use 12 or 24"]),
+     ["trainer.rampup_batch_size: its increment 16 must divide trainer.global_batch_size - 8 = 24", "use 8 or 24"]),
     ("rampup_reaches_the_batch", "trainer.rampup_batch_size=[12,4,100]",
-     ["its first batch 12 must be a multiple of trainer.micro_batch_size * data parallel size = 8", "use 8 or 16"]),
+     ["its first batch 12 must be a multiple of trainer.micro_batch_size * data parallel size = 8", "use 8"]),
+    ("rampup_reaches_the_batch", "trainer.rampup_batch_size=[8,12,100] trainer.global_batch_size=32",
+     ["its increment 12 must be a multiple of trainer.micro_batch_size * data parallel size = 8", "use 8 or 24"]),
+    ("rampup_reaches_the_batch", f"{INTERLEAVED} trainer.rampup_batch_size=[8,8,64] trainer.global_batch_size=32",
+     ["its first batch 8 must be a multiple of trainer.micro_batch_size * data parallel size * PP of a virtual pipeline"
+      " = 16", "use 16"]),
+    ("rampup_reaches_the_batch", f"{INTERLEAVED} trainer.rampup_batch_size=[16,8,64] trainer.global_batch_size=48",
+     ["its increment 8 must be a multiple of trainer.micro_batch_size * data parallel size * PP of a virtual pipeline"
+      " = 16", "use 16"]),
     ("schedule_is_complete", "optimizer.lr_warmup_fraction=1",
      ["optimizer.lr_warmup_fraction = 1.0", "from 0 to below 1"]),
     ("schedule_is_complete", "optimizer.lr_decay_style=WSD",
@@ -346,6 +358,7 @@ LEGAL = [
     "trainer.accelerator=gpu optimizer.optimizer_cpu_offload=true optimizer.optimizer_offload_fraction=1",
     "parallel=fsdp trainer.accelerator=gpu checkpoint=none",
     "trainer.rampup_batch_size=[8,8,100]",
+    f"{INTERLEAVED} trainer.rampup_batch_size=[16,16,64] trainer.global_batch_size=48",
     "optimizer.lr_decay_style=WSD optimizer.lr_wsd_decay_steps=280",
     "optimizer.lr_warmup_steps=null optimizer.lr_warmup_fraction=0",
     "optimizer.min_lr=0.002",
@@ -363,20 +376,39 @@ LEGAL = [
 # fmt: on
 
 RULE = {rule.__name__: rule for rule in RULES}
-OFFER = re.compile(r"use (?:(trainer\.\S+) = )?(\d+)(?: or (\d+))?( ranks)?$")
+KEY = re.compile(rf"\b(?:{'|'.join(vars(config_of()))})\.\w+(?:\.\w+)?")
+TYPED = re.compile(r"([a-z]\w*(?:\.\w+)*) ?= ?(\S+)")  # key=value, or group=option
+VALUE = re.compile(r"(?:at least )?(\d+|null|true|false|auto|softmax|none)\b")
+# what a hint says in words, where no single value is the answer
+PROSE = {
+    "minutes (90), 12:00:00 (hours)", "2-00:00:00 (days)", "more experts a token", "more nodes", "a larger pipeline",
+    "a second part", "none alone", "only auxiliary losses", "both", "neither",
+}  # fmt: skip
 
 
-def offers(problem: str, plan: Plan) -> list[str]:
-    """What a problem tells the user to set instead, as overrides."""
-    found = OFFER.search(problem)
-    if not found:
-        return []
-    values = [int(value) for value in found.group(2, 3) if value]
-    if ramp := re.match(r"(\S+): its (first batch|increment) ", problem):
-        place, (*sizes,) = ramp[2] == "increment", plan.config.trainer.rampup_batch_size
-        return [f"{ramp[1]}={[*sizes[:place], value, *sizes[place + 1 :]]}".replace(" ", "") for value in values]
-    key = found[1] or ("trainer.devices" if found[4] else problem.split(" ")[0])
-    return [f"{key}={value}" for value in values]
+def offers(problem: str, plan: Plan) -> list[tuple[str, str]]:
+    """What a problem says to use instead, as (key, value): of the key that it names, or of the one it begins with."""
+    _, there, hint = problem.rpartition("; use ")
+    found = []
+    for part in hint.split(", or ") if there else []:
+        (key, *_), nodes = KEY.findall(problem), plan.config.trainer.num_nodes
+        for text in part.removesuffix(" ranks").split(" or "):
+            if typed := TYPED.search(text):
+                key, value = typed.groups()
+            elif text in PROSE:
+                continue
+            else:
+                value = VALUE.match(text)[1]
+            found.append((key, str(int(value) // nodes) if part.endswith(" ranks") else value))
+    if found and (ramp := re.match(r"\S+ its (first batch|increment) ", problem)):
+        place, sizes = ramp[1] == "increment", list(plan.config.trainer.rampup_batch_size)
+        found = [(key, str([*sizes[:place], int(value), *sizes[place + 1 :]]).replace(" ", "")) for key, value in found]
+    return found
+
+
+def with_offer(overrides: list[str], key: str, value: str) -> list[str]:
+    """The command line with what was offered typed: instead of what set the key before."""
+    return [word for word in overrides if not word.startswith(f"{key}=")] + [f"{key}={value}"]
 
 
 def shape(problem: str) -> str:
@@ -394,9 +426,11 @@ def test_a_rule_refuses_with_key_and_numbers_and_what_it_offers_is_legal(rule, o
     if fragments[-1].startswith("use "):
         assert matching[0].endswith(fragments[-1])
     assert matching[0] in RULE[rule](plan)
-    for offered in offers(matching[0], plan):
-        changed = broken_rules(derived(*overrides.split(), offered))
-        assert shape(matching[0]) not in map(shape, changed), offered
+    for key, value in offers(matching[0], plan):
+        if key in legal_keys():
+            assert show(value_of(plan.config, key)) != value, "what is refused is offered"
+        changed = broken_rules(derived(*with_offer(overrides.split(), key, value)))
+        assert shape(matching[0]) not in map(shape, changed), (key, value)
 
 
 FAULTY = {  # a fault: a layout that meets it, the last version that has it, the first without

@@ -59,7 +59,7 @@ def sinkhorn_drops_nothing(plan: Plan) -> Problems:
     if Balancing.sinkhorn in _types(plan) and capacity is not None:
         yield (
             "router.moe_router_load_balancing_type = sinkhorn takes no dispatcher.moe_expert_capacity_factor"
-            f" = {capacity}; use null"
+            f" = {capacity}; use dispatcher.moe_expert_capacity_factor=null"
         )
 
 
