@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 from composing import config_of
 
-from mixtrain.config import legal_keys
+from mixtrain.config import DataKind, legal_keys
 from mixtrain.plan import derive, resolve
 from mixtrain.rules import RULES, implementation, launcher, training, upstream
 
@@ -234,6 +235,23 @@ UNRANKED = ["parallel.tensor_model_parallel_size=2", "trainer.devices=3"]
 )
 def test_of_ranks_that_do_not_fit_nothing_follows(rule, overrides):
     assert problems("dense_ranks", *UNRANKED, *overrides) and problems(rule, *UNRANKED, *overrides) == []
+
+
+NAMED = [  # prefixes, and the pair that is one
+    (["corpus", "corpus"], ("corpus", "corpus")),
+    (["3", "corpus", "1", "other", "1", "corpus"], ("corpus", "corpus")),
+    (["corpus", "corpus/"], ("corpus", "corpus/")),
+    (["corpus", f"{os.getcwd()}/corpus"], ("corpus", f"{os.getcwd()}/corpus")),
+    (["../corpus", "a/../../corpus"], ("../corpus", "a/../../corpus")),
+    (["corpus", "a/corpus", "corpus2", "Corpus"], None),
+]
+
+
+@pytest.mark.parametrize("prefixes, pair", NAMED)
+def test_a_prefix_that_is_there_twice_is_found_however_it_is_spelled(prefixes, pair):
+    said = problems("data_is_named_once", data={"kind": DataKind.indexed, "data_path": prefixes})
+    assert [text.split(",")[0] for text in said] == ([f"data.data_path has {pair[0]} and {pair[1]}"] if pair else [])
+    assert problems("data_is_named_once", data={"data_path": prefixes}) == []  # of another kind: it reads none
 
 
 def test_a_state_may_fill_the_device_and_not_a_byte_more():

@@ -7,11 +7,10 @@ the nearest legal value; RULES lists them all and every one has a test. Rules ab
 from __future__ import annotations
 
 from mixtrain.plan import Plan
-from mixtrain.rules import experts, implementation, launcher, layout, training, unread, upstream
+from mixtrain.rules import data, experts, implementation, launcher, layout, training, unread, upstream
 
-RULES = [
-    rule for part in (layout, implementation, experts, unread, training, upstream, launcher) for rule in part.RULES
-]
+PARTS = (layout, implementation, experts, unread, training, data, upstream, launcher)
+RULES = [rule for part in PARTS for rule in part.RULES]
 
 
 def broken_rules(plan: Plan) -> list[str]:

@@ -1,4 +1,4 @@
-"""Rules about data, precision, recompute, the optimizer and the schedule. No torch."""
+"""Rules about precision, recompute, the optimizer and the schedule. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from mixtrain.checkpoint import forward
 from mixtrain.classes import FORWARD, show
 from mixtrain.config import (
     Accelerator,
-    DataKind,
     DecayStyle,
     Granularity,
     OptimizerName,
@@ -21,8 +20,6 @@ from mixtrain.config import (
     TransformerImpl,
     legal_keys,
 )
-from mixtrain.data.check import split_weights
-from mixtrain.errors import UserError
 from mixtrain.fields import transformer_fields
 from mixtrain.plan import Plan
 from mixtrain.rules.nearest import (
@@ -70,12 +67,6 @@ def acknowledged_differences_are_keys(plan: Plan) -> Problems:
             f"{forward.KEY} has {key}; {f'did you mean {near[0]}? ' if near else ''}the keys are"
             f" {forward.EXTRA}FIELD, {', '.join(FORWARD)}"
         )
-
-
-def sequence_within_positions(plan: Plan) -> Problems:
-    length, positions = plan.config.data.seq_length, plan.config.model.max_position_embeddings
-    if length > positions:
-        yield f"data.seq_length = {length} must be at most model.max_position_embeddings = {positions}"
 
 
 def overlap_needs_its_parts(plan: Plan) -> Problems:
@@ -257,27 +248,6 @@ def rampup_reaches_the_batch(plan: Plan) -> Problems:
         yield f"{key}: its increment {increment} must {breach}; use {use}"
 
 
-def data_has_its_source(plan: Plan) -> Problems:
-    data = plan.config.data
-    if data.kind is DataKind.indexed and not data.data_path:
-        yield "data.kind = indexed needs data.data_path=[PREFIX]; it is empty"
-    if data.kind is DataKind.indexed and not data.tokenizer:
-        yield "data.kind = indexed needs data.tokenizer=DIRECTORY; it is null"
-    if data.kind is not DataKind.indexed and data.data_path:
-        yield f"data.data_path is set, but data.kind = {data.kind.name} reads no files; type data=indexed"
-
-
-def split_has_three_parts(plan: Plan) -> Problems:
-    split = plan.config.data.split
-    try:
-        _, validation, _ = split_weights(split)
-    except UserError as error:
-        yield from error.problems
-        return
-    if validation == 0 and plan.config.trainer.limit_val_batches:
-        yield f'data.split = "{split}" leaves nothing to validate on; use trainer.limit_val_batches=0 or a second part'
-
-
 def schedule_is_complete(plan: Plan) -> Problems:
     optimizer = plan.config.optimizer
     fraction, wsd = optimizer.lr_warmup_fraction, optimizer.lr_decay_style is DecayStyle.WSD
@@ -311,15 +281,12 @@ RULES = [
     heads_can_rotate,
     extra_leaves_the_plan_true,
     acknowledged_differences_are_keys,
-    sequence_within_positions,
     overlap_needs_its_parts,
     distributed_optimizer_is_adam,
     full_recompute_is_complete,
     full_recompute_fits_every_chunk,
     selective_recompute_names_modules,
     fp8_needs_transformer_engine,
-    data_has_its_source,
-    split_has_three_parts,
     offload_needs_transformer_engine,
     optimizer_offload_is_whole,
     fsdp_has_what_it_needs,
