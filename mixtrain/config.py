@@ -203,7 +203,7 @@ class TrainerConfig:
     bad_step_grad_norm: float | None = above(0)  # null: any finite norm is good
     bad_step_limit: int = at_least(1)  # steps skipped in a row before the run stops; only skip reads it
     timeout_minutes: float = above(0)  # how long a rank may stand still, or wait for another, before the job ends
-    device_memory_gib: float | None = at_least(0)  # the state of a rank must fit here; null does not check
+    device_memory_gib: float | None = at_least(0)  # a rank's state and least activations must fit; null does not check
 
 
 @dataclass

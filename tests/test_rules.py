@@ -19,6 +19,9 @@ INDEXED = "data=indexed data.seq_length=128 data.data_path=[corpus] data.tokeniz
 TE = "model.transformer_impl=transformer_engine"
 LOCAL = "model.transformer_impl=local model.moe_grouped_gemm=false"
 SHARED = "model.moe_shared_expert_intermediate_size=256"
+ALL_KEPT = "trainer.recompute_granularity=null trainer.recompute_method=null trainer.recompute_num_layers=null"
+ALL_AGAIN = "trainer.recompute_granularity=full and trainer.recompute_method=uniform and trainer.recompute_num_layers=1"
+TRY = "trainer.device_memory_gib=null to try all the same"
 INTERLEAVED = "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
 OFFLOAD = f"{TE} trainer.accelerator=gpu trainer.fine_grained_activation_offloading=true"
 
@@ -202,6 +205,16 @@ CASES = [
      ["takes 16 ranks", "at most 8", "parallel.expert_model_parallel_size=4 trainer.devices=8"]),
     ("state_fits_the_device", f"{RECIPE} trainer.num_nodes=1 optimizer.grad_reduce_in_fp32=true",
      ["105.7 GiB", "trainer.device_memory_gib = 80"]),
+    ("activations_fit_the_device", f"{RECIPE} {ALL_KEPT} data.seq_length=32768 trainer.micro_batch_size=8",
+     ["stage 0 holds 59.6 GiB of weights", "at least 1903.6 GiB of activations (forward passes in flight: 1)",
+      "trainer.device_memory_gib = 80", f"use {ALL_AGAIN} and trainer.micro_batch_size=1, or more TP or CP, or {TRY}"]),
+    ("activations_fit_the_device", f"{RECIPE} {ALL_KEPT} trainer.micro_batch_size=4",
+     ["at least 119.0 GiB of activations", f"use {ALL_AGAIN}, or more TP or CP, or {TRY}"]),
+    ("activations_fit_the_device", "+recipe=qwen3_30b_a3b trainer.micro_batch_size=32",
+     ["at least 61.1 GiB of activations", f"use trainer.micro_batch_size=16, or more TP or CP, or {TRY}"]),
+    ("activations_fit_the_device", "+recipe=mixtral_8x7b_tp1_pp4_ep8 trainer.micro_batch_size=4",
+     ["stage 0 holds 18.7 GiB", "(forward passes in flight: 32)",
+      f"use {ALL_AGAIN}, or trainer.micro_batch_size=1, or more TP or CP, or {TRY}"]),
     ("heads_can_rotate", "model.kv_channels=33", ["model.kv_channels = 33 must be even", "use 32 or 34"]),
     ("extra_leaves_the_plan_true", "model.extra.moe_layer_freq=2",
      ["model.extra.moe_layer_freq", "the plan does not count what it changes"]),
@@ -387,33 +400,34 @@ VALUE = re.compile(r"(?:at least )?(\d+|null|true|false|auto|softmax|none)\b")
 # what a hint says in words, where no single value is the answer
 PROSE = {
     "minutes (90), 12:00:00 (hours)", "2-00:00:00 (days)", "more experts a token", "more nodes", "a larger pipeline",
-    "a second part", "none alone", "only auxiliary losses", "both", "neither",
+    "a second part", "more TP", "CP", "none alone", "only auxiliary losses", "both", "neither",
 }  # fmt: skip
 
 
-def offers(problem: str, plan: Plan) -> list[tuple[str, str]]:
-    """What a problem says to use instead, as (key, value): of the key that it names, or of the one it begins with."""
+def offers(problem: str, plan: Plan) -> list[list[tuple[str, str]]]:
+    """What a problem says to use instead, each as (key, value): of the key that it names, or of the first in it."""
     _, there, hint = problem.rpartition("; use ")
     found = []
     for part in hint.split(", or ") if there else []:
         (key, *_), nodes = KEY.findall(problem), plan.config.trainer.num_nodes
         for text in part.removesuffix(" ranks").split(" or "):
-            if typed := TYPED.search(text):
-                key, value = typed.groups()
-            elif text in PROSE:
-                continue
-            else:
+            if typed := TYPED.findall(text):
+                key = typed[0][0]
+                found.append(typed)
+            elif text not in PROSE:
                 value = VALUE.match(text)[1]
-            found.append((key, str(int(value) // nodes) if part.endswith(" ranks") else value))
+                found.append([(key, str(int(value) // nodes) if part.endswith(" ranks") else value)])
     if found and (ramp := re.match(r"\S+ its (first batch|increment) ", problem)):
         place, sizes = ramp[1] == "increment", list(plan.config.trainer.rampup_batch_size)
-        found = [(key, str([*sizes[:place], int(value), *sizes[place + 1 :]]).replace(" ", "")) for key, value in found]
+        whole = [[*sizes[:place], int(value), *sizes[place + 1 :]] for ((_, value),) in found]
+        found = [[(key, str(sizes).replace(" ", ""))] for sizes in whole]
     return found
 
 
-def with_offer(overrides: list[str], key: str, value: str) -> list[str]:
-    """The command line with what was offered typed: instead of what set the key before."""
-    return [word for word in overrides if not word.startswith(f"{key}=")] + [f"{key}={value}"]
+def with_offer(overrides: list[str], offer: list[tuple[str, str]]) -> list[str]:
+    """The command line with what was offered typed: instead of what set its keys before."""
+    keys = tuple(f"{key}=" for key, _ in offer)
+    return [word for word in overrides if not word.startswith(keys)] + [f"{key}={value}" for key, value in offer]
 
 
 def shape(problem: str) -> str:
@@ -431,11 +445,11 @@ def test_a_rule_refuses_with_key_and_numbers_and_what_it_offers_is_legal(rule, o
     if fragments[-1].startswith("use "):
         assert matching[0].endswith(fragments[-1])
     assert matching[0] in RULE[rule](plan)
-    for key, value in offers(matching[0], plan):
-        if key in legal_keys():
-            assert show(value_of(plan.config, key)) != value, "what is refused is offered"
-        changed = broken_rules(derived(*with_offer(overrides.split(), key, value)))
-        assert shape(matching[0]) not in map(shape, changed), (key, value)
+    for offer in offers(matching[0], plan):
+        for key, value in offer:
+            assert key not in legal_keys() or show(value_of(plan.config, key)) != value, "what is refused is offered"
+        changed = broken_rules(derived(*with_offer(overrides.split(), offer)))
+        assert shape(matching[0]) not in map(shape, changed), offer
 
 
 FAULTY = {  # a fault: a layout that meets it, the last version that has it, the first without

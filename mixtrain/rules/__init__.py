@@ -7,9 +7,9 @@ the nearest legal value; RULES lists them all and every one has a test. Rules ab
 from __future__ import annotations
 
 from mixtrain.plan import Plan
-from mixtrain.rules import data, experts, implementation, launcher, layout, training, unread, upstream
+from mixtrain.rules import data, experts, implementation, launcher, layout, memory, training, unread, upstream
 
-PARTS = (layout, implementation, experts, unread, training, data, upstream, launcher)
+PARTS = (layout, memory, implementation, experts, unread, training, data, upstream, launcher)
 RULES = [rule for part in PARTS for rule in part.RULES]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from mixtrain import pipeline
 from mixtrain.config import Accelerator
-from mixtrain.costs import GIB
 from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
 from mixtrain.plan import Plan, dense_grid, expert_grid
 from mixtrain.rules.nearest import (
     Problems,
     batch_sizes,
+    dense_ranks_fit,
     must_divide,
     must_divide_each,
     near_multiples,
@@ -86,7 +86,7 @@ def expert_ffn_over_tensor_ranks(plan: Plan) -> Problems:
 
 def batch_over_ranks(plan: Plan) -> Problems:
     batch, micro, dp = batch_sizes(plan)
-    if ranks_fit(plan) and batch % (micro * dp):
+    if dense_ranks_fit(plan) and batch % (micro * dp):
         yield (
             f"trainer.global_batch_size = {batch} must be a multiple of trainer.micro_batch_size * data parallel size"
             f" = {micro}*{dp} = {micro * dp}; use {near_multiples(batch, micro * dp)}"
@@ -118,7 +118,7 @@ def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
             f"parallel.virtual_pipeline_model_parallel_size = {vpp} needs parallel.pipeline_model_parallel_size"
             " of 2 or more, not 1; use null"
         )
-    elif ranks_fit(plan) and plan.num_microbatches % pp:
+    elif dense_ranks_fit(plan) and plan.num_microbatches % pp:
         yield (
             f"virtual pipeline: {plan.num_microbatches} microbatches a step must be a multiple of"
             f" parallel.pipeline_model_parallel_size = {pp}; use trainer.global_batch_size ="
@@ -145,16 +145,6 @@ def cpu_run_fits_a_laptop(plan: Plan) -> Problems:
         )
 
 
-def state_fits_the_device(plan: Plan) -> Problems:
-    memory = plan.config.trainer.device_memory_gib
-    if memory is not None and plan.state_bytes > memory * GIB:
-        yield (
-            f"a rank of pipeline stage {plan.heaviest_stage} holds {plan.state_bytes / GIB:.1f} GiB of weights,"
-            f" gradients and optimizer state, more than trainer.device_memory_gib = {memory:g}; use more nodes or a"
-            " larger pipeline, or trainer.device_memory_gib=null to try all the same"
-        )
-
-
 RULES = [
     dense_ranks,
     expert_ranks,
@@ -170,5 +160,4 @@ RULES = [
     virtual_pipeline_needs_pipeline,
     optimizer_instances_divide,
     cpu_run_fits_a_laptop,
-    state_fits_the_device,
 ]

@@ -49,6 +49,11 @@ def batch_sizes(plan: Plan) -> tuple[int, int, int]:
     return plan.config.trainer.global_batch_size, plan.config.trainer.micro_batch_size, plan.data_parallel_size
 
 
+def dense_ranks_fit(plan: Plan) -> bool:
+    """The dense grid divides the world: else the data parallel size is rounded, and what it breaks follows from that."""
+    return plan.world_size % dense_grid(plan.config) == 0
+
+
 def ranks_fit(plan: Plan) -> bool:
-    """Both grids divide the world: else numbers of ranks are rounded, and what they break follows from that alone."""
-    return not (plan.world_size % dense_grid(plan.config) or plan.world_size % expert_grid(plan.config))
+    """Both grids do."""
+    return dense_ranks_fit(plan) and plan.world_size % expert_grid(plan.config) == 0

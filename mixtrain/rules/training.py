@@ -25,11 +25,11 @@ from mixtrain.plan import Plan
 from mixtrain.rules.nearest import (
     Problems,
     batch_sizes,
+    dense_ranks_fit,
     must_divide,
     near_divisors,
     near_multiples,
     nearest,
-    ranks_fit,
 )
 
 # Fields of TransformerConfig that add or move parameters in ways that costs.py does not count.
@@ -231,7 +231,7 @@ def rampup_reaches_the_batch(plan: Plan) -> Problems:
     if plan.config.parallel.virtual_pipeline_model_parallel_size:
         unit *= plan.config.parallel.pipeline_model_parallel_size
         name += " * PP of a virtual pipeline"
-    if whole % unit or not ranks_fit(plan):  # said already, and there is no ramp to a batch that cannot be
+    if whole % unit or not dense_ranks_fit(plan):  # said already, and there is no ramp to a batch that cannot be
         return
     use = nearest(first, range(unit, whole, unit)) or "null"
     if first >= whole:
