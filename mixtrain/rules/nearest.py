@@ -50,7 +50,7 @@ def batch_sizes(plan: Plan) -> tuple[int, int, int]:
 
 
 def dense_ranks_fit(plan: Plan) -> bool:
-    """The dense grid divides the world: else the data parallel size is rounded, and what it breaks follows from that."""
+    """The dense grid divides the world: else the data parallel size is rounded, and what that breaks follows."""
     return plan.world_size % dense_grid(plan.config) == 0
 
 
