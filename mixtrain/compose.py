@@ -109,19 +109,21 @@ def file_problems(overrides: list[str], conf: Path = CONF) -> list[str]:
         except UserError as error:
             problems += error.problems
         else:
-            waiting += _named(found, path.parent, conf)
+            for group, names in _defaults(found):
+                base = conf / group[1:] if group.startswith("/") else path.parent / group
+                waiting += [base / f"{name}.yaml" for name in (names if isinstance(names, list) else [names])]
+                if isinstance(names, list):
+                    problems.append(_several(f"{path}: {group}: [{', '.join(map(str, names))}]", group.lstrip("/")))
             problems += texts.file_problems(path, conf)
     return sorted(problems)
 
 
-def _named(found: Any, folder: Path, conf: Path) -> Iterator[Path]:
-    """The files that a file's defaults list names: `- model: NAME`, `- override /model: NAME`, `- NAME`."""
+def _defaults(found: Any) -> Iterator[tuple[str, Any]]:
+    """(group, what is chosen) of a file's defaults list: `- model: NAME`, `- override /model: NAME`, `- NAME`."""
     entries = found.get("defaults") if isinstance(found, dict) else None
     for entry in entries if isinstance(entries, list) else []:
         for group, names in (entry if isinstance(entry, dict) else {"": entry}).items():
-            group = str(group).split(" ")[-1].split("@")[0]
-            base = conf / group[1:] if group.startswith("/") else folder / group
-            yield from (base / f"{name}.yaml" for name in (names if isinstance(names, list) else [names]))
+            yield str(group).split(" ")[-1].split("@")[0], names
 
 
 def _chosen(override: Override) -> list[str]:
@@ -166,12 +168,20 @@ def _group_problem(override: Override, added: bool, conf: Path) -> str | None:
         return f"{group}={override.value()}: {group} is not part of the default; type +{group}={override.value()}"
     if group not in ADDED_GROUPS and added:
         return f"+{group}={override.value()}: {group} has a default; type {group}={override.value()}"
+    if not override.is_sweep_override() and isinstance(override.value(), list):
+        return _several(override.input_line, group)
     wrong = [name for name in _chosen(override) if name not in known]  # of a pattern Hydra takes those that fit it
     if not wrong:
         return None
     near = difflib.get_close_matches(str(wrong[0]), known, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{group}={wrong[0]}: {hint}the options of {group} are {', '.join(known)}"
+
+
+def _several(where: str, group: str) -> str:
+    """The problem of a list in the place of an option: Hydra composes one after the other, key by key."""
+    combined = "; several auxiliary losses are router=combined" * (group == "router")
+    return f"{where}: one option of {group} at a time, of several the last alone would count{combined}"
 
 
 def _order(parsed: list[Override]) -> list[str]:

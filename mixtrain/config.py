@@ -127,7 +127,7 @@ class RouterConfig:
     moe_router_dtype: RouterDtype | None = MISSING
     moe_router_num_groups: int | None = at_least(1)  # groups of experts; a token goes to a few of them
     moe_router_group_topk: int | None = at_least(1)
-    moe_router_topk_scaling_factor: float | None = at_least(0)
+    moe_router_topk_scaling_factor: float | None = above(0)  # 0 would be none to Megatron-Core
 
 
 @dataclass
@@ -205,7 +205,7 @@ class TrainerConfig:
     bad_step_grad_norm: float | None = above(0)  # null: any finite norm is good
     bad_step_limit: int = at_least(1)  # steps skipped in a row before the run stops; only skip reads it
     timeout_minutes: float = above(0)  # how long a rank may stand still, or wait for another, before the job ends
-    device_memory_gib: float | None = at_least(0)  # the state of a rank must fit here; null does not check
+    device_memory_gib: float | None = at_least(0)  # a rank's state and least activations must fit; null does not check
 
 
 @dataclass

@@ -31,6 +31,7 @@ MOST = 0.9  # of all that is sent, to as few experts as a token has: the others 
 QUIET_STEPS = 10  # logged steps between two warnings of the same kind
 LAST = "last"  # marks a record that is there because the run ended, and not at its interval
 HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
+DROPPED = f" {'dropped':>8}"  # one column more where tokens can be
 
 
 class Record(TypedDict):
@@ -100,7 +101,7 @@ class Logs:
                 self.say(f"warning: {damage}")
         for line in [*banners(self.plan), *self._changes()]:
             self.say(line)
-        self.say(HEADER)
+        self.say(HEADER + DROPPED * (self.plan.config.dispatcher.moe_expert_capacity_factor is not None))
         if self.writes:
             self.progress.start()
 
@@ -119,6 +120,7 @@ class Logs:
             f"{facts['step']:>7} {_show(facts['lm_loss'], 4):>9} {'':>9} {_show(facts['grad_norm'], 3):>9}"
             f" {facts['learning_rate']:>9.2e} {balance:>8}"
             f" {facts['tokens_per_second']:>9,.0f} {facts['step_seconds']:>8.3f}"
+            + (f" {facts['token_drop_rate']:>8.2%}" if "token_drop_rate" in facts else "")
         )
         self._warn_of_collapse(facts, collapsed)
         self.progress.update(self.task, completed=facts["step"])

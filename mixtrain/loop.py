@@ -24,7 +24,7 @@ from mixtrain.errors import Fault
 from mixtrain.layers.context import local_part
 from mixtrain.ledger import Ledger, digest
 from mixtrain.logs import Logs
-from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss, expert_bias, expert_biases
+from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss, expert_bias, expert_biases, token_drop_rate
 from mixtrain.optimizer import Training, parameters_gathered
 from mixtrain.plan import Plan, batch_size_at
 from mixtrain.ranks import Ranks
@@ -96,7 +96,7 @@ class Loop:
 
     def log(self, facts: dict[str, Any], last: bool) -> None:
         """Log a step, with what all ranks know of it together."""
-        batch = facts.pop("batch")
+        batch, counts = facts.pop("batch"), self.load.collect()
         self.logs.step(
             last=last,
             **facts,
@@ -104,7 +104,8 @@ class Loop:
             consumed_samples=self.state.consumed_samples,
             skipped_steps=self.state.skipped_steps,
             ledger=digest(self.ledger.gather(self.ranks.device)),
-            tokens_per_expert=self.load.collect(),
+            tokens_per_expert=counts,
+            **token_drop_rate(self.plan, counts, batch),
             **expert_bias(self.plan, self.training.chunks, self.ranks.device),
         )
 

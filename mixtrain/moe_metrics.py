@@ -64,6 +64,18 @@ class ExpertLoad:
         return sorted([layer, rank] for rank, layers in enumerate(found) for layer in layers)
 
 
+def token_drop_rate(plan: Plan, counts: list[list[int]], sequences: int) -> dict[str, float]:
+    """{"token_drop_rate": dropped / routed} of a step of `sequences` with the counts of `collect`; {} where dropless.
+
+    A token is routed once for each of its experts, in every layer.
+    """
+    if plan.config.dispatcher.moe_expert_capacity_factor is None:
+        return {}
+    model = plan.config.model
+    routed = sequences * plan.config.data.seq_length * model.moe_router_topk * model.num_layers
+    return {"token_drop_rate": 1 - sum(map(sum, counts)) / routed}
+
+
 def forget_model() -> None:
     """Forget what Megatron-Core has recorded of a model: it keeps a tensor of its number of layers for the next one."""
     try:

@@ -28,7 +28,8 @@ def problems(parallel: ParallelConfig, num_layers: int) -> list[str]:
     """Why these layers do not go into these stages; empty where they do."""
     if parallel.pipeline_model_parallel_layout:
         return _layout_problems(parallel, num_layers)
-    return [*_uneven_problems(parallel), *_even_problems(parallel, num_layers), *_empty_problems(parallel, num_layers)]
+    # the second is arithmetic with keys that the first has refused: whatever it said would be nonsense
+    return _uneven_problems(parallel) or _even_problems(parallel, num_layers)
 
 
 def chunks_of_layout(parallel: ParallelConfig) -> int | None:
@@ -84,6 +85,12 @@ def _uneven_problems(parallel: ParallelConfig) -> list[str]:
         )
     if (sizes or flags) and parallel.pipeline_model_parallel_size == 1:
         found.append(f"parallel.{(sizes + flags)[0]} needs parallel.pipeline_model_parallel_size of 2 or more, not 1")
+    vpp = parallel.virtual_pipeline_model_parallel_size or 1
+    for key in sizes:
+        if (size := getattr(parallel, key)) % vpp:
+            below = size // vpp * vpp
+            near = " or ".join(str(number) for number in (below, below + vpp) if number)
+            found.append(f"parallel.{key} = {size} must be a multiple of VPP = {vpp}; use {near}")
     return found
 
 
@@ -91,31 +98,21 @@ def _even_problems(parallel: ParallelConfig, num_layers: int) -> list[str]:
     """The layers that are left must divide over the stages that are left, and each stage over its chunks."""
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
-    found = [
-        f"parallel.{key} = {getattr(parallel, key)} must be a multiple of VPP = {vpp}"
-        for key in SIZES
-        if getattr(parallel, key) is not None and getattr(parallel, key) % vpp
-    ]
+    ends = (first or 0) + (last or 0)
     extra = parallel.account_for_embedding_in_pipeline_split + parallel.account_for_loss_in_pipeline_split
-    left, between = num_layers + extra - (first or 0) - (last or 0), pp - (first is not None) - (last is not None)
+    left, between = num_layers + extra - ends, pp - (first is not None) - (last is not None)
+    if between == 0:
+        said = f"model.num_layers = {num_layers}, but the first and the last stage, all of PP = {pp}, hold"
+        return [f"{said} {first}+{last} = {ends}; use {ends}"] if left else []
     parts = between * vpp
-    fits = (left > 0 and left % parts == 0) if parts > 0 else left == 0  # no stage between may be left with nothing
-    if not fits:
-        below = max(0, left) // parts * parts if parts > 0 else 0
-        near = [number + num_layers - left for number in ((below or parts, below + parts) if parts > 0 else (0,))]
-        uneven = f" ({left} where the first and last stage leave {between} stages)" if first or last or extra else ""
-        found.append(
-            f"model.num_layers = {num_layers}{uneven} must be a multiple of PP*VPP = {between}*{vpp};"
-            f" use {' or '.join(str(number) for number in sorted(set(near)) if number > 0)}"
-        )
-    return found
-
-
-def _empty_problems(parallel: ParallelConfig, num_layers: int) -> list[str]:
+    if left > 0 and left % parts == 0:  # no stage between may be left with nothing
+        return []
+    below = max(0, left) // parts * parts
+    near = {number + num_layers - left for number in (below or parts, below + parts)}
+    uneven = f" ({left} where the first and last stage leave {between} stages)" if ends or extra else ""
     return [
-        f"pipeline stage {stage} has a chunk with {min(row)} layers; use fewer stages or chunks"
-        for stage, row in enumerate(stages(parallel, num_layers))
-        if min(row) < 0
+        f"model.num_layers = {num_layers}{uneven} must be a multiple of PP*VPP = {between}*{vpp};"
+        f" use {' or '.join(str(number) for number in sorted(near) if number > 0)}"
     ]
 
 
@@ -137,7 +134,7 @@ def _layout_problems(parallel: ParallelConfig, num_layers: int) -> list[str]:
     if len(parts) % pp:
         found.append(f"{key} has {len(parts)} segments, which must be a multiple of PP = {pp}")
     vpp, implied = parallel.virtual_pipeline_model_parallel_size, chunks_of_layout(parallel)
-    if vpp is not None and vpp != implied:
+    if vpp is not None and vpp != implied and len(parts) % pp == 0:
         found.append(
             f"parallel.virtual_pipeline_model_parallel_size = {vpp}, but the layout has {implied or 1}; use null"
         )

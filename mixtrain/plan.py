@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from mixtrain import costs, facts, limits, pipeline
+from mixtrain import activations, costs, facts, limits, pipeline, schedule
 from mixtrain.classes import EXECUTION, MATHEMATICS, Change, changes
 from mixtrain.config import Config, DataKind, OptimizerConfig, TrainerConfig
 from mixtrain.data.check import split_weights
@@ -34,6 +34,7 @@ class Plan:
     active_parameters: int
     rank_parameters: tuple[tuple[int, int], ...]  # (dense, expert) on one rank of each pipeline stage
     stage_state_bytes: tuple[int, ...]  # weights, gradients and optimizer state, on one rank of each pipeline stage
+    stage_activation_bytes: tuple[int, ...]  # at the least, on top of these
     recipe: str | None = field(default=None, kw_only=True)  # its name, where one was given
     changed_mathematics: tuple[Change, ...] = field(default=(), kw_only=True)  # against the recipe
     changed_execution: tuple[Change, ...] = field(default=(), kw_only=True)
@@ -41,7 +42,7 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of state on the fullest rank; activations come on top."""
+        """Bytes of state on the rank that has most of it; activations come on top."""
         return max(self.stage_state_bytes)
 
     @property
@@ -73,6 +74,20 @@ class Plan:
     @property
     def heaviest_stage(self) -> int:
         return self.stage_state_bytes.index(self.state_bytes)
+
+    @property
+    def fullest_stage(self) -> int:
+        """The pipeline stage whose ranks need most memory, as far as it is known."""
+        return self._least_bytes.index(self.least_bytes)
+
+    @property
+    def least_bytes(self) -> int:
+        """State and activations of a rank of that stage, at the least."""
+        return max(self._least_bytes)
+
+    @property
+    def _least_bytes(self) -> list[int]:
+        return list(map(sum, zip(self.stage_state_bytes, self.stage_activation_bytes, strict=True)))
 
     @property
     def is_forced(self) -> bool:
@@ -173,6 +188,8 @@ def derive(config: Config) -> Plan:
     sharding = parallel.data_parallel_sharding_strategy
     dense_bytes = costs.bytes_per_parameter(trainer.precision, config.optimizer, dense_shard, sharding)
     expert_bytes = costs.bytes_per_parameter(trainer.precision, config.optimizer, expert_shard, sharding)
+    microbatches = max(1, trainer.global_batch_size // (trainer.micro_batch_size * dp))
+    layers = pipeline.stages(parallel, model.num_layers)
     return Plan(
         config=config,
         world_size=world,
@@ -180,17 +197,18 @@ def derive(config: Config) -> Plan:
         expert_data_parallel_size=edp,
         dense_shard=dense_shard,
         expert_shard=expert_shard,
-        num_microbatches=max(1, trainer.global_batch_size // (trainer.micro_batch_size * dp)),
+        num_microbatches=microbatches,
         tokens_per_step=trainer.global_batch_size * config.data.seq_length,
         num_local_experts=max(1, model.num_moe_experts // parallel.expert_model_parallel_size),
-        layers=pipeline.stages(parallel, model.num_layers),
+        layers=layers,
         total_parameters=costs.total_parameters(model),
         active_parameters=costs.active_parameters(model),
         rank_parameters=rank_parameters,
         stage_state_bytes=tuple(
             round(dense * dense_bytes + expert * expert_bytes) for dense, expert in rank_parameters
         ),
-        warnings=(*facts.lint(config), *limits.warnings(config, dp)),
+        stage_activation_bytes=activations.least_bytes(config, layers, microbatches),
+        warnings=(*facts.lint(config), *limits.warnings(config, dp), *schedule.warnings(config)),
     )
 
 

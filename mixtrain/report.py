@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from textwrap import wrap
 
+from mixtrain import schedule
+from mixtrain.activations import in_flight
+from mixtrain.config import DecayStyle
 from mixtrain.costs import GIB
 from mixtrain.fields import differences
 from mixtrain.plan import Plan
@@ -18,7 +22,7 @@ MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losse
 def render(plan: Plan) -> str:
     """The plan as lines of `what  value`, with MOCK on top where the data is mock, and then the warnings."""
     rows = [("run", f"{plan.config.name}, seed {plan.config.seed}"), ("  in", plan.config.run_dir)]
-    rows += _recipe(plan) + _ranks(plan) + _batch(plan) + _model(plan) + _memory(plan) + _defaults(plan)
+    rows += _recipe(plan) + _ranks(plan) + _batch(plan) + _rate(plan) + _model(plan) + _memory(plan) + _defaults(plan)
     lines = [f"{name:<{NAMES}}  {value}" for name, value in rows]
     return "\n".join([*banners(plan), *_warnings(plan), *lines])
 
@@ -75,18 +79,49 @@ def _ranks(plan: Plan) -> list[tuple[str, str]]:
         ("  dense grid", f"TP {tp} x CP {cp} x DP {plan.data_parallel_size} x PP {pp}"),
         ("  expert grid", f"ETP {etp} x EP {ep} x EDP {plan.expert_data_parallel_size} x PP {pp}"),
     ]
-    return rows + [("  experts on ranks", line) for line in _expert_rows(plan)]
+    return rows + _stages(plan) + [("  experts on ranks", line) for line in _expert_rows(plan)]
+
+
+def _stages(plan: Plan) -> list[tuple[str, str]]:
+    """The ranks of each pipeline stage and what they hold; stages in a row that hold the same are one row."""
+    if len(plan.layers) == 1:
+        return []
+    ranks, first = plan.world_size // len(plan.layers), _first_with_layers(plan)
+    rows, begin = [], 0
+    for holds, group in groupby(range(len(plan.layers)), lambda stage: _holds(plan, stage, first)):
+        end = begin + len(list(group)) - 1
+        name = f"  stage {begin}" if begin == end else f"  stages {begin}-{end}"
+        spans = f"{_span(begin * ranks, ranks)}" + f" to {_span(end * ranks, ranks)}" * (end > begin)
+        rows.append((name, f"ranks {spans}: {holds}"))
+        begin = end + 1
+    return rows
+
+
+def _holds(plan: Plan, stage: int, first: int) -> str:
+    counts = plan.layers[stage]
+    layers = f"{', '.join(map(str, counts))} layer{'s' * (counts != (1,))}"
+    if len(counts) > 1:
+        layers = f"chunks of {layers}"
+        if len(set(counts)) == 1:
+            layers = f"{len(counts)} chunks of {counts[0]} layer{'s' * (counts[0] != 1)}"
+    ends = "embedding, " * (stage == 0), ", loss" * (stage == len(plan.layers) - 1)
+    return f"{ends[0]}{layers}{ends[1]}" + f"; experts as on stage {first}" * (stage != first and sum(counts) > 0)
+
+
+def _first_with_layers(plan: Plan) -> int:
+    return next((stage for stage, row in enumerate(plan.layers) if sum(row)), 0)
 
 
 def _expert_rows(plan: Plan, shown: int = 4) -> list[str]:
-    """Which ranks hold the experts of a layer: a row an expert-parallel group of the first stage.
+    """Which ranks hold the experts of a layer: a row an expert-parallel group of the first stage that has layers.
 
     Megatron-Core numbers ranks with ETP fastest, then EP, then EDP, then PP.
     """
     parallel, local = plan.config.parallel, plan.num_local_experts
     group = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     count = plan.expert_data_parallel_size
-    rows = [f"ranks {_span(part * group, group)}" for part in range(min(count, shown))]
+    begin = _first_with_layers(plan) * plan.world_size // len(plan.layers)
+    rows = [f"ranks {_span(begin + part * group, group)}" for part in range(min(count, shown))]
     rows[0] += f": {local} expert{'s' * (local > 1)} of {plan.config.model.num_moe_experts} on each, in every layer"
     rows[1:] = [row + ": a copy of these" for row in rows[1:]]
     if count > shown:
@@ -109,6 +144,23 @@ def _batch(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("  microbatches", f"{plan.num_microbatches} of {trainer.micro_batch_size} on each rank"),
         ("steps", f"{trainer.max_steps:,} = {plan.samples[0] * data.seq_length:,} tokens{_rampup(plan)}"),
+    ]
+
+
+def _rate(plan: Plan) -> list[tuple[str, str]]:
+    """The learning rate at the first step, after warm-up and at the last, and how many steps each phase has."""
+    optimizer, steps = plan.config.optimizer, plan.config.trainer.max_steps
+    parts = schedule.phases(plan.config)
+    warmup, end = optimizer.lr_warmup_steps, optimizer.lr_decay_steps
+    rates = [f"{schedule.rate(optimizer, 0):.2e} at the first step"]
+    if 0 < warmup < steps - 1:
+        rates.append(f"{schedule.rate(optimizer, warmup):.2e} after warm-up")
+    rates.append(f"{schedule.rate(optimizer, steps - 1):.2e} at the last")
+    decays = optimizer.lr_decay_style is not DecayStyle.constant
+    elsewhere = f"; decay ends at step {end:,}" * (decays and end > steps > warmup)
+    return [
+        ("learning rate", ", ".join(rates)),
+        ("  phases", ", ".join(f"{name} {count:,} step{'s' * (count > 1)}" for name, count in parts) + elsewhere),
     ]
 
 
@@ -139,19 +191,27 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
-    state = plan.state_bytes
-    amount = f"{state / GIB:.1f} GiB" if state >= GIB else f"{state / 2**20:.1f} MiB"
+    state, several = plan.state_bytes, len(plan.layers) > 1
     sizes = dict(DEVICES_GIB)
     if plan.config.trainer.device_memory_gib is not None:
         sizes["trainer.device_memory_gib"] = plan.config.trainer.device_memory_gib
     beside = ", ".join(f"{state / GIB / size:.0%} of {name}{_given(name, size)}" for name, size in sizes.items())
-    stage = f", stage {plan.heaviest_stage}" if len(plan.stage_state_bytes) > 1 else ""
+    stage = f", stage {plan.heaviest_stage}" * several
+    fullest = plan.fullest_stage
+    passes = len(in_flight(len(plan.layers), fullest, len(plan.layers[fullest]), plan.num_microbatches))
+    where = f" on stage {fullest}, forward passes in flight: {passes}" * several
+    kept = _amount(plan.stage_activation_bytes[fullest])
     return [
-        ("state on a rank", f"{amount} (weights, gradients, optimizer{stage}; activations come on top)"),
+        ("state on a rank", f"{_amount(state)} (weights, gradients, optimizer{stage}; activations come on top)"),
+        ("  activations", f"at least {kept}{where}"),
         ("  beside", beside),
         ("  optimizer shards", f"dense over {plan.dense_shard} ranks, experts over {plan.expert_shard}"),
         ("checkpoints", _checkpoints(plan)),
     ]
+
+
+def _amount(size: int) -> str:
+    return f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def _checkpoints(plan: Plan) -> str:
@@ -159,12 +219,12 @@ def _checkpoints(plan: Plan) -> str:
     settings = plan.config.checkpoint
     if not plan.saves:
         return "none"
-    size = plan.checkpoint_bytes
-    amount = f"{size / GIB:,.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
     often = [f"every {settings.save_interval:,} steps"] if settings.save_interval else []
     often += ["at the end"] * settings.save_last
     kept = f", {settings.keep_last} kept" if settings.keep_last else ", all kept"
-    return f"{amount} each, {' and '.join(often)}{kept}{', beside training' * settings.async_save}"
+    return (
+        f"{_amount(plan.checkpoint_bytes)} each, {' and '.join(often)}{kept}{', beside training' * settings.async_save}"
+    )
 
 
 def _given(name: str, size: float) -> str:

@@ -129,6 +129,17 @@ def test_a_recipe_that_picks_an_option_which_is_not_there_is_refused(conf, capfd
     assert "Traceback" not in shown
 
 
+def test_a_recipe_that_picks_two_options_of_a_group_is_refused(conf):
+    word = recipe(conf, "# @package _global_\ndefaults:\n  - override /router: [aux_loss, seq_aux_loss]\n")
+    with pytest.raises(UserError) as refused:
+        compose([word], conf)
+    (problem,) = refused.value.problems
+    assert problem.endswith(
+        ".yaml: /router: [aux_loss, seq_aux_loss]: one option of router at a time, of several the last alone would"
+        " count; several auxiliary losses are router=combined"
+    )
+
+
 # fmt: off
 @pytest.mark.parametrize("overrides, fragments", [
     (["recipe=mixtral_8x7b_ep8"], ["recipe=mixtral_8x7b_ep8", "type +recipe=mixtral_8x7b_ep8"]),
@@ -138,6 +149,11 @@ def test_a_recipe_that_picks_an_option_which_is_not_there_is_refused(conf, capfd
     (["router=sinkhron"], ["router=sinkhron", "did you mean sinkhorn", "options of router are aux_loss, "]),
     (["trainer={max_steps:5}"], ["options of trainer are "]),
     (["model="], ["options of model are"]),
+    (["router=[aux_loss,seq_aux_loss]"],
+     ["router=[aux_loss,seq_aux_loss]: one option of router at a time", "the last alone", "router=combined"]),
+    (["router=[aux_loss]"], ["router=[aux_loss]: one option of router at a time"]),
+    (["+recipe=[mixtral_8x7b_ep8,qwen3_30b_a3b]"], ["one option of recipe at a time"]),
+    (["+shrink=[laptop,parity]"], ["one option of shrink at a time, of several the last alone would count"]),
     (["bench=cpu_small"], ["bench=cpu_small: ", "type python tools/bench.py scenario="]),
     (["~trainer.max_steps"], ["~trainer.max_steps", "no key can be taken away"]),
     (["~model"], ["~model", "no key can be taken away"]),

@@ -168,11 +168,42 @@ def test_a_refusal_ends_with_what_is_legal(name):
     assert pipeline.problems(parallel, num_layers)[0].endswith(said)
 
 
-def test_a_chunk_that_an_embedding_leaves_less_than_nothing_is_named():
-    parallel = parallel_of(2, 2, **{EMBEDDING: True})
-    assert pipeline.problems(parallel, 1)[1:] == [
-        "pipeline stage 0 has a chunk with -1 layers; use fewer stages or chunks"
-    ]
+# pipeline keys, layers, and all that is said: no second problem that is arithmetic with what the first refuses
+ALONE = {
+    "no stage between": (
+        parallel_of(2, **{FIRST: 1, LAST: 1}), 4,
+        "model.num_layers = 4, but the first and the last stage, all of PP = 2, hold 1+1 = 2; use 2",
+    ),
+    "no pipeline": (
+        parallel_of(1, **{FIRST: 1, LAST: 1}), 4,
+        f"parallel.{FIRST} needs parallel.pipeline_model_parallel_size of 2 or more, not 1",
+    ),
+    "two kinds at once": (
+        parallel_of(2, **{FIRST: 1, LOSS: True}), 4,
+        f"parallel.{FIRST} and parallel.{LOSS} cannot be set together; use one kind of uneven split",
+    ),
+    "a first stage not of chunks": (
+        parallel_of(2, 2, **{FIRST: 3}), 4, f"parallel.{FIRST} = 3 must be a multiple of VPP = 2; use 2 or 4",
+    ),
+    "a first stage of less than chunks": (
+        parallel_of(2, 3, **{FIRST: 1}), 4, f"parallel.{FIRST} = 1 must be a multiple of VPP = 3; use 3",
+    ),
+    "a chunk of less than nothing": (
+        parallel_of(2, 2, **{EMBEDDING: True}), 1,
+        "model.num_layers = 1 (2 where the first and last stage leave 2 stages) must be a multiple of PP*VPP = 2*2;"
+        " use 3",
+    ),
+    "segments that are no stages": (
+        parallel_of(2, 3, layout="Et|t|L"), 2,
+        "parallel.pipeline_model_parallel_layout has 3 segments, which must be a multiple of PP = 2",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_is_refused_has_no_second_problem_that_follows_from_it(name):
+    parallel, num_layers, said = ALONE[name]
+    assert pipeline.problems(parallel, num_layers) == [said]
 
 
 def test_a_layout_of_fewer_segments_than_stages_leaves_stages_without_layers():

@@ -7,6 +7,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 from composing import config_of, derived, plan_of
 
+from mixtrain.activations import in_flight
 from mixtrain.config import Config
 from mixtrain.costs import GIB, layer_parameters, training_flops
 from mixtrain.errors import UserError
@@ -124,6 +125,57 @@ def test_bytes_a_parameter_follow_precision_gradients_and_shard(overrides, dense
     plan = derived(RECIPE, *overrides)
     ((dense_parameters, expert_parameters),) = plan.rank_parameters
     assert plan.state_bytes == dense_parameters * dense + expert_parameters * expert
+
+
+# Activations
+
+
+@pytest.mark.parametrize(
+    "stages, stage, chunks, microbatches, passes",
+    [
+        (1, 0, 1, 16, [0]),
+        (4, 0, 1, 16, [0] * 4),
+        (4, 3, 1, 16, [0]),
+        (4, 1, 1, 2, [0] * 2),  # no more than there are
+        (2, 1, 2, 8, [0, 0, 1]),  # two microbatches through the first chunk, then one through the second
+        (2, 0, 2, 8, [0, 0, 1, 1, 0]),
+        (2, 0, 2, 2, [0, 0, 1, 1]),
+        (4, 0, 2, 8, [0] * 4 + [1] * 4 + [0] * 3),
+    ],
+)
+def test_the_forward_passes_in_flight_are_those_of_the_schedule(stages, stage, chunks, microbatches, passes):
+    assert in_flight(stages, stage, chunks, microbatches) == passes
+
+
+LAYER = 4096 * (4 * 4096 + (2 * 32 + 2 * 8) * 128 + 2 * (4096 + 3 * 14336)) * 2  # bytes: Mixtral 8x7B, one sequence
+INPUT, LOGITS = 4096 * 4096 * 2, 4096 * 32000 * 2
+ALL_KEPT = ["trainer.recompute_granularity=null", "trainer.recompute_method=null", "trainer.recompute_num_layers=null"]
+
+
+@pytest.mark.parametrize(
+    "words, kept",
+    [
+        ([], 32 * INPUT + LAYER - INPUT),  # of one layer everything is made anew
+        (["trainer.recompute_num_layers=4"], 8 * INPUT + 4 * LAYER - INPUT),
+        (["trainer.recompute_method=block", "trainer.recompute_num_layers=30"], 30 * INPUT + 2 * LAYER + LOGITS),
+        (["trainer.recompute_method=block", "trainer.recompute_num_layers=32"], 32 * INPUT + LAYER - INPUT),
+        (ALL_KEPT, 32 * LAYER + LOGITS),
+        ([*ALL_KEPT, "trainer.micro_batch_size=2"], 2 * (32 * LAYER + LOGITS)),
+        ([*ALL_KEPT, TE], 32 * LAYER + 2 * LOGITS),  # which takes them in fp32
+        ([*ALL_KEPT, TE, "model.extra.cross_entropy_loss_fusion=true"], 32 * LAYER + LOGITS),
+        ([*ALL_KEPT, "trainer.fine_grained_activation_offloading=true"], LOGITS),
+    ],
+    ids=str,
+)
+def test_the_least_that_activations_of_mixtral_8x7b_take_is_counted_by_hand(words, kept):
+    plan = derived(RECIPE, *words)
+    assert plan.stage_activation_bytes == (kept,)
+    assert plan.least_bytes == plan.state_bytes + kept
+
+
+def test_the_stage_that_needs_most_is_not_the_one_with_the_largest_state():
+    plan = derived("+recipe=mixtral_8x7b_tp2_pp4_ep4", *sizes(pp=4, ep=4))
+    assert (plan.heaviest_stage, plan.fullest_stage) == (3, 0)
 
 
 # Ranks and batches

@@ -21,7 +21,7 @@ def line(page: str, name: str) -> str:
 @pytest.mark.parametrize("recipe", [[], *[[f"+recipe={name}"] for name in RECIPES]], ids=str)
 def test_a_plan_is_a_page_of_lines_that_fit(recipe, shrink):
     lines = render(derived(*recipe, *shrink)).splitlines()
-    assert len(lines) < 45
+    assert len(lines) < 48
     assert [text for text in lines if len(text) > WIDTH or text != text.rstrip()] == []
 
 
@@ -90,6 +90,67 @@ def test_of_many_groups_four_are_shown_and_the_others_counted():
 def test_experts_cut_by_tensor_parallelism_fill_more_ranks():
     groups = experts_on_ranks(render(derived(RECIPE, "parallel.expert_tensor_parallel_size=2")))
     assert groups == ["ranks 0-15: 1 expert of 8 on each, in every layer"]
+
+
+def rows(page: str, name: str) -> list[str]:
+    return [text.removeprefix(f"  {name}").strip() for text in page.splitlines() if text.startswith(f"  {name}")]
+
+
+def test_every_stage_of_a_pipeline_is_shown_with_its_ranks_its_chunks_and_whose_experts_it_has():
+    page = render(plan_of("parallel=pp2_vpp2", "trainer.devices=4", "parallel.expert_model_parallel_size=2"))
+    assert [" ".join(row.split()) for row in rows(page, "stage")] == [
+        "0 ranks 0-1: embedding, 2 chunks of 1 layer",
+        "1 ranks 2-3: 2 chunks of 1 layer, loss; experts as on stage 0",
+    ]
+    assert experts_on_ranks(page) == ["ranks 0-1: 4 experts of 8 on each, in every layer"]
+    assert "stage" not in render(plan_of())
+
+
+def test_stages_in_a_row_that_hold_the_same_are_one_row_and_chunks_that_differ_are_counted():
+    page = render(plan_of("+recipe=mixtral_8x22b_tp2_pp8_ep8"))
+    assert [" ".join(row.split()) for row in rows(page, "stage")] == [
+        "0 ranks 0-15: embedding, 7 layers",
+        "s 1-6 ranks 16-31 to 96-111: 7 layers; experts as on stage 0",
+        "7 ranks 112-127: 7 layers, loss; experts as on stage 0",
+    ]
+    layout = ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_layout='Ett|t|t|L'"]
+    page = render(plan_of(*layout))
+    assert [row.partition(": ")[2] for row in rows(page, "stage")] == [
+        "embedding, chunks of 2, 1 layers",
+        "chunks of 1, 0 layers, loss; experts as on stage 0",
+    ]
+
+
+def test_the_experts_are_those_of_the_first_stage_that_has_layers():
+    layout = ["parallel.pipeline_model_parallel_size=4", "parallel.pipeline_model_parallel_layout='E|ttt|t|L'"]
+    page = render(plan_of(*layout))
+    assert [text.partition("ranks ")[2] for text in rows(page, "stage")] == [
+        "0-1: embedding, 0 layers", "2-3: 3 layers", "4-5: 1 layer; experts as on stage 1", "6-7: 0 layers, loss",
+    ]  # fmt: skip
+    assert experts_on_ranks(page) == ["ranks 2-3: 4 experts of 8 on each, in every layer"]
+
+
+def test_activations_are_shown_from_below_beside_the_state():
+    assert line(render(plan_of(RECIPE)), "activations") == "at least 1.9 GiB"
+    page = render(plan_of("+recipe=mixtral_8x7b_tp1_pp4_ep8"))
+    assert line(page, "activations") == "at least 32.3 GiB on stage 0, forward passes in flight: 35"
+
+
+def test_the_learning_rate_is_shown_with_the_steps_of_its_phases():
+    page = render(plan_of())
+    assert line(page, "learning rate") == "0.00e+00 at the first step, 2.00e-03 after warm-up, 2.00e-04 at the last"
+    assert line(page, "phases") == "warm-up 20 steps, cosine decay 280 steps"
+    page = render(plan_of("optimizer.lr_decay_steps=200"))
+    assert line(page, "phases") == "warm-up 20 steps, cosine decay 180 steps, min_lr 100 steps"
+    page = render(plan_of("optimizer.lr_decay_steps=400"))
+    assert line(page, "phases") == "warm-up 20 steps, cosine decay 280 steps; decay ends at step 400"
+    page = render(plan_of("trainer.max_steps=5"))
+    assert page.startswith("warning: optimizer.lr_warmup_steps = 20, but the run ends at trainer.max_steps = 5")
+    assert line(page, "learning rate") == "0.00e+00 at the first step, 4.00e-04 at the last"
+    assert line(page, "phases") == "warm-up 5 steps"
+    page = render(plan_of("optimizer.lr_decay_style=constant", "optimizer.lr_warmup_steps=0"))
+    assert line(page, "learning rate") == "2.00e-03 at the first step, 2.00e-03 at the last"
+    assert line(page, "phases") == "constant 300 steps"
 
 
 def test_a_pipeline_names_the_stage_that_is_fullest():

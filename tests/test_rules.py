@@ -7,8 +7,10 @@ import inspect
 import re
 
 import pytest
-from composing import RECIPES, derived, plan_of, problems_in, problems_of, quick_tree_of
+from composing import RECIPES, config_of, derived, plan_of, problems_in, problems_of, quick_tree_of
 
+from mixtrain.classes import show, value_of
+from mixtrain.config import legal_keys
 from mixtrain.plan import Plan
 from mixtrain.rules import RULES, broken_rules, upstream
 from mixtrain.rules.upstream import megatron_version
@@ -19,6 +21,10 @@ TE = "model.transformer_impl=transformer_engine"
 LOCAL = "model.transformer_impl=local model.moe_grouped_gemm=false"
 SHARED = "model.moe_shared_expert_intermediate_size=256"
 VPP = "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
+ALL_KEPT = "trainer.recompute_granularity=null trainer.recompute_method=null trainer.recompute_num_layers=null"
+ALL_AGAIN = "trainer.recompute_granularity=full and trainer.recompute_method=uniform and trainer.recompute_num_layers=1"
+TRY = "trainer.device_memory_gib=null to try all the same"
+INTERLEAVED = "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
 OFFLOAD = f"{TE} trainer.accelerator=gpu trainer.fine_grained_activation_offloading=true"
 
 # rule, overrides on top of the default configuration, what one line of the refusal must contain
@@ -56,7 +62,7 @@ CASES = [
     ("topk_within_experts", "model.moe_router_topk=9",
      ["model.moe_router_topk = 9 must be at most model.num_moe_experts = 8"]),
     ("heads_over_tensor_ranks", "parallel.tensor_model_parallel_size=4",
-     ["parallel.tensor_model_parallel_size = 4 must divide model.num_attention_heads = 6", "use 3 or 6"]),
+     ["parallel.tensor_model_parallel_size = 4 must divide model.num_attention_heads = 6", "use 2"]),
     ("heads_over_tensor_ranks", "parallel.tensor_model_parallel_size=3",
      ["parallel.tensor_model_parallel_size = 3 must divide model.num_query_groups = 2", "use 2"]),
     ("heads_over_tensor_ranks",
@@ -95,7 +101,8 @@ CASES = [
      ["moe_router_load_balancing_type = none", "router.moe_aux_loss_coeff = 0.01",
       "use router.moe_aux_loss_coeff=0"]),
     ("sinkhorn_drops_nothing", "router=sinkhorn dispatcher.moe_expert_capacity_factor=1.25",
-     ["moe_router_load_balancing_type = sinkhorn", "dispatcher.moe_expert_capacity_factor = 1.25", "use null"]),
+     ["moe_router_load_balancing_type = sinkhorn", "dispatcher.moe_expert_capacity_factor = 1.25",
+      "use dispatcher.moe_expert_capacity_factor=null"]),
     ("expert_bias_has_sigmoid", "router.moe_router_enable_expert_bias=true",
      ["router.moe_router_enable_expert_bias = true", "router.moe_router_score_function = sigmoid", "not softmax"]),
     ("padding_has_capacity", "dispatcher.moe_pad_expert_input_to_capacity=true",
@@ -150,7 +157,7 @@ CASES = [
     ("optimizer_instances_divide", "trainer.devices=4 parallel.num_distributed_optimizer_instances=4",
      ["parallel.num_distributed_optimizer_instances = 4 must divide expert data parallel size = 2", "use 2"]),
     ("optimizer_instances_divide", "trainer.devices=6 parallel.num_distributed_optimizer_instances=4",
-     ["parallel.num_distributed_optimizer_instances = 4 must divide data parallel size * CP = 6", "use 3 or 6"]),
+     ["parallel.num_distributed_optimizer_instances = 4 must divide data parallel size * CP = 6", "use 3"]),
     ("full_recompute_is_complete", "trainer.recompute_granularity=full",
      ["trainer.recompute_granularity = full needs trainer.recompute_method"]),
     ("full_recompute_is_complete", "trainer.recompute_granularity=full",
@@ -159,10 +166,10 @@ CASES = [
      ["trainer.recompute_method is set", "trainer.recompute_granularity = full", "use null"]),
     ("full_recompute_is_complete", "trainer.recompute_num_layers=1",
      ["trainer.recompute_num_layers is set", "trainer.recompute_granularity = full", "use null"]),
-    ("full_recompute_is_complete",
+    ("full_recompute_fits_every_chunk",
      "trainer.recompute_granularity=full trainer.recompute_method=uniform trainer.recompute_num_layers=3",
      ["trainer.recompute_num_layers = 3 does not fit the 4 layers", "use 2 or 4"]),
-    ("full_recompute_is_complete",
+    ("full_recompute_fits_every_chunk",
      "trainer.recompute_granularity=full trainer.recompute_method=block trainer.recompute_num_layers=5",
      ["trainer.recompute_num_layers = 5 does not fit the 4 layers", "use 4"]),
     ("selective_recompute_names_modules", "trainer.recompute_granularity=selective",
@@ -185,6 +192,10 @@ CASES = [
      ["data.kind = indexed", "data.tokenizer=DIRECTORY", "null"]),
     ("data_has_its_source", "data.data_path=[corpus]",
      ["data.data_path", "data.kind = stdlib", "data=indexed"]),
+    ("data_is_named_once", f"{INDEXED} data.data_path=[a/corpus,b,./a//corpus]",
+     ["data.data_path has a/corpus and ./a//corpus, which are the same data", "leave one out"]),
+    ("data_is_named_once", f"{INDEXED} data.data_path=[2,corpus,a]",
+     ["data.data_path = ['2', 'corpus', 'a'] mixes weights and prefixes out of step"]),
     ("split_has_three_parts", "data.split='90,10'", ["data.split = \"90,10\"", "three numbers", "90,5,5"]),
     ("split_has_three_parts", "data.split='0,50,50'", ["data.split = \"0,50,50\"", "the first above 0"]),
     ("split_has_three_parts", "data.split='90,nan,5'", ["data.split = \"90,nan,5\"", "three numbers"]),
@@ -202,6 +213,16 @@ CASES = [
      ["takes 16 ranks", "at most 8", "parallel.expert_model_parallel_size=4 trainer.devices=8"]),
     ("state_fits_the_device", f"{RECIPE} trainer.num_nodes=1 optimizer.grad_reduce_in_fp32=true",
      ["105.7 GiB", "trainer.device_memory_gib = 80"]),
+    ("activations_fit_the_device", f"{RECIPE} {ALL_KEPT} data.seq_length=32768 trainer.micro_batch_size=8",
+     ["stage 0 holds 59.6 GiB of weights", "at least 1903.6 GiB of activations (forward passes in flight: 1)",
+      "trainer.device_memory_gib = 80", f"use {ALL_AGAIN} and trainer.micro_batch_size=1, or more TP or CP, or {TRY}"]),
+    ("activations_fit_the_device", f"{RECIPE} {ALL_KEPT} trainer.micro_batch_size=4",
+     ["at least 119.0 GiB of activations", f"use {ALL_AGAIN}, or more TP or CP, or {TRY}"]),
+    ("activations_fit_the_device", "+recipe=qwen3_30b_a3b trainer.micro_batch_size=32",
+     ["at least 61.1 GiB of activations", f"use trainer.micro_batch_size=16, or more TP or CP, or {TRY}"]),
+    ("activations_fit_the_device", "+recipe=mixtral_8x7b_tp1_pp4_ep8 trainer.micro_batch_size=4",
+     ["stage 0 holds 18.7 GiB", "(forward passes in flight: 32)",
+      f"use {ALL_AGAIN}, or trainer.micro_batch_size=1, or more TP or CP, or {TRY}"]),
     ("heads_can_rotate", "model.kv_channels=33", ["model.kv_channels = 33 must be even", "use 32 or 34"]),
     ("extra_fields_are_fields", "model.extra.moe_permut_fusion=true",
      ["model.extra.moe_permut_fusion is not a field", "did you mean model.extra.moe_permute_fusion?"]),
@@ -232,6 +253,9 @@ CASES = [
     ("balancing_types_can_be_combined",
      "router.moe_router_load_balancing_type=[aux_loss,aux_loss] router.moe_aux_loss_coeff=[0.1,0.1]",
      ["router.moe_router_load_balancing_type names a type twice: aux_loss, aux_loss"]),
+    ("keys_are_read", "router=sinkhorn router.moe_router_score_function=sigmoid",
+     ["router.moe_router_score_function = sigmoid is not read with router.moe_router_load_balancing_type = sinkhorn",
+      "use softmax"]),
     ("groups_of_experts", "router.moe_router_num_groups=2",
      ["router.moe_router_num_groups = 2", "router.moe_router_group_topk", "null"]),
     ("groups_of_experts", "router.moe_router_group_topk=2",
@@ -250,7 +274,8 @@ CASES = [
      ["dispatcher.moe_token_dispatcher_type = flex", "ETP*EP of 2 or more, not 1", "use dispatcher=alltoall"]),
     ("flex_has_its_ranks",
      "dispatcher=flex dispatcher.moe_pad_expert_input_to_capacity=true dispatcher.moe_expert_capacity_factor=1",
-     ["dispatcher.moe_pad_expert_input_to_capacity = true", "deepep", "use hybridep or false"]),
+     ["dispatcher.moe_pad_expert_input_to_capacity = true", "deepep",
+      "use dispatcher.moe_flex_dispatcher_backend=hybridep, or false"]),
     ("shared_expert_overlap_has_one", "dispatcher.moe_shared_expert_overlap=true",
      ["dispatcher.moe_shared_expert_overlap = true", "model.moe_shared_expert_intermediate_size", "null"]),
     ("shared_expert_overlap_has_one", f"{SHARED} dispatcher=allgather dispatcher.moe_shared_expert_overlap=true",
@@ -272,7 +297,7 @@ CASES = [
      ["trainer.fine_grained_activation_offloading = true", "model.transformer_impl = transformer_engine", "not torch"]),
     ("offload_needs_transformer_engine",
      f"{OFFLOAD} trainer.offload_modules=[core_attn] trainer.recompute_granularity=full",
-     ["trainer.fine_grained_activation_offloading = true", "full recompute", "use null"]),
+     ["trainer.fine_grained_activation_offloading = true", "full recompute", "use false"]),
     ("offload_needs_transformer_engine",
      f"{TE} trainer.fine_grained_activation_offloading=true trainer.offload_modules=[core_attn]",
      ["trainer.fine_grained_activation_offloading = true", "trainer.accelerator = cpu", "use false"]),
@@ -305,9 +330,17 @@ CASES = [
     ("rampup_reaches_the_batch", "trainer.rampup_batch_size=[16,8,100]",
      ["trainer.rampup_batch_size: its first batch 16", "below trainer.global_batch_size = 16"]),
     ("rampup_reaches_the_batch", "trainer.rampup_batch_size=[8,16,100] trainer.global_batch_size=32",
-     ["trainer.rampup_batch_size: its increment 16 must divide trainer.global_batch_size - 8 = 24", "use 12 or 24"]),
+     ["trainer.rampup_batch_size: its increment 16 must divide trainer.global_batch_size - 8 = 24", "use 8 or 24"]),
     ("rampup_reaches_the_batch", "trainer.rampup_batch_size=[12,4,100]",
-     ["its first batch 12 must be a multiple of trainer.micro_batch_size * data parallel size = 8", "use 8 or 16"]),
+     ["its first batch 12 must be a multiple of trainer.micro_batch_size * data parallel size = 8", "use 8"]),
+    ("rampup_reaches_the_batch", "trainer.rampup_batch_size=[8,12,100] trainer.global_batch_size=32",
+     ["its increment 12 must be a multiple of trainer.micro_batch_size * data parallel size = 8", "use 8 or 24"]),
+    ("rampup_reaches_the_batch", f"{INTERLEAVED} trainer.rampup_batch_size=[8,8,64] trainer.global_batch_size=32",
+     ["its first batch 8 must be a multiple of trainer.micro_batch_size * data parallel size * PP of a virtual pipeline"
+      " = 16", "use 16"]),
+    ("rampup_reaches_the_batch", f"{INTERLEAVED} trainer.rampup_batch_size=[16,8,64] trainer.global_batch_size=48",
+     ["its increment 8 must be a multiple of trainer.micro_batch_size * data parallel size * PP of a virtual pipeline"
+      " = 16", "use 16"]),
     ("schedule_is_complete", "optimizer.lr_warmup_fraction=1",
      ["optimizer.lr_warmup_fraction = 1.0", "from 0 to below 1"]),
     ("schedule_is_complete", "optimizer.lr_decay_style=WSD",
@@ -328,6 +361,7 @@ LEGAL = [
     "data.seq_length=2048",
     "data.seq_length=127",
     "router=sinkhorn",
+    "router=sinkhorn router.moe_z_loss_coeff=0.001 router.moe_input_jitter_eps=0.01 router.moe_router_dtype=fp64",
     "router=none",
     "router.moe_router_enable_expert_bias=true router.moe_router_score_function=sigmoid",
     "dispatcher.moe_expert_capacity_factor=1.5 dispatcher.moe_pad_expert_input_to_capacity=true",
@@ -350,6 +384,7 @@ LEGAL = [
     "trainer.recompute_granularity=full trainer.recompute_method=block trainer.recompute_num_layers=2",
     "trainer.recompute_granularity=selective trainer.recompute_modules=[core_attn,moe]",
     f"{INDEXED} data.split='90,10,0'",
+    f"{INDEXED} data.data_path=[1,corpus,1,corpus2,1,a/corpus]",
     "data.split='90,0,10' trainer.limit_val_batches=0",
     "router=combined",
     "model.moe_router_topk=1 router.moe_router_pre_softmax=true",
@@ -361,6 +396,7 @@ LEGAL = [
     "trainer.accelerator=gpu optimizer.optimizer_cpu_offload=true optimizer.optimizer_offload_fraction=1",
     "parallel=fsdp trainer.accelerator=gpu checkpoint=none",
     "trainer.rampup_batch_size=[8,8,100]",
+    f"{INTERLEAVED} trainer.rampup_batch_size=[16,16,64] trainer.global_batch_size=48",
     "optimizer.lr_decay_style=WSD optimizer.lr_wsd_decay_steps=280",
     "optimizer.lr_warmup_steps=null optimizer.lr_warmup_fraction=0",
     "optimizer.min_lr=0.002",
@@ -380,20 +416,40 @@ LEGAL = [
 # fmt: on
 
 RULE = {rule.__name__: rule for rule in RULES}
-OFFER = re.compile(r"use (?:(trainer\.\S+) = )?(\d+)(?: or (\d+))?( ranks)?$")
+KEY = re.compile(rf"\b(?:{'|'.join(vars(config_of()))})\.\w+(?:\.\w+)?")
+TYPED = re.compile(r"([a-z]\w*(?:\.\w+)*) ?= ?(\S+)")  # key=value, or group=option
+VALUE = re.compile(r"(?:at least )?(\d+|null|true|false|auto|softmax|none)\b")
+# what a hint says in words, where no single value is the answer
+PROSE = {
+    "minutes (90), 12:00:00 (hours)", "2-00:00:00 (days)", "more experts a token", "more nodes", "a larger pipeline",
+    "a second part", "more TP", "CP", "none alone", "only auxiliary losses", "both", "neither",
+}  # fmt: skip
 
 
-def offers(problem: str, plan: Plan) -> list[str]:
-    """What a problem tells the user to set instead, as overrides."""
-    found = OFFER.search(problem)
-    if not found:
-        return []
-    values = [int(value) for value in found.group(2, 3) if value]
-    if ramp := re.match(r"(\S+): its (first batch|increment) ", problem):
-        place, (*sizes,) = ramp[2] == "increment", plan.config.trainer.rampup_batch_size
-        return [f"{ramp[1]}={[*sizes[:place], value, *sizes[place + 1 :]]}".replace(" ", "") for value in values]
-    key = found[1] or ("trainer.devices" if found[4] else problem.split(" ")[0])
-    return [f"{key}={value}" for value in values]
+def offers(problem: str, plan: Plan) -> list[list[tuple[str, str]]]:
+    """What a problem says to use instead, each as (key, value): of the key that it names, or of the first in it."""
+    _, there, hint = problem.rpartition("; use ")
+    found = []
+    for part in hint.split(", or ") if there else []:
+        (key, *_), nodes = KEY.findall(problem), plan.config.trainer.num_nodes
+        for text in part.removesuffix(" ranks").split(" or "):
+            if typed := TYPED.findall(text):
+                key = typed[0][0]
+                found.append(typed)
+            elif text not in PROSE:
+                value = VALUE.match(text)[1]
+                found.append([(key, str(int(value) // nodes) if part.endswith(" ranks") else value)])
+    if found and (ramp := re.match(r"\S+ its (first batch|increment) ", problem)):
+        place, sizes = ramp[1] == "increment", list(plan.config.trainer.rampup_batch_size)
+        whole = [[*sizes[:place], int(value), *sizes[place + 1 :]] for ((_, value),) in found]
+        found = [[(key, str(sizes).replace(" ", ""))] for sizes in whole]
+    return found
+
+
+def with_offer(overrides: list[str], offer: list[tuple[str, str]]) -> list[str]:
+    """The command line with what was offered typed: instead of what set its keys before."""
+    keys = tuple(f"{key}=" for key, _ in offer)
+    return [word for word in overrides if not word.startswith(keys)] + [f"{key}={value}" for key, value in offer]
 
 
 def shape(problem: str) -> str:
@@ -411,9 +467,11 @@ def test_a_rule_refuses_with_key_and_numbers_and_what_it_offers_is_legal(rule, o
     if fragments[-1].startswith("use "):
         assert matching[0].endswith(fragments[-1])
     assert matching[0] in RULE[rule](plan)
-    for offered in offers(matching[0], plan):
-        changed = broken_rules(derived(*overrides.split(), offered))
-        assert shape(matching[0]) not in map(shape, changed), offered
+    for offer in offers(matching[0], plan):
+        for key, value in offer:
+            assert key not in legal_keys() or show(value_of(plan.config, key)) != value, "what is refused is offered"
+        changed = broken_rules(derived(*with_offer(overrides.split(), offer)))
+        assert shape(matching[0]) not in map(shape, changed), offer
 
 
 FAULTY = {  # a fault: a layout that meets it, the last version that has it, the first without

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 from composing import config_of
 
-from mixtrain.config import legal_keys
+from mixtrain.config import DataKind, legal_keys
 from mixtrain.plan import derive, resolve
 from mixtrain.rules import RULES, launcher, training, upstream
 
@@ -125,6 +126,7 @@ EDGES = [
     ("one_expert_needs_pre_softmax", ["model.moe_router_topk=1", "router=sinkhorn"], False),
     ("one_expert_needs_pre_softmax", ["model.moe_router_topk=2"], False),
     ("balancing_types_can_be_combined", ["router=combined"], False),
+    ("expert_bias_has_sigmoid", ["router=sinkhorn", "router.moe_router_enable_expert_bias=true"], False),  # unread
     ("flex_has_its_ranks", ["dispatcher=flex", GPU, "dispatcher.moe_pad_expert_input_to_capacity=true",
                             "dispatcher.moe_flex_dispatcher_backend=hybridep"], False),
     ("grouped_gemm_reads_aligned_rows", ["parallel.expert_tensor_parallel_size=3"], False),  # another rule's
@@ -138,9 +140,6 @@ EDGES = [
     ("sequence_over_ranks", ["data.seq_length=126", "parallel.tensor_model_parallel_size=2"], False),
     ("batch_over_ranks", ["trainer.devices=6", "parallel.tensor_model_parallel_size=4",
                           "trainer.global_batch_size=18"], False),  # of ranks that do not fit either
-    ("full_recompute_is_complete", ["trainer.recompute_granularity=full", "trainer.recompute_method=block",
-                                    "trainer.recompute_num_layers=1", "parallel.pipeline_model_parallel_size=4",
-                                    f"{LAYOUT}'E|tt|tt|L'"], False),  # of stages without layers
     ("optimizer_offload_is_whole", ["optimizer.optimizer_offload_fraction=0.5"], True),
     ("fsdp_has_what_it_needs", [*FSDP, "parallel.num_distributed_optimizer_instances=2"], False),
     ("fsdp_has_what_it_needs", [*FSDP, "parallel.data_parallel_sharding_strategy=optim_grads",
@@ -166,20 +165,73 @@ def test_a_rule_answers_as_it_should_on_the_other_side_of_an_edge(rule, override
     assert bool(problems(rule, *overrides)) is refused
 
 
+BLOCK, UNIFORM = "block", "uniform"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+FIRST, LAST = "parallel.num_layers_in_first_pipeline_stage=", "parallel.num_layers_in_last_pipeline_stage="
+EMBEDDING = "parallel.account_for_embedding_in_pipeline_split=true"
+LOSS = "parallel.account_for_loss_in_pipeline_split=true"
+UNITS = [  # layers, what splits them over two stages, method, recompute_num_layers, what is said
+    (7, [f"{LAYOUT}'Ettt|tt|t|tL'"], BLOCK, 1, None),
+    (7, [f"{LAYOUT}'Ettt|tt|t|tL'"], BLOCK, 2, "the 1 layers of pipeline stage 0, chunk 1 (and 1 more); use 1"),
+    (8, [f"{LAYOUT}'Ettt|t|ttt|tL'"], BLOCK, 2, "the 1 layers of pipeline stage 1, chunk 0 (and 1 more); use 1"),
+    (10, [f"{LAYOUT}'Ettt|tt|ttt|ttL'"], BLOCK, 2, None),
+    (6, [f"{LAYOUT}'Ettt|tttL'"], UNIFORM, 3, None),
+    (5, [f"{LAYOUT}'Ettt|ttL'"], UNIFORM, 2, "the 3 layers of pipeline stage 0; use 1"),
+    (5, [f"{LAYOUT}'Ett|tttL'"], UNIFORM, 2, "the 3 layers of pipeline stage 1; use 1"),
+    (3, [f"{LAYOUT}'Ettt|L'"], UNIFORM, 2, "the 3 layers of pipeline stage 0; use 1 or 3"),  # beside one without any
+    (3, [f"{LAYOUT}'Ettt|L'"], UNIFORM, 3, None),
+    (3, [f"{LAYOUT}'Ettt|L'"], BLOCK, 3, None),
+    (7, [f"{FIRST}3"], UNIFORM, 3, "the 4 layers of pipeline stage 1; use 1"),
+    (7, [f"{LAST}3"], UNIFORM, 4, "the 3 layers of pipeline stage 1; use 1"),
+    (6, [f"{FIRST}2", f"{LAST}4"], UNIFORM, 2, None),
+    (6, [f"{FIRST}2", f"{LAST}4"], UNIFORM, 4, "the 2 layers of pipeline stage 0; use 2"),
+    (7, [EMBEDDING], UNIFORM, 2, "the 3 layers of pipeline stage 0; use 1"),
+    (7, [LOSS], UNIFORM, 2, "the 3 layers of pipeline stage 1; use 1"),
+    (7, [VPP2, EMBEDDING], UNIFORM, 2, "the 1 layers of pipeline stage 0, chunk 0; use 1"),
+    (8, [VPP2], UNIFORM, 2, None),
+    (5, [], UNIFORM, 2, None),  # five layers on two stages: said already
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("layers, split, method, each, end", UNITS)
+def test_what_is_recomputed_at_once_fits_every_chunk_of_every_stage(layers, split, method, each, end):
+    words = ["trainer.recompute_granularity=full", f"trainer.recompute_method={method}", *split]
+    words += [f"trainer.recompute_num_layers={each}", "parallel.pipeline_model_parallel_size=2"]
+    said = problems("full_recompute_fits_every_chunk", *words, f"model.num_layers={layers}")
+    assert len(said) == bool(end) and all(text.endswith(end) for text in said), said
+
+
+UNRANKED = ["parallel.tensor_model_parallel_size=2", "trainer.devices=3"]
+
+
 @pytest.mark.parametrize(
-    "layout, each, refused",
+    "rule, overrides",
     [
-        ("Ettt|tt|t|tL", 1, False),
-        ("Ettt|tt|t|tL", 2, True),  # the first stage has a chunk of 1
-        ("Ettt|t|ttt|tL", 2, True),  # and here the second alone
-        ("Ettt|tt|ttt|ttL", 2, False),
+        ("batch_over_ranks", ["trainer.global_batch_size=18"]),
+        ("virtual_pipeline_needs_pipeline", ["parallel.pipeline_model_parallel_size=2", VPP2]),
+        ("optimizer_instances_divide", ["parallel.num_distributed_optimizer_instances=5"]),
+        ("rampup_reaches_the_batch", ["trainer.rampup_batch_size=[5,3,9]"]),
     ],
 )
-def test_blocks_that_are_recomputed_fit_the_smallest_chunk(layout, each, refused):
-    words = ["trainer.recompute_granularity=full", "trainer.recompute_method=block", f"{LAYOUT}'{layout}'"]
-    words += [f"trainer.recompute_num_layers={each}", "parallel.pipeline_model_parallel_size=2"]
-    words += [f"model.num_layers={layout.count('t')}"]
-    assert bool(problems("full_recompute_is_complete", *words)) is refused
+def test_of_ranks_that_do_not_fit_nothing_follows(rule, overrides):
+    assert problems("dense_ranks", *UNRANKED, *overrides) and problems(rule, *UNRANKED, *overrides) == []
+
+
+NAMED = [  # prefixes, and the pair that is one
+    (["corpus", "corpus"], ("corpus", "corpus")),
+    (["3", "corpus", "1", "other", "1", "corpus"], ("corpus", "corpus")),
+    (["corpus", "corpus/"], ("corpus", "corpus/")),
+    (["corpus", f"{os.getcwd()}/corpus"], ("corpus", f"{os.getcwd()}/corpus")),
+    (["../corpus", "a/../../corpus"], ("../corpus", "a/../../corpus")),
+    (["corpus", "a/corpus", "corpus2", "Corpus"], None),
+]
+
+
+@pytest.mark.parametrize("prefixes, pair", NAMED)
+def test_a_prefix_that_is_there_twice_is_found_however_it_is_spelled(prefixes, pair):
+    said = problems("data_is_named_once", data={"kind": DataKind.indexed, "data_path": prefixes})
+    assert [text.split(",")[0] for text in said] == ([f"data.data_path has {pair[0]} and {pair[1]}"] if pair else [])
+    assert problems("data_is_named_once", data={"data_path": prefixes}) == []  # of another kind: it reads none
 
 
 def test_a_state_may_fill_the_device_and_not_a_byte_more():

@@ -226,11 +226,34 @@ def test_the_balance_is_near_1_before_anything_is_learnt(router, tmp_path):
     assert records(directory)[0]["load_balancing_loss"] == pytest.approx(1.0, abs=0.1)
 
 
+DROPPED = [EP + "2", "checkpoint=none", "trainer.max_steps=1"]
+
+
 def test_dropped_tokens_are_not_counted_padded_or_not(tmp_path):
     counts = []
     for name in ("drop", "drop_and_pad"):
-        words = [f"dispatcher={name}", "dispatcher.moe_expert_capacity_factor=0.75", "trainer.max_steps=1"]
-        directory, _ = start(tmp_path / name, *words, "checkpoint=none")
-        counts.append(records(directory)[0]["tokens_per_expert"])
+        words = [f"dispatcher={name}", "dispatcher.moe_expert_capacity_factor=0.75"]
+        directory, _ = start(tmp_path / name, *words, *DROPPED)
+        (record,) = [record for record in records(directory) if "lm_loss" in record]
+        counts.append(record["tokens_per_expert"])
+        routed, left = 4 * 8 * 32 * 2, sum(map(sum, counts[-1]))  # layers, sequences, their tokens, experts of each
+        assert record["token_drop_rate"] == pytest.approx((routed - left) / routed) and left < routed
+        head, *lines = (tmp_path / name / "ranks" / "rank_0.log").read_text().split("lm_loss")[1].splitlines()
+        assert head.endswith(" dropped") and lines[0].endswith(f" {(routed - left) / routed:.2%}")
     assert counts[0] == counts[1]
     assert all(sum(layer) < 8 * 32 * 2 for layer in counts[0])
+
+
+def test_the_part_that_is_dropped_is_of_all_ranks_and_of_the_batch_of_the_step(tmp_path):
+    """Of room for one token an expert each rank's microbatch keeps eight rows at most; of room for all, all."""
+    layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+    ramp = ["trainer.rampup_batch_size=[4,4,4]", "trainer.max_steps=2", "checkpoint=none"]
+    least = ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.1", *layout, *ramp]
+    directory, _ = start(tmp_path / "least", *least)
+    steps = [record for record in records(directory) if "lm_loss" in record]
+    for record, sequences in zip(steps, (4, 8), strict=True):
+        routed, left = 4 * sequences * 32 * 2, sum(map(sum, record["tokens_per_expert"]))
+        assert record["token_drop_rate"] == pytest.approx(1 - left / routed) and 0.85 < record["token_drop_rate"] < 1
+    directory, _ = start(tmp_path / "all", "dispatcher=drop", "dispatcher.moe_expert_capacity_factor=4", *DROPPED)
+    (record,) = [record for record in records(directory) if "lm_loss" in record]
+    assert record["token_drop_rate"] == 0

@@ -17,6 +17,7 @@ from mixtrain import model, optimizer, ranks
 from mixtrain.errors import FINISHED
 from mixtrain.plan import Plan, batch_size_at, samples_before
 from mixtrain.run import run
+from mixtrain.schedule import phases, rate
 
 STEPS, WARMUP, DECAY = 24, 4, 20  # four steps beyond the decay
 TOP, BOTTOM = 1e-3, 1e-4
@@ -87,8 +88,38 @@ def test_the_learning_rate_of_every_step_follows_the_formula_of_its_style(style,
         rates.append(weights.param_groups[0]["lr"])
         scheduler.step(increment=1)
     assert rates == pytest.approx([STYLES[style](done, steps) for done in range(STEPS)], rel=1e-9)
+    assert rates == pytest.approx([rate(plan.config.optimizer, done) for done in range(STEPS)], rel=1e-12)
     assert max(rates) == pytest.approx(TOP)
     assert len(set(rates)) > 1 or (style, steps) == ("constant", 0)
+
+
+@pytest.mark.parametrize(
+    "style, steps, words, expected",
+    [
+        ("cosine", 24, [], [("warm-up", 4), ("cosine decay", 16), ("min_lr", 4)]),
+        ("cosine", 20, [], [("warm-up", 4), ("cosine decay", 16)]),
+        ("linear", 10, [], [("warm-up", 4), ("linear decay", 6)]),
+        ("linear", 4, [], [("warm-up", 4)]),
+        ("constant", 24, [], [("warm-up", 4), ("constant", 20)]),
+        ("constant", 24, ["optimizer.lr_warmup_steps=0"], [("constant", 24)]),
+        ("WSD linear", 24, [], [("warm-up", 4), ("constant", 8), ("linear decay", 8), ("min_lr", 4)]),
+        ("WSD linear", 14, [], [("warm-up", 4), ("constant", 8), ("linear decay", 2)]),
+    ],
+    ids=str,
+)
+def test_the_phases_of_a_schedule_are_those_of_the_run(style, steps, words, expected):
+    plan = plan_of(*style_words(style), f"optimizer.lr_warmup_steps={WARMUP}", *words, f"trainer.max_steps={steps}")
+    assert phases(plan.config) == expected
+    assert sum(count for _, count in expected) == steps
+
+
+def test_a_run_that_ends_in_its_warmup_is_warned_of():
+    words = [*style_words("cosine"), f"optimizer.lr_warmup_steps={WARMUP}"]
+    assert plan_of(*words, f"trainer.max_steps={WARMUP + 1}").warnings == ()
+    assert plan_of(*words, f"trainer.max_steps={WARMUP}").warnings == (
+        "optimizer.lr_warmup_steps = 4, but the run ends at trainer.max_steps = 4: no step has optimizer.lr ="
+        " 1.00e-03, the last one has 7.50e-04",
+    )
 
 
 def test_a_schedule_without_a_length_is_as_long_as_the_run_and_always_longer_than_its_warmup():

@@ -44,10 +44,22 @@ READING = ["tests/test_evil_pickles.py", "tests/test_safe_reading.py"]
 MODULES = {  # and the tests that are to notice a fault, of which those that start processes are left out
     **{
         f"rules/{name}": RULES
-        for name in ("__init__", "experts", "implementation", "layout", "nearest", "training", "upstream")
+        for name in (
+            "__init__",
+            "data",
+            "experts",
+            "implementation",
+            "layout",
+            "memory",
+            "nearest",
+            "training",
+            "upstream",
+        )
     },
+    "rules/unread": [*RULES, "tests/test_unread.py"],
     "rules/launcher": [*RULES, "tests/launch/test_cluster.py"],
     "plan": ["tests/test_plan.py", "tests/test_plan_edges.py"],
+    "activations": [*RULES, "tests/test_plan.py"],
     "costs": ["tests/test_costs.py", "tests/test_plan.py", "tests/test_plan_edges.py"],
     "pipeline": ["tests/test_pipeline.py"],
     "checkpoint/boxes": ["tests/test_checkpoint_directory.py"],

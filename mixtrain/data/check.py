@@ -5,6 +5,8 @@ file or key and both numbers. Sizes, headers and JSON take milliseconds, every e
 """
 
 import math
+import os
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
@@ -44,7 +46,7 @@ def check_files(
         prefixes, _ = parse_blend(data_path)
     except UserError as error:
         return [*error.problems, *_tokenizer_problems(tokenizer_dir, vocab_size)]
-    problems = []
+    problems = list(named_twice({prefix: _file_of(prefix) for prefix in prefixes}, prefixes))
     for prefix in prefixes:
         problems += _index_problems(prefix, split, samples or (1, 0, 0), seq_length, every_entry)
         problems += _sidecar_problems(prefix, tokenizer_dir, vocab_size)
@@ -81,6 +83,27 @@ def parse_blend(data_path: list[str]) -> tuple[list[str], list[float] | None]:
         if not (math.isfinite(weight) and weight > 0):
             raise UserError(f"data.data_path: the weight {weight} of {prefix} must be above 0; leave the prefix out")
     return entries[1::2], weights
+
+
+def named_twice(data: dict[str, Hashable], prefixes: list[str]) -> Iterator[str]:
+    """What is wrong where two of the prefixes stand for the same data, by what each stands for."""
+    first: dict[Hashable, str] = {}
+    for prefix in prefixes:
+        if (before := first.get(data[prefix])) is not None:
+            yield (
+                f"data.data_path has {before} and {prefix}, which are the same data: its samples would be trained on"
+                " twice; leave one out, and give weights where one is to be read more often"
+            )
+        first.setdefault(data[prefix], prefix)
+
+
+def _file_of(prefix: str) -> Hashable:
+    """The file that holds a prefix's tokens, whatever leads to it; the prefix itself where there is none."""
+    try:
+        found = os.stat(f"{prefix}.bin")
+    except OSError:
+        return prefix
+    return found.st_dev, found.st_ino
 
 
 def _number(entry: str) -> float | None:

@@ -7,12 +7,22 @@ the nearest legal value; RULES lists them all and every one has a test. Rules ab
 from __future__ import annotations
 
 from mixtrain.plan import Plan
-from mixtrain.rules import experts, extra, implementation, launcher, layout, paths, training, upstream
+from mixtrain.rules import (
+    data,
+    experts,
+    extra,
+    implementation,
+    launcher,
+    layout,
+    memory,
+    paths,
+    training,
+    unread,
+    upstream,
+)
 
-RULES = [
-    *paths.RULES, *layout.RULES, *implementation.RULES, *experts.RULES, *training.RULES, *extra.RULES, *upstream.RULES,
-    *launcher.RULES,
-]  # fmt: skip
+PARTS = (paths, layout, memory, implementation, experts, unread, training, extra, data, upstream, launcher)
+RULES = [rule for part in PARTS for rule in part.RULES]
 
 
 def broken_rules(plan: Plan) -> list[str]:

@@ -59,12 +59,14 @@ def sinkhorn_drops_nothing(plan: Plan) -> Problems:
     if Balancing.sinkhorn in _types(plan) and capacity is not None:
         yield (
             "router.moe_router_load_balancing_type = sinkhorn takes no dispatcher.moe_expert_capacity_factor"
-            f" = {capacity}; use null"
+            f" = {capacity}; use dispatcher.moe_expert_capacity_factor=null"
         )
 
 
 def expert_bias_has_sigmoid(plan: Plan) -> Problems:
     router = plan.config.router
+    if Balancing.sinkhorn in _types(plan):  # reads neither: unread.py
+        return
     if router.moe_router_enable_expert_bias and router.moe_router_score_function is not ScoreFunction.sigmoid:
         yield (
             "router.moe_router_enable_expert_bias = true needs router.moe_router_score_function = sigmoid,"
@@ -114,7 +116,10 @@ def flex_has_its_ranks(plan: Plan) -> Problems:
         yield "dispatcher.moe_token_dispatcher_type = flex needs ETP*EP of 2 or more, not 1; use dispatcher=alltoall"
     padded = dispatcher.moe_pad_expert_input_to_capacity
     if padded and dispatcher.moe_flex_dispatcher_backend is FlexBackend.deepep:
-        yield "dispatcher.moe_pad_expert_input_to_capacity = true: deepep cannot pad; use hybridep or false"
+        yield (
+            "dispatcher.moe_pad_expert_input_to_capacity = true: deepep cannot pad; use"
+            " dispatcher.moe_flex_dispatcher_backend=hybridep, or false"
+        )
 
 
 def shared_expert_overlap_has_one(plan: Plan) -> Problems:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from mixtrain import pipeline
 from mixtrain.config import Accelerator
-from mixtrain.costs import GIB
 from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
 from mixtrain.plan import Plan, dense_grid, expert_grid
-from mixtrain.rules.nearest import Problems, batch_sizes, must_divide, near_multiples, world_words
+from mixtrain.rules.nearest import (
+    Problems,
+    batch_sizes,
+    dense_ranks_fit,
+    must_divide,
+    must_divide_each,
+    near_multiples,
+    ranks_fit,
+    world_words,
+)
 
 
 def dense_ranks(plan: Plan) -> Problems:
@@ -36,8 +44,11 @@ def experts_over_ranks(plan: Plan) -> Problems:
 def heads_over_tensor_ranks(plan: Plan) -> Problems:
     tp, model = plan.config.parallel.tensor_model_parallel_size, plan.config.model
     key = "parallel.tensor_model_parallel_size"
-    yield from must_divide(key, tp, "model.num_attention_heads", model.num_attention_heads)
-    yield from must_divide(key, tp, "model.num_query_groups", model.num_query_groups)
+    yield from must_divide_each(
+        key,
+        tp,
+        {"model.num_attention_heads": model.num_attention_heads, "model.num_query_groups": model.num_query_groups},
+    )
 
 
 def vocabulary_over_tensor_ranks(plan: Plan) -> Problems:
@@ -75,7 +86,7 @@ def expert_ffn_over_tensor_ranks(plan: Plan) -> Problems:
 
 def batch_over_ranks(plan: Plan) -> Problems:
     batch, micro, dp = batch_sizes(plan)
-    if plan.world_size % dense_grid(plan.config) == 0 and batch % (micro * dp):
+    if dense_ranks_fit(plan) and batch % (micro * dp):
         yield (
             f"trainer.global_batch_size = {batch} must be a multiple of trainer.micro_batch_size * data parallel size"
             f" = {micro}*{dp} = {micro * dp}; use {near_multiples(batch, micro * dp)}"
@@ -107,7 +118,7 @@ def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
             f"parallel.virtual_pipeline_model_parallel_size = {vpp} needs parallel.pipeline_model_parallel_size"
             " of 2 or more, not 1; use null"
         )
-    elif plan.num_microbatches % pp:
+    elif dense_ranks_fit(plan) and plan.num_microbatches % pp:
         yield (
             f"virtual pipeline: {plan.num_microbatches} microbatches a step must be a multiple of"
             f" parallel.pipeline_model_parallel_size = {pp}; use trainer.global_batch_size ="
@@ -118,13 +129,12 @@ def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
 def optimizer_instances_divide(plan: Plan) -> Problems:
     parallel, key = plan.config.parallel, "parallel.num_distributed_optimizer_instances"
     instances = parallel.num_distributed_optimizer_instances
-    if instances == 1:
+    if instances == 1 or not ranks_fit(plan):
         return
     if not plan.config.optimizer.use_distributed_optimizer:
         yield f"{key} = {instances} needs optimizer.use_distributed_optimizer = true; it is false"
     edp, dense = plan.expert_data_parallel_size, plan.data_parallel_size * parallel.context_parallel_size
-    yield from must_divide(key, instances, "expert data parallel size", edp)
-    yield from must_divide(key, instances, "data parallel size * CP", dense)
+    yield from must_divide_each(key, instances, {"expert data parallel size": edp, "data parallel size * CP": dense})
 
 
 def cpu_run_fits_a_laptop(plan: Plan) -> Problems:
@@ -132,16 +142,6 @@ def cpu_run_fits_a_laptop(plan: Plan) -> Problems:
         yield (
             f"this layout takes {plan.world_size} ranks; on the CPU mixtrain starts at most {LAPTOP_RANKS}."
             f" The nearest layout: {nearest_layout(plan.config)}"
-        )
-
-
-def state_fits_the_device(plan: Plan) -> Problems:
-    memory = plan.config.trainer.device_memory_gib
-    if memory is not None and plan.state_bytes > memory * GIB:
-        yield (
-            f"a rank of pipeline stage {plan.heaviest_stage} holds {plan.state_bytes / GIB:.1f} GiB of weights,"
-            f" gradients and optimizer state, more than trainer.device_memory_gib = {memory:g}; use more nodes or a"
-            " larger pipeline, or null to try all the same"
         )
 
 
@@ -160,5 +160,4 @@ RULES = [
     virtual_pipeline_needs_pipeline,
     optimizer_instances_divide,
     cpu_run_fits_a_laptop,
-    state_fits_the_device,
 ]

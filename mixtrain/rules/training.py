@@ -1,14 +1,15 @@
-"""Rules about data, precision, recompute, the optimizer and the schedule. No torch."""
+"""Rules about precision, recompute, the optimizer and the schedule. No torch."""
 
 from __future__ import annotations
 
+import math
 from difflib import get_close_matches
 
+from mixtrain import pipeline
 from mixtrain.checkpoint import forward
 from mixtrain.classes import FORWARD
 from mixtrain.config import (
     Accelerator,
-    DataKind,
     DecayStyle,
     Granularity,
     OptimizerName,
@@ -17,10 +18,16 @@ from mixtrain.config import (
     Sharding,
     TransformerImpl,
 )
-from mixtrain.data.check import split_weights
-from mixtrain.errors import UserError
 from mixtrain.plan import Plan
-from mixtrain.rules.nearest import Problems, must_divide, near_divisors, near_multiples
+from mixtrain.rules.nearest import (
+    Problems,
+    batch_sizes,
+    dense_ranks_fit,
+    must_divide,
+    near_divisors,
+    near_multiples,
+    nearest,
+)
 
 OFFLOAD_MODULES = ("attn_norm", "attn_proj", "core_attn", "expert_fc1", "mlp_norm", "moe_act", "qkv_linear")
 SELECTIVE_MODULES = ("core_attn", "layernorm", "moe", "moe_act", "shared_experts")
@@ -44,12 +51,6 @@ def acknowledged_differences_are_keys(plan: Plan) -> Problems:
             f"{forward.KEY} has {key}; {f'did you mean {near[0]}? ' if near else ''}the keys are"
             f" {forward.EXTRA}FIELD, {', '.join(FORWARD)}"
         )
-
-
-def sequence_within_positions(plan: Plan) -> Problems:
-    length, positions = plan.config.data.seq_length, plan.config.model.max_position_embeddings
-    if length > positions:
-        yield f"data.seq_length = {length} must be at most model.max_position_embeddings = {positions}"
 
 
 def overlap_needs_its_parts(plan: Plan) -> Problems:
@@ -78,17 +79,34 @@ def full_recompute_is_complete(plan: Plan) -> Problems:
             yield f"trainer.recompute_granularity = full needs trainer.{key}; it is null, uniform and 1 recompute all"
         if not full and value is not None:
             yield f"trainer.{key} is set, but only trainer.recompute_granularity = full uses it; use null"
-    each, chunk = trainer.recompute_num_layers, min(min(row) for row in plan.layers)
-    if (
-        full
-        and each
-        and chunk > 0
-        and (chunk % each if trainer.recompute_method is RecomputeMethod.uniform else each > chunk)
-    ):
-        yield (
-            f"trainer.recompute_num_layers = {each} does not fit the {chunk} layers of a pipeline chunk;"
-            f" use {near_divisors(each, chunk)}"
-        )
+
+
+def full_recompute_fits_every_chunk(plan: Plan) -> Problems:
+    """Uniform units fill a chunk: 0.16 runs beyond its last layer (0.19 cuts the last unit: a recipe is for both).
+
+    Block counts layers of each chunk. A chunk without layers recomputes none.
+    """
+    trainer, each = plan.config.trainer, plan.config.trainer.recompute_num_layers
+    if pipeline.problems(plan.config.parallel, plan.config.model.num_layers):
+        return
+    if trainer.recompute_granularity is not Granularity.full or not each:
+        return
+    uniform = trainer.recompute_method is RecomputeMethod.uniform
+    chunks = [
+        (count, stage, chunk) for stage, row in enumerate(plan.layers) for chunk, count in enumerate(row) if count
+    ]
+    wrong = [place for place in chunks if (place[0] % each if uniform else each > place[0])]
+    if not wrong:
+        return
+    count, stage, chunk = wrong[0]
+    where = f" of pipeline stage {stage}" if len(plan.layers) > 1 else ""
+    where += f", chunk {chunk}" if len(plan.layers[0]) > 1 else ""
+    counts = [place[0] for place in chunks]
+    use = near_divisors(each, math.gcd(*counts)) if uniform else min(counts)
+    yield (
+        f"trainer.recompute_num_layers = {each} does not fit the {count} layers{where}"
+        f"{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}; use {use}"
+    )
 
 
 def selective_recompute_names_modules(plan: Plan) -> Problems:
@@ -135,11 +153,15 @@ def offload_needs_transformer_engine(plan: Plan) -> Problems:
             "trainer.fine_grained_activation_offloading = true needs model.transformer_impl = transformer_engine,"
             f" not {model.transformer_impl.name}"
         )
-    if modules and trainer.recompute_granularity is Granularity.full:
-        yield "trainer.fine_grained_activation_offloading = true has nothing to offload under full recompute; use null"
-    if (modules or optimizer.optimizer_cpu_offload) and trainer.accelerator is Accelerator.cpu:
-        key = "trainer.fine_grained_activation_offloading" if modules else "optimizer.optimizer_cpu_offload"
-        yield f"{key} = true moves memory off a GPU, but trainer.accelerator = cpu; use false"
+    offloads = trainer.fine_grained_activation_offloading
+    if offloads and trainer.recompute_granularity is Granularity.full:
+        yield "trainer.fine_grained_activation_offloading = true has nothing to offload under full recompute; use false"
+    for key, on in (
+        ("trainer.fine_grained_activation_offloading", offloads),
+        ("optimizer.optimizer_cpu_offload", optimizer.optimizer_cpu_offload),
+    ):
+        if on and trainer.accelerator is Accelerator.cpu:
+            yield f"{key} = true moves memory off a GPU, but trainer.accelerator = cpu; use false"
 
 
 def optimizer_offload_is_whole(plan: Plan) -> Problems:
@@ -181,48 +203,33 @@ def fsdp_saves_nothing_yet(plan: Plan) -> Problems:
 
 
 def rampup_reaches_the_batch(plan: Plan) -> Problems:
+    """Every batch of the ramp must be what the whole one must: batch_over_ranks, virtual_pipeline_needs_pipeline."""
     trainer, key = plan.config.trainer, "trainer.rampup_batch_size"
     if trainer.rampup_batch_size is None:
         return
     if len(trainer.rampup_batch_size) != 3 or min(trainer.rampup_batch_size) < 1:
         yield f"{key} = {list(trainer.rampup_batch_size)} must be [first batch, increment, samples], all 1 or more"
         return
-    first, increment, _ = trainer.rampup_batch_size
-    whole, unit = trainer.global_batch_size, trainer.micro_batch_size * plan.data_parallel_size
-    if first >= whole:
-        yield f"{key}: its first batch {first} must be below trainer.global_batch_size = {whole}"
-    elif (whole - first) % increment:
-        yield (
-            f"{key}: its increment {increment} must divide trainer.global_batch_size - {first} = {whole - first};"
-            f" use {near_divisors(increment, whole - first)}"
-        )
-    for name, size in (("first batch", first), ("increment", increment)):
-        if size % unit:
-            yield (
-                f"{key}: its {name} {size} must be a multiple of trainer.micro_batch_size * data parallel size ="
-                f" {unit}; use {near_multiples(size, unit)}"
-            )
-
-
-def data_has_its_source(plan: Plan) -> Problems:
-    data = plan.config.data
-    if data.kind is DataKind.indexed and not data.data_path:
-        yield "data.kind = indexed needs data.data_path=[PREFIX]; it is empty"
-    if data.kind is DataKind.indexed and not data.tokenizer:
-        yield "data.kind = indexed needs data.tokenizer=DIRECTORY; it is null"
-    if data.kind is not DataKind.indexed and data.data_path:
-        yield f"data.data_path is set, but data.kind = {data.kind.name} reads no files; type data=indexed"
-
-
-def split_has_three_parts(plan: Plan) -> Problems:
-    split = plan.config.data.split
-    try:
-        _, validation, _ = split_weights(split)
-    except UserError as error:
-        yield from error.problems
+    (first, increment, _), (whole, micro, dp) = trainer.rampup_batch_size, batch_sizes(plan)
+    unit, name = micro * dp, "trainer.micro_batch_size * data parallel size"
+    if plan.config.parallel.virtual_pipeline_model_parallel_size:
+        unit *= plan.config.parallel.pipeline_model_parallel_size
+        name += " * PP of a virtual pipeline"
+    if whole % unit or not dense_ranks_fit(plan):  # said already, and there is no ramp to a batch that cannot be
         return
-    if validation == 0 and plan.config.trainer.limit_val_batches:
-        yield f'data.split = "{split}" leaves nothing to validate on; use trainer.limit_val_batches=0 or a second part'
+    use = nearest(first, range(unit, whole, unit)) or "null"
+    if first >= whole:
+        yield f"{key}: its first batch {first} must be below trainer.global_batch_size = {whole}; use {use}"
+    elif first % unit:
+        yield f"{key}: its first batch {first} must be a multiple of {name} = {unit}; use {use}"
+    elif (rest := whole - first) % increment or increment % unit:
+        use = nearest(increment, [size for size in range(unit, rest + 1, unit) if rest % size == 0])
+        breach = (
+            f"divide trainer.global_batch_size - {first} = {rest}"
+            if rest % increment
+            else f"be a multiple of {name} = {unit}"
+        )
+        yield f"{key}: its increment {increment} must {breach}; use {use}"
 
 
 def schedule_is_complete(plan: Plan) -> Problems:
@@ -257,14 +264,12 @@ RULES = [
     groups_of_heads,
     heads_can_rotate,
     acknowledged_differences_are_keys,
-    sequence_within_positions,
     overlap_needs_its_parts,
     distributed_optimizer_is_adam,
     full_recompute_is_complete,
+    full_recompute_fits_every_chunk,
     selective_recompute_names_modules,
     fp8_needs_transformer_engine,
-    data_has_its_source,
-    split_has_three_parts,
     offload_needs_transformer_engine,
     optimizer_offload_is_whole,
     fsdp_has_what_it_needs,

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -31,7 +32,19 @@ def only(problems: list[str]) -> str:
 
 def test_good_data_has_no_problem(indexed, tokenizer):
     assert check_files([indexed], tokenizer, 512, "80,10,10", (10, 10, 10)) == []
-    assert check_files(["0.3", indexed, "0.7", indexed], tokenizer, 600) == []
+
+
+def test_two_names_of_one_file_are_found_through_any_link(indexed, copied, tokenizer, tmp_path):
+    assert check_files(["0.3", indexed, "0.7", copied], tokenizer, 600) == []  # a copy cannot be told from other data
+    for number, link in enumerate((os.symlink, os.link)):
+        other = str(tmp_path / f"link{number}")
+        for suffix in (".bin", ".idx", ".json"):
+            link(f"{copied}{suffix}", f"{other}{suffix}")
+        assert only(check_files([copied, other], tokenizer, 512)).startswith(
+            f"data.data_path has {copied} and {other}, which are the same data"
+        )
+    (tmp_path / "there").symlink_to(tmp_path)
+    assert len(check_files([copied, f"{tmp_path}/there/copy", indexed], tokenizer, 512)) == 1
 
 
 def test_files_that_are_missing_are_named(copied, tokenizer):
