@@ -110,17 +110,10 @@ def most_kept(plan: Plan, me) -> tuple[int, int]:
         weights = [p for chunk in training.chunks for p in chunk.parameters()]
         kept = Kept({parameter.untyped_storage().data_ptr() for parameter in weights})
         model.token_losses = losses_that_keep(kept, model.token_losses)
-        streams = [iter(batches(plan)) for _ in training.chunks]
+        streams = [iter(random_batches(plan, 1)) for _ in training.chunks]
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda held: held.tensor):
             loop.train_step(plan, here, training, streams, StopRequest(), 1, plan.config.trainer.global_batch_size)
         return parallel_state.get_pipeline_model_parallel_rank(), kept.most
-
-
-def batches(plan: Plan) -> list[dict[str, torch.Tensor]]:
-    """Those of one sequence, put together to microbatches."""
-    made, size = random_batches(plan, plan.config.trainer.micro_batch_size), plan.config.trainer.micro_batch_size
-    parts = [made[first : first + size] for first in range(0, len(made), size)]
-    return [{name: torch.cat([part[name] for part in group]) for name in group[0]} for group in parts]
 
 
 @pytest.mark.parametrize("name", RUNS)

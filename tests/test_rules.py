@@ -20,7 +20,6 @@ INDEXED = "data=indexed data.seq_length=128 data.data_path=[corpus] data.tokeniz
 TE = "model.transformer_impl=transformer_engine"
 LOCAL = "model.transformer_impl=local model.moe_grouped_gemm=false"
 SHARED = "model.moe_shared_expert_intermediate_size=256"
-VPP = "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
 ALL_KEPT = "trainer.recompute_granularity=null trainer.recompute_method=null trainer.recompute_num_layers=null"
 ALL_AGAIN = "trainer.recompute_granularity=full and trainer.recompute_method=uniform and trainer.recompute_num_layers=1"
 TRY = "trainer.device_memory_gib=null to try all the same"
@@ -237,7 +236,7 @@ CASES = [
     ("extra_fields_do_something", "model.extra.window_size=[128,0]",
      ["model.extra.window_size = [128,0] needs model.transformer_impl = transformer_engine", "use null"]),
     ("groups_of_microbatches_fit",
-     f"{VPP} trainer.global_batch_size=32 model.extra.microbatch_group_size_per_vp_stage=1",
+     f"{INTERLEAVED} trainer.global_batch_size=32 model.extra.microbatch_group_size_per_vp_stage=1",
      ["model.extra.microbatch_group_size_per_vp_stage = 1 must be from PP = 2 to the 4 microbatches", "leave it out"]),
     ("one_expert_needs_pre_softmax", "model.moe_router_topk=1",
      ["model.moe_router_topk = 1", "router.moe_router_pre_softmax=true", "2 or more experts"]),
@@ -377,7 +376,7 @@ LEGAL = [
     "model.attention_backend=flash",
     "trainer.recompute_granularity=selective trainer.recompute_modules=[moe_act]",
     "model.extra.window_size=null",
-    f"{VPP} model.extra.microbatch_group_size_per_vp_stage=2 model.extra.overlap_p2p_comm=true",
+    f"{INTERLEAVED} model.extra.microbatch_group_size_per_vp_stage=2 model.extra.overlap_p2p_comm=true",
     f"{TE} model.extra.window_size=[128,0]",
     "optimizer.overlap_param_gather=true optimizer.overlap_grad_reduce=true",
     "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2",
@@ -418,11 +417,12 @@ LEGAL = [
 RULE = {rule.__name__: rule for rule in RULES}
 KEY = re.compile(rf"\b(?:{'|'.join(vars(config_of()))})\.\w+(?:\.\w+)?")
 TYPED = re.compile(r"([a-z]\w*(?:\.\w+)*) ?= ?(\S+)")  # key=value, or group=option
-VALUE = re.compile(r"(?:at least )?(\d+|null|true|false|auto|softmax|none)\b")
+VALUE = re.compile(r"(?:at least )?(\d+|null|true|false|auto|softmax|none|vanilla)\b")
 # what a hint says in words, where no single value is the answer
 PROSE = {
     "minutes (90), 12:00:00 (hours)", "2-00:00:00 (days)", "more experts a token", "more nodes", "a larger pipeline",
     "a second part", "more TP", "CP", "none alone", "only auxiliary losses", "both", "neither",
+    "the whole path, in a shell $HOME/tokens",
 }  # fmt: skip
 
 
