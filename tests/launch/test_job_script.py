@@ -68,7 +68,7 @@ def test_the_same_is_rendered_twice_alike_and_a_moment_is_pinned():
     assert rendered(*WORDS) == rendered(*WORDS)
     words = [*WORDS, "run_dir='runs/${now:%f}'"]
     plan = plan_of(*WORDS, "run_dir=runs/123")
-    assert script.pinned(words, "runs/123")[-1] == "run_dir='runs/123'"
+    assert script.pinned(words, plan.config) == [*WORDS, "run_dir='runs/123'"]
     assert script.render(plan, words, HERE).count("runs/123") == 2  # for Slurm's log, and pinned
 
 
