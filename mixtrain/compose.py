@@ -249,7 +249,10 @@ def _resolve_hydra(tree: DictConfig) -> list[str]:
                     f"{key} = {raw} has no value here; ${{hydra:job.num}} is the number of a job of --multirun"
                 )
             elif names:
-                OmegaConf.update(tree, key, OmegaConf.select(tree, key), merge=False)
+                value = OmegaConf.select(tree, key)
+                if OmegaConf.is_config(value):
+                    value = OmegaConf.to_container(value, resolve=True)
+                OmegaConf.update(tree, key, value, merge=False)
         except OmegaConfBaseException as error:
             problems.append(f"{key} = {raw} cannot be resolved: {str(error).splitlines()[0]}")
     return problems

@@ -31,9 +31,6 @@ class Forgiving(io.FileIO):
         super().__init__(descriptor, "w", closefd=False)
         self.pipe, self.is_lost = pipe, False
 
-    def isatty(self) -> bool:
-        return not self.is_lost and super().isatty()  # nobody watches a bar there any more
-
     def write(self, data) -> int:
         try:
             while (written := super().write(data)) is None:  # another program has set it to not wait
@@ -105,19 +102,31 @@ def forgive(log: str | Path | None = None) -> None:
         os.set_inheritable(pipe, False)
     for descriptor, name, spill in ((1, "stdout", None), (2, "stderr", pipe)):
         stream = getattr(sys, name)
-        if raw_of(stream) is not None:
+        if stream is None:
+            _break(descriptor)
+        elif raw_of(stream) or not _is(stream, descriptor):
             continue
-        if stream is None:  # closed from the start: as a pipe that nobody reads, also for the ranks that inherit it
-            unread, ours = os.pipe()
-            os.close(unread)
-            os.dup2(ours, descriptor)
-            os.close(ours)
         else:
             with contextlib.suppress(OSError):
                 stream.flush()
         encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
-        raw = io.BufferedWriter(Forgiving(descriptor if stream is None else stream.fileno(), spill))
+        raw = io.BufferedWriter(Forgiving(descriptor, spill))
         setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=True))
+
+
+def _break(descriptor: int) -> None:
+    """A stream that was closed from the start is as a pipe that nobody reads, also for the ranks that inherit it."""
+    unread, ours = os.pipe()
+    os.close(unread)
+    os.dup2(ours, descriptor)
+    os.close(ours)
+
+
+def _is(stream, descriptor: int) -> bool:
+    """Whether the stream is that file; else it is somebody's own, who wants to have what is printed."""
+    with contextlib.suppress(OSError, ValueError):
+        return stream.fileno() == descriptor
+    return False
 
 
 def look() -> None:
