@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,6 +12,7 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mixtrain.config import OptimizerConfig as Settings
 from mixtrain.config import plain
 from mixtrain.plan import Plan
 
@@ -40,7 +41,7 @@ def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
         optimizer = ChainedOptimizer([optimizer])
     fuse(optimizer)
     config.grad_scale_func = optimizer.scale_loss
-    return Training(chunks, optimizer, build_scheduler(plan, optimizer))
+    return Training(chunks, optimizer, build_scheduler(plan.config.optimizer, optimizer))
 
 
 def reduced(plan: Plan, models: list[torch.nn.Module]) -> list[DistributedDataParallel]:
@@ -75,9 +76,19 @@ def ddp_config(plan: Plan) -> DistributedDataParallelConfig:
     )
 
 
-def build_scheduler(plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def learning_rates(settings: Settings) -> Callable[[int], float]:
+    """The learning rate of the step that follows so many steps of the schedule; AssertionError if there can be none."""
+    scheduler = build_scheduler(settings, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]))
+
+    def rate(steps: int) -> float:
+        scheduler.num_steps = steps
+        return scheduler.get_lr({})
+
+    return rate
+
+
+def build_scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Megatron-Core's schedule, counted in steps."""
-    settings = plan.config.optimizer
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
