@@ -13,10 +13,12 @@ import os
 import sys
 from contextlib import nullcontext
 
+from mixtrain import streams
 from mixtrain.environment import LAUNCHER, Identity, die_with, identity, is_started
 from mixtrain.stop import exit_on_request, note_requests
 
 if __name__ == "__main__":  # before the other imports, which take half a second
+    streams.hold()
     if not is_started():
         exit_on_request()
     elif LAUNCHER not in os.environ:  # a rank of our own launcher is ended at once before the first step
@@ -33,7 +35,12 @@ from mixtrain.machine import machine_problems
 from mixtrain.plan import Plan
 from mixtrain.preflight import recorded
 from mixtrain.report import render
-from mixtrain.run_directory import claimed, finished_already, former, shared_directories
+from mixtrain.run_directory import claimed, console_log, finished_already, former, shared_directories
+
+SWEEP = (
+    "torchrun and srun start ranks for one run; type python train.py --multirun, which starts them for each job of a"
+    " sweep, or start each job by itself"
+)
 
 
 def main(argv: list[str]) -> int:
@@ -62,11 +69,15 @@ def checked_plans(jobs: list[Composed], problems: list[str], me: Identity | None
     plans, lacking = [], []
     for job in jobs:
         plan = plan_of(job, problems, me)
+        if plan.config.trainer.mode is not Mode.plan:
+            streams.forgive()  # what it prints is not what it is for
         if me is None or me.rank == 0:
             print(render(plan), end="\n\n", flush=True)
         if plan.config.trainer.mode is not Mode.plan:
             lacking += machine_problems(plan, me, job.overrides)
             plans.append((plan, job.overrides))
+    if me is not None and len(plans) > 1:  # ranks have one place to meet, and one life of process groups
+        lacking = [f"these are {len(plans)} jobs, but {SWEEP}", *lacking]
     if lacking := [*dict.fromkeys(lacking), *shared_directories([plan for plan, _ in plans])]:
         raise UserError(*lacking)
     return plans
@@ -95,6 +106,7 @@ def was_stopped(plan: Plan) -> bool:
 
 def train(plan: Plan, me: Identity) -> int:
     """This process is a rank."""
+    streams.forgive(console_log(plan, me.rank))  # before torch is imported, whose loggers keep standard error
     # our own launcher has claimed it before it started this rank
     with claimed(plan) if me.rank == 0 and not me.is_ours else nullcontext():
         from mixtrain.run import run  # the first import of torch

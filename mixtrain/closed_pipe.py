@@ -1,7 +1,8 @@
 """What becomes of a command when nobody reads what it prints any more, as in `| head -3`. No torch.
 
 Rule: it ends as other tools of Unix do, by SIGPIPE and without a word; a shell shows exit code 141. Until then SIGPIPE
-is ignored, as Python has it: a rank whose peer has left a socket would end as well.
+is ignored, as Python has it: a rank whose peer has left a socket would end as well. A training run is another matter:
+what it prints is not what it is for, and it goes on (streams.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import select
 import signal
 import sys
 from collections.abc import Callable
+
+from mixtrain import streams
 
 
 def ended(main: Callable[..., int], *arguments: object) -> int:
@@ -36,9 +39,11 @@ def flush() -> None:
 
 
 def reader_has_gone() -> bool:
-    """Whether standard output or standard error is a pipe that nobody reads."""
+    """Whether standard output or standard error is a pipe that nobody reads, and the command ends because of it."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
+        if streams.raw_of(stream):
+            continue
         with contextlib.suppress(AttributeError, OSError, ValueError):
             poll.register(stream.fileno(), select.POLLOUT)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +26,27 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mixtrain import scratch, texts, yaml_file
 from mixtrain.characters import CONTROL, escaped
-from mixtrain.config import FREE, legal_keys, unknown_key
+from mixtrain.config import FREE, leaves, legal_keys, unknown_key
 from mixtrain.errors import UserError
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 ADDED_GROUPS = ("recipe", "shrink")  # not in config.yaml's defaults list: given with a plus
 SCENARIOS = "bench"  # a folder in conf/ that is no group
+OF_HYDRA = re.compile(r"\$\{\s*hydra\s*:\s*([\w.]*)")  # has a value only while Hydra runs
+# where Hydra would write, which does not write here: a folder that goes when all is composed, or the current one
+OUTPUT = re.compile(r"(run|sweep)\b|runtime\.output_dir$")
+DIRECTORY = "Hydra only composes here; a run writes to run_dir, a sweep's to run_dir='runs/${name}-${hydra:job.num}'"
+ONE_BY_ONE = "the jobs of a sweep run one after the other; tools/submit.py --multirun sends them to Slurm all at once"
+INSTEAD = {  # settings of Hydra that would be taken and not do what they say
+    "hydra.run.dir": DIRECTORY,
+    "hydra.sweep": DIRECTORY,
+    "hydra.output_subdir": DIRECTORY,
+    "hydra.job.chdir": DIRECTORY,
+    "hydra.launcher": ONE_BY_ONE,
+    "hydra.sweeper": "a sweep tries every combination of the values in KEY=1,2; type those, and --multirun",
+    "hydra.mode": "type --multirun for a sweep, nothing for one run",
+    "hydra.job.env_set": "it reaches no rank; set the variable in the shell",
+}
 
 
 class NamedRecipe(NamedTuple):
@@ -147,7 +163,7 @@ def _problem(override: Override, conf: Path) -> str | None:
     if not key:
         return f"{override.input_line} has no key; an override is key=value"
     if key == "hydra" or key.startswith("hydra.") or key.startswith("hydra/"):
-        return None
+        return _hydra_problem(override)
     if override.type is OverrideType.DEL:
         return f"{override.input_line}: no key can be taken away; set it to null where null is allowed"
     if key == SCENARIOS:
@@ -158,6 +174,15 @@ def _problem(override: Override, conf: Path) -> str | None:
         plain_add = override.type is OverrideType.ADD and key in legal_keys()
         return f"+{key}: the key is there already; type it without the plus" if plain_add else None
     return unknown_key(key)
+
+
+def _hydra_problem(override: Override) -> str | None:
+    """A word that Hydra would take and that would do nothing, or another thing."""
+    key = override.key_or_group.replace("/", ".")
+    if key in ("hydra.launcher", "hydra.sweeper") and override.value() == "basic":
+        return None
+    within = [name for name in INSTEAD if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
+    return f"{override.input_line}: {INSTEAD[within[0]]}" if within else None
 
 
 def _group_problem(override: Override, added: bool, conf: Path) -> str | None:
@@ -203,9 +228,7 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
             refused.append(too_large)
             return
         overrides = HydraConfig.get().overrides.task  # unresolved: the ${...} in them is the tree's
-        if "${hydra:" in str(OmegaConf.to_container(tree, resolve=False)["run_dir"]):
-            with contextlib.suppress(OmegaConfBaseException):  # Config.from_hydra says what cannot be resolved
-                tree.run_dir = tree.run_dir  # now: ${hydra:job.num} has no value once Hydra is through
+        refused.extend(_resolve_hydra(tree))
         jobs.append(Composed(tree, OmegaConf.to_container(overrides, resolve=False)))  # its recipe: below
 
     with scratch.folder() as folder:  # a sweep leaves a multirun.yaml somewhere
@@ -221,8 +244,30 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
             sys.argv = before
             print(_without_traceback(said.getvalue()), end="", file=sys.stderr)
     if refused:
-        raise UserError(*known, *refused)
+        raise UserError(*known, *dict.fromkeys(refused))
     return [job._replace(recipe=_recipe(job.overrides, conf)) for job in jobs]
+
+
+def _resolve_hydra(tree: DictConfig) -> list[str]:
+    """Give every `${hydra:...}` its value, which has none once Hydra is through; what is wrong with some."""
+    problems = []
+    for key, raw in leaves(OmegaConf.to_container(tree, resolve=False)):
+        names = OF_HYDRA.findall(str(raw))
+        try:
+            if any(OUTPUT.match(name) for name in names):
+                problems.append(f"{key} = {raw} is no place to keep anything: {DIRECTORY}")
+            elif any(OmegaConf.select(HydraConfig.get(), name) is None for name in names):
+                problems.append(
+                    f"{key} = {raw} has no value here; ${{hydra:job.num}} is the number of a job of --multirun"
+                )
+            elif names:
+                value = OmegaConf.select(tree, key)
+                if OmegaConf.is_config(value):
+                    value = OmegaConf.to_container(value, resolve=True)
+                OmegaConf.update(tree, key, value, merge=False)
+        except OmegaConfBaseException as error:
+            problems.append(f"{key} = {raw} cannot be resolved: {str(error).splitlines()[0]}")
+    return problems
 
 
 def _without_traceback(said: str) -> str:

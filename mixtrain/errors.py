@@ -34,4 +34,5 @@ def print_problems(problems, node: str = "") -> None:
     for problem in problems:
         text = escaped(problem[:SHOWN], keep="\n\t") + " ..." * (len(problem) > SHOWN)
         print(f"  - {text}", file=stream)
-    stream.flush()
+    if stream is not None:  # closed by the shell (2>&-): print has taken standard output
+        stream.flush()

@@ -73,12 +73,10 @@ class Logs:
     def say(self, line: str) -> None:
         if not self.writes:
             return
-        try:
-            self.console.print(line, soft_wrap=True, markup=False)
-            sys.stdout.flush()
-        except BrokenPipeError:  # as of `| head`: for a run as if its terminal had been closed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            os.kill(os.getpid(), signal.SIGHUP)
+        if self.progress.live.is_started and not self.console.is_terminal:  # it was one: there is no bar in a log
+            self.progress.stop()
+        self.console.print(line, soft_wrap=True, markup=False)
+        sys.stdout.flush()
 
     def begin(self, step: int) -> None:
         """Before the first step after `step`: the files, the header, and the bar where there is a terminal.

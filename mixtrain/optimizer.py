@@ -12,6 +12,7 @@ from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataPa
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mixtrain.config import OptimizerConfig as Settings
 from mixtrain.config import plain
 from mixtrain.plan import Plan
 
@@ -40,7 +41,7 @@ def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
         optimizer = ChainedOptimizer([optimizer])
     fuse(optimizer)
     config.grad_scale_func = optimizer.scale_loss
-    return Training(chunks, optimizer, build_scheduler(plan, optimizer))
+    return Training(chunks, optimizer, build_scheduler(plan.config.optimizer, optimizer))
 
 
 def reduced(plan: Plan, models: list[torch.nn.Module]) -> list[DistributedDataParallel]:
@@ -75,9 +76,8 @@ def ddp_config(plan: Plan) -> DistributedDataParallelConfig:
     )
 
 
-def build_scheduler(plan: Plan, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+def build_scheduler(settings: Settings, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Megatron-Core's schedule, counted in steps."""
-    settings = plan.config.optimizer
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

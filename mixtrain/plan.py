@@ -113,10 +113,10 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
     if trainer.devices is None:
         ranks = world_size or ranks_needed(config)
         trainer = replace(trainer, devices=math.ceil(ranks / trainer.num_nodes))
-    return replace(config, parallel=parallel, model=model, trainer=trainer, optimizer=_schedule(config))
+    return replace(config, parallel=parallel, model=model, trainer=trainer, optimizer=schedule_in_steps(config))
 
 
-def _schedule(config: Config) -> OptimizerConfig:
+def schedule_in_steps(config: Config) -> OptimizerConfig:
     """The schedule in steps: decay over the run, warm-up as a fraction of the decay, where null leaves them open."""
     optimizer, warmup = config.optimizer, config.optimizer.lr_warmup_steps
     decay = optimizer.lr_decay_steps or max(config.trainer.max_steps, (warmup or 0) + 1)

@@ -15,19 +15,23 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mixtrain import schedule
 from mixtrain.checkpoint import directory, load
 from mixtrain.checkpoint.state import RunState
-from mixtrain.classes import MATHEMATICS, changes, show
+from mixtrain.classes import MATHEMATICS, Change, changes, show
 from mixtrain.config import Config, to_yaml
 from mixtrain.data.fingerprint import difference
 from mixtrain.errors import UserError
 from mixtrain.optimizer import Training
-from mixtrain.plan import Plan
+from mixtrain.plan import Plan, schedule_in_steps
 from mixtrain.ranks import Ranks
 from mixtrain.run_directory import attempts_problem, record_attempt
 
 LIBRARIES = ("megatron-core", "torch")
-SAID = ("checkpoint.load_weights", "trainer.max_steps", "optimizer.lr_decay_steps")  # changes that need no word
+SAID = ("checkpoint.load_weights", "trainer.max_steps")  # changes that need no word
+SCHEDULE = tuple(f"optimizer.{name}" for name in (
+    "lr", "min_lr", "lr_decay_style", "lr_decay_steps", "lr_warmup_steps", "lr_wsd_decay_style", "lr_wsd_decay_steps",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,16 +102,45 @@ def enter(
 
 
 def changed_since(config: Config, state: RunState) -> list[str]:
-    """The keys that are part of the mathematics and have another value than in the checkpoint."""
+    """The keys that are part of the mathematics and have another value than in the checkpoint, and what that does."""
     try:
         before = Config.from_hydra(OmegaConf.create(state.config))
     except (UserError, OmegaConfBaseException):
         return ["its configuration is of another version of mixtrain and was not compared"]
+    found = [change for change in changes(before, config)[MATHEMATICS] if change.key not in SAID]
+    lines = [f"{change.key} = {show(change.here)} (was {show(change.recipe)})" for change in found]
+    return lines + other_rate(before, config, state, [change for change in found if change.key in SCHEDULE])
+
+
+def other_rate(before: Config, config: Config, state: RunState, found: list[Change]) -> list[str]:
+    """The first learning rate that is not what it would have been, and what to type to have that.
+
+    `found`: what has changed of the schedule.
+    """
+    if not found:
+        return []
+    was, now = schedule_in_steps(before), config.optimizer
+    if not schedule.is_one(was):
+        return ["the schedule of its configuration is none, and the learning rates were not compared"]
+    ahead = (state.schedule_steps + n for n in range(config.trainer.max_steps - state.step))
+    done = next((n for n in ahead if schedule.rate(was, n) != schedule.rate(now, n)), None)
+    if done is None:
+        return []
+    keys = {change.key: show(change.recipe) for change in found}
+    follows = ""
+    if "optimizer.lr_decay_steps" in keys and now == schedule_in_steps(_with_open_decay(config)):
+        follows = f": trainer.max_steps is {config.trainer.max_steps}, and optimizer.lr_decay_steps = null follows it"
+        if now.lr_warmup_fraction is not None:
+            keys.pop("optimizer.lr_warmup_steps", None)  # so does this
+    words = " ".join(f"{key}={value}" for key, value in keys.items())
     return [
-        f"{change.key} = {show(change.here)} (was {show(change.recipe)})"
-        for change in changes(before, config)[MATHEMATICS]
-        if change.key not in SAID
+        f"the learning rate of step {state.step + done - state.schedule_steps + 1} is"
+        f" {schedule.rate(now, done):.3e} (was {schedule.rate(was, done):.3e}){follows}; to keep it, type {words}"
     ]
+
+
+def _with_open_decay(config: Config) -> Config:
+    return replace(config, optimizer=replace(config.optimizer, lr_decay_steps=None))
 
 
 def _of_first(ranks: Ranks, mine: Any) -> Any:

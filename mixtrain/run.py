@@ -18,13 +18,14 @@ from mixtrain.logs import Logs
 from mixtrain.outlook import Unwritable, explains_itself, outlook
 from mixtrain.plan import Plan
 from mixtrain.preflight import meeting
+from mixtrain.run_directory import console_log
 from mixtrain.stop import StopRequest
 from mixtrain.watchdog import Watchdog, beat
 
 
 def run(plan: Plan, me: Identity) -> int:
     """Train the plan as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
-    streams.forgive()
+    streams.forgive(console_log(plan, me.rank))
     folder = os.environ.get(FOLDER) if me.is_ours else None
     with (
         StopRequest() as stop,

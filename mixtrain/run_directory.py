@@ -115,6 +115,11 @@ def shared_directories(plans: list[Plan]) -> Iterator[str]:
             )
 
 
+def console_log(plan: Plan, rank: int = 0) -> str:
+    """What a console that is gone did not take: of the launcher and the first rank, or of another rank."""
+    return os.path.join(plan.config.run_dir, "logs", f"console_{rank}.log" if rank else "console.log")
+
+
 @contextlib.contextmanager
 def claimed(plan: Plan, folder: str = "") -> Iterator[None]:
     """Within the block run_dir, made with a folder in it, is this process's: a lock that ends with it, however it ends.

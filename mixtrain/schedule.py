@@ -17,6 +17,13 @@ LEFT = {  # of the rate above the lowest, by the part of the decay that is done
 }
 
 
+def is_one(optimizer: OptimizerConfig) -> bool:
+    """Whether a resolved configuration, of whatever source, has a schedule: its phases follow one another."""
+    stable = optimizer.lr_decay_steps - optimizer.lr_warmup_steps
+    last = optimizer.lr_wsd_decay_steps if optimizer.lr_decay_style is DecayStyle.WSD else 1
+    return last is not None and 0 < last <= stable
+
+
 def rate(optimizer: OptimizerConfig, done: int) -> float:
     """The learning rate of the step after `done` ones, of a resolved configuration."""
     warmup, end, style = optimizer.lr_warmup_steps, optimizer.lr_decay_steps, optimizer.lr_decay_style

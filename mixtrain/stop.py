@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
 from mixtrain.errors import FINISHED
 
-# batch systems; Ctrl-C; a closed terminal, or a log that nobody reads any more (logs.py); Slurm's warning of the time
-# limit (--signal=USR1@120): one meaning for all
+# batch systems; Ctrl-C; a closed terminal; Slurm's warning of the time limit (--signal=USR1@120): one meaning for all
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -45,7 +45,8 @@ def exit_on_request() -> None:
     """From now on, until a StopRequest is entered, a signal ends this process: nothing has been started or written."""
 
     def leave(_number: int, _frame: object) -> None:
-        os.write(2, b"mixtrain: stopped before a run was started\n")  # print may be interrupted in a print
+        with contextlib.suppress(OSError):  # the reader of a pipe has heard Ctrl-C too
+            os.write(2, b"mixtrain: stopped before a run was started\n")  # print may be interrupted in a print
         os._exit(FINISHED)  # an exception would be caught by whatever import or Hydra is at
 
     _handle(leave)

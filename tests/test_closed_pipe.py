@@ -8,11 +8,9 @@ import signal
 import sys
 
 import pytest
-from composing import ROOT, plan_of
+from composing import ROOT
 
 from mixtrain import closed_pipe, console, tool
-from mixtrain.logs import Logs
-from mixtrain.stop import StopRequest
 
 COMMANDS = {
     "train.py": ["trainer.mode=plan"],
@@ -88,19 +86,6 @@ def test_a_problem_that_nobody_reads_ends_by_sigpipe_too():
         raise tool.UserError("x is wrong")
 
     assert code_of(lambda: tool.run(refuse, []), closed=(1, 2))[0] == -signal.SIGPIPE
-
-
-def test_a_run_whose_log_nobody_reads_is_asked_to_stop_as_by_a_closed_terminal(tmp_path):
-    plan = plan_of(f"run_dir={tmp_path}")
-
-    def call() -> int:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
-        with StopRequest() as stop, Logs(plan, writes=True, config_yaml="") as log:
-            log.say("x" * 100_000)
-            log.say("y")
-            return 5 if stop.signals == [signal.SIGHUP] else 6
-
-    assert code_of(call) == (5, "")
 
 
 def test_a_pipe_to_somebody_else_is_another_fault():

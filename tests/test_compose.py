@@ -240,6 +240,46 @@ def test_the_jobs_of_a_sweep_can_have_a_directory_each():
     assert [Config.from_hydra(job.tree).run_dir for job in jobs] == ["runs/laptop-0", "runs/laptop-1"]
 
 
+def test_what_only_hydra_knows_has_its_value_under_every_key():
+    jobs, _ = compose(["-m", "seed=1,2", "name='n-${hydra:job.num}'", "data.data_path=['a-${hydra:job.num}',b]"])
+    configs = [Config.from_hydra(job.tree) for job in jobs]
+    assert [config.run_dir for config in configs] == ["runs/n-0", "runs/n-1"]
+    assert [config.data.data_path for config in configs] == [["a-0", "b"], ["a-1", "b"]]
+
+
+@pytest.mark.parametrize("flags", [[], ["--multirun"]])
+@pytest.mark.parametrize("where", ["sweep.dir", "sweep.subdir", "runtime.output_dir", "run.dir", "sweep"])
+def test_a_folder_of_hydras_is_none_of_a_run(where, flags):
+    """It is the current one, or one that goes once all is composed."""
+    for key in ("run_dir", "data.path_to_cache", "checkpoint.load_weights"):
+        with pytest.raises(UserError) as refused:
+            compose([*flags, f"{key}='${{hydra:{where}}}/x'"])
+        (problem,) = refused.value.problems
+        assert problem.startswith(f"{key} = ${{hydra:{where}}}/x is no place to keep anything: ")
+        assert problem.endswith("a sweep's to run_dir='runs/${name}-${hydra:job.num}'")
+
+
+def test_what_hydra_has_no_value_for_is_refused_and_not_none():
+    for word in ("run_dir='runs/${hydra:job.num}'", "name='x-${hydra:job.nun}'"):
+        with pytest.raises(UserError, match="has no value here; .* of a job of --multirun"):
+            compose([word])
+
+
+@pytest.mark.parametrize("word", [
+    "hydra.run.dir=out", "hydra.run={dir:out}", "hydra.sweep.dir=out", "hydra.sweep.subdir=x", "hydra.output_subdir=x",
+    "hydra.job.chdir=true", "hydra/launcher=joblib", "hydra/launcher=submitit_slurm", "+hydra.launcher.n_jobs=2",
+    "hydra/sweeper=optuna", "hydra.sweeper.max_batch_size=1", "hydra.mode=MULTIRUN", "+hydra.job.env_set.X=1",
+])  # fmt: skip
+def test_a_setting_of_hydras_that_would_do_nothing_here_is_refused(word):
+    _, (problem,) = check_overrides([word], multirun=True)
+    assert problem.startswith(f"{word}: ") and ("run" in problem or "shell" in problem)
+
+
+@pytest.mark.parametrize("word", ["hydra/launcher=basic", "hydra/sweeper=basic", "hydra.job.name=x"])
+def test_other_settings_of_hydras_are_its_own(word):
+    assert check_overrides([word]) == ([word], [])
+
+
 def test_help_lists_groups_and_keys():
     shown = run_train("--help")
     assert shown.returncode == 0

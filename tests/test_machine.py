@@ -169,6 +169,18 @@ def test_the_jobs_of_a_sweep_need_a_directory_each_and_are_all_checked_before_th
     assert os.listdir(tmp_path) == ["1"]  # the first job has not begun, and Hydra has left nothing
 
 
+def test_ranks_that_somebody_has_started_are_for_one_job(tmp_path, capsys, monkeypatch):
+    """In a second one they meet at what the first has left there, and wait for ever."""
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        monkeypatch.setenv(name, str(value))
+    words = ["--multirun", "seed=1,2", "run_dir='${seed}'"]
+    assert main(words) == REFUSED
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
+    assert line.startswith("  - these are 2 jobs, but torchrun and srun start ranks for one run; type python train.py")
+    assert os.listdir(tmp_path) == []
+    assert main([*words, "trainer.mode=plan"]) == 0
+
+
 def test_only_the_first_rank_looks_for_an_older_run(tmp_path):
     (tmp_path / "status.json").write_text("")
     here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]

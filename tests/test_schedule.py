@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from composing import config_of, derived, plan_of
 from megatron.core import num_microbatches_calculator
+from omegaconf import OmegaConf
 from rank_workers import run_ranks
 from test_parity import EP, PLAIN, TINY
 
-from mixtrain import model, optimizer, ranks
+from mixtrain import model, optimizer, ranks, resume
+from mixtrain.checkpoint.state import RunState
+from mixtrain.config import to_yaml
 from mixtrain.errors import FINISHED
 from mixtrain.plan import Plan, batch_size_at, samples_before
 from mixtrain.run import run
@@ -83,7 +88,7 @@ def test_the_learning_rate_of_every_step_follows_the_formula_of_its_style(style,
     steps, words = WARMUPS[warmup]
     plan = plan_of(*style_words(style), *words)
     weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=77.0)
-    scheduler, rates = optimizer.build_scheduler(plan, weights), []
+    scheduler, rates = optimizer.build_scheduler(plan.config.optimizer, weights), []
     for _ in range(STEPS):
         rates.append(weights.param_groups[0]["lr"])
         scheduler.step(increment=1)
@@ -129,6 +134,65 @@ def test_a_schedule_without_a_length_is_as_long_as_the_run_and_always_longer_tha
     assert (settings.lr_decay_steps, settings.lr_warmup_steps) == (11, 10)
     words = ["optimizer.lr_warmup_steps=null", "optimizer.lr_warmup_fraction=0.1"]
     assert derived("trainer.max_steps=50", *words).config.optimizer.lr_warmup_steps == 5
+
+
+def said_at_resume(before: list[str], after: list[str], step: int, skipped: int = 0) -> list[str]:
+    """What a run of the words `after` says when it goes on from step `step` of one of the words `before`."""
+    saved = OmegaConf.to_container(OmegaConf.create(to_yaml(plan_of(*before).config)))
+    state = RunState(step=step, schedule_steps=step - skipped, config=saved)
+    return resume.changed_since(plan_of(*after).config, state)
+
+
+RATES = re.compile(r"the learning rate of step (\d+) is (\S+) \(was (\S+)\)(?:: (.*))?; to keep it, type (.*)")
+LONGER = 2 * DECAY  # steps of the run that goes on; the one before has DECAY
+AT = 18  # where WSD has begun its last phase in the shorter run alone
+
+
+@pytest.mark.parametrize("warmup", WARMUPS)
+@pytest.mark.parametrize("style", STYLES)
+def test_a_longer_run_that_would_move_the_learning_rate_says_both_and_how_to_keep_it(style, warmup, monkeypatch):
+    """The schedule is as long as the run, where nothing else is said; and the warm-up may be a part of it."""
+    steps, words = WARMUPS[warmup]
+    here = [word for word in style_words(style) if "steps" not in word or "wsd" in word] + words
+    length = [*here, f"trainer.max_steps={LONGER}"]
+    lines = said_at_resume([*here, f"trainer.max_steps={DECAY}"], length, AT, skipped=1)
+    assert f"optimizer.lr_decay_steps = {LONGER} (was {DECAY})" in lines
+    if style == "constant":
+        assert len(lines) == 1 + ("fraction" in warmup)  # the warm-up is over
+        return
+    step, now, was, why, keep = RATES.fullmatch(lines[-1]).groups()
+    done = int(step) - 2  # a step was skipped
+    assert done == (DECAY + 1 if style == "inverse-square-root" and "fraction" not in warmup else AT - 1)
+    assert float(was) == pytest.approx(STYLES[style](done, steps), rel=1e-3)
+    monkeypatch.setattr(sys.modules[__name__], "DECAY", LONGER)
+    twice = 2 * steps if "fraction" in warmup else steps
+    assert float(now) == pytest.approx(STYLES[style](done, twice), rel=1e-3) != float(was)
+    assert why == f"trainer.max_steps is {LONGER}, and optimizer.lr_decay_steps = null follows it"
+    assert keep == "optimizer.lr_decay_steps=20"
+    assert said_at_resume([*here, "trainer.max_steps=20"], [*length, keep], AT) == []
+
+
+def test_another_learning_rate_is_said_with_both_and_the_key_that_was_typed():
+    before, after = (
+        ["trainer.max_steps=50"],
+        ["trainer.max_steps=50", "optimizer.lr=4e-3", "optimizer.lr_warmup_steps=30"],
+    )
+    first, second, line = said_at_resume(before, after, 20)
+    assert first == "optimizer.lr = 0.004 (was 0.002)"
+    assert second == "optimizer.lr_warmup_steps = 30 (was 20)"
+    assert line == (
+        "the learning rate of step 21 is 2.667e-03 (was 2.000e-03);"
+        " to keep it, type optimizer.lr=0.002 optimizer.lr_warmup_steps=20"
+    )
+    (line,) = said_at_resume(before, [*before, "trainer.global_batch_size=32"], 20)
+    assert line == "trainer.global_batch_size = 32 (was 16)"
+
+
+def test_a_schedule_in_a_checkpoint_that_is_none_is_said_and_ends_nothing():
+    saved = OmegaConf.to_container(OmegaConf.create(to_yaml(plan_of("trainer.max_steps=50").config)))
+    saved["optimizer"] |= {"lr_warmup_steps": 90}
+    lines = resume.changed_since(plan_of("trainer.max_steps=50").config, RunState(step=1, config=saved))
+    assert lines[-1] == "the schedule of its configuration is none, and the learning rates were not compared"
 
 
 def decays(plan: Plan, me) -> dict[str, float]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 
+from mixtrain import streams
 from mixtrain.config import LauncherType
 from mixtrain.environment import Identity
 from mixtrain.launch import local, submit
 from mixtrain.plan import Plan
 from mixtrain.preflight import recorded
+from mixtrain.run_directory import console_log
 
 LOCAL = ("launcher=local", "launcher.type=local")
 
@@ -39,6 +41,7 @@ def place(plan: Plan) -> LauncherType:
 
 def launch(plan: Plan, words: list[str]) -> int:
     """Run the plan, which the overrides `words` make, wherever it belongs; the exit code."""
+    streams.forgive(console_log(recorded(plan)))
     if place(plan) is LauncherType.slurm:
         return submit.submit(plan, words)
     return local.start(recorded(plan))

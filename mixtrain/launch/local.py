@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from mixtrain import host_memory, scratch
+from mixtrain import host_memory, scratch, streams
 from mixtrain.checkpoint.directory import remove_leftovers
 from mixtrain.config import Accelerator
 from mixtrain.environment import FOLDER, INTERFACES, LAUNCHER, interface_problem
@@ -142,6 +142,7 @@ def _wait(ranks: list[RankProcess], stop: StopRequest, folder: str) -> tuple[lis
             _say("\nmixtrain: stopping after this step (once more: at once)")
             for rank in ranks:
                 rank.process.send_signal(signal.SIGTERM)  # to it alone: its data workers are needed for this step
+        streams.look()
         time.sleep(0.05)
 
 

@@ -10,7 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from mixtrain.config import Accelerator
+from mixtrain.classes import show, value_of
+from mixtrain.config import Accelerator, Config, legal_keys
 from mixtrain.launch.containers import mounts_of
 from mixtrain.launch.directive import MARK, directive
 from mixtrain.plan import Plan
@@ -88,9 +89,20 @@ def env_file(plan: Plan, folder: Path) -> Path:
     return folder / given if given else ENV_FILE
 
 
-def pinned(words: list[str], run_dir: str) -> list[str]:
-    """The words with run_dir as it is now, where composing them again would give another."""
-    return [*words, f"run_dir='{run_dir}'"] if any(text in word for word in words for text in NOW) else words
+def pinned(words: list[str], config: Config) -> list[str]:
+    """The words with the values of now, where composing them again would give others."""
+    return [_pinned(word, config) if any(text in word for text in NOW) else word for word in words]
+
+
+def _pinned(word: str, config: Config) -> str:
+    key = word.partition("=")[0].lstrip("+")
+    return f"{key}={_typed(value_of(config, key))}" if key in legal_keys() else word  # else the job refuses it
+
+
+def _typed(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
+    return "'" + value.replace("'", "\\'") + "'" if isinstance(value, str) else show(value)
 
 
 def _settings(plan: Plan, words: list[str], folder: Path) -> list[str]:
@@ -106,5 +118,5 @@ def _settings(plan: Plan, words: list[str], folder: Path) -> list[str]:
         flags = [f"--container-image={image}", f"--container-workdir={folder}", "--no-container-mount-home"]
         flags += [f"--container-mounts={','.join(str(mount) for mount in mounts_of(plan.config, folder, ROOT))}"]
         lines += ["mixtrain_container=(\n", *[f"    {shlex.quote(flag)}\n" for flag in flags], ")\n"]
-    quoted = [shlex.quote(word) for word in pinned(words, plan.config.run_dir)]
+    quoted = [shlex.quote(word) for word in pinned(words, plan.config)]
     return [*lines, " \\\n    ".join(["set --", *quoted]) + "\n"]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from composing import ROOT, plan_of
 
+from mixtrain.compose import compose
+from mixtrain.config import Config
 from mixtrain.launch import script, submit
 
 WORDS = ["+recipe=mixtral_8x7b_ep8", "trainer.num_nodes=2", "data.split='98,1,1'", "name='two words'"]
@@ -68,8 +70,21 @@ def test_the_same_is_rendered_twice_alike_and_a_moment_is_pinned():
     assert rendered(*WORDS) == rendered(*WORDS)
     words = [*WORDS, "run_dir='runs/${now:%f}'"]
     plan = plan_of(*WORDS, "run_dir=runs/123")
-    assert script.pinned(words, "runs/123")[-1] == "run_dir='runs/123'"
+    assert script.pinned(words, plan.config) == [*WORDS, "run_dir='runs/123'"]
     assert script.render(plan, words, HERE).count("runs/123") == 2  # for Slurm's log, and pinned
+
+
+def test_a_job_of_a_sweep_is_sent_with_words_that_it_composes_to_the_same_by_itself():
+    """${hydra:job.num} is that of the sweep, and nothing in the job."""
+    swept = ["seed=1,2", "name='it\\'s-${hydra:job.num}'", "run_dir='runs/${name}'", "data.data_path=['x-${now:%f}']"]
+    jobs, problems = compose(["-m", *swept])
+    assert not problems
+    for number, job in enumerate(jobs):
+        config = Config.from_hydra(job.tree)
+        sent = script.pinned(job.overrides, config)
+        assert config.run_dir == f"runs/it's-{number}" and not any("hydra:" in word or "now:" in word for word in sent)
+        (again,), problems = compose(sent)
+        assert not problems and Config.from_hydra(again.tree) == config
 
 
 def test_the_interpreter_and_the_checkout_are_those_that_submit():
