@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ from test_launch import SMALL, lm_losses
 from mixtrain import streams
 from mixtrain.logs import Logs
 from mixtrain.status import read_status
-from mixtrain.stop import StopRequest
+from mixtrain.stop import StopRequest, exit_on_request
 
 PRINTS = """
 import sys
@@ -168,3 +170,21 @@ def test_a_bar_is_not_drawn_into_the_log_of_a_terminal_that_has_gone(tmp_path):
     assert text.startswith("warning: standard output is lost (Input/output error)")
     assert [f"line {number}" in text for number in range(20)] == [True] * 20
     assert "\x1b" not in text and text.count("training") <= 2  # of what was being written as it was lost
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
+def test_a_refusal_that_cannot_be_said_is_one_all_the_same(closed):
+    command = f"{sys.executable} train.py trainer.max_stepz=5 {closed}"
+    assert (
+        subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=60, check=False).returncode == 2
+    )
+
+
+def test_ctrl_c_before_there_is_a_run_ends_it_also_where_its_word_has_no_reader():
+    def call() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        exit_on_request()
+        os.kill(os.getpid(), signal.SIGINT)
+        return 5
+
+    assert code_of(call, closed=(1, 2)) == (0, "")

@@ -154,6 +154,15 @@ def test_torchrun_starts_the_ranks_as_well(tmp_path):
     assert read_status(tmp_path / "run")["state"] == "finished"
 
 
+@pytest.mark.long
+def test_the_jobs_of_a_sweep_run_one_after_the_other_each_on_ranks_of_its_own(tmp_path):
+    words = ["--multirun", "seed=1,2", f"run_dir='{tmp_path}/${{hydra:job.num}}'", *SMALL, "trainer.max_steps=2"]
+    with Command(tmp_path, sys.executable, "train.py", *words, f"data.path_to_cache={tmp_path}/cache") as run:
+        assert run.wait() == 0, run.text()
+    assert [read_status(tmp_path / number)["state"] for number in "01"] == ["finished", "finished"]
+    assert f"job 2 of 2, in {tmp_path}/1" in run.text()
+
+
 def test_sigterm_to_the_launcher_ends_the_step_saves_and_exits_0(tmp_path):
     with train(tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000") as run:
         run.wait_for_step(tmp_path / "run", 2)
