@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ACCEPTED = ROOT / "tests/mutants_accepted.yaml"
 RULES = ["tests/test_rules.py", "tests/test_rules_edges.py"]
 CONVERSION = ["tests/test_parts.py", "tests/test_convert.py"]
-READING = ["tests/test_evil_pickles.py", "tests/test_safe_reading.py"]
+READING = ["reading_files", "pickle_edges", "index_edges", "archive_edges", "object_edges", "evil_pickles"]
 MODULES = {  # and the tests that are to notice a fault, of which those that start processes are left out
     **{
         f"rules/{name}": RULES
@@ -52,7 +52,10 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
     "pipeline": ["tests/test_pipeline.py"],
     "checkpoint/boxes": ["tests/test_checkpoint_directory.py"],
     "checkpoint/integrity": ["tests/test_checkpoint_directory.py"],
-    **{f"checkpoint/{name}": READING for name in ("safe", "pickles", "metadata", "archive")},
+    **{
+        f"checkpoint/{name}": [f"tests/test_{file}.py" for file in READING]
+        for name in ("safe", "pickles", "metadata", "archive")
+    },
     "convert/table": CONVERSION,
     "convert/runs": CONVERSION,
 }
@@ -76,6 +79,7 @@ class Watch:
 
     def __init__(self, *, active: bool):
         self.here, self.lines, self.shared = set(), {}, {}
+        self.imported = self.here  # the lines of functions that run on import
         self.seconds, self.failed, self.refused = Counter(), [], set()
         self.current = "a child" if active else ""
         sys.addaudithook(self._audit)
@@ -108,7 +112,7 @@ class Watch:
         self.current = ""
         if failed := [name for name in self.failed if name not in self.refused]:
             raise SystemExit(f"mutants: these fail without a fault: {' '.join(failed)}")
-        shared = {path.relative_to(ROOT).as_posix(): lines for path, lines in self.shared.items()}
+        shared = {path.relative_to(ROOT).as_posix(): lines | self.imported for path, lines in self.shared.items()}
         return {
             name: Test(self.seconds[name], lines | shared[name.split("::")[0]]) for name, lines in self.lines.items()
         }

@@ -54,13 +54,14 @@ def index(config: Config, layout: str) -> Index:
 
 
 def _position(keys: list[str]):
-    """Layer after layer, as files on the hub have them: the embedding first, what follows the layers last."""
+    """Layer after layer, as files on the hub have them: the embedding first, what follows the layers last.
+
+    Within one they stay in the order in which the model uses them, which is that of the pieces.
+    """
     last = {key for key in keys[keys.index("decoder.final_layernorm.weight") :]}
-    order = {key: number for number, key in enumerate(keys)}
 
     def position(piece: Piece) -> tuple:
-        layer = piece.numbers[:1] if piece.key.startswith(contract.LAYER) else ()
-        return (piece.key in last, layer, order[piece.key])
+        return (piece.key in last, piece.numbers[:1] if piece.key.startswith(contract.LAYER) else ())
 
     return position
 
