@@ -37,6 +37,17 @@ def test_what_honest_files_name_is_allowed(module, of):
     assert pickled(name(module, of)).tree() == (module, of)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split(),
+    ids="STORAGES-{}".format,
+)
+def test_numbers_of_every_dtype_are_read(dtype):
+    given = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(getattr(torch, dtype))
+    read = opened(saved(given.T)).tensor()
+    assert (read.dtype, read.tolist()) == (given.dtype, given.T.tolist())
+
+
 # The zip file
 
 
