@@ -150,6 +150,11 @@ def test_an_index_that_is_as_it_may_be_is_read(what):
     assert [place.relative_path for place in read.storage_data.values()] == ["__0_0.distcp"] * 4 + ["__0_1.distcp"]
 
 
+def test_an_honest_index_has_what_it_was_written_with():
+    read, written = metadata.metadata_of(tree()), small_index(None)
+    assert (read.state_dict_metadata, read.storage_data) == (written.state_dict_metadata, written.storage_data)
+
+
 def test_an_index_of_nothing_is_read():
     index = tree()
     index.state.update(state_dict_metadata={}, storage_data=None)
