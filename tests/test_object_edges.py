@@ -71,15 +71,21 @@ def test_what_is_not_plain_is_named(what):
     assert said(pickled(data).plain) == f"Unwanted: a pickle that wants {wanted} is not loaded"
 
 
-@pytest.mark.parametrize(
-    "record",
-    [5, Record(FLOAT, ("a", "latin1")), Record(ENCODE, ("a",)), Record(ENCODE, ("a", "latin1", "strict")),
-     Record(ENCODE, (b"a", "latin1")), Record(ENCODE, ("a", "utf8")), Record(ENCODE, ("\u1234", "latin1"))],
-    ids="_encoded-{}".format,
-)  # fmt: skip
-def test_bytes_are_text_in_latin1(record):
+NO_BYTES = {
+    "_encoded-a number": 5,
+    "_encoded-another record": Record(FLOAT, ("a", "latin1")),
+    "_encoded-one argument": Record(ENCODE, ("a",)),
+    "_encoded-three": Record(ENCODE, ("a", "latin1", "strict")),
+    "_encoded-bytes": Record(ENCODE, (b"a", "latin1")),
+    "_encoded-another code": Record(ENCODE, ("a", "utf8")),
+    "_encoded-another letter": Record(ENCODE, ("\u1234", "latin1")),
+}
+
+
+@pytest.mark.parametrize("what", NO_BYTES)
+def test_bytes_are_text_in_latin1(what):
     assert archive._encoded(Record(ENCODE, ("\xff", "latin1"))) == archive._encoded(b"\xff") == b"\xff"
-    assert said(lambda: archive._encoded(record)) == "Damaged: there are no bytes where some should be"
+    assert said(lambda: archive._encoded(NO_BYTES[what])) == "Damaged: there are no bytes where some should be"
 
 
 def array(*state: object) -> Record:

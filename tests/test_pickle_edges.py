@@ -102,6 +102,7 @@ REFUSED = {
     "read-no text": (b"X\x01\0\0\0\xff.", Damaged, AT(6)),
     "read-no place of the memo": (b"h\1.", Damaged, AT(2)),
     "take-fewer bytes": (b"C\x05ab.", Damaged, AT(7)),
+    "take-2^64 - 1 bytes": (b"\x8d" + b"\xff" * 8 + b"x.", Damaged, f"at byte {2**64 + 8:,}"),
     "STEPS-BINPUT at the end": (b"Nq\0", Damaged, AT(3)),
     "STEPS-LONG_BINPUT at the end": (b"Nr\0\0\0\0", Damaged, AT(6)),
     "STEPS-BINGET at the end": (b"Nq\0h\0", Damaged, AT(5)),
