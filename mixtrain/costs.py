@@ -73,7 +73,7 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     layer, layers = layer_parameters(model), sum(pipeline.stages(parallel, model.num_layers)[stage])
     dense = layers * ((layer.attention + layer.shared_expert) // tp + layer.replicated)
     first, last = stage == 0, stage == pp - 1
-    matrices = first + last if model.untie_embeddings_and_output_weights or pp > 1 else 1
+    matrices = first + last if model.untie_embeddings_and_output_weights else first or last
     dense += matrices * model.vocab_size * model.hidden_size // tp
     dense += model.hidden_size if last else 0
     experts = layers * model.num_moe_experts * layer.expert

@@ -235,6 +235,13 @@ def test_sizes_alone_do_not_show_a_flipped_byte(tmp_path):
     assert integrity.problem(path, full=False) == ""
 
 
+def test_what_is_in_a_small_file_is_looked_at_always(tmp_path):
+    (tmp_path / state.NAME).write_text("whole")
+    integrity.write_manifest(tmp_path, integrity.describe([tmp_path / state.NAME]))
+    (tmp_path / state.NAME).write_text("other")
+    assert "SHA-256" in integrity.problem(tmp_path, full=False)
+
+
 def test_a_file_that_is_not_asked_for_is_not_read(tmp_path):
     path = checkpoint(tmp_path, 1)
     DAMAGE["flipped"](path)

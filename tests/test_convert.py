@@ -6,7 +6,7 @@ import pytest
 import torch
 from composing import config_of
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mixtrain import contract
 from mixtrain.config import Config
@@ -33,6 +33,7 @@ SHAPES = {
     "a large head": ["model.kv_channels=24"],
     "one layer, two experts": ["model.num_layers=1", "model.num_moe_experts=2"],
     "tied embeddings": ["model.untie_embeddings_and_output_weights=false"],
+    "Qwen3-MoE": ["model.qk_layernorm=true"],
 }
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 FC1 = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
@@ -55,7 +56,7 @@ def numbered(config: Config) -> dict[str, torch.Tensor]:
     return wholes
 
 
-def files_of(model: MixtralForCausalLM, folder) -> dict[str, torch.Tensor]:
+def files_of(model: PreTrainedModel, folder) -> dict[str, torch.Tensor]:
     """The tensors that transformers writes."""
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")
@@ -77,7 +78,7 @@ def test_there_and_back_again_is_where_it_was(shape, layout):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_and_shapes_are_those_that_transformers_keeps_and_writes(shape, tmp_path):
     config = small(*SHAPES[shape])
-    model = MixtralForCausalLM(MixtralConfig(**settings.to_hugging_face(config)))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings.to_hugging_face(config)))
     kept, written = {name: tensor.data for name, tensor in model.named_parameters()}, files_of(model, tmp_path)
     wholes = to_megatron(config, written)
     assert_equal(to_megatron(config, kept), wholes)

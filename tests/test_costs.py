@@ -99,8 +99,9 @@ def test_bytes_of_a_parameter_are_those_of_its_weight_gradient_and_optimizer(nam
     [(Sharding.optim, 6, 12), (Sharding.optim_grads, 2, 16), (Sharding.optim_grads_params, 0, 18)],
 )
 @pytest.mark.parametrize("shard", [1, 8])
-def test_megatron_fsdp_divides_the_optimizer_then_gradients_then_weights(sharding, whole, divided, shard):
-    settings = config_of().optimizer
+@pytest.mark.parametrize("words", [[], [PLAIN]], ids=str)
+def test_megatron_fsdp_divides_the_optimizer_then_gradients_then_weights(sharding, whole, divided, shard, words):
+    settings = config_of(*words).optimizer
     assert bytes_per_parameter(Precision.bf16, settings, shard, sharding) == whole + divided / shard
 
 

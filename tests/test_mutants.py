@@ -59,7 +59,10 @@ def test_every_fault_of_a_module_compiles_has_a_key_of_its_own_and_tests_that_ex
 
 
 SMALL = """
-TABLE = ("a",)
+def table():
+    return ("a",)
+
+TABLE = tuple(table())
 
 def least(a, b):
     return a if a < b else b
@@ -89,13 +92,14 @@ ACCEPTED = """
 
 
 def test_a_run_says_what_survived_what_was_accepted_and_what_is_there_no_more(tmp_path):
-    for name in ("mutants.py", "mutations.py"):
+    for name in ("mutants.py", "mutations.py", "watching.py"):
         (tmp_path / "tools").mkdir(exist_ok=True)
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools" / name)
     for name, text in {
         "mixtrain/small.py": SMALL, "tests/test_small.py": TESTS, "tests/mutants_accepted.yaml": ACCEPTED,
         "pytest.ini": "[pytest]\npythonpath = .\nmarkers =\n    long\n    slurm\n",
-        "go.py": "import sys\nsys.path.insert(0, 'tools')\nimport mutants\nmutants.SECONDS = 1\n"
+        "go.py": "import sys\nsys.path.insert(0, 'tools')\nimport mutants, watching\n"
+                 "mutants.SECONDS, watching.SECONDS = 60, 1\n"
                  "mutants.MODULES = {'small': ['tests/test_small.py']}\nsys.exit(mutants.main([]))\n",
     }.items():  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -106,6 +110,7 @@ def test_a_run_says_what_survived_what_was_accepted_and_what_is_there_no_more(tm
     assert done.returncode == 1, done.stdout + done.stderr
     said = done.stdout.replace("\r", "\n")
     # the table is looked at by the test alone that starts a process; without `a += a` a loop does not end
+    assert "None" not in said  # without a table it cannot be imported, which every test notices
     for survivor in ("- 'a'\n    + without", "- ('a',)\n    + ('ax',)"):
         assert survivor in said
     assert "no longer there, take it out of mutants_accepted.yaml: gone: a -> b" in said

@@ -15,7 +15,7 @@ from mixtrain import model, optimizer, ranks
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
-from mixtrain.convert import runs
+from mixtrain.convert import runs, table
 from mixtrain.errors import UserError
 from mixtrain.plan import resolve
 from mixtrain.windows import window
@@ -80,6 +80,11 @@ def test_runs_are_as_few_as_groups_of_heads_allow(groups):
     cut = {name for name in index.names if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")}
     assert in_parts == (cut if groups > 1 else set())
     assert {len(index.by_name[name]) for name in cut} == {groups}
+
+
+def test_a_tensor_of_one_element_is_one_run():
+    piece = table.Piece("key", (), (1,), ("name",), "whole", table.Heads(1, 1, 1))
+    assert list(runs.runs(piece, (1,))) == [runs.Run("name", 0, "key", 0, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -74,8 +74,9 @@ def test_a_tied_output_layer_is_counted_once_and_held_by_first_and_last_stage():
     embedding, experts = 4096 * 192, 4 * 8 * 3 * 192 * 512
     assert derived().total_parameters - derived(tied).total_parameters == embedding
     assert derived(tied, "parallel=ep1").rank_parameters == ((derived(tied).total_parameters - experts, experts),)
-    pipeline = derived(tied, *sizes(pp=2))
-    assert sum(sum(rank) for rank in pipeline.rank_parameters) == pipeline.total_parameters + embedding
+    for stages in (2, 4):
+        pipeline = derived(tied, *sizes(pp=stages))
+        assert sum(sum(rank) for rank in pipeline.rank_parameters) == pipeline.total_parameters + embedding
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -220,6 +221,8 @@ def test_a_run_reads_as_many_samples_as_its_steps_and_validations_need():
 def test_a_plan_cannot_be_written_to():
     with pytest.raises(FrozenInstanceError):
         plan_of().world_size = 1  # type: ignore[misc]
+    with pytest.raises(FrozenInstanceError):
+        layer_parameters(plan_of().config.model).expert = 1  # type: ignore[misc]
 
 
 # What null becomes

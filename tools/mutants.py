@@ -30,17 +30,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import NamedTuple
 
 import pytest
 import yaml
 from mutations import REACHED, Mutant, mutants, telling
+from watching import Choice, Test, Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCEPTED = ROOT / "tests/mutants_accepted.yaml"
 RULES = ["tests/test_rules.py", "tests/test_rules_edges.py"]
 CONVERSION = ["tests/test_parts.py", "tests/test_convert.py"]
-READING = ["tests/test_evil_pickles.py", "tests/test_safe_reading.py"]
+READING = ["reading_files", "pickle_edges", "index_edges", "archive_edges", "object_edges"]
 MODULES = {  # and the tests that are to notice a fault, of which those that start processes are left out
     **{
         f"rules/{name}": RULES
@@ -64,76 +64,18 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
     "pipeline": ["tests/test_pipeline.py"],
     "checkpoint/boxes": ["tests/test_checkpoint_directory.py"],
     "checkpoint/integrity": ["tests/test_checkpoint_directory.py"],
-    **{f"checkpoint/{name}": READING for name in ("safe", "pickles", "metadata", "archive")},
+    **{
+        f"checkpoint/{name}": [f"tests/test_{file}.py" for file in READING]
+        for name in ("safe", "pickles", "metadata", "archive")
+    },
     "convert/table": CONVERSION,
     "convert/runs": CONVERSION,
 }
-PROCESSES = ("os.fork", "os.posix_spawn", "os.exec", "os.system", "subprocess.Popen")
 MEMORY = 8 << 30  # bytes that a fault may ask for
-SECONDS = 20  # that a fault may take beyond ten times what its tests take without it
+SECONDS = 20  # that a fault may take to be imported, and beyond ten times what its tests take without it
 PR_SET_PDEATHSIG = 1
 SURVIVED, KILLED, BROKEN = 0, 1, 70  # exit codes of a child; whatever else it ends with, the fault was noticed
 NO_FAULT = Mutant("", "", "", range(0), 0, lambda node: None)
-
-
-class Test(NamedTuple):
-    """What a run without a fault says of a test."""
-
-    seconds: float
-    lines: set[int]  # of the module: where the statements begin that it runs
-
-
-class Watch:
-    """A plugin of pytest: which lines of a module each test runs. What a fixture runs counts for all of its file."""
-
-    def __init__(self, *, active: bool):
-        self.here, self.lines, self.shared = set(), {}, {}
-        self.seconds, self.failed, self.refused = Counter(), [], set()
-        self.current = "a child" if active else ""
-        sys.addaudithook(self._audit)
-
-    def _audit(self, event: str, _: tuple) -> None:
-        if event in PROCESSES and self.current:
-            self.refused.add(self.current)
-            raise RuntimeError("a test that is to notice a fault starts no process")
-
-    def reached(self, line: int) -> None:
-        self.here.add(line)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self, item):
-        self.current, self.here = item.nodeid, self.shared.setdefault(item.path, set())
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_call(self, item):
-        self.here = self.lines.setdefault(item.nodeid, set())
-
-    def pytest_runtest_logreport(self, report):
-        self.seconds[report.nodeid] += report.duration
-        if report.failed:
-            self.lines.pop(report.nodeid, None)
-            if report.when == "call":  # a fixture may have been refused its processes for another test
-                self.failed.append(report.nodeid)
-
-    def tests(self) -> dict[str, Test]:
-        """Those that pass and start no process."""
-        self.current = ""
-        if failed := [name for name in self.failed if name not in self.refused]:
-            raise SystemExit(f"mutants: these fail without a fault: {' '.join(failed)}")
-        shared = {path.relative_to(ROOT).as_posix(): lines for path, lines in self.shared.items()}
-        return {
-            name: Test(self.seconds[name], lines | shared[name.split("::")[0]]) for name, lines in self.lines.items()
-        }
-
-
-class Choice:
-    """A plugin of pytest: these tests alone, in this order."""
-
-    def __init__(self, names: list[str]):
-        self.order = {name: number for number, name in enumerate(names)}
-
-    def pytest_collection_modifyitems(self, items):
-        items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
 
 
 class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -221,27 +163,27 @@ class Faults:
         sys.meta_path.remove(instead)
         forget_dependents_of(self.name)
         gc.freeze()
-        return watch.tests()
+        return watch.tests(ROOT)
 
-    def chosen(self, mutant: Mutant) -> list[str]:
+    def chosen(self, mutant: Mutant) -> dict[str, Test]:
         """The tests that run the faulty statement: first those named after its function, then the most particular."""
         own, lines = f"[{mutant.function.split('.')[-1]}-", {*mutant.lines}
-        reaching = [name for name, test in self.tests.items() if not lines or lines & test.lines]
-        return sorted(reaching, key=lambda n: (own not in n, len(self.tests[n].lines), self.tests[n].seconds))
+        reaching = {name: test for name, test in self.tests.items() if not lines or lines & test.lines}
+        return dict(sorted(reaching.items(), key=lambda of: (own not in of[0], len(of[1].lines), of[1].seconds)))
 
     def survives(self, mutant: Mutant) -> bool:
-        names = self.chosen(mutant)
-        files = [file for file in self.files if any(name.startswith(file) for name in names)]
+        tests = self.chosen(mutant)
+        files = [file for file in self.files if any(name.startswith(file) for name in tests)]
 
         def work() -> int:
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
             sys.meta_path.insert(0, Instead(self.name, self.path, mutant.code(self.source, str(self.path))))
             with silence():
-                ended = pytest_of(["-x", *files], self.folder / "tests", Choice(names), Watch(active=True))
+                ended = pytest_of(["-x", *files], self.folder / "tests", Choice(tests), Watch(active=True))
             return SURVIVED if ended == 0 else KILLED
 
-        seconds = sum(self.tests[name].seconds for name in names)
-        ended = forked(work, limit=SECONDS + 10 * seconds) if names else SURVIVED
+        seconds = sum(test.seconds for test in tests.values())
+        ended = forked(work, limit=SECONDS + 10 * seconds) if tests else SURVIVED
         if ended == BROKEN:
             raise RuntimeError(f"{mutant.key} could not be tried")
         shutil.rmtree(self.folder / "tests", ignore_errors=True)
@@ -279,8 +221,8 @@ def _imported(path: Path) -> set[str]:
 
 def _is_ours(module: ModuleType) -> bool:
     file = getattr(module, "__file__", None) or ""
-    inside = file.startswith(str(ROOT)) and not file.startswith(str(ROOT / ".venv"))
-    return inside and module.__name__ not in ("__main__", "mutations")
+    outside = (str(ROOT / ".venv"), str(ROOT / "tools"))
+    return file.startswith(str(ROOT)) and not file.startswith(outside)
 
 
 def path_of(module: str) -> Path:
@@ -297,8 +239,8 @@ def run_module(module: str, known: dict, folder: Path) -> Counter:
     answer = folder / "answer.json"
 
     def work() -> int:
-        # threads do not come along when it forks; tests that would fork have an answer to the third
-        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MIXTRAIN_MUTANT="1")
+        # threads do not come along when it forks
+        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
         faults, count = Faults(module, folder), Counter()
         if not faults.survives(NO_FAULT):
             raise RuntimeError("the tests do not pass in a forked child without a fault")

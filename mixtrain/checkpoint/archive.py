@@ -66,9 +66,10 @@ class Archive:
         try:
             with zipfile.ZipFile(_Part(file, start, self.length)) as archive:
                 entries = archive.infolist()
-        except OSError:
-            raise
-        except Exception as error:  # zipfile raises what the bytes lead it to
+        except Exception as error:  # zipfile raises what the bytes lead it to, and hides what the disk said
+            for each in (error, error.__context__):
+                if isinstance(each, OSError):
+                    raise each from None
             raise Damaged(f"at byte {start:,}: no archive of PyTorch's") from error
         self.entries = {entry.filename.partition("/")[2]: entry for entry in entries}
         if len(self.entries) != len(entries):
@@ -227,12 +228,6 @@ class _Part(io.RawIOBase):
     def __init__(self, file: BinaryIO, start: int, length: int):
         self.file, self.start, self.length, self.at, self.left = file, start, length, 0, DIRECTORY
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]
         if at < 0:
@@ -240,7 +235,7 @@ class _Part(io.RawIOBase):
         self.at = at
         return at
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = None) -> bytes:
         there = max(0, self.length - self.at)
         size = there if size is None or size < 0 else min(size, there)
         self.left -= size

@@ -87,7 +87,7 @@ def problem(
     return ""
 
 
-def _file_problem(path: Path, expected: File, full: bool, beat: Callable[[], None]) -> str:
+def _file_problem(path: Path, expected: File, full: bool, beat: Callable[[], None]) -> str | None:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device has no end
@@ -100,7 +100,6 @@ def _file_problem(path: Path, expected: File, full: bool, beat: Callable[[], Non
         return f"{path} is missing"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror})"
-    return ""
 
 
 def describe(paths: Iterable[Path]) -> dict[str, File]:
@@ -110,7 +109,7 @@ def describe(paths: Iterable[Path]) -> dict[str, File]:
 
 def sha256(path: Path, beat: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
             beat()

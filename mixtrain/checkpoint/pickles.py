@@ -104,18 +104,16 @@ class _Reader:
         return value
 
     def take(self, size: int) -> bytes:
+        """Fewer bytes, where there are fewer: then there is no next opcode, and that is an IndexError."""
         start, self.at = self.at, self.at + size
-        if self.at > len(self.data):
-            raise IndexError
         return self.data[start : self.at]
 
     def line(self) -> str:
-        end = self.data.find(b"\n", self.at, self.at + 1024)
-        if end < 0:
+        text, newline, _ = self.data[self.at : self.at + 1024].partition(b"\n")
+        if not newline:
             raise IndexError
-        text = self.take(end - self.at).decode()
-        self.at += 1
-        return text
+        self.at += len(text) + 1
+        return text.decode()
 
     def push(self, container: Any) -> None:
         """A new container or record."""
@@ -140,7 +138,7 @@ class _Reader:
         self.stack.append(Name(module, name))
 
 
-Step = Callable[[_Reader], None]
+Step = Callable[[_Reader], object]
 
 
 def _value(value: Any) -> Step:
@@ -252,8 +250,8 @@ def _build(reader: _Reader) -> None:
 STEPS: dict[int, Step] = {
     opcode[0]: step
     for opcode, step in {
-        pickle.PROTO: lambda reader: reader.take(1) and None,
-        pickle.FRAME: lambda reader: reader.take(8) and None,
+        pickle.PROTO: lambda reader: reader.take(1),
+        pickle.FRAME: lambda reader: reader.take(8),
         pickle.MARK: lambda reader: reader.marks.append(len(reader.stack)),
         pickle.NONE: _value(None),
         pickle.NEWTRUE: _value(True),

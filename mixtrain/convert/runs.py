@@ -54,13 +54,14 @@ def index(config: Config, layout: str) -> Index:
 
 
 def _position(keys: list[str]):
-    """Layer after layer, as files on the hub have them: the embedding first, what follows the layers last."""
+    """Layer after layer, as files on the hub have them: the embedding first, what follows the layers last.
+
+    Within one they stay in the order in which the model uses them, which is that of the pieces.
+    """
     last = {key for key in keys[keys.index("decoder.final_layernorm.weight") :]}
-    order = {key: number for number, key in enumerate(keys)}
 
     def position(piece: Piece) -> tuple:
-        in_layer = piece.key.startswith(contract.LAYER)
-        return (piece.key in last, in_layer, piece.numbers[:1] if in_layer else (), order[piece.key], piece.numbers)
+        return (piece.key in last, piece.numbers[:1] if piece.key.startswith(contract.LAYER) else ())
 
     return position
 
@@ -73,7 +74,7 @@ def runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Run]:
     base *= math.prod(piece.shape)
     for name, view in piece.views(torch.empty(piece.shape, device="meta")).items():
         axes, count = view.dim(), 1
-        while axes and (view.shape[axes - 1] == 1 or view.stride(axes - 1) == count):
+        while axes and view.stride(axes - 1) == count:
             axes -= 1
             count *= view.shape[axes]
         for number, place in enumerate(product(*map(range, view.shape[:axes]))):
@@ -84,15 +85,15 @@ def runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Run]:
 def overlapping(several: list[Run], start: int, stop: int, first: int) -> Iterable[tuple[Run, int, int]]:
     """(run, its first element, its last + 1) of those that have some of the elements start..stop of a side.
 
-    `first` is the number of the field that is the beginning of a run on that side; several is sorted by it.
+    `first` is the number of the field that is the beginning of a run on that side; several is sorted by it, and has
+    every element of the side.
     """
     at = bisect_right(several, start, key=lambda run: run[first]) - 1
-    for run in several[max(at, 0) :]:
+    for run in several[at:]:
         low, high = max(start - run[first], 0), min(stop - run[first], run.count)
-        if run[first] >= stop:
+        if low >= high:
             return
-        if low < high:
-            yield run, low, high
+        yield run, low, high
 
 
 PLACE, START = Run._fields.index("place"), Run._fields.index("start")

@@ -1,0 +1,259 @@
+"""What torch.save has written: each bound on the zip file, on a tensor in it, and on an object."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from archives import opened, pickled, said, saved, zipped
+from evil_pickles import name, records
+
+from mixtrain.checkpoint import archive
+from mixtrain.checkpoint.archive import Archive, _Part
+from mixtrain.checkpoint.pickles import Name, Record, Stored
+
+FLOAT, INT = Name("torch", "FloatStorage"), Name("torch", "int32")
+REBUILD, REBUILD_3 = Name("torch._utils", "_rebuild_tensor_v2"), Name("torch._utils", "_rebuild_tensor_v3")
+
+
+ONE = saved(torch.arange(3.0))
+BYTES = len(ONE)
+
+
+@pytest.mark.parametrize(
+    "module, of",
+    [
+        *[("torch._utils", of) for of in ["_rebuild_tensor_v2", "_rebuild_tensor_v3"]],
+        *[("torch", of) for of in ["FloatStorage", "BoolStorage", "float8_e4m3fn", "bool"]],
+        *[(module, "_reconstruct") for module in ["numpy._core.multiarray", "numpy.core.multiarray"]],
+        *[("numpy", of) for of in ["ndarray", "dtype"]],
+        ("torch.storage", "UntypedStorage"), ("collections", "OrderedDict"), ("_codecs", "encode"),
+        ("argparse", "Namespace"),
+    ],
+    ids="ALLOWED-{}".format,
+)  # fmt: skip
+def test_what_honest_files_name_is_allowed(module, of):
+    assert pickled(name(module, of)).tree() == (module, of)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split(),
+    ids="STORAGES-{}".format,
+)
+def test_numbers_of_every_dtype_are_read(dtype):
+    given = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(getattr(torch, dtype))
+    read = opened(saved(given.T)).tensor()
+    assert (read.dtype, read.tolist()) == (given.dtype, given.T.tolist())
+
+
+# The zip file
+
+
+def test_an_archive_is_read_from_the_middle_of_a_file():
+    there = Archive(io.BytesIO(b"before" + ONE + b"after"), 6, BYTES)
+    assert there.tensor().tolist() == [0, 1, 2]
+    rest = Archive(io.BytesIO(b"before" + ONE), 6)
+    assert (rest.length, rest.tensor().tolist()) == (BYTES, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "start, length, ends",
+    [(0, BYTES + 1, BYTES + 1), (1, BYTES, BYTES + 1), (-1, 5, 4), (5, -1, 4), (BYTES + 1, 0, BYTES + 1)],
+    ids=lambda value: f"__init__-{value}",
+)
+def test_an_archive_lies_in_its_file(start, length, ends):
+    assert said(lambda: Archive(io.BytesIO(ONE), start, length)) == f"Damaged: it ends before byte {ends:,}"
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 100, ONE[:-30]], ids=lambda data: f"__init__-{len(data)}")
+def test_what_is_no_archive_is_damaged(data):
+    assert said(lambda: opened(data)) == "Damaged: at byte 0: no archive of PyTorch's"
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_the_system():
+    """Whichever read fails: of the first one zipfile says that there is no zip file."""
+
+    class Broken(io.BytesIO):
+        def read(self, *size):
+            self.left -= 1
+            if self.left < 0:
+                raise OSError(5, "Input/output error")
+            return super().read(*size)
+
+    whole = Broken(ONE)
+    whole.left = 100
+    assert Archive(whole).entries
+    for reads in range(100 - whole.left):
+        broken = Broken(ONE)
+        broken.left = reads
+        with pytest.raises(OSError, match="Input/output error"):
+            Archive(broken)
+
+
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        ({"b/data.pkl": b""}, "Damaged: it has two records of one name"),
+        ({"a/byteorder": b"big"}, "Unwanted: numbers in the byte order of other processors are not loaded"),
+        ({"a/byteorder": b"x" * 16}, "Unwanted: numbers in the byte order of other processors are not loaded"),
+        ({"a/byteorder": b"x" * 17}, "Damaged: its record byteorder has 17 bytes; at most 16 are read"),
+    ],
+    ids=["__init__-twice", "__init__-big", "__init__-16", "__init__-17"],
+)
+def test_records_that_no_archive_has_are_refused(more, expected):
+    assert said(lambda: opened(zipped({"a/data.pkl": b"N."} | more))) == expected
+
+
+@pytest.mark.parametrize("number, is_read", [(17, True), (18, False)], ids=lambda value: f"DIRECTORY-{value}")
+def test_a_directory_of_a_mebibyte_is_read(number, is_read):
+    data = zipped({"a/data.pkl": b"N."} | {f"a/{at:059998}": b"" for at in range(number)})
+    if is_read:
+        assert opened(data).tree() is None
+    else:
+        assert said(lambda: opened(data)) == "Damaged: at byte 0: no archive of PyTorch's"
+
+
+def entry_with(there: Archive, **values: int) -> None:
+    for key, value in values.items():
+        setattr(there.entries["data/0"], key, value)
+
+
+def ending(there: Archive, past: int) -> None:
+    """So long that it ends some bytes past the beginning of the record's header."""
+    there.length = there.entries["data/0"].header_offset + past
+
+
+RECORD = {
+    "record-none": (lambda there: there.entries.pop("data/0"), "it has no plain record data/0"),
+    "record-compressed": (lambda there: entry_with(there, compress_type=8), "it has no plain record data/0"),
+    "record-two sizes": (lambda there: entry_with(there, file_size=11), "it has no plain record data/0"),
+    "record-before it": (lambda there: entry_with(there, header_offset=-1), "its record data/0 lies beyond it"),
+    "record-no room for a header": (lambda there: ending(there, 29), "its record data/0 lies beyond it"),
+    "record-a header alone": (lambda there: ending(there, 30), "its record data/0 ends beyond it"),
+    "record-elsewhere": (lambda there: entry_with(there, header_offset=1), "its record data/0 is not there"),
+    "record-a byte too few": (
+        lambda there: setattr(there, "length", sum(there.record("data/0")) - 1),
+        "its record data/0 ends beyond it",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", RECORD)
+def test_a_record_lies_in_its_archive(what):
+    there, (change, expected) = opened(ONE), RECORD[what]
+    change(there)
+    assert said(lambda: there.record("data/0")) == f"Damaged: {expected}"
+
+
+def test_a_record_that_ends_with_its_archive_is_read():
+    there = opened(ONE)
+    there.length = sum(there.record("data/0"))
+    assert there.bytes_of("data/0", 12) == torch.arange(3.0).numpy().tobytes()
+    assert said(lambda: there.bytes_of("data/0", 11)) == "Damaged: its record data/0 has 12 bytes; at most 11 are read"
+
+
+def test_a_part_of_a_file_is_a_file_that_ends_where_the_part_does(monkeypatch):
+    part = _Part(io.BytesIO(b"0123456789"), 2, 6)
+    assert (part.read(2), part.read(0), part.read(), part.read(1)) == (b"23", b"", b"4567", b"")
+    assert (part.seek(1), part.read(-1), part.seek(0), part.read(None)) == (1, b"34567", 0, b"234567")
+    assert (part.seek(-2, 2), part.read(9), part.seek(-1, 1), part.read(9)) == (4, b"67", 5, b"7")
+    assert (part.seek(9), part.read(1)) == (9, b"")
+    with pytest.raises(ValueError):
+        part.seek(-1)
+    monkeypatch.setattr(archive, "DIRECTORY", 4)
+    part = _Part(io.BytesIO(b"0123456789"), 2, 6)
+    assert (part.read(3), part.read(1)) == (b"234", b"5")
+    with pytest.raises(ValueError):
+        part.read(1)
+
+
+# A tensor
+
+
+STORAGE = ("storage", FLOAT, "0", "cpu", 3)
+UNTYPED = ("storage", None, "0", "cpu", 3)
+
+
+def tensor(place: object = STORAGE, of: Name = REBUILD, size=(3,), stride=(1,), offset=0, more=(False, {})) -> Record:
+    return Record(of, (Stored(place), offset, size, stride, *more))
+
+
+def with_state() -> Record:
+    made = tensor()
+    made.state = {1: 2}
+    return made
+
+
+NO_TENSOR, NO_STORAGE = "there is no tensor where one should be", "a tensor has no storage"
+NO_SHAPE, NO_LENGTH = "there is no shape where one should be", "a length is no whole number from 0 on"
+IMPOSSIBLE, TOO_MANY = "a tensor has no possible shape", "a tensor has more numbers than its storage"
+NO_DTYPE = "a tensor has no dtype"
+NUMBERS = {
+    "numbers-text": ("x", NO_TENSOR),
+    "numbers-another record": (Record(FLOAT, tensor().args), NO_TENSOR),
+    "numbers-with a state": (with_state(), NO_TENSOR),
+    "numbers-five arguments": (Record(REBUILD, tensor().args[:5]), NO_TENSOR),
+    "numbers-no storage": (Record(REBUILD, (STORAGE, *tensor().args[1:])), NO_STORAGE),
+    "numbers-a list": (tensor([*STORAGE]), NO_STORAGE),
+    "numbers-four": (tensor(STORAGE[:4]), NO_STORAGE),
+    "numbers-another word": (tensor(("module", *STORAGE[1:])), NO_STORAGE),
+    "numbers-a record by number": (tensor(("storage", FLOAT, 0, "cpu", 3)), NO_STORAGE),
+    "numbers-two strides": (tensor(stride=(1, 1)), IMPOSSIBLE),
+    "numbers-too large": (tensor(size=(1 << 61, 4), stride=(0, 0)), IMPOSSIBLE),
+    "numbers-one too many": (tensor(size=(4,)), TOO_MANY),
+    "numbers-from the second": (tensor(offset=1), TOO_MANY),
+    "numbers-two far apart": (tensor(size=(2,), stride=(3,)), TOO_MANY),
+    "_dtype-text": (tensor(("storage", "float32", "0", "cpu", 3)), NO_DTYPE),
+    "_dtype-of another module": (tensor(("storage", Name("x", "float32"), "0", "cpu", 3)), NO_DTYPE),
+    "_dtype-another name": (tensor(("storage", Name("torch", "Size"), "0", "cpu", 3)), NO_DTYPE),
+    "_lengths-a list": (tensor(size=[3]), NO_SHAPE),
+    "_lengths-seventeen": (tensor(size=(1,) * 17, stride=(1,) * 17), NO_SHAPE),
+    "_length-true": (tensor(size=(True,)), NO_LENGTH),
+    "_length-text": (tensor(size=("3",)), NO_LENGTH),
+    "_length-below 0": (tensor(offset=-1), NO_LENGTH),
+    "_length-2^62": (tensor(size=(0, 1), stride=(1, 1 << 62)), NO_LENGTH),
+}
+
+
+@pytest.mark.parametrize("what", NUMBERS)
+def test_what_is_wrong_with_a_tensor_is_said(what):
+    record, expected = NUMBERS[what]
+    assert said(lambda: opened(ONE).numbers(record)) == f"Damaged: {expected}"
+
+
+WHOLE = [0, 1, 2]
+TENSORS = {
+    "numbers-whole": (tensor(), WHOLE),
+    "numbers-the last two": (tensor(size=(2,), offset=1), [1, 2]),
+    "numbers-every other": (tensor(size=(2,), stride=(2,)), [0, 2]),
+    "numbers-a matrix": (tensor(size=(2, 2), stride=(1, 1)), [[0, 1], [1, 2]]),
+    "numbers-nothing, far away": (tensor(size=(0,), offset=100), []),
+    "numbers-the second version has no dtype": (tensor(more=(False, {}, INT)), WHOLE),
+    "numbers-the third without one": (tensor(of=REBUILD_3), WHOLE),
+    "numbers-the third": (tensor(UNTYPED, REBUILD_3, more=(False, {}, Name("torch", "float32"))), WHOLE),
+    "_lengths-sixteen": (tensor(size=(0,) + (1,) * 15, stride=(1,) * 16), []),
+    "_length-2^62 - 1": (tensor(size=(0, 1), stride=(1, (1 << 62) - 1)), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", TENSORS)
+def test_a_tensor_is_read_as_its_record_says(what):
+    there, (record, expected) = opened(ONE), TENSORS[what]
+    read = there.load(there.numbers(record))
+    assert (read.dtype, read.tolist()) == (torch.float32, expected)
+
+
+def test_bytes_that_are_no_whole_number_are_left():
+    parts = records(torch.arange(3.0))
+    parts["archive/data/0"] += b"x"
+    assert opened(zipped(parts)).tensor().tolist() == WHOLE
+
+
+def test_a_file_that_became_shorter_is_damaged():
+    file = io.BytesIO(ONE)
+    there = Archive(file)
+    found = there.numbers(there.tree())
+    file.truncate(found.start + 11)
+    assert said(lambda: there.load(found)) == f"Damaged: it ends before byte {found.start + 12:,}"
