@@ -261,6 +261,53 @@ def test_a_state_may_fill_the_device_and_not_a_byte_more():
     assert problems("state_fits_the_device", trainer={"device_memory_gib": None}) == []
 
 
+RECIPE = "+recipe=mixtral_8x7b_ep8"
+KEPT = ("trainer.recompute_granularity=null", "trainer.recompute_method=null", "trainer.recompute_num_layers=null")
+FULL = "trainer.recompute_granularity=full and trainer.recompute_method=uniform and trainer.recompute_num_layers=1"
+
+
+def least_gib(*overrides: str) -> float:
+    return derive(resolve(config_of(*overrides))).least_bytes / 2**30
+
+
+def test_state_and_activations_may_fill_the_device_and_not_a_byte_more():
+    full = least_gib(RECIPE)
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": full}) == []
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": full - 2**-30})
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": None}) == []
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": 59}) == []  # the state's
+    state = derive(resolve(config_of(RECIPE))).state_bytes / 2**30
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": state})
+
+
+@pytest.mark.parametrize(
+    "words, enough, offered",
+    [
+        (["trainer.micro_batch_size=2", *KEPT], [RECIPE, *KEPT], [FULL, "trainer.micro_batch_size=1"]),
+        (["trainer.micro_batch_size=8", *KEPT], [RECIPE, "trainer.micro_batch_size=8"], [FULL]),
+        (["trainer.micro_batch_size=8"], [RECIPE, "trainer.micro_batch_size=4"], ["trainer.micro_batch_size=4"]),
+        (["trainer.micro_batch_size=6"], [RECIPE, "trainer.micro_batch_size=5"], ["trainer.micro_batch_size=3"]),
+        (["trainer.micro_batch_size=8", *KEPT], [RECIPE, "trainer.micro_batch_size=2"],
+         [f"{FULL} and trainer.micro_batch_size=2"]),
+        ([*KEPT], [RECIPE], [FULL]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_just_fits_the_device_is_offered(words, enough, offered):
+    (said,) = problems("activations_fit_the_device", RECIPE, *words, trainer={"device_memory_gib": least_gib(*enough)})
+    hint = said.partition("; use ")[2].split(", or ")
+    assert hint == [*offered, "more TP or CP", "trainer.device_memory_gib=null to try all the same"]
+
+
+@pytest.mark.parametrize(
+    "words", [["trainer.devices=3"], ["parallel.pipeline_model_parallel_size=3", "trainer.devices=24"]]
+)
+def test_of_a_layout_that_does_not_fit_no_memory_is_counted(words):
+    memory = {"device_memory_gib": least_gib(RECIPE, *KEPT, *words) - 1}
+    assert memory["device_memory_gib"] > derive(resolve(config_of(RECIPE, *KEPT, *words))).state_bytes / 2**30
+    assert problems("activations_fit_the_device", RECIPE, *KEPT, *words, trainer=memory) == []
+
+
 def test_mounts_without_an_image_are_all_named():
     (said,) = problems("mounts_need_an_image", launcher={"container_mounts": ["/a", "/b"]})
     assert said.startswith("launcher.container_mounts = [/a,/b], but")
