@@ -11,6 +11,7 @@ from composing import config_of
 from mixtrain.config import DataKind, legal_keys
 from mixtrain.plan import derive, resolve
 from mixtrain.rules import RULES, implementation, launcher, training, upstream
+from mixtrain.rules.nearest import near_divisors, near_multiples, nearest
 
 RULE = {rule.__name__: rule for rule in RULES}
 TE = ("model.transformer_impl=transformer_engine", "trainer.accelerator=gpu")
@@ -237,6 +238,21 @@ def test_of_ranks_that_do_not_fit_nothing_follows(rule, overrides):
     assert problems("dense_ranks", *UNRANKED, *overrides) and problems(rule, *UNRANKED, *overrides) == []
 
 
+def test_ranks_fit_where_both_grids_divide_them():
+    instances = ("optimizer_instances_divide", "parallel.num_distributed_optimizer_instances=5")
+    dense, expert = "parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=2"
+    for size, refused in (("2", True), ("3", False)):
+        assert bool(problems(*instances, "parallel=ep1", dense, f"trainer.devices={size}")) is refused
+        assert bool(problems(*instances, "parallel=ep1", expert, f"trainer.devices={size}")) is refused
+
+
+def test_what_is_next_to_a_number_is_never_itself():
+    assert nearest(4, [8, 2, 4, 1, 16]) == "2 or 8" and nearest(4, [4]) == ""
+    assert near_divisors(5, 8) == "4 or 8" and near_divisors(8, 12) == "6 or 12" and near_divisors(4, 4) == "2"
+    multiples = {(17, 8): "16 or 24", (16, 8): "8 or 24", (8, 8): "16", (3, 8): "8", (2, 1): "1 or 3"}
+    assert {pair: near_multiples(*pair) for pair in multiples} == multiples
+
+
 NAMED = [  # prefixes, and the pair that is one
     (["corpus", "corpus"], ("corpus", "corpus")),
     (["3", "corpus", "1", "other", "1", "corpus"], ("corpus", "corpus")),
@@ -252,6 +268,7 @@ def test_a_prefix_that_is_there_twice_is_found_however_it_is_spelled(prefixes, p
     said = problems("data_is_named_once", data={"kind": DataKind.indexed, "data_path": prefixes})
     assert [text.split(",")[0] for text in said] == ([f"data.data_path has {pair[0]} and {pair[1]}"] if pair else [])
     assert problems("data_is_named_once", data={"data_path": prefixes}) == []  # of another kind: it reads none
+    assert problems("data_is_named_once", data={"kind": DataKind.indexed, "data_path": []}) == []  # said already
 
 
 def test_a_state_may_fill_the_device_and_not_a_byte_more():
