@@ -11,6 +11,7 @@ from composing import config_of
 from mixtrain.config import DataKind, legal_keys
 from mixtrain.plan import derive, resolve
 from mixtrain.rules import RULES, launcher, training, upstream
+from mixtrain.rules.nearest import near_divisors, near_multiples, nearest
 
 RULE = {rule.__name__: rule for rule in RULES}
 TE = ("model.transformer_impl=transformer_engine", "trainer.accelerator=gpu")
@@ -217,6 +218,21 @@ def test_of_ranks_that_do_not_fit_nothing_follows(rule, overrides):
     assert problems("dense_ranks", *UNRANKED, *overrides) and problems(rule, *UNRANKED, *overrides) == []
 
 
+def test_ranks_fit_where_both_grids_divide_them():
+    instances = ("optimizer_instances_divide", "parallel.num_distributed_optimizer_instances=5")
+    dense, expert = "parallel.tensor_model_parallel_size=2", "parallel.expert_model_parallel_size=2"
+    for size, refused in (("2", True), ("3", False)):
+        assert bool(problems(*instances, "parallel=ep1", dense, f"trainer.devices={size}")) is refused
+        assert bool(problems(*instances, "parallel=ep1", expert, f"trainer.devices={size}")) is refused
+
+
+def test_what_is_next_to_a_number_is_never_itself():
+    assert nearest(4, [8, 2, 4, 1, 16]) == "2 or 8" and nearest(4, [4]) == ""
+    assert near_divisors(5, 8) == "4 or 8" and near_divisors(8, 12) == "6 or 12" and near_divisors(4, 4) == "2"
+    multiples = {(17, 8): "16 or 24", (16, 8): "8 or 24", (8, 8): "16", (3, 8): "8", (2, 1): "1 or 3"}
+    assert {pair: near_multiples(*pair) for pair in multiples} == multiples
+
+
 NAMED = [  # prefixes, and the pair that is one
     (["corpus", "corpus"], ("corpus", "corpus")),
     (["3", "corpus", "1", "other", "1", "corpus"], ("corpus", "corpus")),
@@ -232,6 +248,7 @@ def test_a_prefix_that_is_there_twice_is_found_however_it_is_spelled(prefixes, p
     said = problems("data_is_named_once", data={"kind": DataKind.indexed, "data_path": prefixes})
     assert [text.split(",")[0] for text in said] == ([f"data.data_path has {pair[0]} and {pair[1]}"] if pair else [])
     assert problems("data_is_named_once", data={"data_path": prefixes}) == []  # of another kind: it reads none
+    assert problems("data_is_named_once", data={"kind": DataKind.indexed, "data_path": []}) == []  # said already
 
 
 def test_a_state_may_fill_the_device_and_not_a_byte_more():
@@ -239,6 +256,53 @@ def test_a_state_may_fill_the_device_and_not_a_byte_more():
     assert problems("state_fits_the_device", trainer={"device_memory_gib": full}) == []
     assert problems("state_fits_the_device", trainer={"device_memory_gib": full - 2**-30})
     assert problems("state_fits_the_device", trainer={"device_memory_gib": None}) == []
+
+
+RECIPE = "+recipe=mixtral_8x7b_ep8"
+KEPT = ("trainer.recompute_granularity=null", "trainer.recompute_method=null", "trainer.recompute_num_layers=null")
+FULL = "trainer.recompute_granularity=full and trainer.recompute_method=uniform and trainer.recompute_num_layers=1"
+
+
+def least_gib(*overrides: str) -> float:
+    return derive(resolve(config_of(*overrides))).least_bytes / 2**30
+
+
+def test_state_and_activations_may_fill_the_device_and_not_a_byte_more():
+    full = least_gib(RECIPE)
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": full}) == []
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": full - 2**-30})
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": None}) == []
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": 59}) == []  # the state's
+    state = derive(resolve(config_of(RECIPE))).state_bytes / 2**30
+    assert problems("activations_fit_the_device", RECIPE, trainer={"device_memory_gib": state})
+
+
+@pytest.mark.parametrize(
+    "words, enough, offered",
+    [
+        (["trainer.micro_batch_size=2", *KEPT], [RECIPE, *KEPT], [FULL, "trainer.micro_batch_size=1"]),
+        (["trainer.micro_batch_size=8", *KEPT], [RECIPE, "trainer.micro_batch_size=8"], [FULL]),
+        (["trainer.micro_batch_size=8"], [RECIPE, "trainer.micro_batch_size=4"], ["trainer.micro_batch_size=4"]),
+        (["trainer.micro_batch_size=6"], [RECIPE, "trainer.micro_batch_size=5"], ["trainer.micro_batch_size=3"]),
+        (["trainer.micro_batch_size=8", *KEPT], [RECIPE, "trainer.micro_batch_size=2"],
+         [f"{FULL} and trainer.micro_batch_size=2"]),
+        ([*KEPT], [RECIPE], [FULL]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_just_fits_the_device_is_offered(words, enough, offered):
+    (said,) = problems("activations_fit_the_device", RECIPE, *words, trainer={"device_memory_gib": least_gib(*enough)})
+    hint = said.partition("; use ")[2].split(", or ")
+    assert hint == [*offered, "more TP or CP", "trainer.device_memory_gib=null to try all the same"]
+
+
+@pytest.mark.parametrize(
+    "words", [["trainer.devices=3"], ["parallel.pipeline_model_parallel_size=3", "trainer.devices=24"]]
+)
+def test_of_a_layout_that_does_not_fit_no_memory_is_counted(words):
+    memory = {"device_memory_gib": least_gib(RECIPE, *KEPT, *words) - 1}
+    assert memory["device_memory_gib"] > derive(resolve(config_of(RECIPE, *KEPT, *words))).state_bytes / 2**30
+    assert problems("activations_fit_the_device", RECIPE, *KEPT, *words, trainer=memory) == []
 
 
 def test_mounts_without_an_image_are_all_named():
