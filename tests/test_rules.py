@@ -149,6 +149,8 @@ CASES = [
      " trainer.global_batch_size=24",
      ["3 microbatches a step", "parallel.pipeline_model_parallel_size = 2",
       "use trainer.global_batch_size = 16 or 32"]),
+    ("virtual_pipeline_needs_pipeline", f"{INTERLEAVED} trainer.micro_batch_size=1 trainer.global_batch_size=6",
+     ["3 microbatches a step", "use trainer.global_batch_size = 4 or 8"]),
     ("optimizer_instances_divide",
      "parallel=ep1 trainer.devices=2 parallel.num_distributed_optimizer_instances=2"
      " optimizer.use_distributed_optimizer=false",

@@ -130,6 +130,7 @@ EDGES = [
     ("expert_bias_has_sigmoid", ["router=sinkhorn", "router.moe_router_enable_expert_bias=true"], False),  # unread
     ("flex_has_its_ranks", ["dispatcher=flex", GPU, "dispatcher.moe_pad_expert_input_to_capacity=true",
                             "dispatcher.moe_flex_dispatcher_backend=hybridep"], False),
+    ("grouped_gemm_reads_aligned_rows", [*TE, "model.hidden_size=190"], False),  # its own kernels read them
     ("grouped_gemm_reads_aligned_rows", ["parallel.expert_tensor_parallel_size=3"], False),  # another rule's
     ("attention_backend_is_there", ["model.transformer_impl=local", GPU, "trainer.precision=bf16",
                                     "model.attention_backend=fused"], True),
@@ -210,6 +211,16 @@ UNRANKED = ["parallel.tensor_model_parallel_size=2", "trainer.devices=3"]
     [
         ("batch_over_ranks", ["trainer.global_batch_size=18"]),
         ("virtual_pipeline_needs_pipeline", ["parallel.pipeline_model_parallel_size=2", VPP2]),
+        (
+            "virtual_pipeline_needs_pipeline",  # three microbatches, of ranks rounded down
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                VPP2,
+                "trainer.devices=5",
+                "trainer.micro_batch_size=1",
+                "trainer.global_batch_size=3",
+            ],
+        ),
         ("optimizer_instances_divide", ["parallel.num_distributed_optimizer_instances=5"]),
         ("rampup_reaches_the_batch", ["trainer.rampup_batch_size=[5,3,9]"]),
     ],
