@@ -360,3 +360,26 @@ def test_the_version_of_megatron_core_is_its_first_two_numbers_or_none(monkeypat
 def test_of_two_keys_for_groups_the_one_that_is_missing_is_named(there, absent):
     said = f"router.moe_router_{there} = 2 needs router.moe_router_{absent} too; it is null"
     assert problems("groups_of_experts", f"router.moe_router_{there}=2") == [said]
+
+
+SELECTIVE, OFFLOADING = "trainer.recompute_granularity=selective", "trainer.fine_grained_activation_offloading=true"
+FULL = ["trainer.recompute_granularity=full", "trainer.recompute_method=uniform", "trainer.recompute_num_layers=3"]
+RAMP = "trainer.rampup_batch_size="
+WSD_STEPS, WHOLE_WARMUP = "optimizer.lr_wsd_decay_steps=", ["optimizer.lr_warmup_steps=9", "optimizer.lr_decay_steps=9"]
+SAID = [  # rule, overrides, the words that its only problem has; None: none
+    ("full_recompute_fits_every_chunk", ["trainer.recompute_num_layers=3"], None),
+    ("full_recompute_fits_every_chunk", FULL, "does not fit the 4 layers; use"),
+    ("selective_recompute_names_modules", [SELECTIVE], "trainer.recompute_modules = null goes with"),
+    ("offload_needs_transformer_engine", [*TE, OFFLOADING], "trainer.offload_modules = null goes with"),
+    ("offload_needs_transformer_engine", [*TE, "trainer.offload_modules=[moe_act]"], "= ['moe_act'] goes with"),
+    ("rampup_reaches_the_batch", ["trainer.global_batch_size=18", f"{RAMP}[5,3,9]"], None),  # said of the batch
+    ("rampup_reaches_the_batch", ["trainer.global_batch_size=8", f"{RAMP}[8,8,64]"], "= 8; use null"),
+    ("schedule_is_complete", [f"{WSD_STEPS}1000000"], "but only WSD reads it; use null"),
+    ("schedule_is_complete", ["optimizer.lr_decay_style=WSD", *WHOLE_WARMUP], "needs optimizer.lr_wsd_decay_steps"),
+]
+
+
+@pytest.mark.parametrize("rule, overrides, words", SAID)
+def test_a_rule_says_one_thing_of_one_breach(rule, overrides, words):
+    said = problems(rule, *overrides)
+    assert len(said) == bool(words) and all(words in text for text in said), said
