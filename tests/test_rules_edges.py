@@ -383,3 +383,33 @@ SAID = [  # rule, overrides, the words that its only problem has; None: none
 def test_a_rule_says_one_thing_of_one_breach(rule, overrides, words):
     said = problems(rule, *overrides)
     assert len(said) == bool(words) and all(words in text for text in said), said
+
+
+CP2, Z, NONE = "parallel.context_parallel_size=2", "router.moe_z_loss_coeff=0.001", "router=none"
+LIST = ["router.moe_router_load_balancing_type=[aux_loss,seq_aux_loss]", "router.moe_aux_loss_coeff=[0.01,0]"]
+
+
+@pytest.mark.parametrize(
+    "overrides, met",
+    [
+        ([CP2], True),
+        ([], False),
+        ([CP2, NONE], False),
+        ([CP2, NONE, Z], True),
+        ([NONE, Z], False),
+        ([CP2, *LIST], True),
+        ([*LIST, "trainer.micro_batch_size=2"], False),
+        (["router=seq_aux_loss", "trainer.micro_batch_size=2"], True),
+        (["router=seq_aux_loss", "trainer.micro_batch_size=1"], False),
+    ],
+)
+def test_per_token_losses_are_a_fault_where_something_is_weighed_by_the_layout(overrides, met, monkeypatch):
+    monkeypatch.setattr(upstream, "megatron_version", lambda: (0, 16))
+    said = problems(
+        "upstream_faults_are_acknowledged", "model.extra.calculate_per_token_loss=true", "parallel=ep1", *overrides
+    )
+    assert len(said) == met
+    for text in said:
+        assert text.startswith("megatron-core 0.16, megatron/core/transformer/moe/router.py: calculate_per_token_loss")
+        assert "; use model.extra.calculate_per_token_loss=false, or parallel.acknowledged_faults=[" in text
+    assert [fault.file.rpartition("/")[2] for fault in upstream.FAULTS] == ["experts.py", "router.py"]

@@ -37,12 +37,11 @@ def _experts_beside_tensor_ranks(plan: Plan) -> bool:
 
 def _per_token_auxiliary_loss(plan: Plan) -> bool:
     parallel, router = plan.config.parallel, plan.config.router
-    if not plan.config.model.extra.get("calculate_per_token_loss", False):
-        return False
     coefficients = dict(zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False))
     split = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
     by_sequence = coefficients.get(Balancing.seq_aux_loss) and plan.config.trainer.micro_batch_size > 1
-    return bool(by_sequence or (split and (any(coefficients.values()) or router.moe_z_loss_coeff)))
+    weighed = by_sequence or (split and (any(coefficients.values()) or router.moe_z_loss_coeff))
+    return bool(plan.config.model.extra.get("calculate_per_token_loss") and weighed)
 
 
 # fmt: off
