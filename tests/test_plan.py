@@ -241,6 +241,28 @@ def test_of_chunks_the_last_is_the_first_whose_layers_are_made_anew():
     assert plan.stage_activation_bytes == (5 * INPUT + LAYER - INPUT, 2 * INPUT + LOGITS)
 
 
+@pytest.mark.parametrize(
+    "words, kept",
+    [
+        (["trainer.recompute_num_layers=null"], (8 * INPUT * 4 + LAYER - INPUT, 8 * INPUT * 3 + LAYER - INPUT)),
+        (["trainer.recompute_method=block", "trainer.recompute_num_layers=7"],
+         (4 * (7 * INPUT + LAYER), 3 * (7 * INPUT + LAYER))),
+    ],
+)  # fmt: skip
+def test_a_unit_is_made_anew_while_all_that_waits_is_there_or_not_at_all(words, kept):
+    assert derived(RECIPE, *sizes(pp=4, ep=8), "trainer.num_nodes=4", *words).stage_activation_bytes[:2] == kept
+
+
+def test_a_stage_without_layers_keeps_nothing_and_makes_nothing_anew():
+    layout = ["parallel.pipeline_model_parallel_size=3", "parallel.pipeline_model_parallel_layout='E|(t)*32|L'"]
+    assert derived(RECIPE, *sizes(ep=8), *layout).stage_activation_bytes[0] == 0
+
+
+def test_of_a_sequence_that_is_split_over_tensor_ranks_each_keeps_its_part_of_the_inputs():
+    whole, half = derived(RECIPE), derived(RECIPE, *sizes(tp=2, ep=8))
+    assert half.stage_activation_bytes[0] == whole.stage_activation_bytes[0] / 2
+
+
 def test_the_stage_that_needs_most_is_not_the_one_with_the_largest_state():
     plan = derived("+recipe=mixtral_8x7b_tp2_pp4_ep4", *sizes(pp=4, ep=4))
     assert (plan.heaviest_stage, plan.fullest_stage) == (3, 0)
