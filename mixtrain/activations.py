@@ -114,7 +114,7 @@ def _logits(config: Config) -> int:
     """The scores of one microbatch on the last stage; our own loss keeps them as they are, others in fp32."""
     model, tp = config.model, config.parallel.tensor_model_parallel_size
     own = model.transformer_impl is TransformerImpl.torch and tp == 1
-    size = min(4, BYTES[config.trainer.precision] if own or model.extra.get("cross_entropy_loss_fusion") else 4)
+    size = BYTES[config.trainer.precision] if own or model.extra.get("cross_entropy_loss_fusion") else 4
     return _rows(config)[1] * model.vocab_size // tp * size
 
 

@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 from composing import config_of, derived, plan_of
 
-from mixtrain.activations import in_flight
+from mixtrain.activations import in_flight, layer_bytes
 from mixtrain.config import Config
 from mixtrain.costs import GIB, layer_parameters, training_flops
 from mixtrain.errors import UserError
@@ -172,6 +172,96 @@ def test_the_least_that_activations_of_mixtral_8x7b_take_is_counted_by_hand(word
     plan = derived(RECIPE, *words)
     assert plan.stage_activation_bytes == (kept,)
     assert plan.least_bytes == plan.state_bytes + kept
+
+
+# numbers that a layer of the small default keeps, of a microbatch of 4 sequences of 128 tokens: 512 rows of 192
+ROWS, HIDDEN, HEADS, FFN = 512, 192, (2 * 6 + 2 * 2) * 32, 512
+GPU = "trainer.accelerator=gpu"
+SELECTIVE = "trainer.recompute_granularity=selective"
+SHARED_FFN = "model.moe_shared_expert_intermediate_size=96"
+
+
+@pytest.mark.parametrize(
+    "words, numbers",
+    [
+        ([], ROWS * (4 * HIDDEN + HEADS + 2 * (2 * HIDDEN + 2 * FFN))),  # on the CPU the experts' results, no product
+        ([GPU], ROWS * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN))),
+        (["model.moe_grouped_gemm=false"], ROWS * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN))),
+        (["model.transformer_impl=transformer_engine"], ROWS * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN))),
+        ([GPU, "model.moe_router_topk=3"], ROWS * (4 * HIDDEN + HEADS + 3 * (HIDDEN + 3 * FFN))),
+        ([GPU, SHARED_FFN], ROWS * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN) + 3 * 96)),
+        ([GPU, SELECTIVE, "trainer.recompute_modules=[moe_act]"], ROWS * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 2 * FFN))),
+        ([GPU, SELECTIVE, "trainer.recompute_modules=[layernorm]"],
+         ROWS * (2 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN))),
+        ([GPU, SELECTIVE, SHARED_FFN, "trainer.recompute_modules=[moe]"], ROWS * (4 * HIDDEN + HEADS)),
+        ([GPU, SELECTIVE, "trainer.recompute_modules=[moe,layernorm]"], ROWS * (3 * HIDDEN + HEADS)),
+        ([GPU, SELECTIVE, SHARED_FFN, "trainer.recompute_modules=[shared_experts]"],
+         ROWS * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN))),
+        ([GPU, *sizes(tp=2)], ROWS // 2 * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN))),
+        ([GPU, SHARED_FFN, *sizes(tp=2)], ROWS // 2 * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN) + 3 * 96)),
+        ([GPU, *sizes(cp=2)], ROWS // 2 * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN))),
+        ([GPU, *sizes(etp=2)], ROWS * (4 * HIDDEN + HEADS + 2 * 2 * HIDDEN + 2 * 3 * FFN)),
+        # an expert has room for 512 * 2 * 1.25 / 8 = 160 rows; at the least two are full
+        ([GPU, "dispatcher=drop"], ROWS * (4 * HIDDEN + HEADS) + 2 * 160 * (HIDDEN + 3 * FFN)),
+        ([GPU, "dispatcher=drop_and_pad"], ROWS * (4 * HIDDEN + HEADS) + 8 * 160 * (HIDDEN + 3 * FFN)),
+        ([GPU, "dispatcher=drop", "dispatcher.moe_expert_capacity_factor=9"],
+         ROWS * (4 * HIDDEN + HEADS + 2 * (HIDDEN + 3 * FFN))),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_layer_keeps_is_counted_by_hand(words, numbers):
+    for precision, size in (("fp32", 4), ("bf16", 2), ("fp8", 1)):
+        config = derived("parallel=ep1", *words, f"trainer.precision={precision}").config
+        assert layer_bytes(config) == numbers * size
+
+
+@pytest.mark.parametrize(
+    "words, size",
+    [
+        ([], 2), (["trainer.precision=fp32"], 4), (["trainer.precision=fp32", TE], 4), ([TE], 4),
+        (["model.transformer_impl=local"], 4), ([*sizes(tp=2)], 4 / 2), ([*sizes(cp=2)], 2 / 2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_logits_are_in_fp32_but_for_those_of_our_own_loss(words, size):
+    kept = [*ALL_KEPT, "trainer.fine_grained_activation_offloading=true"]
+    assert derived(RECIPE, *kept, *words).stage_activation_bytes == (4096 * 32000 * size,)
+
+
+def test_the_logits_are_on_the_last_stage_alone():
+    offloaded = ["trainer.fine_grained_activation_offloading=true", *ALL_KEPT]
+    assert derived(RECIPE, *offloaded, *sizes(pp=4)).stage_activation_bytes == (0, 0, 0, LOGITS)
+
+
+def test_of_chunks_the_last_is_the_first_whose_layers_are_made_anew():
+    layout = ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_layout='Ettt|t|t|tL'"]
+    words = [RECIPE, "model.num_layers=6", "trainer.recompute_num_layers=3", *sizes(ep=8), *layout]
+    plan = derived(*words)  # ten or more microbatches; passes through chunks 0 0 1 1 0 and 0 0 1
+    assert plan.stage_activation_bytes == (5 * INPUT + LAYER - INPUT, 3 * INPUT + LAYER - INPUT)
+    plan = derived(*[word.replace("Ettt|t|t|tL", "Ettt|tt|t|L") for word in words])
+    assert plan.stage_activation_bytes == (5 * INPUT + LAYER - INPUT, 2 * INPUT + LOGITS)
+
+
+@pytest.mark.parametrize(
+    "words, kept",
+    [
+        (["trainer.recompute_num_layers=null"], (8 * INPUT * 4 + LAYER - INPUT, 8 * INPUT * 3 + LAYER - INPUT)),
+        (["trainer.recompute_method=block", "trainer.recompute_num_layers=7"],
+         (4 * (7 * INPUT + LAYER), 3 * (7 * INPUT + LAYER))),
+    ],
+)  # fmt: skip
+def test_a_unit_is_made_anew_while_all_that_waits_is_there_or_not_at_all(words, kept):
+    assert derived(RECIPE, *sizes(pp=4, ep=8), "trainer.num_nodes=4", *words).stage_activation_bytes[:2] == kept
+
+
+def test_a_stage_without_layers_keeps_nothing_and_makes_nothing_anew():
+    layout = ["parallel.pipeline_model_parallel_size=3", "parallel.pipeline_model_parallel_layout='E|(t)*32|L'"]
+    assert derived(RECIPE, *sizes(ep=8), *layout).stage_activation_bytes[0] == 0
+
+
+def test_of_a_sequence_that_is_split_over_tensor_ranks_each_keeps_its_part_of_the_inputs():
+    whole, half = derived(RECIPE), derived(RECIPE, *sizes(tp=2, ep=8))
+    assert half.stage_activation_bytes[0] == whole.stage_activation_bytes[0] / 2
 
 
 def test_the_stage_that_needs_most_is_not_the_one_with_the_largest_state():
