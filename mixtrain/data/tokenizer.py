@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from mixtrain import untrusted_json
 from mixtrain.errors import UserError
@@ -45,6 +45,8 @@ class TokenizerJson(TypedDict):
 
     model: NotRequired[Model]
     added_tokens: NotRequired[list[Added] | None]
+    normalizer: NotRequired[Any]
+    pre_tokenizer: NotRequired[Any]
 
 
 class Written(TypedDict):
@@ -122,6 +124,16 @@ def tokenizer_eod_id(directory: Path) -> int:
                 raise UserError(f"{path}: eos_token {token!r} is not in the vocabulary of {directory}/tokenizer.json")
             return ids[token]
     raise UserError(f"{directory}: tokenizer_config.json names no eos_token, and a document must end with one")
+
+
+def splits_as_gpt2(directory: Path) -> bool:
+    """Whether a text is split before the merges as GPT-2's tokenizer splits it: bytes, its expression, nothing else."""
+    path = _tokenizer_json(directory)
+    content = untrusted_json.read(path, TokenizerJson, most=LARGE)
+    split = content.get("pre_tokenizer") or {}
+    asked = {key: split.get(key) for key in ("type", "add_prefix_space", "use_regex")}
+    gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return content.get("normalizer") is None and asked == gpt2
 
 
 def tokenizer_sha256(directory: Path) -> str:
