@@ -16,9 +16,9 @@ setup: $(VENV)/.installed  ## make the virtual environment and install what trai
 train: setup  ## train the default: a small Mixtral on this machine's CPU, on two processes
 	@$(BIN)/python train.py $(ARGS)
 
-# Two at a time, a file's tests in one process: they share what the file has set up.
+# Two at a time, a file's tests in one process: they share what the file has set up. In the order of tests/conftest.py.
 test: $(VENV)/.tested  ## run the tests but for those that take minutes
-	@$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(VENV)/.tested  ## run the tests that take minutes: Slurm, the drill, fuzzers
 	@$(BIN)/python -m pytest -m long $(ARGS)

@@ -13,6 +13,18 @@ for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
+# The files that take longest, in their order: begun first, so that two workers end at about the same time.
+LONGEST = """
+    test_launch test_resume test_parity test_bad_steps test_options test_generate_command test_verify_conversion
+    test_conversion test_stdlib test_recipes test_conversion_refusals test_checkpoint_faults test_checkpoint_tool
+    test_classes test_run
+""".split()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
 
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory) -> Path:
