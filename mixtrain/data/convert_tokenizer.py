@@ -13,10 +13,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from mixtrain import untrusted_json
 from mixtrain.data.proof_texts import proof_texts
+from mixtrain.data.tokenizer import template
 from mixtrain.errors import UserError
 from mixtrain.untrusted_json import LARGE, Count
 
@@ -66,13 +67,6 @@ def convert(file: Path, out_dir: Path) -> int:
     }
     (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return made.get_vocab_size()
-
-
-def template(bos: str | None, eos: str | None, id_of: Callable[[str], int]) -> processors.TemplateProcessing:
-    """What puts the token that begins a text before it, and the one that ends it behind."""
-    around = [token for token in (bos, eos) if token]
-    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    return processors.TemplateProcessing(single, special_tokens=[(token, id_of(token)) for token in around])
 
 
 def _prove(file: Path, made: Tokenizer, reference: Callable[[str], list[int]]) -> None:
