@@ -26,7 +26,7 @@ from mixtrain.convert.output import Advance, dealt, in_processes, write_text, wr
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import to_hugging_face
 from mixtrain.convert.weights import check
-from mixtrain.data.tokenizer import SPECIAL_IDS, VOCABULARIES, copy_tokenizer, special_ids, tokenizer_files
+from mixtrain.data.tokenizer import SPECIAL_IDS, copy_tokenizer, instead, special_ids, tokenizer_files
 from mixtrain.errors import UserError
 
 BLOCK = 1 << 26  # bytes
@@ -108,7 +108,7 @@ def _tokenizer(given: Path | None, checkpoint: Path, config: Config) -> Path | N
     """The tokenizer that goes with the model. What is wrong with its files is said before anything is copied."""
     found = given or tokenizer_of(checkpoint, config)
     if found and not tokenizer_files(found) and given:
-        raise UserError(f"--tokenizer {given}: none of {', '.join(sorted(VOCABULARIES))} is there")
+        raise UserError(f"--tokenizer {instead(given)}")
     return found
 
 

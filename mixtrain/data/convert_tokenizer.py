@@ -13,11 +13,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mixtrain import untrusted_json
 from mixtrain.data.proof_texts import proof_texts
-from mixtrain.data.tokenizer import template
 from mixtrain.errors import UserError
 from mixtrain.untrusted_json import LARGE, Count
 
@@ -53,13 +52,14 @@ def convert(file: Path, out_dir: Path) -> int:
         raise UserError(f"{out_dir} is there already; give a new directory")
     read = from_tekken if file.suffix == ".json" else from_sentencepiece
     made, special, reference = read(file)
-    made.post_processor = template(special.get("bos_token"), None, made.token_to_id)
+    if bos := special.get("bos_token"):
+        made.post_processor = processors.TemplateProcessing([bos, "$A"], special_tokens=[(bos, made.token_to_id(bos))])
     _prove(file, made, reference)
     out_dir.mkdir(parents=True)
     made.save(str(out_dir / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer: transformers 5 would build another one
-        "add_bos_token": "bos_token" in special,
+        "add_bos_token": "bos_token" in special,  # for transformers 4
         "add_eos_token": False,
         **special,
         "clean_up_tokenization_spaces": False,

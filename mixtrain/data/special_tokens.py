@@ -44,8 +44,6 @@ class Settings(TypedDict):
     pad_token: Special
     cls_token: Special
     mask_token: Special
-    add_bos_token: NotRequired[bool | None]
-    add_eos_token: NotRequired[bool | None]
     chat_template: NotRequired[str | list[Named] | None]
     auto_map: NotRequired[Any]
 
@@ -78,14 +76,6 @@ def refuse_code(directory: Path) -> None:
             f"{directory / CONFIG}: auto_map: cannot read the tokenizer, which wants code of its own; no code that lies"
             " beside a tokenizer is run. If tokenizer.json alone is meant, take auto_map out"
         )
-
-
-def around(directory: Path) -> tuple[str | None, str | None] | None:
-    """(the token put before a text, the one put behind it), or None where tokenizer.json decides."""
-    settings, named = read(directory / CONFIG), special_tokens(directory)
-    if not settings.keys() & {"add_bos_token", "add_eos_token"}:
-        return None
-    return tuple(named.get(f"{end}_token") if settings.get(f"add_{end}_token") else None for end in ("bos", "eos"))
 
 
 def chat_template(directory: Path) -> str | None:

@@ -7,12 +7,14 @@ has the size that was asked for, never silently another one (the embedding is cu
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import re
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from mixtrain import untrusted_json
-from mixtrain.data.special_tokens import Id, around, refuse_code, special_tokens
+from mixtrain.data.special_tokens import Id, refuse_code, special_tokens
 from mixtrain.errors import UserError
 from mixtrain.links import copy, file_in
 from mixtrain.untrusted_json import LARGE
@@ -25,6 +27,7 @@ TOKENIZER_FILES = """
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json merges.txt
     chat_template.jinja chat_template.json generation_config.json
 """.split()
+OWN_FILES = ("tokenizer.model*", "*.model.v*", "tekken*.json")  # Mistral's own, which tools/convert_tokenizer.py reads
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # without one of them there is no tokenizer
 
@@ -112,7 +115,8 @@ def load_tokenizer(directory: Path, parse_special_tokens: bool = False):
     """The `tokenizers.Tokenizer` of the directory, as its tokenizer.json has it, for whole texts.
 
     The one reader of it: transformers 5 builds some classes anew from the vocabulary and gives other ids. Text that
-    spells a special token stays text and ends no document, unless `parse_special_tokens`. UserError.
+    spells a special token stays text and ends no document, unless `parse_special_tokens`. What is put around a prompt
+    (add_special_tokens) its post_processor says: add_bos_token beside it is not read, as in transformers 5. UserError.
     """
     from tokenizers import Tokenizer
 
@@ -133,27 +137,38 @@ def load_tokenizer(directory: Path, parse_special_tokens: bool = False):
     return tokenizer
 
 
-def load_for_prompts(directory: Path):
-    """As load_tokenizer, for what is given to a model: special tokens are parsed, and are put around a text."""
-    tokenizer = load_tokenizer(directory, parse_special_tokens=True)
-    if (tokens := around(Path(directory))) is not None:
-        tokenizer.post_processor = template(*tokens, tokenizer.token_to_id)
-    return tokenizer
-
-
-def template(bos: str | None, eos: str | None, id_of: Callable[[str], int]):
-    """What puts the token that begins a text before it, and the one that ends it behind."""
-    from tokenizers.processors import TemplateProcessing
-
-    single = [token for token in (bos, "$A", eos) if token]
-    return TemplateProcessing(single, special_tokens=[(token, id_of(token)) for token in (bos, eos) if token])
-
-
 def _tokenizer_json(directory: Path) -> Path:
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{directory}: no tokenizer.json there; give a Hugging Face tokenizer directory")
+        raise UserError(instead(Path(directory)))
     return path
+
+
+def instead(given: Path) -> str:
+    """Why a path is no Hugging Face tokenizer directory, and the command that makes one of what it is."""
+    if given.is_file():
+        if given.name == "tokenizer.json":
+            return f"{given} is a file; give its directory, {given.parent}"
+        return f"{given} is a file, and a directory with a tokenizer.json is wanted; {_converted(given)}"
+    if not given.is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)) and not given.parent.is_dir():
+            return (
+                f"{given}: no such directory; if it is a model of the hub, type: hf download {given} --include"
+                f" 'tokenizer*' --local-dir {given.name}  and give {given.name}"
+            )
+        return f"{given}: no such directory; give a Hugging Face tokenizer directory"
+    if own := next((path for name in OWN_FILES for path in sorted(given.glob(name))), None):
+        return f"{given}: no tokenizer.json there; {_converted(own)}"
+    if (given / "vocab.json").is_file():
+        command = (
+            f"from transformers import AutoTokenizer as T; T.from_pretrained('{given}').save_pretrained('{given}')"
+        )
+        return f'{given}: no tokenizer.json there; transformers makes it of vocab.json: python -c "{command}"'
+    return f"{given}: no tokenizer.json there; give a Hugging Face tokenizer directory"
+
+
+def _converted(file: Path) -> str:
+    return f"type: python tools/convert_tokenizer.py {shlex.quote(str(file))} OUT_DIR  and give OUT_DIR"
 
 
 def token_ids(directory: Path) -> dict[str, int]:

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from mixtrain.data.special_tokens import chat_template, ends_of_text, special_tokens
-from mixtrain.data.tokenizer import load_for_prompts
+from mixtrain.data.tokenizer import load_tokenizer
 from mixtrain.errors import UserError
 
 TOKENS_OF_A_CHARACTER = 4  # at most: the bytes of its UTF-8
@@ -23,7 +23,10 @@ class Text:
     def __init__(self, directory: str, stop: list[str]):
         """UserError if the directory holds no tokenizer, or a damaged one."""
         self.directory, self.stop = Path(directory), stop
-        self.tokenizer, self.named = load_for_prompts(self.directory), special_tokens(self.directory)
+        self.tokenizer, self.named = (
+            load_tokenizer(self.directory, parse_special_tokens=True),
+            special_tokens(self.directory),
+        )
         self.tail = TOKENS_OF_A_CHARACTER * (max(map(len, stop), default=0) + 1)
 
     def ends(self) -> set[int]:
