@@ -5,8 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import regex
 
 from mixtrain.data.check import check_files
+from mixtrain.data.proof_texts import proof_texts
 from mixtrain.data.tokenizer import load_tokenizer, tokenizer_eod_id, tokenizer_vocab_size, train_bpe
 from mixtrain.errors import UserError
 
@@ -39,6 +41,14 @@ def test_the_same_text_gives_the_same_tokenizer_in_another_process(tokenizer, so
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer / name).read_bytes()
+
+
+def test_a_trained_tokenizer_cuts_texts_as_gpt_2_does(tokenizer):
+    """Under that name llama.cpp knows it."""
+    gpt_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    cut = load_tokenizer(tokenizer).pre_tokenizer.pre_tokenize_str
+    for text in [*proof_texts(), TEXT, "I'll we'VE 3.14 x1y2"]:
+        assert [text[begin:end] for _, (begin, end) in cut(text)] == regex.findall(gpt_2, text)
 
 
 def test_too_little_text_for_the_vocabulary_is_refused_with_both_numbers(tmp_path):
