@@ -4,9 +4,10 @@
     python tools/convert_tokenizer.py tekken.json OUT_DIR
 
 FILE is a sentencepiece model (tokenizer.model, tokenizer.model.v1, .v2, .v3, .v7) or a tekken.json. OUT_DIR must be
-new; it gets tokenizer.json and tokenizer_config.json, which every tool here, transformers and vLLM read. The ids are
-compared with those of the file's own library on some hundred texts first (pip install sentencepiece, or mistral-common
-for tekken.json), and a file that cannot be converted exactly is refused. Neither file has a chat template.
+new; it gets tokenizer.json and tokenizer_config.json, which every tool here, transformers and vLLM read, and a copy of
+the model, which llama.cpp reads. The ids are compared with those of the file's own library on some hundred texts first
+(pip install sentencepiece, or mistral-common for tekken.json), and a file that cannot be converted exactly is refused.
+Neither file has a chat template.
 
 Exit codes: 0 done, 2 the file or the arguments are wrong (nothing was written), 1 a fault, 130 interrupted.
 """

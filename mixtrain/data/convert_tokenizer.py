@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -55,8 +56,6 @@ def convert(file: Path, out_dir: Path) -> int:
     if bos := special.get("bos_token"):
         made.post_processor = processors.TemplateProcessing([bos, "$A"], special_tokens=[(bos, made.token_to_id(bos))])
     _prove(file, made, reference)
-    out_dir.mkdir(parents=True)
-    made.save(str(out_dir / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer: transformers 5 would build another one
         "add_bos_token": "bos_token" in special,  # for transformers 4
@@ -65,7 +64,19 @@ def convert(file: Path, out_dir: Path) -> int:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 30,
     }
-    (out_dir / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    partial = out_dir.with_name(out_dir.name + ".writing")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        made.save(str(partial / "tokenizer.json"))
+        if read is from_sentencepiece:
+            shutil.copyfile(file, partial / "tokenizer.model")  # llama.cpp has the scores from there alone
+        (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        partial.rename(out_dir)
+    except OSError as error:
+        raise UserError(f"{out_dir} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return made.get_vocab_size()
 
 

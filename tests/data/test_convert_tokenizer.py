@@ -35,6 +35,7 @@ def test_a_sentencepiece_model_gives_source_code_the_same_ids_in_every_reader(na
         ids = own.encode(text)
         assert here.encode(text, add_special_tokens=False).ids == ids == there(text)["input_ids"][1:]
         assert here.decode(ids) == text
+    assert (tmp_path / "made" / "tokenizer.model").read_bytes() == file.read_bytes()  # for llama.cpp
     assert special_ids(tmp_path / "made") == {"bos_token_id": 1, "eos_token_id": 2}
     assert there.bos_token_id == there("x")["input_ids"][0] == 1 and there.eos_token_id == 2
 
@@ -124,6 +125,8 @@ def test_what_is_no_tokenizer_file_is_refused_by_the_tool_with_exit_code_2(tmp_p
         assert why in capsys.readouterr().err and not (tmp_path / "made").exists()
     assert run(main, [str(V1), str(tmp_path)]) == 2
     assert "is there already; give a new directory" in capsys.readouterr().err
+    assert run(main, [str(V1), str(tmp_path / "broken.json" / "made")]) == 2
+    assert "made cannot be written: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

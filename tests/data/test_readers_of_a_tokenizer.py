@@ -68,6 +68,7 @@ def test_a_prompt_has_the_ids_of_mistrals_own_package(published, mistrals):
 
 def test_an_exported_model_gives_a_text_the_same_ids(exported, mistrals):
     encode = AutoTokenizer.from_pretrained(exported)
+    assert (exported / "tokenizer.model").read_bytes() == V1.read_bytes()  # where llama.cpp has the scores from
     assert [encode(each)["input_ids"] for each in TEXTS] == [[1, *ids] for ids in mistrals]
 
 
