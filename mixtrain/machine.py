@@ -19,6 +19,7 @@ from mixtrain.checkpoint import forward
 from mixtrain.checkpoint.directory import MARGIN, newest, steps_in
 from mixtrain.config import Accelerator, DataKind, Dispatcher, LauncherType, Resume, TransformerImpl
 from mixtrain.contradictions import settled
+from mixtrain.data import same_tokenizer
 from mixtrain.data.check import check_files
 from mixtrain.environment import Identity
 from mixtrain.errors import UserError
@@ -142,6 +143,9 @@ def data_files(plan: Plan, every_entry: bool) -> Problems:
             data.data_path, Path(data.tokenizer), plan.config.model.vocab_size, data.split, plan.samples,
             seq_length=data.seq_length, every_entry=every_entry,
         )  # fmt: skip
+        with suppress(UserError):  # what cannot be read is said by the line above, or by the first rank
+            if other := same_tokenizer.problem(plan.config, Path(data.tokenizer)):
+                yield other
 
 
 def cache(plan: Plan) -> Problems:

@@ -106,13 +106,17 @@ def build_data(plan: Plan, here, logs: Logs, state) -> tuple[dict[str, object], 
     from megatron.core import parallel_state
 
     from mixtrain.data.batches import Batches
-    from mixtrain.data.datasets import build, unigram_entropy
+    from mixtrain.data.datasets import build, first_of_all_ranks, unigram_entropy
     from mixtrain.data.fingerprint import fingerprint
+    from mixtrain.data.same_tokenizer import problem
     from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
 
     config = plan.config
     train, validation, test = plan.samples_from(state.step, state.consumed_samples)
     prefixes, tokenizer = data_source(plan, here, logs)
+    other = problem(config, tokenizer) if tokenizer and here.is_first else None  # the others would see the copy
+    if problems := first_of_all_ranks([other] if other else []):
+        raise UserError(*problems)
     if tokenizer and here.is_first and plan.saves:
         copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)  # beside the checkpoints, where it is looked for
     parts = build(

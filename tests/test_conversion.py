@@ -285,6 +285,20 @@ def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.model", "tekken.json", "tokenizer.json"])
+def test_a_model_without_a_tokenizer_json_is_said_with_what_makes_one(name, hub, tmp_path):
+    """No data.tokenizer= is advised that the next tool would refuse."""
+    there, out = hf_models.copied(hub, tmp_path / "there"), tmp_path / "megatron"
+    (there / name).write_text('{"model": {"vocab": {"a": 0}}}')
+    done = tool("convert_hf_to_megatron", there, out)
+    assert done.returncode == 0, done.stderr
+    if name == "tokenizer.json":
+        assert done.stdout.endswith(f"checkpoint.load_weights={out} data.tokenizer={out / 'tokenizer'}\n")
+        return
+    assert "data.tokenizer" not in done.stdout
+    assert f"type: python tools/convert_tokenizer.py {there / name} OUT_DIR" in done.stdout
+
+
 @pytest.mark.long
 def test_the_tools_convert_and_say_what_to_type_next(hub, tmp_path):
     there = tool("convert_hf_to_megatron", hub, tmp_path / "megatron", "--dtype", "bf16")

@@ -168,5 +168,5 @@ def test_a_tokenizer_that_a_checkpoint_only_names_is_not_given_away(converted, t
 
 
 def test_a_tokenizer_that_was_asked_for_and_is_not_there_is_refused(converted, tmp_path):
-    with pytest.raises(UserError, match=f"--tokenizer {tmp_path}: none of tokenizer.json, tokenizer.model, vocab.json"):
+    with pytest.raises(UserError, match=f"--tokenizer {tmp_path}: no tokenizer.json there"):
         to_hf.convert(converted, tmp_path / "out", tokenizer=tmp_path)

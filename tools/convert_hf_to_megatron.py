@@ -39,6 +39,7 @@ def main(words: list[str]) -> int:
     upstream.apply()
     from mixtrain.convert import hf_files, origin, settings, to_megatron
     from mixtrain.convert.casting import DTYPES
+    from mixtrain.data.tokenizer import instead
 
     started = time.monotonic()
     values = settings.from_hugging_face(hf_files.read_config(given.hf_dir))
@@ -47,8 +48,12 @@ def main(words: list[str]) -> int:
     to_megatron.convert(given.hf_dir, given.out_dir, dtype, given.processes, given.allow_nonfinite)
     seconds = time.monotonic() - started
     print(f"{given.out_dir / 'release'}: {of_size(given.out_dir)} in {seconds:.1f} s")
-    print(f"train from it with checkpoint.load_weights={given.out_dir}", end="")
-    print(f" data.tokenizer={given.out_dir / 'tokenizer'}" if (given.out_dir / "tokenizer").is_dir() else "")
+    tokenizer = given.out_dir / "tokenizer"
+    usable = (tokenizer / "tokenizer.json").is_file()
+    words = f" data.tokenizer={tokenizer}" if usable else ""
+    print(f"train from it with checkpoint.load_weights={given.out_dir}{words}")
+    if not usable:
+        print(f"its tokenizer: {instead(given.hf_dir)}")
     if config_file:
         config_file.write_text(origin.model_config(values, f"{given.hf_dir.resolve().name}"))
         softmax = " router.moe_router_pre_softmax=true" * values["router.moe_router_pre_softmax"]

@@ -31,6 +31,7 @@ def main(words: list[str]) -> int:
         "--max-shard-size", type=byte_size, default="5GB", metavar="SIZE", help="of a file (default: 5GB)"
     )
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="(default: the one beside the checkpoint)")
+    parser.add_argument("--allow-other-tokenizer", action="store_true", help="take DIR though the model has another")
     parser.add_argument("--processes", type=counted, default=1, metavar="N", help="that copy side by side (default: 1)")
     parser.add_argument(
         "--verify", choices=["full", "size"], default="full",
@@ -53,6 +54,7 @@ def main(words: list[str]) -> int:
         dtype=DTYPES.get(given.dtype),
         max_shard_size=given.max_shard_size,
         tokenizer=given.tokenizer,
+        allow_other_tokenizer=given.allow_other_tokenizer,
         processes=given.processes,
         verify=given.verify == "full",
         allow_nonfinite=given.allow_nonfinite,

@@ -48,6 +48,7 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--stop", metavar="TEXT", action="append", default=[], help="end before this text; several")
     parser.add_argument("--chat", action="store_true", help="each prompt is said by a user in the chat template")
     parser.add_argument("--tokenizer", metavar="DIR", help="a Hugging Face directory (default: the run's)")
+    parser.add_argument("--allow-other-tokenizer", action="store_true", help="take DIR though the model has another")
     parser.add_argument("--batch-size", metavar="N", type=int, default=16, help="prompts at a time (default: 16)")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each prompt")
     options, words = parser.parse_known_args(arguments)
@@ -84,7 +85,8 @@ def generate(options: argparse.Namespace, words: list[str], me: Identity | None)
     try:
         plan = settings.plan_of(tree, words, run, checkpoint, folder, me, problems)
         given = options.tokenizer or tree.data.tokenizer  # which only a word has set
-        request = request.with_tokenizer(tokenizer.directory_of(given, checkpoint, run, plan.config.model.vocab_size))
+        size, other = plan.config.model.vocab_size, options.allow_other_tokenizer
+        request = request.with_tokenizer(tokenizer.directory_of(given, checkpoint, run, size, other))
         if me is None or me.rank == 0:
             for line in settings.heading(plan, run, checkpoint, damaged):
                 say(line)

@@ -14,7 +14,8 @@ directory (all of it is text).
 
 Writes PREFIX.bin, PREFIX.idx, PREFIX.json (counts, highest token id, hashes) and, with --train-tokenizer,
 PREFIX-tokenizer. Every document ends with the tokenizer's end-of-document token. Documents that are empty or cannot
-be read are left out, counted, and the first ten named on stderr.
+be read are left out, counted, and the first ten named on stderr. A special token that a text spells stays text, which
+is counted and said; --parse-special-tokens makes it the token that generation, transformers and vLLM read there.
 
 Exit codes: 0 written, 2 the input or the arguments are wrong, 1 a fault.
 """
@@ -50,6 +51,10 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
     add("--subset", metavar="NAME", help="subset (configuration) of a data set that has several")
     add("--column", default="text", help="column of a data set that holds the text (default: text)")
     add("--workers", type=int, default=os.cpu_count(), help="processes that tokenize (default: %(default)s, the cores)")
+    add(
+        "--parse-special-tokens", action="store_true",
+        help="a special token that a text spells, as </s> of a rendered chat, is that token (default: it stays text)",
+    )  # fmt: skip
     add("--overwrite", action="store_true", help="replace existing output")
     return parser.parse_args(arguments)
 
@@ -63,7 +68,7 @@ def main() -> int:
         )  # fmt: skip
         facts = preprocess(
             source, Path(args.output), args.tokenizer, train_vocab_size=args.train_tokenizer,
-            workers=args.workers, overwrite=args.overwrite,
+            workers=args.workers, overwrite=args.overwrite, parse_special_tokens=args.parse_special_tokens,
         )  # fmt: skip
     except UserError as error:
         print_problems(error.problems)

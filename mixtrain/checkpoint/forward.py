@@ -17,6 +17,7 @@ from mixtrain.fields import UNKNOWN, transformer_config_defaults
 
 EXTRA = "model.extra."  # fields of TransformerConfig that have no key of their own: ours are model.extra.FIELD
 KEY = "checkpoint.acknowledge_differences"
+TOKENIZER = "data.tokenizer"  # data/same_tokenizer.py compares it
 ABSENT = object()
 
 
@@ -70,7 +71,9 @@ def differences(config: Config, there: Any) -> Iterator[Difference]:
 def unknown(config: Config) -> list[str]:
     """What is acknowledged and is no such key."""
     return [
-        key for key in config.checkpoint.acknowledge_differences if key not in FORWARD and not key.startswith(EXTRA)
+        key
+        for key in config.checkpoint.acknowledge_differences
+        if key not in (*FORWARD, TOKENIZER) and not key.startswith(EXTRA)
     ]
 
 

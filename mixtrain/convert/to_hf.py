@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -26,8 +27,10 @@ from mixtrain.convert.output import Advance, dealt, in_processes, write_text, wr
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import to_hugging_face
 from mixtrain.convert.weights import check
-from mixtrain.data.tokenizer import SPECIAL_IDS, VOCABULARIES, copy_tokenizer, special_ids, tokenizer_files
+from mixtrain.data.same_tokenizer import refuse_other
+from mixtrain.data.tokenizer import SPECIAL_IDS, TOKENIZER, copy_tokenizer, instead, special_ids, tokenizer_files
 from mixtrain.errors import UserError
+from mixtrain.links import directory_in
 
 BLOCK = 1 << 26  # bytes
 
@@ -69,6 +72,7 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_size: int = 5 * 10**9,
     tokenizer: Path | None = None,
+    allow_other_tokenizer: bool = False,
     processes: int = 1,
     verify: bool = True,
     allow_nonfinite: bool = False,
@@ -83,7 +87,7 @@ def convert(
     values = to_hugging_face(config)
     parts = Parts(checkpoint)
     origin = _origin(parts, runs.index(config, layout), dtype, allow_nonfinite)
-    tokenizer = _tokenizer(tokenizer, checkpoint, config)
+    tokenizer = _tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
     # transformers would take Mixtral's own for a key that is not there
     values |= {name: None for name in SPECIAL_IDS} | (special_ids(tokenizer) if tokenizer else {})
     written = str(origin.cast.dtype).removeprefix("torch.")
@@ -104,11 +108,16 @@ def convert(
     return checkpoint
 
 
-def _tokenizer(given: Path | None, checkpoint: Path, config: Config) -> Path | None:
+def _tokenizer(given: Path | None, checkpoint: Path, config: Config, allow_other: bool) -> Path | None:
     """The tokenizer that goes with the model. What is wrong with its files is said before anything is copied."""
     found = given or tokenizer_of(checkpoint, config)
     if found and not tokenizer_files(found) and given:
-        raise UserError(f"--tokenizer {given}: none of {', '.join(sorted(VOCABULARIES))} is there")
+        raise UserError(f"--tokenizer {instead(given)}")
+    if given and not allow_other:
+        own = None
+        with suppress(UserError):  # a link to another place, which is not followed
+            own = directory_in(checkpoint.resolve().parent, TOKENIZER)
+        refuse_other(given, own, checkpoint)
     return found
 
 

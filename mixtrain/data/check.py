@@ -12,7 +12,7 @@ from typing import NotRequired, TypedDict
 
 from mixtrain import untrusted_json
 from mixtrain.data.index import Index, entries_problem, read_index
-from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_files, tokenizer_sha256, tokenizer_vocab_size
+from mixtrain.data.tokenizer import instead, tokenizer_eod_id, tokenizer_files, tokenizer_sha256, tokenizer_vocab_size
 from mixtrain.errors import UserError
 from mixtrain.untrusted_json import Count, InvalidJson, Name
 
@@ -183,7 +183,7 @@ def _tokenizer_problems(tokenizer_dir: Path | None, vocab_size: int) -> list[str
     if tokenizer_dir is None:
         return ["data.tokenizer is not set; give the tokenizer directory that the data was made with"]
     if not Path(tokenizer_dir).is_dir():
-        return [f"data.tokenizer = {tokenizer_dir}: no such directory"]
+        return [f"data.tokenizer = {instead(Path(tokenizer_dir))}"]
     try:
         size = tokenizer_vocab_size(tokenizer_dir)
         tokenizer_eod_id(tokenizer_dir)

@@ -59,7 +59,7 @@ def build(
         problems = check_files(
             data_path, tokenizer_dir, vocab_size, split, samples, seq_length=seq_length, every_entry=_rank() == 0
         )
-        if problems := _first_of_all_ranks(problems):
+        if problems := first_of_all_ranks(problems):
             raise UserError(*problems)
         tokenizer = TokenizerFacts(
             tokenizer_vocab_size(tokenizer_dir), tokenizer_eod_id(tokenizer_dir), tokenizer_sha256(tokenizer_dir)
@@ -77,7 +77,7 @@ def build(
     return tuple(datasets)
 
 
-def _first_of_all_ranks(problems: list[str]) -> list[str]:
+def first_of_all_ranks(problems: list[str]) -> list[str]:
     """The problems of the first rank that has any: every rank stops at what one of them has found."""
     if not torch.distributed.is_initialized():
         return problems

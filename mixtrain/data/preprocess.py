@@ -22,7 +22,14 @@ import numpy
 
 from mixtrain.data.progress import Progress
 from mixtrain.data.sources import Item, Unreadable
-from mixtrain.data.tokenizer import load_tokenizer, tokenizer_eod_id, tokenizer_sha256, tokenizer_vocab_size, train_bpe
+from mixtrain.data.tokenizer import (
+    load_tokenizer,
+    special_pattern,
+    tokenizer_eod_id,
+    tokenizer_sha256,
+    tokenizer_vocab_size,
+    train_bpe,
+)
 from mixtrain.errors import UserError
 
 NAMED = 10  # empty or unreadable documents that are printed by name; all of them are counted
@@ -37,17 +44,19 @@ class Chunk:
     lengths: list[int] = field(default_factory=list)  # tokens per document, the end-of-document token included
     empty: list[str] = field(default_factory=list)
     unreadable: list[str] = field(default_factory=list)
+    spelled: list[str] = field(default_factory=list)  # texts that spell a special token: which, and where
     size: int = 0  # of the input, in the unit of its source
 
 
 def preprocess(
     source, prefix: Path, tokenizer_dir: Path | None = None, *, train_vocab_size: int | None = None,
-    workers: int = 1, overwrite: bool = False, log=None,
+    workers: int = 1, overwrite: bool = False, parse_special_tokens: bool = False, log=None,
 ) -> dict:  # fmt: skip
     """Write PREFIX.bin, PREFIX.idx and PREFIX.json from a source (see sources.py); return what the last one holds.
 
     Either `tokenizer_dir` is given, or a byte-level BPE of `train_vocab_size` tokens is trained on the source
-    and written to PREFIX-tokenizer. `workers` = 1 tokenizes in this process. Raises UserError.
+    and written to PREFIX-tokenizer. `workers` = 1 tokenizes in this process. With `parse_special_tokens` a special
+    token that a text spells is that token, else its pieces. Raises UserError.
     """
     prefix = Path(prefix)
     if (tokenizer_dir is None) == (train_vocab_size is None):
@@ -61,7 +70,9 @@ def preprocess(
         if trained_dir is not None:
             with Progress("training the tokenizer", source.total(), source.unit, log) as progress:
                 train_bpe(_texts(source, progress), train_vocab_size, partial / "tokenizer")
-        facts = _write(source, partial / "data", tokenizer_dir or partial / "tokenizer", workers, log)
+        facts = _write(
+            source, partial / "data", tokenizer_dir or partial / "tokenizer", workers, log, parse_special_tokens
+        )
         # relative, so that data and tokenizer may move together
         facts["tokenizer"] = os.path.relpath(trained_dir or tokenizer_dir, prefix.parent)
         (partial / "data.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -111,7 +122,7 @@ def _publish(partial: Path, prefix: Path, trained_dir: Path | None) -> None:
         os.replace(partial / f"data{suffix}", f"{prefix}{suffix}")
 
 
-def _write(source, prefix: Path, tokenizer_dir: Path, workers: int, log) -> dict:
+def _write(source, prefix: Path, tokenizer_dir: Path, workers: int, log, parse: bool) -> dict:
     """Tokenize every item into prefix.bin and prefix.idx, and return their description."""
     vocab_size, eod_id = tokenizer_vocab_size(tokenizer_dir), tokenizer_eod_id(tokenizer_dir)
     with warnings.catch_warnings():
@@ -121,11 +132,17 @@ def _write(source, prefix: Path, tokenizer_dir: Path, workers: int, log) -> dict
     dtype = DType.optimal_dtype(vocab_size)
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
     facts = {"documents": 0, "tokens": 0, "empty": 0, "unreadable": 0, "max_token_id": 0}
+    facts |= {"parse_special_tokens": parse, "spell_special_tokens": 0}  # whether, and how many texts do
+    first = None
     with Progress("tokenizing", source.total(), source.unit, log) as progress:
-        for chunk in _tokenized(source, tokenizer_dir, eod_id, workers):
+        for chunk in _tokenized(source, (tokenizer_dir, eod_id, parse), workers):
             _name_lost(chunk, facts, progress)
+            first = first or next(iter(chunk.spelled), None)
+            facts["spell_special_tokens"] += len(chunk.spelled)
             _add(chunk, facts, builder)
             progress.advance(chunk.size, f"{facts['documents']:,} documents, {facts['tokens']:,} tokens")
+        if first:
+            progress.complain(spelled_words(facts["spell_special_tokens"], first, parse))
     builder.finalize(f"{prefix}.idx")
     if not facts["documents"]:
         raise UserError(
@@ -148,6 +165,14 @@ def _name_lost(chunk: Chunk, facts: dict, progress: Progress) -> None:
         progress.complain("more documents are empty or unreadable; they are counted, not named")
     facts["empty"] += len(chunk.empty)
     facts["unreadable"] += len(chunk.unreadable)
+
+
+def spelled_words(texts: int, first: str, parse: bool) -> str:
+    """What is said of texts that spell a special token."""
+    what = f"{texts:,} text{' spells' if texts == 1 else 's spell'} a special token (first: {first})"
+    return (
+        f"{what}, and it is one" if parse else f"{what}, which stayed text; --parse-special-tokens makes it the token"
+    )
 
 
 def _add(chunk: Chunk, facts: dict, builder) -> None:
@@ -173,16 +198,16 @@ def _chunks(source) -> Iterator[list[Item]]:
         yield chunk
 
 
-def _tokenized(source, tokenizer_dir: Path, eod_id: int, workers: int) -> Iterator[Chunk]:
+def _tokenized(source, how: tuple[Path, int, bool], workers: int) -> Iterator[Chunk]:
     """Chunks in the order of the source, tokenized here or by worker processes."""
     if workers == 1:
-        _start_worker(tokenizer_dir, eod_id)
+        _start_worker(*how)
         yield from map(_tokenize, _chunks(source))
         return
     # spawn, not fork: the caller may hold threads (torch, gloo) whose locks a forked child would find taken for ever
     context = multiprocessing.get_context("spawn")
     waiting: collections.deque[Future] = collections.deque()
-    with ProcessPoolExecutor(workers, context, _start_process, (tokenizer_dir, eod_id)) as pool:
+    with ProcessPoolExecutor(workers, context, _start_process, how) as pool:
         try:
             for chunk in _chunks(source):
                 waiting.append(pool.submit(_tokenize, chunk))
@@ -194,17 +219,18 @@ def _tokenized(source, tokenizer_dir: Path, eod_id: int, workers: int) -> Iterat
             pool.shutdown(cancel_futures=True)
 
 
-_worker: dict = {}  # this process's tokenizer and end-of-document id
+_worker: dict = {}  # this process's tokenizer, end-of-document id, and the pattern of special tokens
 
 
-def _start_process(tokenizer_dir: Path, eod_id: int) -> None:
+def _start_process(tokenizer_dir: Path, eod_id: int, parse: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what there is to say about Ctrl-C
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
-    _start_worker(tokenizer_dir, eod_id)
+    _start_worker(tokenizer_dir, eod_id, parse)
 
 
-def _start_worker(tokenizer_dir: Path, eod_id: int) -> None:
-    _worker.update(tokenizer=load_tokenizer(tokenizer_dir), eod_id=eod_id)
+def _start_worker(tokenizer_dir: Path, eod_id: int, parse: bool) -> None:
+    tokenizer = load_tokenizer(tokenizer_dir, parse)
+    _worker.update(tokenizer=tokenizer, eod_id=eod_id, special=special_pattern(tokenizer))
 
 
 def _tokenize(items: list[Item]) -> Chunk:
@@ -218,6 +244,8 @@ def _tokenize(items: list[Item]) -> Chunk:
             continue
         if text.strip():
             texts.append(text)
+            if found := _worker["special"].search(text):
+                chunk.spelled.append(f"`{found[0]}` in {item.name}")
         else:
             chunk.empty.append(f"{item.name}: empty")
     if texts:

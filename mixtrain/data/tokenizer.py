@@ -7,14 +7,17 @@ has the size that was asked for, never silently another one (the embedding is cu
 
 import hashlib
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from mixtrain import untrusted_json
+from mixtrain.data.special_tokens import Id, refuse_code, special_tokens
 from mixtrain.errors import UserError
 from mixtrain.links import copy, file_in
-from mixtrain.untrusted_json import LARGE, whole
+from mixtrain.untrusted_json import LARGE
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and the end-of-document token
@@ -24,8 +27,8 @@ TOKENIZER_FILES = """
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json merges.txt
     chat_template.jinja chat_template.json generation_config.json
 """.split()
+OWN_FILES = ("tokenizer.model*", "*.model.v*", "tekken*.json")  # Mistral's own, which tools/convert_tokenizer.py reads
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-Id = whole(0, 2**31 - 1)
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # without one of them there is no tokenizer
 
 
@@ -47,23 +50,6 @@ class TokenizerJson(TypedDict):
     added_tokens: NotRequired[list[Added] | None]
     normalizer: NotRequired[Any]
     pre_tokenizer: NotRequired[Any]
-
-
-class Written(TypedDict):
-    """A token as older versions of transformers write it."""
-
-    content: str
-
-
-Special = NotRequired[str | Written | None]
-
-
-class Settings(TypedDict):
-    """tokenizer_config.json and special_tokens_map.json, as far as they are read."""
-
-    bos_token: Special
-    eos_token: Special
-    pad_token: Special
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
@@ -114,16 +100,12 @@ def tokenizer_vocab_size(directory: Path) -> int:
 
 def tokenizer_eod_id(directory: Path) -> int:
     """The id of the token that ends a document: the tokenizer's eos_token, or UserError where it names none."""
-    directory = Path(directory)
-    ids = token_ids(directory)
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        path = directory / name
-        token = _text(_settings(path).get("eos_token")) if path.is_file() else None
-        if token is not None:
-            if token not in ids:
-                raise UserError(f"{path}: eos_token {token!r} is not in the vocabulary of {directory}/tokenizer.json")
-            return ids[token]
-    raise UserError(f"{directory}: tokenizer_config.json names no eos_token, and a document must end with one")
+    ids, token = token_ids(directory), special_tokens(Path(directory)).get("eos_token")
+    if token is None:
+        raise UserError(f"{directory}: tokenizer_config.json names no eos_token, and a document must end with one")
+    if token not in ids:
+        raise UserError(f"{directory}: eos_token {token!r} is not in the vocabulary of its tokenizer.json")
+    return ids[token]
 
 
 def splits_as_gpt2(directory: Path) -> bool:
@@ -141,30 +123,72 @@ def tokenizer_sha256(directory: Path) -> str:
     return hashlib.sha256(_tokenizer_json(directory).read_bytes()).hexdigest()
 
 
-def load_tokenizer(directory: Path):
-    """The `tokenizers.Tokenizer` of the directory, set to encode whole documents and nothing but their text."""
+def load_tokenizer(directory: Path, parse_special_tokens: bool = False):
+    """The `tokenizers.Tokenizer` of the directory, as its tokenizer.json has it, for whole texts.
+
+    The one reader of it: transformers 5 builds some classes anew from the vocabulary and gives other ids. Text that
+    spells a special token stays text and ends no document, unless `parse_special_tokens`. What is put around a prompt
+    (add_special_tokens) its post_processor says: add_bos_token beside it is not read, as in transformers 5. UserError.
+    """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(_tokenizer_json(directory)))
+    path = _tokenizer_json(directory)
+    refuse_code(Path(directory))
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # Rust's own
+        raise UserError(f"tokenizers cannot read the tokenizer {path}: {error}") from None
     tokenizer.no_truncation()  # a saved max_length would cut documents short without a word
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # text that spells a special token stays text: it ends no document
+    tokenizer.encode_special_tokens = not parse_special_tokens
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    named = dict.fromkeys(special_tokens(Path(directory)).values())
+    tokenizer.add_special_tokens(
+        [token for token in named if token not in added and tokenizer.token_to_id(token) is not None]
+    )
     return tokenizer
+
+
+def special_pattern(tokenizer) -> re.Pattern[str]:
+    """What finds the first special token that a text spells."""
+    special = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+    return re.compile(
+        "|".join(map(re.escape, reversed(special))) or "(?!)"
+    )  # the longer of two with one beginning first
 
 
 def _tokenizer_json(directory: Path) -> Path:
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
-        raise UserError(f"{directory}: no tokenizer.json there; give a Hugging Face tokenizer directory")
+        raise UserError(instead(Path(directory)))
     return path
 
 
-def _settings(path: Path) -> Settings:
-    return untrusted_json.read(path, Settings, most=LARGE)
+def instead(given: Path) -> str:
+    """Why a path is no Hugging Face tokenizer directory, and the command that makes one of what it is."""
+    if given.is_file():
+        if given.name == "tokenizer.json":
+            return f"{given} is a file; give its directory, {given.parent}"
+        return f"{given} is a file, and a directory with a tokenizer.json is wanted; {_converted(given)}"
+    if not given.is_dir():
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)) and not given.parent.is_dir():
+            return (
+                f"{given}: no such directory; if it is a model of the hub, type: hf download {given} --include"
+                f" 'tokenizer*' --local-dir {given.name}  and give {given.name}"
+            )
+        return f"{given}: no such directory; give a Hugging Face tokenizer directory"
+    if own := next((path for name in OWN_FILES for path in sorted(given.glob(name))), None):
+        return f"{given}: no tokenizer.json there; {_converted(own)}"
+    if (given / "vocab.json").is_file():
+        command = (
+            f"from transformers import AutoTokenizer as T; T.from_pretrained('{given}').save_pretrained('{given}')"
+        )
+        return f'{given}: no tokenizer.json there; transformers makes it of vocab.json: python -c "{command}"'
+    return f"{given}: no tokenizer.json there; give a Hugging Face tokenizer directory"
 
 
-def _text(token: str | Written | None) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+def _converted(file: Path) -> str:
+    return f"type: python tools/convert_tokenizer.py {shlex.quote(str(file))} OUT_DIR  and give OUT_DIR"
 
 
 def token_ids(directory: Path) -> dict[str, int]:
@@ -206,11 +230,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 def special_ids(tokenizer: Path) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id of a tokenizer, where it has them: what config.json repeats."""
-    path = tokenizer / "tokenizer_config.json"
-    values = _settings(path) if path.is_file() else {}
-    ids, found = token_ids(tokenizer) if (tokenizer / "tokenizer.json").is_file() else {}, {}
-    for name in SPECIAL_IDS:
-        token = _text(values.get(name.removesuffix("_id")))
-        if token in ids:
-            found[name] = ids[token]
-    return found
+    named = special_tokens(tokenizer)
+    ids = token_ids(tokenizer) if (tokenizer / "tokenizer.json").is_file() else {}
+    found = {name: named.get(name.removesuffix("_id")) for name in SPECIAL_IDS}
+    return {name: ids[token] for name, token in found.items() if token in ids}

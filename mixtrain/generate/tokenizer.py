@@ -6,18 +6,25 @@ Rule: it is the one that the run was trained with, or the one that was given; ne
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from mixtrain.checkpoint.state import RunState
+from mixtrain.data.same_tokenizer import refuse_other
 from mixtrain.data.tokenizer import TOKENIZER, tokenizer_vocab_size
 from mixtrain.errors import UserError
 
 GIVE = "give --tokenizer DIRECTORY"
 
 
-def directory_of(given: str | None, checkpoint: Path, run: RunState, vocab_size: int) -> str:
-    """The tokenizer's directory; UserError if there is none, or it has more tokens than the model."""
+def directory_of(given: str | None, checkpoint: Path, run: RunState, vocab_size: int, allow_other: bool = False) -> str:
+    """The tokenizer's directory; UserError if there is none, it is not the run's, or has more tokens than the model."""
     found = Path(given) if given else _of_run(checkpoint, run)
+    if given and not allow_other:
+        own = None
+        with suppress(UserError):  # of mock data, or moved away: there is nothing to compare with
+            own = _of_run(checkpoint, run)
+        refuse_other(found, own, checkpoint)
     tokens = tokenizer_vocab_size(found)
     if tokens > vocab_size:
         raise UserError(f"{found} has {tokens} tokens, more than model.vocab_size = {vocab_size}; {GIVE} of this model")

@@ -46,10 +46,10 @@ def heads_can_rotate(plan: Plan) -> Problems:
 
 def acknowledged_differences_are_keys(plan: Plan) -> Problems:
     for key in forward.unknown(plan.config):
-        near = get_close_matches(key, FORWARD, n=1, cutoff=0.3)
+        near = get_close_matches(key, [*FORWARD, forward.TOKENIZER], n=1, cutoff=0.3)
         yield (
             f"{forward.KEY} has {key}; {f'did you mean {near[0]}? ' if near else ''}the keys are"
-            f" {forward.EXTRA}FIELD, {', '.join(FORWARD)}"
+            f" {forward.EXTRA}FIELD, {', '.join(FORWARD)}, {forward.TOKENIZER}"
         )
 
 

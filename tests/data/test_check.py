@@ -262,7 +262,8 @@ def test_a_part_that_is_too_short_is_told_how_to_do_without(name, way, indexed, 
 
 def test_a_tokenizer_that_is_not_there_is_named(indexed, tmp_path):
     assert "data.tokenizer is not set" in only(check_files([indexed], None, 512))
-    assert only(check_files([indexed], tmp_path / "gone", 512)).endswith("gone: no such directory")
+    gone = only(check_files([indexed], tmp_path / "gone", 512))
+    assert gone.endswith("gone: no such directory; give a Hugging Face tokenizer directory")
     assert "no tokenizer.json there" in only(check_files([indexed], tmp_path, 512))
 
 

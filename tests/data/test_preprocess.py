@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy
 import pytest
+from mistral_files import as_published
+from transformers import PreTrainedTokenizerFast
 
 from mixtrain.data.preprocess import CHUNK_ITEMS, preprocess
 from mixtrain.data.sources import Files, JsonLines
 from mixtrain.data.tokenizer import load_tokenizer
 from mixtrain.errors import UserError
+from mixtrain.generate.text import Text
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
@@ -40,6 +43,11 @@ def lines(tmp_path, library) -> JsonLines:
             if i % 100 == 0:
                 stream.write("{bad\n" if i % 200 else '{"text": " "}\n')
     return JsonLines(path, "text")
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    return as_published(tmp_path_factory.mktemp("published") / "tokenizer")
 
 
 def test_every_document_is_its_tokens_and_the_end_of_document_token(source, indexed, tokenizer):
@@ -157,6 +165,43 @@ def test_progress_is_said_in_lines_where_there_is_no_terminal(lines, tokenizer, 
     size = lines.path.stat().st_size
     progress = [line for line in said if line.startswith("preprocess: tokenizing")]
     assert progress[-1].startswith(f"preprocess: tokenizing, {size:,} of {size:,} bytes: 1,280 documents, ")
+
+
+CHATS = ["<s>[INST] a [/INST] b</s>", "plain", "a </s> b</s> </s>"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_texts_that_spell_a_special_token_are_counted_and_the_first_is_named(published, workers, tmp_path):
+    path, said = tmp_path / "chats.jsonl", []
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in CHATS))
+    facts = preprocess(JsonLines(path, "text"), tmp_path / "x", published, workers=workers, log=said.append)
+    assert (
+        "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), which stayed text;"
+        " --parse-special-tokens makes it the token"
+    ) in said
+    assert facts["spell_special_tokens"] == 2 and facts["parse_special_tokens"] is False
+    assert all(2 not in document[:-1] for document in read_back(tmp_path / "x"))
+
+
+def test_special_tokens_are_parsed_where_that_is_asked_for_as_generation_and_transformers_do(published, tmp_path):
+    path, said = tmp_path / "chats.jsonl", []
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in CHATS))
+    prefix = tmp_path / "x"
+    facts = preprocess(JsonLines(path, "text"), prefix, published, parse_special_tokens=True, log=said.append)
+    assert "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), and it is one" in said
+    assert json.loads((tmp_path / "x.json").read_text()) == facts
+    assert facts["spell_special_tokens"] == 2 and facts["parse_special_tokens"] is True
+    there = PreTrainedTokenizerFast(tokenizer_file=str(published / "tokenizer.json"))
+    text = Text(str(published), [])
+    for said, document in zip(CHATS, read_back(prefix), strict=True):
+        assert document.tolist() == [*there(said, add_special_tokens=False)["input_ids"], 2]
+        assert [1, *document[:-1]] == text.encode(said, chat=False)
+
+
+def test_of_texts_that_spell_none_nothing_is_said(lines, tokenizer, tmp_path):
+    said = []
+    assert preprocess(lines, tmp_path / "x", tokenizer, log=said.append)["spell_special_tokens"] == 0
+    assert not [line for line in said if "special token" in line]
 
 
 def test_no_worker_or_two_tokenizers_are_refused(source, tokenizer, tmp_path):

@@ -2,9 +2,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import regex
 
+from mixtrain.data.check import check_files
+from mixtrain.data.proof_texts import proof_texts
 from mixtrain.data.tokenizer import load_tokenizer, tokenizer_eod_id, tokenizer_vocab_size, train_bpe
 from mixtrain.errors import UserError
 
@@ -37,6 +41,14 @@ def test_the_same_text_gives_the_same_tokenizer_in_another_process(tokenizer, so
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer / name).read_bytes()
+
+
+def test_a_trained_tokenizer_cuts_texts_as_gpt_2_does(tokenizer):
+    """Under that name llama.cpp knows it."""
+    gpt_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    cut = load_tokenizer(tokenizer).pre_tokenizer.pre_tokenize_str
+    for text in [*proof_texts(), TEXT, "I'll we'VE 3.14 x1y2"]:
+        assert [text[begin:end] for _, (begin, end) in cut(text)] == regex.findall(gpt_2, text)
 
 
 def test_too_little_text_for_the_vocabulary_is_refused_with_both_numbers(tmp_path):
@@ -110,6 +122,33 @@ def test_reading_a_tokenizer_imports_neither_torch_nor_numpy_nor_transformers(to
     )
     done = subprocess.run([sys.executable, "-c", program, tokenizer], capture_output=True, text=True, timeout=60)
     assert done.stdout == "[]\n", done.stderr
+
+
+NO_DIRECTORY = {
+    "mistralai/Mixtral-8x7B-v0.1": "type: hf download mistralai/Mixtral-8x7B-v0.1 --include 'tokenizer*' --local-dir "
+    "Mixtral-8x7B-v0.1  and give Mixtral-8x7B-v0.1",
+    "gone/far/away": "gone/far/away: no such directory; give a Hugging Face tokenizer directory",
+    "there/tokenizer.json": "there/tokenizer.json is a file; give its directory, there",
+    "there/tokenizer.model": "type: python tools/convert_tokenizer.py there/tokenizer.model OUT_DIR  and give OUT_DIR",
+    "mistrals": "no tokenizer.json there; type: python tools/convert_tokenizer.py mistrals/tokenizer.model.v3 OUT_DIR",
+    "tekken": "no tokenizer.json there; type: python tools/convert_tokenizer.py tekken/tekken.json OUT_DIR",
+    "older": "no tokenizer.json there; transformers makes it of vocab.json: python -c ",
+    "empty": "empty: no tokenizer.json there; give a Hugging Face tokenizer directory",
+}
+
+
+@pytest.mark.parametrize("given", NO_DIRECTORY)
+def test_what_is_no_tokenizer_directory_is_refused_with_the_command_that_makes_one(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("there/tokenizer.json", "there/tokenizer.model", "mistrals/tokenizer.model.v3", "tekken/tekken.json",
+                 "older/vocab.json", "empty/README.md"):  # fmt: skip
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    for ask in (tokenizer_vocab_size, load_tokenizer, tokenizer_eod_id):
+        with pytest.raises(UserError) as caught:
+            ask(Path(given))
+        assert NO_DIRECTORY[given] in str(caught.value)
+    assert NO_DIRECTORY[given] in check_files(["none"], Path(given), 512)[-1]
 
 
 def write(directory, tokenizer: dict, config: dict | None = None) -> None:

@@ -1,0 +1,226 @@
+"""Mistral's own tokenizer files as Hugging Face tokenizer directories: sentencepiece models and tekken.json.
+
+Rule: what is written gives the ids that the file's own library gives, on every text of proof_texts; else it is refused.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypedDict
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+from mixtrain import untrusted_json
+from mixtrain.data.proof_texts import proof_texts
+from mixtrain.errors import UserError
+from mixtrain.untrusted_json import LARGE, Count
+
+SPACE = "\u2581"  # sentencepiece's character for a space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's types of pieces
+BPE = 2  # its model_type
+SHOWN = 60  # characters of a text that the two readers encode otherwise
+
+
+class TekkenSettings(TypedDict):
+    pattern: str
+    default_vocab_size: Count
+    default_num_special_tokens: Count
+
+
+class TekkenToken(TypedDict):
+    rank: Count
+    token_bytes: str  # base64
+
+
+class Tekken(TypedDict):
+    """tekken.json, as far as it is read."""
+
+    config: TekkenSettings
+    vocab: list[TekkenToken]
+
+
+def convert(file: Path, out_dir: Path) -> int:
+    """Write the tokenizer of a file to a new directory; the number of its tokens. UserError, and then no directory."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; a sentencepiece model (tokenizer.model) or a tekken.json is converted")
+    if out_dir.exists():
+        raise UserError(f"{out_dir} is there already; give a new directory")
+    read = from_tekken if file.suffix == ".json" else from_sentencepiece
+    made, special, reference = read(file)
+    if bos := special.get("bos_token"):
+        made.post_processor = processors.TemplateProcessing([bos, "$A"], special_tokens=[(bos, made.token_to_id(bos))])
+    _prove(file, made, reference)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer: transformers 5 would build another one
+        "add_bos_token": "bos_token" in special,  # for transformers 4
+        "add_eos_token": False,
+        **special,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1 << 30,
+    }
+    partial = out_dir.with_name(out_dir.name + ".writing")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        made.save(str(partial / "tokenizer.json"))
+        if read is from_sentencepiece:
+            shutil.copyfile(file, partial / "tokenizer.model")  # llama.cpp has the scores from there alone
+        (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        partial.rename(out_dir)
+    except OSError as error:
+        raise UserError(f"{out_dir} cannot be written: {error.strerror}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return made.get_vocab_size()
+
+
+def _prove(file: Path, made: Tokenizer, reference: Callable[[str], list[int]]) -> None:
+    made.encode_special_tokens = True
+    for text in proof_texts():
+        here, there = made.encode(text, add_special_tokens=False).ids, reference(text)
+        if here != there:
+            raise UserError(
+                f"{file} cannot be converted exactly: {text[:SHOWN]!r} would be {here[:8]} ..., and its own library"
+                f" gives {there[:8]} ...; nothing was written"
+            )
+    made.encode_special_tokens = False
+
+
+# sentencepiece
+
+
+def from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[[str], list[int]]]:
+    """(the tokenizer, its special tokens by their names, the ids that sentencepiece gives) of a model file."""
+    sentencepiece = _library("sentencepiece", "sentencepiece", file)
+    layout = _library("sentencepiece.sentencepiece_model_pb2", "sentencepiece protobuf", file)
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    except (OSError, RuntimeError, TypeError):
+        raise UserError(f"{file} is no sentencepiece model, or it is damaged") from None
+    model = layout.ModelProto.FromString(processor.serialized_model_proto())
+    if wrong := list(_not_as_mistral(model)):
+        raise UserError(
+            f"{file}: {', '.join(wrong)}; only a byte-pair model with byte fallback and plain spaces, as Mistral's and"
+            " Llama's, can be converted exactly"
+        )
+    pieces = [piece.piece for piece in model.pieces]
+    made = Tokenizer(
+        models.BPE(
+            {piece: number for number, piece in enumerate(pieces)}, list(_merges(model.pieces)),
+            unk_token=pieces[processor.unk_id()], fuse_unk=True, byte_fallback=True,
+        )
+    )  # fmt: skip
+    made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)]
+    made.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    return made, _named(processor, pieces), processor.encode
+
+
+def _not_as_mistral(model: Any) -> Iterator[str]:
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if trainer.model_type != BPE:
+        yield "its model_type is not BPE"
+    if not trainer.byte_fallback:
+        yield "byte_fallback is false"
+    if normalizer.precompiled_charsmap:
+        yield f"its normalizer is {normalizer.name}, not identity"
+    if not normalizer.add_dummy_prefix or trainer.treat_whitespace_as_suffix:
+        yield "no space is put before a text"
+    if normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
+        yield "spaces are taken away"
+    if any(piece.type == UNUSED for piece in model.pieces):
+        yield "it has unused pieces"
+
+
+def _merges(pieces: Iterable) -> Iterator[tuple[str, str]]:
+    """Every pair of pieces that make another, in the order in which sentencepiece merges them.
+
+    By the score of what they make. Runs of spaces all have one score: then by place, which is also the published order.
+    """
+    numbers = {piece.piece: number for number, piece in enumerate(pieces) if piece.type == NORMAL}
+    found = []
+    for piece, number in numbers.items():
+        for cut in range(1, len(piece)):
+            left, right = numbers.get(piece[:cut]), numbers.get(piece[cut:])
+            if left is not None and right is not None:
+                found.append((-pieces[number].score, number, left, right))
+    return ((pieces[left].piece, pieces[right].piece) for *_, left, right in sorted(found))
+
+
+def _named(processor: Any, pieces: list[str]) -> dict[str, str]:
+    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    return {name: pieces[number] for name, number in ids.items() if number >= 0}
+
+
+# tekken.json
+
+
+def from_tekken(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[[str], list[int]]]:
+    """As from_sentencepiece, of a tekken.json: bytes merged by rank after a cut by a pattern."""
+    content = untrusted_json.read(file, Tekken, most=LARGE)
+    tekken = _library("mistral_common.tokens.tokenizers.tekken", "mistral-common", file)
+    try:
+        reference = tekken.Tekkenizer.from_file(file)
+    except Exception as error:  # whatever its parts make of it: AssertionError, ValueError, KeyError
+        raise UserError(f"{file}: mistral-common cannot read it ({type(error).__name__}: {error})") from None
+    special = content["config"]["default_num_special_tokens"]
+    names = [reference.id_to_piece(number) for number in range(special)]
+    ranks = _ranks(content, content["config"]["default_vocab_size"] - special)
+    vocab = {name: number for number, name in enumerate(names)}
+    vocab |= {_shown(token): special + rank for token, rank in ranks.items()}
+    made = Tokenizer(models.BPE(vocab, _merges_by_rank(ranks), ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(content["config"]["pattern"]), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    named = {"bos_token": names[reference.bos_id], "eos_token": names[reference.eos_id]}
+    return made, named, lambda text: reference.encode(text, bos=False, eos=False)
+
+
+def _ranks(content: Tekken, most: int) -> dict[bytes, int]:
+    tokens = content["vocab"][:most]
+    return {base64.b64decode(token["token_bytes"]): token["rank"] for token in tokens}
+
+
+def _merges_by_rank(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
+    found = []
+    for token, rank in ranks.items():
+        for cut in range(1, len(token)):
+            left, right = ranks.get(token[:cut]), ranks.get(token[cut:])
+            if left is not None and right is not None:
+                found.append((rank, left, right, _shown(token[:cut]), _shown(token[cut:])))
+    return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _byte_characters() -> list[str]:
+    """GPT-2's character for each byte: printable ones stand for themselves, the others from 256 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+
+
+CHARACTER = _byte_characters()
+
+
+def _shown(token: bytes) -> str:
+    return "".join(CHARACTER[byte] for byte in token)
+
+
+def _library(module: str, package: str, file: Path) -> ModuleType:
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(f"{file}: {package} is needed to convert it ({error}); type: pip install {package}") from None
