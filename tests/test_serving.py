@@ -70,8 +70,9 @@ def test_an_engine_with_other_tokens_is_found_and_the_prompt_is_shown(trained, t
     (["--engine", "llama_cpp", "--gguf", "no.gguf"], "no.gguf: no such file; tools/convert_to_gguf.py makes one"),
     (["--engine", "ollama"], "ollama is none of llama_cpp, mlx, transformers, vllm"),
 ])  # fmt: skip
-def test_what_is_missing_is_said_before_anything_is_computed(trained, words, part):
-    assert part in said("verify_serving.py", *trained, *words, code=2)
+def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, words, part):
+    (tmp_path / "config.json").write_text("{}")
+    assert part in said("verify_serving.py", tmp_path, tmp_path, *words, code=2)
 
 
 @pytest.mark.long
@@ -96,6 +97,18 @@ def test_a_trained_tokenizer_splits_as_gpt2s_and_others_are_left_to_the_converte
         assert not splits_as_gpt2(tmp_path / name), name
 
 
-def test_without_a_clone_of_llama_cpp_its_converter_is_asked_for(trained, tmp_path):
-    shown = said("convert_to_gguf.py", trained[1], tmp_path / "x.gguf", "--llama-cpp", tmp_path, code=2)
+def to_gguf(folder: Path, llama_cpp: Path) -> str:
+    """What the tool refuses."""
+    (folder / "config.json").write_text("{}")
+    return said("convert_to_gguf.py", folder, folder / "x.gguf", "--llama-cpp", llama_cpp, code=2)
+
+
+def test_without_a_clone_of_llama_cpp_its_converter_is_asked_for(tmp_path):
+    shown = to_gguf(tmp_path, tmp_path)
     assert f"--llama-cpp {tmp_path}: no convert_hf_to_gguf.py there; a clone of llama.cpp is wanted" in shown
+
+
+def test_a_tokenizer_of_pieces_without_their_scores_is_not_converted(tmp_path):
+    Tokenizer(models.BPE({"a": 0}, [], byte_fallback=True)).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "convert_hf_to_gguf.py").touch()
+    assert f"{tmp_path} has no tokenizer.model: llama.cpp merges by the scores in it" in to_gguf(tmp_path, tmp_path)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain.data.tokenizer import splits_as_gpt2  # noqa: E402
+from mixtrain.data.tokenizer import has_scores, splits_as_gpt2  # noqa: E402
 from mixtrain.errors import FINISHED, UserError  # noqa: E402
 from mixtrain.tool import run  # noqa: E402
 
@@ -39,6 +39,11 @@ def main(words: list[str]) -> int:
     if not (given.export_dir / "config.json").is_file():
         raise UserError(
             f"{given.export_dir} has no config.json: an export of tools/convert_megatron_to_hf.py is wanted"
+        )
+    if not has_scores(given.export_dir):
+        raise UserError(
+            f"{given.export_dir} has no tokenizer.model: llama.cpp merges by the scores in it, and would have none;"
+            " copy it there from the model's directory on the hub"
         )
     sys.path[:0] = [str(given.llama_cpp), str(given.llama_cpp / "gguf-py")]
     words = [str(given.export_dir), "--outfile", str(given.out_file), "--outtype", given.outtype]

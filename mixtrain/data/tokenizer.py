@@ -41,6 +41,7 @@ class Added(TypedDict):
 
 class Model(TypedDict):
     vocab: NotRequired[dict[str, Id] | list[tuple[str, float]]]  # Unigram's: a token's id is its place
+    byte_fallback: NotRequired[bool | None]
 
 
 class TokenizerJson(TypedDict):
@@ -116,6 +117,12 @@ def splits_as_gpt2(directory: Path) -> bool:
     asked = {key: split.get(key) for key in ("type", "add_prefix_space", "use_regex")}
     gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return content.get("normalizer") is None and asked == gpt2
+
+
+def has_scores(directory: Path) -> bool:
+    """Whether the scores of a tokenizer of pieces with byte fallback, which tokenizer.json leaves out, lie beside it."""
+    content = untrusted_json.read(_tokenizer_json(directory), TokenizerJson, most=LARGE)
+    return not content.get("model", {}).get("byte_fallback") or (Path(directory) / "tokenizer.model").is_file()
 
 
 def tokenizer_sha256(directory: Path) -> str:
