@@ -120,7 +120,7 @@ def splits_as_gpt2(directory: Path) -> bool:
 
 
 def has_scores(directory: Path) -> bool:
-    """Whether the scores of a tokenizer of pieces with byte fallback, which tokenizer.json leaves out, lie beside it."""
+    """Whether the scores of a tokenizer with byte fallback, which tokenizer.json leaves out, lie beside it."""
     content = untrusted_json.read(_tokenizer_json(directory), TokenizerJson, most=LARGE)
     return not content.get("model", {}).get("byte_fallback") or (Path(directory) / "tokenizer.model").is_file()
 
