@@ -84,7 +84,8 @@ def generate(options: argparse.Namespace, words: list[str], me: Identity | None)
     try:
         plan = settings.plan_of(tree, words, run, checkpoint, folder, me, problems)
         given = options.tokenizer or tree.data.tokenizer  # which only a word has set
-        request = request.with_tokenizer(tokenizer.directory_of(given, checkpoint, run, plan.config.model.vocab_size))
+        found = tokenizer.directory_of(given, checkpoint, run, plan.config.model.vocab_size)
+        request = request.of_model(found, tokenizer.rows(found, run))
         if me is None or me.rank == 0:
             for line in settings.heading(plan, run, checkpoint, damaged):
                 say(line)

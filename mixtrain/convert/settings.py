@@ -227,7 +227,7 @@ def beside_the_architecture(values: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config.json from_hugging_face has no use for, and to_hugging_face no value of its own."""
     architecture = _of_model_type(values)
     own = {"architectures", "model_type", "torch_dtype", "dtype", *architecture.defaults, *architecture.fixed}
-    own |= {*architecture.also, *positions.KEYS}
+    own |= {*architecture.also, *positions.KEYS, "auto_map", "quantization_config", "compression_config"}
     return {name: value for name, value in values.items() if name not in own}
 
 
