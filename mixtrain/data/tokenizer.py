@@ -194,11 +194,9 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
 
 def special_ids(tokenizer: Path) -> dict[str, int]:
     """bos_token_id, eos_token_id and pad_token_id of a tokenizer, where it has them: what config.json repeats."""
-    path = tokenizer / "tokenizer_config.json"
-    values = _settings(path) if path.is_file() else {}
     ids, found = token_ids(tokenizer) if (tokenizer / "tokenizer.json").is_file() else {}, {}
-    for name in SPECIAL_IDS:
-        token = _text(values.get(name.removesuffix("_id")))
-        if token in ids:
-            found[name] = ids[token]
+    for file in ("special_tokens_map.json", "tokenizer_config.json"):  # the second counts where both name a token
+        values = _settings(tokenizer / file) if (tokenizer / file).is_file() else {}
+        tokens = {name: _text(values.get(name.removesuffix("_id"))) for name in SPECIAL_IDS}
+        found |= {name: ids[token] for name, token in tokens.items() if token in ids}
     return found
