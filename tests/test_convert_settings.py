@@ -137,6 +137,10 @@ REFUSED_VALUES = {
     "rope_scaling = {'type': 'linear', 'factor': 2.0}: mixtrain's Mixtral has null": {
         "rope_scaling": {"type": "linear", "factor": 2.0},
     },
+    "rope_parameters.rope_theta = 5.0, but rope_scaling takes the place of rope_parameters in transformers, with"
+    " rope_theta = 1000000.0; leave rope_scaling out": {
+        "rope_theta": ..., "rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "default"},
+    },
     "rope_parameters.partial_rotary_factor = 0.5: mixtrain's Mixtral has 1": {
         "rope_parameters": {"partial_rotary_factor": 0.5},
     },

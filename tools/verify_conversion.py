@@ -79,9 +79,12 @@ def hashed(hashes) -> None:
 
 def check_tensors(found, config, parts, vocabulary: int) -> list[str]:
     """The keys of the model in the checkpoint. UserError if the two are not of the same tensors."""
-    from mixtrain.convert import hf_files, runs, settings, weights
+    from mixtrain.convert import hf_files, origin, runs, settings, weights
 
     settings.to_hugging_face(config)
+    own = origin.configuration(found.facts)
+    layout = weights.layout_of(own, found.tensors)
+    weights.check(runs.index(own, layout).names, found.tensors, hf_files.NAMES, mixed=True)
     index = runs.index(config, weights.layout_of(config, found.tensors), vocabulary)
     weights.check(index.names, found.tensors, hf_files.NAMES, mixed=True)
     if missing := [key for key, shape in index.shapes.items() if parts.shapes.get(key) != shape]:

@@ -47,6 +47,15 @@ def rope(values: Mapping[str, Any], name: str, absent: float) -> tuple[float, li
     for key, theta in bases.items():
         if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta <= MOST_THETA:
             return 0.0, [*wrong, f"{key} = {show(theta)} is not a number above 0, up to {MOST_THETA:,}"]
+    if values.get("rope_scaling") and "rope_parameters.rope_theta" in bases:
+        others = [theta for key, theta in bases.items() if key != "rope_parameters.rope_theta"]
+        there, instead = bases["rope_parameters.rope_theta"], (others or [absent])[-1]
+        if there != instead:
+            return 0.0, [
+                *wrong,
+                f"rope_parameters.rope_theta = {there}, but rope_scaling takes the place of rope_parameters in"
+                f" transformers, with rope_theta = {instead}; leave rope_scaling out",
+            ]
     (first, theta), *others = [*bases.items()] or [("", absent)]
     wrong += [f"{first} = {theta}, but {key} = {other}" for key, other in others if other != theta]
     if theta != int(theta):
