@@ -36,8 +36,9 @@ class Padding(NamedTuple):
         size = self.plan.config.model.vocab_size
         if size == self.vocabulary:
             return []
+        added = size - self.vocabulary
         return [
-            f"model.vocab_size = {size}: {size - self.vocabulary} rows drawn as for a new model are added to the"
+            f"model.vocab_size = {size}: {added} {'rows' if added > 1 else 'row'} as a new model has them, beside the"
             f" {self.vocabulary} of config.json; they are in the softmax of the training loss, generation never chooses"
             " them, and an export leaves them out"
         ]
