@@ -202,8 +202,8 @@ def _describe(dataset, name: str, wanted: int, seq_length: int) -> list[str]:
         source = f" of {Path(part.dataset_path).name}" if part.dataset_path else ""
         epochs = samples * seq_length / tokens
         lines.append(
-            f"data: {name}: {samples:,} samples of {seq_length:,} tokens from {len(part.indices):,} {_parts(part.dataset)}{source}, "
-            f"{tokens:,} tokens: {epochs:.3g} epochs"
+            f"data: {name}: {samples:,} samples of {seq_length:,} tokens from {len(part.indices):,} "
+            f"{_parts(part.dataset)}{source}, {tokens:,} tokens: {epochs:.3g} epochs"
         )
         if epochs > 1 and not part.config.mock:
             lines.append(

@@ -297,7 +297,7 @@ def change(prefix: str, position: int, content: bytes) -> None:
 
 def test_of_several_sequences_a_document_sequences_are_counted_as_megatron_cuts_them(indexed, tokenizer, tmp_path):
     there, prefix = IndexedDataset(indexed), str(tmp_path / "several")
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=there[0].dtype)
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=there[0].dtype.type)
     for document in range(8):  # two sequences each
         builder.add_document(numpy.concatenate([there[2 * document], there[2 * document + 1]]), [
             len(there[2 * document]), len(there[2 * document + 1]),
