@@ -92,6 +92,7 @@ def enter(
         path = load.weights_at(plan, ranks)
         say(f"weights of {path}; everything else starts anew")
         load.load_weights(plan, ranks, training, path, say)
+        start = replace(start, state=replace(start.state, hf_source=load.read_state(path).hf_source))
     return replace(
         start.state,
         data=data,

@@ -99,7 +99,7 @@ def parse(text: bytes | str, schema: Any = Object, only: str | None = None) -> A
     if only is None:
         hooks |= {"parse_constant": _no_number, "parse_float": _finite, "parse_int": _short}
     try:
-        text = text.decode() if isinstance(text, bytes) else text
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text  # some editors begin it with a mark
         value = json.loads(text, **hooks)
     except InvalidJson:
         raise

@@ -276,7 +276,8 @@ def test_tokenizer_files_travel_both_ways_and_code_does_not(hub, tmp_path):
         assert (tmp_path / "back" / name).read_bytes() == (there / name).read_bytes()
     assert not (tmp_path / "back" / "modeling_evil.py").exists()
     values = json.loads((tmp_path / "back" / "config.json").read_text())
-    assert [values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")] == [0, 1, None]
+    ids = [values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")]
+    assert ids == [1, 2, None]  # as config.json came
 
 
 def tool(name: str, *words: object) -> subprocess.CompletedProcess[str]:

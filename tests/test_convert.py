@@ -170,7 +170,8 @@ BROKEN = {
     ),
     "dtype": (
         lambda named: named | {W1: torch.ones(12, 16, dtype=torch.bfloat16)},
-        f"{W1} is torch.bfloat16, but model.embed_tokens.weight is torch.float32; all must be the same",
+        f"{W1} is torch.bfloat16, but model.embed_tokens.weight is torch.float32; all must be the same;"
+        " --dtype fp32, bf16 or fp16 makes them so",
     ),
     "fp16": (
         lambda named: {name: tensor.half() for name, tensor in named.items()},

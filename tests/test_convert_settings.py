@@ -130,8 +130,23 @@ REFUSED_VALUES = {
     "rope_parameters.rope_type = yarn: mixtrain's Mixtral has default": {"rope_parameters": {"rope_type": "yarn"}},
     "rope_theta = 1000000.0, but rope_parameters.rope_theta = 10000.0": {"rope_parameters": {"rope_theta": 10000.0}},
     "rope_theta = 0.5: model.rotary_base is a whole number": {"rope_theta": 0.5},
-    "rope_theta is missing, in rope_parameters and beside it": {"rope_theta": None},
-    "vocab_size is missing": {"vocab_size": ...},
+    "rope_theta = null is not a number above 0, up to 9,007,199,254,740,992": {"rope_theta": None},
+    "rope_theta = 1000000.0, but rope_scaling.rope_theta = 5.0": {
+        "rope_scaling": {"type": "default", "rope_theta": 5.0},
+    },
+    "rope_scaling = {'type': 'linear', 'factor': 2.0}: mixtrain's Mixtral has null": {
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+    },
+    "rope_parameters.rope_theta = 5.0, but rope_scaling takes the place of rope_parameters in transformers, with"
+    " rope_theta = 1000000.0; leave rope_scaling out": {
+        "rope_theta": ..., "rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "default"},
+    },
+    "rope_parameters.partial_rotary_factor = 0.5: mixtrain's Mixtral has 1": {
+        "rope_parameters": {"partial_rotary_factor": 0.5},
+    },
+    "partial_rotary_factor = 0.5: mixtrain's Mixtral has 1.0": {"partial_rotary_factor": 0.5},
+    "sliding_window = 32767: mixtrain's Mixtral has null": {"sliding_window": 32767, "use_sliding_window": False},
+    "num_local_experts = null is not a whole number from 1 to 65,536": {"num_local_experts": None},
     "num_hidden_layers = null is not a whole number from 1 to 16,384": {"num_hidden_layers": None},
     "num_hidden_layers = 1000000 is not a whole number from 1 to 16,384": {"num_hidden_layers": 10**6},
     f"hidden_size = {10**30} is not a whole number from 1 to 1,048,576": {"hidden_size": 10**30},
@@ -212,3 +227,56 @@ def test_only_qwen3_says_whether_the_weights_of_experts_are_normalised():
     dense = QWEN3_CONFIG_JSON | {"mlp_only_layers": [0], "decoder_sparse_step": 2}
     with pytest.raises(UserError, match="decoder_sparse_step = 2: mixtrain's Qwen3-MoE has 1"):
         settings.from_hugging_face(dense)
+
+
+# What transformers reads as what is there already: (of which model, values that are added)
+THE_SAME = {
+    "rope_scaling of type default": (CONFIG_JSON, {"rope_scaling": {"type": "default"}}),
+    "rope_scaling of rope_type default": (CONFIG_JSON, {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}),
+    "rope_parameters of type default": (CONFIG_JSON, {"rope_parameters": {"rope_type": "default", "type": "default"}}),
+    "no rope_scaling": (CONFIG_JSON, {"rope_scaling": None}),
+    "a whole rotary embedding": (CONFIG_JSON, {"partial_rotary_factor": 1.0}),
+    "a whole one in rope_parameters": (CONFIG_JSON, {"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    "swish": (CONFIG_JSON, {"hidden_act": "swish"}),
+    "a window as long as the longest sequence": (CONFIG_JSON, {"sliding_window": 32768}),
+    "a window behind a switch": (QWEN3_CONFIG_JSON, {"sliding_window": 4096, "use_sliding_window": False}),
+    "a long window with its switch": (QWEN3_CONFIG_JSON, {"sliding_window": 40960, "use_sliding_window": True}),
+    "no window with its switch": (QWEN3_CONFIG_JSON, {"sliding_window": None, "use_sliding_window": True}),
+    "no list of dense layers": (QWEN3_CONFIG_JSON, {"mlp_only_layers": None}),
+}
+
+
+@pytest.mark.parametrize("spelling", THE_SAME)
+def test_what_transformers_reads_as_the_same_is_read_as_the_same(spelling):
+    plain, more = THE_SAME[spelling]
+    values = settings.from_hugging_face(plain | more)
+    assert values == settings.from_hugging_face(plain)
+    read = {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig}[plain["model_type"]](**plain | more).to_dict()
+    assert settings.from_hugging_face(read) == values
+
+
+def test_as_many_key_and_value_heads_as_query_heads_where_config_json_says_null():
+    values = settings.from_hugging_face(CONFIG_JSON | {"num_key_value_heads": None})
+    assert values["model.num_query_groups"] == 32  # transformers 4 reads it so, and transformers 5 not at all
+    with pytest.raises(UserError, match="num_key_value_heads = null is not a whole number"):  # of neither
+        settings.from_hugging_face(QWEN3_CONFIG_JSON | {"num_key_value_heads": None})
+
+
+def test_a_window_that_is_on_is_refused_by_its_size():
+    on = QWEN3_CONFIG_JSON | {"use_sliding_window": True}
+    with pytest.raises(UserError, match="sliding_window = 4096: mixtrain's Qwen3-MoE has null"):
+        settings.from_hugging_face({name: value for name, value in on.items() if name != "sliding_window"})
+    with pytest.raises(UserError, match="use_sliding_window = 1 is not true or false"):
+        settings.from_hugging_face(on | {"use_sliding_window": 1})
+
+
+@pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])
+def test_a_key_that_is_absent_has_the_value_that_transformers_gives_it(config_class):
+    bare = {"model_type": config_class.model_type}
+    assert settings.from_hugging_face(bare) == settings.from_hugging_face(config_class().to_dict())
+    said = settings.absent(bare)
+    assert "num_experts_per_tok = 2" in said or "num_experts_per_tok = 8" in said
+    assert any(line.startswith("rope_theta = 1") for line in said)
+    assert settings.absent(config_class().to_dict()) == []
+    with_base = settings.absent(bare | {"rope_parameters": {"rope_theta": 5.0}})
+    assert with_base == [line for line in said if not line.startswith("rope_theta")]

@@ -32,20 +32,31 @@ def main(words: list[str]) -> int:
     parser.add_argument("--processes", type=counted, default=1, metavar="N", help="that copy side by side (default: 1)")
     parser.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too")
     parser.add_argument("--write-model-config", metavar="NAME", help="write conf/model/NAME.yaml from config.json")
+    parser.add_argument(
+        "--make-vocab-size-divisible-by", type=counted, default=1, metavar="N",
+        help="add rows to the vocabulary, for tensor parallelism to divide it; an export cuts them (default: 1, none)",
+    )  # fmt: skip
     given = parser.parse_args(words)
 
     from mixtrain import upstream  # takes seconds, as all that follows
 
     upstream.apply()
+    from mixtrain.classes import value_of
     from mixtrain.convert import hf_files, origin, settings, to_megatron
     from mixtrain.convert.casting import DTYPES
     from mixtrain.data.tokenizer import instead
 
     started = time.monotonic()
-    values = settings.from_hugging_face(hf_files.read_config(given.hf_dir))
     config_file = model_file(given.write_model_config) if given.write_model_config else None
     dtype = DTYPES.get(given.dtype)
-    to_megatron.convert(given.hf_dir, given.out_dir, dtype, given.processes, given.allow_nonfinite)
+    config = to_megatron.convert(
+        given.hf_dir,
+        given.out_dir,
+        dtype,
+        given.processes,
+        given.allow_nonfinite,
+        given.make_vocab_size_divisible_by,
+    )
     seconds = time.monotonic() - started
     print(f"{given.out_dir / 'release'}: {of_size(given.out_dir)} in {seconds:.1f} s")
     tokenizer = given.out_dir / "tokenizer"
@@ -55,6 +66,8 @@ def main(words: list[str]) -> int:
     if not usable:
         print(f"its tokenizer: {instead(given.hf_dir)}")
     if config_file:
+        keys = settings.from_hugging_face(hf_files.read_config(given.hf_dir))
+        values = {key: value_of(config, key) for key in keys}
         config_file.write_text(origin.model_config(values, f"{given.hf_dir.resolve().name}"))
         softmax = " router.moe_router_pre_softmax=true" * values["router.moe_router_pre_softmax"]
         print(f"its sizes are in {config_file}: model={config_file.stem}{softmax}")

@@ -4,9 +4,10 @@
     python tools/convert_megatron_to_hf.py runs/laptop/iter_0000100 OUT_DIR --dtype bf16
 
 OUT_DIR must be new. It gets safetensors files under the names of the hub (--layout fused: those of transformers 5's
-memory), config.json, and the tokenizer that lies beside the checkpoint. A run whose model transformers would compute
-otherwise (sinkhorn or sigmoid scores, capacity dropping, shared experts ...) is refused, by its key. The files that
-hold the weights are hashed while they are copied: if one is damaged, there is no OUT_DIR.
+memory, which nothing else opens: transformers 4 takes random experts instead, vLLM, MLX and llama.cpp refuse them),
+config.json, and the tokenizer that lies beside the checkpoint. A run whose model transformers would compute otherwise
+(sinkhorn or sigmoid scores, capacity dropping, shared experts ...) is refused, by its key. The files that hold the
+weights are hashed while they are copied: if one is damaged, there is no OUT_DIR.
 
 Exit codes: 0 done, 2 the checkpoint or the arguments are wrong (nothing was written), 1 a fault, 130 interrupted.
 """
@@ -25,7 +26,12 @@ def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ckpt_dir", type=Path, help="a checkpoint, or a directory of which to take the newest")
     parser.add_argument("out_dir", type=Path, help="a new directory for the model")
-    parser.add_argument("--layout", choices=["hub", "fused"], default="hub", help="names and shapes (default: hub)")
+    parser.add_argument(
+        "--layout",
+        choices=["hub", "fused"],
+        default="hub",
+        help="names and shapes: fused is for transformers 5 alone (default: hub)",
+    )
     parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)")
     parser.add_argument(
         "--max-shard-size", type=byte_size, default="5GB", metavar="SIZE", help="of a file (default: 5GB)"
@@ -46,6 +52,12 @@ def main(words: list[str]) -> int:
     from mixtrain.convert import to_hf
     from mixtrain.convert.casting import DTYPES
 
+    if given.layout == "fused":
+        print(
+            "--layout fused: transformers 5 alone opens this; transformers 4 takes random experts instead, vLLM, MLX"
+            " and llama.cpp refuse it; --layout hub is for all",
+            file=sys.stderr,
+        )
     started = time.monotonic()
     checkpoint = to_hf.convert(
         given.ckpt_dir,

@@ -86,7 +86,8 @@ def generate(options: argparse.Namespace, words: list[str], me: Identity | None)
         plan = settings.plan_of(tree, words, run, checkpoint, folder, me, problems)
         given = options.tokenizer or tree.data.tokenizer  # which only a word has set
         size, other = plan.config.model.vocab_size, options.allow_other_tokenizer
-        request = request.with_tokenizer(tokenizer.directory_of(given, checkpoint, run, size, other))
+        found = tokenizer.directory_of(given, checkpoint, run, size, other)
+        request = request.of_model(found, tokenizer.rows(found, run))
         if me is None or me.rank == 0:
             for line in settings.heading(plan, run, checkpoint, damaged):
                 say(line)

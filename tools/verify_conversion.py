@@ -53,17 +53,21 @@ def main(words: list[str]) -> int:
     upstream.apply()
     cpu.apply()
     from mixtrain.checkpoint.parts import Parts
-    from mixtrain.convert import origin
+    from mixtrain.convert import origin, source
 
     checkpoint = origin.checkpoint_at(given.ckpt_dir)
     config, parts = origin.config_of(checkpoint), Parts(checkpoint)
-    keys = check_tensors(given.hf_dir, config, parts)
+    found = source.read(given.hf_dir)
+    for note in found.notes:
+        print(note, file=sys.stderr)
+    vocabulary = found.vocabulary(origin.state_of(checkpoint), config)
+    keys = check_tensors(found, config, parts, vocabulary)
     if given.verify == "full":
         hashed(origin.Hashes(checkpoint, parts.files(keys)))
     if given.manifest:
-        write_manifest(given.manifest, given.hf_dir, config, parts)
+        write_manifest(given.manifest, found.tensors, config, parts, vocabulary)
     with one_rank(config, given.precision) as (own, here):
-        return (self_test if given.self_test else verify)(given, own, parts, here)
+        return (self_test if given.self_test else verify)(given, found, own, parts, here)
 
 
 def hashed(hashes) -> None:
@@ -73,14 +77,16 @@ def hashed(hashes) -> None:
     in_processes("hashing", [], hashes.size, hashes.jobs(os.cpu_count() or 1))
 
 
-def check_tensors(hf_dir: Path, config, parts) -> list[str]:
+def check_tensors(found, config, parts, vocabulary: int) -> list[str]:
     """The keys of the model in the checkpoint. UserError if the two are not of the same tensors."""
-    from mixtrain.convert import hf_files, runs, settings, weights
+    from mixtrain.convert import hf_files, origin, runs, settings, weights
 
     settings.to_hugging_face(config)
-    tensors = hf_files.read_tensors(hf_dir)
-    index = runs.index(config, weights.layout_of(config, tensors))
-    weights.check(index.names, tensors, hf_files.NAMES, mixed=True)
+    own = origin.configuration(found.facts)
+    layout = weights.layout_of(own, found.tensors)
+    weights.check(runs.index(own, layout).names, found.tensors, hf_files.NAMES, mixed=True)
+    index = runs.index(config, weights.layout_of(config, found.tensors), vocabulary)
+    weights.check(index.names, found.tensors, hf_files.NAMES, mixed=True)
     if missing := [key for key, shape in index.shapes.items() if parts.shapes.get(key) != shape]:
         raise UserError(f"{parts.directory} has no {missing[0]} of shape {list(index.shapes[missing[0]])}")
     return list(index.shapes)
@@ -105,12 +111,12 @@ def one_rank(config, precision: str):
     return started()
 
 
-def verify(given, config, parts, here) -> int:
+def verify(given, found, config, parts, here) -> int:
     """A line for each layer, and the verdict."""
     from mixtrain.convert.proof import compare, random_tokens
     from mixtrain.convert.sides import HuggingFace, Megatron
 
-    tokens = random_tokens(config.model.vocab_size, given.sequences, given.length)
+    tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
     layers = min(given.layers or config.model.num_layers, config.model.num_layers)
     there = HuggingFace(given.hf_dir, dtype_of(given.precision))
     print(f"{given.hf_dir} and {parts.directory}: {tokens.numel()} tokens, {layers} layers, {given.precision}")
@@ -134,41 +140,41 @@ def verify(given, config, parts, here) -> int:
     return FAULT if verdict.problems else FINISHED
 
 
-def self_test(given, config, parts, here) -> int:
+def self_test(given, found, config, parts, here) -> int:
     """Damage one thing after another; each must be caught, and the undamaged model must not."""
     from mixtrain.convert.proof import DAMAGES, compare, damaged, random_tokens
     from mixtrain.convert.sides import HuggingFace, Megatron
 
-    tokens = random_tokens(config.model.vocab_size, given.sequences, given.length)
+    tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
     there = HuggingFace(given.hf_dir, dtype_of(given.precision))
     caught = 0
     for name in ("nothing", *DAMAGES):
         side = Megatron(config, parts, here) if name == "nothing" else damaged(name, config, parts, here)
-        found = next(
+        wrong = next(
             (verdict for verdict in compare(there, side, config.model.num_layers, tokens) if verdict.problems), None
         )
-        print(f"{name:22} {'caught: ' + found.problems[0] if found else 'the same model'}", flush=True)
-        if name == "nothing" and found:
+        print(f"{name:22} {'caught: ' + wrong.problems[0] if wrong else 'the same model'}", flush=True)
+        if name == "nothing" and wrong:
             print("the undamaged checkpoint is not the same model: there is nothing to test with")
             return FAULT
-        caught += found is not None
+        caught += wrong is not None
     print(f"{caught} of {len(DAMAGES)} caught")
     return FINISHED if caught == len(DAMAGES) else FAULT
 
 
-def write_manifest(path: Path, hf_dir: Path, config, parts) -> None:
+def write_manifest(path: Path, tensors, config, parts, vocabulary: int) -> None:
     """A line of JSON for each tensor."""
-    from mixtrain.convert import hf_files, manifest
+    from mixtrain.convert import manifest
     from mixtrain.convert.output import bar
 
-    tensors, done = hf_files.read_tensors(hf_dir), [0]
+    done = [0]
 
     def advance(count: int) -> None:
         done[0] += count
 
     size, unequal = sum(stored.nbytes for stored in tensors.values()), 0
     with bar("manifest", size, lambda: done[0]), open(path, "w") as file:
-        for entry in manifest.entries(config, tensors, parts, advance):
+        for entry in manifest.entries(config, tensors, parts, vocabulary, advance):
             unequal += not entry["equal"]
             file.write(json.dumps(entry) + "\n")
     print(f"{path}: {len(tensors)} tensors, {unequal or 'none'} of them not bitwise equal on both sides")

@@ -31,10 +31,20 @@ class RunState:
     config: dict[str, Any] = field(default_factory=dict)  # resolved
     layout: dict[str, int] = field(default_factory=dict)  # how the ranks were arranged
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
+    hf_source: dict[str, Any] | None = None  # HfSource of the model of Hugging Face that it began as
 
 
 # resolved when it was written: ${oc.env:SECRET} would now read what belongs to whoever looks at the checkpoint
 RESOLVED = Check("a resolved configuration, without ${", lambda config: "${" not in str(config))
+
+
+class HfSource(TypedDict):
+    """What a converted model came with that is not the architecture's, and goes out again with an export."""
+
+    config: dict[str, Any]  # of config.json
+    generation_config: NotRequired[dict[str, Any]]  # generation_config.json, if there was one
+    tokenizer: Name  # SHA-256 of its vocabulary files: the ids in `config` are of that one; "" if it had none
+    vocab_size: Count  # without the rows that were added to be divisible
 
 
 class Written(TypedDict):
@@ -51,6 +61,7 @@ class Written(TypedDict):
     config: NotRequired[Annotated[dict[str, Any], RESOLVED]]
     layout: NotRequired[dict[Name, int]]
     versions: NotRequired[dict[Name, Name]]
+    hf_source: NotRequired[HfSource | None]
 
 
 def to_json(state: RunState) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mixtrain import untrusted_json
+from mixtrain.convert import strangers
 from mixtrain.errors import UserError
 from mixtrain.links import file_in
 from mixtrain.untrusted_json import LARGE, Count, InvalidJson, Name
@@ -24,6 +26,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors' names of what weights are kept in
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MOST_CONFIG = 1 << 20  # bytes: what of it is kept must fit into the checkpoint's run_state.json
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 SHOWN = 5  # problems of a kind
 
 
@@ -59,8 +63,9 @@ class Stored(NamedTuple):
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json. UserError if there is none."""
-    return untrusted_json.read(directory / CONFIG, missing="a Hugging Face model has one")
+    """config.json. UserError if there is none, or the directory is of another kind than a model of Hugging Face."""
+    strangers.refuse(directory)
+    return untrusted_json.read(directory / CONFIG, most=MOST_CONFIG, missing="a Hugging Face model has one")
 
 
 def read_tensors(directory: Path) -> dict[str, Stored]:
@@ -79,17 +84,14 @@ def _weight_map(directory: Path) -> dict[str, str]:
     """Tensor -> file, from the index, or as the only file has them."""
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory")
-    single, index = directory / SINGLE, directory / INDEX
+    strangers.refuse(directory)
+    index = directory / INDEX
     whole = file_in(directory, SINGLE)
     if whole and index.is_file():
         raise UserError(f"{directory} has both {SINGLE} and {INDEX}: which is the model? take one away")
-    if whole:
-        return dict.fromkeys(_header(single), SINGLE)
     if not index.is_file():
-        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
-        if pickles:
-            raise UserError(f"{directory / pickles[0]} is a pickle, which could run anything: give safetensors files")
-        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
+        name = SINGLE if whole else _only_file(directory)
+        return dict.fromkeys(_header(directory / name), name)
     weight_map = untrusted_json.read(index, Index, most=LARGE)["weight_map"]
     for file in sorted(set(weight_map.values())):
         if os.path.basename(file) != file or file in ("", ".", ".."):
@@ -97,6 +99,21 @@ def _weight_map(directory: Path) -> dict[str, str]:
         if not file.endswith(".safetensors"):
             raise UserError(f"{index} names {file}, which is not a safetensors file")
     return weight_map
+
+
+def _only_file(directory: Path) -> str:
+    """The one safetensors file of a directory that has no file of the usual names. UserError if there is not one."""
+    found = sorted(path.name for path in directory.iterdir() if path.suffix == ".safetensors")
+    if not found:
+        pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise UserError(f"{directory / pickles[0]} is a pickle, which could run anything: give safetensors files")
+        raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
+    if len(found) > 1 or SHARD.search(found[0]):
+        raise UserError(f"{directory} has {found[0]}{_more(found)}, but no {INDEX}, which says what is in each file")
+    if file_in(directory, found[0]) is None:
+        raise UserError(f"{directory / found[0]} is missing")
+    return found[0]
 
 
 def _file(path: Path, expected: set[str]) -> dict[str, Stored]:
@@ -128,6 +145,8 @@ def _header(path: Path) -> dict[str, Stored]:
         raise UserError(f"{path} is damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    if quantised := strangers.quantised({name: entry["dtype"] for name, entry in entries.items()}):
+        raise UserError(f"{path}: {quantised}")
     for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} is {entry['dtype']}; weights are {', '.join(DTYPES)}")

@@ -19,12 +19,14 @@ from mixtrain.convert.weights import layout_of
 BLOCK = 1 << 24  # elements
 
 
-def entries(config: Config, tensors: dict[str, Stored], parts: Parts, advance: Advance) -> Iterator[dict[str, Any]]:
+def entries(
+    config: Config, tensors: dict[str, Stored], parts: Parts, vocabulary: int, advance: Advance
+) -> Iterator[dict[str, Any]]:
     """One for each tensor of Hugging Face, with the Megatron tensor it is a part of, and the SHA-256 of both.
 
     `equal`: bit for bit, after the checkpoint's numbers were brought to the dtype of the file.
     """
-    index = runs.index(config, layout_of(config, tensors))
+    index = runs.index(config, layout_of(config, tensors), vocabulary)
     for name, shape in index.names.items():
         stored, own, there = tensors[name], hashlib.sha256(), hashlib.sha256()
         equal = True

@@ -73,12 +73,16 @@ class Hashes:
 
 def config_of(checkpoint: Path) -> Config:
     """The resolved Config of the run that wrote a checkpoint; keys it did not know yet have the default's value."""
+    (job,), _ = compose([])
+    return Config.from_hydra(OmegaConf.merge(job.tree, OmegaConf.create(state_of(checkpoint).config)))
+
+
+def state_of(checkpoint: Path) -> RunState:
+    """What run_state.json of a checkpoint says."""
     try:
-        run_state = state.read(checkpoint)
+        return state.read(checkpoint)
     except ValueError as error:
         raise UserError(str(error)) from None
-    (job,), _ = compose([])
-    return Config.from_hydra(OmegaConf.merge(job.tree, OmegaConf.create(run_state.config)))
 
 
 def for_one_rank(config: Config, precision: str) -> Config:
@@ -89,9 +93,9 @@ def for_one_rank(config: Config, precision: str) -> Config:
     return replace(own, model=model, router=router)
 
 
-def run_state(config: Config) -> RunState:
+def run_state(config: Config, hf_source: dict[str, Any] | None = None) -> RunState:
     """The state of weights of no run: nothing has been trained yet."""
-    return RunState(config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))))
+    return RunState(config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))), hf_source=hf_source)
 
 
 def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:

@@ -66,7 +66,8 @@ def compare(there: HuggingFace, here: Megatron, layers: int, tokens: torch.Tenso
                 f" the limit is {limit:.0e}"
             )
         yield verdict
-    theirs, ours = there.logits(theirs), here.logits(ours)
+    theirs = there.logits(theirs)
+    ours = here.logits(ours)[..., : theirs.shape[-1]]  # without rows that were added to the vocabulary
     verdict.logits_largest, verdict.logits_relative, verdict.logits_cosine = _apart(theirs, ours)
     verdict.divergence = _divergence(theirs, ours)
     if limit and not verdict.logits_relative <= limit:

@@ -39,11 +39,14 @@ class Index(NamedTuple):
     names: dict[str, tuple[int, ...]]  # shapes of Hugging Face's, in the order in which the model uses them
 
 
-def index(config: Config, layout: str) -> Index:
-    """The runs of a resolved Config's model in a layout, `hub` or `fused`."""
+def index(config: Config, layout: str, vocabulary: int | None = None) -> Index:
+    """The runs of a resolved Config's model in a layout, `hub` or `fused`.
+
+    `vocabulary`: the rows that Hugging Face's tensors have, if not all. No run has the elements of the others.
+    """
     shapes = contract.shapes(config)
     found = Index({key: [] for key in shapes}, {}, shapes, {})
-    for piece in sorted(pieces(config, layout), key=_position(list(shapes))):
+    for piece in sorted(pieces(config, layout, vocabulary), key=_position(list(shapes))):
         found.names.update(piece.shapes())
         for run in runs(piece, shapes[piece.key]):
             found.by_key[run.key].append(run)

@@ -11,16 +11,15 @@ from typing import Any, NamedTuple
 
 from mixtrain.classes import show, value_of
 from mixtrain.config import Config
+from mixtrain.convert import positions
 from mixtrain.errors import UserError
 
-REQUIRED = object()  # must be in config.json
 # The largest sizes that are looked into, far beyond every model: with larger ones names are made for minutes, and the
 # shapes of tensors are beyond what a number holds.
 MOST = {"num_hidden_layers": 2**14, "head_dim": 2**16, "num_attention_heads": 2**16, "hidden_size": 2**20}
 MOST |= {"num_local_experts": 2**16, "num_experts": 2**16, "moe_intermediate_size": 2**24, "intermediate_size": 2**24}
 MOST_OF_OTHERS = 2**31 - 1
 MOST_NAMES = 2**18  # layers times experts, and layers times key/value heads
-MOST_THETA = 2**53  # whole numbers in a double
 
 
 class Architecture(NamedTuple):
@@ -29,8 +28,9 @@ class Architecture(NamedTuple):
     name: str  # as a sentence has it
     model_type: str
     class_name: str
-    same: list[tuple[str, str, Any]]  # a key of config.json, ours, and what transformers takes where it is not there
-    fixed: dict[str, Any]  # what every such model that mixtrain can be has, where config.json has it at all
+    same: list[tuple[str, str]]  # a key of config.json, and ours
+    defaults: dict[str, Any]  # what transformers takes where config.json has no such key
+    fixed: dict[str, list[Any]]  # what such a model must have, where config.json has it at all: spellings of one value
     also: dict[str, str]  # other names of keys, old or new
     normalised: str | None  # the key that says whether a token's weights are divided by their sum; None: they are
     qk_layernorm: bool
@@ -38,31 +38,43 @@ class Architecture(NamedTuple):
 
 # fmt: off
 SAME = [
-    ("num_hidden_layers",       "model.num_layers",              REQUIRED),
-    ("hidden_size",             "model.hidden_size",             REQUIRED),
-    ("num_attention_heads",     "model.num_attention_heads",     REQUIRED),
-    ("num_key_value_heads",     "model.num_query_groups",        REQUIRED),
-    ("head_dim",                "model.kv_channels",             None),  # hidden_size / num_attention_heads
-    ("num_experts_per_tok",     "model.moe_router_topk",         REQUIRED),
-    ("vocab_size",              "model.vocab_size",              REQUIRED),
-    ("max_position_embeddings", "model.max_position_embeddings", REQUIRED),
-    ("rms_norm_eps",            "model.layernorm_epsilon",       REQUIRED),
+    ("num_hidden_layers",       "model.num_layers"),
+    ("hidden_size",             "model.hidden_size"),
+    ("num_attention_heads",     "model.num_attention_heads"),
+    ("num_key_value_heads",     "model.num_query_groups"),
+    ("head_dim",                "model.kv_channels"),  # null: hidden_size / num_attention_heads
+    ("num_experts_per_tok",     "model.moe_router_topk"),
+    ("vocab_size",              "model.vocab_size"),
+    ("max_position_embeddings", "model.max_position_embeddings"),
+    ("rms_norm_eps",            "model.layernorm_epsilon"),
 ]
-FIXED = {"hidden_act": "silu", "sliding_window": None}
+FIXED = {"hidden_act": ["silu", "swish"]}
 
 MIXTRAL = Architecture(
     "Mixtral", "mixtral", "MixtralForCausalLM",
     [*SAME,
-        ("num_local_experts",   "model.num_moe_experts",         REQUIRED),
-        ("intermediate_size",   "model.moe_ffn_hidden_size",     REQUIRED)],
+        ("num_local_experts",   "model.num_moe_experts"),
+        ("intermediate_size",   "model.moe_ffn_hidden_size")],
+    {
+        "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": None, "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5, "num_local_experts": 8, "intermediate_size": 14336, "rope_theta": 1e6,
+        "sliding_window": None, "tie_word_embeddings": False,
+    },
     FIXED, {}, None, False)
 QWEN3_MOE = Architecture(
     "Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM",
     [*SAME,
-        ("num_experts",           "model.num_moe_experts",       REQUIRED),
-        ("moe_intermediate_size", "model.moe_ffn_hidden_size",   REQUIRED),
-        ("intermediate_size",     "model.ffn_hidden_size",       REQUIRED)],  # of a dense layer, which there is none of
-    FIXED | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
+        ("num_experts",           "model.num_moe_experts"),
+        ("moe_intermediate_size", "model.moe_ffn_hidden_size"),
+        ("intermediate_size",     "model.ffn_hidden_size")],  # of a dense layer, which there is none of
+    {
+        "num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": None, "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6, "num_experts": 128, "moe_intermediate_size": 768, "intermediate_size": 6144,
+        "rope_theta": 1e4, "sliding_window": 4096, "tie_word_embeddings": False, "norm_topk_prob": False,
+    },
+    FIXED | {"attention_bias": [False], "decoder_sparse_step": [1], "mlp_only_layers": [[], None]},
     {"num_local_experts": "num_experts"}, "norm_topk_prob", True)
 ARCHITECTURES = {architecture.model_type: architecture for architecture in (MIXTRAL, QWEN3_MOE)}
 
@@ -136,13 +148,15 @@ def to_hugging_face(config: Config) -> dict[str, Any]:
         raise UserError(*found)
     architecture, theta = architecture_of(config), float(config.model.rotary_base)
     normalised = {architecture.normalised: not config.router.moe_router_pre_softmax} if architecture.normalised else {}
-    sizes = {theirs: value_of(config, ours) for theirs, ours, _ in architecture.same}
+    sizes = {theirs: value_of(config, ours) for theirs, ours in architecture.same}
     if wrong := _sizes(sizes, architecture):
         raise UserError(*[f"config.json: {problem}" for problem in wrong])
     return {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
-        **architecture.fixed,
+        **{name: spellings[0] for name, spellings in architecture.fixed.items()},
+        "sliding_window": None,
+        **({"use_sliding_window": False} if architecture is QWEN3_MOE else {}),
         **sizes,
         **normalised,
         "rope_theta": theta,  # transformers 4
@@ -156,20 +170,20 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
 
     UserError with every value that mixtrain has nothing for.
     """
-    architecture = ARCHITECTURES.get(str(values.get("model_type")))
-    if architecture is None:
-        known = " and ".join(ARCHITECTURES)
-        raise UserError(f"config.json: model_type = {show(values.get('model_type'))}: mixtrain converts {known}")
+    architecture = _of_model_type(values)
     wrong = [
         f"{other} = {show(values[other])}, but {name} = {show(values[name])}"
         for other, name in architecture.also.items()
         if other in values and name in values and values[other] != values[name]
     ]
-    values = {architecture.also.get(name, name): value for name, value in values.items()}
+    given = _by_its_names(values, architecture)
+    values = {name: value for name, value in architecture.defaults.items() if name != "rope_theta"} | given
+    if architecture is MIXTRAL and values["num_key_value_heads"] is None:  # as transformers reads it
+        values["num_key_value_heads"] = values["num_attention_heads"]
     wrong += [
-        f"{name} = {show(values[name])}: mixtrain's {architecture.name} has {show(value)}"
-        for name, value in architecture.fixed.items()
-        if name in values and values[name] != value
+        f"{name} = {show(values[name])}: mixtrain's {architecture.name} has {show(spellings[0])}"
+        for name, spellings in architecture.fixed.items()
+        if name in values and not _among(values[name], spellings)
     ]
     wrong += [
         f"{name} = {show(values[name])} is not true or false"
@@ -179,16 +193,17 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
     if "auto_map" in values:
         wrong.append("auto_map: the model wants code of its own, and none but transformers' is known or run")
     wrong += _sizes(values, architecture)
-    theta, wrong_rope = _rope(values, architecture.name)
+    wrong += positions.window(values, architecture.name, switched=architecture is QWEN3_MOE)
+    theta, wrong_rope = positions.rope(values, architecture.name, architecture.defaults["rope_theta"])
     if wrong + wrong_rope:
         raise UserError(*[f"config.json: {problem}" for problem in wrong + wrong_rope])
-    found = {ours: values.get(theirs, absent) for theirs, ours, absent in architecture.same}
+    found = {ours: values[theirs] for theirs, ours in architecture.same}
     if found["model.kv_channels"] is None:
         found["model.kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
-    normalised = architecture.normalised is None or values.get(architecture.normalised, False)
+    normalised = architecture.normalised is None or values[architecture.normalised]
     return {"model.ffn_hidden_size": found["model.moe_ffn_hidden_size"]} | found | {
         "model.rotary_base": int(theta),
-        "model.untie_embeddings_and_output_weights": not values.get("tie_word_embeddings", False),
+        "model.untie_embeddings_and_output_weights": not values["tie_word_embeddings"],
         "model.qk_layernorm": architecture.qk_layernorm,
         "model.moe_shared_expert_intermediate_size": None,
         "router.moe_router_score_function": "softmax",
@@ -196,14 +211,49 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def absent(values: Mapping[str, Any]) -> list[str]:
+    """`key = value` of what from_hugging_face takes by transformers' default, as config.json has no such key."""
+    architecture = _of_model_type(values)
+    given = _by_its_names(values, architecture)
+    silent = ("head_dim", "sliding_window", *(["rope_theta"] if positions.has_base(values) else []))
+    return [
+        f"{name} = {show(value)}"
+        for name, value in architecture.defaults.items()
+        if name not in given and name not in silent
+    ]
+
+
+def beside_the_architecture(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a config.json from_hugging_face has no use for, and to_hugging_face no value of its own."""
+    architecture = _of_model_type(values)
+    own = {"architectures", "model_type", "torch_dtype", "dtype", *architecture.defaults, *architecture.fixed}
+    own |= {*architecture.also, *positions.KEYS, "auto_map", "quantization_config", "compression_config"}
+    return {name: value for name, value in values.items() if name not in own}
+
+
+def _of_model_type(values: Mapping[str, Any]) -> Architecture:
+    architecture = ARCHITECTURES.get(str(values.get("model_type")))
+    if architecture is None:
+        known = " and ".join(ARCHITECTURES)
+        raise UserError(f"config.json: model_type = {show(values.get('model_type'))}: mixtrain converts {known}")
+    return architecture
+
+
+def _by_its_names(values: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    return {architecture.also.get(name, name): value for name, value in values.items()}
+
+
+def _among(value: Any, spellings: list[Any]) -> bool:
+    """1 is not true and 0 not false."""
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in spellings)
+
+
 def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
     """What is wrong with the numbers of a config.json, each alone and one against another."""
     wrong = []
-    for theirs, _, absent in architecture.same:
-        value, most = values.get(theirs, absent), MOST.get(theirs, MOST_OF_OTHERS)
-        if value is REQUIRED:
-            wrong.append(f"{theirs} is missing")
-        elif value is None and absent is None:
+    for theirs, _ in architecture.same:
+        value, most = values[theirs], MOST.get(theirs, MOST_OF_OTHERS)
+        if value is None and theirs == "head_dim":
             continue
         elif theirs == "rms_norm_eps":
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
@@ -212,7 +262,7 @@ def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
             wrong.append(f"{theirs} = {show(value)} is not a whole number from 1 to {most:,}")
     if wrong:
         return wrong
-    (experts,) = (theirs for theirs, ours, _ in architecture.same if ours == "model.num_moe_experts")
+    (experts,) = (theirs for theirs, ours in architecture.same if ours == "model.num_moe_experts")
     if values["num_experts_per_tok"] > values[experts]:
         wrong.append(f"num_experts_per_tok = {values['num_experts_per_tok']}, but {experts} = {values[experts]}")
     wrong += [
@@ -228,28 +278,3 @@ def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
         for part, whole in divisions
         if values[whole] % values[part]
     ]
-
-
-def _rope(values: Mapping[str, Any], name: str) -> tuple[float, list[str]]:
-    """The base of the rotary embedding, and what stands against it: transformers 5's key, or transformers 4's two."""
-    rope = values.get("rope_parameters") or {}
-    if not isinstance(rope, Mapping):
-        return 0.0, [f"rope_parameters = {rope} is not a mapping"]
-    rope = dict(rope)
-    theta = rope.pop("rope_theta", values.get("rope_theta"))
-    kind = rope.pop("rope_type", "default")
-    wrong = []
-    if theta is None:
-        return 0.0, ["rope_theta is missing, in rope_parameters and beside it"]
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta <= MOST_THETA:
-        return 0.0, [f"rope_theta = {theta} is not a number above 0, up to {MOST_THETA:,}"]
-    if values.get("rope_theta", theta) != theta:
-        wrong.append(f"rope_theta = {values['rope_theta']}, but rope_parameters.rope_theta = {theta}")
-    if theta != int(theta):
-        wrong.append(f"rope_theta = {theta}: model.rotary_base is a whole number")
-    if kind != "default":
-        wrong.append(f"rope_parameters.rope_type = {kind}: mixtrain's {name} has default")
-    wrong += [f"rope_parameters.{key} = {rope[key]}: mixtrain's {name} has none" for key in rope]
-    if values.get("rope_scaling") is not None:
-        wrong.append(f"rope_scaling = {values['rope_scaling']}: mixtrain's {name} has null")
-    return theta, wrong

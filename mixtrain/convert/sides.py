@@ -10,19 +10,22 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import transformers
-from transformers import AutoConfig
 
 from mixtrain import contract, model, places
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.config import Config
-from mixtrain.convert import hf_files, settings
+from mixtrain.convert import settings
+from mixtrain.convert.source import Source, read
+from mixtrain.errors import UserError
 from mixtrain.plan import derive, resolve
 from mixtrain.ranks import Ranks
 
+SHOWN = 300  # characters of what transformers says
+T = TypeVar("T")
 FEW = 8  # sizes of what a model of one layer has beside it, and a model of no layer in it
 
 
@@ -33,16 +36,25 @@ class Output(NamedTuple):
     chosen: torch.Tensor  # bool [sequence * token, expert], sequence by sequence
 
 
+def plain(source: Source) -> dict[str, Any]:
+    """config.json without the dtype, which is another here, and with null where transformers 5 does not take it."""
+    values = {name: value for name, value in source.values.items() if name not in ("dtype", "torch_dtype")}
+    if values.get("num_key_value_heads", ...) is None:
+        values["num_key_value_heads"] = source.facts["model.num_query_groups"]
+    return copy.deepcopy(values)
+
+
 class HuggingFace:
     """transformers' model of a directory."""
 
     def __init__(self, directory: Path, dtype: torch.dtype):
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        self.dtype, self.stored = dtype, hf_files.read_tensors(directory)
-        self.config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        source = read(directory)
+        self.dtype, self.stored, self.directory = dtype, source.tensors, directory
+        self.kind = getattr(transformers, settings.ARCHITECTURES[source.values["model_type"]].class_name)
+        self.config = self._of_transformers(lambda: self.kind.config_class.from_dict(plain(source)))
         self.config._attn_implementation = "eager"
-        self.kind = getattr(transformers, settings.ARCHITECTURES[self.config.model_type].class_name)
         ends = [name for name in self.stored if not name.startswith("model.layers.")]
         self.ends = self._model(0, {name: self._tensor(name) for name in ends})
 
@@ -55,8 +67,21 @@ class HuggingFace:
         config = copy.deepcopy(self.config)
         for name, value in (sizes | {"num_hidden_layers": layers}).items():
             setattr(config, name, value)
-        found = self.kind.from_pretrained(None, config=config, state_dict=tensors, dtype=self.dtype)
+        found = self._of_transformers(
+            lambda: self.kind.from_pretrained(None, config=config, state_dict=tensors, dtype=self.dtype)
+        )
         return found.eval()
+
+    def _of_transformers(self, call: Callable[[], T]) -> T:
+        """What transformers makes of the files; what it raises is theirs to cause, and a UserError."""
+        try:
+            return call()
+        except Exception as error:
+            words = " ".join(str(error).split())
+            raise UserError(
+                f"{self.directory}: transformers {transformers.__version__} does not load it:"
+                f" {type(error).__name__}: {words[:SHOWN]}"
+            ) from error
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

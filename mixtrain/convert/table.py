@@ -37,7 +37,7 @@ MOE = LAYER + "block_sparse_moe."
 # fmt: off
 # The names in files: those on the hub, of transformers 4, and of transformers 5 unless told otherwise.
 HUB = [Row(*row) for row in [
-    ("embedding.word_embeddings.weight",                       "whole",   "model.embed_tokens.weight"),
+    ("embedding.word_embeddings.weight",                       "rows",    "model.embed_tokens.weight"),
     (MEGATRON + "self_attention.linear_qkv.layer_norm_weight", "whole",   LAYER + "input_layernorm.weight"),
     (MEGATRON + "self_attention.linear_qkv.weight",            "qkv",     f"{ATTENTION}q_proj.weight {ATTENTION}k_proj.weight {ATTENTION}v_proj.weight"),  # noqa: E501
     (MEGATRON + "self_attention.linear_proj.weight",           "whole",   ATTENTION + "o_proj.weight"),
@@ -46,7 +46,7 @@ HUB = [Row(*row) for row in [
     (MEGATRON + "mlp.experts.experts.linear_fc1.weight",       "gate_up", f"{MOE}experts.{{expert}}.w1.weight {MOE}experts.{{expert}}.w3.weight"),  # noqa: E501
     (MEGATRON + "mlp.experts.experts.linear_fc2.weight",       "whole",   MOE + "experts.{expert}.w2.weight"),
     ("decoder.final_layernorm.weight",                         "whole",   "model.norm.weight"),
-    ("output_layer.weight",                                    "whole",   "lm_head.weight"),
+    ("output_layer.weight",                                    "rows",    "lm_head.weight"),
 ]]
 # What is another in transformers 5's memory, and in files that it saves with save_original_format=False.
 FUSED = [Row(*row) for row in [
@@ -72,10 +72,16 @@ class Heads(NamedTuple):
     groups: int
     queries: int
     size: int
+    vocabulary: int | None = None  # rows of the embedding that are the model's; None: all
 
 
 def cut_whole(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
     return [tensor]
+
+
+def cut_rows(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
+    """[V, H] without the rows that were added to V to be divisible, which Hugging Face's tensor has not."""
+    return [tensor[: heads.vocabulary]]
 
 
 def cut_gate_up(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
@@ -91,7 +97,7 @@ def cut_qkv(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
 
 # Each gives views, in the order of the row's names. The axes that a view has more than the tensor, its first ones, are
 # one in Hugging Face's.
-CUTS = {"whole": cut_whole, "gate_up": cut_gate_up, "qkv": cut_qkv}
+CUTS = {"whole": cut_whole, "rows": cut_rows, "gate_up": cut_gate_up, "qkv": cut_qkv}
 
 
 class Piece(NamedTuple):
@@ -133,10 +139,15 @@ def rows(architecture: Architecture, layout: str) -> dict[str, Row]:
     return table | {"hub": {}, "fused": {row.key: row for row in FUSED}}[layout]
 
 
-def pieces(config: Config, layout: str) -> Iterator[Piece]:
-    """Every part of every Megatron tensor of a resolved Config, in the order in which the model uses the tensors."""
+def pieces(config: Config, layout: str, vocabulary: int | None = None) -> Iterator[Piece]:
+    """Every part of every Megatron tensor of a resolved Config, in the order in which the model uses the tensors.
+
+    `vocabulary`: how many rows of the vocabulary Hugging Face's tensors have, if not all.
+    """
     model, shapes, table = config.model, contract.shapes(config), rows(settings.architecture_of(config), layout)
-    heads = Heads(model.num_query_groups, model.num_attention_heads // model.num_query_groups, model.kv_channels)
+    heads = Heads(
+        model.num_query_groups, model.num_attention_heads // model.num_query_groups, model.kv_channels, vocabulary
+    )
     if uncovered := [key for key in shapes if key not in table]:
         raise RuntimeError(f"no row of mixtrain/convert/table.py covers {', '.join(uncovered)}")
     if spare := [key for key in table if key not in shapes and contract.condition(key) != "untied"]:

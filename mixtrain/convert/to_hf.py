@@ -19,16 +19,16 @@ import torch
 
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.config import Config
-from mixtrain.convert import runs
+from mixtrain.convert import hf_source, runs
 from mixtrain.convert.casting import Casting, warn
 from mixtrain.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
-from mixtrain.convert.origin import Hashes, checkpoint_at, config_of, tokenizer_of
+from mixtrain.convert.origin import Hashes, checkpoint_at, config_of, state_of, tokenizer_of
 from mixtrain.convert.output import Advance, dealt, in_processes, write_text, written_whole
 from mixtrain.convert.runs import Index
 from mixtrain.convert.settings import to_hugging_face
 from mixtrain.convert.weights import check
 from mixtrain.data.same_tokenizer import refuse_other
-from mixtrain.data.tokenizer import SPECIAL_IDS, TOKENIZER, copy_tokenizer, instead, special_ids, tokenizer_files
+from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, instead, tokenizer_files
 from mixtrain.errors import UserError
 from mixtrain.links import directory_in
 
@@ -83,13 +83,14 @@ def convert(
     weights are numbers. UserError with everything that is wrong, a Fault if the disk is full: then there is no out_dir.
     """
     checkpoint = checkpoint_at(ckpt_dir)
-    config = config_of(checkpoint)
+    run, config = state_of(checkpoint), config_of(checkpoint)
     values = to_hugging_face(config)
     parts = Parts(checkpoint)
-    origin = _origin(parts, runs.index(config, layout), dtype, allow_nonfinite)
     tokenizer = _tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
-    # transformers would take Mixtral's own for a key that is not there
-    values |= {name: None for name in SPECIAL_IDS} | (special_ids(tokenizer) if tokenizer else {})
+    vocabulary = hf_source.rows(run, config, tokenizer)
+    origin = _origin(parts, runs.index(config, layout, vocabulary), dtype, allow_nonfinite)
+    beside, generation = hf_source.to_export(run, config, tokenizer)
+    values |= beside | {"vocab_size": vocabulary}
     written = str(origin.cast.dtype).removeprefix("torch.")
     values |= {"torch_dtype": written, "dtype": written}  # transformers 4, transformers 5
     size = sum(map(origin.size, origin.index.names))
@@ -103,7 +104,9 @@ def convert(
             write_weight_map(out / INDEX, shards, origin)
         if tokenizer:
             copy_tokenizer(tokenizer, out)
-        write_text(out / CONFIG, json.dumps(values, indent=2) + "\n")
+        for name, content in ((CONFIG, values), (hf_source.GENERATION, generation)):
+            if content is not None:
+                write_text(out / name, json.dumps(content, indent=2) + "\n")
     warn(set().union(*found))
     return checkpoint
 

@@ -10,6 +10,7 @@ import errno
 import io
 import math
 import os
+import sys
 from collections.abc import Iterator
 from functools import partial
 from itertools import product
@@ -32,15 +33,15 @@ from mixtrain.checkpoint import directory, state, writing
 from mixtrain.checkpoint.index import COMMON, CONFIG, METADATA, write_index
 from mixtrain.checkpoint.integrity import describe, write_manifest
 from mixtrain.checkpoint.megatron_args import common_of_weights
+from mixtrain.checkpoint.state import RunState
 from mixtrain.checkpoint.writing import Item, Written
 from mixtrain.config import Config
-from mixtrain.convert import hf_files, runs
+from mixtrain.convert import hf_source, padding, runs, source
 from mixtrain.convert.casting import DTYPES, Casting, warn
 from mixtrain.convert.hf_files import Stored
 from mixtrain.convert.origin import configuration, run_state
 from mixtrain.convert.output import Advance, dealt, in_processes, written_whole
 from mixtrain.convert.runs import Index
-from mixtrain.convert.settings import from_hugging_face
 from mixtrain.convert.weights import check, layout_of, mixtral
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, tokenizer_files
 from mixtrain.plan import derive
@@ -62,45 +63,59 @@ class Part(NamedTuple):
 
 
 def convert(
-    hf_dir: Path, out_dir: Path, dtype: torch.dtype | None = None, processes: int = 1, allow_nonfinite: bool = False
+    hf_dir: Path,
+    out_dir: Path,
+    dtype: torch.dtype | None = None,
+    processes: int = 1,
+    allow_nonfinite: bool = False,
+    divisible_by: int = 1,
 ) -> Config:
     """Write the Megatron checkpoint of a Hugging Face model to out_dir/release, with its tokenizer beside it.
 
-    All but the numbers is checked before anything is written. UserError with everything that is wrong, a Fault if the
-    disk is full: then there is no out_dir. The Config of the model.
+    `divisible_by`: rows are added to the vocabulary until its size is. All but the numbers is checked before anything
+    is written. UserError with everything that is wrong, a Fault if the disk is full: then there is no out_dir. The
+    Config of the model.
     """
-    config = configuration(from_hugging_face(hf_files.read_config(hf_dir)))
+    found = source.read(hf_dir)
+    tensors, vocabulary = found.tensors, found.facts["model.vocab_size"]
+    config = configuration(found.facts | {"model.vocab_size": padding.padded(vocabulary, divisible_by)})
     mixtral(config)
-    tensors = hf_files.read_tensors(hf_dir)
-    index = runs.index(config, layout_of(config, tensors))
+    index = runs.index(config, layout_of(config, tensors), vocabulary)
     check(index.names, tensors, DTYPES.values(), mixed=dtype is not None)
     kept = dtype or next(iter(tensors.values())).dtype
     tokenizer_files(hf_dir)  # what is wrong with them is said before anything is copied
     parts = [part for key in index.shapes for part in parts_of(key, index.shapes[key], kept)]
     size = sum(map(Part.count, parts)) * kept.itemsize
-    source = Source(tensors, index, Casting(kept, allow_nonfinite))
+    padded = padding.Padding(derive(config), vocabulary)
+    origin = Origin(tensors, index, Casting(kept, allow_nonfinite), padded)
+    run_of_none = run_state(config, hf_source.of_directory(hf_dir, found.values, vocabulary))
+    for note in [*found.notes, *padded.notes()]:
+        print(note, file=sys.stderr)
     objects = dict(_extra_states(index))
     with written_whole(out_dir, size, len(parts) + len(objects)) as out:
         release = out / directory.RELEASE
         release.mkdir()
-        nonfinite = _write(release, config, source, parts, objects, processes)
+        nonfinite = _write(release, run_of_none, origin, parts, objects, processes)
         copy_tokenizer(hf_dir, out / TOKENIZER)
         directory.write_atomically(out / directory.TRACKER, f"{directory.RELEASE}\n")
     warn(nonfinite)
     return config
 
 
-class Source(NamedTuple):
+class Origin(NamedTuple):
     """Hugging Face's tensors, to be read by the places of Megatron's."""
 
     tensors: dict[str, Stored]
     index: Index
     cast: Casting  # to the dtype to give them in
+    padding: padding.Padding  # what they have not
 
     def read(self, part: Part) -> torch.Tensor:
         """A chunk: a window on a file where it lies together in one, else a copy."""
         found = list(runs.overlapping(self.index.by_key[part.key], part.start, part.stop, runs.PLACE))
         pieces = [self.cast(run.name, self._part(run, low, high)) for run, low, high in found]
+        if rest := part.stop - part.start - sum(piece.numel() for piece in pieces):
+            pieces.append(self.padding.part(part.key, part.stop - rest, part.stop).to(self.cast.dtype))
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.size)
 
     def _part(self, run: runs.Run, low: int, high: int) -> torch.Tensor:
@@ -121,7 +136,7 @@ def parts_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[P
 
 
 def _write(
-    release: Path, config: Config, source: Source, parts: list[Part], objects: dict[str, Item], processes: int
+    release: Path, run: RunState, origin: Origin, parts: list[Part], objects: dict[str, Item], processes: int
 ) -> set[str]:
     """Write the chunks, then what says where they lie, then the manifest, the last file of a checkpoint.
 
@@ -129,19 +144,19 @@ def _write(
     """
     shares = dealt(parts, processes * writing.FILES, Part.count)
     jobs = [
-        partial(_write_share, release, rank, shares[rank * writing.FILES : (rank + 1) * writing.FILES], source)
+        partial(_write_share, release, rank, shares[rank * writing.FILES : (rank + 1) * writing.FILES], origin)
         for rank in range(processes)
     ]
-    done = in_processes("to Megatron-Core", jobs, sum(map(Part.count, parts)) * source.cast.dtype.itemsize)
+    done = in_processes("to Megatron-Core", jobs, sum(map(Part.count, parts)) * origin.cast.dtype.itemsize)
     written = [share for share, _ in done] + [writing.write(release, processes, list(objects.values()))]
     if wrong := next((share for share in written if share.error), None):
         raise OSError(wrong.number or errno.EIO, wrong.error)
     small = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
     common = io.BytesIO()  # of a full disk torch.save says something else
-    torch.save(common_of_weights(derive(config)), common)
+    torch.save(common_of_weights(origin.padding.plan), common)
     (release / COMMON).write_bytes(common.getbuffer())
-    (release / state.NAME).write_text(state.to_json(run_state(config)))
-    write_index(release, _metadata(source, parts, list(objects)), written)
+    (release / state.NAME).write_text(state.to_json(run))
+    write_index(release, _metadata(origin, parts, list(objects)), written)
     for path in small:
         with open(path) as file:
             os.fsync(file.fileno())
@@ -151,18 +166,18 @@ def _write(
 
 
 def _write_share(
-    release: Path, rank: int, shares: list[list[Part]], source: Source, advance: Advance
+    release: Path, rank: int, shares: list[list[Part]], origin: Origin, advance: Advance
 ) -> tuple[Written, set[str]]:
     """Write one process's files, side by side."""
-    written = writing.write_files(release, rank, [_items(share, source, advance) for share in shares])
-    return written, source.cast.nonfinite
+    written = writing.write_files(release, rank, [_items(share, origin, advance) for share in shares])
+    return written, origin.cast.nonfinite
 
 
-def _items(parts: list[Part], source: Source, advance: Advance) -> Iterator[Item]:
+def _items(parts: list[Part], origin: Origin, advance: Advance) -> Iterator[Item]:
     """The chunks of a file, each made when the one before has been written."""
     for part in parts:
-        yield item(part), source.read(part)
-        advance(part.count() * source.cast.dtype.itemsize)
+        yield item(part), origin.read(part)
+        advance(part.count() * origin.cast.dtype.itemsize)
 
 
 def item(part: Part) -> WriteItem:
@@ -185,14 +200,14 @@ def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
 
 
-def _metadata(source: Source, parts: list[Part], objects: list[str]) -> Metadata:
+def _metadata(origin: Origin, parts: list[Part], objects: list[str]) -> Metadata:
     """The index of the checkpoint: every tensor and its chunks, every object."""
-    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in source.index.shapes}
+    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in origin.index.shapes}
     for part in parts:
         chunks[part.key].append(ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size)))
-    properties = TensorProperties(dtype=source.cast.dtype)
+    properties = TensorProperties(dtype=origin.cast.dtype)
     tensors = {
         key: TensorStorageMetadata(properties, torch.Size(shape), chunks[key])
-        for key, shape in source.index.shapes.items()
+        for key, shape in origin.index.shapes.items()
     }
     return Metadata(tensors | {name: BytesStorageMetadata() for name in objects})

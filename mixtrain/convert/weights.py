@@ -80,7 +80,8 @@ def check(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], dty
         found.append(f"{there[0]} is {usual}; weights are {' or '.join(map(str, dtypes))}")
     if not mixed:
         found += first(
-            f"{name} is {tensors[name].dtype}, but {there[0]} is {usual}; all must be the same"
+            f"{name} is {tensors[name].dtype}, but {there[0]} is {usual}; all must be the same;"
+            " --dtype fp32, bf16 or fp16 makes them so"
             for name in there
             if tensors[name].dtype != usual
         )

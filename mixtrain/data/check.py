@@ -140,7 +140,7 @@ def _split_problems(prefix: str, index: Index, split: str, samples, seq_length: 
     """
     return [
         f'data.split = "{split}" gives {name} {tokens or "no"} token{"s" * (tokens > 1)} of {prefix} ({end - begin} of '
-        f"its {index.sequences} documents), but {wanted} samples are wanted, and one takes data.seq_length + 1 = "
+        f"its {index.sequences} {index.parts}), but {wanted} samples are wanted, and one takes data.seq_length + 1 = "
         f"{seq_length + 1}; give it a larger share, as in data.split='90,5,5', or {_without(name, split)}"
         for name, (begin, end), wanted in zip(SPLITS, split_ranges(index.sequences, split), samples, strict=True)
         if wanted and (tokens := (index.offset(end) - index.offset(begin)) // index.token_bytes) <= seq_length

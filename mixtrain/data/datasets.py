@@ -187,6 +187,12 @@ def parts_of(dataset) -> list[tuple[object, float]]:
     return [(part, weight / total) for part, weight in zip(dataset.datasets, dataset.weights, strict=True)]
 
 
+def _parts(data) -> str:
+    """What the entries of a part's data are: Megatron's own tool may have written several sequences a document."""
+    bounds = getattr(data, "document_indices", None)  # mock data have none
+    return "documents" if bounds is None or len(bounds) - 1 == len(data.sequence_lengths) else "sequences"
+
+
 def _describe(dataset, name: str, wanted: int, seq_length: int) -> list[str]:
     """One line per part: how much text there is, and how often it will be read; a warning where that is above once."""
     lines = []
@@ -196,8 +202,8 @@ def _describe(dataset, name: str, wanted: int, seq_length: int) -> list[str]:
         source = f" of {Path(part.dataset_path).name}" if part.dataset_path else ""
         epochs = samples * seq_length / tokens
         lines.append(
-            f"data: {name}: {samples:,} samples of {seq_length:,} tokens from {len(part.indices):,} documents{source}, "
-            f"{tokens:,} tokens: {epochs:.3g} epochs"
+            f"data: {name}: {samples:,} samples of {seq_length:,} tokens from {len(part.indices):,} "
+            f"{_parts(part.dataset)}{source}, {tokens:,} tokens: {epochs:.3g} epochs"
         )
         if epochs > 1 and not part.config.mock:
             lines.append(

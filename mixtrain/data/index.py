@@ -32,6 +32,11 @@ class Index:
     token_bytes: int
     bin_bytes: int
 
+    @property
+    def parts(self) -> str:
+        """What its entries are: Megatron's own tool may have written several sequences a document."""
+        return "documents" if self.sequences == self.boundaries - 1 else "sequences"
+
     def offset(self, sequence: int) -> int:
         """Where the sequence begins in the .bin, in bytes; for the number of sequences, where the last one ends."""
         if sequence == self.sequences:
@@ -102,7 +107,7 @@ def _with_last_entry(index: Index, bin_: Path) -> Index:
     if index.bin_bytes != bin_bytes:
         raise UserError(f"{bin_}: {index.bin_bytes:,} bytes, but by {index.path} it should have {bin_bytes:,}")
     if not bin_bytes:
-        raise UserError(f"{bin_}: an empty data set, its {index.sequences} documents have no token")
+        raise UserError(f"{bin_}: an empty data set, its {index.sequences} {index.parts} have no token")
     return index
 
 

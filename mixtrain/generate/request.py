@@ -26,6 +26,7 @@ class Sampling:
     top_k: int | None = None  # only the so many likeliest
     top_p: float | None = None  # only the likeliest that together have this probability (Holtzman et al. 2020)
     seed: int = 0
+    vocabulary: int | None = None  # the ids below it alone: those after it are of rows that were added; None: all
 
     def problems(self) -> Iterator[str]:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -69,8 +70,9 @@ class Request:
             yield "--stop '' is in every text; leave it out"
         yield from self.sampling.problems()
 
-    def with_tokenizer(self, directory: str) -> Request:
-        return replace(self, tokenizer=directory)
+    def of_model(self, tokenizer: str, vocabulary: int | None) -> Request:
+        """The same for a model with so many tokens of its own, and its tokenizer."""
+        return replace(self, tokenizer=tokenizer, sampling=replace(self.sampling, vocabulary=vocabulary))
 
     def write(self, folder: str | Path) -> None:
         Path(folder, NAME).write_text(json.dumps(asdict(self)))

@@ -21,6 +21,7 @@ def stream(seed: int, prompt: int) -> torch.Generator:
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """A token id, given the logits [vocabulary] of its position."""
+    logits = logits[: sampling.vocabulary]
     if sampling.temperature == 0:
         return int(logits.argmax())
     probabilities = kept(logits.double().cpu() / sampling.temperature, sampling.top_k, sampling.top_p)

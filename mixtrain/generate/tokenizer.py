@@ -31,6 +31,11 @@ def directory_of(given: str | None, checkpoint: Path, run: RunState, vocab_size:
     return str(found)
 
 
+def rows(tokenizer: str, run: RunState) -> int | None:
+    """How many rows of the vocabulary are tokens; None: all. A conversion may have added some to be divisible."""
+    return run.hf_source and max(run.hf_source["vocab_size"], tokenizer_vocab_size(Path(tokenizer)))
+
+
 def _of_run(checkpoint: Path, run: RunState) -> Path:
     """Beside the checkpoint, where runs and conversions put it; else what the run's configuration names."""
     if (beside := checkpoint.resolve().parent / TOKENIZER).is_dir():

@@ -55,7 +55,8 @@ def vocabulary_over_tensor_ranks(plan: Plan) -> Problems:
     tp, vocab = plan.config.parallel.tensor_model_parallel_size, plan.config.model.vocab_size
     if vocab % tp:
         yield (
-            f"model.vocab_size = {vocab} must be a multiple of parallel.tensor_model_parallel_size = {tp};"
+            f"model.vocab_size = {vocab} must be a multiple of parallel.tensor_model_parallel_size = {tp}"
+            f" (tools/convert_hf_to_megatron.py --make-vocab-size-divisible-by {tp} adds rows to a converted model);"
             f" it is never padded silently: use {near_multiples(vocab, tp)}"
         )
 

@@ -4,15 +4,18 @@ import shutil
 import struct
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from megatron.core.datasets.blended_megatron_dataset_config import (
     convert_split_vector_to_split_matrix,
     parse_and_normalize_split,
 )
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import get_blend_from_list
 
 from mixtrain.data.check import check_files, parse_blend, split_ranges
+from mixtrain.data.datasets import build
 from mixtrain.data.index import HEADER, entries_problem, read_index
 from mixtrain.errors import UserError
 
@@ -291,3 +294,22 @@ def change(prefix: str, position: int, content: bytes) -> None:
     with open(f"{prefix}.idx", "r+b") as stream:
         stream.seek(position)
         stream.write(content)
+
+
+def test_of_several_sequences_a_document_sequences_are_counted_as_megatron_cuts_them(indexed, tokenizer, tmp_path):
+    there, prefix = IndexedDataset(indexed), str(tmp_path / "several")
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=there[0].dtype.type)
+    for document in range(8):  # two sequences each
+        builder.add_document(numpy.concatenate([there[2 * document], there[2 * document + 1]]), [
+            len(there[2 * document]), len(there[2 * document + 1]),
+        ])  # fmt: skip
+    builder.finalize(f"{prefix}.idx")
+    assert len(IndexedDataset(prefix)) == 16 and len(IndexedDataset(prefix).document_indices) == 9
+    problem = only(check_files([prefix], tokenizer, 512, "969,30,1", (10, 0, 7)))
+    assert f"gives test no token of {prefix} (0 of its 16 sequences)" in problem
+    said: list[str] = []
+    build(
+        "indexed", data_path=[prefix], split="75,13,12", seq_length=32, seed=7, train_samples=20, valid_samples=0,
+        test_samples=0, tokenizer_dir=tokenizer, vocab_size=512, path_to_cache=tmp_path / "cache", log=said.append,
+    )  # fmt: skip
+    assert "from 12 sequences of several" in said[0]
