@@ -49,6 +49,8 @@ def pieces(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
             after = file.tell() if file.seekable() else before
             yield piece, after - before
             before = after
+        if file.seekable() and not file.tell():
+            raise UserError(f"{path}: no byte is in it, and a {path.suffix} file has some; fetch it anew")
 
 
 def _read(stream, path: Path, size: int) -> bytes:

@@ -39,10 +39,6 @@ def format_of(name: str) -> str | None:
     return FORMAT_OF_SUFFIX.get(suffix)
 
 
-def known() -> str:
-    return f"{' '.join(FORMAT_OF_SUFFIX)}; but for {' '.join(TABLES)} also with {' '.join(COMPRESSED)} behind it"
-
-
 def matching(name: str) -> list[str]:
     """The files that a pattern such as data/*.parquet stands for, in order of their names; none if it is no pattern."""
     if not glob.has_magic(name) or Path(name).exists():
@@ -58,10 +54,8 @@ def detect_format(name: str) -> str:
     files = matching(name) or ([name] if Path(name).is_file() else [])
     kinds = {format_of(file): file for file in files}
     if None in kinds:
-        file = kinds[None]
-        raise UserError(
-            f"{file}: no format goes with the suffix {Path(file).suffix!r} ({known()}); give --input-format"
-        )
+        file, known = kinds[None], f"{' '.join(FORMAT_OF_SUFFIX)}, or one of text with {' '.join(COMPRESSED)} behind it"
+        raise UserError(f"{file}: no format goes with the suffix {Path(file).suffix!r} ({known}); give --input-format")
     if len(kinds) > 1:
         raise UserError(f"{name}: {' and '.join(kinds.values())} are not of one format; give a narrower pattern")
     if kinds:

@@ -37,6 +37,7 @@ def load_rows(
         import datasets
     except ImportError as error:
         raise UserError(f"{name}: to read it, install the package `datasets`") from error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised as well
     try:
         parts, data_files = _open(datasets, name, subset, files, names)
         if split is None:
@@ -53,8 +54,9 @@ def load_rows(
         raise
     except Exception as error:  # the library raises a dozen types, with no base class of its own
         missing = "" if files or Path(name).exists() else "no such path, and "
+        why = f"{reason(error)}{_way_out(error)}"
         raise UserError(
-            f"{name}: {missing}`datasets` cannot load the split {split or 'train'!r} of it: {reason(error)}"
+            f"{name}: {missing}`datasets` cannot load the split {split or 'train'!r} of it: {why}"
         ) from error
     known = all(end is not None for _, _, end in wanted)
     return rows, sum(end - begin for _, begin, end in wanted) if known else None
@@ -63,6 +65,12 @@ def load_rows(
 def reason(error: Exception) -> str:
     """What an error of `datasets` says, without its example of code."""
     return " ".join((str(error) or type(error).__name__).split("\nExample of usage")[0].split())
+
+
+def _way_out(error: Exception) -> str:
+    if "zstd" in str(error):
+        return "; type --input-format jsonl if they are files of JSON lines, or unpack them with zstd -d"
+    return ""
 
 
 def _open(
