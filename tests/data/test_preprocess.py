@@ -2,13 +2,11 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy
 import pytest
+from preprocessing import command, wait_for
 
 from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files, JsonLines
@@ -16,7 +14,6 @@ from mixtrain.data.tokenizer import load_tokenizer
 from mixtrain.errors import UserError
 
 LINES = 256
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 
 
 def quiet(line: str) -> None:
@@ -202,18 +199,3 @@ def test_the_command_refuses_a_users_mistake_with_exit_code_2_and_no_traceback(t
 def test_the_command_explains_itself(tmp_path):
     done = command("--help", cwd=tmp_path)
     assert done.returncode == 0 and "--train-tokenizer VOCAB_SIZE" in done.stdout and "Exit codes" in done.stdout
-
-
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """The tool as a user runs it from a checkout: nothing on the path, and no network."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, TOOL, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
-    )
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
