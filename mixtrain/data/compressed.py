@@ -44,13 +44,13 @@ def pieces(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
             return
         if is_pointer(path):
             raise UserError(f"{path}: a Git LFS pointer, its content was not fetched; type git lfs pull there")
+        if path.is_file() and not path.stat().st_size:  # gzip and Zstandard would take it for an empty text
+            raise UserError(f"{path}: no byte is in it, and a {path.suffix} file has some; fetch it anew")
         stream, before = COMPRESSED[path.suffix.lower()](file), 0
         while piece := _read(stream, path, size):
             after = file.tell() if file.seekable() else before
             yield piece, after - before
             before = after
-        if file.seekable() and not file.tell():
-            raise UserError(f"{path}: no byte is in it, and a {path.suffix} file has some; fetch it anew")
 
 
 def _read(stream, path: Path, size: int) -> bytes:
