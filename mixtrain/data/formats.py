@@ -51,7 +51,7 @@ def matching(name: str) -> list[str]:
 
 def detect_format(name: str) -> str:
     """What `auto` means for what is no directory: a file by its suffix, and any other name a data set."""
-    files = matching(name) or ([name] if Path(name).is_file() else [])
+    files = matching(name) or ([name] if Path(name).exists() else [])  # a pipe is no file, but can be read
     kinds = {format_of(file): file for file in files}
     if None in kinds:
         file, known = kinds[None], f"{' '.join(FORMAT_OF_SUFFIX)}, or one of text with {' '.join(COMPRESSED)} behind it"

@@ -25,7 +25,7 @@ class Endless:
         os.mkfifo(folder / "endless.jsonl")
         words = ["endless.jsonl", "--output", "x", "--tokenizer", str(tokenizer), "--workers", "2"]
         self.process = subprocess.Popen([sys.executable, TOOL, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
-        self.stream = open(folder / "endless.jsonl", "w")  # noqa: SIM115
+        wait_for(self.is_read, 120)
         for _ in range(4000):
             self.stream.write(json.dumps({"text": "words " * 50}) + "\n")
         self.stream.flush()
@@ -34,6 +34,16 @@ class Endless:
         wait_for(lambda: any(path.stat().st_size for path in self.folder.glob("x.writing/data.bin")), 120)
         self.children = self.find_children()
         return self
+
+    def is_read(self) -> bool:
+        assert self.process.poll() is None
+        try:
+            descriptor = os.open(self.folder / "endless.jsonl", os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:  # nobody reads it yet
+            return False
+        os.set_blocking(descriptor, True)
+        self.stream = open(descriptor, "w")  # noqa: SIM115
+        return True
 
     def __exit__(self, *_) -> None:
         self.process.kill()
