@@ -26,14 +26,20 @@ class Endless:
         words = ["endless.jsonl", "--output", "x", "--tokenizer", str(tokenizer), "--workers", "2"]
         self.process = subprocess.Popen([sys.executable, TOOL, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
         wait_for(self.is_read, 120)
+        self.write()
+
+    def __enter__(self) -> "Endless":
+        wait_for(self.written, 120)
+        self.children = self.find_children()
+        return self
+
+    def write(self) -> None:
         for _ in range(4000):
             self.stream.write(json.dumps({"text": "words " * 50}) + "\n")
         self.stream.flush()
 
-    def __enter__(self) -> "Endless":
-        wait_for(lambda: any(path.stat().st_size for path in self.folder.glob("x.writing/data.bin")), 120)
-        self.children = self.find_children()
-        return self
+    def written(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("x.writing/data.bin"))
 
     def is_read(self) -> bool:
         assert self.process.poll() is None
@@ -80,7 +86,9 @@ def test_a_signal_to_all_of_its_processes_is_one_to_the_run(tokenizer, tmp_path)
     with Endless(tmp_path, tokenizer) as run:
         for pid in run.children:
             os.kill(pid, signal.SIGTERM)
-        assert run.process.poll() is None
+        before = run.written()
+        run.write()  # which the workers still take
+        wait_for(lambda: run.written() > before)
         run.process.terminate()
         assert run.process.wait(60) == 143
         wait_for(run.none_is_alive)
