@@ -46,6 +46,13 @@ def counted(word: str) -> int:
     return int(word)
 
 
+def share(word: str) -> float:
+    """A part of a whole, from 0 to 1."""
+    if not re.fullmatch(r"\d+(\.\d*)?|\.\d+", word) or float(word) > 1:
+        raise argparse.ArgumentTypeError(f"{word} is no share from 0 to 1, as 0.05 is")
+    return float(word)
+
+
 def byte_size(word: str) -> int:
     """Bytes, as in 5GB, 500MB, 2GiB."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", word)

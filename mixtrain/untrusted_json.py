@@ -95,12 +95,9 @@ def parse(text: bytes | str, schema: Any = Object, only: str | None = None) -> A
 
     `only`: the one key that is read; the numbers beside it may be anything, and other keys may stand twice.
     """
-    hooks = {"object_pairs_hook": lambda pairs: _unique(pairs, only)}
-    if only is None:
-        hooks |= {"parse_constant": _no_number, "parse_float": _finite, "parse_int": _short}
     try:
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text  # some editors begin it with a mark
-        value = json.loads(text, **hooks)
+        value = _decoder(only).decode(text)
     except InvalidJson:
         raise
     except UnicodeDecodeError as error:
@@ -109,10 +106,20 @@ def parse(text: bytes | str, schema: Any = Object, only: str | None = None) -> A
         raise InvalidJson(f"nested more than {DEPTH} deep") from None
     except ValueError as error:
         raise InvalidJson(f"not valid JSON ({error})") from None
-    _bound_depth(value)
+    if text.count("[") + text.count("{") > DEPTH:  # else it cannot be deeper
+        _bound_depth(value)
     if wrong := problem(value, schema):
         raise InvalidJson(wrong)
     return value
+
+
+@cache
+def _decoder(only: str | None) -> json.JSONDecoder:
+    """Made once: of millions of lines that takes longer than to read them."""
+    hooks: dict[str, Any] = {"object_pairs_hook": lambda pairs: _unique(pairs, only)}
+    if only is None:
+        hooks |= {"parse_constant": _no_number, "parse_float": _finite, "parse_int": _short}
+    return json.JSONDecoder(**hooks)
 
 
 def _bytes(path: Path, most: int) -> bytes:

@@ -19,7 +19,7 @@ import torch
 from composing import ROOT
 from safetensors.torch import load_file, save_file
 
-from mixtrain import windows
+from mixtrain import partial, windows
 from mixtrain.checkpoint import integrity
 from mixtrain.convert import origin, output, to_hf, to_megatron
 from mixtrain.convert.casting import Casting
@@ -184,7 +184,7 @@ def test_a_disk_that_runs_full_is_one_line_and_nothing_is_left(way, part, hub, c
     whole = sum(path.stat().st_size for path in like.rglob("*") if path.is_file())
     disk = small_disk(whole // 2 if part == "half of it" else whole - 8192)
     before = iter([1 << 40])  # as if somebody else had filled it meanwhile
-    monkeypatch.setattr(output, "_free", lambda path: next(before, shutil.disk_usage(path).free))
+    monkeypatch.setattr(partial, "free", lambda path: next(before, shutil.disk_usage(path).free))
     with pytest.raises(Fault) as failed:
         WAYS[way](source, disk / "deep" / "out")
     words = str(failed.value)
@@ -247,7 +247,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
 
 def test_processes_of_a_conversion_that_was_killed_do_not_hold_its_directory(tmp_path):
     (lives, says), (asked, asks) = os.pipe(), os.pipe()
-    with output._claimed(tmp_path):
+    with partial.claimed(tmp_path, "conversion"):
         child = os.fork()
         if child == 0:
             os.close(asks)  # so that it ends with this process at the latest
@@ -255,7 +255,7 @@ def test_processes_of_a_conversion_that_was_killed_do_not_hold_its_directory(tmp
             os.read(asked, 1)
             os._exit(0)
         os.read(lives, 1)
-    with output._claimed(tmp_path):
+    with partial.claimed(tmp_path, "conversion"):
         os.write(asks, b"x")
     assert os.waitpid(child, 0)[1] == 0
 
@@ -265,14 +265,14 @@ def test_what_a_killed_conversion_left_is_removed_before_the_room_is_measured(tm
     left.mkdir()
     (left / "half").write_text("x" * 1000)
     (left / "link").symlink_to(tmp_path)
-    monkeypatch.setattr(output, "_free", lambda path: 10**9 - 10**6 * len(os.listdir(path)))
+    monkeypatch.setattr(partial, "free", lambda path: 10**9 - 10**6 * len(os.listdir(path)))
     with output.written_whole(tmp_path / "out", 10**9 - output.MARGIN, 0):
         pass
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_the_room_for_headers_grows_with_the_tensors(tmp_path, monkeypatch):
-    monkeypatch.setattr(output, "_free", lambda path: 10**8)
+    monkeypatch.setattr(partial, "free", lambda path: 10**8)
     with pytest.raises(UserError, match="out takes 90,000,000 bytes, and up to 24,674,304 for headers and small files"):
         with output.written_whole(tmp_path / "out", 9 * 10**7, 10_000):
             pass

@@ -19,7 +19,7 @@ from mixtrain import figure, logs, status, untrusted_json
 from mixtrain.checkpoint import integrity, state
 from mixtrain.convert.settings import from_hugging_face
 from mixtrain.data import check, tokenizer
-from mixtrain.data.sources import Item, Unreadable
+from mixtrain.data.items import Item, Unreadable
 from mixtrain.errors import UserError
 from mixtrain.generate.request import read_prompts
 from mixtrain.run_directory import attempts_problem, former

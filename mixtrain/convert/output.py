@@ -7,7 +7,6 @@ conversion of the same name removes.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import multiprocessing
 import os
 import shutil
@@ -23,17 +22,15 @@ import torch
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from mixtrain import partial
 from mixtrain.checkpoint.directory import sync
 from mixtrain.console import Console
 from mixtrain.environment import die_with
 from mixtrain.errors import Fault, UserError
-from mixtrain.status import DISK_FULL
 
 MARGIN = 1 << 22  # bytes that small files may take
 HEADER = 1 << 11  # bytes that a tensor or a chunk may take beside its data: in a header, an index, a manifest
 QUIET = 5  # seconds before a log is told how far it is
-_held: set[int] = set()  # the locks of this process
-os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])  # a child would keep them
 
 
 @contextlib.contextmanager
@@ -47,16 +44,12 @@ def written_whole(out: Path, size: int, parts: int) -> Iterator[Path]:
     if out.exists() and not (out.is_dir() and not os.listdir(out)):
         raise UserError(f"{out} is there already: give a new directory, or remove it")
     writing = out.with_name(out.name + ".writing")
-    made = [path for path in (writing, *writing.parents) if not path.exists()]
-    try:
-        writing.mkdir(0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{writing} cannot be made ({error.strerror})") from None
-    with _claimed(writing):
+    made = partial.make(writing)
+    with partial.claimed(writing, "conversion"):
         try:
             for path in writing.iterdir():  # of a conversion that was killed
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-            if (free := _free(writing)) < size + margin:
+            if (free := partial.free(writing)) < size + margin:
                 raise UserError(f"{out} takes {_takes(size, margin)}, but {free:,} are free on its disk")
             yield writing
             sync(writing)
@@ -64,66 +57,21 @@ def written_whole(out: Path, size: int, parts: int) -> Iterator[Path]:
             os.rename(writing, out)
             sync(out.parent)
         except OSError as error:
-            words = _words(out, writing, error, _takes(size, margin))  # measured before it is removed
-            _remove(made or [writing])
+            words = partial.words(out, writing, error, _takes(size, margin))  # measured before it is removed
+            partial.remove(made or [writing])
             raise Fault(words) from None
         except BaseException:
-            _remove(made or [writing])
+            partial.remove(made or [writing])
             raise
-
-
-def _free(path: Path) -> int:
-    return shutil.disk_usage(path).free
 
 
 def _takes(size: int, margin: int) -> str:
     return f"{size:,} bytes, and up to {margin:,} for headers and small files"
 
 
-def _words(out: Path, writing: Path, error: OSError, takes: str) -> str:
-    """What came of a conversion that the disk has ended: one line."""
-    where = f"{error.filename}: " if error.filename else ""
-    words = f"{out} is not made: {where}{error.strerror or error}"
-    if error.errno not in DISK_FULL:
-        return words
-    written = sum(path.stat().st_size for path in writing.rglob("*") if path.is_file())
-    return f"{words}; it takes {takes}; {written:,} were written, and {_free(writing):,} were free then"
-
-
-def _remove(made: list[Path]) -> None:
-    """Remove the directory that was written to, and those that were made for it."""
-    shutil.rmtree(made[0], ignore_errors=True)
-    for path in made[1:]:
-        with contextlib.suppress(OSError):  # somebody else has put something there
-            path.rmdir()
-
-
-@contextlib.contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    """Hold a directory alone, as long as this process lives. It is the user's alone: who can open it can hold it."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    _held.add(descriptor)
-    try:
-        with contextlib.suppress(PermissionError):  # a file system without modes
-            os.fchmod(descriptor, 0o700)
-        with contextlib.suppress(OSError):  # a file system without locks
-            _lock(descriptor, directory)
-        yield
-    finally:
-        _held.discard(descriptor)
-        os.close(descriptor)
-
-
 def _umask() -> int:
     os.umask(mask := os.umask(0))
     return mask
-
-
-def _lock(descriptor: int, directory: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{directory} is being written by another conversion") from None
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,15 +2,14 @@
 
 import os
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mixtrain.errors import UserError
 
 POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that Git LFS puts in the place of another
 SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a directory
-TABLES = (".parquet", ".arrow")  # no text is in these
-RECORDS = (*TABLES, ".jsonl", ".ndjson", ".json", ".csv", ".tsv")
-PACKED = (".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".tar")
 # what lies beside the data of a repository and is none
 BESIDE = re.compile(r"(readme|licen[cs]e|notice|citation|changelog|contributing)[\w-]*(\.(md|txt|rst|cff|bib))?", re.I)
 INFOS = "dataset_infos.json"  # what `datasets` once kept beside them
@@ -36,6 +35,18 @@ def walk(root: Path, suffixes: tuple[str, ...] = ()) -> list[str]:
     if not names:
         raise UserError(f"{root}: no file{' that ends in ' + ' or '.join(suffixes) if suffixes else ''} there")
     return sorted(names)
+
+
+def without(root: Path, names: list[str], patterns: Iterable[str]) -> list[str]:
+    """The names that fit none of the patterns, whole or by their last part. UserError for a pattern that none fits."""
+    for pattern in patterns:
+        left = [name for name in names if not fnmatch(name, pattern) and not fnmatch(Path(name).name, pattern)]
+        if len(left) == len(names):
+            raise UserError(f"{root}: no file there fits --exclude {pattern}; leave it out")
+        names = left
+    if not names:
+        raise UserError(f"{root}: --exclude {' '.join(patterns)} leaves no file")
+    return names
 
 
 def is_pointer(path: Path) -> bool:

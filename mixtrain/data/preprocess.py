@@ -5,23 +5,26 @@ counted and named. Order and bytes of the output depend on the source and the to
 """
 
 import collections
-import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
-import warnings
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 
+from mixtrain import partial
+from mixtrain.data.items import Item, Unreadable
+from mixtrain.data.lost import Lost
 from mixtrain.data.progress import Progress
-from mixtrain.data.sources import Item, Unreadable
+from mixtrain.data.spelled import Spelled
 from mixtrain.data.tokenizer import (
     load_tokenizer,
     special_pattern,
@@ -30,33 +33,43 @@ from mixtrain.data.tokenizer import (
     tokenizer_vocab_size,
     train_bpe,
 )
-from mixtrain.errors import UserError
+from mixtrain.data.writer import Writer
+from mixtrain.environment import die_with
+from mixtrain.errors import Fault, UserError
 
-NAMED = 10  # empty or unreadable documents that are printed by name; all of them are counted
-CHUNK_ITEMS, CHUNK_BYTES = 256, 1 << 20  # what a worker is given at a time, at most (but a single item may be larger)
+WRITTEN = {"data.bin", "data.idx", "data.json", "tokenizer"}  # in the directory of what is not complete
+
+
+class How(NamedTuple):
+    """How a text becomes tokens."""
+
+    tokenizer: Path  # a directory
+    eod_id: int
+    parse_special_tokens: bool
 
 
 @dataclass
 class Chunk:
     """What a worker makes of some items: token ids of the documents that survived, and what was wrong with the rest."""
 
-    ids: numpy.ndarray = field(default_factory=lambda: numpy.empty(0, numpy.int32))  # of all documents, one by one
-    lengths: list[int] = field(default_factory=list)  # tokens per document, the end-of-document token included
-    empty: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    spelled: list[str] = field(default_factory=list)  # texts that spell a special token: which, and where
     size: int = 0  # of the input, in the unit of its source
+    ids: numpy.ndarray = field(default_factory=lambda: numpy.empty(0, numpy.int32))  # of all documents, one by one
+    lengths: array = field(default_factory=lambda: array("i"))  # tokens per document, the end-of-document one included
+    lost: Lost = field(default_factory=Lost)
+    spelled: Spelled = field(default_factory=Spelled)
 
 
 def preprocess(
     source, prefix: Path, tokenizer_dir: Path | None = None, *, train_vocab_size: int | None = None,
-    workers: int = 1, overwrite: bool = False, parse_special_tokens: bool = False, log=None,
+    workers: int = 1, overwrite: bool = False, max_unreadable: float | None = None, parse_special_tokens: bool = False,
+    log=None,
 ) -> dict:  # fmt: skip
     """Write PREFIX.bin, PREFIX.idx and PREFIX.json from a source (see sources.py); return what the last one holds.
 
     Either `tokenizer_dir` is given, or a byte-level BPE of `train_vocab_size` tokens is trained on the source
-    and written to PREFIX-tokenizer. `workers` = 1 tokenizes in this process. With `parse_special_tokens` a special
-    token that a text spells is that token, else its pieces. Raises UserError.
+    and written to PREFIX-tokenizer. `workers` = 1 tokenizes in this process. `max_unreadable` is the share of the items
+    that may be unreadable (lost.py has the default). With `parse_special_tokens` a special token that a text spells is
+    that token, else its pieces. Raises UserError, and Fault if the disk is full.
     """
     prefix = Path(prefix)
     if (tokenizer_dir is None) == (train_vocab_size is None):
@@ -65,21 +78,37 @@ def preprocess(
         raise UserError(f"--workers = {workers} is less than one process; use 1 or more")
     trained_dir = prefix.with_name(prefix.name + "-tokenizer") if tokenizer_dir is None else None
     _refuse_existing(prefix, trained_dir, overwrite)
-    partial = _make_partial(prefix)
-    try:
-        if trained_dir is not None:
-            with Progress("training the tokenizer", source.total(), source.unit, log) as progress:
-                train_bpe(_texts(source, progress), train_vocab_size, partial / "tokenizer")
-        facts = _write(
-            source, partial / "data", tokenizer_dir or partial / "tokenizer", workers, log, parse_special_tokens
-        )
-        # relative, so that data and tokenizer may move together
-        facts["tokenizer"] = os.path.relpath(trained_dir or tokenizer_dir, prefix.parent)
-        (partial / "data.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        _publish(partial, prefix, trained_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    writing = prefix.with_name(prefix.name + ".writing")
+    made = partial.make(writing)
+    with partial.claimed(writing, "run"):
+        _clear(writing)
+        try:
+            if trained_dir is not None:
+                with Progress("training the tokenizer", source.total(), source.unit, log) as progress:
+                    train_bpe(_texts(source, progress), train_vocab_size, writing / "tokenizer")
+            from_dir = tokenizer_dir or writing / "tokenizer"
+            how = How(from_dir, tokenizer_eod_id(from_dir), parse_special_tokens)
+            facts = _write(source, writing / "data", how, workers, max_unreadable, log)
+            # relative, so that data and tokenizer may move together
+            facts["tokenizer"] = os.path.relpath(trained_dir or tokenizer_dir, prefix.parent)
+            (writing / "data.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            _publish(writing, prefix, trained_dir)
+        except OSError as error:
+            raise Fault(partial.words(prefix, writing, error)) from error
+        except BrokenProcessPool:
+            raise Fault("a worker was killed, perhaps for want of memory; nothing was written") from None
+        finally:
+            partial.remove(made or [writing])
     return facts
+
+
+def _clear(writing: Path) -> None:
+    """Remove what a killed run has left. UserError if there is something that no run writes."""
+    for path in sorted(writing.iterdir()):
+        if path.name not in WRITTEN:
+            raise UserError(f"{path} is no file of an interrupted run; move it away, or give another --output")
+    for path in writing.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _refuse_existing(prefix: Path, trained_dir: Path | None, overwrite: bool) -> None:
@@ -92,125 +121,68 @@ def _refuse_existing(prefix: Path, trained_dir: Path | None, overwrite: bool) ->
         raise UserError(f"{trained_dir} is no tokenizer directory, so it is not replaced; give another prefix")
 
 
-def _make_partial(prefix: Path) -> Path:
-    """A directory of this run's own beside the output, on the same file system, for files that are not complete."""
-    try:
-        prefix.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f".{prefix.name}.partial-", dir=prefix.parent))
-    except OSError as error:
-        raise UserError(f"{prefix.parent}: cannot write there: {error.strerror}") from error
-
-
 def _texts(source, progress: Progress) -> Iterator[str]:
     """The texts a tokenizer is trained on; what cannot be read is named by the pass that tokenizes."""
-    for item in source.items():
-        progress.advance(item.size)
-        try:
-            yield item.text()
-        except Unreadable:
-            continue
+    for block in source.blocks():
+        for item in block:
+            try:
+                yield item.text()
+            except Unreadable:
+                continue
+        progress.advance(block.size)
 
 
-def _publish(partial: Path, prefix: Path, trained_dir: Path | None) -> None:
+def _publish(writing: Path, prefix: Path, trained_dir: Path | None) -> None:
     """Move finished files to their names, .idx last: no reader takes a .bin without it for a data set."""
     for suffix in (".idx", ".json"):
         Path(f"{prefix}{suffix}").unlink(missing_ok=True)
     if trained_dir is not None:
         shutil.rmtree(trained_dir, ignore_errors=True)
-        os.replace(partial / "tokenizer", trained_dir)
+        os.replace(writing / "tokenizer", trained_dir)
     for suffix in (".bin", ".json", ".idx"):
-        os.replace(partial / f"data{suffix}", f"{prefix}{suffix}")
+        os.replace(writing / f"data{suffix}", f"{prefix}{suffix}")
 
 
-def _write(source, prefix: Path, tokenizer_dir: Path, workers: int, log, parse: bool) -> dict:
+def _write(source, prefix: Path, how: How, workers: int, max_unreadable: float | None, log) -> dict:
     """Tokenize every item into prefix.bin and prefix.idx, and return their description."""
-    vocab_size, eod_id = tokenizer_vocab_size(tokenizer_dir), tokenizer_eod_id(tokenizer_dir)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of missing GPU libraries, which have no part in this
-        from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder  # seconds, and torch with it
-
-    dtype = DType.optimal_dtype(vocab_size)
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+    vocab_size, lost, spelled = tokenizer_vocab_size(how.tokenizer), Lost(), Spelled()
     facts = {"documents": 0, "tokens": 0, "empty": 0, "unreadable": 0, "max_token_id": 0}
-    facts |= {"parse_special_tokens": parse, "spell_special_tokens": 0}  # whether, and how many texts do
-    first = None
-    with Progress("tokenizing", source.total(), source.unit, log) as progress:
-        for chunk in _tokenized(source, (tokenizer_dir, eod_id, parse), workers):
-            _name_lost(chunk, facts, progress)
-            first = first or next(iter(chunk.spelled), None)
-            facts["spell_special_tokens"] += len(chunk.spelled)
-            _add(chunk, facts, builder)
-            progress.advance(chunk.size, f"{facts['documents']:,} documents, {facts['tokens']:,} tokens")
-        if first:
-            progress.complain(spelled_words(facts["spell_special_tokens"], first, parse))
-    builder.finalize(f"{prefix}.idx")
-    if not facts["documents"]:
-        raise UserError(
-            f"no document survived: {facts['empty']} of them empty, {facts['unreadable']} unreadable; "
-            "look at the lines above, the format and the key or column"
-        )
-    with open(f"{prefix}.bin", "rb") as stream:
-        bin_sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    facts |= {"vocab_size": vocab_size, "eod_id": eod_id, "dtype": dtype.__name__, "bin_sha256": bin_sha256}
-    return {**facts, "tokenizer_sha256": tokenizer_sha256(tokenizer_dir)}
+    with Writer(prefix, vocab_size) as writer, Progress("tokenizing", source.total(), source.unit, log) as progress:
+        for chunk in _tokenized(source, how, workers):
+            lost.add(chunk.lost, progress)
+            spelled.join(chunk.spelled)
+            writer.add(chunk.ids, chunk.lengths)
+            facts["max_token_id"] = max(facts["max_token_id"], int(chunk.ids.max(initial=0)))
+            progress.advance(chunk.size, f"{writer.documents:,} documents, {writer.tokens:,} tokens")
+        if spelled.texts:
+            progress.complain(spelled.words(how.parse_special_tokens))
+        facts |= {"documents": writer.documents, "tokens": writer.tokens}
+        facts |= {"empty": lost.empty, "unreadable": lost.unreadable}
+        if not writer.documents:
+            raise UserError(
+                f"no document survived: {lost.empty} of them empty, {lost.unreadable} unreadable; "
+                "look at the lines above, the format and the key or column"
+            )
+        lost.refuse_too_many(writer.documents, max_unreadable)
+        bin_sha256 = writer.finish()
+    facts |= {"parse_special_tokens": how.parse_special_tokens, "spell_special_tokens": spelled.texts}
+    facts |= {"vocab_size": vocab_size, "eod_id": how.eod_id, "dtype": writer.dtype.__name__, "bin_sha256": bin_sha256}
+    return {**facts, "tokenizer_sha256": tokenizer_sha256(how.tokenizer)}
 
 
-def _name_lost(chunk: Chunk, facts: dict, progress: Progress) -> None:
-    """Count the chunk's empty and unreadable documents, and name the first of the whole run."""
-    named = facts["empty"] + facts["unreadable"]
-    lost = chunk.empty + chunk.unreadable
-    for line in lost[: max(0, NAMED - named)]:
-        progress.complain(line)
-    if named <= NAMED < named + len(lost):
-        progress.complain("more documents are empty or unreadable; they are counted, not named")
-    facts["empty"] += len(chunk.empty)
-    facts["unreadable"] += len(chunk.unreadable)
-
-
-def spelled_words(texts: int, first: str, parse: bool) -> str:
-    """What is said of texts that spell a special token."""
-    what = f"{texts:,} text{' spells' if texts == 1 else 's spell'} a special token (first: {first})"
-    return (
-        f"{what}, and it is one" if parse else f"{what}, which stayed text; --parse-special-tokens makes it the token"
-    )
-
-
-def _add(chunk: Chunk, facts: dict, builder) -> None:
-    """Append the chunk's documents to the .bin."""
-    offset = 0
-    for length in chunk.lengths:
-        builder.add_document(chunk.ids[offset : offset + length], [length])
-        offset += length
-    facts["documents"] += len(chunk.lengths)
-    facts["tokens"] += offset
-    facts["max_token_id"] = max(facts["max_token_id"], int(chunk.ids.max(initial=0)))
-
-
-def _chunks(source) -> Iterator[list[Item]]:
-    chunk, size = [], 0
-    for item in source.items():
-        chunk.append(item)
-        size += len(item.content) if isinstance(item.content, str) else item.size
-        if len(chunk) >= CHUNK_ITEMS or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _tokenized(source, how: tuple[Path, int, bool], workers: int) -> Iterator[Chunk]:
+def _tokenized(source, how: How, workers: int) -> Iterator[Chunk]:
     """Chunks in the order of the source, tokenized here or by worker processes."""
     if workers == 1:
-        _start_worker(*how)
-        yield from map(_tokenize, _chunks(source))
+        _start_worker(how)
+        yield from map(_tokenize, source.blocks())
         return
     # spawn, not fork: the caller may hold threads (torch, gloo) whose locks a forked child would find taken for ever
     context = multiprocessing.get_context("spawn")
     waiting: collections.deque[Future] = collections.deque()
-    with ProcessPoolExecutor(workers, context, _start_process, how) as pool:
+    with ProcessPoolExecutor(workers, context, _start_process, (os.getpid(), how)) as pool:
         try:
-            for chunk in _chunks(source):
-                waiting.append(pool.submit(_tokenize, chunk))
+            for block in source.blocks():
+                waiting.append(pool.submit(_tokenize, block))
                 if len(waiting) >= 4 * workers:  # bounds what is in memory, however large the source
                     yield waiting.popleft().result()
             while waiting:
@@ -219,38 +191,43 @@ def _tokenized(source, how: tuple[Path, int, bool], workers: int) -> Iterator[Ch
             pool.shutdown(cancel_futures=True)
 
 
-_worker: dict = {}  # this process's tokenizer, end-of-document id, and the pattern of special tokens
+_worker: dict = {}  # this process's tokenizer, end-of-document id and pattern of special tokens
 
 
-def _start_process(tokenizer_dir: Path, eod_id: int, parse: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says what there is to say about Ctrl-C
+def _start_process(parent: int, how: How) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # Slurm sends it to every process: the parent ends the workers,
+        signal.signal(number, signal.SIG_IGN)  # and says what there is to say about Ctrl-C
+    die_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
-    _start_worker(tokenizer_dir, eod_id, parse)
+    _start_worker(how)
 
 
-def _start_worker(tokenizer_dir: Path, eod_id: int, parse: bool) -> None:
-    tokenizer = load_tokenizer(tokenizer_dir, parse)
-    _worker.update(tokenizer=tokenizer, eod_id=eod_id, special=special_pattern(tokenizer))
+def _start_worker(how: How) -> None:
+    tokenizer = load_tokenizer(how.tokenizer, how.parse_special_tokens)
+    _worker.update(tokenizer=tokenizer, eod_id=how.eod_id, special=special_pattern(tokenizer))
 
 
-def _tokenize(items: list[Item]) -> Chunk:
-    chunk, texts = Chunk(), []
+def _tokenize(items: Iterable[Item]) -> Chunk:
+    """The tokens of a block's documents (see items.py)."""
+    chunk, texts = Chunk(items.size), []
     for item in items:
-        chunk.size += item.size
         try:
             text = item.text()
         except Unreadable as error:
-            chunk.unreadable.append(f"{item.name}: {error}")
+            chunk.lost.add_unreadable(item.name, error)
             continue
         if text.strip():
             texts.append(text)
             if found := _worker["special"].search(text):
-                chunk.spelled.append(f"`{found[0]}` in {item.name}")
+                chunk.spelled.add(found[0], item.name)
         else:
-            chunk.empty.append(f"{item.name}: empty")
+            chunk.lost.add_empty(item.name)
     if texts:
-        encodings = _worker["tokenizer"].encode_batch_fast(texts, add_special_tokens=False)
-        documents = [numpy.array([*encoding.ids, _worker["eod_id"]], numpy.int32) for encoding in encodings]
-        chunk.lengths = [len(document) for document in documents]
-        chunk.ids = numpy.concatenate(documents)
+        ids: list[int] = []
+        for encoding in _worker["tokenizer"].encode_batch_fast(texts, add_special_tokens=False):
+            document = encoding.ids
+            ids += document
+            ids.append(_worker["eod_id"])
+            chunk.lengths.append(len(document) + 1)
+        chunk.ids = numpy.array(ids, numpy.int32)
     return chunk

@@ -6,6 +6,8 @@ The rule it keeps: everything goes to stderr (or to the log given), so that stdo
 import sys
 import time
 
+from mixtrain.characters import escaped
+
 SECONDS_BETWEEN_LINES = 10
 
 
@@ -40,6 +42,7 @@ class Progress:
 
     def complain(self, line: str) -> None:
         """Print one line about a document, above the bar where there is one."""
+        line = escaped(line)  # a file may have any name, and any keys
         if self.bar is not None:
             self.bar.console.print(f"preprocess: {line}", markup=False, highlight=False)
         else:

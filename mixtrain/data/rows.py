@@ -6,32 +6,40 @@ The rule it keeps: no file beside the data is left out in silence, and a slice i
 import re
 from pathlib import Path
 
+from mixtrain.data.compressed import COMPRESSED
 from mixtrain.data.directory import is_pointer, lies_beside, saved_by_datasets, walk
 from mixtrain.errors import UserError
 
 # fmt: off
 BUILDER_OF_SUFFIX = {
     ".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".ndjson": "json", ".csv": "csv",
+    ".tsv": "tsv",
 }
 # fmt: on
 EXAMPLES = "train[:10%], train[1000:2000] or train[:5%]+test"
 
 
 def load_rows(
-    name: str, split: str | None, column: str, subset: str | None = None, files: list[str] | None = None
+    name: str,
+    split: str | None,
+    column: str,
+    subset: str | None = None,
+    files: list[str] | None = None,
+    names: set[str] | None = None,
 ) -> tuple[object, int | None]:
     """(one column of a split, its number of rows where it is known).
 
-    Of a file, of the `files` that a pattern stands for, a directory, or a name of the hub; streamed, where it would be
-    copied into a cache first. `split` is a name or what datasets.ReadInstruction reads; None is train. Raises
-    UserError.
+    Of a file, of the `files` that a pattern stands for, a directory (`names`: what is in it, but for what the user
+    leaves out), or a name of the hub; streamed, where it would be copied into a cache first. `split` is a name or what
+    datasets.ReadInstruction reads; None is train. Raises UserError.
     """
     try:
         import datasets
     except ImportError as error:
         raise UserError(f"{name}: to read it, install the package `datasets`") from error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised as well
     try:
-        parts, data_files = _open(datasets, name, subset, files)
+        parts, data_files = _open(datasets, name, subset, files, names)
         if split is None:
             split = next(iter(parts)) if len(parts) == 1 and saved_by_datasets(Path(name)) else "train"
         wanted = _wanted(datasets, name, split, parts, data_files)
@@ -46,8 +54,9 @@ def load_rows(
         raise
     except Exception as error:  # the library raises a dozen types, with no base class of its own
         missing = "" if files or Path(name).exists() else "no such path, and "
+        why = f"{reason(error)}{_way_out(error)}"
         raise UserError(
-            f"{name}: {missing}`datasets` cannot load the split {split or 'train'!r} of it: {reason(error)}"
+            f"{name}: {missing}`datasets` cannot load the split {split or 'train'!r} of it: {why}"
         ) from error
     known = all(end is not None for _, _, end in wanted)
     return rows, sum(end - begin for _, begin, end in wanted) if known else None
@@ -58,7 +67,15 @@ def reason(error: Exception) -> str:
     return " ".join((str(error) or type(error).__name__).split("\nExample of usage")[0].split())
 
 
-def _open(datasets, name: str, subset: str | None, files: list[str] | None) -> tuple[dict, dict]:
+def _way_out(error: Exception) -> str:
+    if "zstd" in str(error):
+        return "; type --input-format jsonl if they are files of JSON lines, or unpack them with zstd -d"
+    return ""
+
+
+def _open(
+    datasets, name: str, subset: str | None, files: list[str] | None, names: set[str] | None
+) -> tuple[dict, dict]:
     """({split: data set}, {split: its files}); the second is empty where there is no need to know."""
     path = Path(name)
     single = saved_by_datasets(path) or path.is_file() or bool(files)
@@ -71,11 +88,12 @@ def _open(datasets, name: str, subset: str | None, files: list[str] | None) -> t
         own = str(loaded.split)
         return {own if re.fullmatch(r"\w+", own) and loaded.split is not None else "train": loaded}, {}
     if single:
-        builder = datasets.load_dataset_builder(_builder(name, files or [name]), data_files={"train": files or name})
+        kind, given = _builder(name, files or [name])
+        builder = datasets.load_dataset_builder(kind, data_files={"train": files or name}, **given)
     else:
         builder = datasets.load_dataset_builder(name, subset)
         if path.is_dir():
-            _refuse_left_out(path, builder)
+            _refuse_left_out(path, builder, names)
     data_files = {str(part): [str(file) for file in found] for part, found in (builder.config.data_files or {}).items()}
     for file in (file for found in data_files.values() for file in found):
         if is_pointer(Path(file)):
@@ -83,31 +101,46 @@ def _open(datasets, name: str, subset: str | None, files: list[str] | None) -> t
     return {str(part): rows for part, rows in builder.as_streaming_dataset().items()}, data_files
 
 
-def _builder(name: str, files: list[str]) -> str:
-    """What `datasets` calls the format of the files."""
-    builders = {BUILDER_OF_SUFFIX.get(Path(file).suffix.lower()): file for file in files}
+def _builder(name: str, files: list[str]) -> tuple[str, dict]:
+    """What `datasets` calls the format of the files, and what it has to be told of it."""
+    builders = {_kind(Path(file.lower())): file for file in files}
     if None in builders:
         raise UserError(f"{builders[None]}: as a file of a data set it must end in {' or '.join(BUILDER_OF_SUFFIX)}")
     if len(builders) > 1:
         raise UserError(f"{name}: {' and '.join(builders.values())} are not of one format; give a narrower pattern")
-    return next(iter(builders))
+    kind = next(iter(builders))
+    return ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
 
 
-def _refuse_left_out(root: Path, builder) -> None:
-    """Every file below the root is one of the data set's, in some subset of it, or lies beside as a README does."""
+def _kind(path: Path) -> str | None:
+    packed = path.suffix in COMPRESSED
+    kind = BUILDER_OF_SUFFIX.get(Path(path.stem).suffix if packed else path.suffix)
+    return None if packed and kind in ("parquet", "arrow") else kind
+
+
+def _refuse_left_out(root: Path, builder, names: set[str] | None) -> None:
+    """Every file below the root is one of the data set's, in some subset of it, or lies beside as a README does, or is
+    none of the `names`, as the user has said."""
     used = set()
     for config in [builder.config, *builder.builder_configs.values()]:
         found = config.data_files or {}
         if hasattr(found, "resolve"):  # patterns of a subset that was not chosen
             found = found.resolve(base_path=str(root.absolute()))
         used |= {Path(file).resolve() for part in found.values() for file in part}
-    left = [name for name in walk(root) if not lies_beside(name) and (root / name).resolve() not in used]
+    there = walk(root)
+    taken = [name for name in there if (root / name).resolve() in used]
+    if names is not None and (out := [name for name in taken if name not in names]):
+        raise UserError(
+            f"{root}: --exclude would leave out {out[0]}, which belongs to the data set; say which files to read with"
+            f" a pattern, as in '{root}/**/*{Path(out[0]).suffix}'"
+        )
+    left = [name for name in names or there if not lies_beside(name) and name not in set(taken)]
     if left:
         more = f" and {len(left) - 1} more files" if len(left) > 1 else ""
         one = min(used, default=root / "data" / "x.parquet")
         raise UserError(
-            f"{root}: {left[0]}{more} would be left out, `datasets` takes other files for the data; move it away, or"
-            f" say which files to read with a pattern, as in '{root}/**/*{one.suffix}'"
+            f"{root}: {left[0]}{more} would be left out, `datasets` takes other files for the data; say so with"
+            f" --exclude, or which files to read with a pattern, as in '{root}/**/*{one.suffix}'"
         )
 
 

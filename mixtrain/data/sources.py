@@ -1,76 +1,20 @@
 """Where documents come from: a text file, a .jsonl, a directory, or a Hugging Face data set.
 
-The rule it keeps: a source streams small items in one fixed order and leaves to the workers what they can read
-themselves, and an item that gives no text says why, under its name.
+The rule it keeps: a source streams small items in one fixed order, in blocks, and leaves to the workers what they can
+read themselves.
 """
 
-import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from mixtrain import untrusted_json
-from mixtrain.data.directory import PACKED, POINTER, RECORDS, TABLES, has_card, lies_beside, saved_by_datasets, walk
+from mixtrain.data.directory import saved_by_datasets, walk, without
+from mixtrain.data.formats import detect_format, detect_in_directory, format_of, matching, of_one_kind
+from mixtrain.data.items import Item, Items, in_blocks
+from mixtrain.data.lines import JsonLines, Lines
 from mixtrain.data.rows import load_rows, reason
 from mixtrain.errors import UserError
-
-FORMATS = ("auto", "text", "jsonl", "directory", "datasets")
-# fmt: off
-FORMAT_OF_SUFFIX = {
-    ".jsonl":   "jsonl",    ".ndjson": "jsonl",
-    ".txt":     "text",     ".text":   "text",     ".md":    "text",     ".rst": "text",     ".py": "text",
-    ".parquet": "datasets", ".arrow":  "datasets", ".json":  "datasets", ".csv": "datasets",
-}
-# fmt: on
-
-
-class Unreadable(Exception):
-    """An item that holds no text, and why: counted and named by whoever reads the source."""
-
-
-@dataclass
-class Item:
-    """One document yet to be read: its name, and its path, its raw JSON line or its text."""
-
-    name: str
-    content: object
-    json_key: str | None = None
-    size: int = 1  # in the unit of its source, for the progress display
-
-    def text(self) -> str:
-        """The document's text. Raises Unreadable with the reason where there is none."""
-        try:
-            if isinstance(self.content, Path):
-                content = self.content.read_bytes()
-                if content.startswith(POINTER):
-                    raise Unreadable("a Git LFS pointer, its content was not fetched")
-                text = content.decode("utf-8-sig")
-            elif isinstance(self.content, bytes):
-                text = _json_text(self.content, self.json_key)
-            else:
-                text = self.content
-            if not isinstance(text, str):
-                raise Unreadable(f"text expected, not {type(text).__name__}")
-            text.encode("utf-8")  # JSON can spell half a surrogate pair, which no tokenizer takes
-        except UnicodeError as error:
-            raise Unreadable(f"not valid UTF-8 ({error.reason}, position {error.start})") from error
-        except OSError as error:
-            raise Unreadable(error.strerror or str(error)) from error
-        return text
-
-
-def _json_text(line: bytes, key: str) -> object:
-    line = line.decode("utf-8-sig").strip()
-    if not line:
-        return ""
-    try:
-        record = untrusted_json.parse(line, Any, only=key)
-    except untrusted_json.InvalidJson as error:
-        raise Unreadable(str(error)) from error
-    if not isinstance(record, dict) or key not in record:
-        raise Unreadable(f"no key {key!r}")
-    return record[key]
 
 
 @dataclass
@@ -86,25 +30,11 @@ class Files:
             path = Path(self.root) / name
             yield Item(name, path, size=path.stat().st_size if path.exists() else 0)
 
+    def blocks(self) -> Iterator[Items]:
+        return in_blocks(self.items())
+
     def total(self) -> int:
         return sum(item.size for item in self.items())
-
-
-@dataclass
-class JsonLines:
-    """One document a line, under one key."""
-
-    path: Path
-    json_key: str
-    unit: ClassVar[str] = "bytes"
-
-    def items(self) -> Iterator[Item]:
-        with open(self.path, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
-                yield Item(f"{self.path.name} line {number}", line, self.json_key, len(line))
-
-    def total(self) -> int:
-        return self.path.stat().st_size
 
 
 @dataclass
@@ -129,6 +59,9 @@ class Rows:
             yield Item(f"row {number}", row[self.column])
             number += 1
 
+    def blocks(self) -> Iterator[Items]:
+        return in_blocks(self.items())
+
     def total(self) -> int | None:
         return len(self.dataset) if hasattr(self.dataset, "__len__") else self.length
 
@@ -144,94 +77,86 @@ class Several:
         for source in self.sources:
             yield from source.items()
 
+    def blocks(self) -> Iterator[Items | Lines]:
+        for source in self.sources:
+            yield from source.blocks()
+
     def total(self) -> int:
         return sum(source.total() for source in self.sources)
 
 
 def open_source(
-    name: str, input_format: str = "auto", *, json_key: str = "text", suffixes: tuple[str, ...] = (),
-    split: str | None = None, column: str = "text", subset: str | None = None,
+    name: str, input_format: str = "auto", *, json_key: str | None = None, suffixes: tuple[str, ...] = (),
+    exclude: tuple[str, ...] = (), split: str | None = None, column: str | None = None, subset: str | None = None,
 ):  # fmt: skip
     """The source meant by a name or a pattern, and a format. Raises UserError where nothing can be read there."""
-    path, files = Path(name), matching(name)
-    kind = detect_format(name, suffixes) if input_format == "auto" else input_format
-    _refuse_idle(name, kind, json_key, suffixes, {"split": split, "column": column, "subset": subset})
+    path, of_rows = Path(name), {"split": split, "column": column, "subset": subset}
+    if path.is_dir():
+        kind, names = _in_directory(path, input_format, suffixes, exclude)
+        if kind == "jsonl" and input_format == "auto" and not json_key and any(of_rows.values()):
+            kind = "datasets"  # which reads these files as well
+    else:
+        kind, names = detect_format(name) if input_format == "auto" else input_format, []
+    _refuse_idle(name, kind, json_key, {"suffix": suffixes, "exclude": exclude}, of_rows)
     if kind == "datasets":
-        rows, length = load_rows(name, split, column, subset, files)
-        return Rows(rows, column, name, length)
-    if files:
-        if kind == "directory":
-            raise UserError(f"{name} is a pattern of files; leave --input-format directory out, or give a directory")
-        sources = [JsonLines(Path(file), json_key) for file in files]
-        return Several(sources) if kind == "jsonl" else Files(Path(), files)
-    if not path.exists():
+        chosen = [f"{name}/{file}" for file in names] if suffixes else matching(name)
+        left = set(names) if exclude and not suffixes else None
+        rows, length = load_rows(name, split, column or "text", subset, chosen, left)
+        return Rows(rows, column or "text", name, length)
+    if path.is_dir():
+        return _files(path, names, kind, json_key or "text", bool(suffixes) and input_format == "auto")
+    files = matching(name)
+    if files and kind == "directory":
+        raise UserError(f"{name} is a pattern of files; leave --input-format directory out, or give a directory")
+    if not files and not path.exists():
         raise UserError(f"{name}: no such file or directory")
     if kind == "directory":
-        return Files(path, walk(path, suffixes))
-    if path.is_dir():
-        raise UserError(f"{name} is a directory; use --input-format directory or datasets")
-    return JsonLines(path, json_key) if kind == "jsonl" else Files(path.parent, [path.name])
+        raise UserError(f"{path} is not a directory")
+    if kind == "jsonl":
+        sources = [JsonLines(Path(file), json_key or "text") for file in files or [name]]
+        return sources[0] if len(sources) == 1 else Several(sources)
+    return Files(Path(), files) if files else Files(path.parent, [path.name])
 
 
-def _refuse_idle(name: str, kind: str, json_key: str, suffixes: tuple[str, ...], of_rows: dict) -> None:
+def _in_directory(path: Path, kind: str, suffixes: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[str, list[str]]:
+    """(how a directory is read, the files of it that are read in this order)."""
+    if kind == "auto":
+        return detect_in_directory(path, suffixes, exclude)
+    if kind == "text":
+        raise UserError(f"{path} is a directory; use --input-format directory or datasets")
+    if kind == "datasets" and saved_by_datasets(path):
+        return kind, []
+    names = without(path, walk(path, suffixes), exclude)
+    return kind, of_one_kind(path, names, kind) if kind == "jsonl" and not suffixes else names
+
+
+def _files(root: Path, names: list[str], kind: str, json_key: str, by_suffix: bool) -> Files | Several:
+    """Files of a directory as one source: all of one kind, or each as its suffix says."""
+    if kind == "directory":
+        return Files(root, names)
+    of_text = [by_suffix and format_of(name) != "jsonl" for name in names]
+    return Several(
+        [
+            Files(root, [name]) if is_text else JsonLines(root / name, json_key, name)
+            for name, is_text in zip(names, of_text, strict=True)
+        ]
+    )
+
+
+def _refuse_idle(name: str, kind: str, json_key: str | None, of_directories: dict, of_rows: dict) -> None:
     """An option that the format does not read was meant for something."""
-    if suffixes and kind != "directory":
-        raise UserError(f"{name} is read as {kind}, and --suffix chooses among the files of a directory; leave it out")
-    if json_key != "text" and kind != "jsonl":
+    saved = Path(name).is_dir() and saved_by_datasets(Path(name))
+    for option in [option for option, value in of_directories.items() if value]:
+        if saved or not Path(name).is_dir():
+            raise UserError(
+                f"{name} is read as {kind}, and --{option} chooses among the files of a directory; leave it out"
+            )
+    if json_key is not None and kind != "jsonl":
         hint = f"; type --column {json_key}" if kind == "datasets" else "; leave it out"
         raise UserError(f"{name} is read as {kind}, and --json-key is for .jsonl files{hint}")
-    given = [option for option, value in of_rows.items() if value not in (None, "text")]
+    given = [option for option, value in of_rows.items() if value is not None]
     if given and kind != "datasets":
         hint = "--input-format datasets" if kind == "jsonl" else "or leave it out"
+        if given == ["column"] and kind == "jsonl":
+            hint = f"--json-key {of_rows['column']}"
         raise UserError(f"{name} is read as {kind}, and --{given[0]} is for the rows of a data set; type {hint}")
-
-
-def detect_format(name: str, suffixes: tuple[str, ...] = ()) -> str:
-    """What `auto` means: a file by its suffix, a directory by what lies in it, and any other name a data set."""
-    path = Path(name)
-    if path.is_dir():
-        return _format_of_directory(path, suffixes)
-    files = matching(name) or ([name] if path.is_file() else [])
-    kinds = {FORMAT_OF_SUFFIX.get(Path(file).suffix.lower()): file for file in files}
-    if None in kinds:
-        known = " ".join(FORMAT_OF_SUFFIX)
-        file = kinds[None]
-        raise UserError(f"{file}: no format goes with the suffix {Path(file).suffix!r} ({known}); give --input-format")
-    if len(kinds) > 1:
-        raise UserError(f"{name}: {' and '.join(kinds.values())} are not of one format; give a narrower pattern")
-    if kinds:
-        return next(iter(kinds))
-    if path.suffix.lower() in FORMAT_OF_SUFFIX or name.startswith((".", "/", "~")):
-        raise UserError(f"{name}: no such file or directory")
-    return "datasets"
-
-
-def _format_of_directory(path: Path, suffixes: tuple[str, ...]) -> str:
-    """A data set of `datasets`, or a directory of text; a mixture, of which either leaves a part out, is refused."""
-    if saved_by_datasets(path):
-        return "datasets"
-    names = walk(path, suffixes)
-    records = [name for name in names if Path(name).suffix.lower() in (*RECORDS, *PACKED) and not lies_beside(name)]
-    others = [name for name in names if name not in set(records) and not lies_beside(name)]
-    say = f"say what to read: --suffix of the text, a pattern as in '{path}/**/*.jsonl', or --input-format directory"
-    if suffixes:
-        if records:
-            raise UserError(f"{path}/{records[0]} is a file of records, and --suffix is for files of text; {say}")
-        return "directory"
-    if has_card(path) and not records:
-        raise UserError(f"{path}/README.md describes a data set, and there is no file of records; {say}")
-    if any(name.lower().endswith(TABLES) for name in records) or (records and (has_card(path) or not others)):
-        return "datasets"
-    if records:
-        raise UserError(f"{path}/{records[0]} is no text, and {others[0]} beside it may be; {say}")
-    return "directory"
-
-
-def matching(name: str) -> list[str]:
-    """The files that a pattern such as data/*.parquet stands for, in order of their names; none if it is no pattern."""
-    if not glob.has_magic(name) or Path(name).exists():
-        return []
-    found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
-    if not found:
-        raise UserError(f"{name}: no file fits this pattern")
-    return found

@@ -84,7 +84,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
+    text = tokenizer.to_str(pretty=True)  # its own save() says of a full disk what nobody can catch
+    (directory / "tokenizer.json").write_text(text, encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_DOCUMENT,

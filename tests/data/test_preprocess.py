@@ -2,23 +2,21 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy
 import pytest
 from mistral_files import as_published
+from preprocessing import command, wait_for
 from transformers import PreTrainedTokenizerFast
 
-from mixtrain.data.preprocess import CHUNK_ITEMS, preprocess
+from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files, JsonLines
 from mixtrain.data.tokenizer import load_tokenizer
 from mixtrain.errors import UserError
 from mixtrain.generate.text import Text
 
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
+LINES = 256
 
 
 def quiet(line: str) -> None:
@@ -38,7 +36,7 @@ def lines(tmp_path, library) -> JsonLines:
     words = (library / "heapq.py").read_text().split()
     path = tmp_path / "lines.jsonl"
     with open(path, "w") as stream:
-        for i in range(5 * CHUNK_ITEMS):
+        for i in range(5 * LINES):
             stream.write(json.dumps({"text": " ".join(words[i : i + 40])}) + "\n")
             if i % 100 == 0:
                 stream.write("{bad\n" if i % 200 else '{"text": " "}\n')
@@ -83,18 +81,18 @@ def test_the_description_says_what_is_in_the_files(indexed, tokenizer):
 
 
 def test_one_worker_and_three_write_the_same_bytes(lines, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtrain.data.preprocess.CHUNK_ITEMS", 16)  # more pieces than may wait at once
+    monkeypatch.setattr("mixtrain.data.lines.BLOCK", 4096)  # more pieces than may wait at once
     for workers in (1, 3):
         preprocess(lines, tmp_path / str(workers) / "x", tokenizer, workers=workers, log=quiet)
     for suffix in (".bin", ".idx", ".json"):
         assert (tmp_path / f"1/x{suffix}").read_bytes() == (tmp_path / f"3/x{suffix}").read_bytes()
-    assert len(read_back(tmp_path / "3/x")) == 5 * CHUNK_ITEMS
+    assert len(read_back(tmp_path / "3/x")) == 5 * LINES
 
 
 def test_lost_documents_are_counted_and_the_first_ten_named(lines, tokenizer, tmp_path):
     said = []
     facts = preprocess(lines, tmp_path / "x", tokenizer, log=said.append)
-    assert (facts["documents"], facts["empty"], facts["unreadable"]) == (5 * CHUNK_ITEMS, 7, 6)
+    assert (facts["documents"], facts["empty"], facts["unreadable"]) == (5 * LINES, 7, 6)
     assert len(said) == 11 and said[-1].endswith("they are counted, not named")
     assert "preprocess: lines.jsonl line 2: empty" in said
     assert any(line.startswith("preprocess: lines.jsonl line 103: not valid JSON") for line in said)
@@ -135,13 +133,13 @@ def test_a_killed_run_leaves_no_file_under_a_final_name(tokenizer, tmp_path):
         preprocess(JsonLines(tmp_path / "endless.jsonl", "text"), tmp_path / "x", tokenizer, log=quiet)
         os._exit(0)
     with open(tmp_path / "endless.jsonl", "w") as stream:
-        for _ in range(3 * CHUNK_ITEMS):
+        for _ in range(3 * LINES):
             stream.write(json.dumps({"text": "words " * 50}) + "\n")
         stream.flush()
-        wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob(".x.partial-*/data.bin")))
+        wait_for(lambda: any(path.stat().st_size for path in tmp_path.glob("x.writing/data.bin")))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert not list(tmp_path.glob("x*"))
+    assert not list(tmp_path.glob("x.[!w]*"))
 
 
 def test_a_vocabulary_above_65500_is_written_in_four_bytes_a_token(tmp_path):
@@ -232,7 +230,7 @@ def test_the_command_writes_a_data_set_and_says_so(source, tmp_path):
         (["nobody/nothing", "--output", "x", "--train-tokenizer", "300"], "nobody/nothing: no such path, and"),
         (["a.txt", "--output", "x", "--tokenizer", "."], "no tokenizer.json there"),
         (["a.txt", "--output", "x", "--train-tokenizer", "400"], "vocabulary of 400 tokens: it holds only"),
-        (["a.txt", "--output", "a.txt/x", "--train-tokenizer", "400"], "a.txt: cannot write there"),
+        (["a.txt", "--output", "a.txt/x", "--train-tokenizer", "400"], "x.writing cannot be made (Not a directory)"),
         (["a.txt", "--output", "x"], "one of the arguments --tokenizer --train-tokenizer is required"),
     ],
 )
@@ -246,18 +244,3 @@ def test_the_command_refuses_a_users_mistake_with_exit_code_2_and_no_traceback(t
 def test_the_command_explains_itself(tmp_path):
     done = command("--help", cwd=tmp_path)
     assert done.returncode == 0 and "--train-tokenizer VOCAB_SIZE" in done.stdout and "Exit codes" in done.stdout
-
-
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """The tool as a user runs it from a checkout: nothing on the path, and no network."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, TOOL, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
-    )
-
-
-def wait_for(condition, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)

@@ -229,7 +229,8 @@ def test_records_beside_text_are_refused_until_it_is_said_what_to_read(tmp_path)
     assert texts(tmp_path / "d", suffixes=(".txt",)) == ["text"]
     assert texts(f"{tmp_path}/d/*.jsonl") == ["b 0", "c 0"]
     assert len(texts(tmp_path / "d", "directory")) == 3
-    assert "b.jsonl is a file of records" in refusal(tmp_path / "d", suffixes=(".jsonl",))
+    assert texts(tmp_path / "d", suffixes=(".jsonl",)) == ["b 0", "c 0"]
+    assert texts(tmp_path / "d", suffixes=(".jsonl", ".txt")) == ["text", "b 0", "c 0"]
 
 
 def test_a_directory_of_records_alone_is_a_data_set(tmp_path):
@@ -237,7 +238,7 @@ def test_a_directory_of_records_alone_is_a_data_set(tmp_path):
     assert texts(tmp_path / "d") == ["a 0", "b 0"]
 
 
-@pytest.mark.parametrize("name", ["a.txt.gz", "all.zip", "a.parquet"])
+@pytest.mark.parametrize("name", ["a.html", "all.zip", "a.parquet"])
 def test_a_file_that_is_no_text_is_not_passed_over_beside_text(name, tmp_path):
     (tmp_path / "b.txt").write_text("text")
     if name.endswith("parquet"):
@@ -245,7 +246,7 @@ def test_a_file_that_is_no_text_is_not_passed_over_beside_text(name, tmp_path):
         assert refusal(tmp_path).startswith(f"{tmp_path}: b.txt would be left out")
     else:
         (tmp_path / name).write_bytes(b"\x1f\x8b")
-        assert refusal(tmp_path).startswith(f"{tmp_path}/{name} is no text, and b.txt beside it may be")
+        assert refusal(tmp_path).startswith(f"{tmp_path}/{name}: no suffix that says what it is; say what to read")
 
 
 def test_the_card_of_a_data_set_without_its_files_is_not_the_corpus(tmp_path):

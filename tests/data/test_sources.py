@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from mixtrain.data.sources import Unreadable, open_source
+from mixtrain.data.items import Unreadable
+from mixtrain.data.sources import open_source
 from mixtrain.errors import UserError
 
 
@@ -44,7 +45,7 @@ def test_a_directory_gives_its_files_in_order_of_their_names_without_hidden_ones
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "a/photo").write_bytes(b"\xff\xd8\xff")
-    found = texts(open_source(str(tmp_path)))
+    found = texts(open_source(str(tmp_path), "directory"))
     assert list(found) == ["a/b.md", "a/photo", "a/z.py", "b.txt"]
     assert found["a/photo"].startswith("unreadable: not valid UTF-8")
     assert list(texts(open_source(str(tmp_path), suffixes=(".py", ".txt")))) == ["a/z.py", "b.txt"]
@@ -106,6 +107,8 @@ def test_a_format_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match="is not a directory"):
         open_source(str(tmp_path / "a.txt"), "directory")
     with pytest.raises(UserError, match="is a directory; use --input-format directory or datasets"):
+        open_source(str(tmp_path), "text")
+    with pytest.raises(UserError, match="a.txt is no jsonl by its suffix; leave it out with --exclude"):
         open_source(str(tmp_path), "jsonl")
     with pytest.raises(UserError, match="no file that ends in .py there"):
         open_source(str(tmp_path), suffixes=(".py",))

@@ -114,7 +114,7 @@ def test_what_a_killed_call_left_is_made_again(tmp_path):
         stdlib.prepare(tmp_path, 300, quiet)
         os._exit(0)
     end = time.monotonic() + 30
-    while not list(tmp_path.glob("stdlib-*.partial/.text.partial-*/tokenizer/tokenizer.json")):
+    while not list(tmp_path.glob("stdlib-*.partial/text.writing/tokenizer/tokenizer.json")):
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
