@@ -29,7 +29,7 @@ STATE = {"step": 20, "consumed_samples": 0, "schedule_steps": 0, "optimizer_step
 # where a process reads what it has made itself, or a child of its own
 OWN = {
     "mixtrain/forked_ranks.py", "mixtrain/bench/turns.py", "mixtrain/drill/runs.py", "mixtrain/drill/scenarios.py",
-    "tools/mutants.py",
+    "tools/mutants.py", "mixtrain/data/same_tokenizer.py",
 }  # fmt: skip
 
 

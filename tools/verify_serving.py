@@ -17,9 +17,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain import untrusted_json  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, Fault, UserError  # noqa: E402
 from mixtrain.tool import counted, run  # noqa: E402
 
@@ -28,6 +30,13 @@ ENGINES = sorted(path.stem.removeprefix("with_") for path in (HERE / "engines").
 PROMPTS = ["def main(", "import os", "    return", "class Stack(object):\n    def push(", "x = [1, 22, 333]  # naïve"]
 MINUTES = 15  # an engine may take; vLLM compiles
 SHOWN = 8  # lines of an engine that failed
+
+
+class Answer(TypedDict):
+    """What an engine has written."""
+
+    version: str
+    tokens: list[list[int]]
 
 
 def main(words: list[str]) -> int:
@@ -45,7 +54,7 @@ def main(words: list[str]) -> int:
     refuse(given, engines)
     prompts = given.prompt or PROMPTS
     wanted = continued(given.checkpoint, prompts, given.max_new_tokens)
-    end = json.loads((given.export_dir / "config.json").read_text())["eos_token_id"]
+    end = untrusted_json.read(given.export_dir / "config.json").get("eos_token_id")
     equal = True
     for name, python in engines.items():
         model = given.gguf if name == "llama_cpp" else given.export_dir
@@ -87,7 +96,7 @@ def continued(checkpoint: Path, prompts: list[str], most: int) -> list[list[int]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60 * MINUTES, check=False)
     if done.returncode:
         raise Fault(f"tools/generate.py ended with exit code {done.returncode}:\n{last(done.stderr)}")
-    return [json.loads(line)["tokens"] for line in done.stdout.splitlines()]
+    return [untrusted_json.parse(line)["tokens"] for line in done.stdout.splitlines()]
 
 
 def answered(name: str, python: str, model: Path, request: dict) -> tuple[str, list[list[int]]]:
@@ -102,13 +111,14 @@ def answered(name: str, python: str, model: Path, request: dict) -> tuple[str, l
             raise Fault(f"{name} has not answered after {MINUTES} minutes") from None
         if not answer.is_file():
             raise Fault(f"{name} ended with exit code {done.returncode}:\n{last(done.stdout + done.stderr)}")
-        values = json.loads(answer.read_text())
+        values = untrusted_json.read(answer, Answer)
     return values["version"], values["tokens"]
 
 
-def trimmed(tokens: list[int], end: int | None) -> list[int]:
+def trimmed(tokens: list[int], ends: int | list[int] | None) -> list[int]:
     """Without the token that ends a text: an engine may leave it out."""
-    return tokens[:-1] if tokens and tokens[-1] == end else tokens
+    ends = ends if isinstance(ends, list) else [ends]
+    return tokens[:-1] if tokens and tokens[-1] in ends else tokens
 
 
 def last(text: str) -> str:
