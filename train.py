@@ -13,9 +13,9 @@ import os
 import sys
 from contextlib import nullcontext
 
-from mixtrain import streams
-from mixtrain.environment import LAUNCHER, Identity, die_with, identity, is_started
-from mixtrain.stop import exit_on_request, note_requests
+from mixtrain.system import streams
+from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, identity, is_started
+from mixtrain.training.signals import exit_on_request, note_requests
 
 if __name__ == "__main__":  # before the other imports, which take half a second
     streams.hold()
@@ -24,18 +24,18 @@ if __name__ == "__main__":  # before the other imports, which take half a second
     elif LAUNCHER not in os.environ:  # a rank of our own launcher is ended at once before the first step
         note_requests()
 
-from mixtrain.closed_pipe import ended
-from mixtrain.compose import Composed, compose
-from mixtrain.config import LauncherType, Mode
+from mixtrain.config.compose import Composed, compose
+from mixtrain.config.jobs import plan_of
+from mixtrain.config.plan import Plan
+from mixtrain.config.plan_page import render
+from mixtrain.config.schema import LauncherType, Mode
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems
-from mixtrain.jobs import plan_of
 from mixtrain.launch.choose import launch, place, starts_ranks
 from mixtrain.launch.local import handed_plan
-from mixtrain.machine import machine_problems
-from mixtrain.plan import Plan
-from mixtrain.preflight import recorded
-from mixtrain.report import render
-from mixtrain.run_directory import claimed, console_log, finished_already, former, shared_directories
+from mixtrain.launch.machine_checks import machine_problems
+from mixtrain.system.closed_pipe import ended
+from mixtrain.training.preflight import recorded
+from mixtrain.training.run_directory import claimed, console_log, finished_already, former, shared_directories
 
 SWEEP = (
     "torchrun and srun start ranks for one run; type python train.py --multirun, which starts them for each job of a"
@@ -109,7 +109,7 @@ def train(plan: Plan, me: Identity) -> int:
     streams.forgive(console_log(plan, me.rank))  # before torch is imported, whose loggers keep standard error
     # our own launcher has claimed it before it started this rank
     with claimed(plan) if me.rank == 0 and not me.is_ours else nullcontext():
-        from mixtrain.run import run  # the first import of torch
+        from mixtrain.training.worker import run  # the first import of torch
 
         return run(plan, me)
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from mixtrain.compose import CONF, compose
-from mixtrain.config import Config
+from mixtrain.config.compose import CONF, compose
+from mixtrain.config.plan import Plan, derive, resolve
+from mixtrain.config.planner import make_plan
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.plan import Plan, derive, make_plan, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))

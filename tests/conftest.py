@@ -37,7 +37,7 @@ def hub(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def converted(hub, tmp_path_factory) -> Path:
     """The directory that it was converted to. Not to be written to."""
-    from mixtrain.convert import to_megatron
+    from mixtrain.interop.convert import to_megatron
 
     out = tmp_path_factory.mktemp("converted") / "model"
     to_megatron.convert(hub, out)

@@ -11,12 +11,13 @@ from composing import derived, plan_of
 from rank_workers import run_ranks
 from test_parity import CP, EP, ETP, PP, SHARED, TINY, TP, VPP, random_batches
 
-from mixtrain import loop, model, optimizer, ranks
-from mixtrain.layers.attention import CoreAttention
-from mixtrain.layers.experts import Experts
-from mixtrain.layers.norm import RMSNorm
-from mixtrain.plan import Plan
-from mixtrain.stop import StopRequest
+from mixtrain.config.plan import Plan
+from mixtrain.engine import model, optimizer, process_groups
+from mixtrain.engine.layers.attention import CoreAttention
+from mixtrain.engine.layers.experts import Experts
+from mixtrain.engine.layers.norm import RMSNorm
+from mixtrain.training import loop
+from mixtrain.training.signals import StopRequest
 
 SMALL = [*TINY, "model.hidden_size=128", "data.seq_length=64"]
 GPU = "as on a GPU"  # PyTorch's operations in the place of ours, as on a GPU
@@ -105,7 +106,7 @@ def most_kept(plan: Plan, me) -> tuple[int, int]:
     """(pipeline stage, bytes) of a rank in a training step."""
     from megatron.core import parallel_state
 
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         weights = [p for chunk in training.chunks for p in chunk.parameters()]
         kept = Kept({parameter.untyped_storage().data_ptr() for parameter in weights})

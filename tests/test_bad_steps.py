@@ -14,10 +14,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from test_parity import EP, OVERLAPPED, PLAIN, PP, TP, VPP
 from test_resume import path_of, records, start
 
-from mixtrain import loop, model
+from mixtrain.engine import model
 from mixtrain.errors import FAULT, FINISHED
-from mixtrain.logs import collapsed_layers
-from mixtrain.status import read_status
+from mixtrain.system.status import read_status
+from mixtrain.training import loop
+from mixtrain.training.logs import collapsed_layers
 
 TWO = [EP + "2", "trainer.limit_val_batches=0", "data.split='100,0,0'"]
 SKIP = "trainer.bad_step_policy=skip"

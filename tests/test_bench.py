@@ -8,15 +8,15 @@ from dataclasses import replace
 import pytest
 from composing import ROOT, config_of
 
-from mixtrain import costs
-from mixtrain.bench import reading, report, run, scenario
-from mixtrain.bench.figures import figures, ratio
-from mixtrain.bench.machine import peak_tflops
-from mixtrain.bench.reading import Reading
-from mixtrain.bench.scenario import Measure, Request
-from mixtrain.bench.turns import Computed
-from mixtrain.bench.variants import variants_of
+from mixtrain.config import memory
 from mixtrain.errors import Fault, UserError
+from mixtrain.proof.bench import reading, report, run, scenario
+from mixtrain.proof.bench.figures import figures, ratio
+from mixtrain.proof.bench.interleaved import Computed
+from mixtrain.proof.bench.machine import peak_tflops
+from mixtrain.proof.bench.reading import Reading
+from mixtrain.proof.bench.scenario import Measure, Request
+from mixtrain.proof.bench.variants import variants_of
 
 RESULTS = sorted((ROOT / "benchmarks").glob("*.csv"))
 
@@ -79,8 +79,8 @@ def test_words_of_the_command_line_win_over_those_of_a_variant_over_those_of_its
 def test_flops_are_those_of_the_published_conventions():
     """Mixtral 8x7B at 4096: 79.7 GF a token with the causal half of the scores, 82.9 with all of them."""
     model = config_of("+recipe=mixtral_8x7b_ep8").model
-    assert costs.training_flops(model, 4096, causal=True) == pytest.approx(79.7e9, rel=1e-3)
-    assert costs.training_flops(model, 4096, causal=False) == pytest.approx(82.9e9, rel=1e-3)
+    assert memory.training_flops(model, 4096, causal=True) == pytest.approx(79.7e9, rel=1e-3)
+    assert memory.training_flops(model, 4096, causal=False) == pytest.approx(82.9e9, rel=1e-3)
     assert (peak_tflops("NVIDIA H200, 143771 MiB"), peak_tflops("GeForce")) == (989, None)
 
 

@@ -12,12 +12,12 @@ import psutil
 import pytest
 from composing import ROOT, unstarted_environment
 
-from mixtrain.bench import reading, run
-from mixtrain.bench.scenario import Measure, Request, Row, Scenario
-from mixtrain.bench.turns import Processes
-from mixtrain.bench.variants import variants_of
 from mixtrain.errors import Fault, UserError
-from mixtrain.host_memory import SETTINGS
+from mixtrain.proof.bench import reading, run
+from mixtrain.proof.bench.interleaved import Processes
+from mixtrain.proof.bench.scenario import Measure, Request, Row, Scenario
+from mixtrain.proof.bench.variants import variants_of
+from mixtrain.system.host_memory import SETTINGS
 
 TINY = [
     "data=mock",
@@ -132,7 +132,7 @@ def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_pa
 def workers() -> list[psutil.Process]:
     """Those of variants that are running now."""
     there = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in there if "mixtrain.bench.worker" in child.cmdline()]
+    return [child for child in there if "mixtrain.proof.bench.worker" in child.cmdline()]
 
 
 def is_rank(process: psutil.Process) -> bool:

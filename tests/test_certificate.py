@@ -10,14 +10,15 @@ from collections import Counter
 import pytest
 from composing import ROOT, config_of, quick_tree_of, unstarted_environment
 
-from mixtrain.config import Config, Dispatcher
-from mixtrain.limits import LIMITS
-from mixtrain.parity import measure, table
-from mixtrain.parity.certificate import MICROBATCHES, Certificate, at_layout, comparable, one_rank
-from mixtrain.parity.layouts import Layout, all_layouts
-from mixtrain.parity.verdict import LIMITS as TOLERANCES
-from mixtrain.parity.verdict import Verdict, judge
-from mixtrain.rules import upstream
+from mixtrain.config.layout_sensitive import LIMITS
+from mixtrain.config.rules import upstream
+from mixtrain.config.schema import Config, Dispatcher
+from mixtrain.proof.parity import table
+from mixtrain.proof.parity.certificate import MICROBATCHES, Certificate, at_layout, comparable, one_rank
+from mixtrain.proof.parity.layouts import Layout, all_layouts
+from mixtrain.training import measured_step
+from mixtrain.training.compare_steps import LIMITS as TOLERANCES
+from mixtrain.training.compare_steps import Verdict, judge
 
 SIZES = ["+shrink=parity", "checkpoint=none"]
 ALLGATHER = Dispatcher.allgather
@@ -164,13 +165,13 @@ def test_a_part_that_is_missing_is_outside():
 def test_the_smallest_margin_of_every_choice_is_seen():
     import torch
 
-    with measure.ChoiceMargin() as margin:
+    with measured_step.ChoiceMargin() as margin:
         torch.topk(torch.tensor([[-1.0, 3.0, 2.5, 2.25]]), k=2, dim=1)
         torch.tensor([[4.0, -1.0, 2.0]]).topk(1)
         torch.topk(torch.tensor([0.5, 0.25, 0.0, 0.0]), k=3)  # nothing that was never sent is a choice
         torch.topk(torch.tensor([1.0, 1.0]), k=2)  # and neither is all there is
     assert margin.smallest == pytest.approx(0.25)
-    with measure.ChoiceMargin() as margin:
+    with measured_step.ChoiceMargin() as margin:
         torch.topk(torch.tensor([0.5, 0.25]), k=1)  # scores: by their ratio
     assert margin.smallest == pytest.approx(0.6931, abs=1e-4)
 
@@ -234,7 +235,7 @@ def test_a_layout_that_differs_ends_in_exit_code_1_and_is_named(tmp_path, monkey
     sys.path.insert(0, str(ROOT / "tools"))
     import parity as tool
 
-    from mixtrain.parity import certificate
+    from mixtrain.proof.parity import certificate
 
     bad = Verdict()
     bad.note("gradient", 0.5, "gradient of a on rank 1")

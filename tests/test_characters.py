@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_compose import conf, recipe  # noqa: F401  (a fixture)
 
 from mixtrain.characters import CONTROL, escaped, problems
-from mixtrain.compose import check_overrides
-from mixtrain.config import legal_keys
+from mixtrain.config.compose import check_overrides
+from mixtrain.config.sbatch_directive import directive
+from mixtrain.config.schema import legal_keys
 from mixtrain.errors import UserError, print_problems
 from mixtrain.launch import script
-from mixtrain.launch.directive import directive
 
 LINE = "x\n#SBATCH --wrap=id"
 FORBIDDEN = ["\n", "\r", "\t", "\0", "\x1b[31m", "\x7f", "\x9b", "\u2028", "\u202e", "\udcff"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mixtrain.checkpoint import directory, integrity, state
-from mixtrain.checkpoint.boxes import boxes
+from mixtrain.checkpoint.slices import boxes
 from mixtrain.checkpoint.state import RunState
 
 SHAPES = [(), (5,), (3, 4), (2, 3, 4), (1, 3, 4), (2, 1, 2, 3)]

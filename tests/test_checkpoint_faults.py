@@ -19,11 +19,11 @@ from test_parity import EP
 from test_resume import INTERVAL, SHORT, path_of, records, start
 from tiny_disks import fill, tiny_disk
 
-from mixtrain import ranks
 from mixtrain.checkpoint import directory, integrity, load, save, writing
 from mixtrain.checkpoint.integrity import MANIFEST
+from mixtrain.engine import process_groups
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
-from mixtrain.status import read_status
+from mixtrain.system.status import read_status
 
 TWO = [EP + "2"]
 
@@ -82,7 +82,7 @@ def found(trained, tmp_path_factory) -> dict:
 
     def look(me) -> dict:
         answers = {}
-        with ranks.start(plans["nothing"], me) as here:
+        with process_groups.start(plans["nothing"], me) as here:
             for name, plan in plans.items():
                 lines: list[str] = []
                 try:

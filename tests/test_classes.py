@@ -9,14 +9,15 @@ from composing import RECIPES
 from omegaconf import OmegaConf
 from rank_workers import run_ranks
 
-from mixtrain.classes import CLASSES, EXECUTION, MATHEMATICS, RECORDS, Change, changes
-from mixtrain.compose import compose
-from mixtrain.config import Config, legal_keys
+from mixtrain.config.compose import compose
+from mixtrain.config.key_effects import CLASSES, EXECUTION, MATHEMATICS, RECORDS, Change, changes
+from mixtrain.config.plan import Plan
+from mixtrain.config.plan_page import render
+from mixtrain.config.planner import make_plan
+from mixtrain.config.schema import Config, legal_keys
 from mixtrain.errors import FINISHED
-from mixtrain.plan import Plan, make_plan
-from mixtrain.report import render
-from mixtrain.run import run
-from mixtrain.status import read_status
+from mixtrain.system.status import read_status
+from mixtrain.training.worker import run
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 

@@ -10,7 +10,8 @@ import sys
 import pytest
 from composing import ROOT
 
-from mixtrain import closed_pipe, console, tool
+from mixtrain import cli
+from mixtrain.system import closed_pipe, console
 
 COMMANDS = {
     "train.py": ["trainer.mode=plan"],
@@ -78,14 +79,14 @@ def test_a_command_whose_reader_has_gone_ends_by_sigpipe_without_a_word(name, tm
     lambda words: sys.exit(print("x")),
 ])  # fmt: skip
 def test_it_is_the_same_however_it_is_printed(main):
-    assert code_of(lambda: tool.run(main, [])) == (-signal.SIGPIPE, "")
+    assert code_of(lambda: cli.run(main, [])) == (-signal.SIGPIPE, "")
 
 
 def test_a_problem_that_nobody_reads_ends_by_sigpipe_too():
     def refuse(words: list[str]) -> int:
-        raise tool.UserError("x is wrong")
+        raise cli.UserError("x is wrong")
 
-    assert code_of(lambda: tool.run(refuse, []), closed=(1, 2))[0] == -signal.SIGPIPE
+    assert code_of(lambda: cli.run(refuse, []), closed=(1, 2))[0] == -signal.SIGPIPE
 
 
 def test_a_pipe_to_somebody_else_is_another_fault():
@@ -97,7 +98,7 @@ def test_a_pipe_to_somebody_else_is_another_fault():
 
     def call() -> int:
         try:
-            return tool.run(write_to_a_child, [])
+            return cli.run(write_to_a_child, [])
         except BrokenPipeError:
             return 7
 

@@ -11,8 +11,8 @@ import pytest
 from composing import RECIPES, config_of, problems_in, tree_of
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from mixtrain.compose import CONF, options
-from mixtrain.config import FREE, Config, legal_keys, plain, to_yaml, unknown_key
+from mixtrain.config.compose import CONF, options
+from mixtrain.config.schema import FREE, Config, legal_keys, plain, to_yaml, unknown_key
 from mixtrain.errors import UserError
 
 SECTIONS = sorted({key.split(".")[0] for key in legal_keys() if "." in key})

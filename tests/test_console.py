@@ -15,10 +15,10 @@ from terminals import Terminal
 from test_closed_pipe import code_of
 from test_launch import SMALL, lm_losses
 
-from mixtrain import streams
-from mixtrain.logs import Logs
-from mixtrain.status import read_status
-from mixtrain.stop import StopRequest, exit_on_request
+from mixtrain.system import streams
+from mixtrain.system.status import read_status
+from mixtrain.training.logs import Logs
+from mixtrain.training.signals import StopRequest, exit_on_request
 
 PRINTS = """
 import sys
@@ -151,7 +151,7 @@ def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_has_it_go_on(nohup, 
 def test_a_bar_is_not_drawn_into_the_log_of_a_terminal_that_has_gone(tmp_path):
     log = tmp_path / "run" / "logs" / "console.log"
     code = (
-        "import os, time, composing; from mixtrain import streams; from mixtrain.logs import Logs\n"
+        "import os, time, composing; from mixtrain import streams; from mixtrain.training.logs import Logs\n"
         f"streams.forgive({str(log)!r}); plan = composing.plan_of('run_dir={tmp_path}/run')\n"
         "with Logs(plan, True, '') as log:\n"
         "    log.begin(0)\n"

@@ -11,7 +11,8 @@ from composing import config_of, derived, plan_of
 from rank_workers import run_ranks
 from test_parity import EP, PP, TINY
 
-from mixtrain import contract, costs, model, places, ranks
+from mixtrain.config import memory, tensor_schema
+from mixtrain.engine import model, process_groups, shards
 
 TP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 ALL_OF_IT = [
@@ -37,18 +38,18 @@ def test_the_keys_and_shapes_on_disk_are_those_of_the_contract(name, tmp_path):
     plan = plan_of(*TINY, *LAYOUTS[name])
 
     def on_disk(me) -> dict[str, list[int]]:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             found = {}
             for chunk in model.build(plan, here.device):
                 state = chunk.sharded_state_dict()
-                tensors = places._leaves(places.apply_factories({"": state}) or {"": state})
+                tensors = shards._leaves(shards.apply_factories({"": state}) or {"": state})
                 found |= {tensor.key: list(tensor.global_shape) for tensor in tensors}
             return found
 
     together: dict[str, tuple[int, ...]] = {}
     for found in run_ranks(plan.world_size, on_disk, tmp_path):
         together |= {key: tuple(shape) for key, shape in found.items() if "_extra_state" not in key}
-    assert together == contract.shapes(plan.config)
+    assert together == tensor_schema.shapes(plan.config)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +58,13 @@ def test_the_keys_and_shapes_on_disk_are_those_of_the_contract(name, tmp_path):
 )
 def test_the_contract_counts_the_parameters_that_the_costs_count(words):
     config = derived(*words).config
-    starts = {row.key: row.starts for row in contract.TENSORS}
-    sizes = {key: torch.Size(shape).numel() for key, shape in contract.shapes(config).items()}
-    assert sum(size for key, size in sizes.items() if starts[key] != "buffer") == costs.total_parameters(config.model)
+    starts = {row.key: row.starts for row in tensor_schema.TENSORS}
+    sizes = {key: torch.Size(shape).numel() for key, shape in tensor_schema.shapes(config).items()}
+    assert sum(size for key, size in sizes.items() if starts[key] != "buffer") == memory.total_parameters(config.model)
 
 
 def test_the_contract_of_the_published_model():
-    shapes = contract.shapes(derived("model=mixtral_8x7b").config)
+    shapes = tensor_schema.shapes(derived("model=mixtral_8x7b").config)
     assert shapes["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (32, 8, 2 * 14336, 4096)
     assert shapes["decoder.layers.self_attention.linear_qkv.weight"] == (32, 4096 + 2 * 1024, 4096)
     assert len(shapes) == 10
@@ -75,17 +76,17 @@ def test_what_is_filled_in_by_place_is_read_back_by_place(name, tmp_path):
     plan = plan_of(*TINY, *LAYOUTS[name])
     wholes = {
         key: torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
-        for key, shape in contract.shapes(plan.config).items()
+        for key, shape in tensor_schema.shapes(plan.config).items()
     }
 
     def fill_and_read(me) -> bool:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             chunks = model.build(plan, here.device)
-            places.fill(chunks, wholes)
+            shards.fill(chunks, wholes)
             if me.world_size == 1:
-                again = places.read(plan, chunks)
+                again = shards.read(plan, chunks)
                 return again.keys() == wholes.keys() and all(torch.equal(again[key], wholes[key]) for key in wholes)
-            parts = [shard for chunk in chunks for shard in places.shards(chunk)]
+            parts = [shard for chunk in chunks for shard in shards.shards(chunk)]
             assert any(shard.data.numel() < wholes[shard.key][0].numel() for shard in parts)
             return all(torch.equal(shard.data, shard.of(wholes[shard.key])) for shard in parts)
 
@@ -96,9 +97,9 @@ def test_a_rank_that_holds_only_a_part_cannot_be_read_as_the_whole(tmp_path):
     plan = plan_of(*TINY, EP + "2")
 
     def read(me) -> str:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             with pytest.raises(RuntimeError) as stopped:
-                places.read(plan, model.build(plan, here.device))
+                shards.read(plan, model.build(plan, here.device))
             return str(stopped.value)
 
     assert all("linear_fc1.weight" in said for said in run_ranks(2, read, tmp_path))
@@ -106,7 +107,7 @@ def test_a_rank_that_holds_only_a_part_cannot_be_read_as_the_whole(tmp_path):
 
 def test_no_other_module_knows_the_name_of_a_tensor():
     """But for the table of Hugging Face's names, which stands beside it."""
-    root = Path(contract.__file__).parent
+    root = Path(tensor_schema.__file__).parent
     for file in root.rglob("*.py"):
         if file.name == "contract.py" or file.parent.name == "convert":
             continue
@@ -114,7 +115,7 @@ def test_no_other_module_knows_the_name_of_a_tensor():
 
 
 def test_a_shape_is_that_of_the_configuration():
-    shapes = contract.shapes(config_of(*TINY))
+    shapes = tensor_schema.shapes(config_of(*TINY))
     assert (
         shapes["embedding.word_embeddings.weight"] == (256, 64)
         and "decoder.layers.mlp.router.expert_bias" not in shapes

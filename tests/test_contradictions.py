@@ -10,9 +10,9 @@ from composing import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mixtrain.classes import show
-from mixtrain.compose import CONF, Composed, options
-from mixtrain.contradictions import contradictions
+from mixtrain.config.compose import CONF, Composed, options
+from mixtrain.config.contradictions import contradictions
+from mixtrain.config.key_effects import show
 from mixtrain.errors import REFUSED
 from train import main
 

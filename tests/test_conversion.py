@@ -20,15 +20,15 @@ from megatron.core import dist_checkpointing
 from rank_workers import run_ranks
 from safetensors.torch import load_file, save_file
 
-from mixtrain import model, optimizer, places, ranks
-from mixtrain.checkpoint import directory, forward, integrity, load, safe
+from mixtrain.checkpoint import directory, integrity, load, safe, same_model
 from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
-from mixtrain.compose import CONF
-from mixtrain.config import Config
-from mixtrain.convert import casting, hf_files, origin, settings, to_hf, to_megatron, weights
+from mixtrain.config.compose import CONF
+from mixtrain.config.plan import resolve
+from mixtrain.config.schema import Config
+from mixtrain.engine import model, optimizer, process_groups, shards
 from mixtrain.errors import UserError
-from mixtrain.plan import resolve
+from mixtrain.interop.convert import casting, hf_files, settings, source_config, to_hf, to_megatron, weights
 
 
 @pytest.mark.parametrize("kind, layout", [*((kind, "hub") for kind in hf_models.MODELS), ("qwen3_moe", "fused")])
@@ -73,7 +73,7 @@ def test_several_processes_write_the_same_tensors(hub, converted, tmp_path):
 
 
 def test_pytorchs_own_loader_reads_what_the_table_says(hub, converted):
-    config = origin.config_of(converted / "release")
+    config = source_config.config_of(converted / "release")
     expected = weights.to_megatron(config, hf_models.tensors_of(hub))
     found = tensors_of(converted / "release")
     assert found.keys() == expected.keys()
@@ -99,7 +99,7 @@ def test_config_json_of_transformers_4_says_the_same(hub, converted, tmp_path):
     values["torch_dtype"] = values.pop("dtype")
     (old / "config.json").write_text(json.dumps(values))
     to_megatron.convert(old, tmp_path / "megatron")
-    assert origin.config_of(tmp_path / "megatron" / "release") == origin.config_of(converted / "release")
+    assert source_config.config_of(tmp_path / "megatron" / "release") == source_config.config_of(converted / "release")
 
 
 LAYOUTS = {
@@ -112,7 +112,7 @@ LAYOUTS = {
 
 def words_of(converted: Path) -> list[str]:
     """The words that make the converted model."""
-    config = origin.config_of(converted / "release")
+    config = source_config.config_of(converted / "release")
     keys = [key for key in settings.from_hugging_face(settings.to_hugging_face(config)) if key.startswith("model.")]
     shown = [f"{key}={settings.show(settings.value_of(config, key))}" for key in keys]
     return ["data=mock", "data.seq_length=32", "trainer.global_batch_size=8", "trainer.timeout_minutes=1", *shown]
@@ -125,10 +125,10 @@ def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(layo
     (tmp_path / "run").mkdir()
 
     def load_and_save(me) -> None:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             load.load_weights(plan, here, training, load.weights_at(plan, here), print)
-            values = origin.run_state(plan.config).config
+            values = source_config.run_state(plan.config).config
             Saver(plan, here, training, print).save(RunState(step=7, config=values))
 
     run_ranks(2, load_and_save, tmp_path / "ranks")
@@ -140,7 +140,7 @@ def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(layo
 
 def test_weights_without_biases_are_taken_by_a_router_with_them_which_start_at_zero(converted, tmp_path):
     words = [*words_of(converted), f"checkpoint.load_weights={converted}", "router=expert_bias"]
-    (problem,) = forward.problems(config_of(*words), converted / "release")
+    (problem,) = same_model.problems(config_of(*words), converted / "release")
     assert problem.startswith("router.moe_router_score_function = sigmoid, but the weights of")  # and nothing else
     plan = plan_of(
         *words,
@@ -152,7 +152,7 @@ def test_weights_without_biases_are_taken_by_a_router_with_them_which_start_at_z
 
     def load_weights(me) -> tuple[list[str], list[float], bool]:
         said: list[str] = []
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             training = optimizer.build(plan, model.build(plan, here.device, drawn=False))
             load.load_weights(plan, here, training, converted / "release", said.append)
             routers = {name: part for name, part in training.chunks[0].state_dict().items() if ".router." in name}
@@ -179,14 +179,14 @@ def test_megatron_cores_own_loader_takes_it(converted, tmp_path):
     release, wholes = str(converted / "release"), tensors_of(converted / "release")
 
     def load_with_upstream(me) -> list[str]:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             (chunk,) = model.build(plan, here.device)
             common = dist_checkpointing.load_common_state_dict(release)
             assert common["iteration"] == 0 and common["args"].num_experts == 4 and common["checkpoint_version"] == 3.0
             loaded = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, release)
             chunk.load_state_dict(loaded["model"], strict=True)
             return [
-                shard.key for shard in places.shards(chunk) if not torch.equal(shard.data, shard.of(wholes[shard.key]))
+                shard.key for shard in shards.shards(chunk) if not torch.equal(shard.data, shard.of(wholes[shard.key]))
             ]
 
     assert run_ranks(2, load_with_upstream, tmp_path / "ranks") == [[], []]
@@ -205,11 +205,13 @@ def test_weights_of_a_bf16_run_come_out_in_bf16_or_as_asked(tmp_path):
     (tmp_path / "run").mkdir()
 
     def save(me) -> None:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
-            places_of = places.read(plan, training.chunks)
+            places_of = shards.read(plan, training.chunks)
             torch.save(places_of, tmp_path / "wholes.pt")
-            Saver(plan, here, training, print).save(RunState(step=1, config=origin.run_state(plan.config).config))
+            Saver(plan, here, training, print).save(
+                RunState(step=1, config=source_config.run_state(plan.config).config)
+            )
 
     run_ranks(1, save, tmp_path / "ranks")
     expected = weights.to_hugging_face(plan.config, torch.load(tmp_path / "wholes.pt", weights_only=True))
@@ -241,7 +243,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_a_rerun_works(h
         assert not (writing / "release" / integrity.MANIFEST).exists() and not (writing / "config.json").exists()
         if convert is to_megatron.convert:
             with pytest.raises(UserError):
-                origin.checkpoint_at(writing)
+                source_config.checkpoint_at(writing)
         convert(source, out)
         assert not writing.exists()
     assert hf_models.unequal(hub, tmp_path / "back") == []
@@ -319,17 +321,17 @@ def test_the_tools_convert_and_say_what_to_type_next(hub, tmp_path):
 def test_the_facts_of_config_json_become_an_option_of_the_model_group(hub, tmp_path):
     values = settings.from_hugging_face(hf_files.read_config(hub))
     conf = shutil.copytree(CONF, tmp_path / "conf")
-    (conf / "model" / "mine.yaml").write_text(origin.model_config(values, "a test"))
+    (conf / "model" / "mine.yaml").write_text(source_config.model_config(values, "a test"))
     config = resolve(Config.from_hydra(tree_of("model=mine", conf=conf)))
     assert {key: settings.value_of(config, key) for key in values} == values
     published = settings.from_hugging_face(settings.to_hugging_face(resolve(config_of("model=mixtral_8x7b"))))
-    assert "hf_model: mistralai/Mixtral-8x7B-v0.1" in origin.model_config(published, "a test")
+    assert "hf_model: mistralai/Mixtral-8x7B-v0.1" in source_config.model_config(published, "a test")
 
 
 def peak_gb(folder: Path, out: Path) -> float:
     """The peak resident memory of a conversion there and back, in a process of its own, as the system counts it."""
     program = (  # both ways in one process, which imports for seconds
-        "import re, sys; from pathlib import Path; from mixtrain.convert import to_hf, to_megatron\n"
+        "import re, sys; from pathlib import Path; from mixtrain.interop.convert import to_hf, to_megatron\n"
         "there, out = map(Path, sys.argv[1:])\n"
         "to_megatron.convert(there, out / 'megatron'); to_hf.convert(out / 'megatron', out / 'back')\n"
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e6)"
@@ -348,7 +350,7 @@ def test_memory_does_not_grow_with_the_model(hub, tmp_path):
     large.mkdir()
     (large / "config.json").write_text(json.dumps(values))
     found = settings.from_hugging_face(values)
-    names = to_megatron.runs.index(origin.configuration(found), "hub").names
+    names = to_megatron.runs.index(source_config.configuration(found), "hub").names
     save_file(
         {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in names.items()}, large / "model.safetensors"
     )

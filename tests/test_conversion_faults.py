@@ -19,11 +19,11 @@ import torch
 from composing import ROOT
 from safetensors.torch import load_file, save_file
 
-from mixtrain import partial, windows
 from mixtrain.checkpoint import integrity
-from mixtrain.convert import origin, output, to_hf, to_megatron
-from mixtrain.convert.casting import Casting
 from mixtrain.errors import FAULT, FINISHED, Fault, UserError
+from mixtrain.interop.convert import output, source_config, to_hf, to_megatron
+from mixtrain.interop.convert.casting import Casting
+from mixtrain.system import mmap_tensor, partial
 
 sys.path.insert(0, str(ROOT / "tools"))
 import checkpoint  # noqa: E402
@@ -65,7 +65,7 @@ def test_a_damage_in_a_small_file_is_found_by_size_too(converted, tmp_path):
         flip(release / name)
         assert f"{name} is damaged: its SHA-256" in integrity.problem(release, full=False)
         with pytest.raises(UserError, match=f"{name} is damaged: its SHA-256"):
-            origin.checkpoint_at(release)
+            source_config.checkpoint_at(release)
 
 
 def test_what_is_damaged_is_not_inspected_with_exit_code_0(converted, tmp_path, capsys):
@@ -288,6 +288,6 @@ def test_a_page_that_cannot_be_read_is_an_error_and_not_the_end_of_the_process(t
     monkeypatch.setattr(mmap, "mmap", Damaged)
     failing = errno.EFAULT
     with pytest.raises(OSError, match=f"Input/output error: '{tmp_path / 'a'}'"):
-        windows.window(tmp_path / "a", 0, (4,), torch.float32)
+        mmap_tensor.window(tmp_path / "a", 0, (4,), torch.float32)
     failing = errno.EINVAL  # an older Linux
-    assert windows.window(tmp_path / "a", 0, (4,), torch.float32).tolist() == [0.0] * 4
+    assert mmap_tensor.window(tmp_path / "a", 0, (4,), torch.float32).tolist() == [0.0] * 4

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mixtrain.checkpoint import integrity, state
-from mixtrain.convert import hf_files, output, to_hf, to_megatron
-from mixtrain.convert.casting import DTYPES
 from mixtrain.errors import UserError
+from mixtrain.interop.convert import hf_files, output, to_hf, to_megatron
+from mixtrain.interop.convert.casting import DTYPES
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
 

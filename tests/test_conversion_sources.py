@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from test_conversion import tool
 from test_conversion_refusals import change_config, change_index, first_file
 
-from mixtrain.convert import hf_files, strangers, to_hf, to_megatron
 from mixtrain.errors import UserError
+from mixtrain.interop.convert import hf_files, strangers, to_hf, to_megatron
 
 sys.path.insert(0, str(ROOT / "tools"))
 import verify_conversion  # noqa: E402

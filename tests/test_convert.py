@@ -8,13 +8,13 @@ from composing import config_of
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from mixtrain import contract
-from mixtrain.config import Config
-from mixtrain.convert import settings, table
-from mixtrain.convert.table import HUB, QWEN3_MOE, pieces
-from mixtrain.convert.weights import to_hugging_face, to_megatron
+from mixtrain.config import tensor_schema
+from mixtrain.config.plan import resolve
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.plan import resolve
+from mixtrain.interop.convert import settings, table
+from mixtrain.interop.convert.table import HUB, QWEN3_MOE, pieces
+from mixtrain.interop.convert.weights import to_hugging_face, to_megatron
 
 SMALL = [
     "model.num_layers=3",
@@ -48,7 +48,7 @@ def small(*overrides: str) -> Config:
 def numbered(config: Config) -> dict[str, torch.Tensor]:
     """Megatron tensors in which no two entries are alike, so that each can be found again."""
     wholes, first = {}, 0
-    for key, shape in contract.shapes(config).items():
+    for key, shape in tensor_schema.shapes(config).items():
         count = torch.Size(shape).numel()
         wholes[key] = torch.arange(first, first + count, dtype=torch.float32).view(shape)
         first += count
@@ -136,12 +136,12 @@ def test_each_part_of_a_megatron_tensor_can_be_converted_alone(layout):
 
 def test_every_tensor_of_the_contract_has_a_row_or_is_refused_by_name():
     keys = {row.key for row in HUB}
-    assert {row.key for row in contract.TENSORS if row.when in ("always", "untied")} == keys
+    assert {row.key for row in tensor_schema.TENSORS if row.when in ("always", "untied")} == keys
     qwen3 = {row.key for row in QWEN3_MOE}
-    assert {row.key for row in contract.TENSORS if row.when == "qk"} == qwen3 - keys
+    assert {row.key for row in tensor_schema.TENSORS if row.when == "qk"} == qwen3 - keys
     for words in (["router=expert_bias"], ["model.moe_shared_expert_intermediate_size=8"]):
         config = small(*words)
-        assert set(contract.shapes(config)) - keys
+        assert set(tensor_schema.shapes(config)) - keys
         assert settings.problems(config)
 
 

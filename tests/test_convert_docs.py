@@ -40,7 +40,7 @@ def test_a_command_names_options_that_its_tool_has(words):
 
 
 def test_the_page_of_conversion_lists_every_damage_and_architecture():
-    from mixtrain.convert import proof, settings
+    from mixtrain.interop.convert import proof, settings
 
     text = (ROOT / "docs" / "convert.md").read_text()
     assert all(architecture.class_name in text for architecture in settings.ARCHITECTURES.values())

@@ -9,11 +9,11 @@ from composing import config_of
 from test_convert import SHAPES, SMALL, small
 from transformers import MixtralConfig, Qwen3MoeConfig
 
-from mixtrain import facts
-from mixtrain.classes import value_of
-from mixtrain.convert import settings, weights
+from mixtrain.config import published_models
+from mixtrain.config.key_effects import value_of
+from mixtrain.config.plan import resolve
 from mixtrain.errors import UserError
-from mixtrain.plan import resolve
+from mixtrain.interop.convert import settings, weights
 
 NO_MIXTRAL = {
     "router.moe_router_load_balancing_type = sinkhorn": ["router=sinkhorn"],
@@ -93,7 +93,7 @@ CONFIG_JSON = {
 
 
 def test_the_published_config_json_says_what_our_facts_say():
-    assert settings.from_hugging_face(CONFIG_JSON) == facts.published()["mistralai/Mixtral-8x7B-v0.1"]
+    assert settings.from_hugging_face(CONFIG_JSON) == published_models.published()["mistralai/Mixtral-8x7B-v0.1"]
 
 
 def test_what_transformers_5_writes_of_it_says_the_same():
@@ -211,7 +211,7 @@ QWEN3_CONFIG_JSON = {
 
 def test_qwen3s_config_json_says_what_our_facts_say_and_goes_through_transformers():
     values = settings.from_hugging_face(QWEN3_CONFIG_JSON)
-    assert values == facts.published()["Qwen/Qwen3-30B-A3B"]
+    assert values == published_models.published()["Qwen/Qwen3-30B-A3B"]
     assert settings.from_hugging_face(Qwen3MoeConfig(**QWEN3_CONFIG_JSON).to_dict()) == values
     written = settings.to_hugging_face(resolve(config_of("model=qwen3_30b_a3b")))
     assert written.items() >= {name: QWEN3_CONFIG_JSON[name] for name in written.keys() & QWEN3_CONFIG_JSON}.items()

@@ -11,12 +11,13 @@ from megatron.core import parallel_state
 from rank_workers import run_ranks
 from test_parity import EP, PLAIN, PP, SHARED, TINY
 
-from mixtrain import loop, model, optimizer, ranks
-from mixtrain.config import Precision, Sharding
-from mixtrain.costs import bytes_per_parameter, stage_parameters
-from mixtrain.environment import Identity
-from mixtrain.plan import Plan
-from mixtrain.stop import StopRequest
+from mixtrain.config.memory import bytes_per_parameter, stage_parameters
+from mixtrain.config.plan import Plan
+from mixtrain.config.schema import Precision, Sharding
+from mixtrain.engine import model, optimizer, process_groups
+from mixtrain.system.rank_identity import Identity
+from mixtrain.training import loop
+from mixtrain.training.signals import StopRequest
 
 TIED = "model.untie_embeddings_and_output_weights=false"
 MODELS = {
@@ -36,7 +37,7 @@ MODELS = {
 
 def counted(plan: Plan, me: Identity) -> tuple[int, list[int]]:
     """(pipeline stage, [parameters that are no expert's, parameters of experts]) of the real model on this rank."""
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         found = [0, 0]
         for chunk in model.build(plan, here.device):
             for name, parameter in chunk.named_parameters():
@@ -107,7 +108,7 @@ def test_megatron_fsdp_divides_the_optimizer_then_gradients_then_weights(shardin
 
 def step_of_bytes(plan: Plan, me: Identity) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer on this rank after one step; the parameters of a padding."""
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         tokens = torch.randint(0, 256, (1, 33), generator=torch.Generator().manual_seed(me.rank))
         batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, 32)}

@@ -14,7 +14,8 @@ import pytest
 import torch
 from rank_workers import run_ranks  # its import applies cpu.py
 
-from mixtrain import cpu, ranks
+from mixtrain.engine import process_groups
+from mixtrain.engine.compat import cpu
 
 INVENTORY = Path(__file__).parent / "cuda_sites.json"  # `python tests/test_cpu.py` adds the installed version
 MODULES = sorted({*cpu.NAMESPACES, *(module for module, _ in cpu.LITERALS), *(row[0] for row in cpu.REPLACEMENTS)})
@@ -84,7 +85,7 @@ def test_a_megatron_module_sees_the_cpu_where_it_asks_for_cuda():
     ],
 )
 def test_a_site_that_has_moved_is_named(site, answer):
-    with pytest.raises(RuntimeError, match="mend mixtrain/cpu.py") as stopped:
+    with pytest.raises(RuntimeError, match="mend mixtrain/engine/compat/cpu.py") as stopped:
         answer()
     assert site in str(stopped.value)
 
@@ -97,7 +98,7 @@ def test_the_random_tracker_of_megatron_gives_the_same_numbers_again(tmp_path):
     def draws(me) -> list[float]:
         from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-        with ranks.start(plan, me):
+        with process_groups.start(plan, me):
             outside = torch.get_rng_state()
             with get_cuda_rng_tracker().fork():
                 inside = torch.rand(3).tolist()
@@ -108,7 +109,7 @@ def test_the_random_tracker_of_megatron_gives_the_same_numbers_again(tmp_path):
 
 
 def test_importing_the_module_alone_changes_nothing(tmp_path):
-    """What tests import applies it; a run on a GPU imports mixtrain.cpu and must not."""
+    """What tests import applies it; a run on a GPU imports mixtrain.engine.compat.cpu and must not."""
     import subprocess
 
     code = (

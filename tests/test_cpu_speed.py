@@ -17,12 +17,15 @@ from composing import ROOT, plan_of
 from megatron.core.transformer.enums import AttnBackend
 from rank_workers import run_ranks
 
-from mixtrain import gloo, host_memory, model, optimizer, ranks
-from mixtrain.layers import loss, products
-from mixtrain.layers.attention import CoreAttention
-from mixtrain.layers.cpu_embedding import Lookup
-from mixtrain.layers.cpu_experts import ExpertByExpert
-from mixtrain.parity.measure import batches
+from mixtrain.engine import model, optimizer, process_groups
+from mixtrain.engine.compat import gloo
+from mixtrain.engine.layers import loss
+from mixtrain.engine.layers.attention import CoreAttention
+from mixtrain.engine.layers.cpu import onednn_matmul
+from mixtrain.engine.layers.cpu.embedding import Lookup
+from mixtrain.engine.layers.cpu.experts import ExpertByExpert
+from mixtrain.system import host_memory
+from mixtrain.training.measured_step import batches
 
 LARGE, SMALL = (300, 512, 256), (30, 16, 8)  # rows, in, out: above and below products.WORTHWHILE
 ONEDNN = "mkldnn::_linear_pointwise"
@@ -42,38 +45,41 @@ def test_a_product_is_the_product_whichever_way_its_factors_lie(size, turned):
     a = torch.randn(inner, rows).t() if turned[0] else torch.randn(rows, inner)
     b = torch.randn(columns, inner).t() if turned[1] else torch.randn(inner, columns)
     exact = a.double() @ b.double()
-    assert (products.product(a, b) - exact).abs().max() < 1e-5 * exact.abs().max()
-    taken = ONEDNN in kernels(lambda: products.product(a, b))
-    assert taken is (size is LARGE and products.by_onednn())
+    assert (onednn_matmul.product(a, b) - exact).abs().max() < 1e-5 * exact.abs().max()
+    taken = ONEDNN in kernels(lambda: onednn_matmul.product(a, b))
+    assert taken is (size is LARGE and onednn_matmul.by_onednn())
 
 
 def test_a_product_of_long_sums_in_bf16_is_the_product():
     torch.manual_seed(0)
-    a, b = torch.randn(7, products.LONG, dtype=torch.bfloat16), torch.randn(products.LONG, 5, dtype=torch.bfloat16)
-    found, exact = products.product(a, b), a.double() @ b.double()
+    a, b = (
+        torch.randn(7, onednn_matmul.LONG, dtype=torch.bfloat16),
+        torch.randn(onednn_matmul.LONG, 5, dtype=torch.bfloat16),
+    )
+    found, exact = onednn_matmul.product(a, b), a.double() @ b.double()
     assert found.is_contiguous() and found.dtype is torch.bfloat16
     assert (found - exact).abs().max() < 4e-3 * exact.abs().max()
-    assert "aten::t" in kernels(lambda: products.product(a, b))
-    assert "aten::t" not in kernels(lambda: products.product(a[:, :-1], b[:-1]))
+    assert "aten::t" in kernels(lambda: onednn_matmul.product(a, b))
+    assert "aten::t" not in kernels(lambda: onednn_matmul.product(a[:, :-1], b[:-1]))
 
 
 def test_onednn_is_left_out_of_what_it_is_slow_at():
     a, b = torch.randn(512, 300), torch.randn(512, 512)
     some_columns, small = b[:, :256], (torch.randn(128, 64), torch.randn(64, 128))
-    assert ONEDNN not in kernels(lambda: products.product(a.t(), some_columns))  # minutes, where they are long
-    assert ONEDNN not in kernels(lambda: products.product(*small))
-    assert (ONEDNN in kernels(lambda: products.product(*small, again=True))) is products.by_onednn()
+    assert ONEDNN not in kernels(lambda: onednn_matmul.product(a.t(), some_columns))  # minutes, where they are long
+    assert ONEDNN not in kernels(lambda: onednn_matmul.product(*small))
+    assert (ONEDNN in kernels(lambda: onednn_matmul.product(*small, again=True))) is onednn_matmul.by_onednn()
 
 
 def test_a_linear_layers_gradients_are_pytorchs():
     torch.manual_seed(0)
     x, weight = torch.randn(5, 60, 512, requires_grad=True), torch.randn(256, 512, requires_grad=True)
     given = torch.randn(5, 60, 256)
-    ours = torch.autograd.grad((products.Linear.apply(x, weight) * given).sum(), (x, weight))
+    ours = torch.autograd.grad((onednn_matmul.Linear.apply(x, weight) * given).sum(), (x, weight))
     theirs = torch.autograd.grad((F.linear(x, weight) * given).sum(), (x, weight))
     assert all((a - b).abs().max() < 1e-5 * b.abs().max() for a, b in zip(ours, theirs, strict=True))
-    assert products.Linear.apply(x.detach(), weight).requires_grad  # only what needs a gradient gets one
-    products.Linear.apply(x.detach(), weight).sum().backward()
+    assert onednn_matmul.Linear.apply(x.detach(), weight).requires_grad  # only what needs a gradient gets one
+    onednn_matmul.Linear.apply(x.detach(), weight).sum().backward()
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["fp32", "bf16"])
@@ -199,14 +205,14 @@ STEP = ["data=mock", "parallel=ep1", "checkpoint=none", "data.seq_length=64", "t
 
 def test_a_step_takes_all_of_it(tmp_path):
     def taken(me) -> dict[str, list[str]]:
-        from mixtrain import loop
-        from mixtrain.stop import StopRequest
+        from mixtrain.training import loop
+        from mixtrain.training.signals import StopRequest
 
         found = {}
         for kind in ("torch", "local"):
             words = [f"model.transformer_impl={kind}", f"model.moe_grouped_gemm={str(kind == 'torch').lower()}"]
             plan = plan_of(*STEP, *words)
-            with ranks.start(plan, me) as here:
+            with process_groups.start(plan, me) as here:
                 training = optimizer.build(plan, model.build(plan, here.device))
                 stream = batches(plan)
                 seen = kernels(lambda: loop.train_step(plan, here, training, [stream], StopRequest(), 1, 4))  # noqa: B023
@@ -217,7 +223,7 @@ def test_a_step_takes_all_of_it(tmp_path):
     (found,) = run_ranks(1, taken, tmp_path / "0")
     ours = {"BlockAttention", "CpuNorm", "ExpertByExpert", "LinearBackward", "LookupBackward", "TokenLosses"}
     wanted = ours | {"aten::_fused_adamw_"}
-    wanted |= {ONEDNN} if products.by_onednn() else set()
+    wanted |= {ONEDNN} if onednn_matmul.by_onednn() else set()
     assert wanted <= set(found["torch"])
     slower = {"aten::_grouped_mm", "aten::embedding_dense_backward", "aten::scaled_dot_product_attention"}
     assert not (slower | {"c10d::_reduce_scatter_base_", "_VocabParallelCrossEntropy"}) & set(found["torch"])

@@ -8,8 +8,8 @@ import sys
 import pytest
 from composing import ROOT, unstarted_environment
 
-from mixtrain.drill import scenarios
-from mixtrain.drill.runs import records
+from mixtrain.proof.drill import scenarios
+from mixtrain.proof.drill.runs import records
 
 SHORT = ["sigkill_at_random", "flipped_byte", "nan_loss"]
 

@@ -17,9 +17,9 @@ from rank_workers import run_ranks
 from test_parity import TINY, three_steps
 from test_rules_edges import TE, problems
 
-from mixtrain.extra_fields import CLASS_OF, NEEDS, READ, TABLES, keys_of_their_own
-from mixtrain.fields import ARCHITECTURE, transformer_config_defaults
-from mixtrain.forked_ranks import RankFailure
+from mixtrain.config.extra_fields import CLASS_OF, NEEDS, READ, TABLES, keys_of_their_own
+from mixtrain.config.transformer_fields import ARCHITECTURE, transformer_config_defaults
+from mixtrain.engine.forked_ranks import RankFailure
 
 RECORD = Path(__file__).with_name("transformer_fields.json")  # of each version that is supported
 RECORDED = json.loads(RECORD.read_text()) if RECORD.exists() else {}

@@ -6,9 +6,9 @@ import pytest
 from composing import RECIPES, config_of, derived, problems_of
 from omegaconf import OmegaConf
 
-from mixtrain.compose import options
-from mixtrain.facts import FOLDER, KEYS, lint, published, read
-from mixtrain.report import WIDTH, render
+from mixtrain.config.compose import options
+from mixtrain.config.plan_page import WIDTH, render
+from mixtrain.config.published_models import FOLDER, KEYS, lint, published, read
 
 MIXTRAL = "+recipe=mixtral_8x7b_ep8"
 NVIDIA = "+recipe=mixtral_8x7b_tp1_pp4_ep8"

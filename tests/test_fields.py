@@ -11,10 +11,11 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from rank_workers import run_ranks  # noqa: F401  its import makes Megatron-Core importable without CUDA
 
-from mixtrain import fields, model
-from mixtrain.config import ModelConfig, ParallelConfig, RouterConfig
-from mixtrain.fields import UNKNOWN, differences, transformer_config_defaults, transformer_fields
-from mixtrain.report import render
+from mixtrain.config import transformer_fields as fields
+from mixtrain.config.plan_page import render
+from mixtrain.config.schema import ModelConfig, ParallelConfig, RouterConfig
+from mixtrain.config.transformer_fields import UNKNOWN, differences, transformer_config_defaults, transformer_fields
+from mixtrain.engine import model
 
 REAL = {field.name: field for field in dataclasses.fields(TransformerConfig)}
 BY_NAME = ("activation_func", "params_dtype", "pipeline_dtype")  # what transformer_fields gives by name

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from composing import config_of, plan_of
 
-from mixtrain.checkpoint import forward, state
+from mixtrain.checkpoint import same_model, state
 from mixtrain.checkpoint.state import RunState
-from mixtrain.classes import CLASSES, FORWARD, MATHEMATICS
-from mixtrain.convert.origin import run_state
+from mixtrain.config import model_differences
+from mixtrain.config.key_effects import CLASSES, FORWARD, MATHEMATICS
 from mixtrain.errors import UserError
-from mixtrain.machine import weights_to_load
+from mixtrain.interop.convert.source_config import run_state
+from mixtrain.launch.machine_checks import weights_to_load
 
 # key -> another value of the default model's, with the same shapes where there are such
 OTHERS = {
@@ -66,51 +67,53 @@ def test_a_difference_is_refused_with_both_values_unless_its_key_is_acknowledged
     words = ["dispatcher.moe_expert_capacity_factor=1.5"] if drops else []
     checkpoint, config = stored(tmp_path, **changes, **drops), config_of(*words)
     with pytest.raises(UserError) as refusal:
-        forward.refuse(config, checkpoint)
+        same_model.refuse(config, checkpoint)
     (problem,) = refusal.value.problems
     section, name = key.split(".")
-    here = forward._shown(forward.value_of(config, key))
-    assert problem.startswith(f"{key} = {here}, but the weights of {checkpoint} are for {forward._shown(OTHERS[key])}")
+    here = model_differences._shown(model_differences.value_of(config, key))
+    assert problem.startswith(
+        f"{key} = {here}, but the weights of {checkpoint} are for {model_differences._shown(OTHERS[key])}"
+    )
     assert problem.endswith("or name the key in checkpoint.acknowledge_differences")
-    forward.refuse(config_of(*words, f"checkpoint.acknowledge_differences=[{key}]"), checkpoint)
+    same_model.refuse(config_of(*words, f"checkpoint.acknowledge_differences=[{key}]"), checkpoint)
 
 
 def test_the_same_model_is_not_refused_whatever_its_training_was(tmp_path):
     training = {"router__moe_aux_loss_coeff": [0.5], "router__moe_input_jitter_eps": 0.1, "optimizer__lr": 1.0}
     checkpoint = stored(tmp_path, **training, router__moe_router_topk_scaling_factor=1.0)
-    forward.refuse(config_of(), checkpoint)
-    forward.refuse(config_of("router.moe_router_load_balancing_type=[seq_aux_loss]"), checkpoint)
+    same_model.refuse(config_of(), checkpoint)
+    same_model.refuse(config_of("router.moe_router_load_balancing_type=[seq_aux_loss]"), checkpoint)
 
 
 def test_a_bias_that_starts_is_no_difference_and_one_that_ends_is(tmp_path):
     with_bias, key = ["router=expert_bias"], "router.moe_router_enable_expert_bias"
     alike = stored(tmp_path, router__moe_router_score_function="sigmoid")
-    assert forward.problems(config_of(*with_bias), alike) == []
+    assert same_model.problems(config_of(*with_bias), alike) == []
     biased = stored(tmp_path, router__moe_router_score_function="sigmoid", router__moe_router_enable_expert_bias=True)
-    assert forward.problems(config_of(*with_bias), biased) == []
-    (problem,) = forward.problems(config_of("router.moe_router_score_function=sigmoid"), biased)
+    assert same_model.problems(config_of(*with_bias), biased) == []
+    (problem,) = same_model.problems(config_of("router.moe_router_score_function=sigmoid"), biased)
     assert problem.startswith(f"{key} = false, but the weights of {biased} are for true")
 
 
 def test_a_field_of_extra_is_compared_with_its_default(tmp_path):
     checkpoint = stored(tmp_path, model__extra={"rotary_interleaved": True, "layernorm_zero_centered_gamma": False})
     with pytest.raises(UserError, match=r"model.extra.rotary_interleaved = false, .* are for true") as refusal:
-        forward.refuse(config_of(), checkpoint)
+        same_model.refuse(config_of(), checkpoint)
     assert len(refusal.value.problems) == 1
-    forward.refuse(config_of("+model.extra.rotary_interleaved=true"), checkpoint)
-    forward.refuse(config_of("checkpoint.acknowledge_differences=[model.extra.rotary_interleaved]"), checkpoint)
+    same_model.refuse(config_of("+model.extra.rotary_interleaved=true"), checkpoint)
+    same_model.refuse(config_of("checkpoint.acknowledge_differences=[model.extra.rotary_interleaved]"), checkpoint)
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(tmp_path):
     with pytest.raises(UserError, match="run_state.json is missing: .*cannot be compared"):
-        forward.refuse(config_of(), tmp_path)
+        same_model.refuse(config_of(), tmp_path)
 
 
 @pytest.mark.parametrize("config", [{}, {"model": 5}, {"model": {}, "router": None}], ids=str)
 def test_a_state_without_the_keys_is_refused_for_each(config, tmp_path):
     (tmp_path / state.NAME).write_text(state.to_json(state.RunState(config=config)))
     with pytest.raises(UserError) as refusal:
-        forward.refuse(config_of(), tmp_path)
+        same_model.refuse(config_of(), tmp_path)
     assert "model.rotary_base = 1000000, but" in str(refusal.value) and "a value that is not known" in str(
         refusal.value
     )

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from test_parity import TINY
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from mixtrain import model, places, ranks
-from mixtrain.convert import settings
-from mixtrain.convert.weights import to_megatron
-from mixtrain.environment import Identity
-from mixtrain.generate.loop import Generator, Limits, Sequence, Watch
-from mixtrain.generate.request import Sampling
-from mixtrain.plan import Plan, resolve
+from mixtrain.config.plan import Plan, resolve
+from mixtrain.engine import model, process_groups, shards
+from mixtrain.interop.convert import settings
+from mixtrain.interop.convert.weights import to_megatron
+from mixtrain.interop.generate.loop import Generator, Limits, Sequence, Watch
+from mixtrain.interop.generate.request import Sampling
+from mixtrain.system.rank_identity import Identity
 
 SMALL = [*TINY, "router=none"]
 NEW = 8
@@ -75,13 +75,13 @@ def there(tmp_path_factory) -> tuple[Path, list[list[int]]]:
 class Rank:
     """A rank's model with Hugging Face's weights, or those of the seed, and what its layers were given."""
 
-    def __init__(self, plan: Plan, here: ranks.Ranks, folder: Path | None):
+    def __init__(self, plan: Plan, here: process_groups.Ranks, folder: Path | None):
         (self.chunk,) = model.build(plan, here.device)
         if folder:
             weights = load_file(folder / "model.safetensors")
-            places.fill([self.chunk], to_megatron(resolve(config_of(*SMALL)), weights))
+            shards.fill([self.chunk], to_megatron(resolve(config_of(*SMALL)), weights))
         self.device, self.rows = here.device, []
-        experts = places.unwrap(self.chunk).decoder.layers[0].mlp
+        experts = shards.unwrap(self.chunk).decoder.layers[0].mlp
         experts.register_forward_pre_hook(lambda _, given: self.rows.append(given[0].shape[0] * given[0].shape[1]))
 
     def continued(self, prompts: list[list[int]], sampling: Sampling, limits: Limits) -> list[list]:
@@ -95,7 +95,7 @@ def until(length: int, eod: int | None = None, stops=lambda tokens: False) -> Li
 
 
 def on_layout(plan: Plan, me: Identity, folder: Path | None, samplings: list[Sampling]) -> list:
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         found = []
         for sampling in samplings:  # a model each: a second cache would be put on the first
             found.append(Rank(plan, here, folder).continued(PROMPTS, sampling, until(NEW)))
@@ -126,7 +126,7 @@ def test_a_pass_takes_the_new_tokens_alone_and_none_of_a_text_that_has_ended(the
     last = [tokens[place] for tokens, place in zip(greedy, ends, strict=True)]
 
     def one_rank(me: Identity) -> list:
-        with ranks.start(plan_at([]), me) as here:
+        with process_groups.start(plan_at([]), me) as here:
             rank = Rank(plan_at([]), here, folder)
             stops = [tokens[: place + 1] for tokens, place in zip(greedy, ends, strict=True)]
             found = rank.continued(PROMPTS, Sampling(), until(NEW, stops=lambda tokens: tokens in stops))
@@ -146,7 +146,7 @@ def test_at_the_token_that_ends_a_document_a_text_ends_and_the_replicas_beside_i
     plan = plan_at([EP2])  # two replicas: of three prompts, and of two
 
     def one_rank(me: Identity) -> list:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             return Rank(plan, here, folder).continued(PROMPTS, Sampling(), until(NEW, eod))
 
     for found in run_ranks(2, one_rank, tmp_path):
@@ -158,7 +158,7 @@ def test_a_text_does_not_depend_on_the_prompts_beside_it_and_a_replica_may_have_
     plan = plan_at([EP2])
 
     def one_rank(me: Identity) -> list:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             return Rank(plan, here, there[0]).continued(PROMPTS[:1], SAMPLED, until(NEW))
 
     for found in run_ranks(2, one_rank, tmp_path):
@@ -169,7 +169,7 @@ def test_whoever_is_asked_to_stop_stops_all_ranks_after_that_token(there, tmp_pa
     plan = plan_at([EP2])
 
     def one_rank(me: Identity) -> list:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             passes: list[int] = []
             watch = Watch(lambda: me.rank == 1 and len(passes) == 2, lambda tokens, _: passes.append(tokens))
             batch = [Sequence(number, prompt) for number, prompt in enumerate(PROMPTS)]
@@ -212,7 +212,7 @@ def test_with_a_cache_each_model_gives_what_it_gives_without(other, tmp_path):
 
     @torch.no_grad()
     def without(me: Identity) -> list[list[int]]:
-        with ranks.start(here_plan, me) as here:
+        with process_groups.start(here_plan, me) as here:
             (chunk,) = model.build(here_plan, here.device)
             chunk.eval()
             texts = [list(prompt) for prompt in PROMPTS]

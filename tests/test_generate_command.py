@@ -20,13 +20,13 @@ from test_resume import path_of, start
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mixtrain.checkpoint import integrity, state
-from mixtrain.convert import to_hf
+from mixtrain.config.plan import Plan, resolve
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import FINISHED, REFUSED, UserError
-from mixtrain.generate import settings
-from mixtrain.generate.request import Request, Sampling
-from mixtrain.generate.run import run
-from mixtrain.plan import Plan, resolve
+from mixtrain.interop.convert import to_hf
+from mixtrain.interop.generate import settings
+from mixtrain.interop.generate.request import Request, Sampling
+from mixtrain.interop.generate.run import run
 
 DOCS = (ROOT / "docs" / "generate.md").read_text()
 COMMANDS = [shlex.split(line[2:]) for line in DOCS.splitlines() if line.startswith("$ python tools/generate.py")]

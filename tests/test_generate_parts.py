@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerFast
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mixtrain.data.tokenizer import train_bpe
-from mixtrain.generate.request import Sampling
-from mixtrain.generate.run import Progress
-from mixtrain.generate.sample import choose, kept, stream
-from mixtrain.generate.text import Text
-from mixtrain.generate.words import PREFIX, Follower
+from mixtrain.interop.generate.request import Sampling
+from mixtrain.interop.generate.run import Progress
+from mixtrain.interop.generate.sample import choose, kept, stream
+from mixtrain.interop.generate.text import Text
+from mixtrain.interop.generate.words import PREFIX, Follower
 
 LOGITS = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
 

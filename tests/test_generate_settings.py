@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 from test_parity import TINY
 
 from mixtrain.checkpoint.state import RunState
-from mixtrain.config import to_yaml
+from mixtrain.config.plan import Plan, resolve
+from mixtrain.config.schema import to_yaml
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import UserError
-from mixtrain.generate import settings, tokenizer
-from mixtrain.generate.request import Request, Sampling, read_prompts
-from mixtrain.plan import Plan, resolve
+from mixtrain.interop.generate import settings, tokenizer
+from mixtrain.interop.generate.request import Request, Sampling, read_prompts
 
 SHAPE = [*TINY, "router=none", "model.vocab_size=320", "parallel.expert_model_parallel_size=1"]
 

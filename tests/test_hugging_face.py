@@ -20,13 +20,14 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
-from mixtrain import loop, model, optimizer, places, ranks
-from mixtrain.config import Config
-from mixtrain.convert import settings, table
-from mixtrain.convert.weights import to_hugging_face, to_megatron
-from mixtrain.environment import Identity
-from mixtrain.plan import Plan, resolve
-from mixtrain.stop import StopRequest
+from mixtrain.config.plan import Plan, resolve
+from mixtrain.config.schema import Config
+from mixtrain.engine import model, optimizer, process_groups, shards
+from mixtrain.interop.convert import settings, table
+from mixtrain.interop.convert.weights import to_hugging_face, to_megatron
+from mixtrain.system.rank_identity import Identity
+from mixtrain.training import loop
+from mixtrain.training.signals import StopRequest
 
 LIMITS = {"outputs": 1e-4, "logits": 1e-4, "loss": 1e-5, "gradient": 1e-4}  # a gradient's: of its largest entry
 SEQUENCES, LENGTH = 4, 32
@@ -141,9 +142,9 @@ def here_and_there(plan: Plan, config: Config, folder: Path, me: Identity) -> di
     `config` is that of the weights; `plan` may differ from it by a fault.
     """
     there = torch.load(folder / "reference.pt", weights_only=True)
-    with ranks.start(plan, me) as rank:
+    with process_groups.start(plan, me) as rank:
         (chunk,) = model.build(plan, rank.device)
-        places.fill([chunk], to_megatron(config, load_file(folder / "model.safetensors")))
+        shards.fill([chunk], to_megatron(config, load_file(folder / "model.safetensors")))
         chunk.eval()
         tokens, labels = sequences()[:, :-1], sequences()[:, 1:]
         positions, outputs = torch.arange(LENGTH).expand(SEQUENCES, -1), {}
@@ -152,8 +153,8 @@ def here_and_there(plan: Plan, config: Config, folder: Path, me: Identity) -> di
         first = first_difference(there["outputs"], outputs, plan.config.model.num_layers)
         loss = chunk(tokens, positions, attention_mask=None, labels=labels).mean()
         loss.backward()
-        with places.standing_in([chunk], lambda parameter: parameter.grad):
-            gradients = to_hugging_face(config, places.read(plan, [chunk]))
+        with shards.standing_in([chunk], lambda parameter: parameter.grad):
+            gradients = to_hugging_face(config, shards.read(plan, [chunk]))
     assert set(gradients) == set(there["gradients"])
     assert all(largest(gradient) > 0 for gradient in there["gradients"].values())  # no expert was left without tokens
     return {
@@ -279,9 +280,9 @@ def test_top_1_is_another_model_there(reference, tmp_path):
 
 def loss_and_norm(plan: Plan, config: Config, folder: Path, me: Identity) -> list[float]:
     """LM loss and gradient norm of one training step, from Hugging Face's weights, at the plan's layout."""
-    with ranks.start(plan, me) as rank:
+    with process_groups.start(plan, me) as rank:
         chunks = model.build(plan, rank.device)
-        places.fill(chunks, to_megatron(config, load_file(folder / "model.safetensors")))
+        shards.fill(chunks, to_megatron(config, load_file(folder / "model.safetensors")))
         training = optimizer.build(plan, chunks)
         loss, norm, _ = loop.train_step(plan, rank, training, [microbatches()], StopRequest(), 1, SEQUENCES)
     return [loss, norm]

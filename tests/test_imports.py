@@ -18,7 +18,7 @@ LIGHT = [
     "train.py",
     *[f"mixtrain/{name}.py" for name in ("compose", "config", "costs", "environment", "errors", "jobs", "layouts")],
     *[f"mixtrain/{name}.py" for name in ("machine", "plan", "report", "status", "data/check")],
-    *[name for name in PACKAGE if name.startswith(("mixtrain/rules/", "mixtrain/launch/"))],
+    *[name for name in PACKAGE if name.startswith(("mixtrain/config/rules/", "mixtrain/launch/"))],
     "tools/submit.py",
     "mixtrain/checkpoint/megatron_args.py",
 ]

@@ -10,10 +10,10 @@ from composing import plan_of
 from rank_workers import run_ranks
 from test_parity import EP, PP, TINY
 
-from mixtrain import init, model, places, ranks
-from mixtrain.costs import stage_parameters
-from mixtrain.environment import Identity
-from mixtrain.plan import Plan
+from mixtrain.config.memory import stage_parameters
+from mixtrain.config.plan import Plan
+from mixtrain.engine import model, process_groups, shards, weight_init
+from mixtrain.system.rank_identity import Identity
 
 VPP = "parallel.virtual_pipeline_model_parallel_size="
 
@@ -21,9 +21,9 @@ VPP = "parallel.virtual_pipeline_model_parallel_size="
 def fingerprints(plan: Plan, me: Identity) -> dict[str, str]:
     """A hash of every shard that this rank holds, by global name, place and part."""
     found = {}
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         for chunk in model.build(plan, here.device):
-            for shard in places.shards(chunk):
+            for shard in shards.shards(chunk):
                 found[str((shard.key, shard.numbers, shard.cut))] = hashlib.sha256(
                     shard.data.detach().contiguous().numpy().tobytes()
                 ).hexdigest()
@@ -63,12 +63,12 @@ def test_no_two_tensors_are_alike_but_the_norms(one_rank):
 
 def statistics(plan: Plan, me: Identity) -> dict[str, list[float]]:
     """Mean and standard deviation by name; parameters of the real model as costs.py counts them."""
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         (chunk,) = model.build(plan, here.device)
         assert sum(parameter.numel() for parameter in chunk.parameters()) == sum(
             stage_parameters(plan.config.model, plan.config.parallel, stage=0)
         )
-        return {shard.key: [shard.data.mean().item(), shard.data.std().item()] for shard in places.shards(chunk)}
+        return {shard.key: [shard.data.mean().item(), shard.data.std().item()] for shard in shards.shards(chunk)}
 
 
 def test_weights_are_normal_with_the_std_that_megatron_gives_them(tmp_path):
@@ -81,7 +81,7 @@ def test_weights_are_normal_with_the_std_that_megatron_gives_them(tmp_path):
 
 def attributes(plan: Plan, me: Identity) -> list[bool]:
     """Marks that Megatron-Core puts on parameters and its optimizer reads."""
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         (chunk,) = model.build(plan, here.device)
         marks = {name: getattr(parameter, "allreduce", True) for name, parameter in chunk.named_parameters()}
         return [not marks[name] for name in marks if "experts" in name] + [
@@ -96,7 +96,7 @@ def test_experts_keep_the_mark_that_keeps_them_out_of_the_dense_reduction(tmp_pa
 
 def test_a_tensor_that_no_row_describes_is_an_error():
     with pytest.raises(RuntimeError, match="no row of TENSORS.*decoder.surprise"):
-        init.draw(plan_of(), "decoder.surprise", (), (2,))
+        weight_init.draw(plan_of(), "decoder.surprise", (), (2,))
 
 
 def test_materialise_refuses_to_leave_a_tensor_without_memory():
@@ -106,4 +106,4 @@ def test_materialise_refuses_to_leave_a_tensor_without_memory():
             self.register_buffer("table", torch.empty(2, device="meta"))
 
     with pytest.raises((RuntimeError, NotImplementedError), match="table|meta"):
-        init.materialise(Odd(), torch.device("cpu"))
+        weight_init.materialise(Odd(), torch.device("cpu"))

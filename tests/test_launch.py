@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mixtrain.status import read_status
+from mixtrain.system.status import read_status
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnBackend
 from rank_workers import run_ranks  # its import makes Megatron-Core run on the CPU
 
-from mixtrain.layers import attention, context, cpu_attention, experts, norm
-from mixtrain.layers.cpu_attention import BlockAttention
-from mixtrain.layers.experts import Experts
+from mixtrain.engine.layers import attention, context, experts, norm
+from mixtrain.engine.layers.cpu import attention as cpu_attention
+from mixtrain.engine.layers.cpu.attention import BlockAttention
+from mixtrain.engine.layers.experts import Experts
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # a few roundings of the type, at entries of size 1
 

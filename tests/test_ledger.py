@@ -11,7 +11,7 @@ from test_resume import records, start
 
 from mixtrain.data.batches import sample_ids
 from mixtrain.errors import FINISHED
-from mixtrain.ledger import digest
+from mixtrain.training.sample_digest import digest
 
 LAYOUTS = {
     "EP2": [EP + "2"],

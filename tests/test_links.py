@@ -10,11 +10,11 @@ import hf_models
 import pytest
 
 from mixtrain.checkpoint import integrity
-from mixtrain.convert import hf_files, origin, to_hf, to_megatron
 from mixtrain.data.check import check_files
 from mixtrain.data.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from mixtrain.errors import UserError
-from mixtrain.links import directory_in, file_in
+from mixtrain.interop.convert import hf_files, source_config, to_hf, to_megatron
+from mixtrain.system.links import directory_in, file_in
 
 WORDS = json.dumps({"model": {"vocab": {"<|endoftext|>": 0, "a": 1}}})
 
@@ -145,7 +145,7 @@ def test_an_export_takes_no_tokenizer_through_a_link_of_the_run(converted, secre
     hf_models.copied(converted / "release", run / "release")
     (run / "tokenizer").symlink_to(tokenizer_in(tmp_path / "private"))
     with pytest.raises(UserError, match="tokenizer is a link that leads out of its directory, to .*private"):
-        origin.tokenizer_of(run / "release", origin.config_of(run / "release"))
+        source_config.tokenizer_of(run / "release", source_config.config_of(run / "release"))
     (run / "tokenizer").unlink()
     (tokenizer_in(run / "tokenizer") / "merges.txt").symlink_to(secret)
     with pytest.raises(UserError, match="merges.txt is a link that leads out of its directory"):

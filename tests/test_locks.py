@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from composing import plan_of
 
-from mixtrain import locks
-from mixtrain.convert.output import written_whole
 from mixtrain.errors import UserError
-from mixtrain.run_directory import LOCK, claimed, is_in_use
+from mixtrain.interop.convert.output import written_whole
+from mixtrain.system import locks
+from mixtrain.training.run_directory import LOCK, claimed, is_in_use
 
 NOBODY = 65534
 HERE = socket.gethostname()

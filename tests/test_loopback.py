@@ -9,9 +9,9 @@ import sys
 import pytest
 from composing import ROOT, unstarted_environment
 
-from mixtrain import ranks
-from mixtrain.environment import INTERFACES, Identity, interface_problem
+from mixtrain.engine import process_groups
 from mixtrain.errors import REFUSED, UserError
+from mixtrain.system.rank_identity import INTERFACES, Identity, interface_problem
 
 
 def test_an_interface_that_is_up_is_no_problem_and_one_that_is_missing_is_named():
@@ -23,7 +23,7 @@ def test_an_interface_that_is_up_is_no_problem_and_one_that_is_missing_is_named(
 
 def test_a_rank_that_somebody_else_has_started_does_not_wait_for_an_interface_that_is_not_there(monkeypatch):
     monkeypatch.setenv(INTERFACES, "ib7")
-    with pytest.raises(UserError, match="ib7"), ranks.start(None, Identity(0, 2, 0, 1, "env://")):
+    with pytest.raises(UserError, match="ib7"), process_groups.start(None, Identity(0, 2, 0, 1, "env://")):
         pass
 
 

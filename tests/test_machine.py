@@ -12,9 +12,9 @@ import pytest
 from composing import path_without_slurm, plan_of
 
 from mixtrain.data.index import HEADER, MAGIC
-from mixtrain.environment import Identity, identity
 from mixtrain.errors import FINISHED, REFUSED
-from mixtrain.machine import gpu_count, installed, machine_problems
+from mixtrain.launch.machine_checks import gpu_count, installed, machine_problems
+from mixtrain.system.rank_identity import Identity, identity
 from train import main
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"

@@ -19,10 +19,10 @@ from rank_workers import run_ranks
 from test_parity import CP, EP, ETP, PLAIN, PP, TP, VPP
 from test_resume import BF16, SHORT, path_of, start
 
-from mixtrain import model, optimizer, places, ranks
 from mixtrain.checkpoint import content, optimizer_state, safe
 from mixtrain.checkpoint.megatron_args import ARGS, megatron_args
 from mixtrain.checkpoint.state import RunState
+from mixtrain.engine import model, optimizer, process_groups, shards
 
 # What load_args_from_checkpoint of Megatron-LM core_v0.16.1 and core_r0.19.0 takes from a checkpoint's args.
 SET = """
@@ -154,7 +154,7 @@ def test_upstream_loads_what_was_saved_and_saves_the_same_keys_shapes_and_bits(n
     theirs.mkdir()
 
     def load_and_save(me) -> list[str]:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             for_want_of_fused_adam(training)
             unlike = [*wrong(training, ours)]
@@ -194,7 +194,7 @@ def for_want_of_fused_adam(training: optimizer.Training) -> None:
 def upstreams(training: optimizer.Training, metadata: dict, **how) -> dict:
     """The state dict that Megatron-LM makes: model, optimizer and random streams."""
     metadata = {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    chunks = [places.unwrap(chunk).sharded_state_dict(metadata=metadata) for chunk in training.chunks]
+    chunks = [shards.unwrap(chunk).sharded_state_dict(metadata=metadata) for chunk in training.chunks]
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     tree = dict(zip(names, chunks, strict=True))
     rng = content.rng_object(content.rng_state().data, by_data_rank=False)
@@ -225,7 +225,7 @@ def wrong(training: optimizer.Training, path: Path):
     """The keys of this rank's weights and optimizer states that are not, bit for bit, what the checkpoint has."""
     wholes = tensors_of(path)
     for chunk in training.chunks:
-        for shard in places.shards(chunk):
+        for shard in shards.shards(chunk):
             if differ(shard.data.contiguous(), shard.of(wholes[shard.key]).contiguous()):
                 yield shard.key
     for part in optimizer_state.sharded(training, "adam"):

@@ -13,7 +13,8 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from rank_workers import run_ranks
 
-from mixtrain import config, model, ranks
+from mixtrain.config import schema
+from mixtrain.engine import model, process_groups
 from mixtrain.errors import UserError
 
 MEGATRON = {
@@ -32,7 +33,7 @@ OURS = {
 
 
 def keys(section: str) -> set[str]:
-    kind = get_type_hints(config.Config)[section]
+    kind = get_type_hints(schema.Config)[section]
     assert is_dataclass(kind)
     return {field.name for field in fields(kind)}
 
@@ -91,7 +92,7 @@ def test_building_takes_no_memory_before_materialise(tmp_path):
     big = plan_of("+recipe=mixtral_8x7b_ep8", "trainer.num_nodes=2", "parallel=ep1", "trainer.device_memory_gib=null")
 
     def count(me) -> int:
-        with ranks.start(plan, me), torch.device("meta"):
+        with process_groups.start(plan, me), torch.device("meta"):
             built = model.gpt_model(big, model.transformer_config(big), None)
             assert all(parameter.is_meta for parameter in built.parameters())
             return sum(parameter.numel() for parameter in built.parameters())

@@ -10,10 +10,10 @@ from rank_workers import run_ranks
 from test_parity import TINY, measure
 from test_run import start
 
-from mixtrain.compose import CONF, options
-from mixtrain.machine import machine_problems
-from mixtrain.run import run
-from mixtrain.status import read_status
+from mixtrain.config.compose import CONF, options
+from mixtrain.launch.machine_checks import machine_problems
+from mixtrain.system.status import read_status
+from mixtrain.training.worker import run
 
 RATES = ["optimizer.lr=1e-3", "optimizer.min_lr=1e-4", "optimizer.lr_warmup_steps=0"]
 GROUPS = ("router", "dispatcher", "parallel", "model", "optimizer")  # which change what a step computes

@@ -13,7 +13,7 @@ from rank_workers import run_ranks
 from test_parity import EP, PP, TINY
 
 from mixtrain.errors import FINISHED
-from mixtrain.run import run
+from mixtrain.training.worker import run
 
 OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
 UNSEEN = ["trainer.limit_val_batches=0"]  # no validation or test that would gather what a save needs

@@ -17,15 +17,15 @@ from test_conversion import LAYOUTS, tool, words_of
 from test_conversion_values import add_tokenizer, values_of
 from test_verify_conversion import found_by
 
-from mixtrain import init
 from mixtrain.checkpoint import state
-from mixtrain.convert import origin, to_hf, to_megatron
+from mixtrain.config.plan import derive
+from mixtrain.engine import weight_init
 from mixtrain.errors import FINISHED, UserError
-from mixtrain.generate import tokenizer
-from mixtrain.generate.request import Request, Sampling
-from mixtrain.generate.sample import choose, stream
-from mixtrain.plan import derive
-from mixtrain.run import run
+from mixtrain.interop.convert import source_config, to_hf, to_megatron
+from mixtrain.interop.generate import tokenizer
+from mixtrain.interop.generate.request import Request, Sampling
+from mixtrain.interop.generate.sample import choose, stream
+from mixtrain.training.worker import run
 
 sys.path.insert(0, str(ROOT / "tools"))
 import convert_hf_to_megatron  # noqa: E402
@@ -63,10 +63,10 @@ def test_rows_are_added_as_a_new_model_has_them_and_no_other_number_changes(unev
     assert plain.keys() == here.keys()
     assert {key for key in plain if plain[key].shape != here[key].shape} == set(ROWS)
     assert all(torch.equal(here[key][: len(plain[key])], plain[key]) for key in plain)
-    config = origin.config_of(padded / "release")
+    config = source_config.config_of(padded / "release")
     assert config.model.vocab_size == PADDED and state.read(padded / "release").hf_source["vocab_size"] == OWN
     for key in ROWS:
-        assert torch.equal(here[key][OWN:], init.draw(derive(config), key, (), (PADDED - OWN, 64)))
+        assert torch.equal(here[key][OWN:], weight_init.draw(derive(config), key, (), (PADDED - OWN, 64)))
     to_megatron.convert(uneven, tmp_path / "said", divisible_by=DIVISIBLE_BY)
     said = capfd.readouterr().err
     assert said.startswith("model.vocab_size = 256: 1 row as a new model has them, beside the 255 of config.json")

@@ -9,8 +9,8 @@ import sys
 import pytest
 from composing import ROOT, unstarted_environment
 
-from mixtrain.compose import CONF, SCENARIOS, check_overrides, compose, options
-from mixtrain.config import FREE, legal_keys
+from mixtrain.config.compose import CONF, SCENARIOS, check_overrides, compose, options
+from mixtrain.config.schema import FREE, legal_keys
 
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.name != "faults.md"]
 REFUSED = "parallel.expert_model_parallel_size=5"  # the README shows what is said of it

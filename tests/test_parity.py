@@ -12,14 +12,15 @@ import torch
 from composing import plan_of
 from rank_workers import run_ranks
 
-from mixtrain import loop, model, optimizer, ranks
-from mixtrain.environment import Identity
-from mixtrain.layers.attention import CoreAttention
-from mixtrain.layers.experts import Experts
-from mixtrain.layers.norm import RMSNorm
-from mixtrain.moe_metrics import ExpertLoad, collect_balancing_loss
-from mixtrain.plan import Plan
-from mixtrain.stop import StopRequest
+from mixtrain.config.plan import Plan
+from mixtrain.engine import model, optimizer, process_groups
+from mixtrain.engine.layers.attention import CoreAttention
+from mixtrain.engine.layers.experts import Experts
+from mixtrain.engine.layers.norm import RMSNorm
+from mixtrain.engine.moe_metrics import ExpertLoad, collect_balancing_loss
+from mixtrain.system.rank_identity import Identity
+from mixtrain.training import loop
+from mixtrain.training.signals import StopRequest
 
 TINY = [
     "model.num_layers=4",
@@ -93,7 +94,7 @@ LAYOUTS = {
 
 def three_steps(plan: Plan, me: Identity) -> dict:
     """Three training steps on one random global batch: losses, norms, loads, balance, and a held-out loss."""
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         load = ExpertLoad(plan, training.chunks, here.device)
         streams = [iter(random_batches(plan)) for _ in training.chunks]

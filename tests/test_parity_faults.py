@@ -12,12 +12,14 @@ import torch
 from composing import quick_tree_of
 from megatron.core import parallel_state
 
-from mixtrain import contract, model, places
-from mixtrain.config import Config
-from mixtrain.parity import certificate, measure
-from mixtrain.parity.layouts import Layout
-from mixtrain.parity.verdict import Verdict
-from mixtrain.plan import make_plan
+from mixtrain.config import tensor_schema
+from mixtrain.config.planner import make_plan
+from mixtrain.config.schema import Config
+from mixtrain.engine import model, shards
+from mixtrain.proof.parity import certificate
+from mixtrain.proof.parity.layouts import Layout
+from mixtrain.training import measured_step
+from mixtrain.training.compare_steps import Verdict
 
 SMALL = ["+shrink=parity", "model.num_layers=2", "checkpoint=none"]
 EP2, TP2, CP2 = Layout(2, ep=2), Layout(2, tp=2), Layout(2, cp=2)
@@ -33,7 +35,7 @@ class Bench:
     def at(self, layout: Layout, sabotage=lambda me: None) -> Verdict:
         def work(plan, me, wholes):
             sabotage(me)
-            return measure.measure(plan, me, wholes)
+            return measured_step.measure(plan, me, wholes)
 
         self.count += 1
         plan = make_plan(layout.of(self.config))
@@ -150,19 +152,19 @@ def test_a_norm_that_is_not_added_up_over_the_sequence(bench):
 
 def test_a_part_that_no_rank_holds(bench):
     def sabotage(me) -> None:
-        every, train = places.shards, measure.two_steps
+        every, train = shards.shards, measured_step.two_steps
 
         def train_then_lose(*arguments):
             trained = train(*arguments)
-            places.shards = lambda chunk: (
+            shards.shards = lambda chunk: (
                 shard for shard in every(chunk) if shard.key != "output_layer.weight" or me.rank == 0
             )
             return trained
 
-        measure.two_steps = train_then_lose
+        measured_step.two_steps = train_then_lose
 
     verdict = bench.at(TP2, sabotage)
-    rows = contract.shapes(bench.config)["output_layer.weight"]
+    rows = tensor_schema.shapes(bench.config)["output_layer.weight"]
     assert verdict.outside == [
         f"output_layer.weight: the ranks hold {rows[0] * rows[1] // 2} of {rows[0] * rows[1]} elements"
     ]

@@ -6,7 +6,7 @@ import pytest
 from composing import plan_of
 from test_parity import CP, EP, PP, TINY, TP, measure
 
-from mixtrain import limits
+from mixtrain.config import layout_sensitive
 
 DP2 = "trainer.devices=2"
 GLOBAL = ["router=global_aux_loss", "router.moe_aux_loss_coeff=0.1"]
@@ -102,7 +102,7 @@ def test_what_balances_or_drops_looks_at_the_tokens_of_one_rank(switch, layout, 
     here = measure([*HALVES[layout], *switch], tmp_path / "here")
     assert one["loads"][0] != here["loads"][0] and one["losses"][0] != pytest.approx(here["losses"][0], rel=5e-7)
     assert one["losses"][0] == pytest.approx(here["losses"][0], rel=1e-2)  # another choice of experts, no more
-    assert limits.broken(plan_of(*TINY, *HALVES[layout], *switch).config, 1)
+    assert layout_sensitive.broken(plan_of(*TINY, *HALVES[layout], *switch).config, 1)
 
 
 @pytest.mark.long
@@ -125,7 +125,7 @@ def test_the_plan_tells_what_depends_on_its_layout_and_only_that():
     assert told(*HALVES["TP2"]) == told(EP + "2", "router=sinkhorn") == told(EP + "2", DP2, *JITTER) == []
 
 
-@pytest.mark.parametrize("limit", limits.LIMITS, ids=lambda limit: limit.name)
+@pytest.mark.parametrize("limit", layout_sensitive.LIMITS, ids=lambda limit: limit.name)
 def test_a_limit_is_for_its_switch_alone(limit):
     words = {
         "sinkhorn": ["router=sinkhorn"],
@@ -139,5 +139,5 @@ def test_a_limit_is_for_its_switch_alone(limit):
     }[limit.name]
     assert not limit.applies(plan_of(*TINY, EP + "1").config)
     config = plan_of(*TINY, EP + "1", *words).config
-    assert [other.name for other in limits.LIMITS if other.applies(config)] == [limit.name]
-    assert limits.broken(config, 1) == []  # one rank is within every limit
+    assert [other.name for other in layout_sensitive.LIMITS if other.applies(config)] == [limit.name]
+    assert layout_sensitive.broken(config, 1) == []  # one rank is within every limit

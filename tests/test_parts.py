@@ -11,14 +11,14 @@ from checkpoints import tensors_of
 from composing import config_of, plan_of
 from rank_workers import run_ranks
 
-from mixtrain import model, optimizer, ranks
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
-from mixtrain.convert import runs, table
+from mixtrain.config.plan import resolve
+from mixtrain.engine import model, optimizer, process_groups
 from mixtrain.errors import UserError
-from mixtrain.plan import resolve
-from mixtrain.windows import window
+from mixtrain.interop.convert import spans, table
+from mixtrain.system.mmap_tensor import window
 
 SMALL = ["data=mock", "data.seq_length=32", "model.hidden_size=64", "model.num_attention_heads=4",
          "model.num_query_groups=2", "model.kv_channels=16", "model.moe_ffn_hidden_size=96", "model.vocab_size=64",
@@ -29,7 +29,7 @@ SMALL = ["data=mock", "data.seq_length=32", "model.hidden_size=64", "model.num_a
 @pytest.mark.parametrize("layout", ["hub", "fused"])
 @pytest.mark.parametrize("words", [[], ["model.qk_layernorm=true"], ["model.num_query_groups=1"]])
 def test_runs_cover_every_element_of_both_sides_once(words, layout):
-    index = runs.index(resolve(config_of(*SMALL, *words)), layout)
+    index = spans.index(resolve(config_of(*SMALL, *words)), layout)
     for key, several in index.by_key.items():
         at = 0
         for run in several:
@@ -46,18 +46,18 @@ def test_runs_cover_every_element_of_both_sides_once(words, layout):
 
 
 def test_overlapping_gives_what_a_range_has_of_each_run():
-    several = [runs.Run("a", 0, "k", 0, 10), runs.Run("a", 10, "k", 50, 5), runs.Run("a", 15, "k", 20, 5)]
-    found = [(run.place, low, high) for run, low, high in runs.overlapping(several, 8, 17, runs.START)]
+    several = [spans.Run("a", 0, "k", 0, 10), spans.Run("a", 10, "k", 50, 5), spans.Run("a", 15, "k", 20, 5)]
+    found = [(run.place, low, high) for run, low, high in spans.overlapping(several, 8, 17, spans.START)]
     assert found == [(0, 8, 10), (50, 0, 5), (20, 0, 2)]
 
 
 def test_overlapping_of_every_range_is_what_a_range_has_of_each_run():
-    several = [runs.Run("a", 0, "k", 30, 4), runs.Run("a", 4, "k", 0, 1), runs.Run("a", 5, "k", 10, 6)]
+    several = [spans.Run("a", 0, "k", 30, 4), spans.Run("a", 4, "k", 0, 1), spans.Run("a", 5, "k", 10, 6)]
     for start in range(12):
         for stop in range(start, 12):
             whole = [(run, max(start - run.start, 0), min(stop - run.start, run.count)) for run in several]
             expected = [(run, low, high) for run, low, high in whole if low < high]
-            assert list(runs.overlapping(several, start, stop, runs.START)) == expected
+            assert list(spans.overlapping(several, start, stop, spans.START)) == expected
 
 
 def test_tensors_come_layer_after_layer_and_within_one_as_the_model_uses_them():
@@ -69,13 +69,13 @@ def test_tensors_come_layer_after_layer_and_within_one_as_the_model_uses_them():
         return [f"{layer}.input_layernorm", *attention, f"{layer}.post_attention_layernorm", f"{moe}.gate", *experts]
 
     expected = ["model.embed_tokens", *of_layer(0), *of_layer(1), "model.norm", "lm_head"]
-    index = runs.index(resolve(config_of(*SMALL)), "hub")
+    index = spans.index(resolve(config_of(*SMALL)), "hub")
     assert list(index.names) == [f"{name}.weight" for name in expected]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_runs_are_as_few_as_groups_of_heads_allow(groups):
-    index = runs.index(resolve(config_of(*SMALL, f"model.num_query_groups={groups}")), "hub")
+    index = spans.index(resolve(config_of(*SMALL, f"model.num_query_groups={groups}")), "hub")
     in_parts = {name for name, several in index.by_name.items() if len(several) > 1}
     cut = {name for name in index.names if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")}
     assert in_parts == (cut if groups > 1 else set())
@@ -84,7 +84,7 @@ def test_runs_are_as_few_as_groups_of_heads_allow(groups):
 
 def test_a_tensor_of_one_element_is_one_run():
     piece = table.Piece("key", (), (1,), ("name",), "whole", table.Heads(1, 1, 1))
-    assert list(runs.runs(piece, (1,))) == [runs.Run("name", 0, "key", 0, 1)]
+    assert list(spans.runs(piece, (1,))) == [spans.Run("name", 0, "key", 0, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def checkpoint(tmp_path_factory):
     (folder / "run").mkdir()
 
     def save(me) -> None:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             Saver(plan, here, training, print).save(RunState(step=1))
 

@@ -14,18 +14,18 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mixtrain import pipeline
-from mixtrain.config import ParallelConfig
-from mixtrain.plan import resolve
+from mixtrain.config import pipeline_split
+from mixtrain.config.plan import resolve
+from mixtrain.config.schema import ParallelConfig
 
-FIRST, LAST = pipeline.SIZES
-EMBEDDING, LOSS = pipeline.FLAGS
+FIRST, LAST = pipeline_split.SIZES
+EMBEDDING, LOSS = pipeline_split.FLAGS
 PLACES = {LayerType.embedding: "E", LayerType.decoder: "t", LayerType.loss: "L", LayerType.mtp: "m"}
 
 
 def parallel_of(pp: int, vpp: int | None = None, layout: str | None = None, **keys: object) -> ParallelConfig:
     """The keys of a pipeline; `pipeline` reads no others."""
-    uneven = dict.fromkeys(pipeline.SIZES) | dict.fromkeys(pipeline.FLAGS, False) | keys
+    uneven = dict.fromkeys(pipeline_split.SIZES) | dict.fromkeys(pipeline_split.FLAGS, False) | keys
     return ParallelConfig(
         pipeline_model_parallel_size=pp,
         virtual_pipeline_model_parallel_size=vpp,
@@ -34,10 +34,10 @@ def parallel_of(pp: int, vpp: int | None = None, layout: str | None = None, **ke
     )
 
 
-def megatrons_stages(parallel: ParallelConfig, num_layers: int) -> pipeline.Stages | None:
+def megatrons_stages(parallel: ParallelConfig, num_layers: int) -> pipeline_split.Stages | None:
     """Layers of each chunk of each stage as Megatron-Core builds them; None where it refuses the configuration."""
     pp, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
-    keys = {key: getattr(parallel, key) for key in (*pipeline.SIZES, *pipeline.FLAGS)}
+    keys = {key: getattr(parallel, key) for key in (*pipeline_split.SIZES, *pipeline_split.FLAGS)}
     try:
         config = TransformerConfig(
             num_layers=num_layers,
@@ -80,23 +80,25 @@ GRID = list(pipelines())
 def test_a_pipeline_is_refused_exactly_where_megatron_refuses_it_and_has_megatrons_layers():
     accepted = refused = 0
     for parallel, num_layers in product(GRID, range(1, 19)):
-        theirs, problems = megatrons_stages(parallel, num_layers), pipeline.problems(parallel, num_layers)
+        theirs, problems = megatrons_stages(parallel, num_layers), pipeline_split.problems(parallel, num_layers)
         impossible = theirs is None or min(map(min, theirs)) < 0
         assert bool(problems) == impossible, (parallel, num_layers, theirs, problems)
         if impossible:
             refused += 1
         else:
             accepted += 1
-            assert pipeline.stages(parallel, num_layers) == theirs, (parallel, num_layers)
+            assert pipeline_split.stages(parallel, num_layers) == theirs, (parallel, num_layers)
             assert sum(map(sum, theirs)) == num_layers
     assert min(accepted, refused) > 300
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 7])
 def test_without_a_pipeline_one_stage_has_every_layer(num_layers):
-    assert pipeline.problems(parallel_of(1), num_layers) == []
+    assert pipeline_split.problems(parallel_of(1), num_layers) == []
     assert (
-        pipeline.stages(parallel_of(1), num_layers) == megatrons_stages(parallel_of(1), num_layers) == ((num_layers,),)
+        pipeline_split.stages(parallel_of(1), num_layers)
+        == megatrons_stages(parallel_of(1), num_layers)
+        == ((num_layers,),)
     )
 
 
@@ -104,13 +106,13 @@ def test_without_a_pipeline_one_stage_has_every_layer(num_layers):
 def test_an_uneven_split_of_one_stage_is_refused_though_megatron_takes_it(keys):
     parallel = parallel_of(1, **keys)
     assert megatrons_stages(parallel, 2) is not None
-    assert "needs parallel.pipeline_model_parallel_size of 2 or more" in pipeline.problems(parallel, 2)[0]
+    assert "needs parallel.pipeline_model_parallel_size of 2 or more" in pipeline_split.problems(parallel, 2)[0]
 
 
 def test_a_stage_of_less_than_no_layers_is_refused_though_megatron_counts_with_it():
     parallel = parallel_of(2, **{FIRST: 8})
     assert megatrons_stages(parallel, 4) == ((8,), (-4,))
-    assert [text for text in pipeline.problems(parallel, 4) if text.endswith("; use 9")]
+    assert [text for text in pipeline_split.problems(parallel, 4) if text.endswith("; use 9")]
 
 
 # pipeline keys, layers, and what the problem says
@@ -142,7 +144,7 @@ REFUSED = {
 def test_what_megatron_refuses_is_refused_with_its_numbers(name):
     parallel, num_layers, said = REFUSED[name]
     assert megatrons_stages(parallel, num_layers) is None
-    assert [text for text in pipeline.problems(parallel, num_layers) if said in text], pipeline.problems(
+    assert [text for text in pipeline_split.problems(parallel, num_layers) if said in text], pipeline_split.problems(
         parallel, num_layers
     )
 
@@ -165,7 +167,7 @@ ENDS = {
 @pytest.mark.parametrize("name", ENDS)
 def test_a_refusal_ends_with_what_is_legal(name):
     parallel, num_layers, said = ENDS[name]
-    assert pipeline.problems(parallel, num_layers)[0].endswith(said)
+    assert pipeline_split.problems(parallel, num_layers)[0].endswith(said)
 
 
 # pipeline keys, layers, and all that is said: no second problem that is arithmetic with what the first refuses
@@ -203,22 +205,22 @@ ALONE = {
 @pytest.mark.parametrize("name", ALONE)
 def test_what_is_refused_has_no_second_problem_that_follows_from_it(name):
     parallel, num_layers, said = ALONE[name]
-    assert pipeline.problems(parallel, num_layers) == [said]
+    assert pipeline_split.problems(parallel, num_layers) == [said]
 
 
 def test_a_layout_of_fewer_segments_than_stages_leaves_stages_without_layers():
     """It is refused; its numbers are made all the same."""
-    assert pipeline.stages(parallel_of(4, layout="Et|tL"), 2) == ((1,), (1,), (0,), (0,))
+    assert pipeline_split.stages(parallel_of(4, layout="Et|tL"), 2) == ((1,), (1,), (0,), (0,))
 
 
 def test_the_numbers_that_a_refusal_offers_are_legal():
     offers = 0
     for parallel, num_layers in product(GRID, range(1, 13)):
-        problems = pipeline.problems(parallel, num_layers)
+        problems = pipeline_split.problems(parallel, num_layers)
         if len(problems) == 1 and "; use " in problems[0] and problems[0].startswith("model.num_layers"):
             numbers = [int(number) for number in problems[0].split("; use ")[1].split(" or ")]
             offers += len(numbers)
-            assert numbers and all(pipeline.problems(parallel, number) == [] for number in numbers), problems
+            assert numbers and all(pipeline_split.problems(parallel, number) == [] for number in numbers), problems
     assert offers > 300
 
 
@@ -241,14 +243,14 @@ LAYOUTS = {  # layout: (stages, what each chunk of each stage has)
 def test_a_layout_gives_megatrons_layers(layout):
     pp, expected = LAYOUTS[layout]
     parallel = parallel_of(pp, layout=layout)
-    num_layers = pipeline.fewest_layers(parallel)
+    num_layers = pipeline_split.fewest_layers(parallel)
     assert megatrons_stages(parallel, num_layers) == expected
     if expected is None:
-        assert pipeline.problems(parallel, num_layers)
+        assert pipeline_split.problems(parallel, num_layers)
     else:
-        assert pipeline.problems(parallel, num_layers) == []
-        assert pipeline.stages(parallel, num_layers) == expected
-        assert pipeline.chunks_of_layout(parallel) == (len(expected[0]) if len(expected[0]) > 1 else None)
+        assert pipeline_split.problems(parallel, num_layers) == []
+        assert pipeline_split.stages(parallel, num_layers) == expected
+        assert pipeline_split.chunks_of_layout(parallel) == (len(expected[0]) if len(expected[0]) > 1 else None)
 
 
 def test_random_layouts_are_refused_exactly_where_megatron_refuses_them():
@@ -258,12 +260,12 @@ def test_random_layouts_are_refused_exactly_where_megatron_refuses_them():
         inner = [letters[i] for i in torch.randint(len(letters), (4,), generator=generator)]
         layout, pp = "".join(["Et", *inner, "L"]), int(torch.randint(1, 4, (), generator=generator))
         parallel = parallel_of(pp, layout=layout)
-        num_layers = pipeline.fewest_layers(parallel)
+        num_layers = pipeline_split.fewest_layers(parallel)
         theirs = megatrons_stages(parallel, num_layers)
-        assert bool(pipeline.problems(parallel, num_layers)) == (theirs is None), layout
+        assert bool(pipeline_split.problems(parallel, num_layers)) == (theirs is None), layout
         if theirs is not None:
             accepted += 1
-            assert pipeline.stages(parallel, num_layers) == theirs, layout
+            assert pipeline_split.stages(parallel, num_layers) == theirs, layout
     assert accepted > 200
 
 
@@ -274,9 +276,9 @@ def test_segments_unroll_as_megatron_unrolls_them(layout):
             "".join(PLACES[kind] for kind in stage) for stage in PipelineParallelLayerLayout.parse_str_to_list(layout)
         ]
     except AssertionError:
-        assert pipeline.problems(parallel_of(2, layout=layout), 2)
+        assert pipeline_split.problems(parallel_of(2, layout=layout), 2)
     else:
-        assert pipeline.segments(layout) == theirs
+        assert pipeline_split.segments(layout) == theirs
 
 
 def test_the_fewest_layers_are_the_fewest_that_leave_no_chunk_empty():
@@ -285,14 +287,15 @@ def test_the_fewest_layers_are_the_fewest_that_leave_no_chunk_empty():
         filled = (
             number
             for number in range(1, 40)
-            if pipeline.problems(parallel, number) == [] and min(map(min, pipeline.stages(parallel, number))) > 0
+            if pipeline_split.problems(parallel, number) == []
+            and min(map(min, pipeline_split.stages(parallel, number))) > 0
         )
         fewest = next(filled, None)  # none: the sizes of the first and last stage are wrong whatever the rest has
         if fewest is not None:
             found += 1
-            assert pipeline.fewest_layers(parallel) == fewest, parallel
+            assert pipeline_split.fewest_layers(parallel) == fewest, parallel
     assert found > 60
-    assert pipeline.fewest_layers(parallel_of(1)) == 2
+    assert pipeline_split.fewest_layers(parallel_of(1)) == 2
 
 
 def test_a_configuration_that_leaves_the_layers_open_is_given_the_fewest():

@@ -7,12 +7,13 @@ from dataclasses import FrozenInstanceError
 import pytest
 from composing import config_of, derived, plan_of
 
-from mixtrain.activations import in_flight, layer_bytes
-from mixtrain.config import Config
-from mixtrain.costs import GIB, layer_parameters, training_flops
+from mixtrain.config.activations import in_flight, layer_bytes
+from mixtrain.config.laptop_layout import LAPTOP_RANKS, nearest_layout
+from mixtrain.config.memory import GIB, layer_parameters, training_flops
+from mixtrain.config.plan import Plan, ranks_needed, resolve
+from mixtrain.config.planner import make_plan
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.layouts import LAPTOP_RANKS, nearest_layout
-from mixtrain.plan import Plan, make_plan, ranks_needed, resolve
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 FP32_GRADIENTS = "optimizer.grad_reduce_in_fp32=true"

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from composing import config_of, derived, plan_of
 
-from mixtrain import limits
-from mixtrain.plan import batch_size_at, make_plan, ranks_needed, resolve, samples_before
+from mixtrain.config import layout_sensitive
+from mixtrain.config.plan import batch_size_at, ranks_needed, resolve, samples_before
+from mixtrain.config.planner import make_plan
 
 TIED = "model.untie_embeddings_and_output_weights=false"
 
@@ -145,7 +146,7 @@ def test_a_plan_of_a_recipe_knows_what_was_changed_of_it():
 
 def test_a_plan_warns_of_what_its_layout_changes():
     plan = plan_of("router=sinkhorn", "parallel.context_parallel_size=2")
-    (expected,) = limits.warnings(plan.config, plan.data_parallel_size)
+    (expected,) = layout_sensitive.warnings(plan.config, plan.data_parallel_size)
     assert expected in plan.warnings and "CP 2" in expected
 
 

@@ -8,11 +8,11 @@ import pytest
 from composing import RECIPES, ROOT, config_of, derived, plan_of, problems_of, tree_of
 from omegaconf import OmegaConf
 
-from mixtrain.compose import ADDED_GROUPS, CONF, SCENARIOS, options
-from mixtrain.config import DataKind, TransformerImpl, leaves, legal_keys
-from mixtrain.costs import GIB
-from mixtrain.layouts import LAPTOP_RANKS
-from mixtrain.machine import packages
+from mixtrain.config.compose import ADDED_GROUPS, CONF, SCENARIOS, options
+from mixtrain.config.laptop_layout import LAPTOP_RANKS
+from mixtrain.config.memory import GIB
+from mixtrain.config.schema import DataKind, TransformerImpl, leaves, legal_keys
+from mixtrain.launch.machine_checks import packages
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in (*ADDED_GROUPS, SCENARIOS))
 SHRINKS = options("shrink")

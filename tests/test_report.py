@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from composing import RECIPES, derived, plan_of
 
-from mixtrain.report import render
+from mixtrain.config.plan_page import render
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 WIDTH = 100

@@ -14,10 +14,11 @@ from composing import plan_of
 from rank_workers import run_ranks
 from test_parity import CP, EP, ETP, OVERLAPPED, PLAIN, PP, TINY, TP, VPP
 
-from mixtrain import contract, resume
 from mixtrain.checkpoint.save import Saver
+from mixtrain.config import tensor_schema
 from mixtrain.errors import FINISHED
-from mixtrain.run import run
+from mixtrain.training import resume
+from mixtrain.training.worker import run
 
 TIMING = ("tokens_per_second", "step_seconds")
 # what is left to the run's length by default, so that runs of different lengths are the same run
@@ -167,7 +168,7 @@ def test_a_checkpoint_has_the_keys_and_shapes_of_the_contract_and_three_of_them_
     run_dir = whole(*LAYOUTS["EP2"])
     config = plan_of(*SHORT, *LAYOUTS["EP2"]).config
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors_of(path_of(run_dir, 4)).items()}
-    model = contract.shapes(config)
+    model = tensor_schema.shapes(config)
     states = {
         f"optimizer.state.{name}.{key}": model[key] for name in ("param", "exp_avg", "exp_avg_sq") for key in model
     }

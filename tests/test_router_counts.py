@@ -8,8 +8,9 @@ from composing import plan_of
 from rank_workers import run_ranks
 from test_parity import EP, TINY
 
-from mixtrain import loop, model, moe_metrics, optimizer, ranks
-from mixtrain.stop import StopRequest
+from mixtrain.engine import model, moe_metrics, optimizer, process_groups
+from mixtrain.training import loop
+from mixtrain.training.signals import StopRequest
 
 STEPS = 20
 WORDS = ["trainer.precision=bf16", "data.seq_length=256", "model.max_position_embeddings=256", "model.num_layers=2"]
@@ -34,7 +35,7 @@ def test_every_buffer_of_the_model_is_fp32_or_whole_numbers(router, precision, i
 
 
 def buffers_of(plan, me) -> dict[str, str]:
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         (chunk,) = model.build(plan, here.device)
         return {name: str(buffer.dtype) for name, buffer in chunk.named_buffers()}
 
@@ -58,7 +59,7 @@ def counted(plan, me) -> list[dict]:
     """Of each step what the routers counted, or how their biases moved, and what that is by counts of whole numbers."""
     from test_parity import random_batches
 
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         routers = [
             m for chunk in training.chunks for m in chunk.modules() if hasattr(m, "reset_global_aux_loss_tracker")

@@ -9,11 +9,11 @@ import re
 import pytest
 from composing import RECIPES, config_of, derived, plan_of, problems_in, problems_of, quick_tree_of
 
-from mixtrain.classes import show, value_of
-from mixtrain.config import legal_keys
-from mixtrain.plan import Plan
-from mixtrain.rules import RULES, broken_rules, upstream
-from mixtrain.rules.upstream import megatron_version
+from mixtrain.config.key_effects import show, value_of
+from mixtrain.config.plan import Plan
+from mixtrain.config.rules import RULES, broken_rules, upstream
+from mixtrain.config.rules.upstream import megatron_version
+from mixtrain.config.schema import legal_keys
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 INDEXED = "data=indexed data.seq_length=128 data.data_path=[corpus] data.tokenizer=tokens"

@@ -16,11 +16,12 @@ from rank_workers import run_ranks
 from test_init import EP
 from test_parity import TINY
 
-from mixtrain import model, places, ranks
-from mixtrain.config import Config
+from mixtrain.config.schema import Config
+from mixtrain.engine import model, process_groups
+from mixtrain.engine import shards as places
 from mixtrain.errors import FAULT, FINISHED
-from mixtrain.run import run
-from mixtrain.status import read_status
+from mixtrain.system.status import read_status
+from mixtrain.training.worker import run
 
 KEYS = {
     "step", "lm_loss", "load_balancing_loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds",
@@ -111,7 +112,7 @@ def test_the_weights_load_at_another_layout(finished, tmp_path):
     plan = plan_of(*TINY, EP + "1")
 
     def load(me) -> list[float]:
-        with ranks.start(plan, me) as here:
+        with process_groups.start(plan, me) as here:
             (chunk,) = model.build(plan, here.device)
             before = [shard.data.detach().clone() for shard in places.shards(chunk)]
             state = {"model": {k: v for k, v in chunk.sharded_state_dict().items() if "_extra_state" not in k}}

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from composing import ROOT, plan_of
 
-from mixtrain.config import to_yaml
+from mixtrain.config.schema import to_yaml
 from mixtrain.errors import UserError
-from mixtrain.run_directory import (
+from mixtrain.system.status import read_status, write_status
+from mixtrain.training.run_directory import (
     RUN_FILES,
     attempts_problem,
     claimed,
@@ -22,7 +23,6 @@ from mixtrain.run_directory import (
     finished_already,
     record_attempt,
 )
-from mixtrain.status import read_status, write_status
 
 
 def plan(directory: Path, *words: str):
@@ -122,7 +122,7 @@ def test_of_two_processes_one_has_the_directory_and_the_other_is_told_which(tmp_
 
 def test_a_lock_left_by_a_killed_process_is_not_in_the_way(tmp_path):
     code = (
-        "import time, composing\nfrom mixtrain.run_directory import claimed\n"
+        "import time, composing\nfrom mixtrain.training.run_directory import claimed\n"
         f"with claimed(composing.plan_of('run_dir={tmp_path}/run')): print('has it', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
@@ -179,7 +179,7 @@ def test_a_diagnosis_does_not_quote_the_one_before_it(tmp_path):
 
 def test_a_child_that_outlives_the_process_does_not_keep_the_lock(tmp_path):
     code = (
-        "import os, time, composing\nfrom mixtrain.run_directory import claimed\n"
+        "import os, time, composing\nfrom mixtrain.training.run_directory import claimed\n"
         f"with claimed(composing.plan_of('run_dir={tmp_path}/run')):\n"
         "    child = os.fork()\n    if not child: time.sleep(30); os._exit(0)\n"
         "    print(child, flush=True); time.sleep(60)"

@@ -16,13 +16,14 @@ from omegaconf import OmegaConf
 from rank_workers import run_ranks
 from test_parity import EP, PLAIN, TINY
 
-from mixtrain import model, optimizer, ranks, resume
 from mixtrain.checkpoint.state import RunState
-from mixtrain.config import to_yaml
+from mixtrain.config.lr_schedule import phases, rate
+from mixtrain.config.plan import Plan, batch_size_at, samples_before
+from mixtrain.config.schema import to_yaml
+from mixtrain.engine import model, optimizer, process_groups
 from mixtrain.errors import FINISHED
-from mixtrain.plan import Plan, batch_size_at, samples_before
-from mixtrain.run import run
-from mixtrain.schedule import phases, rate
+from mixtrain.training import resume
+from mixtrain.training.worker import run
 
 STEPS, WARMUP, DECAY = 24, 4, 20  # four steps beyond the decay
 TOP, BOTTOM = 1e-3, 1e-4
@@ -197,7 +198,7 @@ def test_a_schedule_in_a_checkpoint_that_is_none_is_said_and_ends_nothing():
 
 def decays(plan: Plan, me) -> dict[str, float]:
     """The weight decay of every parameter, by name."""
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         of = {}
         for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mixtrain import scratch
 from mixtrain.errors import UserError
+from mixtrain.system import scratch
 
 
 @pytest.fixture(autouse=True)

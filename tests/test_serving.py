@@ -11,8 +11,8 @@ import pytest
 from composing import ROOT
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from mixtrain.convert import to_hf
 from mixtrain.data.tokenizer import splits_as_gpt2, train_bpe
+from mixtrain.interop.convert import to_hf
 
 sys.path.insert(0, str(ROOT / "tools"))
 import verify_serving  # noqa: E402

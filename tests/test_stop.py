@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from mixtrain.stop import SIGNALS, StopRequest, note_requests
+from mixtrain.training.signals import SIGNALS, StopRequest, note_requests
 
 
 @pytest.fixture

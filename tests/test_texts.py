@@ -10,10 +10,10 @@ from test_characters import texts
 from test_compose import conf, recipe  # noqa: F401  (a fixture)
 from test_rules_edges import problems
 
-from mixtrain.compose import check_overrides
-from mixtrain.config import WEIGHED, Config, holds_text, legal_keys, to_yaml
+from mixtrain.config.compose import check_overrides
+from mixtrain.config.rules.paths import OWN, PATHS
+from mixtrain.config.schema import WEIGHED, Config, holds_text, legal_keys, to_yaml
 from mixtrain.errors import UserError
-from mixtrain.rules.paths import OWN, PATHS
 
 NO_TEXTS = ["1.10", "3e1234", "true", "null", "1_000", "+5", "nan"]  # unquoted, on the command line
 IN_FILES = ["1.10", "3e1234", "yes", "0123", "12:00:00", "0x1f", "+5", ".inf", "1e3", "1_000"]

@@ -11,11 +11,12 @@ from omegaconf import OmegaConf
 from rank_workers import run_ranks  # its import makes Megatron-Core run on the CPU
 from test_parity import TINY, random_batches
 
-from mixtrain import loop, model, optimizer, ranks
-from mixtrain.classes import value_of
-from mixtrain.fields import transformer_config_defaults
-from mixtrain.rules.unread import UNREAD, keys_are_read
-from mixtrain.stop import StopRequest
+from mixtrain.config.key_effects import value_of
+from mixtrain.config.rules.unread import UNREAD, keys_are_read
+from mixtrain.config.transformer_fields import transformer_config_defaults
+from mixtrain.engine import model, optimizer, process_groups
+from mixtrain.training import loop
+from mixtrain.training.signals import StopRequest
 
 ALONE = [*TINY, "parallel=ep1", "model.num_layers=1", "trainer.global_batch_size=2"]
 TOKENS = (24, 2)  # of a sequence, sequences
@@ -86,7 +87,7 @@ def routed(*overrides: str) -> list[torch.Tensor]:
     return [weights, routing, tokens.grad, router.weight.grad]
 
 
-def trained(here: ranks.Ranks, *overrides: str) -> list[torch.Tensor]:
+def trained(here: process_groups.Ranks, *overrides: str) -> list[torch.Tensor]:
     """The loss of three steps: between them the biases move, which no router does by itself."""
     plan = derived(*ALONE, *overrides)
     training = optimizer.build(plan, model.build(plan, here.device))
@@ -99,13 +100,13 @@ def compare(me) -> list[tuple[str, str, bool]]:
     """Of each pair of PAIRS, whether both ways compute the same to the bit."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    def computed(here: ranks.Ranks, key: str, words: list[str]) -> list[torch.Tensor]:
+    def computed(here: process_groups.Ranks, key: str, words: list[str]) -> list[torch.Tensor]:
         torch.manual_seed(1)
         get_cuda_rng_tracker().set_states(dict(streams))
         return trained(here, *words) if key in RATE else routed(*words)
 
     found = []
-    with ranks.start(derived(*ALONE), me) as here:
+    with process_groups.start(derived(*ALONE), me) as here:
         streams = get_cuda_rng_tracker().get_states()
         # steps first: a router alone would leave Megatron-Core's scale of auxiliary losses in another shape
         for router, key in sorted(PAIRS, key=lambda pair: pair[1] not in RATE):

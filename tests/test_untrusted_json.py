@@ -15,21 +15,23 @@ from composing import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixtrain import figure, logs, status, untrusted_json
 from mixtrain.checkpoint import integrity, state
-from mixtrain.convert.settings import from_hugging_face
 from mixtrain.data import check, tokenizer
 from mixtrain.data.items import Item, Unreadable
 from mixtrain.errors import UserError
-from mixtrain.generate.request import read_prompts
-from mixtrain.run_directory import attempts_problem, former
-from mixtrain.untrusted_json import Count, InvalidJson, Name, whole
+from mixtrain.interop.convert.settings import from_hugging_face
+from mixtrain.interop.generate.request import read_prompts
+from mixtrain.system import status, untrusted_json
+from mixtrain.system.untrusted_json import Count, InvalidJson, Name, whole
+from mixtrain.training import logs, plot
+from mixtrain.training.run_directory import attempts_problem, former
 
 STATE = {"step": 20, "consumed_samples": 0, "schedule_steps": 0, "optimizer_steps": 0}
 # where a process reads what it has made itself, or a child of its own
 OWN = {
-    "mixtrain/forked_ranks.py", "mixtrain/bench/turns.py", "mixtrain/drill/runs.py", "mixtrain/drill/scenarios.py",
-    "tools/mutants.py", "mixtrain/data/same_tokenizer.py",
+    "mixtrain/engine/forked_ranks.py", "mixtrain/proof/bench/interleaved.py", "mixtrain/proof/drill/runs.py",
+    "mixtrain/proof/drill/scenarios.py",
+    "tools/mutants.py", "mixtrain/checkpoint/same_tokenizer.py",
 }  # fmt: skip
 
 
@@ -106,7 +108,7 @@ def test_json_of_others_is_read_in_one_place():
     for path in [*(ROOT / "mixtrain").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "train.py"]:
         if re.search(r"\bjson\.loads?\(|JSONDecoder|from json import", path.read_text()):
             found.add(path.relative_to(ROOT).as_posix())
-    assert found == OWN | {"mixtrain/untrusted_json.py"}
+    assert found == OWN | {"mixtrain/system/untrusted_json.py"}
 
 
 # Those who read
@@ -247,7 +249,7 @@ def read_all(folder: Path, name: str) -> None:
             status.read_status(folder)
         attempts_problem(str(folder), 0, 1)
     elif name == "metrics.jsonl":
-        figure._load([*figure.read(path), *[VALID[name]]][-1:])
+        plot._load([*plot.read(path), *[VALID[name]]][-1:])
         assert isinstance(logs.cut_back(path, 5), str)
     elif name == "attempts.jsonl":
         attempts_problem(str(folder), 0, 1)

@@ -12,12 +12,12 @@ from composing import ROOT, plan_of
 from tiny_disks import fill, tiny_disk
 
 from mixtrain.checkpoint import directory, integrity
+from mixtrain.checkpoint.outlook import Unwritable, outlook
+from mixtrain.config.plan import Plan
 from mixtrain.errors import FAULT, UserError
 from mixtrain.launch import local
-from mixtrain.logs import Logs
-from mixtrain.outlook import Unwritable, outlook
-from mixtrain.plan import Plan
-from mixtrain.status import read_status, write_status
+from mixtrain.system.status import read_status, write_status
+from mixtrain.training.logs import Logs
 
 SAID = "mixtrain: step 3: lm_loss is not finite"
 GO_ON = "type the same command again, and it goes on from there"
@@ -56,7 +56,7 @@ def launched(plan: Plan, rank: str, capfd) -> tuple[int, list[str]]:
 def test_a_log_on_a_full_disk_loses_no_word_and_the_status_is_told_all_the_same(tmp_path, capfd):
     with tiny_disk(tmp_path, "200k") as disk:
         plan = run_of(disk)
-        rank = "from mixtrain.streams import forgive; from tiny_disks import fill; forgive(); fill(run)"
+        rank = "from mixtrain.system.streams import forgive; from tiny_disks import fill; forgive(); fill(run)"
         code, lines = launched(plan, rank, capfd)
         assert (code, lines) == (FAULT, [SAID])
         assert (disk / "run" / "logs" / "rank_0.log").read_text() == ""
@@ -169,7 +169,7 @@ def test_what_to_type_follows_from_what_is_there(tmp_path):
 
 def test_a_print_that_a_full_disk_does_not_take_ends_nothing(tmp_path):
     code = (
-        "import sys; from mixtrain.streams import forgive; forgive()\n"
+        "import sys; from mixtrain.system.streams import forgive; forgive()\n"
         "for _ in range(3): print('lost'); print('lost', file=sys.stderr)\n"
         f"open({str(tmp_path / 'went_on')!r}, 'w')"
     )

@@ -12,9 +12,10 @@ from composing import config_of, plan_of
 from rank_workers import RankFailure, run_ranks
 from test_parity import CP, EP, ETP, PP, TINY, TP, assert_same, measure, three_steps
 
-from mixtrain import fields, upstream
-from mixtrain.plan import derive, resolve
-from mixtrain.rules import broken_rules
+from mixtrain.config import transformer_fields
+from mixtrain.config.plan import derive, resolve
+from mixtrain.config.rules import broken_rules
+from mixtrain.engine.compat import megatron_fixes
 
 OLD = version("megatron-core").startswith("0.16.")
 
@@ -31,10 +32,10 @@ def test_batched_messages_mix_up_the_interleaved_schedule_on_two_stages(tmp_path
     words = [EP + "1", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2"]
     right = measure(words, tmp_path / "right")
     plan = derive(resolve(config_of(*TINY, *words)))
-    own = fields.transformer_fields
+    own = transformer_fields.transformer_fields
 
     def batched(me):
-        from mixtrain import model
+        from mixtrain.engine import model
 
         model.transformer_fields = lambda config: own(config) | {"batch_p2p_comm": True}
         return three_steps(plan, me)
@@ -104,7 +105,7 @@ def test_the_norm_forgets_split_weights_that_megatron_did_not_draw_itself(tmp_pa
     right, plan = measure(words, tmp_path / "right"), plan_of(*TINY, *words)
 
     def unmarked(me):
-        upstream.mark_tensor_parallel = lambda model: None
+        megatron_fixes.mark_tensor_parallel = lambda model: None
         return three_steps(plan, me)
 
     here = run_ranks(2, unmarked, tmp_path / "here")[0]
@@ -149,4 +150,4 @@ def test_a_discarded_output_is_filled_again_without_a_compiler():
     view, again = output.view(2, 3), output.clone()
     output.untyped_storage().resize_(0)
     random._get_share_storage()(output, again)
-    assert view.equal(again.view(2, 3)) and random._get_share_storage() is upstream._copy_storage
+    assert view.equal(again.view(2, 3)) and random._get_share_storage() is megatron_fixes._copy_storage

@@ -16,11 +16,11 @@ from composing import ROOT
 from rank_workers import run_ranks
 from safetensors.torch import load_file, save_file
 
-from mixtrain import ranks
 from mixtrain.checkpoint.parts import Parts
-from mixtrain.convert import origin, proof, sides, to_hf, to_megatron
+from mixtrain.config.plan import derive
+from mixtrain.engine import process_groups
 from mixtrain.errors import UserError
-from mixtrain.plan import derive
+from mixtrain.interop.convert import proof, reference_models, source_config, to_hf, to_megatron
 
 sys.path.insert(0, str(ROOT / "tools"))
 import verify_conversion  # noqa: E402
@@ -41,14 +41,14 @@ def found_by(there: Path, checkpoint: Path, folder: Path, damages=("",), precisi
     """What the proof finds with each of the damages, in one rank."""
 
     def find(me) -> list[dict]:
-        config, parts = origin.config_of(checkpoint), Parts(checkpoint)
-        own = origin.for_one_rank(config, precision)
+        config, parts = source_config.config_of(checkpoint), Parts(checkpoint)
+        own = source_config.for_one_rank(config, precision)
         tokens = proof.random_tokens(config.model.vocab_size, 2, 48)
-        with ranks.start(derive(own), me) as here:
-            theirs = sides.HuggingFace(there, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+        with process_groups.start(derive(own), me) as here:
+            theirs = reference_models.HuggingFace(there, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
             found = []
             for name in damages:
-                ours = proof.damaged(name, own, parts, here) if name else sides.Megatron(own, parts, here)
+                ours = proof.damaged(name, own, parts, here) if name else reference_models.Megatron(own, parts, here)
                 *_, verdict = proof.compare(theirs, ours, config.model.num_layers, tokens)
                 rows = [(row.relative, row.others) for row in verdict.layers]
                 found.append(

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from composing import ROOT
 
-from mixtrain import watchdog
-from mixtrain.watchdog import Beat, Watchdog, beat_file, main_stack, read_beat
+from mixtrain.training import watchdog
+from mixtrain.training.watchdog import Beat, Watchdog, beat_file, main_stack, read_beat
 
 BEGIN = """
 import sys, time

@@ -7,10 +7,10 @@ from composing import problems_of
 from omegaconf import OmegaConf
 from test_compose import conf, recipe  # noqa: F401  (a fixture)
 
-from mixtrain import yaml_file
-from mixtrain.bench import scenario
-from mixtrain.compose import file_problems
+from mixtrain.config.compose import file_problems
 from mixtrain.errors import UserError
+from mixtrain.proof.bench import scenario
+from mixtrain.system import yaml_file
 
 HEAD = "# @package _global_\nname: mine\n"
 LAUGHS = "a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(

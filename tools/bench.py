@@ -22,10 +22,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain.bench import machine, reading, report, run, scenario  # noqa: E402
-from mixtrain.bench.variants import Variant, variants_of  # noqa: E402
+from mixtrain.cli import run as run_tool  # noqa: E402
 from mixtrain.errors import FINISHED, UserError  # noqa: E402
-from mixtrain.tool import run as run_tool  # noqa: E402
+from mixtrain.proof.bench import machine, reading, report, run, scenario  # noqa: E402
+from mixtrain.proof.bench.variants import Variant, variants_of  # noqa: E402
 
 RESULTS = Path("runs/bench")
 

@@ -20,9 +20,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table  # noqa: E402
 
 from mixtrain.checkpoint import directory, integrity, state  # noqa: E402
-from mixtrain.closed_pipe import ended  # noqa: E402
-from mixtrain.console import Console  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
+from mixtrain.system.closed_pipe import ended  # noqa: E402
+from mixtrain.system.console import Console  # noqa: E402
 
 LETTERS = {"tensor": "TP", "pipeline": "PP", "context": "CP", "expert": "EP", "expert_tensor": "ETP"}
 

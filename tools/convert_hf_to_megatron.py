@@ -19,9 +19,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain.compose import CONF  # noqa: E402
+from mixtrain.cli import counted, of_size, run  # noqa: E402
+from mixtrain.config.compose import CONF  # noqa: E402
 from mixtrain.errors import UserError  # noqa: E402
-from mixtrain.tool import counted, of_size, run  # noqa: E402
 
 
 def main(words: list[str]) -> int:
@@ -38,13 +38,13 @@ def main(words: list[str]) -> int:
     )  # fmt: skip
     given = parser.parse_args(words)
 
-    from mixtrain import upstream  # takes seconds, as all that follows
+    from mixtrain.engine.compat import megatron_fixes  # takes seconds, as all that follows
 
-    upstream.apply()
-    from mixtrain.classes import value_of
-    from mixtrain.convert import hf_files, origin, settings, to_megatron
-    from mixtrain.convert.casting import DTYPES
+    megatron_fixes.apply()
+    from mixtrain.config.key_effects import value_of
     from mixtrain.data.tokenizer import instead
+    from mixtrain.interop.convert import hf_files, settings, source_config, to_megatron
+    from mixtrain.interop.convert.casting import DTYPES
 
     started = time.monotonic()
     config_file = model_file(given.write_model_config) if given.write_model_config else None
@@ -68,7 +68,7 @@ def main(words: list[str]) -> int:
     if config_file:
         keys = settings.from_hugging_face(hf_files.read_config(given.hf_dir))
         values = {key: value_of(config, key) for key in keys}
-        config_file.write_text(origin.model_config(values, f"{given.hf_dir.resolve().name}"))
+        config_file.write_text(source_config.model_config(values, f"{given.hf_dir.resolve().name}"))
         softmax = " router.moe_router_pre_softmax=true" * values["router.moe_router_pre_softmax"]
         print(f"its sizes are in {config_file}: model={config_file.stem}{softmax}")
     return 0

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain.tool import byte_size, counted, of_size, run  # noqa: E402
+from mixtrain.cli import byte_size, counted, of_size, run  # noqa: E402
 
 
 def main(words: list[str]) -> int:
@@ -46,11 +46,11 @@ def main(words: list[str]) -> int:
     parser.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too")
     given = parser.parse_args(words)
 
-    from mixtrain import upstream  # takes seconds, as all that follows
+    from mixtrain.engine.compat import megatron_fixes  # takes seconds, as all that follows
 
-    upstream.apply()
-    from mixtrain.convert import to_hf
-    from mixtrain.convert.casting import DTYPES
+    megatron_fixes.apply()
+    from mixtrain.interop.convert import to_hf
+    from mixtrain.interop.convert.casting import DTYPES
 
     if given.layout == "fused":
         print(

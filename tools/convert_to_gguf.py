@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain.cli import run  # noqa: E402
 from mixtrain.data.tokenizer import has_scores, splits_as_gpt2  # noqa: E402
 from mixtrain.errors import FINISHED, UserError  # noqa: E402
-from mixtrain.tool import run  # noqa: E402
 
 CONVERTER = "convert_hf_to_gguf"
 

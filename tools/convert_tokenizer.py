@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain.tool import run  # noqa: E402
+from mixtrain.cli import run  # noqa: E402
 
 
 def main(words: list[str]) -> int:

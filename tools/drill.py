@@ -15,10 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain import scratch  # noqa: E402
-from mixtrain.drill import scenarios  # noqa: E402
+from mixtrain.cli import run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, print_problems  # noqa: E402
-from mixtrain.tool import run  # noqa: E402
+from mixtrain.proof.drill import scenarios  # noqa: E402
+from mixtrain.system import scratch  # noqa: E402
 
 
 def main(arguments: list[str]) -> int:

@@ -22,17 +22,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain import scratch  # noqa: E402
-from mixtrain.closed_pipe import ended, reader_has_gone  # noqa: E402
-from mixtrain.environment import LAUNCHER, Identity, die_with, identity  # noqa: E402
+from mixtrain.cli import INTERRUPTED  # noqa: E402
+from mixtrain.config.plan import Plan  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
-from mixtrain.generate import settings, tokenizer  # noqa: E402
-from mixtrain.generate.request import Request, Sampling, read_prompts  # noqa: E402
-from mixtrain.generate.words import Follower, say  # noqa: E402
+from mixtrain.interop.generate import settings, tokenizer  # noqa: E402
+from mixtrain.interop.generate.request import Request, Sampling, read_prompts  # noqa: E402
+from mixtrain.interop.generate.words import Follower, say  # noqa: E402
 from mixtrain.launch import local  # noqa: E402
-from mixtrain.plan import Plan  # noqa: E402
-from mixtrain.run_directory import former  # noqa: E402
-from mixtrain.tool import INTERRUPTED  # noqa: E402
+from mixtrain.system import scratch  # noqa: E402
+from mixtrain.system.closed_pipe import ended, reader_has_gone  # noqa: E402
+from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, identity  # noqa: E402
+from mixtrain.training.run_directory import former  # noqa: E402
 
 
 def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
@@ -113,7 +113,7 @@ def start(plan: Plan, request: Request, folder: str) -> int:
 
 
 def rank(plan: Plan, request: Request, me: Identity) -> int:
-    from mixtrain.generate.run import run  # the first import of torch
+    from mixtrain.interop.generate.run import run  # the first import of torch
 
     return run(plan, request, me)
 

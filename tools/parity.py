@@ -9,8 +9,8 @@ to 8 CPU ranks: EP, ETP, TP, PP, VPP, CP, DP, hybrid shard, both dispatchers. Pr
 (parity.json, parity.md), the largest difference from the one-rank run of LM loss, load-balancing loss, gradient norm,
 every parameter's gradient, and the parameters after the steps.
 
-Exit codes: 0 all within the limits of mixtrain/parity/verdict.py, 1 one is not (the first parameter is named), 2 the
-configuration or the arguments are wrong, 130 interrupted.
+Exit codes: 0 all within the limits of mixtrain/training/compare_steps.py, 1 one is not (the first parameter is named),
+2 the configuration or the arguments are wrong, 130 interrupted.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain.closed_pipe import ended  # noqa: E402
-from mixtrain.compose import compose  # noqa: E402
-from mixtrain.config import Accelerator, Config, Precision  # noqa: E402
+from mixtrain.config.compose import compose  # noqa: E402
+from mixtrain.config.planner import make_plan  # noqa: E402
+from mixtrain.config.schema import Accelerator, Config, Precision  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
-from mixtrain.machine import machine_problems  # noqa: E402
-from mixtrain.plan import make_plan  # noqa: E402
+from mixtrain.launch.machine_checks import machine_problems  # noqa: E402
+from mixtrain.system.closed_pipe import ended  # noqa: E402
 
 
 def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
@@ -76,7 +76,7 @@ def main() -> int:
     arguments, words = parse_arguments()
     try:
         config = shrunk(words)
-        from mixtrain.parity.certificate import Certificate  # the first import of torch
+        from mixtrain.proof.parity.certificate import Certificate  # the first import of torch
 
         certificate = Certificate(config.name, config, Path(config.run_dir), lambda text: print(text, flush=True))
         same = certificate.run(arguments.sample, arguments.sample_seed)

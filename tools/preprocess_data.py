@@ -32,11 +32,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain.cli import run, share  # noqa: E402
 from mixtrain.data.formats import FORMATS  # noqa: E402
 from mixtrain.data.preprocess import preprocess  # noqa: E402
 from mixtrain.data.sources import open_source  # noqa: E402
 from mixtrain.errors import FINISHED  # noqa: E402
-from mixtrain.tool import run, share  # noqa: E402
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:

@@ -16,15 +16,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain.closed_pipe import ended  # noqa: E402
-from mixtrain.compose import compose  # noqa: E402
-from mixtrain.config import LauncherType, Mode  # noqa: E402
+from mixtrain.config.compose import compose  # noqa: E402
+from mixtrain.config.jobs import plan_of  # noqa: E402
+from mixtrain.config.plan import Plan  # noqa: E402
+from mixtrain.config.schema import LauncherType, Mode  # noqa: E402
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems  # noqa: E402
-from mixtrain.jobs import plan_of  # noqa: E402
 from mixtrain.launch import submit  # noqa: E402
-from mixtrain.machine import job_problems  # noqa: E402
-from mixtrain.plan import Plan  # noqa: E402
-from mixtrain.run_directory import shared_directories  # noqa: E402
+from mixtrain.launch.machine_checks import job_problems  # noqa: E402
+from mixtrain.system.closed_pipe import ended  # noqa: E402
+from mixtrain.training.run_directory import shared_directories  # noqa: E402
 
 
 def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:

@@ -27,8 +27,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
+from mixtrain.cli import counted, run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, UserError  # noqa: E402
-from mixtrain.tool import counted, run  # noqa: E402
 
 
 def main(words: list[str]) -> int:
@@ -48,22 +48,22 @@ def main(words: list[str]) -> int:
     given = parser.parse_args(words)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
-    from mixtrain import cpu, upstream  # takes seconds, as all that follows
+    from mixtrain.engine.compat import cpu, megatron_fixes  # takes seconds, as all that follows
 
-    upstream.apply()
+    megatron_fixes.apply()
     cpu.apply()
     from mixtrain.checkpoint.parts import Parts
-    from mixtrain.convert import origin, source
+    from mixtrain.interop.convert import source, source_config
 
-    checkpoint = origin.checkpoint_at(given.ckpt_dir)
-    config, parts = origin.config_of(checkpoint), Parts(checkpoint)
+    checkpoint = source_config.checkpoint_at(given.ckpt_dir)
+    config, parts = source_config.config_of(checkpoint), Parts(checkpoint)
     found = source.read(given.hf_dir)
     for note in found.notes:
         print(note, file=sys.stderr)
-    vocabulary = found.vocabulary(origin.state_of(checkpoint), config)
+    vocabulary = found.vocabulary(source_config.state_of(checkpoint), config)
     keys = check_tensors(found, config, parts, vocabulary)
     if given.verify == "full":
-        hashed(origin.Hashes(checkpoint, parts.files(keys)))
+        hashed(source_config.Hashes(checkpoint, parts.files(keys)))
     if given.manifest:
         write_manifest(given.manifest, found.tensors, config, parts, vocabulary)
     with one_rank(config, given.precision) as (own, here):
@@ -72,20 +72,20 @@ def main(words: list[str]) -> int:
 
 def hashed(hashes) -> None:
     """UserError if a file of the checkpoint is damaged: what was made of it would have the same damage."""
-    from mixtrain.convert.output import in_processes
+    from mixtrain.interop.convert.output import in_processes
 
     in_processes("hashing", [], hashes.size, hashes.jobs(os.cpu_count() or 1))
 
 
 def check_tensors(found, config, parts, vocabulary: int) -> list[str]:
     """The keys of the model in the checkpoint. UserError if the two are not of the same tensors."""
-    from mixtrain.convert import hf_files, origin, runs, settings, weights
+    from mixtrain.interop.convert import hf_files, settings, source_config, spans, weights
 
     settings.to_hugging_face(config)
-    own = origin.configuration(found.facts)
+    own = source_config.configuration(found.facts)
     layout = weights.layout_of(own, found.tensors)
-    weights.check(runs.index(own, layout).names, found.tensors, hf_files.NAMES, mixed=True)
-    index = runs.index(config, weights.layout_of(config, found.tensors), vocabulary)
+    weights.check(spans.index(own, layout).names, found.tensors, hf_files.NAMES, mixed=True)
+    index = spans.index(config, weights.layout_of(config, found.tensors), vocabulary)
     weights.check(index.names, found.tensors, hf_files.NAMES, mixed=True)
     if missing := [key for key, shape in index.shapes.items() if parts.shapes.get(key) != shape]:
         raise UserError(f"{parts.directory} has no {missing[0]} of shape {list(index.shapes[missing[0]])}")
@@ -96,16 +96,17 @@ def one_rank(config, precision: str):
     """A context with (the model's configuration for one CPU rank, the rank)."""
     import contextlib
 
-    from mixtrain import ranks, scratch
-    from mixtrain.convert.origin import for_one_rank
-    from mixtrain.environment import Identity
-    from mixtrain.plan import derive
+    from mixtrain.config.plan import derive
+    from mixtrain.engine import process_groups
+    from mixtrain.interop.convert.source_config import for_one_rank
+    from mixtrain.system import scratch
+    from mixtrain.system.rank_identity import Identity
 
     @contextlib.contextmanager
     def started():
         own = for_one_rank(config, precision)
         with scratch.folder() as folder:
-            with ranks.start(derive(own), Identity(0, 1, 0, 1, f"file://{folder}/rendezvous")) as here:
+            with process_groups.start(derive(own), Identity(0, 1, 0, 1, f"file://{folder}/rendezvous")) as here:
                 yield own, here
 
     return started()
@@ -113,8 +114,8 @@ def one_rank(config, precision: str):
 
 def verify(given, found, config, parts, here) -> int:
     """A line for each layer, and the verdict."""
-    from mixtrain.convert.proof import compare, random_tokens
-    from mixtrain.convert.sides import HuggingFace, Megatron
+    from mixtrain.interop.convert.proof import compare, random_tokens
+    from mixtrain.interop.convert.reference_models import HuggingFace, Megatron
 
     tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
     layers = min(given.layers or config.model.num_layers, config.model.num_layers)
@@ -142,8 +143,8 @@ def verify(given, found, config, parts, here) -> int:
 
 def self_test(given, found, config, parts, here) -> int:
     """Damage one thing after another; each must be caught, and the undamaged model must not."""
-    from mixtrain.convert.proof import DAMAGES, compare, damaged, random_tokens
-    from mixtrain.convert.sides import HuggingFace, Megatron
+    from mixtrain.interop.convert.proof import DAMAGES, compare, damaged, random_tokens
+    from mixtrain.interop.convert.reference_models import HuggingFace, Megatron
 
     tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
     there = HuggingFace(given.hf_dir, dtype_of(given.precision))
@@ -164,8 +165,8 @@ def self_test(given, found, config, parts, here) -> int:
 
 def write_manifest(path: Path, tensors, config, parts, vocabulary: int) -> None:
     """A line of JSON for each tensor."""
-    from mixtrain.convert import manifest
-    from mixtrain.convert.output import bar
+    from mixtrain.interop.convert import manifest
+    from mixtrain.interop.convert.output import bar
 
     done = [0]
 
@@ -181,7 +182,7 @@ def write_manifest(path: Path, tensors, config, parts, vocabulary: int) -> None:
 
 
 def dtype_of(precision: str):
-    from mixtrain.convert.casting import DTYPES
+    from mixtrain.interop.convert.casting import DTYPES
 
     return DTYPES[precision]
 

@@ -21,9 +21,9 @@ from typing import TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
 
-from mixtrain import untrusted_json  # noqa: E402
+from mixtrain.cli import counted, run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, Fault, UserError  # noqa: E402
-from mixtrain.tool import counted, run  # noqa: E402
+from mixtrain.system import untrusted_json  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 ENGINES = sorted(path.stem.removeprefix("with_") for path in (HERE / "engines").glob("with_*.py"))

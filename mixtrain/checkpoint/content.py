@@ -15,14 +15,14 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
 
-from mixtrain import contract
 from mixtrain.checkpoint import optimizer_state
 from mixtrain.checkpoint.megatron_args import CHECKPOINT_VERSION, FORMAT, megatron_args
 from mixtrain.checkpoint.state import RunState
-from mixtrain.config import plain
-from mixtrain.optimizer import Training
-from mixtrain.places import unwrap
-from mixtrain.plan import Plan
+from mixtrain.config import tensor_schema
+from mixtrain.config.plan import Plan
+from mixtrain.config.schema import plain
+from mixtrain.engine.optimizer import Training
+from mixtrain.engine.shards import unwrap
 
 
 def sharded(plan: Plan, training: Training) -> dict[str, Any]:
@@ -56,7 +56,10 @@ def extra_states(training: Training) -> list[ShardedObject]:
     there = {leaf.unique_key for leaf in leaves if isinstance(leaf, ShardedObject)}
     found = {}
     for leaf in leaves:
-        key, axes = contract.extra_state(leaf.key), leaf.prepend_axis_num if isinstance(leaf, ShardedTensor) else None
+        key, axes = (
+            tensor_schema.extra_state(leaf.key),
+            leaf.prepend_axis_num if isinstance(leaf, ShardedTensor) else None,
+        )
         if key is None or axes is None or any(leaf.global_offset[axes:]) or not is_main_replica(leaf.replica_id):
             continue  # one rank writes it: that which has the first element of the weight
         place = ShardedObject(key, None, leaf.global_shape[:axes] or (1,), leaf.global_offset[:axes] or (0,))

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
 
-from mixtrain import untrusted_json
-from mixtrain.untrusted_json import LARGE, Check, Count, Name
+from mixtrain.system import untrusted_json
+from mixtrain.system.untrusted_json import LARGE, Check, Count, Name
 
 MANIFEST = "integrity.json"
 TENSORS = ".distcp"  # what the names of large files end with

@@ -16,15 +16,15 @@ from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from mixtrain import contract
-from mixtrain.checkpoint import content, directory, forward, integrity, optimizer_state, safe, safe_load, state
+from mixtrain.checkpoint import content, directory, integrity, optimizer_state, safe, safe_load, same_model, state
 from mixtrain.checkpoint.state import RunState
-from mixtrain.config import Config, Resume, Verify, plain
+from mixtrain.config import tensor_schema
+from mixtrain.config.plan import Plan
+from mixtrain.config.schema import Config, Resume, Verify, plain
+from mixtrain.engine.optimizer import Training
+from mixtrain.engine.process_groups import Ranks
+from mixtrain.engine.shards import unwrap
 from mixtrain.errors import UserError
-from mixtrain.optimizer import Training
-from mixtrain.places import unwrap
-from mixtrain.plan import Plan
-from mixtrain.ranks import Ranks
 
 SHOWN = 8  # tensors that differ
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the last of published weights alone
@@ -89,7 +89,7 @@ def resume(
     if common.get("iteration") != run_state.step:
         raise UserError(f"{path / safe.COMMON} is of step {common.get('iteration')}, {path.name} of {run_state.step}")
     refuse_other_tensors(path, expected(plan.config, optimizer_state.STATES[kind]), metadata)
-    forward.refuse(plan.config, path)
+    same_model.refuse(plan.config, path)
     optimizer_state.fill(training, kind)
     wanted = tensors_alone(content.model(training.chunks))
     wanted["optimizer_state"] = optimizer_state.sharded(training, kind)
@@ -115,9 +115,9 @@ def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path, say: 
 
     Routers' biases that they have not stay at zero, where a bias starts: the same experts are chosen as without one.
     """
-    forward.refuse(plan.config, path)
+    same_model.refuse(plan.config, path)
     metadata = safe.read_metadata(path)
-    absent = {key for key in expected(plan.config, ()) if contract.condition(key) == "bias"}
+    absent = {key for key in expected(plan.config, ()) if tensor_schema.condition(key) == "bias"}
     absent -= {*metadata.state_dict_metadata}
     load_model(plan, ranks, training.chunks, path, absent)
     training.optimizer.reload_model_params()
@@ -163,8 +163,8 @@ def layout(plan: Plan) -> dict[str, int]:
 
 def expected(config: Config, states: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Key -> whole shape of every tensor that a run of this configuration reads."""
-    shapes = contract.shapes(config)
-    trained = {key: shape for key, shape in shapes.items() if contract.starts(key) != "buffer"}
+    shapes = tensor_schema.shapes(config)
+    trained = {key: shape for key, shape in shapes.items() if tensor_schema.starts(key) != "buffer"}
     names = ("param", *states) if states else ()
     return shapes | {f"optimizer.state.{name}.{key}": shape for name in names for key, shape in trained.items()}
 

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any
 
 from mixtrain.checkpoint.state import RunState
-from mixtrain.config import Accelerator, DataKind, OptimizerName, Precision, plain
-from mixtrain.fields import transformer_fields
-from mixtrain.plan import Plan
+from mixtrain.config.plan import Plan
+from mixtrain.config.schema import Accelerator, DataKind, OptimizerName, Precision, plain
+from mixtrain.config.transformer_fields import transformer_fields
 
 FORMAT = {  # Megatron-LM asks of a checkpoint how its optimizer was sharded
     "distrib_optim_sharding_type": "fully_reshardable",

@@ -17,9 +17,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from mixtrain.checkpoint.boxes import boxes
-from mixtrain.optimizer import Training
-from mixtrain.places import unwrap
+from mixtrain.checkpoint.slices import boxes
+from mixtrain.engine.optimizer import Training
+from mixtrain.engine.shards import unwrap
 
 # what a step leaves behind for each parameter, by the inner optimizer's own names; Adam also counts its steps
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}

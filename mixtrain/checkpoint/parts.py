@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from mixtrain.checkpoint import safe
 from mixtrain.checkpoint.archive import Archive
-from mixtrain.checkpoint.boxes import Box, boxes
+from mixtrain.checkpoint.slices import Box, boxes
 from mixtrain.errors import UserError
-from mixtrain.windows import window
+from mixtrain.system.mmap_tensor import window
 
 
 class Chunk(NamedTuple):

@@ -30,14 +30,14 @@ from mixtrain.checkpoint import content, directory, optimizer_state, state, writ
 from mixtrain.checkpoint.directory import MARGIN
 from mixtrain.checkpoint.index import COMMON, CONFIG, METADATA, write_index
 from mixtrain.checkpoint.integrity import describe, write_manifest
+from mixtrain.checkpoint.outlook import outlook
 from mixtrain.checkpoint.state import RunState
 from mixtrain.checkpoint.writing import Item, Writer, Written
+from mixtrain.config.plan import Plan
+from mixtrain.engine.optimizer import Training, parameters_gathered
+from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault
-from mixtrain.optimizer import Training, parameters_gathered
-from mixtrain.outlook import outlook
-from mixtrain.plan import Plan
-from mixtrain.ranks import Ranks
-from mixtrain.status import DISK_FULL
+from mixtrain.system.status import DISK_FULL
 
 
 class Pending(NamedTuple):

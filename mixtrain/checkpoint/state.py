@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
-from mixtrain import untrusted_json
-from mixtrain.untrusted_json import Check, Count, Name
+from mixtrain.system import untrusted_json
+from mixtrain.system.untrusted_json import Check, Count, Name
 
 NAME = "run_state.json"
 

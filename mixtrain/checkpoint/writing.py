@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import get_crc32_options, set_crc32_options
 
 from mixtrain.checkpoint.integrity import File
-from mixtrain.environment import die_with
 from mixtrain.errors import UserError
+from mixtrain.system.rank_identity import die_with
 
 FILES = 2  # a rank's, written side by side
 Item = tuple[WriteItem, torch.Tensor | io.BytesIO]

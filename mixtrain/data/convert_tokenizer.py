@@ -16,10 +16,10 @@ from typing import Any, TypedDict
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from mixtrain import untrusted_json
 from mixtrain.data.proof_texts import proof_texts
 from mixtrain.errors import UserError
-from mixtrain.untrusted_json import LARGE, Count
+from mixtrain.system import untrusted_json
+from mixtrain.system.untrusted_json import LARGE, Count
 
 SPACE = "\u2581"  # sentencepiece's character for a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's types of pieces

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy
 import torch
 
-from mixtrain.data.check import SPLITS, check_files, parse_blend
+from mixtrain.config.data_blend import parse_blend
+from mixtrain.data.check import SPLITS, check_files
 from mixtrain.data.index import HEADER, read_index
 from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_sha256, tokenizer_vocab_size
 from mixtrain.errors import UserError

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtrain import untrusted_json
 from mixtrain.data.compressed import read
 from mixtrain.data.directory import POINTER
+from mixtrain.system import untrusted_json
 
 BLOCK_ITEMS, BLOCK_BYTES = 256, 1 << 20  # of a block, at most (but a single item may be larger)
 KEYS_SHOWN = 8  # of a JSON line that lacks the one asked for

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy
 
-from mixtrain import partial
 from mixtrain.data.items import Item, Unreadable
 from mixtrain.data.lost import Lost
 from mixtrain.data.progress import Progress
@@ -34,8 +33,9 @@ from mixtrain.data.tokenizer import (
     train_bpe,
 )
 from mixtrain.data.writer import Writer
-from mixtrain.environment import die_with
 from mixtrain.errors import Fault, UserError
+from mixtrain.system import partial
+from mixtrain.system.rank_identity import die_with
 
 WRITTEN = {"data.bin", "data.idx", "data.json", "tokenizer"}  # in the directory of what is not complete
 

@@ -52,7 +52,7 @@ class Progress:
 def _bar():
     from rich import progress
 
-    from mixtrain.console import Console
+    from mixtrain.system.console import Console
 
     return progress.Progress(
         progress.TextColumn("{task.description}"),

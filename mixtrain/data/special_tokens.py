@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from mixtrain import untrusted_json
 from mixtrain.errors import UserError
-from mixtrain.untrusted_json import LARGE, whole
+from mixtrain.system import untrusted_json
+from mixtrain.system.untrusted_json import LARGE, whole
 
 CONFIG, MAP, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypedDict
 
-from mixtrain import untrusted_json
 from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files
 from mixtrain.errors import UserError
-from mixtrain.locks import holder, open_lock, sign
-from mixtrain.untrusted_json import Count
+from mixtrain.system import untrusted_json
+from mixtrain.system.locks import holder, open_lock, sign
+from mixtrain.system.untrusted_json import Count
 
 # Present in Python 3.11, 3.12 and 3.13, in none of the packages that distributions split off (tkinter, venv, tests),
 # neither generated nor a table, and not announced for removal. pydoc_data/topics.py is the language reference, a

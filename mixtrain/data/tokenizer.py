@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from mixtrain import untrusted_json
 from mixtrain.data.special_tokens import Id, refuse_code, special_tokens
 from mixtrain.errors import UserError
-from mixtrain.links import copy, file_in
-from mixtrain.untrusted_json import LARGE
+from mixtrain.system import untrusted_json
+from mixtrain.system.links import copy, file_in
+from mixtrain.system.untrusted_json import LARGE
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SMALLEST_VOCAB_SIZE = 257  # the 256 bytes and the end-of-document token

@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
-from mixtrain.config import Mode, Resume
+from mixtrain.config.plan import Plan
+from mixtrain.config.rules.launcher import seconds_of
+from mixtrain.config.schema import Mode, Resume
 from mixtrain.errors import UserError
 from mixtrain.launch import cluster, containers
 from mixtrain.launch.cluster import Node
 from mixtrain.launch.script import ROOT, env_file, gpus_per_node
-from mixtrain.plan import Plan
-from mixtrain.rules.launcher import seconds_of
 
 Problems = Iterator[str]
 TASK = "SLURM_ARRAY_TASK_ID"

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 
-from mixtrain import streams
-from mixtrain.config import LauncherType
-from mixtrain.environment import Identity
+from mixtrain.config.plan import Plan
+from mixtrain.config.schema import LauncherType
 from mixtrain.launch import local, submit
-from mixtrain.plan import Plan
-from mixtrain.preflight import recorded
-from mixtrain.run_directory import console_log
+from mixtrain.system import streams
+from mixtrain.system.rank_identity import Identity
+from mixtrain.training.preflight import recorded
+from mixtrain.training.run_directory import console_log
 
 LOCAL = ("launcher=local", "launcher.type=local")
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from mixtrain.config import Config, DataKind
-from mixtrain.data.check import parse_blend
+from mixtrain.config.data_blend import parse_blend
+from mixtrain.config.schema import Config, DataKind
 from mixtrain.errors import UserError
 
 

@@ -19,22 +19,22 @@ import time
 from pathlib import Path
 from typing import TypedDict
 
-from mixtrain import untrusted_json
 from mixtrain.characters import escaped
-from mixtrain.closed_pipe import ended
-from mixtrain.compose import compose
-from mixtrain.config import Mode
+from mixtrain.checkpoint.outlook import outlook
+from mixtrain.config.compose import compose
+from mixtrain.config.jobs import plan_of
+from mixtrain.config.plan import Plan
+from mixtrain.config.schema import Mode
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
-from mixtrain.jobs import plan_of
 from mixtrain.launch import containers
 from mixtrain.launch.local import last_words, read_text
 from mixtrain.launch.script import NOW, ROOT
-from mixtrain.outlook import outlook
-from mixtrain.plan import Plan
-from mixtrain.preflight import recorded
-from mixtrain.run_directory import former, is_in_use
-from mixtrain.status import try_write_status
-from mixtrain.untrusted_json import Count, InvalidJson
+from mixtrain.system import untrusted_json
+from mixtrain.system.closed_pipe import ended
+from mixtrain.system.status import try_write_status
+from mixtrain.system.untrusted_json import Count, InvalidJson
+from mixtrain.training.preflight import recorded
+from mixtrain.training.run_directory import former, is_in_use
 
 RETURN = "return"  # to the queue
 RETURNS = "returns.jsonl"  # beside the ranks' logs: the step of each return

@@ -13,18 +13,18 @@ import sys
 import time
 from pathlib import Path
 
-from mixtrain import host_memory, scratch, streams
 from mixtrain.checkpoint.directory import remove_leftovers
-from mixtrain.config import Accelerator
-from mixtrain.environment import FOLDER, INTERFACES, LAUNCHER, interface_problem
+from mixtrain.checkpoint.outlook import outlook
+from mixtrain.config.plan import Plan
+from mixtrain.config.schema import Accelerator
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
 from mixtrain.launch.rank_process import RankProcess
-from mixtrain.outlook import outlook
-from mixtrain.plan import Plan
-from mixtrain.run_directory import claimed, former
-from mixtrain.status import try_write_status
-from mixtrain.stop import StopRequest
-from mixtrain.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_beat, stacks_file
+from mixtrain.system import host_memory, scratch, streams
+from mixtrain.system.rank_identity import FOLDER, INTERFACES, LAUNCHER, interface_problem
+from mixtrain.system.status import try_write_status
+from mixtrain.training.run_directory import claimed, former
+from mixtrain.training.signals import StopRequest
+from mixtrain.training.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_beat, stacks_file
 
 TRAIN = (sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"))
 GRACE_SECONDS = 20  # what the other ranks get to notice that one has failed, before they are killed

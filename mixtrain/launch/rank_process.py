@@ -8,7 +8,7 @@ import signal
 import subprocess
 from pathlib import Path
 
-from mixtrain.streams import PIPE
+from mixtrain.system.streams import PIPE
 
 MOST = 1 << 16  # bytes that are kept of what the log did not take: the last ones
 

@@ -10,9 +10,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from mixtrain.config.plan import Plan
 from mixtrain.errors import FINISHED, UserError
 from mixtrain.launch import cluster, script
-from mixtrain.plan import Plan
 
 NAME = "job.sbatch"  # in run_dir: the script as it was sent
 OTHERWISE = {"time": "TIMELIMIT"}  # a flag's variable is SBATCH_ and its name, but for these

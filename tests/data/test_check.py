@@ -14,7 +14,8 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from megatron.core.datasets.utils import get_blend_from_list
 
-from mixtrain.data.check import check_files, parse_blend, split_ranges
+from mixtrain.config.data_blend import parse_blend, split_ranges
+from mixtrain.data.check import check_files
 from mixtrain.data.datasets import build
 from mixtrain.data.index import HEADER, entries_problem, read_index
 from mixtrain.errors import UserError

@@ -109,7 +109,7 @@ def test_a_model_of_ones_own_of_the_same_kind_is_converted(tmp_path):
 def test_what_is_no_tokenizer_file_is_refused_by_the_tool_with_exit_code_2(tmp_path, capsys):
     from convert_tokenizer import main
 
-    from mixtrain.tool import run
+    from mixtrain.cli import run
 
     (tmp_path / "tokenizer.model").write_bytes(V1.read_bytes()[:1000])
     (tmp_path / "tekken.json").write_text(json.dumps({"config": {}, "vocab": []}))

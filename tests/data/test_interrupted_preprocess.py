@@ -14,7 +14,7 @@ from tiny_disks import tiny_disk
 from mixtrain.data.lines import JsonLines
 from mixtrain.data.preprocess import preprocess
 from mixtrain.errors import UserError
-from mixtrain.partial import claimed
+from mixtrain.system.partial import claimed
 
 
 class Endless:

@@ -14,7 +14,7 @@ from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files, JsonLines
 from mixtrain.data.tokenizer import load_tokenizer
 from mixtrain.errors import UserError
-from mixtrain.generate.text import Text
+from mixtrain.interop.generate.text import Text
 
 LINES = 256
 

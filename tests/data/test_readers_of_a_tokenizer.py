@@ -11,12 +11,12 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from mistral_files import V1, as_published
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from mixtrain.convert import to_hf, to_megatron
 from mixtrain.data.preprocess import preprocess
 from mixtrain.data.proof_texts import proof_texts
 from mixtrain.data.sources import JsonLines
 from mixtrain.errors import UserError
-from mixtrain.generate.text import Text
+from mixtrain.interop.convert import to_hf, to_megatron
+from mixtrain.interop.generate.text import Text
 
 TEXTS = [text for text in proof_texts() if text.strip()]  # a document of spaces alone is none
 CHATS = [text for text in TEXTS if "\n" in text or "return" in text][:40]

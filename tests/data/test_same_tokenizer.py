@@ -14,13 +14,13 @@ from test_parity import TINY
 from test_resume import start
 from tokenizers import Tokenizer
 
-from mixtrain.convert import to_hf, to_megatron
+from mixtrain.checkpoint.same_tokenizer import problem, same, told
 from mixtrain.data.preprocess import preprocess
-from mixtrain.data.same_tokenizer import problem, same, told
 from mixtrain.data.sources import Files
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import FINISHED, REFUSED, UserError
-from mixtrain.generate import tokenizer as of_checkpoint
+from mixtrain.interop.convert import to_hf, to_megatron
+from mixtrain.interop.generate import tokenizer as of_checkpoint
 
 LIBRARY = Path(json.__file__).parent
 ONE_RANK = [word for word in TINY if word != "data=mock"] + [

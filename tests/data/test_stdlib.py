@@ -5,8 +5,8 @@ import time
 
 import pytest
 
+from mixtrain.config.data_blend import split_ranges
 from mixtrain.data import stdlib
-from mixtrain.data.check import split_ranges
 from mixtrain.data.index import read_index
 from mixtrain.data.tokenizer import tokenizer_vocab_size
 from mixtrain.errors import UserError

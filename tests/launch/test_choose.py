@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from composing import path_without_slurm, plan_of, problems_of, run_train
 
-from mixtrain.config import LauncherType
-from mixtrain.environment import Identity
+from mixtrain.config.schema import LauncherType
 from mixtrain.launch.choose import place, starts_ranks
-from mixtrain.machine import machine_problems
+from mixtrain.launch.machine_checks import machine_problems
+from mixtrain.system.rank_identity import Identity
 
 SEVERAL = ["trainer.num_nodes=2", "trainer.devices=1"]
 

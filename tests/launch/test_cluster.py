@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from composing import plan_of
 
+from mixtrain.config.rules.launcher import seconds_of
 from mixtrain.launch.checks import array, fits, may_return
 from mixtrain.launch.cluster import Node, gpus_of
-from mixtrain.rules.launcher import seconds_of
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
 CLUSTER = [

@@ -7,7 +7,7 @@ import shlex
 
 from composing import ROOT, run_train
 
-from mixtrain.config import legal_keys
+from mixtrain.config.schema import legal_keys
 
 PAGES = {name: (ROOT / name).read_text() for name in ("docs/cluster.md", "README.md")}
 COMMANDS = [

@@ -12,8 +12,8 @@ import pytest
 from composing import path_without_slurm
 
 from mixtrain.launch import job
-from mixtrain.run_directory import LOCK
-from mixtrain.status import read_status, write_status
+from mixtrain.system.status import read_status, write_status
+from mixtrain.training.run_directory import LOCK
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from composing import ROOT, plan_of
 
-from mixtrain.compose import compose
-from mixtrain.config import Config
+from mixtrain.config.compose import compose
+from mixtrain.config.schema import Config
 from mixtrain.launch import script, submit
 
 WORDS = ["+recipe=mixtral_8x7b_ep8", "trainer.num_nodes=2", "data.split='98,1,1'", "name='two words'"]

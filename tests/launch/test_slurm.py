@@ -17,8 +17,8 @@ import pytest
 from composing import ROOT
 from slurm_cluster import Cluster, lacking, running, wait
 
-from mixtrain.drill.runs import SMALL, records
-from mixtrain.status import read_status
+from mixtrain.proof.drill.runs import SMALL, records
+from mixtrain.system.status import read_status
 
 pytestmark = [
     pytest.mark.long,

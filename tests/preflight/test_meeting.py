@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from mixtrain.environment import Identity
 from mixtrain.errors import UserError
-from mixtrain.preflight import meeting
+from mixtrain.system.rank_identity import Identity
+from mixtrain.training.preflight import rendezvous
 
 
 def on_the_second_node(address: str) -> Identity:
@@ -21,7 +21,7 @@ def on_the_second_node(address: str) -> Identity:
     ("no-such-host.invalid", False),
 ])  # fmt: skip
 def test_an_address_that_means_whoever_asks_is_known(host, loopback):
-    assert meeting.is_loopback(host) is loopback
+    assert rendezvous.is_loopback(host) is loopback
 
 
 def free_port() -> int:
@@ -33,7 +33,7 @@ def free_port() -> int:
 def test_a_node_that_is_sent_to_itself_and_finds_nobody_is_named(monkeypatch):
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
     with pytest.raises(UserError) as refused:
-        meeting.check(on_the_second_node(f"tcp://localhost:{free_port()}"), patience=0.5)
+        rendezvous.check(on_the_second_node(f"tcp://localhost:{free_port()}"), patience=0.5)
     assert str(refused.value).startswith("node n1: the ranks are to meet at localhost:")
     assert "MASTER_ADDR must be the first node's address" in str(refused.value)
 
@@ -42,7 +42,7 @@ def test_two_nodes_on_one_machine_meet_there():
     with socket.socket() as first:
         first.bind(("127.0.0.1", 0))
         first.listen()
-        meeting.check(on_the_second_node(f"tcp://127.0.0.1:{first.getsockname()[1]}"), patience=5)
+        rendezvous.check(on_the_second_node(f"tcp://127.0.0.1:{first.getsockname()[1]}"), patience=5)
 
 
 @pytest.mark.parametrize("me", [
@@ -52,7 +52,7 @@ def test_two_nodes_on_one_machine_meet_there():
 ])  # fmt: skip
 def test_nobody_else_is_asked_to_wait(me):
     started = time.monotonic()
-    meeting.check(me, patience=20)
+    rendezvous.check(me, patience=20)
     assert time.monotonic() - started < 5
 
 
@@ -60,4 +60,4 @@ def test_torchruns_meeting_is_looked_at_too(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     with pytest.raises(UserError, match="which is this node itself"):
-        meeting.check(on_the_second_node("env://"), patience=0.3)
+        rendezvous.check(on_the_second_node("env://"), patience=0.3)

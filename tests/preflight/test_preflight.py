@@ -14,15 +14,17 @@ import torch
 from composing import RECIPES, plan_of
 from rank_workers import run_ranks
 
-from mixtrain import limits, model, preflight, ranks, run
-from mixtrain.drill.runs import SMALL, records
-from mixtrain.environment import Identity
+from mixtrain.config import layout_sensitive
+from mixtrain.config.plan import Plan
+from mixtrain.engine import model, process_groups
 from mixtrain.errors import FINISHED, Fault, UserError
-from mixtrain.plan import Plan
-from mixtrain.preflight import fabric, facts
-from mixtrain.preflight.check import RECORD, Preflight
-from mixtrain.preflight.shrink import Shrunk, shrunk
-from mixtrain.status import read_status
+from mixtrain.proof.drill.runs import SMALL, records
+from mixtrain.system.rank_identity import Identity
+from mixtrain.system.status import read_status
+from mixtrain.training import preflight, worker
+from mixtrain.training.preflight import network, node_info
+from mixtrain.training.preflight.check import RECORD, Preflight
+from mixtrain.training.preflight.shrink import Shrunk, shrunk
 
 WORDS = [*SMALL, "parallel=ep2", "trainer.num_nodes=2", "trainer.devices=1", "checkpoint=none"]
 
@@ -32,7 +34,7 @@ def fly(plan: Plan, me: Identity, sabotage: Callable[[Identity, Plan], Plan | No
     os.environ["SLURMD_NODENAME"] = f"n{me.rank}"
     me = replace(me, local_rank=0, local_world_size=1)
     plan, said = sabotage(me, plan) or plan, []
-    with ranks.start(plan, me) as here:
+    with process_groups.start(plan, me) as here:
         try:
             Preflight(plan, me, here, said.append).run()
         except UserError as error:
@@ -80,8 +82,8 @@ def test_two_sound_nodes_pass_and_are_told_what_was_seen(field):
 
 def test_a_node_with_other_code_is_refused_on_all_ranks(field):
     def sabotage(me, plan):
-        digest = facts.source_digest()
-        facts.source_digest = lambda: digest if me.rank == 0 else "another"
+        digest = node_info.source_digest()
+        node_info.source_digest = lambda: digest if me.rank == 0 else "another"
 
     results, _ = field.fly(sabotage)
     for result in results:
@@ -91,7 +93,7 @@ def test_a_node_with_other_code_is_refused_on_all_ranks(field):
 
 def test_a_node_that_sees_another_directory_is_refused(field, monkeypatch):
     def sabotage(me, plan):
-        facts.SEEN_WITHIN_S = 1
+        node_info.SEEN_WITHIN_S = 1
         if me.rank == 1:
             return replace(plan, config=replace(plan.config, run_dir=f"{plan.config.run_dir}-elsewhere"))
 
@@ -117,7 +119,7 @@ def test_a_wire_that_gives_wrong_numbers_is_a_fault_with_the_node(field):
     def sabotage(me, plan):
         if me.rank == 1:
             full = torch.full
-            fabric.torch.full = lambda size, value, **more: full(size, value + 1, **more)
+            network.torch.full = lambda size, value, **more: full(size, value + 1, **more)
 
     results, _ = field.fly(sabotage)
     assert all("node n0: the all-reduce of the all group gave" in result["fault"] for result in results)
@@ -151,7 +153,7 @@ def test_a_run_with_a_preflight_has_the_numbers_of_one_without(field, tmp_path):
         folder = tmp_path / asked
         shutil.copytree(field.folder / "1" / preflight.FOLDER, folder / preflight.FOLDER)
         plan = plan_of(*words, f"run_dir={folder}", f"trainer.preflight={asked}", "checkpoint=last")
-        assert run_ranks(2, lambda me, plan=plan: run.run(plan, me), tmp_path / f"ranks_{asked}") == [FINISHED] * 2
+        assert run_ranks(2, lambda me, plan=plan: worker.run(plan, me), tmp_path / f"ranks_{asked}") == [FINISHED] * 2
     assert (tmp_path / "always" / RECORD).exists() and not (tmp_path / "never" / RECORD).exists()
     assert records(tmp_path / "always") == records(tmp_path / "never") and len(records(tmp_path / "always")) == 3
 
@@ -162,7 +164,7 @@ def test_a_preflight_alone_leaves_the_run_as_it_was(field, tmp_path):
     shutil.copytree(field.folder / "1" / preflight.FOLDER, tmp_path / preflight.FOLDER)
     words = [*SMALL, "parallel=ep2", "trainer.mode=preflight", f"run_dir={tmp_path}"]
     plan = preflight.recorded(plan_of(*words, f"data.path_to_cache={field.folder}/cache"))
-    assert run_ranks(2, lambda me: run.run(plan, me), tmp_path / "ranks") == [FINISHED] * 2
+    assert run_ranks(2, lambda me: worker.run(plan, me), tmp_path / "ranks") == [FINISHED] * 2
     assert read_status(tmp_path)["step"] == 7 and not list(tmp_path.glob("iter_*"))
     alone = tmp_path / preflight.FOLDER
     assert read_status(alone)["state"] == "finished" and (alone / RECORD).exists()
@@ -188,7 +190,7 @@ def test_every_recipe_is_shrunk_at_its_own_layout_or_the_reason_is_said(name):
     plan = plan_of(f"+recipe={name}")
     plans = shrunk(plan)
     if isinstance(plans, str):
-        assert any(beyond.name in plans for beyond, _ in limits.broken(plan.config, plan.data_parallel_size))
+        assert any(beyond.name in plans for beyond, _ in layout_sensitive.broken(plan.config, plan.data_parallel_size))
         return
     assert isinstance(plans, Shrunk) and plans.one.world_size == 1
     here, theirs = plans.here.config, plan.config

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from composing import plan_of
 
-from mixtrain.costs import GIB
-from mixtrain.preflight import fabric
-from mixtrain.preflight.facts import Facts
-from mixtrain.preflight.verdict import problems
+from mixtrain.config.memory import GIB
+from mixtrain.training.preflight import network
+from mixtrain.training.preflight.node_info import Facts
+from mixtrain.training.preflight.verdict import problems
 
 NODES = ("n0", "n1", "n2")
 VERSIONS = {"python": "3.12.3", "torch": "2.13.0", "megatron-core": "0.19.2"}
@@ -86,11 +86,11 @@ def test_all_that_is_wrong_is_said_together():
 
 def test_the_slow_group_of_a_kind_is_named_by_its_nodes():
     def speed(kind, members, value):
-        return fabric.Speed(kind, members, value, value)
+        return network.Speed(kind, members, value, value)
 
     speeds = [[speed("EP", [0, 1], 40.0)], [speed("EP", [0, 1], 40.0)], [speed("EP", [2, 3], 40.0)],
               [speed("EP", [2, 3], 40.0)], [speed("EP", [4, 5], 3.0)], [speed("EP", [4, 5], 3.0)]]  # fmt: skip
-    (row,) = fabric.rows(speeds, ["n0", "n0", "n1", "n1", "n2", "n2"])
+    (row,) = network.rows(speeds, ["n0", "n0", "n1", "n1", "n2", "n2"])
     assert (row.groups, row.all_reduce, row.slowest, row.is_uneven) == (3, (3.0, 40.0), ["n2"], True)
     speeds[4] = speeds[5] = [speed("EP", [4, 5], 30.0)]
-    assert not fabric.rows(speeds, ["n0"] * 6)[0].is_uneven
+    assert not network.rows(speeds, ["n0"] * 6)[0].is_uneven

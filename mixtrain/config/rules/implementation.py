@@ -1,0 +1,73 @@
+"""Rules about model.transformer_impl: what each implementation of the layers can do. No torch."""
+
+from __future__ import annotations
+
+from mixtrain.config.plan import Plan
+from mixtrain.config.rules.nearest import Problems, near_multiples
+from mixtrain.config.schema import Accelerator, AttnBackend, Precision, TransformerImpl
+
+ALIGNMENT_BYTES = 16  # of a row, where torch.nn.functional.grouped_mm reads it
+BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 2}
+
+
+def local_has_its_limits(plan: Plan) -> Problems:
+    """What Megatron-Core's own layers refuse, or compute wrongly."""
+    if plan.config.model.transformer_impl is not TransformerImpl.local:
+        return
+    refused = {
+        "tensor_model_parallel_size": "the norm of model.transformer_impl = local refuses it",
+        "context_parallel_size": "the attention of model.transformer_impl = local refuses it",
+        # 0.16: expert gradients are never reduced over TP, silently
+        "expert_tensor_parallel_size": "the experts of model.transformer_impl = local compute wrong gradients with it",
+    }
+    for key, why in refused.items():
+        if (size := getattr(plan.config.parallel, key)) > 1:
+            yield f"parallel.{key} = {size}: {why}; use 1, or model.transformer_impl=torch"
+    if plan.config.model.moe_grouped_gemm:
+        yield (
+            "model.moe_grouped_gemm = true needs model.transformer_impl = torch or transformer_engine, not local;"
+            " use model.moe_grouped_gemm=false"
+        )
+
+
+def grouped_gemm_reads_aligned_rows(plan: Plan) -> Problems:
+    model, etp = plan.config.model, plan.config.parallel.expert_tensor_parallel_size
+    if model.transformer_impl is not TransformerImpl.torch or not model.moe_grouped_gemm:
+        return
+    unit = ALIGNMENT_BYTES // BYTES[plan.config.trainer.precision]
+    for key, size, parts in (
+        ("hidden_size", model.hidden_size, 1),
+        ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, etp),
+    ):
+        if size % parts == 0 and size // parts % unit:
+            over = f" / ETP = {size}/{parts} = {size // parts}" if parts > 1 else f" = {size}"
+            yield (
+                f"model.{key}{over} must be a multiple of {unit} ({ALIGNMENT_BYTES} bytes of"
+                f" {plan.config.trainer.precision.name}) for model.moe_grouped_gemm = true (false takes any);"
+                f" use {near_multiples(size, unit * parts)}"
+            )
+
+
+def attention_backend_is_there(plan: Plan) -> Problems:
+    model, cpu = plan.config.model, plan.config.trainer.accelerator is Accelerator.cpu
+    backend = model.attention_backend
+    if backend is AttnBackend.fused and cpu:
+        yield "model.attention_backend = fused is cuDNN's and needs trainer.accelerator = gpu, not cpu; use auto"
+    if model.transformer_impl is TransformerImpl.local and backend in (AttnBackend.flash, AttnBackend.fused):
+        yield (
+            f"model.attention_backend = {backend.name}: model.transformer_impl = local has only its own; use auto, or"
+            " model.transformer_impl=torch"
+        )
+    if (
+        plan.config.trainer.precision is Precision.fp32
+        and backend in (AttnBackend.flash, AttnBackend.fused)
+        and not cpu
+    ):
+        yield f"model.attention_backend = {backend.name} takes bf16 on a GPU, not trainer.precision = fp32; use auto"
+
+
+RULES = [
+    local_has_its_limits,
+    grouped_gemm_reads_aligned_rows,
+    attention_backend_is_there,
+]

@@ -1,0 +1,59 @@
+"""What rules are made of: their type, and the nearest legal value. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+from mixtrain.config.plan import Plan, dense_grid, expert_grid
+
+Problems = Iterator[str]
+
+
+def nearest(size: int, legal: Iterable[int]) -> str:
+    """The legal numbers next to `size`, as in `4 or 8`; never itself."""
+    numbers = sorted(set(legal))
+    below, above = [n for n in numbers if n < size][-1:], [n for n in numbers if n > size][:1]
+    return " or ".join(str(number) for number in below + above)
+
+
+def near_divisors(size: int, of: int) -> str:
+    """The divisors of `of` next to `size`."""
+    return nearest(size, [number for number in range(1, of + 1) if of % number == 0])
+
+
+def near_multiples(size: int, of: int) -> str:
+    """The multiples of `of` next to `size`, as in `96 or 112`."""
+    below = (size - 1) // of * of
+    return nearest(size, [number for number in (below, below + of, below + 2 * of) if number > 0])
+
+
+def must_divide(key: str, size: int, name: str, total: int) -> Problems:
+    yield from must_divide_each(key, size, {name: total})
+
+
+def must_divide_each(key: str, size: int, totals: dict[str, int]) -> Problems:
+    """What divides one of several totals alone would be refused for another: the hint divides all of them."""
+    use = near_divisors(size, math.gcd(*totals.values()))
+    for name, total in totals.items():
+        if total % size:
+            yield f"{key} = {size} must divide {name} = {total}; use {use}"
+
+
+def world_words(plan: Plan) -> str:
+    trainer = plan.config.trainer
+    return f"trainer.devices * trainer.num_nodes = {trainer.devices}*{trainer.num_nodes} = {plan.world_size}"
+
+
+def batch_sizes(plan: Plan) -> tuple[int, int, int]:
+    return plan.config.trainer.global_batch_size, plan.config.trainer.micro_batch_size, plan.data_parallel_size
+
+
+def dense_ranks_fit(plan: Plan) -> bool:
+    """The dense grid divides the world: else the data parallel size is rounded, and what that breaks follows."""
+    return plan.world_size % dense_grid(plan.config) == 0
+
+
+def ranks_fit(plan: Plan) -> bool:
+    """Both grids do."""
+    return dense_ranks_fit(plan) and plan.world_size % expert_grid(plan.config) == 0

@@ -1,0 +1,100 @@
+"""Every tensor of the model: its key on disk, its whole shape, when it is there, how it starts. No torch.
+
+Rule: this is what Megatron-LM with Transformer Engine writes, layers stacked along the first axis, and so what every
+implementation writes, at every layout. Initialisation, comparison and conversion know no other names.
+
+Legend: L layers, E experts, H hidden, V vocabulary, D head (kv_channels), Q query heads * D, K key/value groups * D,
+F the FFN size of an expert, S that of the shared expert. Gate and up projections are one tensor, gate first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mixtrain.config.schema import Config
+
+LAYER = "decoder.layers."
+
+
+class Tensor(NamedTuple):
+    """A row: `shape` in letters, `when` a condition of CONDITIONS, `starts` a way of mixtrain/engine/weight_init.py."""
+
+    key: str
+    shape: str
+    when: str
+    starts: str
+
+
+# fmt: off
+TENSORS = [Tensor(*row) for row in [
+    ("embedding.word_embeddings.weight",                         "V H",      "always", "normal"),
+    (LAYER + "self_attention.linear_qkv.layer_norm_weight",      "L H",      "always", "ones"),
+    (LAYER + "self_attention.linear_qkv.weight",                 "L Q+2K H", "always", "normal"),
+    (LAYER + "self_attention.q_layernorm.weight",                "L D",      "qk",     "ones"),
+    (LAYER + "self_attention.k_layernorm.weight",                "L D",      "qk",     "ones"),
+    (LAYER + "self_attention.linear_proj.weight",                "L H Q",    "always", "scaled"),
+    (LAYER + "pre_mlp_layernorm.weight",                         "L H",      "always", "ones"),
+    (LAYER + "mlp.router.weight",                                "L E H",    "always", "normal"),
+    (LAYER + "mlp.router.expert_bias",                           "L E",      "bias",   "buffer"),
+    (LAYER + "mlp.experts.experts.linear_fc1.weight",            "L E 2F H", "always", "normal"),
+    (LAYER + "mlp.experts.experts.linear_fc2.weight",            "L E H F",  "always", "scaled"),
+    (LAYER + "mlp.shared_experts.linear_fc1.weight",             "L 2S H",   "shared", "normal"),
+    (LAYER + "mlp.shared_experts.linear_fc2.weight",             "L H S",    "shared", "scaled"),
+    ("decoder.final_layernorm.weight",                           "H",        "always", "ones"),
+    ("output_layer.weight",                                      "V H",      "untied", "normal"),
+]]
+# fmt: on
+NOT_TRANSFORMER_ENGINES = ("embedding.word_embeddings", LAYER + "mlp.router", "output_layer")  # modules with a weight
+CONDITIONS = {
+    "always": lambda config: True,
+    "qk": lambda config: config.model.qk_layernorm,
+    "bias": lambda config: config.router.moe_router_enable_expert_bias,
+    "shared": lambda config: config.model.moe_shared_expert_intermediate_size is not None,
+    "untied": lambda config: config.model.untie_embeddings_and_output_weights,
+}
+
+
+def shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Key -> whole shape of every tensor that a resolved Config's model has on disk."""
+    model = config.model
+    query, group = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    sizes = {
+        "L": model.num_layers,
+        "E": model.num_moe_experts,
+        "H": model.hidden_size,
+        "V": model.vocab_size,
+        "D": model.kv_channels,
+        "Q": query,
+        "Q+2K": query + 2 * group,
+        "F": model.moe_ffn_hidden_size,
+        "2F": 2 * model.moe_ffn_hidden_size,
+        "S": model.moe_shared_expert_intermediate_size,
+        "2S": 2 * (model.moe_shared_expert_intermediate_size or 0),
+    }
+    return {
+        row.key: tuple(sizes[part] for part in row.shape.split()) for row in TENSORS if CONDITIONS[row.when](config)
+    }
+
+
+def starts(key: str) -> str:
+    """How the tensor `key` starts: normal, scaled, ones, or buffer (its module has filled it)."""
+    for row in TENSORS:
+        if row.key == key:
+            return row.starts
+    raise RuntimeError(f"no row of TENSORS in mixtrain/config/tensor_schema.py describes {key}")
+
+
+def stacked(key: str) -> int:
+    """How many leading axes of a tensor are a module's number each: the layer's, and the expert's."""
+    return 2 if key.startswith(LAYER + "mlp.experts.") else 1 if key.startswith(LAYER) else 0
+
+
+def condition(key: str) -> str | None:
+    """When there is a tensor `key`, a word of CONDITIONS; None for no tensor of this contract."""
+    return next((row.when for row in TENSORS if row.key == key), None)
+
+
+def extra_state(key: str) -> str | None:
+    """The object that Transformer Engine's module writes beside its weight `key` (its fp8 scales); None if none."""
+    module, _, name = key.rpartition(".")
+    return f"{module}._extra_state" if name == "weight" and module not in NOT_TRANSFORMER_ENGINES else None

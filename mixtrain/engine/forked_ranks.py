@@ -1,0 +1,115 @@
+"""Runs a function on gloo ranks, each forked fresh from this process, which has imported everything.
+
+Importing torch and Megatron-Core takes seconds, and re-initialising Megatron's groups in one process leaks threads:
+so every layout gets new processes, and they start with the imports done. Rule: importing this module makes
+Megatron-Core run on the CPU in this process and all that it forks; for tests and tools, never for a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtrain.engine.compat import cpu, megatron_fixes
+from mixtrain.system.rank_identity import Identity, die_with
+
+megatron_fixes.apply()
+cpu.apply()
+
+
+class RankFailure(AssertionError):
+    """A rank that raised, died or did not end in time, with what it printed; `reason` is the last line of a log."""
+
+    def __init__(self, message: str, reason: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def run_ranks(world_size: int, function: Callable[[Identity], Any], folder: Path, timeout: float = 120) -> list[Any]:
+    """What `function` returns (as JSON) on each of `world_size` forked ranks; every wait is bounded by `timeout` s."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rendezvous = f"file://{folder}/rendezvous"
+    sys.stdout.flush()
+    sys.stderr.flush()
+    children = []
+    parent = os.getpid()
+    for rank in range(world_size):
+        child = os.fork()
+        if child == 0:
+            die_with(parent)
+            _rank(Identity(rank, world_size, rank, world_size, rendezvous), function, folder)
+        children.append(child)
+    failed = _wait(children, timeout)
+    results = [folder / f"rank_{rank}.json" for rank in range(world_size)]
+    if failed or not all(path.exists() for path in results):
+        logs = "\n".join(
+            f"--- rank {rank}\n{(folder / f'rank_{rank}.log').read_text()[-3000:]}" for rank in range(world_size)
+        )
+        raise RankFailure(f"ranks {failed} of {world_size} failed\n{logs}", _reason(folder, failed))
+    return [json.loads(path.read_text()) for path in results]
+
+
+def _reason(folder: Path, failed: list[int]) -> str:
+    """The last line of the first failed rank that said anything: those that were ended with it are silent."""
+    for rank in failed:
+        if lines := (folder / f"rank_{rank}.log").read_text().strip().splitlines():
+            return f"rank {rank}: {lines[-1]}"
+    return f"ranks {failed} ended without a word"
+
+
+def _rank(me: Identity, function: Callable[[Identity], Any], folder: Path) -> None:
+    """The life of one forked rank; it never returns."""
+    code = 1
+    try:
+        os.setsid()
+        log = os.open(folder / f"rank_{me.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest's are its own
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        torch.set_num_threads(1)
+        result = function(me)
+        temporary = folder / f"rank_{me.rank}.tmp"
+        temporary.write_text(json.dumps(result))
+        temporary.rename(folder / f"rank_{me.rank}.json")
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _wait(children: list[int], timeout: float) -> list[int]:
+    """Reap the children; those that failed. After the first failure, or at the timeout, the others are ended."""
+    deadline, codes = time.monotonic() + timeout, {}
+    while len(codes) < len(children):
+        for rank, child in enumerate(children):
+            if rank not in codes:
+                done, status = os.waitpid(child, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+                    if codes[rank]:
+                        deadline = min(deadline, time.monotonic() + 5)
+        if time.monotonic() > deadline:
+            for rank, child in enumerate(children):
+                if rank not in codes:
+                    os.killpg(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    codes[rank] = -signal.SIGKILL
+        time.sleep(0.01)
+    for child in children:  # each was a session of its own: the helpers a checkpoint started end with it
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
+    return [rank for rank, code in sorted(codes.items()) if code]

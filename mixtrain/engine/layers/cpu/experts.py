@@ -1,0 +1,81 @@
+"""The experts of a layer on the CPU: one after the other, forward and backward, while what one needs is in the cache.
+
+Rule: the same formula as experts.py, with the router's weight after the second matrix. There all rows go through one
+operation after the other; here memory is the limit, and so the rows of one expert go through all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from mixtrain.engine.layers.cpu.onednn_matmul import product
+from mixtrain.engine.layers.main_grad import buffer_of
+
+
+class ExpertByExpert(torch.autograd.Function):
+    """([T, H] sorted by expert, the router's weights [T], [E, 2F, H], [E, H, F], rows of each expert) -> [T, H].
+
+    The router's weight is multiplied with what an expert gives, H numbers a token and not F. For the backward pass it
+    keeps gate, up and result of every token, and makes the rest anew.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, probs, weight1, weight2, counts: list[int]) -> torch.Tensor:
+        results, hiddens = torch.empty_like(tokens), []
+        parts = zip(tokens.split(counts), results.split(counts), weight1, weight2, strict=True)
+        for x, result, w1, w2 in parts:
+            hidden = product(x, w1.t())
+            result.copy_(product(swiglu(hidden), w2.t()))
+            hiddens.append(hidden)
+        ctx.save_for_backward(tokens, probs, results, weight1, weight2, *hiddens)
+        ctx.counts = counts
+        return results.mul(probs[:, None]).to(tokens.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        tokens, probs, results, weight1, weight2, *hiddens = ctx.saved_tensors
+        to_probs = gradient.to(probs.dtype).mul(results).sum(dim=1)
+        weighted, to_tokens = gradient.mul(probs[:, None]).to(gradient.dtype), torch.empty_like(tokens)
+        to_weight1, to_weight2 = WeightGradient(weight1), WeightGradient(weight2)
+        rows = [tensor.split(ctx.counts) for tensor in (weighted, tokens, to_tokens)]
+        for expert, (g, x, to_x, hidden, w1, w2) in enumerate(zip(*rows, hiddens, weight1, weight2, strict=True)):
+            activated, to_hidden = swiglu_backward(hidden, product(g, w2))
+            to_weight2.give(expert, product(g.t(), activated))
+            to_weight1.give(expert, product(to_hidden.t(), x))
+            to_x.copy_(product(to_hidden, w1))
+        return to_tokens, to_probs, to_weight1.given(), to_weight2.given(), None
+
+
+class WeightGradient:
+    """The gradient of a weight [E, ...], expert by expert: added to Megatron-Core's buffer where there is one."""
+
+    def __init__(self, weight: torch.nn.Parameter):
+        self.weight, self.whole, self.buffer = weight, torch.empty_like(weight), buffer_of(weight)
+
+    def give(self, expert: int, gradient: torch.Tensor) -> None:
+        if self.buffer is None:
+            self.whole[expert] = gradient
+        else:
+            self.buffer[expert].add_(gradient)
+
+    def given(self) -> torch.Tensor:
+        if self.buffer is not None:
+            self.weight.grad_added_to_main_grad = True
+        return self.whole
+
+
+def swiglu(hidden: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up: [t, 2F] -> [t, F]."""
+    gate, up = hidden.chunk(2, dim=1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_backward(hidden: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What swiglu gave, the gradient of `hidden`. That of what it gave is overwritten."""
+    (gate, up), to_hidden = hidden.chunk(2, dim=1), torch.empty_like(hidden)
+    to_gate, to_up = to_hidden.chunk(2, dim=1)
+    silu = F.silu(gate)
+    torch.mul(gradient, silu, out=to_up)
+    torch.ops.aten.silu_backward(gradient.mul_(up), gate, grad_input=to_gate)
+    return silu.mul_(up), to_hidden

@@ -1,0 +1,142 @@
+"""What the routers did in a step: the load of every expert and the load-balancing loss, the same on every rank."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe.router import TopKRouter
+
+from mixtrain.config.plan import Plan
+from mixtrain.engine.process_groups import Ranks
+
+# upstream's name of each auxiliary loss where it is logged
+BALANCING_LOSSES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+class ExpertLoad:
+    """Counts the tokens that each expert of each layer is sent, by a hook on the routers.
+
+    Counts of shape [num_layers, num_moe_experts], summed over microbatches and ranks, after dropping where there is a
+    capacity; a token counts once for each of its experts.
+    """
+
+    def __init__(self, plan: Plan, models: list[torch.nn.Module], device: torch.device):
+        shape = (plan.config.model.num_layers, plan.config.model.num_moe_experts)
+        self.bad = torch.zeros(shape[0], dtype=torch.bool, device=device)  # layers where what is not finite began
+        self.counts = torch.zeros(shape, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        for model in models:
+            for module in model.modules():
+                if isinstance(module, TopKRouter):
+                    module.register_forward_hook(self._count)
+
+    def _count(self, router: TopKRouter, inputs: tuple, outputs: tuple) -> None:
+        # under full recompute a layer runs twice, first without gradients; validation has none either
+        if torch.is_grad_enabled():
+            probs, routing_map = outputs
+            # before a token is sent; without waiting for the device, it is only looked at in a step that is bad
+            self.bad[router.layer_number - 1] |= _finite(inputs[0]) & ~_finite(probs)
+            # with padding the map has rows of weight 0 that fill an expert up to its capacity
+            self.counts[router.layer_number - 1] += (routing_map & (probs != 0)).sum(dim=0)
+
+    def clear(self) -> None:
+        """Before a step: forget the counts, and the auxiliary losses that Megatron-Core has added up."""
+        self.counts.zero_()
+        self.bad.zero_()
+        moe_utils.clear_aux_losses_tracker()
+
+    def collect(self) -> list[list[int]]:
+        """The counts of the step over all ranks. Every rank must call."""
+        total = self.counts.clone()
+        torch.distributed.all_reduce(total)
+        return [[round(count) for count in layer] for layer in total.tolist()]
+
+    def not_finite(self, ranks: Ranks) -> list[list[int]]:
+        """[layer, rank] of every router that made in the step, of finite inputs, what is not. Every rank must call."""
+        found: list = [None] * ranks.world_size
+        torch.distributed.all_gather_object(found, (self.bad.nonzero().flatten() + 1).tolist())
+        return sorted([layer, rank] for rank, layers in enumerate(found) for layer in layers)
+
+
+def token_drop_rate(plan: Plan, counts: list[list[int]], sequences: int) -> dict[str, float]:
+    """{"token_drop_rate": dropped / routed} of a step of `sequences` with the counts of `collect`; {} where dropless.
+
+    A token is routed once for each of its experts, in every layer.
+    """
+    if plan.config.dispatcher.moe_expert_capacity_factor is None:
+        return {}
+    model = plan.config.model
+    routed = sequences * plan.config.data.seq_length * model.moe_router_topk * model.num_layers
+    return {"token_drop_rate": 1 - sum(map(sum, counts)) / routed}
+
+
+def forget_model() -> None:
+    """Forget what Megatron-Core has recorded of a model: it keeps a tensor of its number of layers for the next one."""
+    try:
+        from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # 0.19
+    except ImportError:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+    else:
+        destroy_moe_metrics_tracker()
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether all entries are finite, looked at by their sum: that takes no memory and is one kernel."""
+    return tensor.detach().sum().isfinite()
+
+
+def expert_biases(models: list[torch.nn.Module]) -> list[torch.Tensor]:
+    """The routers' biases on this rank, which are no parameters; none without them."""
+    routers = (module for model in models for module in model.modules() if isinstance(module, TopKRouter))
+    return [router.expert_bias for router in routers if router.expert_bias is not None]
+
+
+def expert_bias(plan: Plan, models: list[torch.nn.Module], device: torch.device) -> dict[str, list[list[float]]]:
+    """{"expert_bias": [num_layers][num_moe_experts]}, the routers' biases; {} without them. Every rank must call.
+
+    Each is the same on all ranks of its pipeline stage; a rank adds those of its own layers, over the pipeline group.
+    """
+    if not plan.config.router.moe_router_enable_expert_bias:
+        return {}
+    biases = torch.zeros(plan.config.model.num_layers, plan.config.model.num_moe_experts, device=device)
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, TopKRouter):
+                biases[module.layer_number - 1] = module.expert_bias
+    torch.distributed.all_reduce(biases, group=parallel_state.get_pipeline_model_parallel_group())
+    return {"expert_bias": biases.tolist()}
+
+
+def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) -> float | None:
+    """The step's auxiliary loss without its coefficient, averaged over types, layers and microbatches; None without.
+
+    1 where every expert has the same load; None too where it is not finite, as in a step that was skipped. Every rank
+    must call.
+    """
+    kinds = balancing_types(plan)
+    if not kinds:
+        return None
+    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for kind in kinds:
+        name = BALANCING_LOSSES[kind]
+        if name in tracker:  # not on a pipeline stage without layers
+            # a rank has its tokens' part, of its data-parallel rank's microbatch or of the whole group's
+            replicas = 1 if kind == "global_aux_loss" else plan.data_parallel_size
+            total += tracker[name]["values"].sum(dtype=torch.float64) / replicas
+    torch.distributed.all_reduce(total)
+    mean = total.item() / (len(kinds) * plan.config.model.num_layers * microbatches)
+    return mean if math.isfinite(mean) else None
+
+
+def balancing_types(plan: Plan) -> list[str]:
+    """The auxiliary losses that the router has, those with coefficient 0 left out as upstream does."""
+    router = plan.config.router
+    pairs = zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=True)
+    return [kind.name for kind, coefficient in pairs if coefficient and kind.name in BALANCING_LOSSES]

@@ -1,0 +1,26 @@
+"""The one batch that every variant of a row trains on: tokens from the seed, none masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from mixtrain.config.plan import Plan
+from mixtrain.data.batches import IDS
+
+
+def microbatches(plan: Plan, rank: int = 0, size: int = 1) -> Iterator[dict[str, torch.Tensor]]:
+    """The microbatches of data-parallel rank `rank` of `size`: together they are the same batch at every size."""
+    trainer, length = plan.config.trainer, plan.config.data.seq_length
+    generator = torch.Generator().manual_seed(plan.config.seed)
+    shape = (trainer.global_batch_size, length + 1)
+    tokens = torch.randint(0, plan.config.model.vocab_size, shape, generator=generator)
+    for part in tokens[rank::size].split(trainer.micro_batch_size):
+        yield {
+            "tokens": part[:, :-1].contiguous(),
+            "labels": part[:, 1:].contiguous(),
+            "loss_mask": torch.ones(len(part), length),
+            "position_ids": torch.arange(length).repeat(len(part), 1),
+            IDS: torch.zeros(len(part), dtype=torch.int64),
+        }

@@ -1,0 +1,116 @@
+"""The work of this project: forward and backward, or whole steps, of a plan on one batch of made-up tokens.
+
+Rule: what is measured is what a run does, through the same functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from mixtrain.config.plan import Plan
+from mixtrain.config.schema import Accelerator
+from mixtrain.engine.compat import cpu, megatron_fixes
+from mixtrain.proof.bench.batch import microbatches
+from mixtrain.proof.bench.memory import Memory
+from mixtrain.proof.bench.scenario import Measure
+from mixtrain.proof.bench.work import Work
+from mixtrain.system.rank_identity import Identity
+
+
+@contextlib.contextmanager
+def started(plan: Plan, me: Identity, memory: Memory) -> Iterator[Any]:
+    """This rank, with Megatron-Core ready for the plan's device."""
+    megatron_fixes.apply()
+    if plan.config.trainer.accelerator is Accelerator.cpu:
+        cpu.apply()
+    from mixtrain.engine import process_groups
+    from mixtrain.training import loop  # noqa: F401  (all of Megatron-Core that a step needs)
+
+    memory.begin()
+    with process_groups.start(plan, me) as here:
+        yield here
+
+
+@contextlib.contextmanager
+def trains(plan: Plan, me: Identity, measure: Measure, memory: Memory) -> Iterator[Work]:
+    """A rank's work. Each repeat takes the whole global batch, always the same."""
+    with started(plan, me, memory) as here:
+        if measure is Measure.step:
+            (_, once), norm = steps(plan, here), None
+        else:
+            once, norm = passes(plan, here)
+
+        def wait() -> None:
+            if here.device.type == "cuda":
+                torch.cuda.synchronize()
+            if me.world_size > 1:
+                torch.distributed.barrier()
+
+        yield Work(once, plan.tokens_per_step, wait, norm)
+
+
+def steps(plan: Plan, here: Any):
+    """(what is trained, a function that takes a whole optimizer step as the loop does)."""
+    from mixtrain.checkpoint.state import RunState
+    from mixtrain.engine import model, optimizer
+    from mixtrain.training import loop
+    from mixtrain.training.signals import StopRequest
+
+    training = optimizer.build(plan, model.build(plan, here.device))
+    logs = SimpleNamespace(say=print)
+    run = loop.Loop(plan, here, training, {"train": Forever(plan)}, logs, RunState())
+    stop = StopRequest()
+
+    def once() -> dict[str, float]:
+        facts, _ = run.take(run.state.step + 1, stop)
+        if facts["lm_loss"] is None:
+            raise RuntimeError(f"step {facts['step']} was skipped: this benchmark is of steps that are taken")
+        return {"sum": facts["lm_loss"], "tokens": 1, "norm": facts["grad_norm"]}
+
+    return training, once
+
+
+def passes(plan: Plan, here: Any):
+    """(a function that passes forward and backward into zeroed gradient buffers, the norm of what is in them)."""
+    from mixtrain.engine import model, optimizer
+    from mixtrain.engine.optimizer import Training
+    from mixtrain.training import loop
+
+    chunks = optimizer.reduced(plan, model.build(plan, here.device))
+    training = Training(chunks, optimizer=None, scheduler=None)
+    data = [iter(Forever(plan)) for _ in chunks]
+
+    def once() -> dict[str, float]:
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        batch = plan.config.trainer.global_batch_size
+        total, tokens = loop.run_microbatches(plan, here, training, data, batch, forward_only=False)
+        return {"sum": total, "tokens": tokens}
+
+    return once, (lambda: gradient_norm(chunks)) if plan.world_size == 1 else None
+
+
+def gradient_norm(chunks: list[torch.nn.Module]) -> float:
+    """The norm of all gradients, of a model that lies on one rank."""
+    gradients = (parameter.main_grad for chunk in chunks for parameter in chunk.parameters())
+    return sum(gradient.double().pow(2).sum().item() for gradient in gradients) ** 0.5
+
+
+class Forever:
+    """The rank's microbatches of the one batch, again and again."""
+
+    def __init__(self, plan: Plan):
+        from megatron.core import parallel_state
+
+        self.batch = list(
+            microbatches(plan, parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+        )
+
+    def __iter__(self):
+        while True:
+            yield from self.batch

@@ -1,0 +1,88 @@
+"""Which layouts there are: all that the rules let through, up to LAPTOP_RANKS ranks. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
+
+from mixtrain.config.laptop_layout import LAPTOP_RANKS
+from mixtrain.config.plan import Plan
+from mixtrain.config.planner import make_plan
+from mixtrain.config.schema import Config, Dispatcher
+from mixtrain.errors import UserError
+
+SIZES = [2**power for power in range(LAPTOP_RANKS.bit_length())]  # 1, 2, 4, 8
+
+
+class Layout(NamedTuple):
+    """Sizes of one way to split a run. The data-parallel size follows from the ranks."""
+
+    ranks: int = 1
+    tp: int = 1
+    cp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    ep: int = 1
+    etp: int = 1
+    instances: int = 1  # of the distributed optimizer; 2 is a hybrid shard
+    dispatcher: Dispatcher = Dispatcher.alltoall
+
+    @property
+    def dp(self) -> int:
+        return self.ranks // (self.tp * self.cp * self.pp)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of what is split: ("TP", "EP")."""
+        named = {
+            "TP": self.tp, "CP": self.cp, "PP": self.pp, "VPP": self.vpp, "EP": self.ep, "ETP": self.etp,
+            "DP": self.dp, "hybrid shard": self.instances,
+        }  # fmt: skip
+        return tuple(name for name, size in named.items() if size > 1)
+
+    def __str__(self) -> str:
+        sizes = (("TP", self.tp), ("CP", self.cp), ("PP", self.pp), ("VPP", self.vpp), ("EP", self.ep),
+                 ("ETP", self.etp), ("DP", self.dp), ("hybrid shard ", self.instances))  # fmt: skip
+        named = "x".join(f"{name}{size}" for name, size in sizes if size > 1)
+        return f"{named or 'one rank'}, {self.dispatcher.name}"
+
+    def of(self, config: Config) -> Config:
+        """The configuration at this layout."""
+        parallel = replace(
+            config.parallel,
+            tensor_model_parallel_size=self.tp,
+            context_parallel_size=self.cp,
+            pipeline_model_parallel_size=self.pp,
+            virtual_pipeline_model_parallel_size=self.vpp if self.vpp > 1 else None,
+            expert_model_parallel_size=self.ep,
+            expert_tensor_parallel_size=self.etp,
+            sequence_parallel=self.tp > 1,
+            num_distributed_optimizer_instances=self.instances,
+        )
+        dispatcher = replace(config.dispatcher, moe_token_dispatcher_type=self.dispatcher)
+        trainer = replace(config.trainer, devices=self.ranks, num_nodes=1)
+        return replace(config, parallel=parallel, dispatcher=dispatcher, trainer=trainer)
+
+
+def all_layouts() -> Iterator[Layout]:
+    """Every combination whose sizes can fill its ranks, whatever the model is; fewest ranks first."""
+    for ranks in SIZES:
+        sizes = [size for size in SIZES if size <= ranks]
+        for tp, cp, pp, ep, etp in product(sizes, repeat=5):
+            if tp * cp * pp > ranks or ep * etp * pp > ranks:
+                continue
+            copies = ranks // (ep * etp * pp)
+            for vpp, instances, dispatcher in product(
+                (1, 2) if pp > 1 else (1,), (1, 2) if copies > 1 else (1,), (Dispatcher.alltoall, Dispatcher.allgather)
+            ):
+                yield Layout(ranks, tp, cp, pp, vpp, ep, etp, instances, dispatcher)
+
+
+def legal_plan(config: Config) -> Plan | None:
+    """The plan of a configuration, None where the rules refuse it."""
+    try:
+        return make_plan(config)
+    except UserError:
+        return None

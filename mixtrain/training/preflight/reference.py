@@ -1,0 +1,38 @@
+"""The CPU's result of the shrunk recipe on one rank: `python -m mixtrain.training.preflight.reference CONFIG.yaml OUT`.
+
+Rule: a process of its own. It has Megatron-Core made to run on the CPU, which a rank with a GPU must not.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from mixtrain.config.planner import make_plan
+from mixtrain.config.schema import Config
+from mixtrain.system import scratch
+from mixtrain.system.rank_identity import Identity
+
+
+def main(config: Path, out: Path) -> None:
+    """Write OUT.pt (gradients and parameters, whole) and then OUT.json (the figures)."""
+    plan = make_plan(Config.from_hydra(OmegaConf.load(config)))
+    from mixtrain.engine.compat import cpu, megatron_fixes  # the first import of torch
+
+    megatron_fixes.apply()
+    cpu.apply()
+    from mixtrain.training import measured_step
+
+    with scratch.folder() as folder:
+        alone = Identity(0, 1, 0, 1, f"file://{folder}/rendezvous")
+        figures = measured_step.reference(plan, alone, out.with_suffix(".pt"))
+    temporary = out.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(figures))
+    temporary.replace(out.with_suffix(".json"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
