@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import run_ranks  # its import applies cpu.py
+from rank_workers import run_ranks  # its import applies engine/compat/cpu.py
 
 from mixtrain.engine import process_groups
 from mixtrain.engine.compat import cpu

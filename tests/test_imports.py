@@ -16,9 +16,8 @@ USERS = {"train", "tools", "tests"}  # they import the package, never the revers
 PACKAGE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "mixtrain").rglob("*.py"))
 LIGHT = [
     "train.py",
-    *[f"mixtrain/{name}.py" for name in ("compose", "config", "costs", "environment", "errors", "jobs", "layouts")],
-    *[f"mixtrain/{name}.py" for name in ("machine", "plan", "report", "status", "data/check")],
-    *[name for name in PACKAGE if name.startswith(("mixtrain/config/rules/", "mixtrain/launch/"))],
+    *[name for name in PACKAGE if name.startswith(("mixtrain/config/", "mixtrain/launch/"))],
+    *[f"mixtrain/{name}.py" for name in ("errors", "system/rank_identity", "system/status", "data/check")],
     "tools/submit.py",
     "mixtrain/checkpoint/megatron_args.py",
 ]
@@ -60,10 +59,56 @@ def reached(path: Path) -> dict[Path, set[str]]:
 
 
 def test_the_walk_finds_what_a_module_that_needs_torch_reaches():
-    graph = reached(ROOT / "mixtrain" / "run.py")
-    assert ROOT / "mixtrain" / "rules" / "__init__.py" not in graph  # plan.py imports it in a function
-    assert ROOT / "mixtrain" / "costs.py" in graph  # by way of plan.py
-    assert "torch" in graph[ROOT / "mixtrain" / "run.py"]
+    graph = reached(ROOT / "mixtrain" / "training" / "worker.py")
+    assert ROOT / "mixtrain" / "config" / "rules" / "__init__.py" not in graph  # planner.py alone imports it
+    assert ROOT / "mixtrain" / "config" / "memory.py" in graph  # by way of config/plan.py
+    assert "torch" in graph[ROOT / "mixtrain" / "training" / "worker.py"]
+
+
+# From what may import everything to what imports nothing. A room imports those behind it, and never one before it.
+ROOMS = """
+    cli proof interop launch training checkpoint data engine config system errors characters
+""".split()
+BESIDE = {("data", "engine")}  # neither knows the other
+
+
+def modules_of_the_package() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, in functions too; without the package's own name."""
+    names = {path: path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in PACKAGE}
+    found: dict[str, set[str]] = {}
+    for path, name in names.items():
+        dotted = set(imported(ROOT / path, inside_functions=True)) & set(names.values())
+        # `from package import module` names both; of a package's own file only what is taken of it alone counts
+        found[name] = {one for one in dotted if one != "mixtrain"} - {name}
+    return found
+
+
+def test_every_module_is_in_a_room():
+    assert {name.split(".")[1] for name in modules_of_the_package() if "." in name} == set(ROOMS)
+
+
+def test_rooms_import_in_one_direction():
+    for name, needed in modules_of_the_package().items():
+        for other in needed:
+            here, there = (ROOMS.index(dotted.split(".")[1]) for dotted in (name, other))
+            assert here <= there, f"{name} imports {other}"
+            assert (ROOMS[here], ROOMS[there]) not in BESIDE, f"{name} imports {other}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    graph = modules_of_the_package()
+    packages = {name for name in graph if (ROOT / name.replace(".", "/")).is_dir()}
+    done: set[str] = set()
+
+    def walk(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " -> ".join([*above[above.index(name) :], name])
+        if name not in done:
+            for other in graph[name] - {package for package in packages if name.startswith(f"{package}.")}:
+                walk(other, (*above, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
 
 
 @pytest.mark.parametrize("name", LIGHT)

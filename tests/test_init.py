@@ -62,7 +62,7 @@ def test_no_two_tensors_are_alike_but_the_norms(one_rank):
 
 
 def statistics(plan: Plan, me: Identity) -> dict[str, list[float]]:
-    """Mean and standard deviation by name; parameters of the real model as costs.py counts them."""
+    """Mean and standard deviation by name; parameters of the real model as config/memory.py counts them."""
     with process_groups.start(plan, me) as here:
         (chunk,) = model.build(plan, here.device)
         assert sum(parameter.numel() for parameter in chunk.parameters()) == sum(

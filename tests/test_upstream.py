@@ -28,7 +28,7 @@ def unchecked(overrides: list[str]):
 
 
 def test_batched_messages_mix_up_the_interleaved_schedule_on_two_stages(tmp_path):
-    """fields.py always sets batch_p2p_comm to false with it. Both versions, in silence."""
+    """config/transformer_fields.py always sets batch_p2p_comm to false with it. Both versions, in silence."""
     words = [EP + "1", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2"]
     right = measure(words, tmp_path / "right")
     plan = derive(resolve(config_of(*TINY, *words)))
@@ -81,7 +81,7 @@ def test_per_token_losses_weigh_what_a_router_adds_otherwise(name, tmp_path):
 
 
 def test_the_global_auxiliary_loss_is_divided_by_the_data_parallel_size(tmp_path):
-    """upstream.py multiplies by it. Both versions, in silence."""
+    """megatron_fixes.py multiplies by it. Both versions, in silence."""
     words = [EP + "1", "router=global_aux_loss", "router.moe_aux_loss_coeff=10"]
     right = measure([*words, "trainer.micro_batch_size=8"], tmp_path / "right")
     plan = plan_of(*TINY, *words, "trainer.devices=4", "trainer.micro_batch_size=2")
@@ -100,7 +100,7 @@ def test_the_global_auxiliary_loss_is_divided_by_the_data_parallel_size(tmp_path
 
 @pytest.mark.skipif(not OLD, reason="mended by 0.19")
 def test_the_norm_forgets_split_weights_that_megatron_did_not_draw_itself(tmp_path):
-    """upstream.py marks them; 0.16 does so only where it draws them. All but the first tensor rank's were left out."""
+    """megatron_fixes.py marks them; 0.16 does so only where it draws them. All but the first rank's were left out."""
     words = [EP + "1", *TP]
     right, plan = measure(words, tmp_path / "right"), plan_of(*TINY, *words)
 
@@ -130,7 +130,7 @@ def test_what_a_rule_refuses_would_end_in_a_traceback_of_a_rank(overrides, says,
 
 @pytest.mark.skipif(not OLD, reason="mended by 0.19")
 def test_a_router_without_transformer_engine_misses_a_name():
-    """upstream.py defines it."""
+    """megatron_fixes.py defines it."""
     from pathlib import Path
 
     from megatron.core.transformer.moe import moe_utils
@@ -142,7 +142,7 @@ def test_a_router_without_transformer_engine_misses_a_name():
 
 @pytest.mark.skipif(OLD, reason="0.16 copies by itself")
 def test_a_discarded_output_is_filled_again_without_a_compiler():
-    """0.19 would compile a C++ extension for it; upstream.py copies, where every view of the output sees it."""
+    """0.19 would compile a C++ extension for it; megatron_fixes.py copies, where every view of the output sees it."""
     import torch
     from megatron.core.tensor_parallel import random
 

@@ -91,7 +91,7 @@ def _experts(config: Config) -> int:
     """Numbers that the experts of a rank keep: the rows sent to them, gate and up, and one tensor more."""
     model, etp = config.model, config.parallel.expert_tensor_parallel_size
     ffn = model.moe_ffn_hidden_size // etp
-    # layers/cpu_experts.py keeps the result of each row, everything else the product that goes into the last matrix
+    # layers/cpu/experts.py keeps the result of each row, everything else the product that goes into the last matrix
     own = config.trainer.accelerator is Accelerator.cpu and model.transformer_impl is TransformerImpl.torch
     if own and model.moe_grouped_gemm:
         last = model.hidden_size

@@ -1,8 +1,8 @@
 """What each field of Megatron-Core's TransformerConfig does here: what model.extra may set. One table; no torch.
 
-Rule: every field of every supported version stands here once, unless it has a key of its own (config.py) or belongs to
-the architecture (fields.py); tests/test_extra_fields.py names one that does not. A row is what both versions' sources
-read on our path, and what was seen to happen: rules/extra.py refuses what would change nothing or end in a rank.
+Rule: every field of every supported version stands here once, unless it has a key of its own (schema.py) or belongs to
+the architecture (transformer_fields.py); tests/test_extra_fields.py names one that does not. A row is what both versions'
+sources read on our path, and what was seen to happen: rules/extra.py refuses what would change nothing or end in a rank.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ SET = {
         timers finalize_model_grads_func grad_scale_func no_sync_func grad_sync_func param_sync_func
         moe_grad_scale_func mtp_grad_scale_func experimental_attention_variant_loss_scale_func _cpu_offloading_context
     """,
-    "init.py, which draws every weight from model.init_method_std": """
+    "engine/weight_init.py, which draws every weight from model.init_method_std": """
         init_method output_layer_init_method embedding_init_method embedding_init_method_std init_model_with_meta_device
     """,
 }

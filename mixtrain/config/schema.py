@@ -110,7 +110,7 @@ class ParallelConfig:
     account_for_embedding_in_pipeline_split: bool = MISSING  # the embedding takes the place of a layer
     account_for_loss_in_pipeline_split: bool = MISSING  # and so does the output layer
     pipeline_model_parallel_layout: str | None = MISSING  # Megatron's string, as in "Et*3|(tt|)*2tL"
-    acknowledged_faults: list[str] = MISSING  # names of rules/upstream.py whose layouts may run all the same
+    acknowledged_faults: list[str] = MISSING  # names of config/rules/upstream.py whose layouts may run all the same
 
 
 @dataclass

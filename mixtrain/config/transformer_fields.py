@@ -42,7 +42,7 @@ ARCHITECTURE = {
     "persist_layer_norm": False,
     "apply_rope_fusion": False,
     "use_cpu_initialization": True,  # else parts of the model ask for CUDA instead of following the meta device
-    "perform_initialization": False,  # init.py draws the weights
+    "perform_initialization": False,  # engine/weight_init.py draws the weights
 }
 
 

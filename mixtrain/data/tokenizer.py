@@ -214,7 +214,7 @@ def token_ids(directory: Path) -> dict[str, int]:
 def tokenizer_files(directory: Path) -> dict[str, Path]:
     """Name -> where it lies, of the tokenizer files in a directory; {} if no vocabulary is among them.
 
-    UserError if one is no regular file, or a link that leads out of the directory (links.py).
+    UserError if one is no regular file, or a link that leads out of the directory (system/links.py).
     """
     found = {name: path for name in TOKENIZER_FILES if (path := file_in(Path(directory), name))}
     return found if found.keys() & VOCABULARIES else {}

@@ -1,6 +1,6 @@
 """From a Plan to Megatron-Core's model: the TransformerConfig and the GPTModel chunks of this rank.
 
-Rule: what a key means to TransformerConfig stands in fields.py; here is what needs torch.
+Rule: what a key means to TransformerConfig stands in config/transformer_fields.py; here is what needs torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mixtrain.engine.layers.cpu import embedding, onednn_matmul
 from mixtrain.engine.layers.loss import token_losses
 from mixtrain.errors import UserError
 
-# What fields.py gives by name.
+# What config/transformer_fields.py gives by name.
 BY_NAME = {"silu": F.silu, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -83,7 +83,7 @@ def in_bf16(config: TransformerConfig, model: torch.nn.Module) -> Float16Module:
 
 
 class SeededGPTModel(GPTModel):
-    """GPTModel whose tied embeddings start equal because init.py draws them so, under one name; with a loss of ours.
+    """GPTModel whose tied embeddings start equal, as weight_init.py draws them under one name; with a loss of ours.
 
     Upstream copies them from the first to the last pipeline stage while building, which a meta tensor has nothing for.
     """

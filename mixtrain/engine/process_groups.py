@@ -125,7 +125,7 @@ def patience(plan: Plan) -> float:
 
 
 def seed_everything(plan: Plan) -> None:
-    """The generators that dropout and jitter draw from; weights have their own (init.py)."""
+    """The generators that dropout and jitter draw from; weights have their own (engine/weight_init.py)."""
     seed = plan.config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     numpy.random.seed(seed)

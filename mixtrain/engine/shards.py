@@ -1,7 +1,7 @@
 """Where each part of the model on this rank lies in the whole: read, written and compared by place.
 
-Rule: a tensor's place is its ShardedTensor (key, global shape, offset), and contract.py says which there are. Nothing
-here, or in who uses it, knows a layer's class or a layout.
+Rule: a tensor's place is its ShardedTensor (key, global shape, offset), and tensor_schema.py lists the keys.
+Nothing here, or in who uses it, knows a layer's class or a layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mixtrain.config.plan import Plan
 class Shard(NamedTuple):
     """A part of a whole tensor on this rank. `data` is a view: writing to it writes to the model."""
 
-    key: str  # of contract.py
+    key: str  # of config/tensor_schema.py
     numbers: tuple[int, ...]  # the layer, and the expert: those of the whole tensor's axes that are cut one by one
     cut: tuple[slice, ...]  # along the axes that follow
     data: torch.Tensor  # with the axes that follow

@@ -1,7 +1,7 @@
 """The same weights from a seed at every layout, drawn where they live.
 
 Rule: each tensor, and each expert alone, is drawn whole from a generator seeded by (seed, key on disk, layer, expert)
-and then cut to its place (places.py), so neither the layout nor the implementation changes a number. Draws are fp32
+and then cut to its place (shards.py), so neither the layout nor the implementation changes a number. Draws are fp32
 on the CPU on every machine; the layout only decides who draws what.
 """
 

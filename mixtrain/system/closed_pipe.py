@@ -2,7 +2,7 @@
 
 Rule: it ends as other tools of Unix do, by SIGPIPE and without a word; a shell shows exit code 141. Until then SIGPIPE
 is ignored, as Python has it: a rank whose peer has left a socket would end as well. A training run is another matter:
-what it prints is not what it is for, and it goes on (streams.py).
+what it prints is not what it is for, and it goes on (system/streams.py).
 """
 
 from __future__ import annotations

@@ -7,4 +7,4 @@ import rich.console
 
 class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # for closed_pipe.py; a run has streams that do not break (streams.py)
+        raise BrokenPipeError  # for system/closed_pipe.py; a run has streams that do not break (system/streams.py)

@@ -72,7 +72,7 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
     megatron_fixes.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
-    # imported here: what Megatron-Core defines on import must find cpu.py applied
+    # imported here: what Megatron-Core defines on import must find engine/compat/cpu.py applied
     from mixtrain.checkpoint.save import Saver
     from mixtrain.engine import model, optimizer, process_groups
     from mixtrain.training import loop, resume

@@ -1,7 +1,8 @@
 """The cross-field rules: what a Config must keep so that Megatron-Core trains what the user meant. No torch.
 
 Rule: each rule is a function of the derived Plan that yields one sentence per breach, with the keys, both numbers and
-the nearest legal value; RULES lists them all and every one has a test. Rules about this machine are in machine.py.
+the nearest legal value; RULES lists them all and every one has a test. Rules about this machine are in
+launch/machine_checks.py.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Rule: torch itself is not patched. A Megatron module that says `torch.cuda` gets a `torch` of its own whose `cuda`
 answers with the CPU; a function with a CUDA literal in it gets the CPU's literal; a few functions are replaced.
 Every site is in a table below and must still be there: an upgrade that moved one stops here, by name.
-run.py applies it where trainer.accelerator is cpu, and on a GPU run nothing of it happens.
+training/worker.py applies it where trainer.accelerator is cpu, and on a GPU run nothing of it happens.
 """
 
 from __future__ import annotations

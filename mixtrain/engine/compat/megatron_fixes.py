@@ -1,4 +1,4 @@
-"""Mends of Megatron-Core's own faults, on any device. (What is only for want of CUDA is in cpu.py.)
+"""Mends of Megatron-Core's own faults, on any device. (What is only for want of CUDA is in engine/compat/cpu.py.)
 
 Rule: a mend says which version needs it and does nothing where it is not needed.
 """

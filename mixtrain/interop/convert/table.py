@@ -19,7 +19,7 @@ from mixtrain.interop.convert.settings import Architecture
 
 
 class Row(NamedTuple):
-    """The Megatron tensor `key` (contract.py), cut as CUTS says into the Hugging Face tensors `names`.
+    """The Megatron tensor `key` (config/tensor_schema.py), cut as CUTS says into the Hugging Face tensors `names`.
 
     A {layer} or {expert} in the names is an axis of the Megatron tensor, in this order.
     """

@@ -22,7 +22,7 @@ SHOWN = 5  # problems of a kind; with a wrong size every tensor has one
 
 
 def to_megatron(config: Config, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Hugging Face's tensors, in either layout, as Megatron-Core's whole tensors (contract.py): new memory."""
+    """Hugging Face's tensors, in either layout, as Megatron-Core's whole tensors (tensor_schema.py): new memory."""
     mixtral(config)
     parts = list(pieces(config, layout_of(config, tensors)))
     check({name: shape for part in parts for name, shape in part.shapes().items()}, tensors)

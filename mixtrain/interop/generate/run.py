@@ -52,7 +52,7 @@ def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results:
     megatron_fixes.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
-    # imported here: what Megatron-Core defines on import must find cpu.py applied
+    # imported here: what Megatron-Core defines on import must find engine/compat/cpu.py applied
     from mixtrain.checkpoint import load
     from mixtrain.engine import model, process_groups
     from mixtrain.interop.generate.loop import Generator, Limits, Sequence, Watch

@@ -80,7 +80,8 @@ class Certificate:
         if self.one["margin"] <= measured_step.MARGIN:
             raise UserError(
                 f"no seed of {measured_step.SEEDS} has a top-k margin above {measured_step.MARGIN:.0e}: a choice of"
-                f" experts is too near a tie to compare; use a larger model.init_method_std than {self.config.model.init_method_std}"
+                f" experts is too near a tie to compare; use a larger model.init_method_std than"
+                f" {self.config.model.init_method_std}"
             )
         self.say(f"\n{table.HEADER}")
         for number, layout in enumerate(layouts, start=1):
