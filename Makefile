@@ -26,7 +26,7 @@ test-long: $(VENV)/.tested  ## run the tests that take minutes: Slurm, the drill
 check: $(VENV)/.tested  ## look for what ruff finds: errors, unused names, formatting
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-mutants: $(VENV)/.tested  ## put small faults into the pure modules and see whether tests notice: make mutants ARGS="rules/experts"
+mutants: $(VENV)/.tested  ## put small faults into the pure modules and see whether tests notice: make mutants ARGS="config/rules/experts"
 	@nice -n 19 $(BIN)/python tools/mutants.py $(ARGS)
 
 plan: setup  ## print what a run would be: make plan ARGS="+recipe=mixtral_8x7b_ep8"

@@ -2,7 +2,7 @@
 """Put small faults into the pure modules, one at a time, and see whether their tests notice.
 
     python tools/mutants.py                     all of MODULES: up to two hours on two cores
-    python tools/mutants.py rules/experts       a part; --list shows the faults and runs nothing
+    python tools/mutants.py config/rules/experts       a part; --list shows the faults and runs nothing
 
 A fault that no test notices is printed, and is an error unless tests/mutants_accepted.yaml says why nothing could
 notice it. Nothing is written to the sources: this process has imported what they import, and forks a child for each
@@ -43,7 +43,7 @@ CONVERSION = ["tests/test_parts.py", "tests/test_convert.py"]
 READING = ["reading_files", "pickle_edges", "index_edges", "archive_edges", "object_edges"]
 MODULES = {  # and the tests that are to notice a fault, of which those that start processes are left out
     **{
-        f"rules/{name}": RULES
+        f"config/rules/{name}": RULES
         for name in (
             "__init__",
             "data",
@@ -56,21 +56,21 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
             "upstream",
         )
     },
-    "rules/unread": [*RULES, "tests/test_unread.py"],
-    "rules/launcher": [*RULES, "tests/launch/test_cluster.py"],
-    "plan": ["tests/test_plan.py", "tests/test_plan_edges.py"],
-    "schedule": ["tests/test_schedule.py"],
-    "activations": ["tests/test_plan.py"],
-    "costs": ["tests/test_costs.py", "tests/test_plan.py", "tests/test_plan_edges.py"],
-    "pipeline": ["tests/test_pipeline.py"],
-    "checkpoint/boxes": ["tests/test_checkpoint_directory.py"],
+    "config/rules/unread": [*RULES, "tests/test_unread.py"],
+    "config/rules/launcher": [*RULES, "tests/launch/test_cluster.py"],
+    "config/plan": ["tests/test_plan.py", "tests/test_plan_edges.py"],
+    "config/lr_schedule": ["tests/test_schedule.py"],
+    "config/activations": ["tests/test_plan.py"],
+    "config/memory": ["tests/test_costs.py", "tests/test_plan.py", "tests/test_plan_edges.py"],
+    "config/pipeline_split": ["tests/test_pipeline.py"],
+    "checkpoint/slices": ["tests/test_checkpoint_directory.py"],
     "checkpoint/integrity": ["tests/test_checkpoint_directory.py"],
     **{
         f"checkpoint/{name}": [f"tests/test_{file}.py" for file in READING]
         for name in ("safe", "pickles", "metadata", "archive")
     },
-    "convert/table": CONVERSION,
-    "convert/runs": CONVERSION,
+    "interop/convert/table": CONVERSION,
+    "interop/convert/spans": CONVERSION,
 }
 MEMORY = 8 << 30  # bytes that a fault may ask for
 SECONDS = 20  # that a fault may take to be imported, and beyond ten times what its tests take without it
