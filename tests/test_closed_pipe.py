@@ -24,7 +24,10 @@ COMMANDS = {
     "tools/parity.py": ["--help"],
     "tools/convert_hf_to_megatron.py": ["--help"],
     "tools/convert_megatron_to_hf.py": ["--help"],
+    "tools/convert_to_gguf.py": ["--help"],
+    "tools/convert_tokenizer.py": ["--help"],
     "tools/verify_conversion.py": ["--help"],
+    "tools/verify_serving.py": ["--help"],
 }
 
 
