@@ -15,7 +15,7 @@ for number in (signal.SIGINT, signal.SIGHUP):
 
 # The files that take longest, in their order: begun first, so that two workers end at about the same time.
 LONGEST = """
-    test_launch test_resume test_parity test_bad_steps test_options test_generate_command test_verify_conversion
+    test_launch test_resume test_parity test_bad_steps test_generate_command test_verify_conversion
     test_conversion test_stdlib test_recipes test_conversion_refusals test_checkpoint_faults test_checkpoint_tool
     test_classes test_run
 """.split()

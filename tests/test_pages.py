@@ -90,3 +90,9 @@ def test_a_submission_of_a_page_can_be_printed_without_slurm(text, tmp_path):
     assert shown.stdout.startswith("#!/usr/bin/env bash\n")
     assert "--multirun" in words or all(word.split("=")[0] in shown.stdout for word in words)
     assert shown.stderr.startswith("would be sent by: ") and list(tmp_path.iterdir()) == []
+
+
+def test_every_file_that_answers_a_question_is_there():
+    rows = re.findall(r"^\| [^|]+\? \| `([^`]+)` \|", (ROOT / "docs" / "where.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) == 20
+    assert [name for name in rows if not (ROOT / "mixtrain" / name).is_file()] == []

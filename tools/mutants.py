@@ -38,8 +38,8 @@ from watching import Choice, Test, Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCEPTED = ROOT / "tests/mutants_accepted.yaml"
-RULES = ["tests/test_rules.py", "tests/test_rules_edges.py"]
-CONVERSION = ["tests/test_parts.py", "tests/test_convert.py"]
+RULES = ["tests/config/test_rules.py", "tests/config/test_rules_edges.py"]
+CONVERSION = ["tests/checkpoint/test_parts.py", "tests/interop/test_convert.py"]
 READING = ["reading_files", "pickle_edges", "index_edges", "archive_edges", "object_edges"]
 MODULES = {  # and the tests that are to notice a fault, of which those that start processes are left out
     **{
@@ -56,15 +56,15 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
             "upstream",
         )
     },
-    "config/rules/unread": [*RULES, "tests/test_unread.py"],
+    "config/rules/unread": [*RULES, "tests/config/test_unread.py"],
     "config/rules/launcher": [*RULES, "tests/launch/test_cluster.py"],
-    "config/plan": ["tests/test_plan.py", "tests/test_plan_edges.py"],
-    "config/lr_schedule": ["tests/test_schedule.py"],
-    "config/activations": ["tests/test_plan.py"],
-    "config/memory": ["tests/test_costs.py", "tests/test_plan.py", "tests/test_plan_edges.py"],
-    "config/pipeline_split": ["tests/test_pipeline.py"],
-    "checkpoint/slices": ["tests/test_checkpoint_directory.py"],
-    "checkpoint/integrity": ["tests/test_checkpoint_directory.py"],
+    "config/plan": ["tests/config/test_plan.py", "tests/config/test_plan_edges.py"],
+    "config/lr_schedule": ["tests/config/test_schedule.py"],
+    "config/activations": ["tests/config/test_plan.py"],
+    "config/memory": ["tests/config/test_costs.py", "tests/config/test_plan.py", "tests/config/test_plan_edges.py"],
+    "config/pipeline_split": ["tests/config/test_pipeline.py"],
+    "checkpoint/slices": ["tests/checkpoint/test_checkpoint_directory.py"],
+    "checkpoint/integrity": ["tests/checkpoint/test_checkpoint_directory.py"],
     **{
         f"checkpoint/{name}": [f"tests/test_{file}.py" for file in READING]
         for name in ("safe", "pickles", "metadata", "archive")

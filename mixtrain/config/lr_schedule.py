@@ -1,6 +1,6 @@
 """The learning rate of a step, and the phases of its schedule. No torch.
 
-Rule: the same numbers as Megatron-Core's OptimizerParamScheduler, which tests/test_schedule.py holds it against.
+Rule: the same numbers as Megatron-Core's OptimizerParamScheduler, which tests/config/test_schedule.py holds it against.
 """
 
 from __future__ import annotations

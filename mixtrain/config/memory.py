@@ -1,6 +1,6 @@
 """Parameters and bytes of a Mixtral-class model: pure arithmetic. No torch.
 
-Rule: every count here is checked against the real model's tensors in tests/test_costs.py.
+Rule: every count here is checked against the real model's tensors in tests/config/test_costs.py.
 """
 
 from __future__ import annotations

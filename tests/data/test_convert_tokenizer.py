@@ -21,7 +21,7 @@ from mixtrain.data.tokenizer import load_tokenizer, special_ids, tokenizer_eod_i
 from mixtrain.errors import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
-CODE = [path.read_text() for path in sorted((ROOT / "mixtrain").glob("*.py"))][::2]
+CODE = [path.read_text() for path in sorted((ROOT / "mixtrain").rglob("*.py"))][::10]
 SIZES = {"tokenizer.model.v1": 32000, "240216.model.v2": 32768, "240323.model.v3": 32768, "241114.model.v7": 32768}
 
 

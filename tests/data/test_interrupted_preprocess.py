@@ -16,6 +16,8 @@ from mixtrain.data.preprocess import preprocess
 from mixtrain.errors import UserError
 from mixtrain.system.partial import claimed
 
+pytestmark = pytest.mark.long
+
 
 class Endless:
     """A run of the command on a file that stops in the middle, for as long as we like."""

@@ -197,8 +197,8 @@ def _replace_literals(module_name: str, path: str) -> None:
     replaced = tuple(_cpu_literal(constant) for constant in constants)
     if replaced == constants:
         raise RuntimeError(
-            f"megatron.core.{module_name}.{path} has no CUDA literal any more: mend LITERALS in"
-            " mixtrain/engine/compat/cpu.py"
+            f"megatron.core.{module_name}.{path} has no CUDA literal any more: mend"
+            " mixtrain/engine/compat/cpu.py, LITERALS"
         )
     function.__code__ = function.__code__.replace(co_consts=replaced)
 

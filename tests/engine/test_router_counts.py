@@ -12,6 +12,7 @@ from mixtrain.engine import model, moe_metrics, optimizer, process_groups
 from mixtrain.training import loop
 from mixtrain.training.signals import StopRequest
 
+pytestmark = pytest.mark.long
 STEPS = 20
 WORDS = ["trainer.precision=bf16", "data.seq_length=256", "model.max_position_embeddings=256", "model.num_layers=2"]
 ROUTERS = ("aux_loss", "seq_aux_loss", "global_aux_loss", "combined", "none", "sinkhorn", "expert_bias")

@@ -20,6 +20,7 @@ from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import LIMITS as TOLERANCES
 from mixtrain.training.compare_steps import Verdict, judge
 
+pytestmark = pytest.mark.long
 SIZES = ["+shrink=parity", "checkpoint=none"]
 ALLGATHER = Dispatcher.allgather
 

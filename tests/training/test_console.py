@@ -23,7 +23,7 @@ from mixtrain.training.signals import StopRequest, exit_on_request
 PRINTS = """
 import sys
 from pathlib import Path
-from mixtrain import streams
+from mixtrain.system import streams
 streams.hold()
 streams.forgive()
 print('early')
@@ -151,7 +151,7 @@ def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_has_it_go_on(nohup, 
 def test_a_bar_is_not_drawn_into_the_log_of_a_terminal_that_has_gone(tmp_path):
     log = tmp_path / "run" / "logs" / "console.log"
     code = (
-        "import os, time, composing; from mixtrain import streams; from mixtrain.training.logs import Logs\n"
+        "import os, time, composing; from mixtrain.system import streams; from mixtrain.training.logs import Logs\n"
         f"streams.forgive({str(log)!r}); plan = composing.plan_of('run_dir={tmp_path}/run')\n"
         "with Logs(plan, True, '') as log:\n"
         "    log.begin(0)\n"

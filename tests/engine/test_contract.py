@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-from composing import config_of, derived, plan_of
+from composing import ROOT, config_of, derived, plan_of
 from rank_workers import run_ranks
 from test_parity import EP, PP, TINY
 
@@ -107,7 +106,7 @@ def test_a_rank_that_holds_only_a_part_cannot_be_read_as_the_whole(tmp_path):
 
 def test_no_other_module_knows_the_name_of_a_tensor():
     """But for the table of Hugging Face's names, which stands beside it."""
-    root = Path(tensor_schema.__file__).parent
+    root = ROOT / "mixtrain"
     for file in root.rglob("*.py"):
         if file.name == "tensor_schema.py" or file.parent.name == "convert":
             continue

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
+from composing import ROOT
 
 from mixtrain.system.status import read_status
 
-ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "model.num_layers=2",
     "model.hidden_size=64",
@@ -304,7 +304,7 @@ def test_a_stopped_rank_is_named_with_its_step_and_every_ranks_stack_is_shown(tm
 
 HANGS = """
 import os, sys, time, composing
-from mixtrain.watchdog import Watchdog, beat
+from mixtrain.training.watchdog import Watchdog, beat
 def collective(): time.sleep(60)
 def forgotten_loop():
     while True: time.sleep(0.01)

@@ -248,6 +248,7 @@ def test_the_proof_refuses_what_a_conversion_refuses(words, there, converted):
         verify_conversion.main([str(there), str(converted)])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("what, code, words", [
     (dict(torch_dtype="float9", dtype="auto"), 0, "the same model"),
     (dict(attention_dropout="much"), 2, "does not load it: "),

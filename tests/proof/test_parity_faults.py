@@ -21,6 +21,7 @@ from mixtrain.proof.parity.layouts import Layout
 from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import Verdict
 
+pytestmark = pytest.mark.long
 SMALL = ["+shrink=parity", "model.num_layers=2", "checkpoint=none"]
 EP2, TP2, CP2 = Layout(2, ep=2), Layout(2, tp=2), Layout(2, cp=2)
 

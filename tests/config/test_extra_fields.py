@@ -1,6 +1,6 @@
 """Every field of TransformerConfig has one class, and the classes are true: what is refused changes nothing, or fails.
 
-`python tests/test_extra_fields.py` records the fields of the installed version, after they have been read and classed.
+`PYTHONPATH=tests python tests/config/test_extra_fields.py` records the fields of the installed version, after they have been read and classed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from composing import derived
+from composing import ROOT, derived
 from rank_workers import run_ranks
 from test_parity import TINY, three_steps
 from test_rules_edges import TE, problems
@@ -21,7 +21,7 @@ from mixtrain.config.extra_fields import CLASS_OF, NEEDS, READ, TABLES, keys_of_
 from mixtrain.config.transformer_fields import ARCHITECTURE, transformer_config_defaults
 from mixtrain.engine.forked_ranks import RankFailure
 
-RECORD = Path(__file__).with_name("transformer_fields.json")  # of each version that is supported
+RECORD = ROOT / "tests" / "transformer_fields.json"  # of each version that is supported
 RECORDED = json.loads(RECORD.read_text()) if RECORD.exists() else {}
 VERSION = version("megatron-core")
 EVERY = set().union(*map(set, RECORDED.values()))

@@ -12,12 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from composing import ROOT
 from rank_workers import run_ranks  # its import applies engine/compat/cpu.py
 
 from mixtrain.engine import process_groups
 from mixtrain.engine.compat import cpu
 
-INVENTORY = Path(__file__).parent / "cuda_sites.json"  # `python tests/test_cpu.py` adds the installed version
+INVENTORY = (
+    ROOT / "tests" / "cuda_sites.json"
+)  # `PYTHONPATH=tests python tests/engine/test_cpu.py` adds the installed version
 MODULES = sorted({*cpu.NAMESPACES, *(module for module, _ in cpu.LITERALS), *(row[0] for row in cpu.REPLACEMENTS)})
 
 
@@ -55,7 +58,9 @@ def mentions_cuda(code: types.CodeType) -> bool:
 def test_the_installed_version_says_cuda_where_it_was_looked_at():
     known = json.loads(INVENTORY.read_text())
     installed = version("megatron-core")
-    assert installed in known, f"megatron-core {installed}: read its CUDA sites, then run python tests/test_cpu.py"
+    assert installed in known, (
+        f"megatron-core {installed}: read its CUDA sites, then run PYTHONPATH=tests python tests/engine/test_cpu.py"
+    )
     for module in MODULES:
         assert cuda_sites(module) == known[installed].get(module, []), module
 
@@ -113,11 +118,10 @@ def test_importing_the_module_alone_changes_nothing(tmp_path):
     import subprocess
 
     code = (
-        "from mixtrain import cpu; from megatron.core.tensor_parallel import layers; import torch;"
+        "from mixtrain.engine.compat import cpu; from megatron.core.tensor_parallel import layers; import torch;"
         "assert layers.torch is torch"
     )
-    root = Path(__file__).resolve().parent.parent
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=root, check=True, timeout=60)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from mixtrain.training.watchdog import Beat, Watchdog, beat_file, main_stack, re
 BEGIN = """
 import sys, time
 from pathlib import Path
-from mixtrain.watchdog import Watchdog, beat
+from mixtrain.training.watchdog import Watchdog, beat
 words = lambda text: Path(sys.argv[1], 'words').write_text(text)
 with Watchdog(3, 0.5 / 60, sys.argv[1], words):
 """
@@ -38,7 +38,7 @@ def run(folder: Path, body: str) -> subprocess.CompletedProcess:
 
 
 def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path):
-    full = "    from mixtrain import watchdog; watchdog._active.file = open('/dev/full', 'w')\n"
+    full = "    from mixtrain.training import watchdog; watchdog._active.file = open('/dev/full', 'w')\n"
     done = run(tmp_path / "gone", "    beat('start', 1)\n" + full + "    beat('forward', 1); print('goes on')\n")
     assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
 

@@ -15,6 +15,7 @@ from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.status import read_status
 from mixtrain.training.worker import run
 
+pytestmark = pytest.mark.long
 RATES = ["optimizer.lr=1e-3", "optimizer.min_lr=1e-4", "optimizer.lr_warmup_steps=0"]
 GROUPS = ("router", "dispatcher", "parallel", "model", "optimizer")  # which change what a step computes
 
@@ -38,10 +39,10 @@ REFUSED = {
     ("data", "indexed"):         "data.data_path has no value",
 }
 ELSEWHERE = {
-    ("data", "stdlib"):          "tests/test_launch.py",
+    ("data", "stdlib"):          "tests/launch/test_launch.py",
     ("data", "mock"):            "every test here",
     ("shrink", "laptop"):        "tests of the recipes, below",
-    ("shrink", "parity"):        "tests/test_certificate.py",
+    ("shrink", "parity"):        "tests/proof/test_certificate.py",
     ("trainer", "laptop"):       "every test here",
     ("launcher", "auto"):        "every test here",
     ("launcher", "local"):       "tests/launch/test_choose.py",
