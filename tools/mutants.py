@@ -66,7 +66,7 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
     "checkpoint/slices": ["tests/checkpoint/test_checkpoint_directory.py"],
     "checkpoint/integrity": ["tests/checkpoint/test_checkpoint_directory.py"],
     **{
-        f"checkpoint/{name}": [f"tests/test_{file}.py" for file in READING]
+        f"checkpoint/{name}": [f"tests/checkpoint/test_{file}.py" for file in READING]
         for name in ("safe", "pickles", "metadata", "archive")
     },
     "interop/convert/table": CONVERSION,

@@ -1,7 +1,7 @@
 """The least that activations take on a rank: what surely waits for the backward pass, and nothing else. No torch.
 
-Rule: a bound from below. What a kernel may keep or make anew is not counted; tests/config/test_activations.py holds each
-layer's count against what autograd saves. Rows of experts are the mean over ranks: one that has fewer has less.
+Rule: a bound from below. What a kernel may keep or make anew is not counted; tests/config/test_activations.py compares
+each layer's count with what autograd saves. Rows of experts are the mean over ranks: one that has fewer has less.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Switches for which another layout is another run: what they look at is what one rank sees. One table; no torch.
 
-Rule: a row here is measured (tests/proof/test_parity_limits.py) and told: by the plan's warnings, by docs/parity.md, and by
+Rule: a row here is measured (test_parity_limits.py) and told: by the plan's warnings, by docs/parity.md, and by
 the parity certificate, which leaves such layouts out and says how many.
 """
 

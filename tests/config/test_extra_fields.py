@@ -1,6 +1,7 @@
 """Every field of TransformerConfig has one class, and the classes are true: what is refused changes nothing, or fails.
 
-`PYTHONPATH=tests python tests/config/test_extra_fields.py` records the fields of the installed version, after they have been read and classed.
+`PYTHONPATH=tests python tests/config/test_extra_fields.py` records the fields of the installed
+version, after they have been read and classed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Keys of the router that nothing reads under another key's value: refused where they are set. No torch.
 
-Rule: a row holds for every supported version's source, and tests/config/test_unread.py runs the real router with two values
+Rule: a row holds for every supported version's source, and test_unread.py runs the real router with two values
 of each key: what a row covers computes the same to the bit, what none covers does not.
 """
 

@@ -1,6 +1,6 @@
 """Layouts at which Megatron-Core itself computes something wrong: refused until acknowledged. No torch.
 
-Rule: a row is measured, names the upstream file, and goes when no supported version needs it (tests/engine/test_upstream.py).
+Rule: a row is measured, names the upstream file, and goes when no supported version needs it (test_upstream.py).
 """
 
 from __future__ import annotations
