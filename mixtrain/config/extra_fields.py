@@ -1,8 +1,9 @@
 """What each field of Megatron-Core's TransformerConfig does here: what model.extra may set. One table; no torch.
 
 Rule: every field of every supported version stands here once, unless it has a key of its own (schema.py) or belongs to
-the architecture (transformer_fields.py); test_extra_fields.py names one that does not. A row is what the sources of both versions read on
-our path, and what was seen to happen: rules/extra.py refuses what would change nothing or end in a rank.
+the architecture (transformer_fields.py); test_extra_fields.py names one that does not. A row is what the sources of
+both versions read on our path, and what was seen to happen: rules/extra.py refuses what would change nothing or end in
+a rank.
 """
 
 from __future__ import annotations
