@@ -85,3 +85,5 @@ def test_a_page_of_the_docs_is_short_and_names_files_that_exist(page):
         assert (ROOT / name).exists(), name
     for name in re.findall(r"`([a-z_]+\.py)`", text):
         assert list(ROOT.glob(f"mixtrain/**/{name}")) or (ROOT / name).exists(), name
+    for name in re.findall(r"`((?!mixtrain|megatron)[a-z_]+/[a-z_/]+\.py)`", text):
+        assert (ROOT / "mixtrain" / name).exists() or (ROOT / name).exists(), name
