@@ -14,7 +14,7 @@ from mixtrain.config.transformer_fields import differences
 
 WIDTH = 100  # columns
 NAMES = 21  # of them, for what a row is about
-DEVICES_GIB = {"80 GB": 80, "141 GB": 141}  # H100 and H200, the two that most plans are for
+DEVICES_GIB = {"80 GB": 79, "141 GB": 139}  # H100 and H200, the two that most plans are for
 FORCED = "FORCED BALANCE: experts are chosen at random, for measuring speed; the model learns nothing of use"
 MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losses mean nothing"
 

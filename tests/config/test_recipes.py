@@ -147,7 +147,7 @@ def test_the_page_about_recipes_shows_each_with_the_figures_of_its_plan():
             "EDP": plan.expert_data_parallel_size,
         }
         assert layout == (" ".join(f"{key}{size}" for key, size in sizes.items() if size > 1) or "no part is split")
-        assert gpus == f"{plan.world_size} of {memory:g} GB"
+        assert gpus == f"{plan.world_size} of {memory:g} GiB"
         assert parameters == f"{plan.total_parameters / 1e9:.1f} B, {plan.active_parameters / 1e9:.1f} B active"
         assert state == f"{plan.state_bytes / GIB:.1f} GiB"
 

@@ -53,7 +53,7 @@ def test_the_recipes_page_shows_its_figures():
     assert line(page, "parameters") == "46,702,792,704 in all, 12,879,925,248 active per token"
     assert line(page, "on a rank") == "7,242,780,672 = 1,605,636,096 dense + 5,637,144,576 of experts"
     assert line(page, "state on a rank").startswith("59.6 GiB")
-    assert "75% of 80 GB, 42% of 141 GB, 75% of trainer.device_memory_gib = 80" in line(page, "beside")
+    assert "75% of 80 GB, 43% of 141 GB, 75% of trainer.device_memory_gib = 79" in line(page, "beside")
     assert line(page, "optimizer shards") == "dense over 16 ranks, experts over 2"
 
 

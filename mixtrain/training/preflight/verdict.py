@@ -15,7 +15,7 @@ from mixtrain.config.schema import Accelerator
 from mixtrain.training.preflight.node_info import Facts
 
 Problems = Iterator[str]
-TO_SPARE = 0.97  # of a GPU's memory: drivers keep some, and 80 GB GPUs have 79.2 GiB
+TO_SPARE = 0.97  # of what was promised: drivers keep some
 
 
 def problems(plan: Plan, facts: list[Facts]) -> list[str]:
@@ -80,7 +80,7 @@ def enough_gpus(plan: Plan, facts: list[Facts]) -> Problems:
             yield f"node {fact.node} has {fact.gpus} GPUs, but trainer.devices = {trainer.devices}"
     for fact in facts:
         where = f"node {fact.node}: GPU {fact.local_rank} ({fact.gpu_name or 'unknown'})"
-        promised = (trainer.device_memory_gib or 0) * 1e9  # sold by the GB: an 80 GB GPU
+        promised = (trainer.device_memory_gib or 0) * GIB
         if fact.gpus and fact.gpu_memory < TO_SPARE * promised:
             yield (
                 f"{where} has {fact.gpu_memory / GIB:.1f} GiB, but trainer.device_memory_gib ="

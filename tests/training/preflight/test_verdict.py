@@ -15,7 +15,7 @@ VERSIONS = {"python": "3.12.3", "torch": "2.13.0", "megatron-core": "0.19.2"}
 CPU = plan_of("parallel.expert_model_parallel_size=2", "trainer.devices=2", "trainer.num_nodes=3",
               "trainer.global_batch_size=24")  # fmt: skip
 GPU = plan_of("trainer.accelerator=gpu", "trainer.devices=2", "trainer.num_nodes=3", "trainer.global_batch_size=24",
-              "trainer.device_memory_gib=80")  # fmt: skip
+              "trainer.device_memory_gib=79")  # fmt: skip
 
 
 def facts_of(**changed: object) -> list[Facts]:
@@ -72,7 +72,7 @@ def test_what_a_node_says_of_its_directories_is_said_with_its_name():
 def test_a_gpu_that_is_too_small_or_taken_is_named_with_its_number():
     small = problems(GPU, facts_of(n1_gpu_memory=40 * GIB, n1_gpu_name="A100"))
     assert small == [
-        f"node n1: GPU {number} (A100) has 40.0 GiB, but trainer.device_memory_gib = 80" for number in (0, 1)
+        f"node n1: GPU {number} (A100) has 40.0 GiB, but trainer.device_memory_gib = 79" for number in (0, 1)
     ]
     (taken, _) = problems(GPU, facts_of(n1_gpu_free=GIB // 100))
     assert taken.startswith("node n1: GPU 0 (H100) has 0.0 GiB free of 79.2, but the state of a rank is 0.1 GiB")
