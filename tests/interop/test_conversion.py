@@ -28,7 +28,7 @@ from mixtrain.config.plan import resolve
 from mixtrain.config.schema import Config
 from mixtrain.engine import model, optimizer, process_groups, shards
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import casting, hf_files, settings, source_config, to_hf, to_megatron, weights
+from mixtrain.interop.convert import casting, hf_files, settings, source_config, spans, to_hf, to_megatron, weights
 
 
 @pytest.mark.parametrize("kind, layout", [*((kind, "hub") for kind in hf_models.MODELS), ("qwen3_moe", "fused")])
@@ -350,7 +350,7 @@ def test_memory_does_not_grow_with_the_model(hub, tmp_path):
     large.mkdir()
     (large / "config.json").write_text(json.dumps(values))
     found = settings.from_hugging_face(values)
-    names = to_megatron.runs.index(source_config.configuration(found), "hub").names
+    names = spans.index(source_config.configuration(found), "hub").names
     save_file(
         {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in names.items()}, large / "model.safetensors"
     )
