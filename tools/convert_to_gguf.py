@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a check
 
 from mixtrain.cli import run  # noqa: E402
 from mixtrain.data.tokenizer import has_scores, splits_as_gpt2  # noqa: E402
-from mixtrain.errors import FINISHED, UserError  # noqa: E402
+from mixtrain.errors import FINISHED, Fault, UserError  # noqa: E402
 
 CONVERTER = "convert_hf_to_gguf"
 
@@ -46,11 +46,21 @@ def main(words: list[str]) -> int:
             " copy it there from the model's directory on the hub"
         )
     sys.path[:0] = [str(given.llama_cpp), str(given.llama_cpp / "gguf-py")]
-    words = [str(given.export_dir), "--outfile", str(given.out_file), "--outtype", given.outtype]
+    writing = given.out_file.with_name(
+        f"{given.out_file.name}.writing"
+    )  # no half file under the name that was asked for
+    words = [str(given.export_dir), "--outfile", str(writing), "--outtype", given.outtype]
     try:
-        return converted(words, splits_as_gpt2(given.export_dir))
+        code = converted(words, splits_as_gpt2(given.export_dir))
+        if code == FINISHED:
+            writing.rename(given.out_file)
+        return code
     except ModuleNotFoundError as error:
         raise UserError(f"llama.cpp's converter needs the package {error.name}: pip install {error.name}") from None
+    except NotImplementedError as error:  # what it has no way for: a tokenizer, a kind of model
+        raise Fault(f"llama.cpp's converter cannot convert {given.export_dir}: {error}") from None
+    finally:
+        writing.unlink(missing_ok=True)
 
 
 def converted(words: list[str], as_gpt2: bool) -> int:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Put small faults into the pure modules, one at a time, and see whether their tests notice.
 
-    python tools/mutants.py                     all of MODULES: up to two hours on two cores
-    python tools/mutants.py config/rules/experts       a part; --list shows the faults and runs nothing
+    python tools/mutants.py                         all of MODULES: up to two hours on two cores
+    python tools/mutants.py config/rules/experts    a part; --list shows the faults and runs nothing
 
 A fault that no test notices is printed, and is an error unless tests/mutants_accepted.yaml says why nothing could
 notice it. Nothing is written to the sources: this process has imported what they import, and forks a child for each

@@ -28,6 +28,7 @@ from mixtrain.system import untrusted_json  # noqa: E402
 HERE = Path(__file__).resolve().parent
 ENGINES = sorted(path.stem.removeprefix("with_") for path in (HERE / "engines").glob("with_*.py"))
 PROMPTS = ["def main(", "import os", "    return", "class Stack(object):\n    def push(", "x = [1, 22, 333]  # naïve"]
+MOST = 128  # new tokens: the engines are given room for 256, prompt included
 MINUTES = 15  # an engine may take; vLLM compiles
 SHOWN = 8  # lines of an engine that failed
 
@@ -48,7 +49,9 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument("--gguf", type=Path, metavar="FILE", help="the export for llama_cpp")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="(default: five lines of Python); several")
-    parser.add_argument("--max-new-tokens", type=counted, default=20, metavar="N", help="of each prompt (default: 20)")
+    parser.add_argument(
+        "--max-new-tokens", type=counted, default=20, metavar="N", help=f"of each prompt, {MOST} at most (default: 20)"
+    )
     given = parser.parse_args(words)
     engines = dict(given.engine or [("transformers", sys.executable)])
     refuse(given, engines)
@@ -80,6 +83,8 @@ def refuse(given: argparse.Namespace, engines: dict[str, str]) -> None:
         raise UserError(
             f"{given.export_dir} has no config.json: an export of tools/convert_megatron_to_hf.py is wanted"
         )
+    if given.max_new_tokens > MOST:
+        raise UserError(f"--max-new-tokens {given.max_new_tokens} must be at most {MOST}")
     if ("llama_cpp" in engines) != (given.gguf is not None):
         raise UserError("--engine llama_cpp and --gguf FILE go together: llama.cpp reads that file")
     if given.gguf and not given.gguf.is_file():

@@ -1,7 +1,7 @@
 """Every number that follows from a Config, computed once and frozen. No torch.
 
 Rule: nothing else in the project derives a size from the configuration, and no Plan exists of a Config that breaks a
-rule of mixtrain/rules.
+rule of config/rules/.
 """
 
 from __future__ import annotations

@@ -17,13 +17,14 @@ from typing import Any, TypedDict
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from mixtrain.data.proof_texts import proof_texts
-from mixtrain.errors import UserError
-from mixtrain.system import untrusted_json
+from mixtrain.errors import Fault, UserError
+from mixtrain.system import partial, untrusted_json
 from mixtrain.system.untrusted_json import LARGE, Count
 
 SPACE = "\u2581"  # sentencepiece's character for a space
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's types of pieces
 BPE = 2  # its model_type
+WRITTEN = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
 SHOWN = 60  # characters of a text that the two readers encode otherwise
 
 
@@ -46,7 +47,10 @@ class Tekken(TypedDict):
 
 
 def convert(file: Path, out_dir: Path) -> int:
-    """Write the tokenizer of a file to a new directory; the number of its tokens. UserError, and then no directory."""
+    """Write the tokenizer of a file to a new directory; the number of its tokens.
+
+    UserError, or Fault if the disk ends it; then there is no directory.
+    """
     if not file.is_file():
         raise UserError(f"{file}: no such file; a sentencepiece model (tokenizer.model) or a tekken.json is converted")
     if out_dir.exists():
@@ -64,19 +68,21 @@ def convert(file: Path, out_dir: Path) -> int:
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1 << 30,
     }
-    partial = out_dir.with_name(out_dir.name + ".writing")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        made.save(str(partial / "tokenizer.json"))
-        if read is from_sentencepiece:
-            shutil.copyfile(file, partial / "tokenizer.model")  # llama.cpp has the scores from there alone
-        (partial / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        partial.rename(out_dir)
-    except OSError as error:
-        raise UserError(f"{out_dir} cannot be written: {error.strerror}") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    writing = out_dir.with_name(out_dir.name + ".writing")
+    made_folders = partial.make(writing)
+    with partial.claimed(writing, "conversion"):
+        partial.clear(writing, WRITTEN)
+        try:
+            made.save(str(writing / "tokenizer.json"))
+            if read is from_sentencepiece:
+                shutil.copyfile(file, writing / "tokenizer.model")  # llama.cpp has the scores from there alone
+            (writing / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            writing.chmod(0o755)
+            writing.rename(out_dir)
+        except OSError as error:
+            raise Fault(partial.words(out_dir, writing, error)) from None
+        finally:
+            partial.remove(made_folders or [writing])
     return made.get_vocab_size()
 
 

@@ -81,7 +81,7 @@ def preprocess(
     writing = prefix.with_name(prefix.name + ".writing")
     made = partial.make(writing)
     with partial.claimed(writing, "run"):
-        _clear(writing)
+        partial.clear(writing, WRITTEN)
         try:
             if trained_dir is not None:
                 with Progress("training the tokenizer", source.total(), source.unit, log) as progress:
@@ -100,15 +100,6 @@ def preprocess(
         finally:
             partial.remove(made or [writing])
     return facts
-
-
-def _clear(writing: Path) -> None:
-    """Remove what a killed run has left. UserError if there is something that no run writes."""
-    for path in sorted(writing.iterdir()):
-        if path.name not in WRITTEN:
-            raise UserError(f"{path} is no file of an interrupted run; move it away, or give another --output")
-    for path in writing.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _refuse_existing(prefix: Path, trained_dir: Path | None, overwrite: bool) -> None:

@@ -160,9 +160,8 @@ def load_tokenizer(directory: Path, parse_special_tokens: bool = False):
 def special_pattern(tokenizer) -> re.Pattern[str]:
     """What finds the first special token that a text spells."""
     special = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
-    return re.compile(
-        "|".join(map(re.escape, reversed(special))) or "(?!)"
-    )  # the longer of two with one beginning first
+    # backwards: of two with the same beginning the longer comes first
+    return re.compile("|".join(map(re.escape, reversed(special))) or "(?!)")
 
 
 def _tokenizer_json(directory: Path) -> Path:

@@ -16,8 +16,7 @@ import torch
 
 from mixtrain.config import tensor_schema
 from mixtrain.config.plan import Plan
-from mixtrain.engine import shards as places
-from mixtrain.engine.shards import Shard
+from mixtrain.engine.shards import Shard, shards
 
 
 def materialise(model: torch.nn.Module, device: torch.device) -> None:
@@ -44,16 +43,16 @@ def initialise(model: torch.nn.Module, plan: Plan) -> None:
     """Draw every parameter of this rank's part of the model (one pipeline chunk) in place."""
     shapes = tensor_schema.shapes(plan.config)
     # a buffer has been filled by its module; gate and up are two parts of one tensor: draw it once
-    parts = [shard for shard in places.shards(model) if tensor_schema.starts(shard.key) != "buffer"]
-    tensors = [list(shards) for _, shards in itertools.groupby(parts, lambda shard: (shard.key, shard.numbers))]
+    parts = [shard for shard in shards(model) if tensor_schema.starts(shard.key) != "buffer"]
+    tensors = [list(those) for _, those in itertools.groupby(parts, lambda shard: (shard.key, shard.numbers))]
 
     @torch.no_grad()
-    def fill(shards: list[Shard]) -> int:
-        key, numbers = shards[0].key, shards[0].numbers
+    def fill(tensor: list[Shard]) -> int:
+        key, numbers = tensor[0].key, tensor[0].numbers
         whole = draw(plan, key, numbers, shapes[key][len(numbers) :])
-        for shard in shards:
+        for shard in tensor:
             shard.data.copy_(whole[shard.cut])
-        return sum(shard.data.numel() for shard in shards)
+        return sum(shard.data.numel() for shard in tensor)
 
     with draws() as pool:
         drawn = sum(pool.map(fill, tensors))

@@ -53,6 +53,17 @@ def _lock(descriptor: int, directory: Path, what: str) -> None:
         raise UserError(f"{directory} is being written by another {what}") from None
 
 
+def clear(writing: Path, written: set[str]) -> None:
+    """Remove what a killed process has left, by its names. UserError if there is something that none of ours writes."""
+    for path in sorted(writing.iterdir()):
+        if path.name not in written:
+            raise UserError(
+                f"{path} is no file of an interrupted run; move it away, or give another name for the output"
+            )
+    for path in writing.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
 def remove(made: list[Path]) -> None:
     """Remove the directory that was written to, and those that were made for it."""
     shutil.rmtree(made[0], ignore_errors=True)

@@ -126,7 +126,7 @@ def test_what_is_no_tokenizer_file_is_refused_by_the_tool_with_exit_code_2(tmp_p
     assert run(main, [str(V1), str(tmp_path)]) == 2
     assert "is there already; give a new directory" in capsys.readouterr().err
     assert run(main, [str(V1), str(tmp_path / "broken.json" / "made")]) == 2
-    assert "made cannot be written: Not a directory" in capsys.readouterr().err
+    assert "made.writing cannot be made (Not a directory)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -143,3 +143,15 @@ def test_what_is_written_is_what_the_tokenizers_library_writes_again(tmp_path):
     convert(V1, tmp_path / "made")
     path = tmp_path / "made" / "tokenizer.json"
     assert Tokenizer.from_file(str(path)).to_str(pretty=True) == path.read_text()
+
+
+def test_a_folder_of_that_name_with_other_files_is_never_cleared_and_what_a_killed_conversion_left_is(tmp_path):
+    left = tmp_path / "made.writing"
+    left.mkdir()
+    (left / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="thesis.txt is no file of an interrupted run"):
+        convert(V1, tmp_path / "made")
+    assert (left / "thesis.txt").read_text() == "mine"
+    (left / "thesis.txt").rename(left / "tokenizer.json")
+    convert(V1, tmp_path / "made")
+    assert not left.exists() and (tmp_path / "made" / "tokenizer.json").stat().st_size > 1000

@@ -68,6 +68,7 @@ def test_an_engine_with_other_tokens_is_found_and_the_prompt_is_shown(trained, t
     (["--engine", "mlx=/nowhere/python"], "--engine mlx=/nowhere/python: no such file"),
     (["--engine", "llama_cpp"], "--engine llama_cpp and --gguf FILE go together"),
     (["--engine", "llama_cpp", "--gguf", "no.gguf"], "no.gguf: no such file; tools/convert_to_gguf.py makes one"),
+    (["--max-new-tokens", "129"], "--max-new-tokens 129 must be at most 128"),
     (["--engine", "ollama"], "ollama is none of llama_cpp, mlx, transformers, vllm"),
 ])  # fmt: skip
 def test_what_is_missing_is_said_before_anything_is_computed(tmp_path, words, part):
@@ -112,3 +113,33 @@ def test_a_tokenizer_of_pieces_without_their_scores_is_not_converted(tmp_path):
     Tokenizer(models.BPE({"a": 0}, [], byte_fallback=True)).save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "convert_hf_to_gguf.py").touch()
     assert f"{tmp_path} has no tokenizer.model: llama.cpp merges by the scores in it" in to_gguf(tmp_path, tmp_path)
+
+
+CONVERTER = """
+class TextModel:
+    def get_vocab_base_pre(self, tokenizer):
+        raise NotImplementedError("BPE pre-tokenizer was not recognized")
+
+def main():
+    import pathlib, sys
+    out = pathlib.Path(sys.argv[sys.argv.index("--outfile") + 1])
+    out.write_text("half")
+    out.write_text(TextModel().get_vocab_base_pre(None))
+"""
+
+
+def test_a_gguf_file_has_its_name_when_it_is_whole_and_what_llama_cpp_does_not_know_is_one_line(tmp_path):
+    """The converter here only asks for the name of the split, as llama.cpp's does, and writes it."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
+    words = ("convert_to_gguf.py", tmp_path, tmp_path / "x.gguf", "--llama-cpp", tmp_path)
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Digits()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    shown = said(*words, code=1)
+    assert shown.count("\n") == 1 and "BPE pre-tokenizer was not recognized" in shown
+    assert list(tmp_path.glob("x.gguf*")) == []
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    said(*words, code=0)
+    assert (tmp_path / "x.gguf").read_text() == "gpt-2"

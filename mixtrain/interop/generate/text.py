@@ -23,10 +23,8 @@ class Text:
     def __init__(self, directory: str, stop: list[str]):
         """UserError if the directory holds no tokenizer, or a damaged one."""
         self.directory, self.stop = Path(directory), stop
-        self.tokenizer, self.named = (
-            load_tokenizer(self.directory, parse_special_tokens=True),
-            special_tokens(self.directory),
-        )
+        self.tokenizer = load_tokenizer(self.directory, parse_special_tokens=True)
+        self.named = special_tokens(self.directory)
         self.tail = TOKENS_OF_A_CHARACTER * (max(map(len, stop), default=0) + 1)
 
     def ends(self) -> set[int]:
