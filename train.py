@@ -1,12 +1,13 @@
 """Train a Mixtral-class model with Megatron-Core.
 
     python train.py                                             the default, on this machine's CPU
-    python train.py +recipe=mixtral_8x7b_ep8 trainer.mode=plan  what a recipe would do, on any machine
+    python train.py +recipe=mixtral_8x7b_ep8 trainer.mode=plan  what a recipe would do, on any
+      machine
     python train.py --help                                      every group, option and key
 
-Exit codes: 0 finished or stopped on request, 2 the configuration or the input, 1 a fault.
-Nothing here imports torch: a wrong configuration is refused in a second, and helper processes that a checkpoint
-starts import this file again.
+Exit codes: 0 finished or stopped on request, 2 the configuration or the input, 1 a fault. Nothing
+here imports torch: a wrong configuration is refused in a second, and helper processes that a
+checkpoint starts import this file again.
 """
 
 import os
@@ -21,7 +22,8 @@ if __name__ == "__main__":  # before the other imports, which take half a second
     streams.hold()
     if not is_started():
         exit_on_request()
-    elif LAUNCHER not in os.environ:  # a rank of our own launcher is ended at once before the first step
+    # a rank of our own launcher is ended at once before the first step
+    elif LAUNCHER not in os.environ:
         note_requests()
 
 from mixtrain.config.compose import Composed, compose
@@ -35,11 +37,17 @@ from mixtrain.launch.local import handed_plan
 from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.closed_pipe import ended
 from mixtrain.training.preflight import recorded
-from mixtrain.training.run_directory import claimed, console_log, finished_already, former, shared_directories
+from mixtrain.training.run_directory import (
+    claimed,
+    console_log,
+    finished_already,
+    former,
+    shared_directories,
+)
 
 SWEEP = (
-    "torchrun and srun start ranks for one run; type python train.py --multirun, which starts them for each job of a"
-    " sweep, or start each job by itself"
+    "torchrun and srun start ranks for one run; type python train.py --multirun, which starts them"
+    " for each job of a sweep, or start each job by itself"
 )
 
 
@@ -56,17 +64,21 @@ def main(argv: list[str]) -> int:
         jobs, problems = compose(argv)
         return run_jobs(checked_plans(jobs, problems, me), me)
     except UserError as error:
-        if me is None or me.local_rank == 0:  # of every node: what is missing may be missing on one of them
+        # of every node: what is missing may be missing on one of them
+        if me is None or me.local_rank == 0:
             print_problems(error.problems, me.node if me else "")
         return REFUSED
 
 
-def checked_plans(jobs: list[Composed], problems: list[str], me: Identity | None) -> list[tuple[Plan, list[str]]]:
+def checked_plans(
+    jobs: list[Composed], problems: list[str], me: Identity | None
+) -> list[tuple[Plan, list[str]]]:
     """The plans of the jobs that are to be run, each with its overrides, all printed.
 
     A UserError if this machine, or the cluster that a job would be sent to, cannot run one.
     """
-    plans, lacking = [], []
+    plans = []
+    lacking = []
     for job in jobs:
         plan = plan_of(job, problems, me)
         if plan.config.trainer.mode is not Mode.plan:
@@ -76,7 +88,8 @@ def checked_plans(jobs: list[Composed], problems: list[str], me: Identity | None
         if plan.config.trainer.mode is not Mode.plan:
             lacking += machine_problems(plan, me, job.overrides)
             plans.append((plan, job.overrides))
-    if me is not None and len(plans) > 1:  # ranks have one place to meet, and one life of process groups
+    # ranks have one place to meet, and one life of process groups
+    if me is not None and len(plans) > 1:
         lacking = [f"these are {len(plans)} jobs, but {SWEEP}", *lacking]
     if lacking := [*dict.fromkeys(lacking), *shared_directories([plan for plan, _ in plans])]:
         raise UserError(*lacking)
@@ -91,7 +104,11 @@ def run_jobs(plans: list[tuple[Plan, list[str]]], me: Identity | None) -> int:
             print(f"job {number} of {len(plans)}, in {plan.config.run_dir}", flush=True)
         line = finished_already(plan) if plan.config.trainer.mode is Mode.train else None
         if line:
-            print(line if me is None or me.rank == 0 else "", end="\n" * (me is None or me.rank == 0), flush=True)
+            print(
+                line if me is None or me.rank == 0 else "",
+                end="\n" * (me is None or me.rank == 0),
+                flush=True,
+            )
             continue
         codes.append(launch(plan, overrides) if me is None else train(recorded(plan), me))
         if me is None and was_stopped(plan):
@@ -101,12 +118,16 @@ def run_jobs(plans: list[tuple[Plan, list[str]]], me: Identity | None) -> int:
 
 def was_stopped(plan: Plan) -> bool:
     """A run of this machine's was: those of the cluster have not begun."""
-    return place(plan) is LauncherType.local and former(recorded(plan).config.run_dir).get("state") == "stopped"
+    return (
+        place(plan) is LauncherType.local
+        and former(recorded(plan).config.run_dir).get("state") == "stopped"
+    )
 
 
 def train(plan: Plan, me: Identity) -> int:
     """This process is a rank."""
-    streams.forgive(console_log(plan, me.rank))  # before torch is imported, whose loggers keep standard error
+    # before torch is imported, whose loggers keep standard error
+    streams.forgive(console_log(plan, me.rank))
     # our own launcher has claimed it before it started this rank
     with claimed(plan) if me.rank == 0 and not me.is_ours else nullcontext():
         from mixtrain.training.worker import run  # the first import of torch

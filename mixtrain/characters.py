@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-# C0 and C1 controls, line and paragraph separators, marks that change the direction of a text, halves of surrogate
-# pairs (bytes of a command line that are not UTF-8)
+# C0 and C1 controls, line and paragraph separators, marks that change the direction of a text,
+# halves of surrogate pairs (bytes of a command line that are not UTF-8)
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
@@ -30,4 +30,7 @@ def problems(key: str, value: object) -> Iterator[str]:
         for part in value:
             yield from problems(key, part)
     elif isinstance(value, str) and (found := CONTROL.search(value)):
-        yield f"{escaped(key)} = {escaped(value)} has the control character {escaped(found[0])}; take it out"
+        yield (
+            f"{escaped(key)} = {escaped(value)} has the control character {escaped(found[0])};"
+            " take it out"
+        )

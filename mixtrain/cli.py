@@ -21,7 +21,8 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 def run(main: Callable[[list[str]], int], words: list[str]) -> int:
     """The exit code of a tool: what a user can cause is said in a line each, with no traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what is half done is removed
+    # so that what is half done is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     return ended(_coded, main, words)
 
 

@@ -1,7 +1,8 @@
 """The one exception for what a user can cause, and how it reads on a terminal.
 
-Everything a user can get wrong is raised as a UserError with every problem found, ends in exit code 2,
-and never shows a traceback. Any other exception is a fault of ours or of the machine: exit code 1.
+Everything a user can get wrong is raised as a UserError with every problem found, ends in exit code
+2, and never shows a traceback. Any other exception is a fault of ours or of the machine: exit code
+1.
 """
 
 import sys
@@ -9,7 +10,10 @@ import sys
 from mixtrain.characters import escaped
 
 SHOWN = 2000  # characters of a problem: a value that it quotes may be a whole file
-FINISHED, FAULT, REFUSED = 0, 1, 2  # the exit codes of every command of the project
+# the exit codes of every command of the project
+FINISHED = 0
+FAULT = 1
+REFUSED = 2
 
 
 class UserError(Exception):
@@ -29,8 +33,12 @@ class Fault(RuntimeError):
 
 def print_problems(problems, node: str = "") -> None:
     """Print the problems as a user reads them, on `node` where there are several: a count, then one line each."""
-    stream, count = sys.stderr, len(problems)
-    print(f"mixtrain: {count} problem{'s' if count != 1 else ''}{node and f' on node {node}'}:", file=stream)
+    stream = sys.stderr
+    count = len(problems)
+    print(
+        f"mixtrain: {count} problem{'s' if count != 1 else ''}{node and f' on node {node}'}:",
+        file=stream,
+    )
     for problem in problems:
         text = escaped(problem[:SHOWN], keep="\n\t") + " ..." * (len(problem) > SHOWN)
         print(f"  - {text}", file=stream)

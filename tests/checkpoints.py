@@ -1,4 +1,6 @@
-"""Checkpoints, for tests: every tensor in one, read without a process group and without the code that is tested."""
+"""Checkpoints, for tests: every tensor in one, read without a process group and without the code
+that is tested.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 def unequal(a: Path, b: Path) -> list[str]:
     """The keys whose tensors are not equal bit for bit in two checkpoints, or are in one alone."""
-    here, there = tensors_of(a), tensors_of(b)
+    here = tensors_of(a)
+    there = tensors_of(b)
     return sorted(here.keys() ^ there.keys()) + [
         key for key in here.keys() & there.keys() if differ(here[key], there[key])
     ]

@@ -1,7 +1,9 @@
-"""What the tests without torch share: compose, check and plan in this process as train.py does, or run train.py.
+"""What the tests without torch share: compose, check and plan in this process as train.py does, or
+run train.py.
 
-Hydra takes a tenth of a second to compose, so where a test is about numbers Hydra composes only the groups, once, and
-single keys are set in a copy of the result. test_compose.py holds the two ways against each other.
+Hydra takes a tenth of a second to compose, so where a test is about numbers Hydra composes only the
+groups, once, and single keys are set in a copy of the result. test_compose.py holds the two ways
+against each other.
 """
 
 from __future__ import annotations
@@ -52,7 +54,10 @@ def quick_tree_of(*overrides: str) -> DictConfig:
         if word not in groups:
             override = OverridesParser.create().parse_override(word)
             OmegaConf.update(
-                tree, override.key_or_group, override.value(), force_add="extra" in word or "sbatch_args" in word
+                tree,
+                override.key_or_group,
+                override.value(),
+                force_add="extra" in word or "sbatch_args" in word,
             )
     return tree
 
@@ -91,8 +96,12 @@ def problems_in(tree: DictConfig, changes: dict[str, object] | None = None) -> l
 
 
 def unstarted_environment() -> dict[str, str]:
-    """This environment, as if nobody had started ranks (the tests may run in a Slurm job), without a GPU and Slurm."""
-    started = [name for name in os.environ if name in STARTED_BY or name.startswith(("SLURM", "MIXTRAIN"))]
+    """This environment, as if nobody had started ranks (the tests may run in a Slurm job), without
+    a GPU and Slurm.
+    """
+    started = [
+        name for name in os.environ if name in STARTED_BY or name.startswith(("SLURM", "MIXTRAIN"))
+    ]
     kept = {name: value for name, value in os.environ.items() if name not in started}
     return kept | {"CUDA_VISIBLE_DEVICES": "", "PATH": path_without_slurm()}
 
@@ -100,7 +109,9 @@ def unstarted_environment() -> dict[str, str]:
 def path_without_slurm() -> str:
     """PATH less the folders that have sbatch: the tests mean a machine without, wherever they run."""
     return os.pathsep.join(
-        folder for folder in os.environ["PATH"].split(os.pathsep) if not os.path.exists(os.path.join(folder, "sbatch"))
+        folder
+        for folder in os.environ["PATH"].split(os.pathsep)
+        if not os.path.exists(os.path.join(folder, "sbatch"))
     )
 
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-# Under nohup and in the background of a script a signal is ignored, and by what this process starts too: an interrupted
-# command would go on. With a handler here it has its own effect there.
+# Under nohup and in the background of a script a signal is ignored, and by what this process starts
+# too: an interrupted command would go on. With a handler here it has its own effect there.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
-# The files that take longest, in their order: begun first, so that two workers end at about the same time.
+# The files that take longest, in their order: begun first, so that two workers end at about the
+# same time.
 LONGEST = """
     test_launch test_resume test_parity test_bad_steps test_generate_command test_verify_conversion
     test_conversion test_stdlib test_recipes test_conversion_refusals test_checkpoint_faults test_checkpoint_tool

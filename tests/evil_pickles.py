@@ -1,4 +1,6 @@
-"""Pickles that no honest program writes, for tests: by opcode, by hand, and by chance. Protocols without frames."""
+"""Pickles that no honest program writes, for tests: by opcode, by hand, and by chance. Protocols
+without frames.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 MARKER = "the place of the attack"
-WATCHED = ("open", "exec", "compile", "os.", "subprocess.", "socket.", "ctypes.", "shutil.", "tempfile.")
+WATCHED = (
+    "open",
+    "exec",
+    "compile",
+    "os.",
+    "subprocess.",
+    "socket.",
+    "ctypes.",
+    "shutil.",
+    "tempfile.",
+)
 _seen: list[str] | None = None
 
 
@@ -42,7 +54,8 @@ def name(module: str, name: str) -> bytes:
     return f"c{module}\n{name}\n".encode()
 
 
-SET = b"N}" + text("_str") + text("it was set") + b"s\x86b"  # BUILD with (None, {"_str": "it was set"})
+# BUILD with (None, {"_str": "it was set"})
+SET = b"N}" + text("_str") + text("it was set") + b"s\x86b"
 STATE = b"}" + text("_str") + text("it was set") + b"sb"
 ARGUMENT = b"(" + text("x") + b"t"
 # opcode -> what an attacker makes of a name with it
@@ -67,7 +80,9 @@ OPCODES = {
 def small_index(planner_data: object = MARKER) -> Metadata:
     """An index as Megatron-Core writes it, of two tensors and an object."""
     properties = TensorProperties(torch.bfloat16)
-    parts, places, items = {}, {}, []
+    parts = {}
+    places = {}
+    items = []
     for key in ("embedding.weight", "decoder.weight"):
         chunks = [ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([4, 3])) for at in (0, 4)]
         parts[key] = TensorStorageMetadata(properties, torch.Size([8, 3]), chunks)
@@ -121,11 +136,15 @@ def attributes(things: list[object]) -> list[dict]:
     members = [member for thing in things for member in getattr(thing, "__members__", {}).values()]
     holders = [thing for thing in [*things, *members] if hasattr(thing, "__dict__")]
     # copyreg puts __slotnames__ into a class of which something is pickled, as the tests do
-    return [{key: value for key, value in vars(thing).items() if key != "__slotnames__"} for thing in holders]
+    return [
+        {key: value for key, value in vars(thing).items() if key != "__slotnames__"}
+        for thing in holders
+    ]
 
 
 def alone(outcome: Path, function: Callable[[], str]) -> tuple[int, str]:
-    """(exit code, what the function returned or its traceback) in a forked child, which leaves it in the file.
+    """(exit code, what the function returned or its traceback) in a forked child, which leaves it
+    in the file.
 
     A process that has watched is slow ever after: Python tells it of every id() too.
     """
@@ -142,7 +161,9 @@ def alone(outcome: Path, function: Callable[[], str]) -> tuple[int, str]:
 
 
 class Watch:
-    """The audited events of this process while it is open: files, processes, code. For a child: see `alone`."""
+    """The audited events of this process while it is open: files, processes, code. For a child: see
+    `alone`.
+    """
 
     def __enter__(self) -> list[str]:
         global _seen
@@ -162,15 +183,25 @@ def _note(event: str, args: tuple) -> None:
 
 
 def mutants(bases: list[bytes], attacks: list[bytes], seed: int) -> Iterator[tuple[int, bytes]]:
-    """(number of the base, bytes) without end: changed by opcode where a base is a pickle, and by byte."""
+    """(number of the base, bytes) without end: changed by opcode where a base is a pickle, and by
+    byte.
+    """
     chance = random.Random(seed)
-    ends = [[at for _, _, at in pickletools.genops(base)] if base[:1] == b"\x80" else None for base in bases]
+    ends = [
+        [at for _, _, at in pickletools.genops(base)] if base[:1] == b"\x80" else None
+        for base in bases
+    ]
     while True:
-        (number,) = chance.choices(range(len(bases)), [len(base) ** -0.5 for base in bases])  # large ones take long
+        # large ones take long
+        (number,) = chance.choices(range(len(bases)), [len(base) ** -0.5 for base in bases])
         data = bytearray(bases[number])
         for _ in range(chance.choice((1, 1, 2, 3, 8))):
             places = ends[number]
-            at = chance.choice(places) if places and chance.random() < 0.7 else chance.randrange(len(data))
+            at = (
+                chance.choice(places)
+                if places and chance.random() < 0.7
+                else chance.randrange(len(data))
+            )
             _mutate(data, min(at, len(data)), chance, attacks)
         yield number, bytes(data)
 
@@ -190,7 +221,9 @@ def _mutate(data: bytearray, at: int, chance: random.Random, attacks: list[bytes
         other = chance.randrange(len(data) + 1)
         data[at : at + length] = data[other : other + length]
     elif kind == 5:
-        data[at : at + 8] = chance.choice((b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\0" * 8, b"\xff\xff\xff\x7f"))
+        data[at : at + 8] = chance.choice(
+            (b"\xff" * 8, b"\xff" * 7 + b"\x7f", b"\0" * 8, b"\xff\xff\xff\x7f")
+        )
     else:
         opcode = chance.choice([*pickletools.code2op]).encode("latin1")
         data[at:at] = opcode

@@ -9,10 +9,16 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 SIZES = dict(
-    hidden_size=64, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2, vocab_size=256, head_dim=16,
-    max_position_embeddings=512, num_experts_per_tok=2,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=256,
+    head_dim=16,
+    max_position_embeddings=512,
+    num_experts_per_tok=2,
     rope_parameters={"rope_theta": 10000.0, "rope_type": "default"},
-)  # fmt: skip
+)
 QWEN3 = dict(moe_intermediate_size=48, num_experts=8, intermediate_size=96)
 MODELS = {
     "mixtral": (MixtralForCausalLM, MixtralConfig, dict(intermediate_size=96, num_local_experts=4)),
@@ -22,12 +28,24 @@ MODELS = {
         dict(intermediate_size=96, num_local_experts=4, tie_word_embeddings=True),
     ),
     "qwen3_moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN3 | dict(norm_topk_prob=True)),
-    "qwen3_moe, not normalised": (Qwen3MoeForCausalLM, Qwen3MoeConfig, QWEN3 | dict(norm_topk_prob=False)),
+    "qwen3_moe, not normalised": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        QWEN3 | dict(norm_topk_prob=False),
+    ),
 }
 
 
-def saved(kind: str, folder: Path, fused: bool = False, dtype: torch.dtype = torch.float32, shard: str = "5GB") -> Path:
-    """A model with random weights, norms too, as transformers saves it; always the same one of a kind."""
+def saved(
+    kind: str,
+    folder: Path,
+    fused: bool = False,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "5GB",
+) -> Path:
+    """A model with random weights, norms too, as transformers saves it; always the same one of a
+    kind.
+    """
     model_class, config_class, values = MODELS[kind]
     torch.manual_seed(3)
     model = model_class(config_class(**SIZES, **values, initializer_range=0.1)).to(dtype)
@@ -48,7 +66,8 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 def unequal(a: Path, b: Path) -> list[str]:
     """The names of tensors that are not equal bit for bit in two directories, or are in one alone."""
-    here, there = tensors_of(a), tensors_of(b)
+    here = tensors_of(a)
+    there = tensors_of(b)
     different = [
         name
         for name in here.keys() & there.keys()

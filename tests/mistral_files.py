@@ -1,4 +1,6 @@
-"""Mistral's own tokenizer files, as mistral-common has them, and Hugging Face directories made of them."""
+"""Mistral's own tokenizer files, as mistral-common has them, and Hugging Face directories made of
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,14 @@ from pathlib import Path
 from mixtrain.data.convert_tokenizer import convert
 
 DATA = Path(find_spec("mistral_common").submodule_search_locations[0], "data")
-V1, V2 = DATA / "tokenizer.model.v1", DATA / "mistral_instruct_tokenizer_240216.model.v2"
-V3, TEKKEN = DATA / "mistral_instruct_tokenizer_240323.model.v3", DATA / "tekken_240911.json"
+V1 = DATA / "tokenizer.model.v1"
+V2 = DATA / "mistral_instruct_tokenizer_240216.model.v2"
+V3 = DATA / "mistral_instruct_tokenizer_240323.model.v3"
+TEKKEN = DATA / "tekken_240911.json"
 CHAT = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
-    "{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{"
+    " message.content }} [/INST]{% else %}{{ message.content }}{{ eos_token }}{% endif %}{% endfor"
+    " %}"
 )
 
 

@@ -15,9 +15,16 @@ TOOL = ROOT / "tools" / "preprocess_data.py"
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """The tool as a user runs it from a checkout: nothing on the path, and no network."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "HF_HUB_OFFLINE": "1"
+    }
     return subprocess.run(
-        [sys.executable, TOOL, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, TOOL, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 

@@ -1,7 +1,8 @@
-"""A Slurm on this machine: two nodes, one beside them, controller and munge, on loopback, in one folder. For tests.
+"""A Slurm on this machine: two nodes, one beside them, controller and munge, on loopback, in one
+folder. For tests.
 
-Rule: nothing outside the folder is read or written (SLURM_CONF leads every command there), several may run at once, and
-every process that was started is ended.
+Rule: nothing outside the folder is read or written (SLURM_CONF leads every command there), several
+may run at once, and every process that was started is ended.
 """
 
 from __future__ import annotations
@@ -18,9 +19,21 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
-SBIN = os.pathsep.join(["/usr/sbin", "/usr/local/sbin"])  # where Debian has the daemons, not on everybody's PATH
-GPUS = 2  # of the node in the partition gpu; regular files stand in for the devices, which no job opens
+PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "munged",
+    "sbatch",
+    "srun",
+    "scontrol",
+    "squeue",
+    "sinfo",
+    "scancel",
+)
+# where Debian has the daemons, not on everybody's PATH
+SBIN = os.pathsep.join(["/usr/sbin", "/usr/local/sbin"])
+# of the node in the partition gpu; regular files stand in for the devices, which no job opens
+GPUS = 2
 
 CONFIGURATION = """
 ClusterName=mixtrain
@@ -57,9 +70,11 @@ PartitionName=cpu Nodes=n[0-1] Default=YES MaxTime=60
 PartitionName=gpu Nodes=n1 MaxTime=60
 PartitionName=short Nodes=n2 MaxTime=1
 """
-# In the shell of who submits: gloo's connections stay on loopback too, and two cores are shared by all ranks.
+# In the shell of who submits: gloo's connections stay on loopback too, and two cores are shared by
+# all ranks.
 SHELL = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-REVOKED_S = 3  # a node that has ended a job refuses it, and fails it, if it comes back within a second or two
+# a node that has ended a job refuses it, and fails it, if it comes back within a second or two
+REVOKED_S = 3
 OTHERS = ("SLURM", "SBATCH", "MIXTRAIN")  # what variables of another cluster begin with
 
 
@@ -73,10 +88,13 @@ class Cluster:
     """The cluster, once it is up. `environment` is what a user's shell has on its login node."""
 
     def __init__(self, folder: Path):
-        self.folder, self.processes = folder, []
+        self.folder = folder
+        self.processes = []
         path = os.pathsep.join([os.environ["PATH"], SBIN])
         kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH", "MIXTRAIN"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM", "SBATCH", "MIXTRAIN"))
         }
         self.environment = kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
 
@@ -105,17 +123,26 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-c")
         for node in ("n0", "n1", "n2"):
             self._daemon("slurmd", "-D", "-N", node)
-        wait(lambda: self.ask("sinfo", "--format=%T %D", "--partition=cpu") == "idle 2", 30, self.logs)
+        wait(
+            lambda: self.ask("sinfo", "--format=%T %D", "--partition=cpu") == "idle 2",
+            30,
+            self.logs,
+        )
 
     def _munge(self) -> list[str]:
-        return [f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "log", "seed")] + [
-            f"--socket={self.folder}/munge/socket"
-        ]
+        return [
+            f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "log", "seed")
+        ] + [f"--socket={self.folder}/munge/socket"]
 
     def _daemon(self, *command: str) -> None:
         with open(self.folder / "daemons.log", "a") as log:
             process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+                command,
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
         self.processes.append(process)
 
@@ -133,7 +160,9 @@ class Cluster:
                 process.kill()
                 process.wait(10)
 
-    def run(self, *command: str, check: bool = True, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, check: bool = True, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         """A command as a user of the cluster types it."""
         return subprocess.run(
             command,
@@ -146,7 +175,9 @@ class Cluster:
         )
 
     def ask(self, command: str, *flags: str) -> str:
-        """What a command that lists has to say, without its header; nothing where Slurm does not answer."""
+        """What a command that lists has to say, without its header; nothing where Slurm does not
+        answer.
+        """
         return self.run(command, "--noheader", *flags, check=False).stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
@@ -158,21 +189,38 @@ class Cluster:
         return self.job(number).get("JobState", "GONE")
 
     def wait_for(self, number: str, *states: str, seconds: float = 300) -> None:
-        wait(lambda: self.state(number) in states, seconds, lambda: f"{number} is {self.state(number)}\n{self.logs()}")
+        wait(
+            lambda: self.state(number) in states,
+            seconds,
+            lambda: f"{number} is {self.state(number)}\n{self.logs()}",
+        )
 
     def let_return(self, number: str, seconds: float = 60) -> None:
-        """Start a requeued job soon: Slurm makes it wait two minutes. Not at once: its nodes have just revoked it."""
-        wait(lambda: self.is_requeued(number), seconds, lambda: f"job {number} to be requeued\n{self.logs()}")
+        """Start a requeued job soon: Slurm makes it wait two minutes. Not at once: its nodes have
+        just revoked it.
+        """
+        wait(
+            lambda: self.is_requeued(number),
+            seconds,
+            lambda: f"job {number} to be requeued\n{self.logs()}",
+        )
         time.sleep(REVOKED_S)
         self.run("scontrol", "update", f"JobId={number}", "StartTime=now")
-        wait(lambda: self.state(number) != "PENDING", seconds, lambda: f"job {number} to start\n{self.logs()}")
+        wait(
+            lambda: self.state(number) != "PENDING",
+            seconds,
+            lambda: f"job {number} to start\n{self.logs()}",
+        )
 
     def is_requeued(self, number: str) -> bool:
         job = self.job(number)
         return job.get("JobState") == "PENDING" and job.get("Reason") == "BeginTime"
 
     def logs(self) -> str:
-        return "\n".join(f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(self.folder.glob("*.log")))
+        return "\n".join(
+            f"--- {path.name}\n{path.read_text()[-1500:]}"
+            for path in sorted(self.folder.glob("*.log"))
+        )
 
 
 def free_ports(count: int) -> list[int]:
@@ -190,7 +238,9 @@ def wait(until: Callable[[], object], seconds: float, what: str | Callable[[], s
     deadline = time.monotonic() + seconds
     while not until():
         if time.monotonic() > deadline:
-            raise AssertionError(f"nothing after {seconds:.0f} s: {what() if callable(what) else what}")
+            raise AssertionError(
+                f"nothing after {seconds:.0f} s: {what() if callable(what) else what}"
+            )
         time.sleep(0.1)
 
 

@@ -1,4 +1,6 @@
-"""A shell with job control in a pseudo-terminal, as a user has it: Ctrl-C goes to all of a pipeline."""
+"""A shell with job control in a pseudo-terminal, as a user has it: Ctrl-C goes to all of a
+pipeline.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,15 @@ from composing import ROOT, unstarted_environment
 
 
 class Terminal:
-    """`command` and `rest`, as in `| tee log`, typed in a terminal of its own; what it shows is in `text`.
+    """`command` and `rest`, as in `| tee log`, typed in a terminal of its own; what it shows is in
+    `text`.
 
     Every wait is bounded.
     """
 
     def __init__(self, command: str, rest: str, folder: Path):
-        self.code, self.text = folder / "code", ""
+        self.code = folder / "code"
+        self.text = ""
         self.process, self.terminal = pty.fork()
         if self.process == 0:
             self._be_a_shell()
@@ -30,9 +34,11 @@ class Terminal:
     @staticmethod
     def _be_a_shell() -> None:
         try:
-            for number in (signal.SIGINT, signal.SIGHUP):  # tests that run in the background have them ignored
+            # tests that run in the background have them ignored
+            for number in (signal.SIGINT, signal.SIGHUP):
                 signal.signal(number, signal.SIG_DFL)
-            here = {"PS1": "$ ", "PATH": os.environ["PATH"]}  # the shell's commands may lie beside Slurm's
+            # the shell's commands may lie beside Slurm's
+            here = {"PS1": "$ ", "PATH": os.environ["PATH"]}
             os.chdir(ROOT)
             shell = ["bash", "--noprofile", "--norc", "--noediting", "-i"]
             os.execvpe("bash", shell, unstarted_environment() | here)
@@ -68,5 +74,7 @@ class Terminal:
 
     def exit_code(self, seconds: float = 60) -> int:
         """Of the command, once it has ended."""
-        self.wait_until(lambda: self.code.exists() and self.code.read_text().endswith("\n"), seconds)
+        self.wait_until(
+            lambda: self.code.exists() and self.code.read_text().endswith("\n"), seconds
+        )
         return int(self.code.read_text())

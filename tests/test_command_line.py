@@ -1,4 +1,6 @@
-"""What a user types, as a user types it: exit codes, and words on the terminal that can be acted on."""
+"""What a user types, as a user types it: exit codes, and words on the terminal that can be acted
+on.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ RECIPE = "+recipe=mixtral_8x7b_ep8"
 
 
 def problems(shown: subprocess.CompletedProcess) -> list[str]:
-    """The problems of a refusal: exit code 2, a count, then a line each, and nothing else on stderr."""
+    """The problems of a refusal: exit code 2, a count, then a line each, and nothing else on
+    stderr.
+    """
     assert shown.returncode == 2, shown.stderr
     assert "Traceback" not in shown.stdout + shown.stderr
     head, *lines = shown.stderr.splitlines()
@@ -29,16 +33,23 @@ def test_a_recipe_is_planned_on_any_machine_in_two_seconds_of_cpu_time():
     assert "46,702,792,704" in shown.stdout
     assert shown.stdout.startswith("MOCK")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # half a second where nothing else runs: a core that is shared with another thread takes twice as long
+    # half a second where nothing else runs: a core that is shared with another thread takes twice
+    # as long
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_two_problems_are_both_named():
-    named = problems(run_train(RECIPE, "parallel.expert_model_parallel_size=5", "trainer.global_batch_size=100"))
+    named = problems(
+        run_train(RECIPE, "parallel.expert_model_parallel_size=5", "trainer.global_batch_size=100")
+    )
     keys = [problem.split(" ")[0] for problem in named]
     assert "parallel.expert_model_parallel_size" in keys and "trainer.global_batch_size" in keys
     (experts,) = [problem for problem in named if problem.startswith("parallel.")]
-    assert experts == "parallel.expert_model_parallel_size = 5 must divide model.num_moe_experts = 8; use 4 or 8"
+    assert (
+        experts
+        == "parallel.expert_model_parallel_size = 5 must divide model.num_moe_experts = 8; use 4"
+        " or 8"
+    )
     (batch,) = [problem for problem in named if problem.startswith("trainer.")]
     assert "100" in batch and "= 16" in batch and batch.endswith("use 96 or 112")
 

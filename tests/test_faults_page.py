@@ -25,5 +25,9 @@ def test_a_test_that_the_page_names_is_there(file, name):
 
 
 def test_every_row_names_one():
-    rows = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| What")]
+    rows = [
+        line
+        for line in PAGE.splitlines()
+        if line.startswith("| ") and not line.startswith("| What")
+    ]
     assert len(rows) > 60 and all(re.search(r"`tests/[\w/]+\.py::test_\w+`", row) for row in rows)

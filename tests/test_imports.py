@@ -1,4 +1,6 @@
-"""Imports go one way: a wrong configuration is refused without torch, and the package knows nothing of its users."""
+"""Imports go one way: a wrong configuration is refused without torch, and the package knows nothing
+of its users.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +13,34 @@ from pathlib import Path
 import pytest
 from composing import ROOT, unstarted_environment
 
-HEAVY = {"torch", "megatron", "numpy", "transformers", "datasets", "tokenizers", "transformer_engine", "matplotlib"}
+HEAVY = {
+    "torch",
+    "megatron",
+    "numpy",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "transformer_engine",
+    "matplotlib",
+}
 USERS = {"train", "tools", "tests"}  # they import the package, never the reverse
 PACKAGE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "mixtrain").rglob("*.py"))
 LIGHT = [
     "train.py",
     *[name for name in PACKAGE if name.startswith(("mixtrain/config/", "mixtrain/launch/"))],
-    *[f"mixtrain/{name}.py" for name in ("errors", "system/rank_identity", "system/status", "data/check")],
+    *[
+        f"mixtrain/{name}.py"
+        for name in ("errors", "system/rank_identity", "system/status", "data/check")
+    ],
     "tools/submit.py",
     "mixtrain/checkpoint/megatron_args.py",
 ]
 
 
 def imported(path: Path, inside_functions: bool) -> Iterator[str]:
-    """Dotted names that a file imports: on import (classes, if and try included), or anywhere in it."""
+    """Dotted names that a file imports: on import (classes, if and try included), or anywhere in
+    it.
+    """
     nodes = list(ast.parse(path.read_text()).body)
     while nodes:
         node = nodes.pop()
@@ -34,7 +50,9 @@ def imported(path: Path, inside_functions: bool) -> Iterator[str]:
             assert not node.level, f"{path}: a relative import"
             yield str(node.module)
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif inside_functions or not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+        elif inside_functions or not isinstance(
+            node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+        ):
             nodes += ast.iter_child_nodes(node)
 
 
@@ -43,7 +61,9 @@ def files_of(name: str) -> Iterator[Path]:
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         base = ROOT.joinpath(*parts[:end])
-        yield from (path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file())
+        yield from (
+            path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()
+        )
 
 
 def reached(path: Path) -> dict[Path, set[str]]:
@@ -60,12 +80,14 @@ def reached(path: Path) -> dict[Path, set[str]]:
 
 def test_the_walk_finds_what_a_module_that_needs_torch_reaches():
     graph = reached(ROOT / "mixtrain" / "training" / "worker.py")
-    assert ROOT / "mixtrain" / "config" / "rules" / "__init__.py" not in graph  # planner.py alone imports it
+    # planner.py alone imports it
+    assert ROOT / "mixtrain" / "config" / "rules" / "__init__.py" not in graph
     assert ROOT / "mixtrain" / "config" / "memory.py" in graph  # by way of config/plan.py
     assert "torch" in graph[ROOT / "mixtrain" / "training" / "worker.py"]
 
 
-# From what may import everything to what imports nothing. A room imports those behind it, and never one before it.
+# From what may import everything to what imports nothing. A room imports those behind it, and never
+# one before it.
 ROOMS = """
     cli proof interop launch training checkpoint data engine config system errors characters
 """.split()
@@ -73,12 +95,18 @@ BESIDE = {("data", "engine")}  # neither knows the other
 
 
 def modules_of_the_package() -> dict[str, set[str]]:
-    """Module -> modules of the package that it imports, in functions too; without the package's own name."""
-    names = {path: path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in PACKAGE}
+    """Module -> modules of the package that it imports, in functions too; without the package's own
+    name.
+    """
+    names = {
+        path: path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for path in PACKAGE
+    }
     found: dict[str, set[str]] = {}
     for path, name in names.items():
         dotted = set(imported(ROOT / path, inside_functions=True)) & set(names.values())
-        # `from package import module` names both; of a package's own file only what is taken of it alone counts
+        # `from package import module` names both; of a package's own file only what is taken of it
+        # alone counts
         found[name] = {one for one in dotted if one != "mixtrain"} - {name}
     return found
 
@@ -103,7 +131,9 @@ def test_no_modules_import_each_other_in_a_circle():
     def walk(name: str, above: tuple[str, ...]) -> None:
         assert name not in above, " -> ".join([*above[above.index(name) :], name])
         if name not in done:
-            for other in graph[name] - {package for package in packages if name.startswith(f"{package}.")}:
+            for other in graph[name] - {
+                package for package in packages if name.startswith(f"{package}.")
+            }:
                 walk(other, (*above, name))
             done.add(name)
 

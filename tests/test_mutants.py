@@ -24,18 +24,33 @@ FAULTS = {  # a source, its faults
     "X = ('a',)": [("X", "'a'", "without"), ("X", "('a',)", "('ax',)")],
     "X = {'a': None}": [("X", "'a': None", "without"), ("X", "{'a': None}", "{'ax': None}")],
     "X = 'a b'.split()": [("X", "a", "without"), ("X", "b", "without")],
-    "def f(a: int = 1) -> int:\n    'Says.'\n    return a": [("f", "return a", "return None"), ("f", "1", "2")],
-    "class C:\n    def f(self):\n        g()\n        g()": [("C.f", "g()", "pass"), ("C.f", "g()  # 2", "pass")],
-    "def f(a):\n    if not a:\n        raise a": [("f", "raise a", "pass"), ("f", "not a", "not not a")],
-    "def f(a):\n    if a < a:\n        pass": [("f", "if a < a", "if not (a < a)"), ("f", "a < a", "a <= a")],
+    "def f(a: int = 1) -> int:\n    'Says.'\n    return a": [
+        ("f", "return a", "return None"),
+        ("f", "1", "2"),
+    ],
+    "class C:\n    def f(self):\n        g()\n        g()": [
+        ("C.f", "g()", "pass"),
+        ("C.f", "g()  # 2", "pass"),
+    ],
+    "def f(a):\n    if not a:\n        raise a": [
+        ("f", "raise a", "pass"),
+        ("f", "not a", "not not a"),
+    ],
+    "def f(a):\n    if a < a:\n        pass": [
+        ("f", "if a < a", "if not (a < a)"),
+        ("f", "a < a", "a <= a"),
+    ],
     "def f(a):\n    g(f'{-a} is said', a or [])": [
-        ("f", "g(f'{-a} is said', a or [])", "pass"), ("f", "-a", "+a"), ("f", "a or []", "a and []"),
+        ("f", "g(f'{-a} is said', a or [])", "pass"),
+        ("f", "-a", "+a"),
+        ("f", "a or []", "a and []"),
         ("f", "a or []", "False or []"),
     ],
     "def f(a):\n    b, c = min(a), [a for b in a if b]\n    return": [
-        ("f", "for if b", "for"), ("f", "min(a)", "max(a)"),
+        ("f", "for if b", "for"),
+        ("f", "min(a)", "max(a)"),
     ],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("source", FAULTS)
@@ -96,24 +111,36 @@ def test_a_run_says_what_survived_what_was_accepted_and_what_is_there_no_more(tm
         (tmp_path / "tools").mkdir(exist_ok=True)
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools" / name)
     for name, text in {
-        "mixtrain/small.py": SMALL, "tests/test_small.py": TESTS, "tests/mutants_accepted.yaml": ACCEPTED,
+        "mixtrain/small.py": SMALL,
+        "tests/test_small.py": TESTS,
+        "tests/mutants_accepted.yaml": ACCEPTED,
         "pytest.ini": "[pytest]\npythonpath = .\nmarkers =\n    long\n    slurm\n",
         "go.py": "import sys\nsys.path.insert(0, 'tools')\nimport mutants, watching\n"
-                 "mutants.SECONDS, watching.SECONDS = 60, 1\n"
-                 "mutants.MODULES = {'small': ['tests/test_small.py']}\nsys.exit(mutants.main([]))\n",
-    }.items():  # fmt: skip
+        "mutants.SECONDS, watching.SECONDS = 60, 1\n"
+        "mutants.MODULES = {'small': ['tests/test_small.py']}\nsys.exit(mutants.main([]))\n",
+    }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     done = subprocess.run(
-        [sys.executable, "go.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "go.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     said = done.stdout.replace("\r", "\n")
-    # the table is looked at by the test alone that starts a process; without `a += a` a loop does not end
+    # the table is looked at by the test alone that starts a process; without `a += a` a loop does
+    # not end
     assert "None" not in said  # without a table it cannot be imported, which every test notices
     for survivor in ("- 'a'\n    + without", "- ('a',)\n    + ('ax',)"):
         assert survivor in said
     assert "no longer there, take it out of mutants_accepted.yaml: gone: a -> b" in said
-    rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line and len(line.split()) == 5}
+    rows = {
+        line.split()[0]: line.split()[1:]
+        for line in said.splitlines()
+        if line and len(line.split()) == 5
+    }
     assert rows["small"] == rows["all"] and rows["small"][2:] == ["1", "2"]
     assert int(rows["small"][0]) == int(rows["small"][1]) + 3

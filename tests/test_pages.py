@@ -1,4 +1,6 @@
-"""What the pages say can be typed is taken as it stands there: by a shell, then by the command, then by Hydra."""
+"""What the pages say can be typed is taken as it stands there: by a shell, then by the command,
+then by Hydra.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +14,28 @@ from composing import ROOT, unstarted_environment
 from mixtrain.config.compose import CONF, SCENARIOS, check_overrides, compose, options
 from mixtrain.config.schema import FREE, legal_keys
 
-PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))] if page.name != "faults.md"]
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    if page.name != "faults.md"
+]
 REFUSED = "parallel.expert_model_parallel_size=5"  # the README shows what is said of it
 
 
 def commands() -> list[str]:
-    """Every command line of a console, and every command or override that stands within a sentence or a table."""
+    """Every command line of a console, and every command or override that stands within a sentence
+    or a table.
+    """
     found = []
     for page in PAGES:
         text = page.read_text()
         blocks = re.findall(r"```console\n(.*?)```", text, flags=re.DOTALL)
-        found += [line[2:] for block in blocks for line in block.replace("\\\n", " ").splitlines() if line[:2] == "$ "]
+        found += [
+            line[2:]
+            for block in blocks
+            for line in block.replace("\\\n", " ").splitlines()
+            if line[:2] == "$ "
+        ]
         found += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     return list(dict.fromkeys(found))
 
@@ -37,7 +50,12 @@ def is_ours(word: str) -> bool:
 def in_a_shell(command: str) -> list[str]:
     """The words that bash makes of a command line."""
     done = subprocess.run(
-        ["bash", "-uc", f"printf '%s\\0' {command}"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=False
+        ["bash", "-uc", f"printf '%s\\0' {command}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=10,
+        check=False,
     )
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout.split("\0")[:-1]
@@ -45,7 +63,9 @@ def in_a_shell(command: str) -> list[str]:
 
 def filled_in(words: list[str]) -> list[str]:
     """With an option in the place of NAME."""
-    groups = [word.lstrip("+").removesuffix("=NAME") if word.endswith("=NAME") else "" for word in words]
+    groups = [
+        word.lstrip("+").removesuffix("=NAME") if word.endswith("=NAME") else "" for word in words
+    ]
     return [
         word.removesuffix("NAME") + options(group)[0] if group else word
         for word, group in zip(words, groups, strict=True)
@@ -53,7 +73,9 @@ def filled_in(words: list[str]) -> list[str]:
 
 
 OVERRIDES = [text for text in commands() if is_ours(text.split(" ")[0])]
-TRAINING = [text for text in commands() if re.match(r"python train.py [^.]", text) and REFUSED not in text]
+TRAINING = [
+    text for text in commands() if re.match(r"python train.py [^.]", text) and REFUSED not in text
+]
 SUBMISSIONS = [text for text in commands() if re.match(r"(python )?tools/submit.py .*=", text)]
 
 
@@ -76,7 +98,9 @@ def test_a_training_command_of_a_page_composes_as_it_is_typed(text):
 
 @pytest.mark.parametrize("text", SUBMISSIONS)
 def test_a_submission_of_a_page_can_be_printed_without_slurm(text, tmp_path):
-    words = [word for word in in_a_shell(text) if word not in ("python", "tools/submit.py", "--print")]
+    words = [
+        word for word in in_a_shell(text) if word not in ("python", "tools/submit.py", "--print")
+    ]
     shown = subprocess.run(
         [sys.executable, str(ROOT / "tools/submit.py"), *words, "--print"],
         cwd=tmp_path,
@@ -93,6 +117,8 @@ def test_a_submission_of_a_page_can_be_printed_without_slurm(text, tmp_path):
 
 
 def test_every_file_that_answers_a_question_is_there():
-    rows = re.findall(r"^\| [^|]+\? \| `([^`]+)` \|", (ROOT / "docs" / "where.md").read_text(), flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| [^|]+\? \| `([^`]+)` \|", (ROOT / "docs" / "where.md").read_text(), flags=re.MULTILINE
+    )
     assert len(rows) == 20
     assert [name for name in rows if not (ROOT / "mixtrain" / name).is_file()] == []

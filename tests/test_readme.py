@@ -20,10 +20,14 @@ def transcripts() -> list[tuple[list[str], str]]:
     found = []
     for number, (kind, text) in enumerate(BLOCKS):
         if kind == "console":
-            commands = [line[2:] for line in text.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+            commands = [
+                line[2:] for line in text.replace("\\\n", " ").splitlines() if line.startswith("$ ")
+            ]
             after = BLOCKS[number + 1] if number + 1 < len(BLOCKS) else ("console", "")
             for command in commands:
-                found.append((shlex.split(command), "" if after[0] or command != commands[-1] else after[1]))
+                found.append(
+                    (shlex.split(command), "" if after[0] or command != commands[-1] else after[1])
+                )
     return found
 
 
@@ -31,14 +35,18 @@ TRAINING = [(words, shown) for words, shown in transcripts() if "train.py" in wo
 
 
 def run(words: list[str]) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 def test_the_readme_is_short():
     assert len(README.splitlines()) < 150
 
 
-@pytest.mark.parametrize("words, shown", TRAINING, ids=[" ".join(words)[-60:] for words, _ in TRAINING])
+@pytest.mark.parametrize(
+    "words, shown", TRAINING, ids=[" ".join(words)[-60:] for words, _ in TRAINING]
+)
 def test_a_training_command_composes_and_prints_what_the_readme_shows(words, shown):
     overrides = words[words.index("train.py") + 1 :]
     done = run(["train.py", *overrides, "trainer.mode=plan"])
@@ -72,7 +80,9 @@ def test_the_preprocessing_command_has_the_options_that_the_readme_uses():
 
 def test_every_make_target_is_listed_by_make_help():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    printed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout
+    printed = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    ).stdout
     assert targets == {"help", "setup", "train", "test", "test-long", "check", "plan", "mutants"}
     assert all(re.search(rf"make {target} +\w", printed) for target in targets)
 

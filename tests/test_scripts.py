@@ -17,16 +17,24 @@ from mixtrain.launch.script import render
 
 SCRIPTS = [*sorted((ROOT / "slurm").iterdir()), ROOT / ".ci" / "run"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if line.count("==") == 1)
+PINS = dict(
+    line.split("==")
+    for line in (ROOT / "constraints.txt").read_text().split()
+    if line.count("==") == 1
+)
 
 
 def lint(program: str, *words: str) -> str:
-    """What a linter says; the test is skipped where it is not installed (pip install mixtrain[dev])."""
+    """What a linter says; the test is skipped where it is not installed (pip install
+    mixtrain[dev]).
+    """
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     found = shutil.which(program, path=beside)
     if not found:
         pytest.skip(f"{program} is not installed")
-    shown = subprocess.run([found, *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    shown = subprocess.run(
+        [found, *words], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
     return shown.stdout + shown.stderr if shown.returncode else ""
 
 
@@ -37,7 +45,8 @@ def test_a_script_passes_shellcheck(path):
 
 @pytest.mark.parametrize("words", [
     ['name="it\'s x"'],
-    ["launcher.container_image='nvcr.io#nvidia/pytorch:26.06-py3'", "launcher.container_mounts=['/a b:/c']"],
+    ["launcher.container_image='nvcr.io#nvidia/pytorch:26.06-py3'", "launcher.container_mounts=['/a"
+                                                                    " b:/c']"],
 ], ids=["by hand", "container"])  # fmt: skip
 def test_what_is_filled_in_passes_shellcheck_too(tmp_path, words):
     text = render(plan_of(*words), words, tmp_path)
@@ -63,7 +72,9 @@ def test_the_image_is_nvidias_pytorch_by_digest_and_needs_no_root():
     (user,) = re.findall(r"^USER (\d+)", DOCKERFILE, flags=re.MULTILINE)
     assert int(user) > 0
     healthy = re.search(
-        r'^HEALTHCHECK .*CMD \["python", "/opt/mixtrain/train\.py", "trainer\.mode=plan"\]$', DOCKERFILE, re.M
+        r'^HEALTHCHECK .*CMD \["python", "/opt/mixtrain/train\.py", "trainer\.mode=plan"\]$',
+        DOCKERFILE,
+        re.M,
     )
     assert healthy
 
@@ -72,14 +83,22 @@ def test_the_image_has_the_versions_that_are_tested_together():
     installed = dict(re.findall(r"^\s+([\w-]+)==([\w.]+)", DOCKERFILE, flags=re.MULTILINE))
     assert (
         installed["megatron-core"] == "0.19.2"
-        and f"megatron-core=={installed.pop('megatron-core')}" in (ROOT / "constraints.txt").read_text()
+        and f"megatron-core=={installed.pop('megatron-core')}"
+        in (ROOT / "constraints.txt").read_text()
     )
     assert len(installed) == 5 and installed == {name: PINS[name] for name in installed}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [re.match(r"[\w-]+", one)[0] for one in project["dependencies"]]
-    assert {*installed, "megatron-core", "torch", "einops", "psutil", "tensorboard", "rich", "matplotlib"} == set(
-        declared
-    )
+    assert {
+        *installed,
+        "megatron-core",
+        "torch",
+        "einops",
+        "psutil",
+        "tensorboard",
+        "rich",
+        "matplotlib",
+    } == set(declared)
 
 
 def test_what_a_run_leaves_behind_does_not_go_into_the_image():

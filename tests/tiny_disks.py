@@ -1,4 +1,7 @@
-"""Disks that can be filled, or made read-only, without anybody else noticing. They need root: without it, a skip."""
+"""Disks that can be filled, or made read-only, without anybody else noticing.
+
+They need root: without it, a skip.
+"""
 
 from __future__ import annotations
 

@@ -1,16 +1,22 @@
-"""How fast, against whom: the same work by several implementations, in turn, each in processes of its own.
+"""How fast, against whom: the same work by several implementations, in turn, each in processes of
+its own.
 
-    python tools/bench.py scenario=cpu_small                        the table, and runs/bench/cpu_small.csv
-    python tools/bench.py scenario=cpu_small rounds=3 rows=[step_fp32] variants=[torch,local] csv=FILE
+    python tools/bench.py scenario=cpu_small                        the table, and
+      runs/bench/cpu_small.csv
+    python tools/bench.py scenario=cpu_small rounds=3 rows=[step_fp32] variants=[torch,local]
+      csv=FILE
     python tools/bench.py scenario=conversion folder=/data         the disk to measure
-    python tools/bench.py scenario=mixtral_slice_1gpu +shrink=laptop   a GPU's scenario to its end, tiny, on this CPU
-    python tools/bench.py show benchmarks/cpu_small.csv             the table of readings taken before
+    python tools/bench.py scenario=mixtral_slice_1gpu +shrink=laptop   a GPU's scenario to its end,
+      tiny, on this CPU
+    python tools/bench.py show benchmarks/cpu_small.csv             the table of readings taken
+      before
 
-Scenarios are conf/bench/*.yaml: rows of variants that are compared, in words of train.py. Other words of train.py on
-the command line go to every variant. docs/benchmarks.md says what is measured and how.
+Scenarios are conf/bench/*.yaml: rows of variants that are compared, in words of train.py. Other
+words of train.py on the command line go to every variant. docs/benchmarks.md says what is measured
+and how.
 
-Exit codes: 0 measured, 1 a fault, or variants that do not compute the same, 2 the arguments or the machine are wrong,
-130 interrupted.
+Exit codes: 0 measured, 1 a fault, or variants that do not compute the same, 2 the arguments or the
+machine are wrong, 130 interrupted.
 """
 
 import contextlib
@@ -20,7 +26,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+# run from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import run as run_tool  # noqa: E402
 from mixtrain.errors import FINISHED, UserError  # noqa: E402
@@ -40,7 +47,9 @@ def main(argv: list[str]) -> int:
         return FINISHED
     if argv[0] == "show":
         if len(argv) != 2:
-            raise UserError("show takes one file: python tools/bench.py show benchmarks/cpu_small.csv")
+            raise UserError(
+                "show takes one file: python tools/bench.py show benchmarks/cpu_small.csv"
+            )
         report.show(*reading.read(Path(argv[1])))
         return FINISHED
     request = scenario.parse(argv)
@@ -57,16 +66,23 @@ def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out:
     facts = {"scenario": described(request), **machine.facts()} | (
         {"left out": "; ".join(left_out)} if left_out else {}
     )
-    path, taken = Path(request.csv or RESULTS / f"{request.name}.csv"), []
+    path = Path(request.csv or RESULTS / f"{request.name}.csv")
+    taken = []
     with working(path, Path(request.folder or RESULTS)) as folder:
         for name, variants in rows.items():
-            row, rounds = request.scenario.rows[name], request.scenario.rounds
+            row = request.scenario.rows[name]
+            rounds = request.scenario.rounds
             # closed before `folder` goes, whatever happens
-            with contextlib.closing(run.readings_of(name, row, variants, request.scenario, folder / name, say)) as made:
+            with contextlib.closing(
+                run.readings_of(name, row, variants, request.scenario, folder / name, say)
+            ) as made:
                 for number, one in enumerate(made):
                     taken.append(one)
                     if number % len(variants) == len(variants) - 1:
-                        say(f"{name}: round {one.round} of {rounds}, others kept {one.others:.1f} CPUs busy")
+                        say(
+                            f"{name}: round {one.round} of {rounds}, others kept {one.others:.1f}"
+                            " CPUs busy"
+                        )
                         reading.write(path, facts, taken)
     report.show(facts, taken)
     print(f"\n{path}")
@@ -75,7 +91,10 @@ def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out:
 
 @contextlib.contextmanager
 def working(path: Path, folder: Path) -> Iterator[Path]:
-    """A folder for what is written while measuring, in `folder`. UserError where it, or `path`, cannot be written."""
+    """A folder for what is written while measuring, in `folder`.
+
+    UserError where it, or `path`, cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()

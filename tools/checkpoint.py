@@ -1,11 +1,14 @@
 """Look at checkpoints: what there is, whether it is whole, what is in it.
 
-    python tools/checkpoint.py list runs/laptop                  every one: step, layout, size, valid or why not
-    python tools/checkpoint.py verify runs/laptop                hash every file of all, or of one iter_NNNNNNN
-    python tools/checkpoint.py inspect runs/laptop/iter_0000100  its tensors, shapes and dtypes (--match TEXT)
+    python tools/checkpoint.py list runs/laptop                  every one: step, layout, size,
+      valid or why not
+    python tools/checkpoint.py verify runs/laptop                hash every file of all, or of one
+      iter_NNNNNNN
+    python tools/checkpoint.py inspect runs/laptop/iter_0000100  its tensors, shapes and dtypes
+      (--match TEXT)
 
-`list` and `inspect` compare the sizes of the files that hold tensors and hash the others; `list --full` hashes all.
-Exit codes: 0, 1 something is damaged, 2 there is nothing to look at.
+`list` and `inspect` compare the sizes of the files that hold tensors and hash the others; `list
+--full` hashes all. Exit codes: 0, 1 something is damaged, 2 there is nothing to look at.
 """
 
 import argparse
@@ -14,7 +17,8 @@ import re
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+# run from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -24,15 +28,25 @@ from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems 
 from mixtrain.system.closed_pipe import ended  # noqa: E402
 from mixtrain.system.console import Console  # noqa: E402
 
-LETTERS = {"tensor": "TP", "pipeline": "PP", "context": "CP", "expert": "EP", "expert_tensor": "ETP"}
+LETTERS = {
+    "tensor": "TP",
+    "pipeline": "PP",
+    "context": "CP",
+    "expert": "EP",
+    "expert_tensor": "ETP",
+}
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("verb", choices=["list", "verify", "inspect"])
     parser.add_argument("path", help="a run directory, or one checkpoint in it")
     parser.add_argument("--full", action="store_true", help="list: hash the files, too")
-    parser.add_argument("--match", default="", metavar="TEXT", help="inspect: only keys with TEXT in them")
+    parser.add_argument(
+        "--match", default="", metavar="TEXT", help="inspect: only keys with TEXT in them"
+    )
     given = parser.parse_args(arguments)
     try:
         paths = checkpoints(Path(given.path))
@@ -46,20 +60,30 @@ def main(arguments: list[str]) -> int:
 
 def checkpoints(path: Path) -> list[Path]:
     """The checkpoints that a path means, newest first."""
-    if re.fullmatch(rf"(iter_\d{{7,}}|{directory.RELEASE})(\.saving)?", path.resolve().name) and path.is_dir():
+    if (
+        re.fullmatch(rf"(iter_\d{{7,}}|{directory.RELEASE})(\.saving)?", path.resolve().name)
+        and path.is_dir()
+    ):
         return [path]
     found = [directory.path_of(path, step) for step in directory.steps_in(path)]
     if (path / directory.RELEASE).is_dir():
         found.append(path / directory.RELEASE)
     if not found:
-        raise UserError(f"{path} is no checkpoint and no directory that holds one (iter_NNNNNNN, release)")
+        raise UserError(
+            f"{path} is no checkpoint and no directory that holds one (iter_NNNNNNN, release)"
+        )
     return found
 
 
 def list_all(paths: list[Path], full: bool) -> int:
     """A line for each checkpoint."""
     table = Table(box=None, pad_edge=False, header_style="")
-    for name, justify in (("step", "right"), ("layout", "left"), ("size", "right"), ("state", "left")):
+    for name, justify in (
+        ("step", "right"),
+        ("layout", "left"),
+        ("size", "right"),
+        ("state", "left"),
+    ):
         table.add_column(name, justify=justify, overflow="fold")
     damaged = False
     for path in paths:
@@ -80,7 +104,11 @@ def layout_of(path: Path) -> str:
         return "?"
     if not layout:
         return "weights alone"
-    sizes = [f"{letters} {layout.get(name, 1)}" for name, letters in LETTERS.items() if layout.get(name, 1) > 1]
+    sizes = [
+        f"{letters} {layout.get(name, 1)}"
+        for name, letters in LETTERS.items()
+        if layout.get(name, 1) > 1
+    ]
     ranks = layout.get("world_size", 1)
     return f"{' x '.join(sizes) or 'DP'} on {ranks} rank{'s' * (ranks > 1)}"
 
@@ -95,7 +123,9 @@ def verify(paths: list[Path]) -> int:
         ) as progress:
             total = sum(entry.stat().st_size for entry in path.iterdir())
             task = progress.add_task(path.name, total=total)
-            wrong = integrity.problem(path, full=True, beat=lambda p=progress, t=task: p.advance(t, integrity.BLOCK))
+            wrong = integrity.problem(
+                path, full=True, beat=lambda p=progress, t=task: p.advance(t, integrity.BLOCK)
+            )
         damaged |= bool(wrong)
         print(f"{path}: {wrong or 'valid'}")
     return FAULT if damaged else FINISHED
@@ -112,11 +142,15 @@ def inspect(path: Path, match: str) -> int:
         if not isinstance(kind, TensorStorageMetadata) or match not in key:
             continue
         dtype = kind.properties.dtype
-        total, count = total + kind.size.numel() * dtype.itemsize, count + 1
+        total = total + kind.size.numel() * dtype.itemsize
+        count = count + 1
         shape = f"[{', '.join(map(str, kind.size))}]"
         print(f"{str(dtype).removeprefix('torch.'):<8} {shape:<20} {key}")
     print(f"{count} tensors, {total / 2**20:,.1f} MiB, in {path}")
-    wrong = integrity.problem(path, full=False) if os.path.lexists(path / integrity.MANIFEST) else ""  # Megatron-LM's
+    # Megatron-LM's
+    wrong = (
+        integrity.problem(path, full=False) if os.path.lexists(path / integrity.MANIFEST) else ""
+    )
     if wrong:
         print(wrong)
     return FAULT if wrong else FINISHED

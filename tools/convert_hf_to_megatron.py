@@ -1,15 +1,18 @@
-"""Convert a Mixtral or Qwen3-MoE of Hugging Face to a Megatron-Core checkpoint that every layout reads.
+"""Convert a Mixtral or Qwen3-MoE of Hugging Face to a Megatron-Core checkpoint that every layout
+reads.
 
     python tools/convert_hf_to_megatron.py HF_DIR OUT_DIR
     python tools/convert_hf_to_megatron.py HF_DIR OUT_DIR --dtype bf16 --write-model-config my_model
 
-HF_DIR has config.json and safetensors files, single or sharded, of fp32, fp16 or bf16, with an expert in each tensor
-(as on the hub) or all experts in one (transformers 5, save_original_format=False). OUT_DIR must be new. It gets
-release/, the checkpoint, in the same dtype unless told otherwise, and tokenizer/, its tokenizer. Training starts from
-it with checkpoint.load_weights=OUT_DIR. Memory does not grow with the model, and a conversion that was killed leaves
-nothing that looks whole: run it again.
+HF_DIR has config.json and safetensors files, single or sharded, of fp32, fp16 or bf16, with an
+expert in each tensor (as on the hub) or all experts in one (transformers 5,
+save_original_format=False). OUT_DIR must be new. It gets release/, the checkpoint, in the same
+dtype unless told otherwise, and tokenizer/, its tokenizer. Training starts from it with
+checkpoint.load_weights=OUT_DIR. Memory does not grow with the model, and a conversion that was
+killed leaves nothing that looks whole: run it again.
 
-Exit codes: 0 done, 2 the files or the arguments are wrong (nothing was written), 1 a fault, 130 interrupted.
+Exit codes: 0 done, 2 the files or the arguments are wrong (nothing was written), 1 a fault, 130
+interrupted.
 """
 
 import argparse
@@ -17,7 +20,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+# run from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import counted, of_size, run  # noqa: E402
 from mixtrain.config.compose import CONF  # noqa: E402
@@ -25,17 +29,35 @@ from mixtrain.errors import UserError  # noqa: E402
 
 
 def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("hf_dir", type=Path, help="the model of Hugging Face")
     parser.add_argument("out_dir", type=Path, help="a new directory for the checkpoint")
-    parser.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)")
-    parser.add_argument("--processes", type=counted, default=1, metavar="N", help="that copy side by side (default: 1)")
-    parser.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too")
-    parser.add_argument("--write-model-config", metavar="NAME", help="write conf/model/NAME.yaml from config.json")
     parser.add_argument(
-        "--make-vocab-size-divisible-by", type=counted, default=1, metavar="N",
-        help="add rows to the vocabulary, for tensor parallelism to divide it; an export cuts them (default: 1, none)",
-    )  # fmt: skip
+        "--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)"
+    )
+    parser.add_argument(
+        "--processes",
+        type=counted,
+        default=1,
+        metavar="N",
+        help="that copy side by side (default: 1)",
+    )
+    parser.add_argument(
+        "--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too"
+    )
+    parser.add_argument(
+        "--write-model-config", metavar="NAME", help="write conf/model/NAME.yaml from config.json"
+    )
+    parser.add_argument(
+        "--make-vocab-size-divisible-by",
+        type=counted,
+        default=1,
+        metavar="N",
+        help="add rows to the vocabulary, for tensor parallelism to divide it; an export cuts them"
+        " (default: 1, none)",
+    )
     given = parser.parse_args(words)
 
     from mixtrain.engine.compat import megatron_fixes  # takes seconds, as all that follows
@@ -78,7 +100,9 @@ def model_file(name: str) -> Path:
     """Where the model's facts go: a name that is free. UserError if it is not."""
     path = CONF / "model" / f"{name}.yaml"
     if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
-        raise UserError(f"--write-model-config {name}: a name of letters, digits, _, - and . is wanted")
+        raise UserError(
+            f"--write-model-config {name}: a name of letters, digits, _, - and . is wanted"
+        )
     if path.exists():
         raise UserError(f"--write-model-config {name}: {path} is there already; give another name")
     return path

@@ -1,10 +1,12 @@
-"""The fault drill: real training runs, broken in every way that is known to break them, and resumed.
+"""The fault drill: real training runs, broken in every way that is known to break them, and
+resumed.
 
     python tools/drill.py                             every scenario, 20 random SIGKILLs included
     python tools/drill.py sigterm flipped_byte        only these (--list shows the names)
 
-Prints, for each scenario, what was expected, what was seen, and how many steps had to be done again at the most: never
-more than there were since the last save. Exit codes: 0 all as expected, 1 one was not, 2 there is no such scenario.
+Prints, for each scenario, what was expected, what was seen, and how many steps had to be done again
+at the most: never more than there were since the last save. Exit codes: 0 all as expected, 1 one
+was not, 2 there is no such scenario.
 """
 
 import argparse
@@ -13,7 +15,8 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+# run from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, print_problems  # noqa: E402
@@ -23,12 +26,16 @@ from mixtrain.system import scratch  # noqa: E402
 
 def main(arguments: list[str]) -> int:
     names = {scenario.__name__: scenario for scenario in scenarios.SCENARIOS}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("scenario", nargs="*")
     parser.add_argument("--list", action="store_true", help="show the scenarios")
     parser.add_argument("--kills", type=int, default=scenarios.KILLS, help="of sigkill_at_random")
     parser.add_argument("--seed", type=int, default=int(time.time()), help="of the random moments")
-    parser.add_argument("--folder", help="work there, and leave everything; else a temporary folder")
+    parser.add_argument(
+        "--folder", help="work there, and leave everything; else a temporary folder"
+    )
     given = parser.parse_args(arguments)
     if given.list:
         for name, scenario in names.items():
@@ -38,7 +45,11 @@ def main(arguments: list[str]) -> int:
         print_problems([f"{name} is not a scenario; --list shows them" for name in unknown])
         return REFUSED
     with scratch.folder("drill-") as temporary:
-        return drill([names[name] for name in given.scenario or names], Path(given.folder or temporary), given)
+        return drill(
+            [names[name] for name in given.scenario or names],
+            Path(given.folder or temporary),
+            given,
+        )
 
 
 def drill(chosen: list, folder: Path, given: argparse.Namespace) -> int:

@@ -4,9 +4,9 @@
     python tools/mutants.py                         all of MODULES: up to two hours on two cores
     python tools/mutants.py config/rules/experts    a part; --list shows the faults and runs nothing
 
-A fault that no test notices is printed, and is an error unless tests/mutants_accepted.yaml says why nothing could
-notice it. Nothing is written to the sources: this process has imported what they import, and forks a child for each
-fault, in which the faulty module is what its tests import.
+A fault that no test notices is printed, and is an error unless tests/mutants_accepted.yaml says why
+nothing could notice it. Nothing is written to the sources: this process has imported what they
+import, and forks a child for each fault, in which the faulty module is what its tests import.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ ACCEPTED = ROOT / "tests/mutants_accepted.yaml"
 RULES = ["tests/config/test_rules.py", "tests/config/test_rules_edges.py"]
 CONVERSION = ["tests/checkpoint/test_parts.py", "tests/interop/test_convert.py"]
 READING = ["reading_files", "pickle_edges", "index_edges", "archive_edges", "object_edges"]
-MODULES = {  # and the tests that are to notice a fault, of which those that start processes are left out
+# and the tests that are to notice a fault, of which those that start processes are left out
+MODULES = {
     **{
         f"config/rules/{name}": RULES
         for name in (
@@ -61,7 +62,11 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
     "config/plan": ["tests/config/test_plan.py", "tests/config/test_plan_edges.py"],
     "config/lr_schedule": ["tests/config/test_schedule.py"],
     "config/activations": ["tests/config/test_plan.py"],
-    "config/memory": ["tests/config/test_costs.py", "tests/config/test_plan.py", "tests/config/test_plan_edges.py"],
+    "config/memory": [
+        "tests/config/test_costs.py",
+        "tests/config/test_plan.py",
+        "tests/config/test_plan_edges.py",
+    ],
     "config/pipeline_split": ["tests/config/test_pipeline.py"],
     "checkpoint/slices": ["tests/checkpoint/test_checkpoint_directory.py"],
     "checkpoint/integrity": ["tests/checkpoint/test_checkpoint_directory.py"],
@@ -73,9 +78,13 @@ MODULES = {  # and the tests that are to notice a fault, of which those that sta
     "interop/convert/spans": CONVERSION,
 }
 MEMORY = 8 << 30  # bytes that a fault may ask for
-SECONDS = 20  # that a fault may take to be imported, and beyond ten times what its tests take without it
+# that a fault may take to be imported, and beyond ten times what its tests take without it
+SECONDS = 20
 PR_SET_PDEATHSIG = 1
-SURVIVED, KILLED, BROKEN = 0, 1, 70  # exit codes of a child; whatever else it ends with, the fault was noticed
+# exit codes of a child; whatever else it ends with, the fault was noticed
+SURVIVED = 0
+KILLED = 1
+BROKEN = 70
 NO_FAULT = Mutant("", "", "", range(0), 0, lambda node: None)
 
 
@@ -83,13 +92,18 @@ class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Gives a module another code than its file has. `names` are in it beforehand."""
 
     def __init__(self, name: str, path: Path, code: CodeType, **names: object):
-        self.name, self.path, self.code, self.names = name, path, code, names
+        self.name = name
+        self.path = path
+        self.code = code
+        self.names = names
 
     def find_spec(self, name, path, target=None):
         if name != self.name:
             return None
         package = [str(self.path.parent)] if self.path.name == "__init__.py" else None
-        return importlib.util.spec_from_file_location(name, self.path, loader=self, submodule_search_locations=package)
+        return importlib.util.spec_from_file_location(
+            name, self.path, loader=self, submodule_search_locations=package
+        )
 
     def exec_module(self, module):
         module.__dict__.update(self.names)
@@ -97,14 +111,24 @@ class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def pytest_of(files: list[str], folder: Path, *plugins: object) -> int:
-    words = ["-q", "--tb=no", "-p", "no:cacheprovider", "-m", "not long and not slurm", "-o", "addopts="]
+    words = [
+        "-q",
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not long and not slurm",
+        "-o",
+        "addopts=",
+    ]
     return pytest.main([*words, f"--basetemp={folder}", *files], plugins=list(plugins))
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     sys.stdout.flush()
-    kept, nowhere = [os.dup(stream) for stream in (1, 2)], os.open(os.devnull, os.O_WRONLY)
+    kept = [os.dup(stream) for stream in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
     try:
@@ -116,14 +140,17 @@ def silence() -> Iterator[None]:
 
 
 def forked(work: Callable[[], int], limit: float | None) -> int | None:
-    """The exit code of `work` in a forked child; None if a signal or the limit ended it. Its group ends with it."""
+    """The exit code of `work` in a forked child; None if a signal or the limit ended it. Its group
+    ends with it.
+    """
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         code = BROKEN
         try:
             os.setsid()
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # whoever ends the parent ends this one too
+            # whoever ends the parent ends this one too
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             code = work()
         except BaseException as error:
             print(error, file=sys.stderr)
@@ -145,11 +172,18 @@ def forked(work: Callable[[], int], limit: float | None) -> int | None:
 
 
 class Faults:
-    """The faults of a module, and the tests that are to notice them. To be made in a process of its own."""
+    """The faults of a module, and the tests that are to notice them.
+
+    To be made in a process of its own.
+    """
 
     def __init__(self, module: str, folder: Path):
-        self.files, self.folder, self.path = MODULES[module], folder, path_of(module)
-        self.name = ".".join(self.path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        self.files = MODULES[module]
+        self.folder = folder
+        self.path = path_of(module)
+        self.name = ".".join(self.path.relative_to(ROOT).with_suffix("").parts).removesuffix(
+            ".__init__"
+        )
         self.source = self.path.read_text()
         self.tests = self._without_a_fault()
 
@@ -167,10 +201,19 @@ class Faults:
         return watch.tests(ROOT)
 
     def chosen(self, mutant: Mutant) -> dict[str, Test]:
-        """The tests that run the faulty statement: first those named after its function, then the most particular."""
-        own, lines = f"[{mutant.function.split('.')[-1]}-", {*mutant.lines}
-        reaching = {name: test for name, test in self.tests.items() if not lines or lines & test.lines}
-        return dict(sorted(reaching.items(), key=lambda of: (own not in of[0], len(of[1].lines), of[1].seconds)))
+        """The tests that run the faulty statement: first those named after its function, then the
+        most particular.
+        """
+        own = f"[{mutant.function.split('.')[-1]}-"
+        lines = {*mutant.lines}
+        reaching = {
+            name: test for name, test in self.tests.items() if not lines or lines & test.lines
+        }
+        return dict(
+            sorted(
+                reaching.items(), key=lambda of: (own not in of[0], len(of[1].lines), of[1].seconds)
+            )
+        )
 
     def survives(self, mutant: Mutant) -> bool:
         tests = self.chosen(mutant)
@@ -178,9 +221,13 @@ class Faults:
 
         def work() -> int:
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-            sys.meta_path.insert(0, Instead(self.name, self.path, mutant.code(self.source, str(self.path))))
+            sys.meta_path.insert(
+                0, Instead(self.name, self.path, mutant.code(self.source, str(self.path)))
+            )
             with silence():
-                ended = pytest_of(["-x", *files], self.folder / "tests", Choice(tests), Watch(active=True))
+                ended = pytest_of(
+                    ["-x", *files], self.folder / "tests", Choice(tests), Watch(active=True)
+                )
             return SURVIVED if ended == 0 else KILLED
 
         seconds = sum(test.seconds for test in tests.values())
@@ -195,7 +242,8 @@ def forget_dependents_of(name: str) -> None:
     """As if a module, what imports it and all tests had never been imported."""
     ours = {key: module for key, module in sys.modules.items() if _is_ours(module)}
     imports = {key: _imported(Path(module.__file__)) for key, module in ours.items()}
-    gone, tests = {name}, {key for key in ours if key.rpartition(".")[2].startswith(("test_", "conftest"))}
+    gone = {name}
+    tests = {key for key in ours if key.rpartition(".")[2].startswith(("test_", "conftest"))}
     while more := {key for key in ours if key not in gone and imports[key] & gone} | tests - gone:
         gone |= more
     for key in gone & {*sys.modules}:
@@ -208,7 +256,8 @@ def forget_dependents_of(name: str) -> None:
 
 def _imported(path: Path) -> set[str]:
     """The names that a file imports, but for those that a function does when it is called."""
-    nodes, names = list(ast.parse(path.read_text()).body), set()
+    nodes = list(ast.parse(path.read_text()).body)
+    names = set()
     while nodes:
         node = nodes.pop()
         if isinstance(node, ast.Import):
@@ -236,23 +285,41 @@ def accepted() -> dict[tuple[str, str, str], str]:
 
 
 def run_module(module: str, known: dict, folder: Path) -> Counter:
-    """Faults, and those that are accepted, survived and killed. In a child: it imports what the next must not have."""
+    """Faults, and those that are accepted, survived and killed.
+
+    In a child: it imports what the next must not have.
+    """
     answer = folder / "answer.json"
 
     def work() -> int:
         # threads do not come along when it forks
         os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-        faults, count = Faults(module, folder), Counter()
+        faults = Faults(module, folder)
+        count = Counter()
         if not faults.survives(NO_FAULT):
             raise RuntimeError("the tests do not pass in a forked child without a fault")
         found = mutants(faults.source)
         for number, mutant in enumerate(found, 1):
-            fate = "accepted" if mutant.key in known else "survived" if faults.survives(mutant) else "killed"
+            fate = (
+                "accepted"
+                if mutant.key in known
+                else "survived"
+                if faults.survives(mutant)
+                else "killed"
+            )
             count.update(["faults", fate])
             if fate == "survived":
                 where = f"line {mutant.lines.start}" if mutant.lines else "on import"
-                print(f"\r{module}.py, {where}, {mutant.function}:\n    - {mutant.before}\n    + {mutant.after}")
-            print(f"\r{module}: {number}/{len(found)}, {count['survived']} survived ", end="", flush=True)
+                print(
+                    f"\r{module}.py, {where}, {mutant.function}:\n"
+                    f"    - {mutant.before}\n"
+                    f"    + {mutant.after}"
+                )
+            print(
+                f"\r{module}: {number}/{len(found)}, {count['survived']} survived ",
+                end="",
+                flush=True,
+            )
         print()
         answer.write_text(json.dumps(count))
         return 0
@@ -263,13 +330,20 @@ def run_module(module: str, known: dict, folder: Path) -> Counter:
 
 
 def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("modules", nargs="*", help="parts of their names (default: all of them)")
     parser.add_argument("--list", action="store_true", help="show the faults and run nothing")
     asked = parser.parse_args(words)
-    modules = [name for name in MODULES if not asked.modules or any(word in name for word in asked.modules)]
+    modules = [
+        name for name in MODULES if not asked.modules or any(word in name for word in asked.modules)
+    ]
     if not modules:
-        print(f"mutants: none of {', '.join(MODULES)} has {' or '.join(asked.modules)} in its name", file=sys.stderr)
+        print(
+            f"mutants: none of {', '.join(MODULES)} has {' or '.join(asked.modules)} in its name",
+            file=sys.stderr,
+        )
         return 2
     if asked.list:
         for module in modules:
@@ -287,7 +361,9 @@ def main(words: list[str]) -> int:
     print(f"\n{'module':24}{'faults':>8}{'killed':>8}{'accepted':>9}{'survived':>9}")
     all_of_them = sum((count for _, count in table), Counter())
     for module, count in [*table, ("all", all_of_them)]:
-        print(f"{module:24}{count['faults']:8}{count['killed']:8}{count['accepted']:9}{count['survived']:9}")
+        print(
+            f"{module:24}{count['faults']:8}{count['killed']:8}{count['accepted']:9}{count['survived']:9}"
+        )
     for function, before, after in spare:
         print(f"no longer there, take it out of {ACCEPTED.name}: {function}: {before} -> {after}")
     return 1 if all_of_them["survived"] or spare else 0

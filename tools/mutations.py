@@ -1,4 +1,6 @@
-"""Small faults of a Python source: each changes one comparison, operator, constant, element or statement of it."""
+"""Small faults of a Python source: each changes one comparison, operator, constant, element or
+statement of it.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,36 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 OTHER = {  # what is put for an operator, and for the name of a function
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.And: ast.Or, ast.Or: ast.And,
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.LShift: ast.RShift,
-    "min": "max", "max": "min", "any": "all", "all": "any", "startswith": "endswith", "endswith": "startswith",
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+    ast.BitOr: ast.BitAnd,
+    ast.BitAnd: ast.BitOr,
+    ast.LShift: ast.RShift,
+    "min": "max",
+    "max": "min",
+    "any": "all",
+    "all": "any",
+    "startswith": "endswith",
+    "endswith": "startswith",
     "sorted": "list",
-}  # fmt: skip
+}
 REACHED = "_reached"
 DROPPED = (ast.Expr, ast.AugAssign, ast.Raise, ast.Continue, ast.Break)
 Change = Callable[[ast.AST], None]  # changes a node in place
@@ -44,7 +69,9 @@ class Mutant(NamedTuple):
 
 def mutants(source: str) -> list[Mutant]:
     """Every fault of a module, in the order of its lines."""
-    tree, found, seen = ast.parse(source), [], Counter()
+    tree = ast.parse(source)
+    found = []
+    seen = Counter()
     nodes = list(ast.walk(tree))
     numbers = {node: number for number, node in enumerate(nodes)}
     parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
@@ -58,14 +85,24 @@ def mutants(source: str) -> list[Mutant]:
 
 
 def telling(source: str) -> ast.Module:
-    """The module with a call of REACHED before every statement of a function: the line at which it begins."""
+    """The module with a call of REACHED before every statement of a function: the line at which it
+    begins.
+    """
     tree = ast.parse(source)
     for node in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
         for inner in ast.walk(node):
             for name in ("body", "orelse", "finalbody"):
                 statements = _list(inner, name)
                 if statements and isinstance(statements[0], ast.stmt):
-                    setattr(inner, name, [part for statement in statements for part in (_tells(statement), statement)])
+                    setattr(
+                        inner,
+                        name,
+                        [
+                            part
+                            for statement in statements
+                            for part in (_tells(statement), statement)
+                        ],
+                    )
     return ast.fix_missing_locations(tree)
 
 
@@ -78,18 +115,25 @@ def _places(node: ast.AST, function: str, lines: range) -> Iterator[tuple[ast.AS
     """Every node that may be changed, the function it is in, and the lines of its statement."""
     yield node, function, lines
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "format_spec", "type_params") or getattr(node, "arg", "") == "strict":
+        if (
+            name in ("annotation", "returns", "format_spec", "type_params")
+            or getattr(node, "arg", "") == "strict"
+        ):
             continue  # what zip is promised is no behaviour
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or _is_text(node, child):
                 continue
-            inside, at = function, lines
+            inside = function
+            at = lines
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
                 inside = f"{function}.{child.name}".lstrip(".")
             elif isinstance(child, (ast.Assign, ast.AnnAssign)) and isinstance(node, ast.Module):
-                inside = ast.unparse(child.targets[0] if isinstance(child, ast.Assign) else child.target)
+                inside = ast.unparse(
+                    child.targets[0] if isinstance(child, ast.Assign) else child.target
+                )
             if isinstance(node, ast.FunctionDef):
-                at = _lines(child) if name == "body" else range(0)  # defaults and decorators run on import
+                # defaults and decorators run on import
+                at = _lines(child) if name == "body" else range(0)
             elif isinstance(child, ast.stmt) and lines:
                 at = _lines(child)
             yield from _places(child, inside, at)
@@ -102,7 +146,9 @@ def _lines(statement: ast.AST) -> range:
 
 
 def _is_text(parent: ast.AST, node: ast.AST) -> bool:
-    """Words for people: docstrings, what is said between the values of an f-string, and what joins a list."""
+    """Words for people: docstrings, what is said between the values of an f-string, and what joins
+    a list.
+    """
     said = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     joins = isinstance(parent, ast.Attribute) and parent.attr == "join"
     return said or (joins or isinstance(parent, ast.JoinedStr)) and isinstance(node, ast.Constant)
@@ -131,7 +177,11 @@ def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, str, 
             yield ast.unparse(element), "without", _without("elts", number)
     if isinstance(node, ast.Dict):
         for number, (key, value) in enumerate(zip(node.keys, node.values, strict=True)):
-            yield f"{ast.unparse(key) if key else '**'}: {ast.unparse(value)}", "without", _without_key(number)
+            yield (
+                f"{ast.unparse(key) if key else '**'}: {ast.unparse(value)}",
+                "without",
+                _without_key(number),
+            )
     if _is_split(node):
         for word in node.func.value.value.split():
             yield word, "without", _without_word(word)
@@ -145,11 +195,18 @@ def _in_place(node: ast.AST) -> Iterator[Change]:
         yield _set("op", OTHER[type(node.op)]())
         if isinstance(node, ast.BoolOp):
             neutral = ast.Constant(isinstance(node.op, ast.And))
-            last = [value for value in node.values if ast.unparse(value) not in ("0", "''", "[]", "{}")]  # as False
+            # as False
+            last = [
+                value for value in node.values if ast.unparse(value) not in ("0", "''", "[]", "{}")
+            ]
             yield from (_put("values", node.values.index(value), neutral) for value in last)
     elif isinstance(node, ast.UnaryOp):
         other = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()  # not not x
-        yield _set("op", other) if isinstance(node.op, ast.USub) else _set("operand", ast.UnaryOp(other, node.operand))
+        yield (
+            _set("op", other)
+            if isinstance(node.op, ast.USub)
+            else _set("operand", ast.UnaryOp(other, node.operand))
+        )
     elif isinstance(node, ast.Return) and node.value and not _is(node.value, None):
         yield _set("value", ast.Constant(None))
     elif isinstance(node, ast.Name) and node.id in OTHER:
@@ -165,19 +222,26 @@ def _other_constants(value: object) -> Iterator[object]:
         yield not value
     elif isinstance(value, (int, float)):
         yield value + 1
-    elif isinstance(value, (str, bytes)) and len(value.split()) == 1:  # sentences are what tests of messages hold
+    # sentences are what tests of messages hold
+    elif isinstance(value, (str, bytes)) and len(value.split()) == 1:
         yield value + ("x" if isinstance(value, str) else b"x")
 
 
 def _is_unpacked(node: ast.AST, parent: ast.AST | None) -> bool:
     """One element less is a ValueError wherever it runs, or is no value at all."""
     assigned = isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Tuple)
-    return assigned or isinstance(parent, ast.Subscript) or isinstance(getattr(node, "ctx", None), ast.Store)
+    return (
+        assigned
+        or isinstance(parent, ast.Subscript)
+        or isinstance(getattr(node, "ctx", None), ast.Store)
+    )
 
 
 def _is_negated_by_operator(test: ast.expr) -> bool:
     """Another fault is the same."""
-    compared = isinstance(test, ast.Compare) and not isinstance(test.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE))
+    compared = isinstance(test, ast.Compare) and not isinstance(
+        test.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+    )
     return compared or isinstance(test, ast.UnaryOp)
 
 
@@ -186,7 +250,11 @@ def _is(node: ast.AST, value: object) -> bool:
 
 
 def _is_split(node: ast.AST) -> bool:
-    call = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "split"
+    call = (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "split"
+    )
     return call and not node.args and isinstance(node.func.value, ast.Constant)
 
 
@@ -213,7 +281,9 @@ def _without_key(number: int) -> Change:
 
 def _without_word(word: str) -> Change:
     def change(node: ast.Call) -> None:
-        node.func.value.value = " ".join(part for part in node.func.value.value.split() if part != word)
+        node.func.value.value = " ".join(
+            part for part in node.func.value.value.split() if part != word
+        )
 
     return change
 

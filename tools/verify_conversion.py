@@ -1,22 +1,25 @@
-"""Prove that a Megatron-Core checkpoint is the model of Hugging Face's files: both compute the same, layer by layer.
+"""Prove that a Megatron-Core checkpoint is the model of Hugging Face's files: both compute the
+same, layer by layer.
 
     python tools/verify_conversion.py HF_DIR CKPT_DIR
     python tools/verify_conversion.py HF_DIR CKPT_DIR --precision bf16 --manifest manifest.jsonl
     python tools/verify_conversion.py HF_DIR CKPT_DIR --self-test
 
-transformers' own model, loaded by its own from_pretrained, and the Megatron-Core model run over the same random tokens,
-one layer of each in memory at a time. Each goes on from its own hidden states. For each layer: how far the hidden
-states are apart, and for how many tokens other experts were chosen; at the end the same of the logits, their cosine
-and Kullback-Leibler divergence. All is computed in fp32 unless told otherwise: bf16 weights are fp32 numbers too.
+transformers' own model, loaded by its own from_pretrained, and the Megatron-Core model run over the
+same random tokens, one layer of each in memory at a time. Each goes on from its own hidden states.
+For each layer: how far the hidden states are apart, and for how many tokens other experts were
+chosen; at the end the same of the logits, their cosine and Kullback-Leibler divergence. All is
+computed in fp32 unless told otherwise: bf16 weights are fp32 numbers too.
 
-The files that hold the checkpoint's weights are hashed first, unless --verify size says otherwise: a model that was
-made of a damaged file has the same damage.
+The files that hold the checkpoint's weights are hashed first, unless --verify size says otherwise:
+a model that was made of a damaged file has the same damage.
 
---self-test damages what is read from the checkpoint, in each of the ways that converters have been wrong, and wants
-every one to be caught.
+--self-test damages what is read from the checkpoint, in each of the ways that converters have been
+wrong, and wants every one to be caught.
 
-Exit codes: 0 the same, 1 not (beyond 1e-4 of a token's largest entry in fp32; a cosine of the logits below 0.999), or a
-damage was not caught; 2 the files or the arguments are wrong; 130 interrupted.
+Exit codes: 0 the same, 1 not (beyond 1e-4 of a token's largest entry in fp32; a cosine of the
+logits below 0.999), or a damage was not caught; 2 the files or the arguments are wrong; 130
+interrupted.
 """
 
 import argparse
@@ -25,26 +28,49 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a checkout, nothing installed
+# run from a checkout, nothing installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import counted, run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, UserError  # noqa: E402
 
 
 def main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("hf_dir", type=Path, help="the model of Hugging Face")
-    parser.add_argument("ckpt_dir", type=Path, help="a checkpoint, or a directory of which to take the newest")
-    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="to compute in (default: fp32)")
-    parser.add_argument("--sequences", type=counted, default=2, metavar="N", help="(default: 2)")
-    parser.add_argument("--length", type=counted, default=128, metavar="N", help="tokens of each (default: 128)")
-    parser.add_argument("--layers", type=counted, metavar="N", help="only the first N layers, and then the logits")
-    parser.add_argument("--manifest", type=Path, metavar="FILE", help="name, shape, dtype and SHA-256 of every tensor")
-    parser.add_argument("--self-test", action="store_true", help="damage the tensors on purpose, and be caught")
     parser.add_argument(
-        "--verify", choices=["full", "size"], default="full",
+        "ckpt_dir", type=Path, help="a checkpoint, or a directory of which to take the newest"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["fp32", "bf16"],
+        default="fp32",
+        help="to compute in (default: fp32)",
+    )
+    parser.add_argument("--sequences", type=counted, default=2, metavar="N", help="(default: 2)")
+    parser.add_argument(
+        "--length", type=counted, default=128, metavar="N", help="tokens of each (default: 128)"
+    )
+    parser.add_argument(
+        "--layers", type=counted, metavar="N", help="only the first N layers, and then the logits"
+    )
+    parser.add_argument(
+        "--manifest",
+        type=Path,
+        metavar="FILE",
+        help="name, shape, dtype and SHA-256 of every tensor",
+    )
+    parser.add_argument(
+        "--self-test", action="store_true", help="damage the tensors on purpose, and be caught"
+    )
+    parser.add_argument(
+        "--verify",
+        choices=["full", "size"],
+        default="full",
         help="the checkpoint's files by their SHA-256, or by their sizes alone (default: full)",
-    )  # fmt: skip
+    )
     given = parser.parse_args(words)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
@@ -56,7 +82,8 @@ def main(words: list[str]) -> int:
     from mixtrain.interop.convert import source, source_config
 
     checkpoint = source_config.checkpoint_at(given.ckpt_dir)
-    config, parts = source_config.config_of(checkpoint), Parts(checkpoint)
+    config = source_config.config_of(checkpoint)
+    parts = Parts(checkpoint)
     found = source.read(given.hf_dir)
     for note in found.notes:
         print(note, file=sys.stderr)
@@ -71,7 +98,9 @@ def main(words: list[str]) -> int:
 
 
 def hashed(hashes) -> None:
-    """UserError if a file of the checkpoint is damaged: what was made of it would have the same damage."""
+    """UserError if a file of the checkpoint is damaged: what was made of it would have the same
+    damage.
+    """
     from mixtrain.interop.convert.output import in_processes
 
     in_processes("hashing", [], hashes.size, hashes.jobs(os.cpu_count() or 1))
@@ -88,7 +117,9 @@ def check_tensors(found, config, parts, vocabulary: int) -> list[str]:
     index = spans.index(config, weights.layout_of(config, found.tensors), vocabulary)
     weights.check(index.names, found.tensors, hf_files.NAMES, mixed=True)
     if missing := [key for key, shape in index.shapes.items() if parts.shapes.get(key) != shape]:
-        raise UserError(f"{parts.directory} has no {missing[0]} of shape {list(index.shapes[missing[0]])}")
+        raise UserError(
+            f"{parts.directory} has no {missing[0]} of shape {list(index.shapes[missing[0]])}"
+        )
     return list(index.shapes)
 
 
@@ -106,7 +137,9 @@ def one_rank(config, precision: str):
     def started():
         own = for_one_rank(config, precision)
         with scratch.folder() as folder:
-            with process_groups.start(derive(own), Identity(0, 1, 0, 1, f"file://{folder}/rendezvous")) as here:
+            with process_groups.start(
+                derive(own), Identity(0, 1, 0, 1, f"file://{folder}/rendezvous")
+            ) as here:
                 yield own, here
 
     return started()
@@ -120,18 +153,24 @@ def verify(given, found, config, parts, here) -> int:
     tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
     layers = min(given.layers or config.model.num_layers, config.model.num_layers)
     there = HuggingFace(given.hf_dir, dtype_of(given.precision))
-    print(f"{given.hf_dir} and {parts.directory}: {tokens.numel()} tokens, {layers} layers, {given.precision}")
+    print(
+        f"{given.hf_dir} and {parts.directory}: {tokens.numel()} tokens, {layers} layers,"
+        f" {given.precision}"
+    )
     print(" layer  hidden states apart  of the largest     cosine  tokens to other experts")
     shown = 0
     for verdict in compare(there, Megatron(config, parts, here), layers, tokens):
         for row in verdict.layers[shown:]:
             shown += 1
             print(
-                f"{row.number:6}  {row.largest:19.2e}  {row.relative:14.2e}  {row.cosine:9.7f}  {row.others:23}",
+                f"{row.number:6}  {row.largest:19.2e}  {row.relative:14.2e}  {row.cosine:9.7f}"
+                f"  {row.others:23}",
                 flush=True,
             )
     print(
-        f"logits  {verdict.logits_largest:19.2e}  {verdict.logits_relative:14.2e}  {verdict.logits_cosine:9.7f}", end=""
+        f"logits  {verdict.logits_largest:19.2e}  {verdict.logits_relative:14.2e}"
+        f"  {verdict.logits_cosine:9.7f}",
+        end="",
     )
     print(f"  KL divergence {verdict.divergence:.2e} nats")
     for problem in verdict.problems:
@@ -150,11 +189,22 @@ def self_test(given, found, config, parts, here) -> int:
     there = HuggingFace(given.hf_dir, dtype_of(given.precision))
     caught = 0
     for name in ("nothing", *DAMAGES):
-        side = Megatron(config, parts, here) if name == "nothing" else damaged(name, config, parts, here)
-        wrong = next(
-            (verdict for verdict in compare(there, side, config.model.num_layers, tokens) if verdict.problems), None
+        side = (
+            Megatron(config, parts, here)
+            if name == "nothing"
+            else damaged(name, config, parts, here)
         )
-        print(f"{name:22} {'caught: ' + wrong.problems[0] if wrong else 'the same model'}", flush=True)
+        wrong = next(
+            (
+                verdict
+                for verdict in compare(there, side, config.model.num_layers, tokens)
+                if verdict.problems
+            ),
+            None,
+        )
+        print(
+            f"{name:22} {'caught: ' + wrong.problems[0] if wrong else 'the same model'}", flush=True
+        )
         if name == "nothing" and wrong:
             print("the undamaged checkpoint is not the same model: there is nothing to test with")
             return FAULT
@@ -173,12 +223,16 @@ def write_manifest(path: Path, tensors, config, parts, vocabulary: int) -> None:
     def advance(count: int) -> None:
         done[0] += count
 
-    size, unequal = sum(stored.nbytes for stored in tensors.values()), 0
+    size = sum(stored.nbytes for stored in tensors.values())
+    unequal = 0
     with bar("manifest", size, lambda: done[0]), open(path, "w") as file:
         for entry in manifest.entries(config, tensors, parts, vocabulary, advance):
             unequal += not entry["equal"]
             file.write(json.dumps(entry) + "\n")
-    print(f"{path}: {len(tensors)} tensors, {unequal or 'none'} of them not bitwise equal on both sides")
+    print(
+        f"{path}: {len(tensors)} tensors, {unequal or 'none'} of them not bitwise equal on both"
+        " sides"
+    )
 
 
 def dtype_of(precision: str):

@@ -1,4 +1,6 @@
-"""Plugins of pytest for mutants.py: which lines of a module each test runs, and some tests in an order."""
+"""Plugins of pytest for mutants.py: which lines of a module each test runs, and some tests in an
+order.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,18 @@ class Test(NamedTuple):
 
 
 class Watch:
-    """A plugin of pytest: which lines of a module each test runs. What a fixture runs counts for all of its file."""
+    """A plugin of pytest: which lines of a module each test runs. What a fixture runs counts for
+    all of its file.
+    """
 
     def __init__(self, *, active: bool):
-        self.here, self.lines, self.shared = set(), {}, {}
+        self.here = set()
+        self.lines = {}
+        self.shared = {}
         self.imported = self.here  # the lines of functions that run on import
-        self.seconds, self.failed, self.refused = Counter(), [], set()
+        self.seconds = Counter()
+        self.failed = []
+        self.refused = set()
         self.current = "a child" if active else ""
         sys.addaudithook(self._audit)
 
@@ -42,7 +50,8 @@ class Watch:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
-        self.current, self.here = item.nodeid, self.shared.setdefault(item.path, set())
+        self.current = item.nodeid
+        self.here = self.shared.setdefault(item.path, set())
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_call(self, item):
@@ -52,7 +61,8 @@ class Watch:
         self.seconds[report.nodeid] += report.duration
         if report.failed:
             self.lines.pop(report.nodeid, None)
-            if report.when == "call":  # a fixture may have been refused its processes for another test
+            # a fixture may have been refused its processes for another test
+            if report.when == "call":
                 self.failed.append(report.nodeid)
 
     def tests(self, root: Path) -> dict[str, Test]:
@@ -60,21 +70,31 @@ class Watch:
         self.current = ""
         if failed := [name for name in self.failed if name not in self.refused]:
             raise SystemExit(f"mutants: these fail without a fault: {' '.join(failed)}")
-        shared = {path.relative_to(root).as_posix(): lines | self.imported for path, lines in self.shared.items()}
+        shared = {
+            path.relative_to(root).as_posix(): lines | self.imported
+            for path, lines in self.shared.items()
+        }
         return {
-            name: Test(self.seconds[name], lines | shared[name.split("::")[0]]) for name, lines in self.lines.items()
+            name: Test(self.seconds[name], lines | shared[name.split("::")[0]])
+            for name, lines in self.lines.items()
         }
 
 
 class Choice:
-    """A plugin of pytest: these tests alone, in this order. A test that goes on for ever ends the process."""
+    """A plugin of pytest: these tests alone, in this order. A test that goes on for ever ends the
+    process.
+    """
 
     def __init__(self, tests: dict[str, Test]):
-        self.tests, self.order = tests, {name: number for number, name in enumerate(tests)}
+        self.tests = tests
+        self.order = {name: number for number, name in enumerate(tests)}
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item):
-        signal.alarm(SECONDS + math.ceil(10 * self.tests[item.nodeid].seconds))  # instead of the test before it
+        # instead of the test before it
+        signal.alarm(SECONDS + math.ceil(10 * self.tests[item.nodeid].seconds))
 
     def pytest_collection_modifyitems(self, items):
-        items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
+        items[:] = sorted(
+            (i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid]
+        )

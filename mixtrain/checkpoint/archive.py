@@ -60,13 +60,16 @@ class Archive:
     def __init__(self, file: BinaryIO, start: int = 0, length: int | None = None):
         """Damaged if there is none. OSError if the file cannot be read."""
         end = file.seek(0, os.SEEK_END)
-        self.file, self.start, self.length = file, start, end - start if length is None else length
+        self.file = file
+        self.start = start
+        self.length = end - start if length is None else length
         if not 0 <= start <= start + self.length <= end:
             raise Damaged(f"it ends before byte {start + self.length:,}")
         try:
             with zipfile.ZipFile(_Part(file, start, self.length)) as archive:
                 entries = archive.infolist()
-        except Exception as error:  # zipfile raises what the bytes lead it to, and hides what the disk said
+        # zipfile raises what the bytes lead it to, and hides what the disk said
+        except Exception as error:
             for each in (error, error.__context__):
                 if isinstance(each, OSError):
                     raise each from None
@@ -80,7 +83,11 @@ class Archive:
     def record(self, name: str) -> tuple[int, int]:
         """(byte of the file at which a record's data begin, bytes that it has)."""
         entry = self.entries.get(name)
-        if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+        if (
+            entry is None
+            or entry.compress_type != zipfile.ZIP_STORED
+            or entry.file_size != entry.compress_size
+        ):
             raise Damaged(f"it has no plain record {pickles.shown(name)}")
         if not 0 <= entry.header_offset <= self.length - 30:
             raise Damaged(f"its record {pickles.shown(name)} lies beyond it")
@@ -88,7 +95,8 @@ class Archive:
         header = self.file.read(30)
         if header[:4] != b"PK\3\4":
             raise Damaged(f"its record {pickles.shown(name)} is not there")
-        begin = entry.header_offset + 30 + sum(struct.unpack("<26x2H", header))  # past its name and an extra field
+        # past its name and an extra field
+        begin = entry.header_offset + 30 + sum(struct.unpack("<26x2H", header))
         if begin + entry.file_size > self.length:
             raise Damaged(f"its record {pickles.shown(name)} ends beyond it")
         return self.start + begin, entry.file_size
@@ -96,7 +104,9 @@ class Archive:
     def bytes_of(self, name: str, most: int) -> bytes:
         begin, size = self.record(name)
         if size > most:
-            raise Damaged(f"its record {pickles.shown(name)} has {size:,} bytes; at most {most:,} are read")
+            raise Damaged(
+                f"its record {pickles.shown(name)} has {size:,} bytes; at most {most:,} are read"
+            )
         self.file.seek(begin)
         return self.file.read(size)
 
@@ -106,15 +116,27 @@ class Archive:
 
     def numbers(self, record: Any) -> Numbers:
         """Where the tensor lies that a record of the tree stands for."""
-        if type(record) is not Record or record.of.module != REBUILD or record.state or len(record.args) < 6:
+        if (
+            type(record) is not Record
+            or record.of.module != REBUILD
+            or record.state
+            or len(record.args) < 6
+        ):
             raise Damaged("there is no tensor where one should be")
         stored, offset, size, stride, *rest = record.args
         place = stored.id if type(stored) is Stored else None
-        if type(place) is not tuple or len(place) != 5 or place[0] != "storage" or type(place[2]) is not str:
+        if (
+            type(place) is not tuple
+            or len(place) != 5
+            or place[0] != "storage"
+            or type(place[2]) is not str
+        ):
             raise Damaged("a tensor has no storage")
         dtype = rest[2] if record.of.name == "_rebuild_tensor_v3" and len(rest) > 2 else place[1]
         start, length = self.record(f"data/{place[2]}")
-        found = Numbers(_dtype(dtype), _lengths(size), _lengths(stride), _length(offset), start, length)
+        found = Numbers(
+            _dtype(dtype), _lengths(size), _lengths(stride), _length(offset), start, length
+        )
         if len(found.size) != len(found.stride) or not fits(found.size, found.dtype):
             raise Damaged("a tensor has no possible shape")
         span = sum((n - 1) * step for n, step in zip(found.size, found.stride, strict=True)) + 1
@@ -144,7 +166,9 @@ class _Plain:
     """Makes plain objects of a tree, with a bound on all together: a pickle can have one part at a million places."""
 
     def __init__(self, archive: Archive):
-        self.archive, self.parts, self.bytes = archive, PARTS, archive.length
+        self.archive = archive
+        self.parts = PARTS
+        self.bytes = archive.length
 
     def of(self, value: Any, depth: int) -> Any:
         self.parts -= 1
@@ -193,9 +217,14 @@ def _array(record: Record) -> numpy.ndarray:
     state = record.state
     if type(state) is not tuple or len(state) != 5 or type(state[2]) is not Record:
         raise Damaged("an array has no state")
-    if state[2].of != ("numpy", "dtype") or state[2].args[:1] != ("u4",) or (state[2].state or ())[1:2] != ("<",):
+    if (
+        state[2].of != ("numpy", "dtype")
+        or state[2].args[:1] != ("u4",)
+        or (state[2].state or ())[1:2] != ("<",)
+    ):
         raise Unwanted("an array of numpy's of other numbers than uint32 is not loaded")
-    data, shape = _encoded(state[4]), _lengths(state[1])
+    data = _encoded(state[4])
+    shape = _lengths(state[1])
     if len(shape) != 1 or 4 * shape[0] != len(data):
         raise Damaged("an array has not the numbers that it says")
     return numpy.frombuffer(data, "<u4").copy()
@@ -226,7 +255,11 @@ class _Part(io.RawIOBase):
     """Some bytes of a file as a file, of which no more than DIRECTORY are read."""
 
     def __init__(self, file: BinaryIO, start: int, length: int):
-        self.file, self.start, self.length, self.at, self.left = file, start, length, 0, DIRECTORY
+        self.file = file
+        self.start = start
+        self.length = length
+        self.at = 0
+        self.left = DIRECTORY
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.length}[whence]

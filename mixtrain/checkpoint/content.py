@@ -13,7 +13,12 @@ import numpy
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    apply_factories,
+    is_main_replica,
+)
 
 from mixtrain.checkpoint import optimizer_state
 from mixtrain.checkpoint.megatron_args import CHECKPOINT_VERSION, FORMAT, megatron_args
@@ -56,13 +61,18 @@ def extra_states(training: Training) -> list[ShardedObject]:
     there = {leaf.unique_key for leaf in leaves if isinstance(leaf, ShardedObject)}
     found = {}
     for leaf in leaves:
-        key, axes = (
-            tensor_schema.extra_state(leaf.key),
-            leaf.prepend_axis_num if isinstance(leaf, ShardedTensor) else None,
-        )
-        if key is None or axes is None or any(leaf.global_offset[axes:]) or not is_main_replica(leaf.replica_id):
+        key = tensor_schema.extra_state(leaf.key)
+        axes = leaf.prepend_axis_num if isinstance(leaf, ShardedTensor) else None
+        if (
+            key is None
+            or axes is None
+            or any(leaf.global_offset[axes:])
+            or not is_main_replica(leaf.replica_id)
+        ):
             continue  # one rank writes it: that which has the first element of the weight
-        place = ShardedObject(key, None, leaf.global_shape[:axes] or (1,), leaf.global_offset[:axes] or (0,))
+        place = ShardedObject(
+            key, None, leaf.global_shape[:axes] or (1,), leaf.global_offset[:axes] or (0,)
+        )
         if place.unique_key not in there:
             found[place.unique_key] = place
     return list(found.values())
@@ -83,11 +93,16 @@ def common(plan: Plan, training: Training, state: RunState) -> dict[str, Any]:
 
 def _optimizer_groups(training: Training, steps: int) -> dict:
     """The settings of the parameter groups, for Megatron-LM: a run of mixtrain has them from its configuration."""
-    # Apex's and Transformer Engine's Adam have a key that PyTorch's has not, and take a group as it is on the disk
+    # Apex's and Transformer Engine's Adam have a key that PyTorch's has not, and take a group as it
+    # is on the disk
     own = {"bias_correction": True, "step": steps}
     found = [
         {
-            "optimizer": {"param_groups": [_without_params(group) | own for group in optimizer.optimizer.param_groups]},
+            "optimizer": {
+                "param_groups": [
+                    _without_params(group) | own for group in optimizer.optimizer.param_groups
+                ]
+            },
             "param_state_sharding_type": FORMAT["distrib_optim_sharding_type"],
         }
         for optimizer in getattr(training.optimizer, "chained_optimizers", [training.optimizer])
@@ -101,8 +116,11 @@ def _without_params(group: dict[str, Any]) -> dict[str, Any]:
 
 def _schedule(plan: Plan, training: Training) -> dict[str, Any]:
     """The learning-rate schedule as Megatron-LM counts it, in sequences."""
-    batch, state = plan.config.trainer.global_batch_size, training.scheduler.state_dict()
-    state |= {name: state[name] * batch for name in ("num_steps", "lr_warmup_steps", "lr_decay_steps")}
+    batch = plan.config.trainer.global_batch_size
+    state = training.scheduler.state_dict()
+    state |= {
+        name: state[name] * batch for name in ("num_steps", "lr_warmup_steps", "lr_decay_steps")
+    }
     # weight decay is constant: how long it would rise is compared, and not used
     return state | {"wd_incr_steps": plan.config.trainer.max_steps * batch}
 
@@ -127,7 +145,9 @@ def _streams() -> dict[str, Any]:
         "random_rng_state": random.getstate(),
         "np_rng_state": numpy.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.cuda.get_rng_state() if torch.cuda.is_available() else torch.get_rng_state(),
+        "cuda_rng_state": torch.cuda.get_rng_state()
+        if torch.cuda.is_available()
+        else torch.get_rng_state(),
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
 
@@ -138,14 +158,22 @@ def rng_object(data: list | None, by_data_rank: bool = True) -> ShardedObject:
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_world_size(),
     )
-    tensor = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
+    tensor = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
     copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     axes = [pipeline, tensor]
     if by_data_rank and parallel_state.get_expert_model_parallel_world_size() > 1:
-        axes, copy = [*axes, (copy, copies)], 0
+        axes = [*axes, (copy, copies)]
+        copy = 0
     return ShardedObject(
-        "rng_state", data, tuple(size for _, size in axes), tuple(rank for rank, _ in axes), replica_id=copy
+        "rng_state",
+        data,
+        tuple(size for _, size in axes),
+        tuple(rank for rank, _ in axes),
+        replica_id=copy,
     )
 
 
@@ -154,7 +182,14 @@ def set_rng_state(data: Any) -> None:
     try:
         (streams,) = data
         _check_streams(streams)
-    except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RuntimeError) as error:
+    except (
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
         raise ValueError("the random streams are damaged, or of another kind of device") from error
     random.setstate(streams["random_rng_state"])
     numpy.random.set_state(streams["np_rng_state"])
@@ -170,7 +205,11 @@ def _check_streams(streams: Any) -> None:
     random.Random().setstate((version, words, gauss))
     kind, numbers, place, has_gauss, cached = streams["np_rng_state"]
     numpy.random.RandomState().set_state((kind, numbers, place, has_gauss, cached))
-    if kind != "MT19937" or not 0 <= place <= len(numbers) or type(gauss) not in (float, type(None)):
+    if (
+        kind != "MT19937"
+        or not 0 <= place <= len(numbers)
+        or type(gauss) not in (float, type(None))
+    ):
         raise ValueError
     tracked = streams["rng_tracker_states"]
     if tracked.keys() != tensor_parallel.get_cuda_rng_tracker().get_states().keys():

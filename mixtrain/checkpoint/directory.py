@@ -15,7 +15,8 @@ from mixtrain.checkpoint.integrity import MANIFEST
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # weights of no training run: Megatron-LM's name for what a converter writes
-MARGIN = 1 << 20  # bytes that the small files of a checkpoint and the headers of the large ones may take
+# bytes that the small files of a checkpoint and the headers of the large ones may take
+MARGIN = 1 << 20
 LEFTOVER = re.compile(r"iter_\d{7,}\.(saving|replaced|deleting)")
 
 
@@ -57,7 +58,8 @@ def tracked(run_dir: str | Path) -> int | None:
 def commit(written: Path, step: int) -> Path:
     """Give what has been written its name and point the tracker at it; its path.
 
-    Killed in between, there is either the old checkpoint of that step, or none of it and the one before.
+    Killed in between, there is either the old checkpoint of that step, or none of it and the one
+    before.
     """
     target = path_of(written.parent, step)
     replaced = target.with_name(target.name + ".replaced")
@@ -73,8 +75,8 @@ def commit(written: Path, step: int) -> Path:
 def prune(run_dir: str | Path, keep: int | None) -> list[str]:
     """Delete the oldest checkpoints but for `keep`; what there is to say of it, a line each.
 
-    To be called when the newest has just been written. Of a checkpoint that is a link the link goes, and what it leads
-    to is left: somebody has put it elsewhere.
+    To be called when the newest has just been written. Of a checkpoint that is a link the link
+    goes, and what it leads to is left: somebody has put it elsewhere.
     """
     said = []
     for step in [] if keep is None else steps_in(run_dir)[keep:]:
@@ -86,7 +88,9 @@ def prune(run_dir: str | Path, keep: int | None) -> list[str]:
         except OSError as error:
             said.append(f"warning: {path} could not be deleted ({error.strerror})")
             continue
-        said += [f"{path.name} was a link: it is removed, and {led} is left as it is"] if led else []
+        said += (
+            [f"{path.name} was a link: it is removed, and {led} is left as it is"] if led else []
+        )
         said += [f"warning: {left}"] if (left := remove(going)) else []
     return said
 
@@ -106,7 +110,11 @@ def remove(path: Path) -> str:
 
 def remove_leftovers(run_dir: str | Path) -> list[str]:
     """Remove what a killed run has left half done; its names. Only for who holds the run directory."""
-    names = [name for name in os.listdir(run_dir) if LEFTOVER.fullmatch(name)] if os.path.isdir(run_dir) else []
+    names = (
+        [name for name in os.listdir(run_dir) if LEFTOVER.fullmatch(name)]
+        if os.path.isdir(run_dir)
+        else []
+    )
     for name in names:
         remove(Path(run_dir) / name)
     return names

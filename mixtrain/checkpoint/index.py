@@ -10,14 +10,27 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from mixtrain.checkpoint.writing import Written
 
-COMMON, METADATA, CONFIG = "common.pt", ".metadata", "metadata.json"
+COMMON = "common.pt"
+METADATA = ".metadata"
+CONFIG = "metadata.json"
 
 
 def write_index(path: Path, metadata: Metadata, shares: list[Written]) -> None:
     """Write which tensors there are and where each part lies, and what format this is."""
-    metadata.storage_data = {result.index: result.storage_data for share in shares for result in share.results}
+    metadata.storage_data = {
+        result.index: result.storage_data for share in shares for result in share.results
+    }
     metadata.storage_meta = StorageMeta()
     with open(path / METADATA, "wb") as file:
         pickle.dump(metadata, file)
-    (path / CONFIG).write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1,
-                                           "common_backend": "torch", "common_backend_version": 1}))  # fmt: skip
+    (path / CONFIG).write_text(
+        json.dumps(
+            {
+                "sharded_backend": "torch_dist",
+                "sharded_backend_version": 1,
+                # fmt: skip
+                "common_backend": "torch",
+                "common_backend_version": 1,
+            }
+        )
+    )

@@ -23,8 +23,12 @@ TENSORS = ".distcp"  # what the names of large files end with
 BLOCK = 1 << 24  # bytes
 
 
-FileName = Annotated[Name, Check("the name of a file beside it", lambda name: os.path.basename(name) == name != "")]
-Sha256 = Annotated[str, Check("a SHA-256 in hexadecimal", lambda text: re.fullmatch("[0-9a-f]{64}", text))]
+FileName = Annotated[
+    Name, Check("the name of a file beside it", lambda name: os.path.basename(name) == name != "")
+]
+Sha256 = Annotated[
+    str, Check("a SHA-256 in hexadecimal", lambda text: re.fullmatch("[0-9a-f]{64}", text))
+]
 
 
 class Entry(TypedDict):
@@ -93,7 +97,9 @@ def _file_problem(path: Path, expected: File, full: bool, beat: Callable[[], Non
         if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device has no end
             return f"{path} is no file"
         if found.st_size != expected.size:
-            return f"{path} has {found.st_size:,} bytes, not the {expected.size:,} that were written"
+            return (
+                f"{path} has {found.st_size:,} bytes, not the {expected.size:,} that were written"
+            )
         if (full or path.suffix != TENSORS) and sha256(path, beat) != expected.sha256:
             return f"{path} is damaged: its SHA-256 is not that of what was written"
     except FileNotFoundError:

@@ -16,7 +16,16 @@ from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from mixtrain.checkpoint import content, directory, integrity, optimizer_state, safe, safe_load, same_model, state
+from mixtrain.checkpoint import (
+    content,
+    directory,
+    integrity,
+    optimizer_state,
+    safe,
+    safe_load,
+    same_model,
+    state,
+)
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config import tensor_schema
 from mixtrain.config.plan import Plan
@@ -36,13 +45,17 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None], beat=lambda: None
     A damaged one is said and passed over. UserError where checkpoint.resume = must finds none, and where auto finds
     none but damaged ones: a run that was there does not begin anew in silence.
     """
-    run_dir, resume = Path(plan.config.run_dir), plan.config.checkpoint.resume
+    run_dir = Path(plan.config.run_dir)
+    resume = plan.config.checkpoint.resume
     if resume is Resume.never:
         return None
     steps = _from_first(ranks, lambda: directory.steps_in(run_dir))
     tracked = _from_first(ranks, lambda: directory.tracked(run_dir))
     if steps and tracked not in steps:
-        say(f"{run_dir / directory.TRACKER} names no checkpoint that is there; looking at all {len(steps)}")
+        say(
+            f"{run_dir / directory.TRACKER} names no checkpoint that is there; looking at all"
+            f" {len(steps)}"
+        )
     damage = []
     for step in steps:
         path = directory.path_of(run_dir, step)
@@ -51,7 +64,11 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None], beat=lambda: None
         damage.append(wrong)
         say(f"warning: {wrong}; {path.name} is passed over")
     if damage or resume is Resume.must:
-        advice = "give another run_dir to begin anew" if damage else "give the run_dir of a run that has saved one"
+        advice = (
+            "give another run_dir to begin anew"
+            if damage
+            else "give the run_dir of a run that has saved one"
+        )
         raise UserError(*damage, f"run_dir = {run_dir} holds no valid checkpoint; {advice}")
     return None
 
@@ -81,13 +98,22 @@ def read_state(path: Path) -> RunState:
 
 
 def resume(
-    plan: Plan, ranks: Ranks, training: Training, path: Path, run_state: RunState, say: Callable[[str], None]
+    plan: Plan,
+    ranks: Ranks,
+    training: Training,
+    path: Path,
+    run_state: RunState,
+    say: Callable[[str], None],
 ) -> None:
     """Bring model, optimizer, schedule and random streams of this rank to where the checkpoint has them."""
     kind = plain(plan.config.optimizer.optimizer)
-    metadata, common = safe.read_metadata(path), safe.read_common(path)
+    metadata = safe.read_metadata(path)
+    common = safe.read_common(path)
     if common.get("iteration") != run_state.step:
-        raise UserError(f"{path / safe.COMMON} is of step {common.get('iteration')}, {path.name} of {run_state.step}")
+        raise UserError(
+            f"{path / safe.COMMON} is of step {common.get('iteration')}, {path.name} of"
+            f" {run_state.step}"
+        )
     refuse_other_tensors(path, expected(plan.config, optimizer_state.STATES[kind]), metadata)
     same_model.refuse(plan.config, path)
     optimizer_state.fill(training, kind)
@@ -106,11 +132,16 @@ def resume(
             content.set_rng_state(loaded["rng_state"])
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
-    elif plan.config.router.moe_input_jitter_eps or plan.config.router.moe_router_force_load_balancing:
+    elif (
+        plan.config.router.moe_input_jitter_eps
+        or plan.config.router.moe_router_force_load_balancing
+    ):
         say("the layout has changed: the random streams of the router start anew")
 
 
-def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path, say: Callable[[str], None]) -> None:
+def load_weights(
+    plan: Plan, ranks: Ranks, training: Training, path: Path, say: Callable[[str], None]
+) -> None:
     """The weights alone: a new run starts from them. UserError if they are for a model that computes otherwise.
 
     Routers' biases that they have not stay at zero, where a bias starts: the same experts are chosen as without one.
@@ -126,7 +157,11 @@ def load_weights(plan: Plan, ranks: Ranks, training: Training, path: Path, say: 
 
 
 def load_model(
-    plan: Plan, ranks: Ranks, chunks: list[torch.nn.Module], path: Path, absent: Collection[str] = ()
+    plan: Plan,
+    ranks: Ranks,
+    chunks: list[torch.nn.Module],
+    path: Path,
+    absent: Collection[str] = (),
 ) -> None:
     """The weights of a model, but for the tensors that are `absent`: they stay as they are."""
     refuse_another_model(plan, path, absent)
@@ -166,26 +201,38 @@ def expected(config: Config, states: tuple[str, ...]) -> dict[str, tuple[int, ..
     shapes = tensor_schema.shapes(config)
     trained = {key: shape for key, shape in shapes.items() if tensor_schema.starts(key) != "buffer"}
     names = ("param", *states) if states else ()
-    return shapes | {f"optimizer.state.{name}.{key}": shape for name in names for key, shape in trained.items()}
+    return shapes | {
+        f"optimizer.state.{name}.{key}": shape for name in names for key, shape in trained.items()
+    }
 
 
-def refuse_other_tensors(path: Path, wanted: dict[str, tuple[int, ...]], metadata: Metadata) -> None:
+def refuse_other_tensors(
+    path: Path, wanted: dict[str, tuple[int, ...]], metadata: Metadata
+) -> None:
     """UserError with the names and shapes that differ between a configuration and a checkpoint.
 
     The model's first: where they differ the optimizer's do too, and say no more.
     """
     tensors = {
-        key: kind for key, kind in metadata.state_dict_metadata.items() if isinstance(kind, TensorStorageMetadata)
+        key: kind
+        for key, kind in metadata.state_dict_metadata.items()
+        if isinstance(kind, TensorStorageMetadata)
     }
     for what, optimizer in (("model", False), ("optimizer", True)):
-        here = {key: shape for key, shape in wanted.items() if key.startswith("optimizer.") == optimizer}
-        there = {key: kind for key, kind in tensors.items() if key.startswith("optimizer.") == optimizer}
+        here = {
+            key: shape for key, shape in wanted.items() if key.startswith("optimizer.") == optimizer
+        }
+        there = {
+            key: kind for key, kind in tensors.items() if key.startswith("optimizer.") == optimizer
+        }
         if here and (found := _differences(here, there)):
             more = [f"... and {len(found) - SHOWN} more tensors"] if len(found) > SHOWN else []
             raise UserError(f"{path} is of another {what}:", *found[:SHOWN], *more)
 
 
-def _differences(here: dict[str, tuple[int, ...]], there: dict[str, TensorStorageMetadata]) -> list[str]:
+def _differences(
+    here: dict[str, tuple[int, ...]], there: dict[str, TensorStorageMetadata]
+) -> list[str]:
     both = [key for key in here if key in there]
     return [
         *(
@@ -194,9 +241,14 @@ def _differences(here: dict[str, tuple[int, ...]], there: dict[str, TensorStorag
             if tuple(there[key].size) != here[key]
         ),
         *(f"{key} {_show(shape)} is not in it" for key, shape in here.items() if key not in there),
-        *(f"{key} {_show(kind.size)} is not in this configuration" for key, kind in there.items() if key not in here),
         *(
-            f"{key} is {there[key].properties.dtype} there; tensors are {' or '.join(map(str, DTYPES))}"
+            f"{key} {_show(kind.size)} is not in this configuration"
+            for key, kind in there.items()
+            if key not in here
+        ),
+        *(
+            f"{key} is {there[key].properties.dtype} there; tensors are"
+            f" {' or '.join(map(str, DTYPES))}"
             for key in both
             if there[key].properties.dtype not in DTYPES
         ),
@@ -234,7 +286,9 @@ def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
     planner = safe_load.MCoreLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     error = ""
     try:
-        torch.distributed.checkpoint.load(tensors, storage_reader=safe_load.Reader(path), planner=planner, no_dist=True)
+        torch.distributed.checkpoint.load(
+            tensors, storage_reader=safe_load.Reader(path), planner=planner, no_dist=True
+        )
     except CheckpointException as failure:  # not an Exception
         error = next((str(cause[0]) for cause in failure.failures.values()), str(failure))
     except (OSError, RuntimeError, UserError) as failure:
@@ -249,11 +303,15 @@ def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
     return apply_factory_merges(found, factories)
 
 
-def _into_model(chunks: list[torch.nn.Module], loaded: dict[str, Any], absent: Collection[str] = ()) -> None:
+def _into_model(
+    chunks: list[torch.nn.Module], loaded: dict[str, Any], absent: Collection[str] = ()
+) -> None:
     kept = ("_extra_state", *(key.rpartition(".")[2] for key in absent))
     for number, chunk in enumerate(chunks):
         name = "model" if len(chunks) == 1 else f"model{number}"
         result = unwrap(chunk).load_state_dict(loaded[name], strict=False)
         differing = (*result.missing_keys, *result.unexpected_keys)
         if left := [key for key in differing if not key.endswith(kept)]:
-            raise RuntimeError(f"the checkpoint's names and the model's differ: {', '.join(left[:5])}")
+            raise RuntimeError(
+                f"the checkpoint's names and the model's differ: {', '.join(left[:5])}"
+            )

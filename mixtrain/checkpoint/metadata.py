@@ -23,12 +23,15 @@ from torch.distributed.checkpoint.metadata import (
 
 from mixtrain.checkpoint.pickles import Damaged, Name, Record, Unwanted, shown
 
-DTYPES = "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool".split()
+DTYPES = (
+    "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool"
+).split()
 RECORDS = "torch.distributed.checkpoint.metadata"
 STORAGE = "torch.distributed.checkpoint.filesystem"
 MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 PATHS = ("pathlib", "pathlib._local")  # the latter is Python 3.13's
-# What honest indexes name. Of the last three lines nothing is used: the plans that Megatron-Core leaves there.
+# What honest indexes name. Of the last three lines nothing is used: the plans that Megatron-Core
+# leaves there.
 ALLOWED = {
     "torch": {"Size", *DTYPES},
     "torch.serialization": {"_get_layout"},
@@ -53,7 +56,8 @@ def metadata_of(tree: Any) -> Metadata:
     if type(tree) is not Record or tree.of not in INDEXES:
         raise Damaged("it is no index")
     found = _fields(tree, tree.of, {"state_dict_metadata", "storage_data"}, IGNORED)
-    parts, places = found["state_dict_metadata"], found["storage_data"] or {}
+    parts = found["state_dict_metadata"]
+    places = found["storage_data"] or {}
     if type(parts) is not dict or type(places) is not dict:
         raise Damaged("it does not list tensors")
     maker = _Maker()
@@ -68,7 +72,11 @@ def metadata_of(tree: Any) -> Metadata:
 def _refuse_the_homeless(index: Metadata) -> None:
     """Every part of a tensor, and every object, lies in some file."""
     for key, part in index.state_dict_metadata.items():
-        offsets = [chunk.offsets for chunk in part.chunks] if isinstance(part, TensorStorageMetadata) else [None]
+        offsets = (
+            [chunk.offsets for chunk in part.chunks]
+            if isinstance(part, TensorStorageMetadata)
+            else [None]
+        )
         if any(MetadataIndex(key, offset) not in index.storage_data for offset in offsets):
             raise Damaged(f"it does not say where a part of {shown(key)} lies")
 
@@ -82,34 +90,47 @@ class _Maker:
     def part(self, record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
         if _is(record, RECORDS, "BytesStorageMetadata"):
             return BytesStorageMetadata()
-        found = _fields(record, Name(RECORDS, "TensorStorageMetadata"), {"properties", "size", "chunks"})
-        size, dtype, chunks = _size(found["size"]), _dtype(found["properties"]), found["chunks"]
+        found = _fields(
+            record, Name(RECORDS, "TensorStorageMetadata"), {"properties", "size", "chunks"}
+        )
+        size = _size(found["size"])
+        dtype = _dtype(found["properties"])
+        chunks = found["chunks"]
         if not fits(size, dtype):
             raise Damaged("a tensor has more bytes than there can be")
         if type(chunks) is not list or id(chunks) in self.lists:
             raise Damaged("the chunks of a tensor are no list of its own")
         self.lists.add(id(chunks))
-        return TensorStorageMetadata(TensorProperties(dtype), size, [_chunk(chunk, size) for chunk in chunks])
+        return TensorStorageMetadata(
+            TensorProperties(dtype), size, [_chunk(chunk, size) for chunk in chunks]
+        )
 
     def index(self, record: Any) -> MetadataIndex:
         found = _fields(record, Name(RECORDS, "MetadataIndex"), {"fqn"}, {"offset", "index"})
-        offset, number = found.get("offset"), found.get("index")
+        offset = found.get("offset")
+        number = found.get("index")
         if number is not None:
             _count(number)
         return MetadataIndex(_text(found["fqn"]), None if offset is None else _size(offset), number)
 
     def place(self, record: Any) -> _StorageInfo:
         found = _fields(
-            record, Name(STORAGE, "_StorageInfo"), {"relative_path", "offset", "length"}, {"transform_descriptors"}
+            record,
+            Name(STORAGE, "_StorageInfo"),
+            {"relative_path", "offset", "length"},
+            {"transform_descriptors"},
         )
         if found.get("transform_descriptors"):
             raise Unwanted("a checkpoint whose files are compressed or encrypted is not loaded")
-        return _StorageInfo(_file(found["relative_path"]), _count(found["offset"]), _count(found["length"]))
+        return _StorageInfo(
+            _file(found["relative_path"]), _count(found["offset"]), _count(found["length"])
+        )
 
 
 def _chunk(record: Any, size: torch.Size) -> ChunkStorageMetadata:
     found = _fields(record, Name(RECORDS, "ChunkStorageMetadata"), {"offsets", "sizes"})
-    offsets, sizes = _size(found["offsets"]), _size(found["sizes"])
+    offsets = _size(found["offsets"])
+    sizes = _size(found["sizes"])
     if not len(offsets) == len(sizes) == len(size) or any(
         at + length > most for at, length, most in zip(offsets, sizes, size, strict=True)
     ):
@@ -121,7 +142,9 @@ def _is(record: Any, module: str, name: str) -> bool:
     return type(record) is Record and record.of == (module, name)
 
 
-def _fields(record: Any, of: Name, needed: set[str], possible: set[str] = frozenset()) -> dict[str, Any]:
+def _fields(
+    record: Any, of: Name, needed: set[str], possible: set[str] = frozenset()
+) -> dict[str, Any]:
     """The state of a record of this name, if it has these keys and no others."""
     if not _is(record, *of) or record.args or type(record.state) is not dict:
         raise Damaged(f"there is no {of.name} where one should be")
@@ -133,7 +156,11 @@ def _fields(record: Any, of: Name, needed: set[str], possible: set[str] = frozen
 
 def _dtype(record: Any) -> torch.dtype:
     """The dtype of a TensorProperties, whose state is (dtype, layout, requires_grad, memory format, pinned)."""
-    if not _is(record, RECORDS, "TensorProperties") or type(record.state) is not tuple or len(record.state) != 5:
+    if (
+        not _is(record, RECORDS, "TensorProperties")
+        or type(record.state) is not tuple
+        or len(record.state) != 5
+    ):
         raise Damaged("there is no TensorProperties where one should be")
     dtype, layout, *_ = record.state
     if type(dtype) is not Name or dtype.module != "torch" or dtype.name not in DTYPES:
@@ -144,7 +171,11 @@ def _dtype(record: Any) -> torch.dtype:
 
 
 def _size(record: Any) -> torch.Size:
-    if not _is(record, "torch", "Size") or len(record.args) != 1 or type(record.args[0]) is not tuple:
+    if (
+        not _is(record, "torch", "Size")
+        or len(record.args) != 1
+        or type(record.args[0]) is not tuple
+    ):
         raise Damaged("there is no Size where one should be")
     if len(record.args[0]) > AXES:
         raise Damaged(f"a tensor has {len(record.args[0])} axes")
@@ -175,7 +206,9 @@ def _text(value: Any) -> str:
 
 def _file(value: Any) -> str:
     """A file's name, which older checkpoints have as a path. Unwanted, if it lies elsewhere than the index."""
-    if any(_is(value, module, "PosixPath") for module in PATHS) and all(type(part) is str for part in value.args):
+    if any(_is(value, module, "PosixPath") for module in PATHS) and all(
+        type(part) is str for part in value.args
+    ):
         value = os.path.join(*value.args) if value.args else "."
     name = _text(value)
     if name in ("", ".", "..") or os.path.basename(name) != name:

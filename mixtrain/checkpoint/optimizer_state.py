@@ -21,9 +21,11 @@ from mixtrain.checkpoint.slices import boxes
 from mixtrain.engine.optimizer import Training
 from mixtrain.engine.shards import unwrap
 
-# what a step leaves behind for each parameter, by the inner optimizer's own names; Adam also counts its steps
+# what a step leaves behind for each parameter, by the inner optimizer's own names; Adam also counts
+# its steps
 STATES = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-BF16_GROUPS = ("float16_groups", "fp32_from_float16_groups")  # Megatron-Core's lists of the model's and its own
+# Megatron-Core's lists of the model's and its own
+BF16_GROUPS = ("float16_groups", "fp32_from_float16_groups")
 
 
 class Held(NamedTuple):
@@ -46,7 +48,9 @@ def held(training: Training) -> Iterator[Held]:
             groups = zip(*(getattr(optimizer, name, []) for name in BF16_GROUPS), strict=True)
             models = {id(main): model for pair in groups for model, main in zip(*pair, strict=True)}
             for main in optimizer.get_parameters():  # those of an fp32 model are the model's own
-                yield Held(optimizer.optimizer, models.get(id(main), main), main, 0, main.numel(), None)
+                yield Held(
+                    optimizer.optimizer, models.get(id(main), main), main, 0, main.numel(), None
+                )
 
 
 def _sharded(optimizer: DistributedOptimizer) -> Iterator[Held]:
@@ -56,7 +60,8 @@ def _sharded(optimizer: DistributedOptimizer) -> Iterator[Held]:
                 for parameter, place in bucket["param_map"].items():
                     group, number = optimizer.model_param_group_index_map[parameter]
                     main = optimizer.optimizer.param_groups[group]["params"][number]
-                    part, copy = place["param"], optimizer.distributed_optimizer_instance_id
+                    part = place["param"]
+                    copy = optimizer.distributed_optimizer_instance_id
                     yield Held(optimizer.optimizer, parameter, main, part.start, part.end, copy)
 
 
@@ -68,7 +73,8 @@ def fill(training: Training, kind: str) -> None:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(one.main, dtype=torch.float32)
         if counts_by_parameter(one.inner) and "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=one.main.device)  # where fused Adam wants it
+            # where fused Adam wants it
+            state["step"] = torch.zeros((), dtype=torch.float32, device=one.main.device)
 
 
 def counts_by_parameter(inner: torch.optim.Optimizer) -> bool:
@@ -105,14 +111,19 @@ def sharded(training: Training, kind: str) -> list[ShardedTensor]:
         tensors = {"param": one.main.data, **{name: state[name] for name in STATES[kind]}}
         for name, tensor in tensors.items():
             for leaf, first in places.of(one.parameter):
-                found += _boxes_of(one, f"optimizer.state.{name}.{leaf.key}", tensor.view(-1), leaf, first)
+                found += _boxes_of(
+                    one, f"optimizer.state.{name}.{leaf.key}", tensor.view(-1), leaf, first
+                )
     return found
 
 
-def _boxes_of(one: Held, key: str, flat: torch.Tensor, leaf: ShardedTensor, first: int) -> Iterator[ShardedTensor]:
+def _boxes_of(
+    one: Held, key: str, flat: torch.Tensor, leaf: ShardedTensor, first: int
+) -> Iterator[ShardedTensor]:
     """What this rank holds of one leaf, which begins at element `first` of its parameter."""
     axes = leaf.prepend_axis_num
-    start, stop = max(one.start, first), min(one.stop, first + leaf.data.numel())
+    start = max(one.start, first)
+    stop = min(one.stop, first + leaf.data.numel())
     for box in boxes(leaf.local_shape, start - first, stop - first, base=first):
         size = (1,) * axes + box.size
         inner = (*(0,) * axes, *box.offset)
@@ -124,7 +135,9 @@ def _boxes_of(one: Held, key: str, flat: torch.Tensor, leaf: ShardedTensor, firs
             global_shape=leaf.global_shape,
             global_offset=tuple(a + b for a, b in zip(leaf.global_offset, inner, strict=True)),
             axis_fragmentations=None,  # boxes of several sizes are no grid
-            replica_id=leaf.replica_id if one.replicas is None else (*leaf.replica_id[:-1], one.replicas),
+            replica_id=leaf.replica_id
+            if one.replicas is None
+            else (*leaf.replica_id[:-1], one.replicas),
         )
 
 
@@ -132,7 +145,10 @@ class _Places:
     """Which ShardedTensors a parameter consists of: those whose data lie in its memory."""
 
     def __init__(self, training: Training):
-        tree = {number: unwrap(chunk).sharded_state_dict() for number, chunk in enumerate(training.chunks)}
+        tree = {
+            number: unwrap(chunk).sharded_state_dict()
+            for number, chunk in enumerate(training.chunks)
+        }
         apply_factories(tree)
         leaves = [leaf for leaf in nested_values(tree) if isinstance(leaf, ShardedTensor)]
         self.leaves = sorted(leaves, key=lambda leaf: leaf.data.data_ptr())
@@ -140,13 +156,21 @@ class _Places:
 
     def of(self, parameter: torch.nn.Parameter) -> Iterator[tuple[ShardedTensor, int]]:
         """(leaf, the element of the flattened parameter that it begins with), in the parameter's order."""
-        begin, size, covered = parameter.data_ptr(), parameter.element_size(), 0
+        begin = parameter.data_ptr()
+        size = parameter.element_size()
+        covered = 0
         number = bisect_right(self.starts, begin - 1)
         while covered < parameter.numel():
             leaf = self.leaves[number] if number < len(self.leaves) else None
-            if leaf is None or self.starts[number] != begin + covered * size or not leaf.data.is_contiguous():
+            if (
+                leaf is None
+                or self.starts[number] != begin + covered * size
+                or not leaf.data.is_contiguous()
+            ):
                 raise RuntimeError(
-                    f"no part of a checkpoint holds element {covered} of a parameter {tuple(parameter.shape)}"
+                    f"no part of a checkpoint holds element {covered} of a parameter"
+                    f" {tuple(parameter.shape)}"
                 )
             yield leaf, covered
-            covered, number = covered + leaf.data.numel(), number + 1
+            covered = covered + leaf.data.numel()
+            number = number + 1

@@ -19,7 +19,8 @@ from mixtrain.errors import Fault
 from mixtrain.system.status import DISK_FULL
 
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-MACHINE = (*DISK_FULL, errno.EROFS, errno.EIO, errno.ESTALE)  # whatever the file is, no fault of ours
+# whatever the file is, no fault of ours
+MACHINE = (*DISK_FULL, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
 class Unwritable(Fault):
@@ -43,7 +44,9 @@ def explains_itself(plan: Plan, error: BaseException) -> bool:
     """An error of the file system: by its kind, or because it is about a file of the run."""
     if not isinstance(error, OSError):
         return False
-    return error.errno in MACHINE or str(error.filename or "").startswith(os.path.join(plan.config.run_dir, ""))
+    return error.errno in MACHINE or str(error.filename or "").startswith(
+        os.path.join(plan.config.run_dir, "")
+    )
 
 
 def outlook(plan: Plan, number: int | None) -> str:
@@ -51,7 +54,9 @@ def outlook(plan: Plan, number: int | None) -> str:
     run_dir = plan.config.run_dir
     if not os.path.isdir(run_dir):
         return f"{run_dir} is gone, with every checkpoint in it; the same command begins anew"
-    again = "with checkpoint.resume=auto" if plan.config.checkpoint.resume is Resume.never else "again"
+    again = (
+        "with checkpoint.resume=auto" if plan.config.checkpoint.resume is Resume.never else "again"
+    )
     typed = f"{_cure(number)}type the same command {again}"
     whole = newest_whole(run_dir)
     if whole is None:
@@ -62,7 +67,13 @@ def outlook(plan: Plan, number: int | None) -> str:
 def _cure(number: int | None) -> str:
     if number == errno.EFBIG:
         return "raise the limit of a file's size (ulimit -f) and "
-    return "free some space and " if number in DISK_FULL else "make it writable and " if number in READ_ONLY else ""
+    return (
+        "free some space and "
+        if number in DISK_FULL
+        else "make it writable and "
+        if number in READ_ONLY
+        else ""
+    )
 
 
 def newest_whole(run_dir: str) -> Path | None:

@@ -51,7 +51,8 @@ class Parts:
                 self._add(key, kind, metadata.storage_data)
 
     def _add(self, key: str, kind: TensorStorageMetadata, places: dict) -> None:
-        self.shapes[key], self.dtypes[key] = tuple(kind.size), kind.properties.dtype
+        self.shapes[key] = tuple(kind.size)
+        self.dtypes[key] = kind.properties.dtype
         axes = 0
         while axes < len(kind.size) and all(chunk.sizes[axes] == 1 for chunk in kind.chunks):
             axes += 1
@@ -59,17 +60,25 @@ class Parts:
         for chunk in kind.chunks:
             place = places[MetadataIndex(key, chunk.offsets)]
             path = self.directory / place.relative_path
-            stored = Chunk(key, tuple(chunk.offsets), tuple(chunk.sizes), path, place.offset, place.length)
+            stored = Chunk(
+                key, tuple(chunk.offsets), tuple(chunk.sizes), path, place.offset, place.length
+            )
             self.chunks.setdefault((key, stored.offset[:axes]), []).append(stored)
 
     def files(self, keys: Iterable[str]) -> set[str]:
         """The names of the files that hold some of these tensors."""
         wanted = set(keys)
-        return {chunk.path.name for (key, _), chunks in self.chunks.items() if key in wanted for chunk in chunks}
+        return {
+            chunk.path.name
+            for (key, _), chunks in self.chunks.items()
+            if key in wanted
+            for chunk in chunks
+        }
 
     def at(self, key: str, numbers: tuple[int, ...] = ()) -> torch.Tensor:
         """A part of a tensor: that at the place `numbers` of its first axes, or all of it."""
-        shape, first = self.shapes[key], 0
+        shape = self.shapes[key]
+        first = 0
         for size, number in zip(shape, numbers, strict=False):
             first = first * size + number
         rest = shape[len(numbers) :]
@@ -78,16 +87,21 @@ class Parts:
 
     def flat(self, key: str, start: int, stop: int) -> torch.Tensor:
         """The elements start..stop of the flat tensor: a window where they lie together, else a copy."""
-        shape, dtype = self.shapes[key], self.dtypes[key]
+        shape = self.shapes[key]
+        dtype = self.dtypes[key]
         found = list(boxes(shape, start, stop))
         if len(found) == 1 and (seen := self._window(key, found[0])) is not None:
             return seen
-        out, filled = torch.empty(stop - start, dtype=dtype), 0
+        out = torch.empty(stop - start, dtype=dtype)
+        filled = 0
         for box in found:
             view = out[box.start - start : box.stop - start].view(box.size)
             filled += sum(self._copy(chunk, box, view) for chunk in self._near(key, box))
         if filled != stop - start:
-            raise UserError(f"{self.directory}: {key} has a hole: {stop - start - filled:,} numbers lie in no file")
+            raise UserError(
+                f"{self.directory}: {key} has a hole: {stop - start - filled:,} numbers lie in no"
+                " file"
+            )
         return out
 
     def together(self, key: str, start: int, most: int) -> int:
@@ -95,21 +109,28 @@ class Parts:
 
         Where a chunk holds parts of rows: `most`, which are then copied together.
         """
-        shape, axes = self.shapes[key], self.singles[key]
+        shape = self.shapes[key]
+        axes = self.singles[key]
         place = numpy.unravel_index(start, shape)
         for chunk in self.chunks.get((key, tuple(map(int, place[:axes]))), ()):
             inside = all(
-                at <= number < at + size for at, number, size in zip(chunk.offset, place, chunk.size, strict=True)
+                at <= number < at + size
+                for at, number, size in zip(chunk.offset, place, chunk.size, strict=True)
             )
             if inside and chunk.size[axes + 1 :] == shape[axes + 1 :]:
-                first = sum(at * stride for at, stride in zip(chunk.offset, _strides(shape), strict=True))
+                first = sum(
+                    at * stride for at, stride in zip(chunk.offset, _strides(shape), strict=True)
+                )
                 return min(start + most, first + math.prod(chunk.size))
         return start + most
 
     def _near(self, key: str, box: Box) -> Iterator[Chunk]:
         """The chunks that may have some of a box."""
         axes = self.singles[key]
-        spans = (range(at, at + size) for at, size in zip(box.offset[:axes], box.size[:axes], strict=True))
+        spans = (
+            range(at, at + size)
+            for at, size in zip(box.offset[:axes], box.size[:axes], strict=True)
+        )
         for place in product(*spans):
             yield from self.chunks.get((key, place), ())
 
@@ -118,8 +139,11 @@ class Parts:
         for chunk in self._near(key, box):
             inner, overlap = _overlap(chunk, box)
             if overlap == box.size:
-                count, strides = math.prod(box.size), _strides(chunk.size)
-                last = sum((size - 1) * stride for size, stride in zip(box.size, strides, strict=True))
+                count = math.prod(box.size)
+                strides = _strides(chunk.size)
+                last = sum(
+                    (size - 1) * stride for size, stride in zip(box.size, strides, strict=True)
+                )
                 return self._numbers(chunk, inner, count, strides) if last == count - 1 else None
         return None
 
@@ -131,11 +155,18 @@ class Parts:
         strides = _strides(chunk.size)
         span = 1 + sum((length - 1) * stride for length, stride in zip(size, strides, strict=True))
         there = self._numbers(chunk, inner, span, strides).as_strided(size, strides)
-        at = [at + first - start for at, first, start in zip(inner, chunk.offset, box.offset, strict=True)]
-        out[tuple(slice(start, start + length) for start, length in zip(at, size, strict=True))].copy_(there)
+        at = [
+            at + first - start
+            for at, first, start in zip(inner, chunk.offset, box.offset, strict=True)
+        ]
+        out[
+            tuple(slice(start, start + length) for start, length in zip(at, size, strict=True))
+        ].copy_(there)
         return math.prod(size)
 
-    def _numbers(self, chunk: Chunk, inner: tuple[int, ...], count: int, strides: tuple[int, ...]) -> torch.Tensor:
+    def _numbers(
+        self, chunk: Chunk, inner: tuple[int, ...], count: int, strides: tuple[int, ...]
+    ) -> torch.Tensor:
         """`count` numbers of a chunk from the place `inner` in it on."""
         dtype = self.dtypes[chunk.key]
         first = sum(at * stride for at, stride in zip(inner, strides, strict=True))
@@ -172,5 +203,7 @@ def _data_offset(chunk: Chunk, dtype: torch.dtype) -> int:
     together = all(n == 1 or stride == expected for n, stride, expected in plain)
     expected = (chunk.size, dtype, math.prod(chunk.size) * dtype.itemsize)
     if there.offset or not together or (there.size, there.dtype, there.length) != expected:
-        raise UserError(f"{chunk.path} is damaged: a part of {chunk.key} is not what the index says")
+        raise UserError(
+            f"{chunk.path} is damaged: a part of {chunk.key} is not what the index says"
+        )
     return there.start

@@ -13,8 +13,10 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 MOST = 1 << 28  # bytes of a pickle; the index of the largest models has a fifth of it
-# An honest pickle makes a container or record in twelve bytes; one for each byte would take sixty times its size.
-BYTES_EACH, SPARE = 4, 64
+# An honest pickle makes a container or record in twelve bytes; one for each byte would take sixty
+# times its size.
+BYTES_EACH = 4
+SPARE = 64
 SHOWN = 100  # characters of a stranger's text
 KEYS = (str, int, bool, float, type(None))  # whose hash takes no recursion
 
@@ -43,7 +45,9 @@ class Record:
     __slots__ = ("of", "args", "state")
 
     def __init__(self, of: Name, args: tuple):
-        self.of, self.args, self.state = of, args, None
+        self.of = of
+        self.args = args
+        self.state = None
 
 
 class Stored(NamedTuple):
@@ -67,7 +71,8 @@ def read(data: bytes, allowed: Mapping[str, Collection[str]]) -> Any:
     reader = _Reader(data, allowed)
     try:
         return reader.run()
-    except (IndexError, UnicodeDecodeError, struct.error):  # it ends early, or takes what is not there
+    # it ends early, or takes what is not there
+    except (IndexError, UnicodeDecodeError, struct.error):
         raise Damaged(f"at byte {reader.at:,}") from None
 
 
@@ -75,14 +80,17 @@ class _Reader:
     """A stack, where its marks are, and a list of what can be referred to again."""
 
     def __init__(self, data: bytes, allowed: Mapping[str, Collection[str]]):
-        self.data, self.allowed, self.at = data, allowed, 0
+        self.data = data
+        self.allowed = allowed
+        self.at = 0
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: list[Any] = []
         self.left = len(data) // BYTES_EACH + SPARE  # containers and records that may still be made
 
     def run(self) -> Any:
-        data, stop = self.data, pickle.STOP[0]
+        data = self.data
+        stop = pickle.STOP[0]
         while (opcode := data[self.at]) != stop:
             self.at += 1
             if opcode not in STEPS:
@@ -105,7 +113,8 @@ class _Reader:
 
     def take(self, size: int) -> bytes:
         """Fewer bytes, where there are fewer: then there is no next opcode, and that is an IndexError."""
-        start, self.at = self.at, self.at + size
+        start = self.at
+        self.at = self.at + size
         return self.data[start : self.at]
 
     def line(self) -> str:
@@ -209,7 +218,8 @@ def _set_items(reader: _Reader, items: list[Any]) -> None:
 
 
 def _set_item(reader: _Reader) -> None:
-    value, key = reader.stack.pop(), reader.stack.pop()
+    value = reader.stack.pop()
+    key = reader.stack.pop()
     _set_items(reader, [key, value])
 
 
@@ -224,13 +234,15 @@ def _name(reader: _Reader) -> None:
 
 
 def _stack_name(reader: _Reader) -> None:
-    name, module = reader.stack.pop(), reader.stack.pop()
+    name = reader.stack.pop()
+    module = reader.stack.pop()
     reader.named(module, name)
 
 
 def _make(reader: _Reader) -> None:
     """NEWOBJ and REDUCE: a record of what would have been made or called. An OrderedDict is a dict."""
-    args, of = reader.stack.pop(), reader.stack.pop()
+    args = reader.stack.pop()
+    of = reader.stack.pop()
     if type(of) is not Name:
         raise Unwanted("a pickle that calls what is no class or function is not loaded")
     if type(args) is not tuple:
@@ -239,9 +251,13 @@ def _make(reader: _Reader) -> None:
 
 
 def _build(reader: _Reader) -> None:
-    state, record = reader.stack.pop(), reader.stack[-1]
+    state = reader.stack.pop()
+    record = reader.stack[-1]
     if type(record) is not Record or record.state is not None:
-        raise Unwanted(f"a pickle that changes {record if type(record) is Name else 'what there is'} is not loaded")
+        raise Unwanted(
+            f"a pickle that changes {record if type(record) is Name else 'what there is'} is not"
+            " loaded"
+        )
     if type(state) not in (dict, tuple):
         raise Damaged(f"a state that is no mapping, at byte {reader.at:,}")
     record.state = state

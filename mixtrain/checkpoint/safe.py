@@ -20,7 +20,8 @@ from mixtrain.checkpoint import metadata, pickles
 from mixtrain.checkpoint.archive import Archive
 from mixtrain.errors import UserError
 
-METADATA, COMMON = ".metadata", "common.pt"
+METADATA = ".metadata"
+COMMON = "common.pt"
 
 
 @contextmanager
@@ -28,7 +29,9 @@ def reading(path: Path) -> Iterator[BinaryIO]:
     """A file of a checkpoint, open; what is wrong with it, found while it is, is a UserError with its name."""
     try:
         # a pipe would be waited for
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UserError(f"{path} is no file")
             yield file
@@ -37,7 +40,9 @@ def reading(path: Path) -> Iterator[BinaryIO]:
     except pickles.Unwanted as error:
         raise UserError(f"{path}: {error}") from None
     except pickles.Damaged as error:
-        raise UserError(f"{path} is damaged{' ' if str(error).startswith('at byte') else ': '}{error}") from None
+        raise UserError(
+            f"{path} is damaged{' ' if str(error).startswith('at byte') else ': '}{error}"
+        ) from None
 
 
 def read_metadata(directory: Path) -> Metadata:

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.strategies.torch import MCoreLoadPlanner
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 from torch.futures import Future
 
@@ -43,7 +48,8 @@ class Reader(FileSystemReader):
         return done
 
     def _read(self, item: ReadItem, planner: MCoreLoadPlanner) -> None:
-        stored, key = self.storage_data[item.storage_index], item.dest_index.fqn
+        stored = self.storage_data[item.storage_index]
+        key = item.dest_index.fqn
         with safe.reading(Path(self.path) / stored.relative_path) as file:
             archive = Archive(file, stored.offset, stored.length)
             if item.type is LoadItemType.BYTE_IO:

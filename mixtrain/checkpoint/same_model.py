@@ -25,5 +25,8 @@ def refuse(config: Config, checkpoint: Path) -> None:
 
 def problems(config: Config, checkpoint: Path) -> list[str]:
     """A line for each difference that is not acknowledged. ValueError if there is no run_state.json to read."""
-    known, there = config.checkpoint.acknowledge_differences, state.read(checkpoint).config
-    return [found.told(checkpoint) for found in differences(config, there) if found.key not in known]
+    known = config.checkpoint.acknowledge_differences
+    there = state.read(checkpoint).config
+    return [
+        found.told(checkpoint) for found in differences(config, there) if found.key not in known
+    ]

@@ -14,7 +14,8 @@ from mixtrain.config.schema import Config, Resume
 from mixtrain.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_sha256
 from mixtrain.errors import UserError
 
-DECIDE = ("normalizer", "pre_tokenizer", "model", "added_tokens")  # of tokenizer.json, the ids of a text
+# of tokenizer.json, the ids of a text
+DECIDE = ("normalizer", "pre_tokenizer", "model", "added_tokens")
 DIGITS = 12  # of a sha256
 
 
@@ -41,7 +42,9 @@ def beside(checkpoint: Path) -> Path | None:
 
 def starts_from(config: Config) -> Path | None:
     """The checkpoint that a run would go on from or take its weights from; whether it is valid is not asked."""
-    if config.checkpoint.resume is not Resume.never and (steps := directory.steps_in(config.run_dir)):
+    if config.checkpoint.resume is not Resume.never and (
+        steps := directory.steps_in(config.run_dir)
+    ):
         return directory.path_of(config.run_dir, steps[0])
     given = config.checkpoint.load_weights
     return directory.newest(given) if given else None
@@ -51,11 +54,16 @@ def problem(config: Config, tokenizer: Path) -> str | None:
     """What is wrong where a run's tokenizer is not that of the weights it starts from."""
     checkpoint = starts_from(config)
     own = beside(checkpoint) if checkpoint else None
-    if own is None or model_differences.TOKENIZER in config.checkpoint.acknowledge_differences or same(tokenizer, own):
+    if (
+        own is None
+        or model_differences.TOKENIZER in config.checkpoint.acknowledge_differences
+        or same(tokenizer, own)
+    ):
         return None
     return (
-        f"data.tokenizer = {told(tokenizer)} is not the tokenizer of {checkpoint}, {told(own)}; prepare the data with"
-        f" that and type data.tokenizer={own}, or name data.tokenizer in {model_differences.KEY}"
+        f"data.tokenizer = {told(tokenizer)} is not the tokenizer of {checkpoint}, {told(own)};"
+        f" prepare the data with that and type data.tokenizer={own}, or name data.tokenizer in"
+        f" {model_differences.KEY}"
     )
 
 
@@ -63,6 +71,6 @@ def refuse_other(given: Path, own: Path | None, checkpoint: Path) -> None:
     """UserError if the tokenizer given to a tool is not the checkpoint's own, where that is known."""
     if own and (own / "tokenizer.json").is_file() and not same(given, own):
         raise UserError(
-            f"--tokenizer {told(given)} is not the tokenizer of {checkpoint}, {told(own)}; leave it out, or add"
-            " --allow-other-tokenizer"
+            f"--tokenizer {told(given)} is not the tokenizer of {checkpoint}, {told(own)}; leave"
+            " it out, or add --allow-other-tokenizer"
         )

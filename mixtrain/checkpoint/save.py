@@ -54,8 +54,19 @@ class Pending(NamedTuple):
 class Saver:
     """Saves the checkpoints of a run. Every rank makes the same calls in the same order."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, training: Training, say: Callable[[str], None], beat=lambda: None):
-        self.plan, self.ranks, self.training, self.say, self.beat = plan, ranks, training, say, beat
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        training: Training,
+        say: Callable[[str], None],
+        beat=lambda: None,
+    ):
+        self.plan = plan
+        self.ranks = ranks
+        self.training = training
+        self.say = say
+        self.beat = beat
         self.run_dir = Path(plan.config.run_dir)
         self.pending: Pending | None = None
         self.checked = False  # the shards of all ranks have been seen to make whole tensors
@@ -87,9 +98,12 @@ class Saver:
             self._finish(pending, writing.write(path, self.ranks.rank, items, self.beat))
             return
         timeout = 60 * self.plan.config.trainer.timeout_minutes
-        snapshot = [(item, data.cpu() if isinstance(data, torch.Tensor) else data) for item, data in items]
+        snapshot = [
+            (item, data.cpu() if isinstance(data, torch.Tensor) else data) for item, data in items
+        ]
         writer = Writer(path, self.ranks.rank, snapshot, timeout)
-        self.pending, self.written = pending._replace(writer=writer), None
+        self.pending = pending._replace(writer=writer)
+        self.written = None
 
     def poll(self) -> None:
         """After a step: make a checkpoint of what has been written by now on all ranks."""
@@ -111,7 +125,8 @@ class Saver:
             self._conclude()
 
     def _conclude(self) -> None:
-        pending, self.pending = self.pending, None
+        pending = self.pending
+        self.pending = None
         self._finish(pending, self.written)
 
     def _plan_shards(self) -> tuple[list[Item], Metadata | None]:
@@ -119,11 +134,14 @@ class Saver:
         shards, _ = save_preprocess(content.sharded(self.plan, self.training), not self.checked)
         self.checked = True
         shards |= content.rng_state_by_stage()
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(
+            shards, keep_only_main_replica=True
+        )
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=self.ranks.is_first)
         mine = planner.create_local_plan()
-        plans, metadata = self._gather(mine), None
+        plans = self._gather(mine)
+        metadata = None
         if self.ranks.is_first:
             _, metadata = planner.create_global_plan(plans)
         mine = planner.finish_plan(planner.create_decentralized_global_plan(mine))
@@ -134,10 +152,14 @@ class Saver:
         directory.remove(path)
         free = shutil.disk_usage(self.run_dir).free
         if free < size + MARGIN:
-            words = f"it takes {size:,} bytes and a margin of {MARGIN:,} for its small files, {free:,} are free"
+            words = (
+                f"it takes {size:,} bytes and a margin of {MARGIN:,} for its small files,"
+                f" {free:,} are free"
+            )
             raise OSError(errno.ENOSPC, words, str(path))
         path.mkdir()
-        common = io.BytesIO()  # writing to a full disk itself, torch.save would raise what is no OSError
+        # writing to a full disk itself, torch.save would raise what is no OSError
+        common = io.BytesIO()
         torch.save(content.common(self.plan, self.training, run_state), common)
         (path / COMMON).write_bytes(common.getvalue())
         (path / state.NAME).write_text(state.to_json(run_state))
@@ -152,13 +174,16 @@ class Saver:
 
     def _commit(self, pending: Pending, shares: list[Written]) -> None:
         """On the first rank: what all have written gets its index, its manifest, and its name."""
-        path, metadata = pending.path, pending.metadata
+        path = pending.path
+        metadata = pending.metadata
         write_index(path, metadata, shares)
         small = [path / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
         for each in small:
             with open(each) as file:
                 os.fsync(file.fileno())
-        write_manifest(path, {name: file for share in shares for name, file in share.files} | describe(small))
+        write_manifest(
+            path, {name: file for share in shares for name, file in share.files} | describe(small)
+        )
         directory.sync(path)
         directory.commit(path, pending.step)
         self.pruning = threading.Thread(target=self._prune)  # a second for some GB
@@ -173,7 +198,8 @@ class Saver:
             try:
                 on_first()
             except OSError as failure:
-                error, number = f"{failure.filename or self.run_dir}: {failure.strerror}", failure.errno
+                error = f"{failure.filename or self.run_dir}: {failure.strerror}"
+                number = failure.errno
         outcomes: list[Any] = [None] * self.ranks.world_size
         torch.distributed.all_gather_object(outcomes, (error, number))
         wrong = [(rank, text, number) for rank, (text, number) in enumerate(outcomes) if text]
@@ -183,21 +209,27 @@ class Saver:
     def _fail(self, rank: int, text: str, number: int, size: int) -> None:
         said = [""]
         if self.ranks.is_first:
-            said = [self._how_far(size) if number in DISK_FULL else ""]  # before it is removed, which makes room
+            # before it is removed, which makes room
+            said = [self._how_far(size) if number in DISK_FULL else ""]
             for half in self.run_dir.glob("iter_*.saving"):
                 directory.remove(half)
         torch.distributed.broadcast_object_list(said, src=0)
         what_now = outlook(self.plan, number)
-        raise Fault(f"the checkpoint could not be written on rank {rank}: {text}{said[0]}; {what_now}")
+        raise Fault(
+            f"the checkpoint could not be written on rank {rank}: {text}{said[0]}; {what_now}"
+        )
 
     def _how_far(self, size: int) -> str:
         """How much of a checkpoint of `size` bytes there is on the disk, and what is free; "" if none was begun."""
         try:
             halves = [path.stat() for path in self.run_dir.glob("iter_*.saving/*")]
-            written, free = sum(half.st_size for half in halves), shutil.disk_usage(self.run_dir).free
+            written = sum(half.st_size for half in halves)
+            free = shutil.disk_usage(self.run_dir).free
         except OSError:
             return ""
-        return f"; of its {size:,} bytes {written:,} were written, {free:,} are free" if halves else ""
+        return (
+            f"; of its {size:,} bytes {written:,} were written, {free:,} are free" if halves else ""
+        )
 
     def _gather(self, mine: Any) -> list[Any]:
         """Every rank's object, on the first rank; an empty list on the others."""

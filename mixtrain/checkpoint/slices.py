@@ -1,7 +1,8 @@
 """A range of a flattened tensor as boxes of the tensor itself. No torch.
 
-A distributed optimizer deals out flat ranges of a parameter; a checkpoint that any layout reads holds boxes. So each
-rank writes and reads its own part alone, without gathering a parameter anywhere.
+A distributed optimizer deals out flat ranges of a parameter; a checkpoint that any layout reads
+holds boxes. So each rank writes and reads its own part alone, without gathering a parameter
+anywhere.
 """
 
 from __future__ import annotations
@@ -32,14 +33,21 @@ def boxes(shape: Sequence[int], start: int, stop: int, base: int = 0) -> Iterato
         yield Box((start,) * len(shape), (stop - start,) * len(shape), base + start, base + stop)
         return
     row = math.prod(shape[1:])
-    first, last = -(-start // row), stop // row  # the whole rows
+    # the whole rows
+    first = -(-start // row)
+    last = stop // row
     if first > last:  # within one row
         yield from _inside(shape, last, start, stop, base)
         return
     yield from _inside(shape, first - 1, start, first * row, base)
     if first < last:
         rest = tuple(shape[1:])
-        yield Box((first, *(0 for _ in rest)), (last - first, *rest), base + first * row, base + last * row)
+        yield Box(
+            (first, *(0 for _ in rest)),
+            (last - first, *rest),
+            base + first * row,
+            base + last * row,
+        )
     yield from _inside(shape, last, last * row, stop, base)
 
 

@@ -26,15 +26,19 @@ class RunState:
     optimizer_steps: int = 0  # that Adam has counted
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    validation_due: bool = False  # the run was asked to stop before the validation that belongs to this step
-    data: dict[str, str] = field(default_factory=dict)  # fingerprints of the training data and of their order
+    # the run was asked to stop before the validation that belongs to this step
+    validation_due: bool = False
+    # fingerprints of the training data and of their order
+    data: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # resolved
     layout: dict[str, int] = field(default_factory=dict)  # how the ranks were arranged
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
-    hf_source: dict[str, Any] | None = None  # HfSource of the model of Hugging Face that it began as
+    # HfSource of the model of Hugging Face that it began as
+    hf_source: dict[str, Any] | None = None
 
 
-# resolved when it was written: ${oc.env:SECRET} would now read what belongs to whoever looks at the checkpoint
+# resolved when it was written: ${oc.env:SECRET} would now read what belongs to whoever looks at the
+# checkpoint
 RESOLVED = Check("a resolved configuration, without ${", lambda config: "${" not in str(config))
 
 
@@ -43,7 +47,8 @@ class HfSource(TypedDict):
 
     config: dict[str, Any]  # of config.json
     generation_config: NotRequired[dict[str, Any]]  # generation_config.json, if there was one
-    tokenizer: Name  # SHA-256 of its vocabulary files: the ids in `config` are of that one; "" if it had none
+    # SHA-256 of its vocabulary files: the ids in `config` are of that one; "" if it had none
+    tokenizer: Name
     vocab_size: Count  # without the rows that were added to be divisible
 
 
@@ -72,4 +77,6 @@ def read(directory: Path) -> RunState:
     """The state in a checkpoint. ValueError with what is wrong, naming the file."""
     missing = "no run of mixtrain has written this checkpoint"
     values = untrusted_json.read(directory / NAME, Written, missing=missing)
-    return RunState(**{entry.name: values[entry.name] for entry in fields(RunState) if entry.name in values})
+    return RunState(
+        **{entry.name: values[entry.name] for entry in fields(RunState) if entry.name in values}
+    )

@@ -42,19 +42,25 @@ class Written(NamedTuple):
     files: tuple[tuple[str, File], ...] = ()  # for the manifest
 
 
-def write(directory: Path, rank: int, items: list[Item], beat: Callable[[], None] = lambda: None) -> Written:
+def write(
+    directory: Path, rank: int, items: list[Item], beat: Callable[[], None] = lambda: None
+) -> Written:
     """Write a rank's items, in Megatron-Core's files __RANK_N.distcp. What goes wrong is in the result, not raised."""
     return write_files(directory, rank, [share for share in _shares(items) if share], beat)
 
 
 def write_files(
-    directory: Path, rank: int, shares: Sequence[Iterable[Item]], beat: Callable[[], None] = lambda: None
+    directory: Path,
+    rank: int,
+    shares: Sequence[Iterable[Item]],
+    beat: Callable[[], None] = lambda: None,
 ) -> Written:
     """The same with a file for each of the shares, whose items may come one by one. A UserError of theirs is raised."""
     checksums = get_crc32_options()
     set_crc32_options(False)  # the manifest has better ones, and torch.load never looks at these
     try:
-        directory.mkdir(exist_ok=True)  # the first rank has, but another node's file system may not know it yet
+        # the first rank has, but another node's file system may not know it yet
+        directory.mkdir(exist_ok=True)
         with ThreadPoolExecutor(max(1, len(shares))) as threads:
             names = [f"__{rank}_{number}.distcp" for number in range(len(shares))]
             jobs = [
@@ -71,7 +77,9 @@ def write_files(
     finally:
         set_crc32_options(checksums)
     results = tuple(result for found, _ in done for result in found)
-    return Written(results=results, files=tuple(zip(names, (file for _, file in done), strict=True)))
+    return Written(
+        results=results, files=tuple(zip(names, (file for _, file in done), strict=True))
+    )
 
 
 def size_of(items: list[Item]) -> int:
@@ -91,7 +99,9 @@ def _shares(items: list[Item]) -> list[list[Item]]:
     return shares
 
 
-def _write_file(path: Path, items: Iterable[Item], beat: Callable[[], None]) -> tuple[list[WriteResult], File]:
+def _write_file(
+    path: Path, items: Iterable[Item], beat: Callable[[], None]
+) -> tuple[list[WriteResult], File]:
     with ThreadPoolExecutor(1) as hasher, open(path, "wb", buffering=0) as file:
         stream = _HashedStream(file, hasher)
         try:
@@ -103,7 +113,11 @@ def _write_file(path: Path, items: Iterable[Item], beat: Callable[[], None]) -> 
 
 
 def _write_item(
-    name: str, item: WriteItem, data: torch.Tensor | io.BytesIO, stream: _HashedStream, beat: Callable[[], None]
+    name: str,
+    item: WriteItem,
+    data: torch.Tensor | io.BytesIO,
+    stream: _HashedStream,
+    beat: Callable[[], None],
 ) -> WriteResult:
     """One tensor or object, as PyTorch's own writer of checkpoints writes it."""
     offset = stream.position
@@ -128,8 +142,11 @@ class _HashedStream(io.RawIOBase):
     """Writes to a file and hashes what it writes, both at once: neither holds Python's lock."""
 
     def __init__(self, file: io.FileIO, hasher: ThreadPoolExecutor):
-        self.file, self.hasher, self.digest = file, hasher, hashlib.sha256()
-        self.position, self.error = 0, None
+        self.file = file
+        self.hasher = hasher
+        self.digest = hashlib.sha256()
+        self.position = 0
+        self.error = None
 
     def writable(self) -> bool:
         return True
@@ -139,7 +156,11 @@ class _HashedStream(io.RawIOBase):
 
     def write(self, data) -> int:
         view = memoryview(data).cast("B")
-        hashed = self.hasher.submit(self.digest.update, view) if len(view) > 1 << 16 else self.digest.update(view)
+        hashed = (
+            self.hasher.submit(self.digest.update, view)
+            if len(view) > 1 << 16
+            else self.digest.update(view)
+        )
         try:
             done = 0
             while done < len(view):  # an unbuffered file may take a part
@@ -159,9 +180,16 @@ class Writer:
     """The same in a forked process, which has the tensors as they were when it was forked."""
 
     def __init__(self, directory: Path, rank: int, items: list[Item], timeout: float):
-        self.rank, self.deadline, self.timeout = rank, time.monotonic() + timeout, timeout
-        # of this process alone: what is unpickled from it nobody else can have written; in memory, as disks may be full
-        self.answer = open(os.memfd_create("answer"), "w+b") if hasattr(os, "memfd_create") else TemporaryFile()
+        self.rank = rank
+        self.deadline = time.monotonic() + timeout
+        self.timeout = timeout
+        # of this process alone: what is unpickled from it nobody else can have written; in memory,
+        # as disks may be full
+        self.answer = (
+            open(os.memfd_create("answer"), "w+b")
+            if hasattr(os, "memfd_create")
+            else TemporaryFile()
+        )
         parent = os.getpid()
         self.process = os.fork()
         if self.process == 0:
@@ -187,11 +215,16 @@ class Writer:
             return None
         os.kill(self.process, signal.SIGKILL)
         os.waitpid(self.process, 0)
-        return Written(f"the writer of rank {self.rank} had not finished after {self.timeout:.0f} s and was ended")
+        return Written(
+            f"the writer of rank {self.rank} had not finished after {self.timeout:.0f} s and was"
+            " ended"
+        )
 
     def _read(self, code: int) -> Written:
         if code < 0:
-            return Written(f"the writer of rank {self.rank} was ended by {signal.Signals(-code).name}")
+            return Written(
+                f"the writer of rank {self.rank} was ended by {signal.Signals(-code).name}"
+            )
         if code:
             return Written(f"the writer of rank {self.rank} failed; its log has more")
         self.answer.seek(0)

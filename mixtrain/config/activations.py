@@ -7,9 +7,17 @@ each layer's count with what autograd saves. Rows of experts are the mean over r
 from __future__ import annotations
 
 from mixtrain.config.pipeline_split import Stages
-from mixtrain.config.schema import Accelerator, Config, Granularity, Precision, RecomputeMethod, TransformerImpl
+from mixtrain.config.schema import (
+    Accelerator,
+    Config,
+    Granularity,
+    Precision,
+    RecomputeMethod,
+    TransformerImpl,
+)
 
-BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 1}  # of a number that a matrix product keeps
+# of a number that a matrix product keeps
+BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 1}
 
 
 def least_bytes(config: Config, layers: Stages, microbatches: int) -> tuple[int, ...]:
@@ -19,8 +27,12 @@ def least_bytes(config: Config, layers: Stages, microbatches: int) -> tuple[int,
     """
     found = []
     for stage, row in enumerate(layers):
-        waiting = sum(_waiting(config, row[chunk]) for chunk in in_flight(len(layers), stage, len(row), microbatches))
-        at_once = [_made_anew(config, row[-1])]  # when the backward pass begins; the logits are gone by then
+        waiting = sum(
+            _waiting(config, row[chunk])
+            for chunk in in_flight(len(layers), stage, len(row), microbatches)
+        )
+        # when the backward pass begins; the logits are gone by then
+        at_once = [_made_anew(config, row[-1])]
         if stage == len(layers) - 1:
             at_once.append(_logits(config))
         found.append(waiting + max(at_once))
@@ -55,10 +67,12 @@ def _waiting(config: Config, layers: int) -> int:
 
 def _made_anew(config: Config, layers: int) -> int:
     """What full recompute makes of a chunk's last unit of layers, beside the unit's input, while all else waits."""
-    trainer, each = config.trainer, config.trainer.recompute_num_layers or 1
+    trainer = config.trainer
+    each = config.trainer.recompute_num_layers or 1
     if trainer.recompute_granularity is not Granularity.full or not layers:
         return 0
-    if trainer.recompute_method is RecomputeMethod.block:  # layers after the recomputed ones have let go by then
+    # layers after the recomputed ones have let go by then
+    if trainer.recompute_method is RecomputeMethod.block:
         return layer_bytes(config) - input_bytes(config) if each >= layers else 0
     return min(each, layers) * layer_bytes(config) - input_bytes(config)
 
@@ -70,7 +84,8 @@ def input_bytes(config: Config) -> int:
 
 def layer_bytes(config: Config) -> int:
     """What a layer keeps of one microbatch where it is not recomputed as a whole."""
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    model = config.model
+    tp = config.parallel.tensor_model_parallel_size
     own, whole = _rows(config)
     again = config.trainer.recompute_modules or []
     heads = (2 * model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels // tp
@@ -89,10 +104,15 @@ def layer_bytes(config: Config) -> int:
 
 def _experts(config: Config) -> int:
     """Numbers that the experts of a rank keep: the rows sent to them, gate and up, and one tensor more."""
-    model, etp = config.model, config.parallel.expert_tensor_parallel_size
+    model = config.model
+    etp = config.parallel.expert_tensor_parallel_size
     ffn = model.moe_ffn_hidden_size // etp
-    # layers/cpu/experts.py keeps the result of each row, everything else the product that goes into the last matrix
-    own = config.trainer.accelerator is Accelerator.cpu and model.transformer_impl is TransformerImpl.torch
+    # layers/cpu/experts.py keeps the result of each row, everything else the product that goes into
+    # the last matrix
+    own = (
+        config.trainer.accelerator is Accelerator.cpu
+        and model.transformer_impl is TransformerImpl.torch
+    )
     if own and model.moe_grouped_gemm:
         last = model.hidden_size
     else:
@@ -102,23 +122,41 @@ def _experts(config: Config) -> int:
 
 def _sent(config: Config) -> int:
     """Rows that one rank's tokens are to the experts, each token once for each of its experts, at the least."""
-    model, dispatcher, (own, _) = config.model, config.dispatcher, _rows(config)
+    model = config.model
+    dispatcher = config.dispatcher
+    (own, _) = _rows(config)
     if dispatcher.moe_expert_capacity_factor is None:
         return own * model.moe_router_topk
-    share = own * model.moe_router_topk * dispatcher.moe_expert_capacity_factor / model.num_moe_experts
-    full = min(own, int(share))  # rows of an expert that is full; at the least as many are as a token has
-    return full * (model.num_moe_experts if dispatcher.moe_pad_expert_input_to_capacity else model.moe_router_topk)
+    share = (
+        own * model.moe_router_topk * dispatcher.moe_expert_capacity_factor / model.num_moe_experts
+    )
+    # rows of an expert that is full; at the least as many are as a token has
+    full = min(own, int(share))
+    return full * (
+        model.num_moe_experts
+        if dispatcher.moe_pad_expert_input_to_capacity
+        else model.moe_router_topk
+    )
 
 
 def _logits(config: Config) -> int:
     """The scores of one microbatch on the last stage; our own loss keeps them as they are, others in fp32."""
-    model, tp = config.model, config.parallel.tensor_model_parallel_size
+    model = config.model
+    tp = config.parallel.tensor_model_parallel_size
     own = model.transformer_impl is TransformerImpl.torch and tp == 1
-    size = BYTES[config.trainer.precision] if own or model.extra.get("cross_entropy_loss_fusion") else 4
+    size = (
+        BYTES[config.trainer.precision]
+        if own or model.extra.get("cross_entropy_loss_fusion")
+        else 4
+    )
     return _rows(config)[1] * model.vocab_size // tp * size
 
 
 def _rows(config: Config) -> tuple[int, int]:
     """Tokens of a microbatch on a rank: where the sequence is split over tensor ranks, and where it is not."""
-    whole = config.trainer.micro_batch_size * config.data.seq_length // config.parallel.context_parallel_size
+    whole = (
+        config.trainer.micro_batch_size
+        * config.data.seq_length
+        // config.parallel.context_parallel_size
+    )
     return whole // config.parallel.tensor_model_parallel_size, whole

@@ -34,17 +34,25 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 ADDED_GROUPS = ("recipe", "shrink")  # not in config.yaml's defaults list: given with a plus
 SCENARIOS = "bench"  # a folder in conf/ that is no group
 OF_HYDRA = re.compile(r"\$\{\s*hydra\s*:\s*([\w.]*)")  # has a value only while Hydra runs
-# where Hydra would write, which does not write here: a folder that goes when all is composed, or the current one
+# where Hydra would write, which does not write here: a folder that goes when all is composed, or
+# the current one
 OUTPUT = re.compile(r"(run|sweep)\b|runtime\.output_dir$")
-DIRECTORY = "Hydra only composes here; a run writes to run_dir, a sweep's to run_dir='runs/${name}-${hydra:job.num}'"
-ONE_BY_ONE = "the jobs of a sweep run one after the other; tools/submit.py --multirun sends them to Slurm all at once"
+DIRECTORY = (
+    "Hydra only composes here; a run writes to run_dir, a sweep's to"
+    " run_dir='runs/${name}-${hydra:job.num}'"
+)
+ONE_BY_ONE = (
+    "the jobs of a sweep run one after the other; tools/submit.py --multirun sends them"
+    " to Slurm all at once"
+)
 INSTEAD = {  # settings of Hydra that would be taken and not do what they say
     "hydra.run.dir": DIRECTORY,
     "hydra.sweep": DIRECTORY,
     "hydra.output_subdir": DIRECTORY,
     "hydra.job.chdir": DIRECTORY,
     "hydra.launcher": ONE_BY_ONE,
-    "hydra.sweeper": "a sweep tries every combination of the values in KEY=1,2; type those, and --multirun",
+    "hydra.sweeper": "a sweep tries every combination of the values in KEY=1,2; type those, and"
+    " --multirun",
     "hydra.mode": "type --multirun for a sweep, nothing for one run",
     "hydra.job.env_set": "it reaches no rank; set the variable in the shell",
 }
@@ -81,9 +89,13 @@ def compose(argv: list[str], conf: Path = CONF) -> tuple[list[Composed], list[st
     return jobs, problems
 
 
-def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = False) -> tuple[list[str], list[str]]:
+def check_overrides(
+    overrides: list[str], conf: Path = CONF, multirun: bool = False
+) -> tuple[list[str], list[str]]:
     """(the overrides that Hydra can take, one problem for each of the others)."""
-    kept, problems, parsed = [], [], []
+    kept = []
+    problems = []
+    parsed = []
     for text in overrides:
         if CONTROL.search(text):
             problems.append(f"{escaped(text)} has a control character; take it out")
@@ -99,7 +111,8 @@ def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = Fa
         elif override.is_sweep_override() and not multirun:
             key, _, values = text.partition("=")
             problems.append(
-                f"{text} reads as a sweep; type {text_values.quoted(key, values)} for one text, or add --multirun"
+                f"{text} reads as a sweep; type {text_values.quoted(key, values)} for one text, or"
+                " add --multirun"
             )
         elif override.key_or_group.startswith(FREE) and override.type is OverrideType.CHANGE:
             kept.append(f"++{text}")  # a free mapping: Hydra wants to be told that the key is new
@@ -110,12 +123,16 @@ def check_overrides(overrides: list[str], conf: Path = CONF, multirun: bool = Fa
 
 def file_problems(overrides: list[str], conf: Path = CONF) -> list[str]:
     """What is wrong, as YAML, with the files that the overrides compose: config.yaml, and what it and others name."""
-    waiting, seen, problems = [conf / "config.yaml"], set(), []
+    waiting = [conf / "config.yaml"]
+    seen = set()
+    problems = []
     for text in overrides:
         override = OverridesParser.create().parse_override(text)
         group = override.key_or_group
         if (conf / group).is_dir() and group != SCENARIOS:
-            waiting += [conf / group / f"{name}.yaml" for name in _chosen(override) or options(group, conf)]
+            waiting += [
+                conf / group / f"{name}.yaml" for name in _chosen(override) or options(group, conf)
+            ]
     while waiting:
         path = waiting.pop()
         if path in seen or not path.is_file():  # a name that there is not: Hydra says so
@@ -128,9 +145,16 @@ def file_problems(overrides: list[str], conf: Path = CONF) -> list[str]:
         else:
             for group, names in _defaults(found):
                 base = conf / group[1:] if group.startswith("/") else path.parent / group
-                waiting += [base / f"{name}.yaml" for name in (names if isinstance(names, list) else [names])]
+                waiting += [
+                    base / f"{name}.yaml"
+                    for name in (names if isinstance(names, list) else [names])
+                ]
                 if isinstance(names, list):
-                    problems.append(_several(f"{path}: {group}: [{', '.join(map(str, names))}]", group.lstrip("/")))
+                    problems.append(
+                        _several(
+                            f"{path}: {group}: [{', '.join(map(str, names))}]", group.lstrip("/")
+                        )
+                    )
             problems += text_values.file_problems(path, conf)
     return sorted(problems)
 
@@ -160,15 +184,21 @@ def options(group: str, conf: Path = CONF) -> list[str]:
 
 def _problem(override: Override, conf: Path) -> str | None:
     """What is wrong with one override, or None."""
-    key, added = override.key_or_group, override.type in (OverrideType.ADD, OverrideType.FORCE_ADD)
+    key = override.key_or_group
+    added = override.type in (OverrideType.ADD, OverrideType.FORCE_ADD)
     if not key:
         return f"{override.input_line} has no key; an override is key=value"
     if key == "hydra" or key.startswith("hydra.") or key.startswith("hydra/"):
         return _hydra_problem(override)
     if override.type is OverrideType.DEL:
-        return f"{override.input_line}: no key can be taken away; set it to null where null is allowed"
+        return (
+            f"{override.input_line}: no key can be taken away; set it to null where null is allowed"
+        )
     if key == SCENARIOS:
-        return f"{override.input_line}: conf/bench is the benchmark's; type python tools/bench.py scenario=NAME"
+        return (
+            f"{override.input_line}: conf/bench is the benchmark's; type python tools/bench.py"
+            " scenario=NAME"
+        )
     if key in ADDED_GROUPS or (conf / key).is_dir():
         return _group_problem(override, added, conf)
     if key in legal_keys() or key.startswith(tuple(f"{free}." for free in FREE)):
@@ -182,21 +212,33 @@ def _hydra_problem(override: Override) -> str | None:
     key = override.key_or_group.replace("/", ".")
     if key in ("hydra.launcher", "hydra.sweeper") and override.value() == "basic":
         return None
-    within = [name for name in INSTEAD if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")]
+    within = [
+        name for name in INSTEAD if f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.")
+    ]
     return f"{override.input_line}: {INSTEAD[within[0]]}" if within else None
 
 
 def _group_problem(override: Override, added: bool, conf: Path) -> str | None:
-    group, known = override.key_or_group, options(override.key_or_group, conf)
+    group = override.key_or_group
+    known = options(override.key_or_group, conf)
     if not known:
-        return f"{override.input_line}: there is no folder of options {conf / group}; is the checkout complete?"
+        return (
+            f"{override.input_line}: there is no folder of options {conf / group}; is the"
+            " checkout complete?"
+        )
     if group in ADDED_GROUPS and not added:
-        return f"{group}={override.value()}: {group} is not part of the default; type +{group}={override.value()}"
+        return (
+            f"{group}={override.value()}: {group} is not part of the default; type"
+            f" +{group}={override.value()}"
+        )
     if group not in ADDED_GROUPS and added:
-        return f"+{group}={override.value()}: {group} has a default; type {group}={override.value()}"
+        return (
+            f"+{group}={override.value()}: {group} has a default; type {group}={override.value()}"
+        )
     if not override.is_sweep_override() and isinstance(override.value(), list):
         return _several(override.input_line, group)
-    wrong = [name for name in _chosen(override) if name not in known]  # of a pattern Hydra takes those that fit it
+    # of a pattern Hydra takes those that fit it
+    wrong = [name for name in _chosen(override) if name not in known]
     if not wrong:
         return None
     near = difflib.get_close_matches(str(wrong[0]), known, n=1)
@@ -207,7 +249,9 @@ def _group_problem(override: Override, added: bool, conf: Path) -> str | None:
 def _several(where: str, group: str) -> str:
     """The problem of a list in the place of an option: Hydra composes one after the other, key by key."""
     combined = "; several auxiliary losses are router=combined" * (group == "router")
-    return f"{where}: one option of {group} at a time, of several the last alone would count{combined}"
+    return (
+        f"{where}: one option of {group} at a time, of several the last alone would count{combined}"
+    )
 
 
 def _order(parsed: list[Override]) -> list[str]:
@@ -230,17 +274,21 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
             return
         overrides = HydraConfig.get().overrides.task  # unresolved: the ${...} in them is the tree's
         refused.extend(_resolve_hydra(tree))
-        jobs.append(Composed(tree, OmegaConf.to_container(overrides, resolve=False)))  # its recipe: below
+        # its recipe: below
+        jobs.append(Composed(tree, OmegaConf.to_container(overrides, resolve=False)))
 
     with scratch.folder() as folder:  # a sweep leaves a multirun.yaml somewhere
-        before, sys.argv = sys.argv, [sys.argv[0], *words, f"hydra.sweep.dir='{folder}'"]
+        before = sys.argv
+        sys.argv = [sys.argv[0], *words, f"hydra.sweep.dir='{folder}'"]
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
                 collect()
         except SystemExit as stop:
             if stop.code:
-                raise UserError(*known, "Hydra could not compose this configuration: its reason is above") from None
+                raise UserError(
+                    *known, "Hydra could not compose this configuration: its reason is above"
+                ) from None
         finally:
             sys.argv = before
             print(_without_traceback(said.getvalue()), end="", file=sys.stderr)
@@ -259,7 +307,8 @@ def _resolve_hydra(tree: DictConfig) -> list[str]:
                 problems.append(f"{key} = {raw} is no place to keep anything: {DIRECTORY}")
             elif any(OmegaConf.select(HydraConfig.get(), name) is None for name in names):
                 problems.append(
-                    f"{key} = {raw} has no value here; ${{hydra:job.num}} is the number of a job of --multirun"
+                    f"{key} = {raw} has no value here; ${{hydra:job.num}} is the number of a job"
+                    " of --multirun"
                 )
             elif names:
                 value = OmegaConf.select(tree, key)

@@ -1,7 +1,8 @@
 """Options that were typed, against what a recipe or a shrink lays over them. No torch.
 
-Rule: a recipe and a shrink are composed last, so their values win over those of an option such as `trainer=laptop`.
-Where the two differ, both were typed and neither is meant for certain: the keys are named, and the user types them.
+Rule: a recipe and a shrink are composed last, so their values win over those of an option such as
+`trainer=laptop`. Where the two differ, both were typed and neither is meant for certain: the keys
+are named, and the user types them.
 """
 
 from __future__ import annotations
@@ -31,34 +32,42 @@ def contradictions(job: Composed, conf: Path = CONF) -> list[str]:
         changed = {key: value for key, value in option.items() if value != composed.get(key, value)}
         for name, values in _by_whom(changed, added, shrink).items():
             problems.append(
-                f"{group}={words[group]} sets {_typed({key: option[key] for key in values})}, but {name} sets "
-                f"{_typed({key: composed[key] for key in values})} over it; type each of these keys with the value you "
-                "mean, or leave out one of the two"
+                f"{group}={words[group]} sets {_typed({key: option[key] for key in values})}, but"
+                f" {name} sets {_typed({key: composed[key] for key in values})} over it; type each"
+                " of these keys with the value you mean, or leave out one of the two"
             )
     return problems
 
 
 def settled(overrides: list[str], shrink: str, conf: Path = CONF) -> list[str]:
     """The keys of the options among the overrides that `+shrink=...` would change, typed as it sets them."""
-    words, smaller = _words(overrides), _own("shrink", shrink, conf)
+    words = _words(overrides)
+    smaller = _own("shrink", shrink, conf)
     found = {}
     for group in [key for key in words if key not in ADDED_GROUPS and (conf / key).is_dir()]:
         option = _chosen(group, words, conf)
-        found |= {key: smaller[key] for key, value in option.items() if smaller.get(key, value) != value}
+        found |= {
+            key: smaller[key] for key, value in option.items() if smaller.get(key, value) != value
+        }
     return [f"{key}={show(value)}" for key, value in found.items()]
 
 
 def _chosen(group: str, words: dict[str, Any], conf: Path) -> dict[str, Any]:
     """The values of the option chosen of a group, without the keys that are typed beside it."""
     values = _own(group, words[group], conf)
-    return {key: value for key, value in values.items() if value != OPEN and not _is_typed(key, words)}
+    return {
+        key: value for key, value in values.items() if value != OPEN and not _is_typed(key, words)
+    }
 
 
 def _is_typed(key: str, words: dict[str, Any]) -> bool:
-    return any(f"{word}.".startswith(f"{key}.") for word in words)  # model.extra.foo is of model.extra
+    # model.extra.foo is of model.extra
+    return any(f"{word}.".startswith(f"{key}.") for word in words)
 
 
-def _by_whom(changed: dict[str, Any], added: dict[str, str], shrink: dict[str, Any]) -> dict[str, list[str]]:
+def _by_whom(
+    changed: dict[str, Any], added: dict[str, str], shrink: dict[str, Any]
+) -> dict[str, list[str]]:
     """The changed keys by who set them last: a shrink is laid over the recipe."""
     found: dict[str, list[str]] = {}
     for key in changed:

@@ -35,32 +35,56 @@ def _cpu(plan: Plan) -> bool:
     return plan.config.trainer.accelerator is Accelerator.cpu
 
 
-# fmt: off
 NEEDS = {
-    "engine":   Need("model.transformer_impl = transformer_engine",
-                     lambda plan: plan.config.model.transformer_impl is TransformerImpl.transformer_engine),
-    "megatron": Need("model.transformer_impl = transformer_engine or local",
-                     lambda plan: plan.config.model.transformer_impl is not TransformerImpl.torch),
-    "local":    Need("model.transformer_impl = local",
-                     lambda plan: plan.config.model.transformer_impl is TransformerImpl.local),
-    "mask":     Need("model.transformer_impl = transformer_engine, or local with trainer.accelerator = gpu",
-                     lambda plan: _layers(plan) == "transformer_engine" or _layers(plan) == "local" and not _cpu(plan)),
-    "fusible":  Need("trainer.accelerator = gpu, or model.transformer_impl = local",
-                     lambda plan: _layers(plan) != "torch" or not _cpu(plan)),
-    "chunks":   Need("parallel.virtual_pipeline_model_parallel_size of 2 or more where there is a pipeline",
-                     lambda plan: plan.config.parallel.pipeline_model_parallel_size == 1 or _chunks(plan)),
-    "virtual":  Need("parallel.virtual_pipeline_model_parallel_size of 2 or more", lambda plan: _chunks(plan)),
-    "flex":     Need("dispatcher.moe_token_dispatcher_type = flex",
-                     lambda plan: plan.config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex),
-    "fp8":      Need("trainer.precision = fp8", lambda plan: plan.config.trainer.precision is Precision.fp8),
-    "bf16":     Need("trainer.precision = bf16 or fp8",
-                     lambda plan: plan.config.trainer.precision is not Precision.fp32),
-    "offload":  Need("trainer.fine_grained_activation_offloading = true",
-                     lambda plan: plan.config.trainer.fine_grained_activation_offloading),
-    "one":      Need("model.moe_router_topk = 1", lambda plan: plan.config.model.moe_router_topk == 1),
+    "engine": Need(
+        "model.transformer_impl = transformer_engine",
+        lambda plan: plan.config.model.transformer_impl is TransformerImpl.transformer_engine,
+    ),
+    "megatron": Need(
+        "model.transformer_impl = transformer_engine or local",
+        lambda plan: plan.config.model.transformer_impl is not TransformerImpl.torch,
+    ),
+    "local": Need(
+        "model.transformer_impl = local",
+        lambda plan: plan.config.model.transformer_impl is TransformerImpl.local,
+    ),
+    "mask": Need(
+        "model.transformer_impl = transformer_engine, or local with trainer.accelerator = gpu",
+        lambda plan: (
+            _layers(plan) == "transformer_engine" or _layers(plan) == "local" and not _cpu(plan)
+        ),
+    ),
+    "fusible": Need(
+        "trainer.accelerator = gpu, or model.transformer_impl = local",
+        lambda plan: _layers(plan) != "torch" or not _cpu(plan),
+    ),
+    "chunks": Need(
+        "parallel.virtual_pipeline_model_parallel_size of 2 or more where there is a pipeline",
+        lambda plan: plan.config.parallel.pipeline_model_parallel_size == 1 or _chunks(plan),
+    ),
+    "virtual": Need(
+        "parallel.virtual_pipeline_model_parallel_size of 2 or more", lambda plan: _chunks(plan)
+    ),
+    "flex": Need(
+        "dispatcher.moe_token_dispatcher_type = flex",
+        lambda plan: plan.config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex,
+    ),
+    "fp8": Need(
+        "trainer.precision = fp8", lambda plan: plan.config.trainer.precision is Precision.fp8
+    ),
+    "bf16": Need(
+        "trainer.precision = bf16 or fp8",
+        lambda plan: plan.config.trainer.precision is not Precision.fp32,
+    ),
+    "offload": Need(
+        "trainer.fine_grained_activation_offloading = true",
+        lambda plan: plan.config.trainer.fine_grained_activation_offloading,
+    ),
+    "one": Need("model.moe_router_topk = 1", lambda plan: plan.config.model.moe_router_topk == 1),
 }
 
-# Read, with what stands before: nothing, needs by their names, or another field of model.extra that must be set.
+# Read, with what stands before: nothing, needs by their names, or another field of model.extra that
+# must be set.
 READ = {
     "": """
         calculate_per_token_loss rotary_interleaved no_rope_freq softmax_scale test_mode
@@ -72,7 +96,8 @@ READ = {
     "fusible": "cross_entropy_loss_fusion",
     "engine cross_entropy_loss_fusion": "cross_entropy_fusion_impl",
     "local bf16": "attention_softmax_in_fp32",
-    "megatron": "apply_query_key_layer_scaling softmax_type glu_linear_offset activation_func_clamp_value",
+    "megatron": "apply_query_key_layer_scaling softmax_type glu_linear_offset"
+    " activation_func_clamp_value",
     "megatron one": "moe_apply_probs_on_input",
     "mask": "window_size",
     "mask window_size": "window_attn_skip_freq",
@@ -213,15 +238,23 @@ UNSUPPORTED = {
     "the plan would not say that the router is forced": "moe_router_force_biased",
     "every part of a sequence would have an auxiliary loss of its own": "mlp_chunks_for_training",
 }
-# fmt: on
-VALUES = {"softmax_type": ("learnable", "it adds parameters that the plan does not count")}  # that are not supported
+
+# that are not supported
+VALUES = {"softmax_type": ("learnable", "it adds parameters that the plan does not count")}
 TABLES = {"read": READ, "set": SET, "unread": UNREAD, "unsupported": UNSUPPORTED}
 # field -> (which table, the row's reason or needs)
 CLASS_OF = {
-    name: (kind, why) for kind, table in TABLES.items() for why, names in table.items() for name in names.split()
+    name: (kind, why)
+    for kind, table in TABLES.items()
+    for why, names in table.items()
+    for name in names.split()
 } | {name: ("set", "the architecture") for name in ARCHITECTURE}
 
 
 def keys_of_their_own(plan: Plan) -> dict[str, str]:
     """Field -> the key that sets it."""
-    return {name: f"{section}.{name}" for section in SECTIONS for name in vars(getattr(plan.config, section))}
+    return {
+        name: f"{section}.{name}"
+        for section in SECTIONS
+        for name in vars(getattr(plan.config, section))
+    }

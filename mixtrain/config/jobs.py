@@ -13,7 +13,8 @@ from mixtrain.system.rank_identity import Identity
 def plan_of(job: Composed, problems: list[str], me: Identity | None = None) -> Plan:
     """The plan, with what was changed of the recipe; a UserError after the `problems` of the words.
 
-    A plan that is only printed is that of any machine: how many ranks somebody has started here is not asked.
+    A plan that is only printed is that of any machine: how many ranks somebody has started here is
+    not asked.
     """
     problems = [*problems, *contradictions(job)]
     config = Config.from_hydra(job.tree, problems)

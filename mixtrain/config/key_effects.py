@@ -1,8 +1,8 @@
 """What a key changes: the mathematics of a run, or only how it is executed. One table; no torch.
 
-Rule: every key has a row. `mathematics`: another model comes out, beyond the order of additions. `execution`: the same
-model, faster, smaller or elsewhere (docs/parity.md has the proof, and the few routers for which a layout is more).
-`records`: neither, what is written and when.
+Rule: every key has a row. `mathematics`: another model comes out, beyond the order of additions.
+`execution`: the same model, faster, smaller or elsewhere (docs/parity.md has the proof, and the few
+routers for which a layout is more). `records`: neither, what is written and when.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 from mixtrain.config.schema import Config, legal_keys, plain
 
-MATHEMATICS, EXECUTION, RECORDS = "mathematics", "execution", "records"
+MATHEMATICS = "mathematics"
+EXECUTION = "execution"
+RECORDS = "records"
 
-# fmt: off
+
 CLASSES = {
     MATHEMATICS: """
         seed
@@ -64,9 +66,8 @@ CLASSES = {
         launcher.container_mounts launcher.env_file launcher.max_requeues launcher.sbatch_args
     """,
 }
-# fmt: on
-# What decides what a model computes from its weights, beside their shapes. (An auxiliary loss, a jitter or a dtype
-# belongs to a training: weights are not for one of them.)
+
+# loss, a jitter or a dtype belongs to a training: weights are not for one of them.)
 FORWARD = """
     model.num_attention_heads model.num_query_groups model.kv_channels model.moe_router_topk model.rotary_base
     model.layernorm_epsilon model.untie_embeddings_and_output_weights model.qk_layernorm
@@ -93,7 +94,8 @@ def changes(recipe: Config, here: Config) -> dict[str, list[Change]]:
     """What differs from the recipe, by class; records are left out."""
     found: dict[str, list[Change]] = {MATHEMATICS: [], EXECUTION: []}
     for key in legal_keys():
-        before, after = value_of(recipe, key), value_of(here, key)
+        before = value_of(recipe, key)
+        after = value_of(here, key)
         if before != after and CLASS_OF[key] in found:
             found[CLASS_OF[key]].append(Change(key, before, after))
     return found

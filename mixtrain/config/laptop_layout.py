@@ -10,7 +10,8 @@ from mixtrain.config.plan import ranks_needed
 from mixtrain.config.schema import Config
 
 LAPTOP_RANKS = 8  # CPU ranks that one machine is asked to start
-SIZES = {  # what may shrink, by how much of the recipe's code path is lost with it: least lost first
+# what may shrink, by how much of the recipe's code path is lost with it: least lost first
+SIZES = {
     "context_parallel_size": 1,
     "pipeline_model_parallel_size": 2,
     "tensor_model_parallel_size": 3,
@@ -27,7 +28,9 @@ def nearest_layout(config: Config) -> str:
     """
     parallel = config.parallel
     sizes = {key: getattr(parallel, key) for key in SIZES}
-    divisors = [[part for part in range(1, size + 1) if size % part == 0] for size in sizes.values()]
+    divisors = [
+        [part for part in range(1, size + 1) if size % part == 0] for size in sizes.values()
+    ]
     candidates = []
     for parts in product(*divisors):
         smaller = dict(zip(SIZES, parts, strict=True))

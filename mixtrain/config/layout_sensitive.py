@@ -24,7 +24,9 @@ class Limit(NamedTuple):
 
 def _balancing(config: Config, kind: Balancing) -> bool:
     router = config.router
-    pairs = dict(zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False))
+    pairs = dict(
+        zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False)
+    )
     return kind in pairs and (kind is Balancing.sinkhorn or pairs[kind] > 0)
 
 
@@ -37,7 +39,10 @@ def counts_over_a_step(config: Config) -> bool:
 
 
 def _looks_at_a_microbatch(config: Config) -> bool:
-    return _balancing(config, Balancing.aux_loss) or config.dispatcher.moe_expert_capacity_factor is not None
+    return (
+        _balancing(config, Balancing.aux_loss)
+        or config.dispatcher.moe_expert_capacity_factor is not None
+    )
 
 
 EVERY = ("TP", "CP", "PP", "EP", "ETP", "DP")
@@ -45,9 +50,11 @@ EVERY = ("TP", "CP", "PP", "EP", "ETP", "DP")
 LIMITS = [
     Limit("sinkhorn", ("TP", "CP"), "it balances the tokens of one rank",
           lambda config: _balancing(config, Balancing.sinkhorn)),
-    Limit("dispatcher.moe_expert_capacity_factor", ("TP", "CP"), "it drops among the tokens of one rank",
+    Limit("dispatcher.moe_expert_capacity_factor", ("TP", "CP"), "it drops among the tokens of one"
+                                                                 " rank",
           lambda config: config.dispatcher.moe_expert_capacity_factor is not None),
-    Limit("global_aux_loss", ("DP",), "beside what looks at one rank's microbatch (aux_loss, a capacity)",
+    Limit("global_aux_loss", ("DP",), "beside what looks at one rank's microbatch (aux_loss, a"
+                                      " capacity)",
           lambda config: counts_over_a_step(config) and _looks_at_a_microbatch(config), warns=False),
     Limit("router.moe_input_jitter_eps", ("TP", "CP", "DP"), "its random stream is a rank's",
           lambda config: bool(config.router.moe_input_jitter_eps), warns=False),
@@ -73,15 +80,20 @@ def sizes_of(config: Config, data_parallel_size: int) -> dict[str, int]:
 def broken(config: Config, data_parallel_size: int) -> list[tuple[Limit, dict[str, int]]]:
     """The limits that this layout is beyond, each with the sizes that are the reason."""
     sizes = sizes_of(config, data_parallel_size)
-    beyond = [(limit, {axis: sizes[axis] for axis in limit.axes if sizes[axis] > 1}) for limit in LIMITS]
+    beyond = [
+        (limit, {axis: sizes[axis] for axis in limit.axes if sizes[axis] > 1}) for limit in LIMITS
+    ]
     return [(limit, reasons) for limit, reasons in beyond if reasons and limit.applies(config)]
 
 
 def warnings(config: Config, data_parallel_size: int) -> list[str]:
     """A sentence for each limit that a user of the switch may not expect."""
-    found = [(limit, reasons) for limit, reasons in broken(config, data_parallel_size) if limit.warns]
+    found = [
+        (limit, reasons) for limit, reasons in broken(config, data_parallel_size) if limit.warns
+    ]
     return [
-        f"{limit.name}: {limit.why}, so with {' and '.join(f'{axis} {size}' for axis, size in reasons.items())}"
-        " it is another run than with 1 (docs/parity.md)"
+        f"{limit.name}: {limit.why}, so with"
+        f" {' and '.join(f'{axis} {size}' for axis, size in reasons.items())} it is another run"
+        " than with 1 (docs/parity.md)"
         for limit, reasons in found
     ]

@@ -1,6 +1,7 @@
 """The learning rate of a step, and the phases of its schedule. No torch.
 
-Rule: the same numbers as Megatron-Core's OptimizerParamScheduler, which tests/config/test_schedule.py holds it against.
+Rule: the same numbers as Megatron-Core's OptimizerParamScheduler, which
+tests/config/test_schedule.py holds it against.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def is_one(optimizer: OptimizerConfig) -> bool:
 
 def rate(optimizer: OptimizerConfig, done: int) -> float:
     """The learning rate of the step after `done` ones, of a resolved configuration."""
-    warmup, end, style = optimizer.lr_warmup_steps, optimizer.lr_decay_steps, optimizer.lr_decay_style
+    warmup = optimizer.lr_warmup_steps
+    end = optimizer.lr_decay_steps
+    style = optimizer.lr_decay_style
     if warmup and done <= warmup:
         return optimizer.lr * done / warmup
     if style is DecayStyle.constant:
@@ -35,16 +38,23 @@ def rate(optimizer: OptimizerConfig, done: int) -> float:
         return optimizer.min_lr
     if style is DecayStyle["inverse-square-root"]:
         return max(optimizer.min_lr, optimizer.lr * math.sqrt(max(warmup, 1) / max(done, 1)))
-    start, shape = warmup, style.name
+    start = warmup
+    shape = style.name
     if style is DecayStyle.WSD:
-        start, shape = end - optimizer.lr_wsd_decay_steps, optimizer.lr_wsd_decay_style.name
-    return optimizer.min_lr + LEFT[shape](max(0, done - start) / (end - start)) * (optimizer.lr - optimizer.min_lr)
+        start = end - optimizer.lr_wsd_decay_steps
+        shape = optimizer.lr_wsd_decay_style.name
+    return optimizer.min_lr + LEFT[shape](max(0, done - start) / (end - start)) * (
+        optimizer.lr - optimizer.min_lr
+    )
 
 
 def phases(config: Config) -> list[tuple[str, int]]:
     """(name, steps) of the schedule's phases that the run goes through, in their order."""
-    optimizer, steps = config.optimizer, config.trainer.max_steps
-    warmup, end, style = optimizer.lr_warmup_steps, optimizer.lr_decay_steps, optimizer.lr_decay_style
+    optimizer = config.optimizer
+    steps = config.trainer.max_steps
+    warmup = optimizer.lr_warmup_steps
+    end = optimizer.lr_decay_steps
+    style = optimizer.lr_decay_style
     if style is DecayStyle.constant:
         bounds = [("warm-up", warmup), ("constant", steps)]
     elif style is DecayStyle.WSD:
@@ -53,7 +63,8 @@ def phases(config: Config) -> list[tuple[str, int]]:
         bounds = [("warm-up", warmup), ("constant", stable), (anneal, end), ("min_lr", steps)]
     else:
         bounds = [("warm-up", warmup), (f"{style.name} decay", end), ("min_lr", steps)]
-    found, before = [], 0
+    found = []
+    before = 0
     for name, until in bounds:
         if (until := min(until, steps)) > before:
             found.append((name, until - before))
@@ -63,10 +74,12 @@ def phases(config: Config) -> list[tuple[str, int]]:
 
 def warnings(config: Config) -> list[str]:
     """Where the run does not come to the rate that it was given."""
-    warmup, steps = config.optimizer.lr_warmup_steps, config.trainer.max_steps
+    warmup = config.optimizer.lr_warmup_steps
+    steps = config.trainer.max_steps
     if warmup < steps:
         return []
     return [
-        f"optimizer.lr_warmup_steps = {warmup}, but the run ends at trainer.max_steps = {steps}: no step has"
-        f" optimizer.lr = {config.optimizer.lr:.2e}, the last one has {rate(config.optimizer, steps - 1):.2e}"
+        f"optimizer.lr_warmup_steps = {warmup}, but the run ends at trainer.max_steps = {steps}:"
+        f" no step has optimizer.lr = {config.optimizer.lr:.2e}, the last one has"
+        f" {rate(config.optimizer, steps - 1):.2e}"
     ]

@@ -29,11 +29,15 @@ class LayerParameters:
 
 def layer_parameters(model: ModelConfig) -> LayerParameters:
     """Counts of one layer: no biases, SwiGLU (three matrices), RMSNorm, grouped-query attention."""
-    hidden, head = model.hidden_size, model.kv_channels
-    heads, groups = model.num_attention_heads, model.num_query_groups
+    hidden = model.hidden_size
+    head = model.kv_channels
+    heads = model.num_attention_heads
+    groups = model.num_query_groups
     return LayerParameters(
         attention=hidden * head * (heads + 2 * groups) + heads * head * hidden,
-        replicated=2 * hidden + hidden * model.num_moe_experts + (2 * head if model.qk_layernorm else 0),
+        replicated=2 * hidden
+        + hidden * model.num_moe_experts
+        + (2 * head if model.qk_layernorm else 0),
         shared_expert=3 * hidden * (model.moe_shared_expert_intermediate_size or 0),
         expert=3 * hidden * model.moe_ffn_hidden_size,
     )
@@ -43,7 +47,11 @@ def total_parameters(model: ModelConfig, experts: int | None = None) -> int:
     """Parameters of the whole model; with `experts`, as if a layer had only so many (top-k gives the active ones)."""
     layer = layer_parameters(model).total(model.num_moe_experts if experts is None else experts)
     matrices = 2 if model.untie_embeddings_and_output_weights else 1
-    return model.num_layers * layer + matrices * model.vocab_size * model.hidden_size + model.hidden_size
+    return (
+        model.num_layers * layer
+        + matrices * model.vocab_size * model.hidden_size
+        + model.hidden_size
+    )
 
 
 def active_parameters(model: ModelConfig) -> int:
@@ -54,8 +62,9 @@ def active_parameters(model: ModelConfig) -> int:
 def training_flops(model: ModelConfig, seq_length: int, causal: bool) -> float:
     """Floating-point operations of training on one token, forward and backward, nothing recomputed.
 
-    6 for each weight that it is multiplied with (not the embedding, which is looked up). The two products of attention
-    are counted for the half of the score matrix that is causal, or for all of it, as Megatron-LM's older count does.
+    6 for each weight that it is multiplied with (not the embedding, which is looked up). The two
+    products of attention are counted for the half of the score matrix that is causal, or for all of
+    it, as Megatron-LM's older count does.
     """
     layer = layer_parameters(model)
     router = model.hidden_size * model.num_moe_experts
@@ -69,15 +78,20 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
 
     The first stage has the embedding, the last the final norm and the output layer.
     """
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layer, layers = layer_parameters(model), sum(pipeline_split.stages(parallel, model.num_layers)[stage])
+    tp = parallel.tensor_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    layer = layer_parameters(model)
+    layers = sum(pipeline_split.stages(parallel, model.num_layers)[stage])
     dense = layers * ((layer.attention + layer.shared_expert) // tp + layer.replicated)
-    first, last = stage == 0, stage == pp - 1
+    first = stage == 0
+    last = stage == pp - 1
     matrices = first + last if model.untie_embeddings_and_output_weights else first or last
     dense += matrices * model.vocab_size * model.hidden_size // tp
     dense += model.hidden_size if last else 0
     experts = layers * model.num_moe_experts * layer.expert
-    return dense, experts // (parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size)
+    return dense, experts // (
+        parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    )
 
 
 def checkpoint_bytes(parameters: int, precision: Precision, optimizer: OptimizerConfig) -> int:
@@ -94,11 +108,13 @@ def bytes_per_parameter(
     16-bit training keeps an fp32 master copy beside Adam's two moments (12 bytes); fp32 training needs no copy (8).
     The distributed optimizer shards the optimizer's; Megatron-FSDP's `sharding` says whether gradients and weights too.
     """
-    moments, fp32 = MOMENTS[optimizer.optimizer.name], precision is Precision.fp32
+    moments = MOMENTS[optimizer.optimizer.name]
+    fp32 = precision is Precision.fp32
     weight, gradient = (4, 4) if fp32 else (2, 4 if optimizer.grad_reduce_in_fp32 else 2)
     state = 4 * (moments if fp32 else 1 + moments)
     return (
         weight / (shard if sharding is Sharding.optim_grads_params else 1)
-        + gradient / (shard if sharding in (Sharding.optim_grads, Sharding.optim_grads_params) else 1)
+        + gradient
+        / (shard if sharding in (Sharding.optim_grads, Sharding.optim_grads_params) else 1)
         + state / (shard if sharding or optimizer.use_distributed_optimizer else 1)
     )

@@ -13,7 +13,8 @@ from mixtrain.config.key_effects import FORWARD, show, value_of
 from mixtrain.config.schema import Config
 from mixtrain.config.transformer_fields import UNKNOWN, transformer_config_defaults
 
-EXTRA = "model.extra."  # fields of TransformerConfig that have no key of their own: ours are model.extra.FIELD
+# fields of TransformerConfig that have no key of their own: ours are model.extra.FIELD
+EXTRA = "model.extra."
 KEY = "checkpoint.acknowledge_differences"
 TOKENIZER = "data.tokenizer"  # checkpoint/same_tokenizer.py compares it
 ABSENT = object()
@@ -27,23 +28,37 @@ class Difference(NamedTuple):
     here: Any
 
     def told(self, checkpoint: Path) -> str:
-        use = "" if self.there is ABSENT or self.there is UNKNOWN else f"use {self.key}={_shown(self.there)}, or "
-        here, there = _shown(self.here), _shown(self.there)
-        return f"{self.key} = {here}, but the weights of {checkpoint} are for {there}; {use}name the key in {KEY}"
+        use = (
+            ""
+            if self.there is ABSENT or self.there is UNKNOWN
+            else f"use {self.key}={_shown(self.there)}, or "
+        )
+        here = _shown(self.here)
+        there = _shown(self.there)
+        return (
+            f"{self.key} = {here}, but the weights of {checkpoint} are for {there}; {use}name"
+            f" the key in {KEY}"
+        )
 
 
 def differences(config: Config, there: Any) -> Iterator[Difference]:
     """How the model of a Config differs from that of another, resolved, as plain YAML has it."""
     for key in FORWARD:
-        mine, other = value_of(config, key), _at(there, key)
-        if key == "dispatcher.moe_token_drop_policy" and config.dispatcher.moe_expert_capacity_factor is None:
+        mine = value_of(config, key)
+        other = _at(there, key)
+        if (
+            key == "dispatcher.moe_token_drop_policy"
+            and config.dispatcher.moe_expert_capacity_factor is None
+        ):
             continue  # none is dropped
         if key == "router.moe_router_enable_expert_bias" and mine and other is False:
             continue  # a bias starts at zero, and chooses as none does
         if other is ABSENT or _meaning(key, mine) != _meaning(key, other):
             yield Difference(key, other, mine)
-    mine, other = config.model.extra, _at(there, "model.extra")
-    other, defaults = other if isinstance(other, Mapping) else {}, transformer_config_defaults() or {}
+    mine = config.model.extra
+    other = _at(there, "model.extra")
+    other = other if isinstance(other, Mapping) else {}
+    defaults = transformer_config_defaults() or {}
     for field in sorted({*mine, *map(str, other)}):
         values = [extra.get(field, defaults.get(field, ABSENT)) for extra in (other, mine)]
         if values[0] != values[1]:
@@ -75,5 +90,7 @@ def _meaning(key: str, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = {id(ABSENT): "a value that is not known", id(UNKNOWN): "the default"}.get(id(value)) or show(value)
+    text = {id(ABSENT): "a value that is not known", id(UNKNOWN): "the default"}.get(
+        id(value)
+    ) or show(value)
     return text if text.isprintable() and len(text) < 100 else ascii(text)[:100]

@@ -1,7 +1,7 @@
 """Every number that follows from a Config, computed once and frozen. No torch.
 
-Rule: nothing else in the project derives a size from the configuration, and no Plan exists of a Config that breaks a
-rule of config/rules/.
+Rule: nothing else in the project derives a size from the configuration, and no Plan exists of a
+Config that breaks a rule of config/rules/.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-from mixtrain.config import activations, layout_sensitive, lr_schedule, memory, pipeline_split, published_models
+from mixtrain.config import (
+    activations,
+    layout_sensitive,
+    lr_schedule,
+    memory,
+    pipeline_split,
+    published_models,
+)
 from mixtrain.config.data_blend import split_weights
 from mixtrain.config.key_effects import Change
 from mixtrain.config.schema import Config, DataKind, OptimizerConfig, TrainerConfig
@@ -31,13 +38,16 @@ class Plan:
     layers: pipeline_split.Stages  # [stage][chunk]
     total_parameters: int
     active_parameters: int
-    rank_parameters: tuple[tuple[int, int], ...]  # (dense, expert) on one rank of each pipeline stage
-    stage_state_bytes: tuple[int, ...]  # weights, gradients and optimizer state, on one rank of each pipeline stage
+    # (dense, expert) on one rank of each pipeline stage
+    rank_parameters: tuple[tuple[int, int], ...]
+    # weights, gradients and optimizer state, on one rank of each pipeline stage
+    stage_state_bytes: tuple[int, ...]
     stage_activation_bytes: tuple[int, ...]  # at the least, on top of these
     recipe: str | None = field(default=None, kw_only=True)  # its name, where one was given
     changed_mathematics: tuple[Change, ...] = field(default=(), kw_only=True)  # against the recipe
     changed_execution: tuple[Change, ...] = field(default=(), kw_only=True)
-    warnings: tuple[str, ...]  # where the run is not the published model it names, or depends on its layout
+    # where the run is not the published model it names, or depends on its layout
+    warnings: tuple[str, ...]
 
     @property
     def state_bytes(self) -> int:
@@ -68,7 +78,9 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Of one checkpoint, all ranks together."""
-        return memory.checkpoint_bytes(self.total_parameters, self.config.trainer.precision, self.config.optimizer)
+        return memory.checkpoint_bytes(
+            self.total_parameters, self.config.trainer.precision, self.config.optimizer
+        )
 
     @property
     def heaviest_stage(self) -> int:
@@ -101,23 +113,31 @@ class Plan:
 def resolve(config: Config, world_size: int | None = None) -> Config:
     """The Config with the sizes that null leaves open filled in.
 
-    trainer.devices becomes what the layout needs (or what the launcher started, `world_size`), model.num_layers as few
-    as the pipeline needs (two where there is none, so that there is an inner boundary), the schedule's steps the run's.
+    trainer.devices becomes what the layout needs (or what the launcher started, `world_size`),
+    model.num_layers as few as the pipeline needs (two where there is none, so that there is an
+    inner boundary), the schedule's steps the run's.
     """
-    parallel, model, trainer = config.parallel, config.model, config.trainer
-    if (chunks := pipeline_split.chunks_of_layout(parallel)) and not parallel.virtual_pipeline_model_parallel_size:
+    parallel = config.parallel
+    model = config.model
+    trainer = config.trainer
+    if (
+        chunks := pipeline_split.chunks_of_layout(parallel)
+    ) and not parallel.virtual_pipeline_model_parallel_size:
         parallel = replace(parallel, virtual_pipeline_model_parallel_size=chunks)
     if model.num_layers is None:
         model = replace(model, num_layers=pipeline_split.fewest_layers(parallel))
     if trainer.devices is None:
         ranks = world_size or ranks_needed(config)
         trainer = replace(trainer, devices=math.ceil(ranks / trainer.num_nodes))
-    return replace(config, parallel=parallel, model=model, trainer=trainer, optimizer=schedule_in_steps(config))
+    return replace(
+        config, parallel=parallel, model=model, trainer=trainer, optimizer=schedule_in_steps(config)
+    )
 
 
 def schedule_in_steps(config: Config) -> OptimizerConfig:
     """The schedule in steps: decay over the run, warm-up as a fraction of the decay, where null leaves them open."""
-    optimizer, warmup = config.optimizer, config.optimizer.lr_warmup_steps
+    optimizer = config.optimizer
+    warmup = config.optimizer.lr_warmup_steps
     decay = optimizer.lr_decay_steps or max(config.trainer.max_steps, (warmup or 0) + 1)
     if warmup is None:
         warmup = int((optimizer.lr_warmup_fraction or 0) * decay)
@@ -145,7 +165,8 @@ def samples_before(trainer: TrainerConfig, steps: int, done: int = 0, consumed: 
         size = batch_size_at(trainer, consumed)
         if size == trainer.global_batch_size:
             return consumed + (steps - done) * size
-        consumed, done = consumed + size, done + 1
+        consumed = consumed + size
+        done = done + 1
     return consumed
 
 
@@ -156,7 +177,11 @@ def ranks_needed(config: Config) -> int:
 
 def dense_grid(config: Config) -> int:
     parallel = config.parallel
-    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    return (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
 
 
 def expert_grid(config: Config) -> int:
@@ -175,7 +200,9 @@ def world_size(config: Config) -> int:
 
 def derive(config: Config) -> Plan:
     """The Plan of a resolved Config, by arithmetic alone: sizes that do not divide are rounded down, never below 1."""
-    parallel, trainer, model = config.parallel, config.trainer, config.model
+    parallel = config.parallel
+    trainer = config.trainer
+    model = config.model
     world = world_size(config)
     dp = max(1, world // dense_grid(config))
     edp = max(1, world // expert_grid(config))
@@ -185,8 +212,12 @@ def derive(config: Config) -> Plan:
     stages = range(parallel.pipeline_model_parallel_size)
     rank_parameters = tuple(memory.stage_parameters(model, parallel, stage) for stage in stages)
     sharding = parallel.data_parallel_sharding_strategy
-    dense_bytes = memory.bytes_per_parameter(trainer.precision, config.optimizer, dense_shard, sharding)
-    expert_bytes = memory.bytes_per_parameter(trainer.precision, config.optimizer, expert_shard, sharding)
+    dense_bytes = memory.bytes_per_parameter(
+        trainer.precision, config.optimizer, dense_shard, sharding
+    )
+    expert_bytes = memory.bytes_per_parameter(
+        trainer.precision, config.optimizer, expert_shard, sharding
+    )
     microbatches = max(1, trainer.global_batch_size // (trainer.micro_batch_size * dp))
     layers = pipeline_split.stages(parallel, model.num_layers)
     return Plan(

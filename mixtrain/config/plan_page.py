@@ -15,14 +15,25 @@ from mixtrain.config.transformer_fields import differences
 WIDTH = 100  # columns
 NAMES = 21  # of them, for what a row is about
 DEVICES_GIB = {"80 GB": 79, "141 GB": 139}  # H100 and H200, the two that most plans are for
-FORCED = "FORCED BALANCE: experts are chosen at random, for measuring speed; the model learns nothing of use"
+FORCED = (
+    "FORCED BALANCE: experts are chosen at random, for measuring speed; the model learns"
+    " nothing of use"
+)
 MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losses mean nothing"
 
 
 def render(plan: Plan) -> str:
     """The plan as lines of `what  value`, with MOCK on top where the data is mock, and then the warnings."""
     rows = [("run", f"{plan.config.name}, seed {plan.config.seed}"), ("  in", plan.config.run_dir)]
-    rows += _recipe(plan) + _ranks(plan) + _batch(plan) + _rate(plan) + _model(plan) + _memory(plan) + _defaults(plan)
+    rows += (
+        _recipe(plan)
+        + _ranks(plan)
+        + _batch(plan)
+        + _rate(plan)
+        + _model(plan)
+        + _memory(plan)
+        + _defaults(plan)
+    )
     lines = [f"{name:<{NAMES}}  {value}" for name, value in rows]
     return "\n".join([*banners(plan), *_warnings(plan), *lines])
 
@@ -34,7 +45,12 @@ def banners(plan: Plan) -> list[str]:
 
 def _warnings(plan: Plan) -> list[str]:
     """`warning: ...` for each, folded at WIDTH between words."""
-    fold = {"width": WIDTH, "subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    fold = {
+        "width": WIDTH,
+        "subsequent_indent": "  ",
+        "break_long_words": False,
+        "break_on_hyphens": False,
+    }
     return [line for text in plan.warnings for line in wrap(f"warning: {text}", **fold)]
 
 
@@ -60,20 +76,27 @@ def _defaults(plan: Plan) -> list[tuple[str, str]]:
     """Every field of TransformerConfig that is not at Megatron-Core's default, folded into lines."""
     found = differences(plan.config)
     if found is None:
-        return [("not at default", "megatron-core is not installed here, so its defaults are not known")]
-    lines = wrap("; ".join(found), width=WIDTH - NAMES - 2, break_long_words=False, break_on_hyphens=False)
+        return [
+            ("not at default", "megatron-core is not installed here, so its defaults are not known")
+        ]
+    lines = wrap(
+        "; ".join(found), width=WIDTH - NAMES - 2, break_long_words=False, break_on_hyphens=False
+    )
     return [("not at default" if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
-    parallel, trainer = plan.config.parallel, plan.config.trainer
-    tp, pp, cp = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
+    parallel = plan.config.parallel
+    trainer = plan.config.trainer
+    tp = parallel.tensor_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
+    cp = parallel.context_parallel_size
+    etp = parallel.expert_tensor_parallel_size
+    ep = parallel.expert_model_parallel_size
+    where = (
+        f"{trainer.num_nodes} node{'s' * (trainer.num_nodes > 1)} of {trainer.devices}"
+        f" ({trainer.accelerator.name})"
     )
-    etp, ep = parallel.expert_tensor_parallel_size, parallel.expert_model_parallel_size
-    where = f"{trainer.num_nodes} node{'s' * (trainer.num_nodes > 1)} of {trainer.devices} ({trainer.accelerator.name})"
     rows = [
         ("ranks", f"{plan.world_size} on {where}"),
         ("  dense grid", f"TP {tp} x CP {cp} x DP {plan.data_parallel_size} x PP {pp}"),
@@ -86,12 +109,16 @@ def _stages(plan: Plan) -> list[tuple[str, str]]:
     """The ranks of each pipeline stage and what they hold; stages in a row that hold the same are one row."""
     if len(plan.layers) == 1:
         return []
-    ranks, first = plan.world_size // len(plan.layers), _first_with_layers(plan)
-    rows, begin = [], 0
+    ranks = plan.world_size // len(plan.layers)
+    first = _first_with_layers(plan)
+    rows = []
+    begin = 0
     for holds, group in groupby(range(len(plan.layers)), lambda stage: _holds(plan, stage, first)):
         end = begin + len(list(group)) - 1
         name = f"  stage {begin}" if begin == end else f"  stages {begin}-{end}"
-        spans = f"{_span(begin * ranks, ranks)}" + f" to {_span(end * ranks, ranks)}" * (end > begin)
+        spans = f"{_span(begin * ranks, ranks)}" + f" to {_span(end * ranks, ranks)}" * (
+            end > begin
+        )
         rows.append((name, f"ranks {spans}: {holds}"))
         begin = end + 1
     return rows
@@ -105,7 +132,9 @@ def _holds(plan: Plan, stage: int, first: int) -> str:
         if len(set(counts)) == 1:
             layers = f"{len(counts)} chunks of {counts[0]} layer{'s' * (counts[0] != 1)}"
     ends = "embedding, " * (stage == 0), ", loss" * (stage == len(plan.layers) - 1)
-    return f"{ends[0]}{layers}{ends[1]}" + f"; experts as on stage {first}" * (stage != first and sum(counts) > 0)
+    return f"{ends[0]}{layers}{ends[1]}" + f"; experts as on stage {first}" * (
+        stage != first and sum(counts) > 0
+    )
 
 
 def _first_with_layers(plan: Plan) -> int:
@@ -117,12 +146,16 @@ def _expert_rows(plan: Plan, shown: int = 4) -> list[str]:
 
     Megatron-Core numbers ranks with ETP fastest, then EP, then EDP, then PP.
     """
-    parallel, local = plan.config.parallel, plan.num_local_experts
+    parallel = plan.config.parallel
+    local = plan.num_local_experts
     group = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     count = plan.expert_data_parallel_size
     begin = _first_with_layers(plan) * plan.world_size // len(plan.layers)
     rows = [f"ranks {_span(begin + part * group, group)}" for part in range(min(count, shown))]
-    rows[0] += f": {local} expert{'s' * (local > 1)} of {plan.config.model.num_moe_experts} on each, in every layer"
+    rows[0] += (
+        f": {local} expert{'s' * (local > 1)} of {plan.config.model.num_moe_experts} on each, in"
+        " every layer"
+    )
     rows[1:] = [row + ": a copy of these" for row in rows[1:]]
     if count > shown:
         rows[-1] += f"; {count - shown} more groups of {group}"
@@ -134,24 +167,31 @@ def _span(first: int, count: int) -> str:
 
 
 def _batch(plan: Plan) -> list[tuple[str, str]]:
-    trainer, data = plan.config.trainer, plan.config.data
+    trainer = plan.config.trainer
+    data = plan.config.data
     source = ", ".join(data.data_path) if data.data_path else data.kind.name
     return [
         ("data", "MOCK" if plan.is_mock else source),
         (
             "batch",
-            f"{trainer.global_batch_size} sequences of {data.seq_length} = {plan.tokens_per_step:,} tokens a step",
+            f"{trainer.global_batch_size} sequences of {data.seq_length} ="
+            f" {plan.tokens_per_step:,} tokens a step",
         ),
         ("  microbatches", f"{plan.num_microbatches} of {trainer.micro_batch_size} on each rank"),
-        ("steps", f"{trainer.max_steps:,} = {plan.samples[0] * data.seq_length:,} tokens{_rampup(plan)}"),
+        (
+            "steps",
+            f"{trainer.max_steps:,} = {plan.samples[0] * data.seq_length:,} tokens{_rampup(plan)}",
+        ),
     ]
 
 
 def _rate(plan: Plan) -> list[tuple[str, str]]:
     """The learning rate at the first step, after warm-up and at the last, and how many steps each phase has."""
-    optimizer, steps = plan.config.optimizer, plan.config.trainer.max_steps
+    optimizer = plan.config.optimizer
+    steps = plan.config.trainer.max_steps
     parts = lr_schedule.phases(plan.config)
-    warmup, end = optimizer.lr_warmup_steps, optimizer.lr_decay_steps
+    warmup = optimizer.lr_warmup_steps
+    end = optimizer.lr_decay_steps
     rates = [f"{lr_schedule.rate(optimizer, 0):.2e} at the first step"]
     if 0 < warmup < steps - 1:
         rates.append(f"{lr_schedule.rate(optimizer, warmup):.2e} after warm-up")
@@ -160,7 +200,11 @@ def _rate(plan: Plan) -> list[tuple[str, str]]:
     elsewhere = f"; decay ends at step {end:,}" * (decays and end > steps > warmup)
     return [
         ("learning rate", ", ".join(rates)),
-        ("  phases", ", ".join(f"{name} {count:,} step{'s' * (count > 1)}" for name, count in parts) + elsewhere),
+        (
+            "  phases",
+            ", ".join(f"{name} {count:,} step{'s' * (count > 1)}" for name, count in parts)
+            + elsewhere,
+        ),
     ]
 
 
@@ -170,14 +214,17 @@ def _rampup(plan: Plan) -> str:
 
 
 def _model(plan: Plan) -> list[tuple[str, str]]:
-    model, router, trainer = plan.config.model, plan.config.router, plan.config.trainer
+    model = plan.config.model
+    router = plan.config.router
+    trainer = plan.config.trainer
     recompute = trainer.recompute_granularity.name if trainer.recompute_granularity else "none"
     dense, expert = plan.rank_parameters[plan.heaviest_stage]
     return [
         (
             "model",
-            f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_moe_experts} experts"
-            f" (top-{model.moe_router_topk}), FFN {model.moe_ffn_hidden_size}, vocabulary {model.vocab_size}",
+            f"{model.num_layers} layers, hidden {model.hidden_size}, {model.num_moe_experts}"
+            f" experts (top-{model.moe_router_topk}), FFN {model.moe_ffn_hidden_size}, vocabulary"
+            f" {model.vocab_size}",
         ),
         (
             "",
@@ -185,27 +232,41 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
             f" {'+'.join(kind.name for kind in router.moe_router_load_balancing_type)},"
             f" {plan.config.dispatcher.moe_token_dispatcher_type.name}, recompute {recompute}",
         ),
-        ("parameters", f"{plan.total_parameters:,} in all, {plan.active_parameters:,} active per token"),
+        (
+            "parameters",
+            f"{plan.total_parameters:,} in all, {plan.active_parameters:,} active per token",
+        ),
         ("  on a rank", f"{dense + expert:,} = {dense:,} dense + {expert:,} of experts"),
     ]
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:
-    state, several = plan.state_bytes, len(plan.layers) > 1
+    state = plan.state_bytes
+    several = len(plan.layers) > 1
     sizes = dict(DEVICES_GIB)
     if plan.config.trainer.device_memory_gib is not None:
         sizes["trainer.device_memory_gib"] = plan.config.trainer.device_memory_gib
-    beside = ", ".join(f"{state / GIB / size:.0%} of {name}{_given(name, size)}" for name, size in sizes.items())
+    beside = ", ".join(
+        f"{state / GIB / size:.0%} of {name}{_given(name, size)}" for name, size in sizes.items()
+    )
     stage = f", stage {plan.heaviest_stage}" * several
     fullest = plan.fullest_stage
-    passes = len(in_flight(len(plan.layers), fullest, len(plan.layers[fullest]), plan.num_microbatches))
+    passes = len(
+        in_flight(len(plan.layers), fullest, len(plan.layers[fullest]), plan.num_microbatches)
+    )
     where = f" on stage {fullest}, forward passes in flight: {passes}" * several
     kept = _amount(plan.stage_activation_bytes[fullest])
     return [
-        ("state on a rank", f"{_amount(state)} (weights, gradients, optimizer{stage}; activations come on top)"),
+        (
+            "state on a rank",
+            f"{_amount(state)} (weights, gradients, optimizer{stage}; activations come on top)",
+        ),
         ("  activations", f"at least {kept}{where}"),
         ("  beside", beside),
-        ("  optimizer shards", f"dense over {plan.dense_shard} ranks, experts over {plan.expert_shard}"),
+        (
+            "  optimizer shards",
+            f"dense over {plan.dense_shard} ranks, experts over {plan.expert_shard}",
+        ),
         ("checkpoints", _checkpoints(plan)),
     ]
 
@@ -223,7 +284,8 @@ def _checkpoints(plan: Plan) -> str:
     often += ["at the end"] * settings.save_last
     kept = f", {settings.keep_last} kept" if settings.keep_last else ", all kept"
     return (
-        f"{_amount(plan.checkpoint_bytes)} each, {' and '.join(often)}{kept}{', beside training' * settings.async_save}"
+        f"{_amount(plan.checkpoint_bytes)} each,"
+        f" {' and '.join(often)}{kept}{', beside training' * settings.async_save}"
     )
 
 

@@ -27,7 +27,8 @@ def make_plan(
         raise UserError(*problems)
     if recipe is None:
         return plan
-    name, changed = recipe[0], changes(recipe[1], config)
+    name = recipe[0]
+    changed = changes(recipe[1], config)
     return replace(
         plan,
         recipe=name,

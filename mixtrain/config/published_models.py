@@ -1,7 +1,8 @@
 """What a published model is, and where a configuration that names it differs. No torch.
 
-Rule: a fact has its source in a comment of its file in published_models/ and is compared under the key a user types; a
-difference is a warning, never an error: to change a published model is a user's right, not to notice it is the harm.
+Rule: a fact has its source in a comment of its file in published_models/ and is compared under the
+key a user types; a difference is a warning, never an error: to change a published model is a user's
+right, not to notice it is the harm.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from mixtrain.config.schema import Config, leaves, plain
 
 FOLDER = Path(__file__).resolve().parent / "published_models"
 
-# What decides whether the weights of a published model fit and mean the same: a facts file has these and no others.
+# What decides whether the weights of a published model fit and mean the same: a facts file has
+# these and no others.
 KEYS = (
     "model.num_layers",
     "model.hidden_size",
@@ -51,16 +53,18 @@ def lint(config: Config) -> list[str]:
     if name is not None and name not in published():
         known = ", ".join(sorted(published()))
         warnings.append(
-            f"model.hf_model = {name} has no facts to be held against; there are those of {known}, and null"
+            f"model.hf_model = {name} has no facts to be held against; there are those of {known},"
+            " and null"
         )
     if facts and (capacity := config.dispatcher.moe_expert_capacity_factor) is not None:
         warnings.append(
-            f"dispatcher.moe_expert_capacity_factor = {capacity:g} drops the tokens that exceed it; {name} drops none:"
-            " use null"
+            f"dispatcher.moe_expert_capacity_factor = {capacity:g} drops the tokens that exceed"
+            f" it; {name} drops none: use null"
         )
     if config.router.moe_router_force_load_balancing:
         warnings.append(
-            "router.moe_router_force_load_balancing = true sends tokens to experts at random: good for timing alone"
+            "router.moe_router_force_load_balancing = true sends tokens to experts at random: good"
+            " for timing alone"
         )
     return warnings
 
@@ -75,7 +79,8 @@ def read(path: Path) -> tuple[str, dict[str, Any]]:
     """(name on Hugging Face, {key: value}) of one file. ValueError if it has other keys than KEYS."""
     facts = dict(leaves(OmegaConf.to_container(OmegaConf.load(path))))
     name = facts.pop("hf_model", None)
-    missing, unknown = sorted(set(KEYS) - set(facts)), sorted(set(facts) - set(KEYS))
+    missing = sorted(set(KEYS) - set(facts))
+    unknown = sorted(set(facts) - set(KEYS))
     if name is None or missing or unknown:
         raise ValueError(f"{path.name}: hf_model = {name}; missing {missing}; not a fact {unknown}")
     return name, facts
@@ -88,4 +93,6 @@ def _value(config: Config, key: str) -> Any:
 
 def _shown(value: Any) -> str:
     """A value as YAML has it: null, true, 1e-05."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )

@@ -1,8 +1,9 @@
 """The names, types and single-field rules of every key a user can set. No torch, no values.
 
-Rule: a key is named here once, with its type and unit; its value stands in conf/ or recipes/ and nowhere else.
-Names of model, parallel, router, dispatcher and optimizer keys are Megatron-Core's own fields; the trainer's are
-NeMo/Lightning's. A Config is never written to after `from_hydra` returned it.
+Rule: a key is named here once, with its type and unit; its value stands in conf/ or recipes/ and
+nowhere else. Names of model, parallel, router, dispatcher and optimizer keys are Megatron-Core's
+own fields; the trainer's are NeMo/Lightning's. A Config is never written to after `from_hydra`
+returned it.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ Verify          = Enum("Verify", ["full", "size"])
 # fmt: on
 
 
-FREE = ("model.extra", "launcher.sbatch_args")  # mappings whose keys are others': Megatron-Core's, Slurm's
+# mappings whose keys are others': Megatron-Core's, Slurm's
+FREE = ("model.extra", "launcher.sbatch_args")
 SBATCH = "launcher.sbatch_args"
 WEIGHED = "data.data_path"  # a list of texts that has numbers in it
 
@@ -72,7 +74,8 @@ def within(minimum: float, below: float) -> Any:
 class ModelConfig:
     num_layers: int | None = at_least(1)  # null: as few as the pipeline needs (see plan.resolve)
     hidden_size: int = at_least(1)
-    ffn_hidden_size: int = at_least(1)  # a dense layer's; Mixtral has none, Megatron-Core asks for it all the same
+    # a dense layer's; Mixtral has none, Megatron-Core asks for it all the same
+    ffn_hidden_size: int = at_least(1)
     num_attention_heads: int = at_least(1)
     num_query_groups: int = at_least(1)
     kv_channels: int = at_least(1)  # the size of one head
@@ -88,7 +91,8 @@ class ModelConfig:
     untie_embeddings_and_output_weights: bool = MISSING
     qk_layernorm: bool = MISSING
     transformer_impl: TransformerImpl = MISSING
-    attention_backend: AttnBackend = MISSING  # auto: PyTorch's or Transformer Engine's own choice; fused: cuDNN
+    # auto: PyTorch's or Transformer Engine's own choice; fused: cuDNN
+    attention_backend: AttnBackend = MISSING
     moe_grouped_gemm: bool = MISSING
     hf_model: str | None = MISSING  # the Hugging Face model whose facts these are
     extra: dict[str, Any] = field(default_factory=dict)  # any other field of TransformerConfig
@@ -104,13 +108,17 @@ class ParallelConfig:
     expert_tensor_parallel_size: int = at_least(1)
     sequence_parallel: bool = MISSING
     num_distributed_optimizer_instances: int = at_least(1)
-    data_parallel_sharding_strategy: Sharding | None = MISSING  # Megatron-FSDP; null: its own data parallelism
+    # Megatron-FSDP; null: its own data parallelism
+    data_parallel_sharding_strategy: Sharding | None = MISSING
     num_layers_in_first_pipeline_stage: int | None = at_least(1)
     num_layers_in_last_pipeline_stage: int | None = at_least(1)
-    account_for_embedding_in_pipeline_split: bool = MISSING  # the embedding takes the place of a layer
+    # the embedding takes the place of a layer
+    account_for_embedding_in_pipeline_split: bool = MISSING
     account_for_loss_in_pipeline_split: bool = MISSING  # and so does the output layer
-    pipeline_model_parallel_layout: str | None = MISSING  # Megatron's string, as in "Et*3|(tt|)*2tL"
-    acknowledged_faults: list[str] = MISSING  # names of config/rules/upstream.py whose layouts may run all the same
+    # Megatron's string, as in "Et*3|(tt|)*2tL"
+    pipeline_model_parallel_layout: str | None = MISSING
+    # names of config/rules/upstream.py whose layouts may run all the same
+    acknowledged_faults: list[str] = MISSING
 
 
 @dataclass
@@ -125,7 +133,8 @@ class RouterConfig:
     moe_router_bias_update_rate: float = at_least(0)
     moe_router_force_load_balancing: bool = MISSING
     moe_router_dtype: RouterDtype | None = MISSING
-    moe_router_num_groups: int | None = at_least(1)  # groups of experts; a token goes to a few of them
+    # groups of experts; a token goes to a few of them
+    moe_router_num_groups: int | None = at_least(1)
     moe_router_group_topk: int | None = at_least(1)
     moe_router_topk_scaling_factor: float | None = above(0)  # 0 would be none to Megatron-Core
 
@@ -154,7 +163,8 @@ class OptimizerConfig:
     overlap_grad_reduce: bool = MISSING
     overlap_param_gather: bool = MISSING
     grad_reduce_in_fp32: bool = MISSING
-    bucket_size: int | None = at_least(1)  # parameters in a gradient bucket; null: Megatron-Core chooses
+    # parameters in a gradient bucket; null: Megatron-Core chooses
+    bucket_size: int | None = at_least(1)
     optimizer_cpu_offload: bool = MISSING
     optimizer_offload_fraction: float = at_least(0)
     lr_decay_style: DecayStyle = MISSING
@@ -168,7 +178,8 @@ class OptimizerConfig:
 @dataclass
 class DataConfig:
     kind: DataKind = MISSING
-    data_path: list[str] | None = MISSING  # Megatron's list: [prefix] or [weight, prefix, weight, prefix ...]
+    # Megatron's list: [prefix] or [weight, prefix, weight, prefix ...]
+    data_path: list[str] | None = MISSING
     split: str = MISSING  # parts of train, validation and test, as in "90,5,5"
     seq_length: int = at_least(1)  # tokens
     tokenizer: str | None = MISSING  # a Hugging Face tokenizer directory
@@ -186,7 +197,8 @@ class TrainerConfig:
     max_steps: int = at_least(1)
     micro_batch_size: int = at_least(1)  # sequences
     global_batch_size: int = at_least(1)  # sequences
-    rampup_batch_size: list[int] | None = MISSING  # Megatron's [first batch, increment, samples until the whole]
+    # Megatron's [first batch, increment, samples until the whole]
+    rampup_batch_size: list[int] | None = MISSING
     val_check_interval: int = at_least(1)  # steps
     limit_val_batches: int = at_least(0)  # global batches a validation; 0 never validates
     log_every_n_steps: int = at_least(1)
@@ -200,12 +212,16 @@ class TrainerConfig:
     offload_modules: list[str] | None = MISSING
     deterministic: bool = MISSING
     bad_step_policy: BadStep = (
-        MISSING  # what to do when a loss or gradient is not finite, or the norm above the next bound
+        # what to do when a loss or gradient is not finite, or the norm above the next bound
+        MISSING
     )
     bad_step_grad_norm: float | None = above(0)  # null: any finite norm is good
-    bad_step_limit: int = at_least(1)  # steps skipped in a row before the run stops; only skip reads it
-    timeout_minutes: float = above(0)  # how long a rank may stand still, or wait for another, before the job ends
-    device_memory_gib: float | None = at_least(0)  # a rank's state and least activations must fit; null does not check
+    # steps skipped in a row before the run stops; only skip reads it
+    bad_step_limit: int = at_least(1)
+    # how long a rank may stand still, or wait for another, before the job ends
+    timeout_minutes: float = above(0)
+    # a rank's state and least activations must fit; null does not check
+    device_memory_gib: float | None = at_least(0)
 
 
 @dataclass
@@ -216,9 +232,12 @@ class CheckpointConfig:
     async_save: bool = MISSING  # training goes on while the files are written
     verify: Verify = MISSING  # before loading: every file's SHA-256, or only its size
     resume: Resume = MISSING  # auto: from the newest valid one if there is any
-    max_attempts: int | None = at_least(1)  # runs in a row that may start at the same step; null: no limit
-    load_weights: str | None = MISSING  # a new run starts from the weights of this checkpoint, and of nothing else
-    acknowledge_differences: list[str] = MISSING  # keys of the model that may differ from those weights' own
+    # runs in a row that may start at the same step; null: no limit
+    max_attempts: int | None = at_least(1)
+    # a new run starts from the weights of this checkpoint, and of nothing else
+    load_weights: str | None = MISSING
+    # keys of the model that may differ from those weights' own
+    acknowledge_differences: list[str] = MISSING
 
 
 @dataclass
@@ -232,12 +251,17 @@ class LauncherConfig:
     partition: str | None = MISSING  # null: the cluster's default
     account: str | None = MISSING
     time: str | None = MISSING  # Slurm's, as in 2-00:00:00 or 90 (minutes); null: the partition's
-    gpus_per_node: int | None = at_least(0)  # null: trainer.devices where trainer.accelerator is gpu
-    container_image: str | None = MISSING  # a .sqsh file or a registry's name, as pyxis and enroot take it; null: none
-    container_mounts: list[str] = MISSING  # PATH, HOST:CONTAINER or HOST:CONTAINER:ro, beside the checkout
-    env_file: str | None = MISSING  # a script that the job sources before anything else; null: slurm/env.sh
+    # null: trainer.devices where trainer.accelerator is gpu
+    gpus_per_node: int | None = at_least(0)
+    # a .sqsh file or a registry's name, as pyxis and enroot take it; null: none
+    container_image: str | None = MISSING
+    # PATH, HOST:CONTAINER or HOST:CONTAINER:ro, beside the checkout
+    container_mounts: list[str] = MISSING
+    # a script that the job sources before anything else; null: slurm/env.sh
+    env_file: str | None = MISSING
     max_requeues: int = at_least(0)  # returns in a row of a job that came no step further
-    sbatch_args: dict[str, Any] = field(default_factory=dict)  # any other flag of sbatch, by its name
+    # any other flag of sbatch, by its name
+    sbatch_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -260,9 +284,11 @@ class Config:
     def from_hydra(composed: DictConfig, known: list[str] | None = None) -> Config:
         """The typed Config of what Hydra composed.
 
-        A UserError lists every key that does not belong or fit, after the problems that are `known` already.
+        A UserError lists every key that does not belong or fit, after the problems that are `known`
+        already.
         """
-        schema, problems = OmegaConf.structured(Config), list(known or [])
+        schema = OmegaConf.structured(Config)
+        problems = list(known or [])
         found = len(problems)
         try:
             tree = OmegaConf.to_container(composed, resolve=True)
@@ -270,7 +296,9 @@ class Config:
             reason = str(error).splitlines()[0]
             raise UserError(*problems, f"{error.full_key} cannot be resolved: {reason}") from None
         every = list(leaves(tree))
-        if unprintable := [problem for key, value in every for problem in characters.problems(key, value)]:
+        if unprintable := [
+            problem for key, value in every for problem in characters.problems(key, value)
+        ]:
             raise UserError(*problems, *unprintable)
         for key, value in every:
             problems += _set(schema, key, value)
@@ -302,7 +330,11 @@ def legal_keys() -> dict[str, Any]:
 def holds_text(key: str) -> bool:
     """The key's value is a text, or a list of texts alone."""
     kind = legal_keys()[key]
-    inner = {kind, *get_args(kind), *(part for argument in get_args(kind) for part in get_args(argument))}
+    inner = {
+        kind,
+        *get_args(kind),
+        *(part for argument in get_args(kind) for part in get_args(argument)),
+    }
     return str in inner and get_origin(kind) is not dict and key != WEIGHED
 
 
@@ -323,7 +355,11 @@ def nearest(key: str, known: list[str]) -> str:
     found = get_close_matches(key, known, n=3, cutoff=0.75)
     for last in get_close_matches(key.rsplit(".", 1)[-1], list(by_last), n=2, cutoff=0.7):
         found += [name for name in by_last[last] if name not in found]
-    return f"; did you mean {' or '.join(found[:3])}?" if found else "; `python train.py --help` lists what there is"
+    return (
+        f"; did you mean {' or '.join(found[:3])}?"
+        if found
+        else "; `python train.py --help` lists what there is"
+    )
 
 
 def unknown_key(key: str) -> str:
@@ -339,7 +375,9 @@ def describe(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(kind, "a list, as in [a,b]" if "list" in str(kind) else "a mapping, as in {field: value}")
+    return words.get(
+        kind, "a list, as in [a,b]" if "list" in str(kind) else "a mapping, as in {field: value}"
+    )
 
 
 def _set(schema: DictConfig, key: str, value: Any) -> list[str]:
@@ -352,12 +390,18 @@ def _set(schema: DictConfig, key: str, value: Any) -> list[str]:
     if get_origin(kinds[key]) is list and value is not None and not isinstance(value, list):
         value = [value]  # a required list may be typed as its only item
     try:
-        if any(_is_another_type(key, part) for part in (value if isinstance(value, list) else [value])):
+        if any(
+            _is_another_type(key, part) for part in (value if isinstance(value, list) else [value])
+        ):
             raise ValidationError
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        advice = '; quote what is one: "1.10" in a file' * (holds_text(key) and not isinstance(value, (list, dict)))
-        return [f"{key} = {'null' if value is None else value} must be {describe(kinds[key])}{advice}"]
+        advice = '; quote what is one: "1.10" in a file' * (
+            holds_text(key) and not isinstance(value, (list, dict))
+        )
+        return [
+            f"{key} = {'null' if value is None else value} must be {describe(kinds[key])}{advice}"
+        ]
     return []
 
 

@@ -44,7 +44,8 @@ TENSORS = [Tensor(*row) for row in [
     ("output_layer.weight",                                      "V H",      "untied", "normal"),
 ]]
 # fmt: on
-NOT_TRANSFORMER_ENGINES = ("embedding.word_embeddings", LAYER + "mlp.router", "output_layer")  # modules with a weight
+# modules with a weight
+NOT_TRANSFORMER_ENGINES = ("embedding.word_embeddings", LAYER + "mlp.router", "output_layer")
 CONDITIONS = {
     "always": lambda config: True,
     "qk": lambda config: config.model.qk_layernorm,
@@ -57,7 +58,8 @@ CONDITIONS = {
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Key -> whole shape of every tensor that a resolved Config's model has on disk."""
     model = config.model
-    query, group = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    query = model.num_attention_heads * model.kv_channels
+    group = model.num_query_groups * model.kv_channels
     sizes = {
         "L": model.num_layers,
         "E": model.num_moe_experts,
@@ -72,7 +74,9 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
         "2S": 2 * (model.moe_shared_expert_intermediate_size or 0),
     }
     return {
-        row.key: tuple(sizes[part] for part in row.shape.split()) for row in TENSORS if CONDITIONS[row.when](config)
+        row.key: tuple(sizes[part] for part in row.shape.split())
+        for row in TENSORS
+        if CONDITIONS[row.when](config)
     }
 
 
@@ -97,4 +101,8 @@ def condition(key: str) -> str | None:
 def extra_state(key: str) -> str | None:
     """The object that Transformer Engine's module writes beside its weight `key` (its fp8 scales); None if none."""
     module, _, name = key.rpartition(".")
-    return f"{module}._extra_state" if name == "weight" and module not in NOT_TRANSFORMER_ENGINES else None
+    return (
+        f"{module}._extra_state"
+        if name == "weight" and module not in NOT_TRANSFORMER_ENGINES
+        else None
+    )

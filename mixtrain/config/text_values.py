@@ -26,7 +26,8 @@ NAMES = {bool: "true or false", int: "a number", float: "a number", type(None): 
 
 def word_problem(override: Override) -> str | None:
     """What a word of the command line gives a key for text that is none, or None."""
-    key, written = override.key_or_group, override.input_line.partition("=")[2].strip()
+    key = override.key_or_group
+    written = override.input_line.partition("=")[2].strip()
     if not _takes_text(key):
         return None
     tokens = re.split(r"[\s,:()\[\]{}]+", written)
@@ -51,7 +52,10 @@ def unreadable(text: str, reason: str) -> str:
             raise HydraException
         OverridesParser.create().parse_override(word)
     except HydraException:
-        return f"{text} cannot be read ({reason}); an override is key=value, the value quoted where it has other signs"
+        return (
+            f"{text} cannot be read ({reason}); an override is key=value, the value quoted"
+            " where it has other signs"
+        )
     return f"{text} cannot be read without quotes ({reason}); type {quoted(key, value)}"
 
 
@@ -68,7 +72,10 @@ def file_problems(path: Path, conf: Path) -> Iterator[str]:
         key = name if package == "_global_" or not package else f"{package}.{name}"
         exact = kind is int and DIGITS.fullmatch(text)
         if _takes_text(key) and not exact and not (kind is bool and _may_be(key, True)):
-            yield f'{place}: {key} takes text, and {text} is read as {NAMES[kind]}; write it in quotes: "{text}"'
+            yield (
+                f"{place}: {key} takes text, and {text} is read as {NAMES[kind]}; write it in"
+                f' quotes: "{text}"'
+            )
 
 
 def _takes_text(key: str) -> bool:

@@ -17,7 +17,8 @@ from mixtrain.config.schema import Config, Precision, plain
 
 SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
 CLASSES = ("ModelParallelConfig", "TransformerConfig")
-SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")  # whose keys are TransformerConfig's fields
+# whose keys are TransformerConfig's fields
+SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")
 UNKNOWN = object()  # a default that is computed
 TYPES = {
     "int": (int, "a whole number"),
@@ -25,9 +26,11 @@ TYPES = {
     "bool": (bool, "true or false"),
     "str": (str, "text"),
 }
-NAMED = {"float32": "fp32"}  # defaults that are a name in the source, where transformer_fields has another for it
+# defaults that are a name in the source, where transformer_fields has another for it
+NAMED = {"float32": "fp32"}
 
-# What makes a transformer a Mixtral, whatever its sizes; and fusions that need packages Megatron-Core can do without.
+# What makes a transformer a Mixtral, whatever its sizes; and fusions that need packages
+# Megatron-Core can do without.
 ARCHITECTURE = {
     "gated_linear_unit": True,
     "activation_func": "silu",
@@ -41,7 +44,8 @@ ARCHITECTURE = {
     "gradient_accumulation_fusion": False,
     "persist_layer_norm": False,
     "apply_rope_fusion": False,
-    "use_cpu_initialization": True,  # else parts of the model ask for CUDA instead of following the meta device
+    # else parts of the model ask for CUDA instead of following the meta device
+    "use_cpu_initialization": True,
     "perform_initialization": False,  # engine/weight_init.py draws the weights
 }
 
@@ -51,8 +55,13 @@ def transformer_fields(config: Config, extra: bool = True) -> dict[str, object]:
 
     Not `extra`: without what model.extra says.
     """
-    known = transformer_config_defaults()  # without Megatron-Core every key counts as a field: nothing is built of it
-    own = {name: value for section in SECTIONS for name, value in vars(getattr(config, section)).items()}
+    # without Megatron-Core every key counts as a field: nothing is built of it
+    known = transformer_config_defaults()
+    own = {
+        name: value
+        for section in SECTIONS
+        for name, value in vars(getattr(config, section)).items()
+    }
     values = {
         name: plain(value)
         for name, value in own.items()
@@ -70,7 +79,8 @@ def transformer_fields(config: Config, extra: bool = True) -> dict[str, object]:
     values |= {"bf16": dtype == "bf16", "params_dtype": dtype, "pipeline_dtype": dtype}
     values |= {"deterministic_mode": config.trainer.deterministic}
     if config.parallel.virtual_pipeline_model_parallel_size:
-        # batched messages silently mix activations up with the interleaved schedule on two stages (0.16 and 0.19)
+        # batched messages silently mix activations up with the interleaved schedule on two stages
+        # (0.16 and 0.19)
         values["batch_p2p_comm"] = False
     return values | ARCHITECTURE | (config.model.extra if extra else {})
 
@@ -94,7 +104,9 @@ def _source() -> dict[str, ast.AnnAssign] | None:
     for name in SOURCES:
         for node in ast.parse((root / name).read_text()).body:
             if isinstance(node, ast.ClassDef) and node.name in CLASSES:
-                fields |= {line.target.id: line for line in node.body if isinstance(line, ast.AnnAssign)}
+                fields |= {
+                    line.target.id: line for line in node.body if isinstance(line, ast.AnnAssign)
+                }
     return fields
 
 
@@ -146,7 +158,9 @@ def _parts(kind: ast.expr) -> tuple[str, list[ast.expr]]:
     """A type's name and what stands in its brackets."""
     if not isinstance(kind, ast.Subscript):
         return getattr(kind, "id", ""), []
-    return getattr(kind.value, "id", ""), kind.slice.elts if isinstance(kind.slice, ast.Tuple) else [kind.slice]
+    return getattr(kind.value, "id", ""), kind.slice.elts if isinstance(
+        kind.slice, ast.Tuple
+    ) else [kind.slice]
 
 
 def _value(node: ast.expr | None) -> object:

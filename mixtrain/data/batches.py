@@ -1,7 +1,7 @@
 """Microbatches of one rank, in Megatron's order.
 
-The rule it keeps: the samples of a step depend on how many samples were consumed and on nothing of the layout, so that
-a run goes on with the same data at any number of ranks.
+The rule it keeps: the samples of a step depend on how many samples were consumed and on nothing of
+the layout, so that a run goes on with the same data at any number of ranks.
 """
 
 from collections.abc import Iterator
@@ -30,12 +30,19 @@ class Batches:
     ):  # fmt: skip
         if global_batch_size % (micro_batch_size * dp_size):
             raise UserError(
-                f"trainer.global_batch_size = {global_batch_size} must be a multiple of trainer.micro_batch_size = "
-                f"{micro_batch_size} times the data-parallel size {dp_size}"
+                f"trainer.global_batch_size = {global_batch_size} must be a multiple of"
+                f" trainer.micro_batch_size = {micro_batch_size} times the data-parallel size"
+                f" {dp_size}"
             )
-        self.dataset, self.start, self.name, self.num_workers = dataset, start, name, num_workers
-        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.dp_rank, self.dp_size, self.vocab_size = dp_rank, dp_size, vocab_size
+        self.dataset = dataset
+        self.start = start
+        self.name = name
+        self.num_workers = num_workers
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        self.dp_rank = dp_rank
+        self.dp_size = dp_size
+        self.vocab_size = vocab_size
 
     def __len__(self) -> int:
         """Microbatches that one iter() yields."""
@@ -49,10 +56,13 @@ class Batches:
                 batch_sampler=self._indices(),
                 num_workers=self.num_workers,
                 collate_fn=_collate,
-                generator=torch.Generator(),  # else every iter() takes a number from the run's own random stream
+                # else every iter() takes a number from the run's own random stream
+                generator=torch.Generator(),
             )
         else:
-            microbatches = (_collate([self.dataset[i] for i in indices]) for indices in self._indices())
+            microbatches = (
+                _collate([self.dataset[i] for i in indices]) for indices in self._indices()
+            )
         for indices, microbatch in zip(self._indices(), microbatches, strict=True):
             self._refuse_unknown_tokens(indices, microbatch)
             yield {**microbatch, IDS: sample_ids(self.dataset, indices)}
@@ -65,16 +75,22 @@ class Batches:
             begin = first + i * across
             yield list(range(begin, begin + self.micro_batch_size))
 
-    def _refuse_unknown_tokens(self, indices: list[int], microbatch: dict[str, torch.Tensor]) -> None:
+    def _refuse_unknown_tokens(
+        self, indices: list[int], microbatch: dict[str, torch.Tensor]
+    ) -> None:
         """An id outside the embedding is an index error on a CPU, and on a GPU a fault with no name."""
         for key in ("tokens", "labels"):
             for row, index in zip(microbatch[key], indices, strict=True):
                 low, high = (int(bound) for bound in row.aminmax())
                 if low < 0 or high >= self.vocab_size:
-                    found, advice = (low, "the file is damaged") if low < 0 else (high, f"use at least {high + 1}")
+                    found, advice = (
+                        (low, "the file is damaged")
+                        if low < 0
+                        else (high, f"use at least {high + 1}")
+                    )
                     raise UserError(
-                        f"{self._part_of(index)}: {self.name} sample {index} holds token id {found}, "
-                        f"but model.vocab_size = {self.vocab_size}; {advice}"
+                        f"{self._part_of(index)}: {self.name} sample {index} holds token id"
+                        f" {found}, but model.vocab_size = {self.vocab_size}; {advice}"
                     )
 
     def _part_of(self, index: int) -> str:
@@ -93,9 +109,11 @@ def sample_ids(dataset, indices: list[int]) -> torch.Tensor:
     """[len(indices), 2]: what samples are, in whatever order: part of the blend, sample before it was shuffled."""
     found = []
     for index in indices:
-        part, of_part = 0, dataset
+        part = 0
+        of_part = dataset
         if hasattr(dataset, "datasets"):
             part = int(dataset.dataset_index[index])
-            of_part, index = dataset.datasets[part], int(dataset.dataset_sample_index[index])
+            of_part = dataset.datasets[part]
+            index = int(dataset.dataset_sample_index[index])
         found.append((part, int(of_part.shuffle_index[index])))
     return torch.tensor(found, dtype=torch.int64).view(-1, 2)

@@ -1,7 +1,8 @@
 """What is wrong with the data a configuration names, found before torch is imported.
 
-The rule it keeps: nothing heavy on import, and no token is read; every problem found is reported, and each names the
-file or key and both numbers. Sizes, headers and JSON take milliseconds, every entry of an index seconds for 10^8.
+The rule it keeps: nothing heavy on import, and no token is read; every problem found is reported,
+and each names the file or key and both numbers. Sizes, headers and JSON take milliseconds, every
+entry of an index seconds for 10^8.
 """
 
 import os
@@ -11,7 +12,13 @@ from typing import NotRequired, TypedDict
 
 from mixtrain.config.data_blend import named_twice, parse_blend, split_ranges, split_weights
 from mixtrain.data.index import Index, entries_problem, read_index
-from mixtrain.data.tokenizer import instead, tokenizer_eod_id, tokenizer_files, tokenizer_sha256, tokenizer_vocab_size
+from mixtrain.data.tokenizer import (
+    instead,
+    tokenizer_eod_id,
+    tokenizer_files,
+    tokenizer_sha256,
+    tokenizer_vocab_size,
+)
 from mixtrain.errors import UserError
 from mixtrain.system import untrusted_json
 from mixtrain.system.untrusted_json import Count, InvalidJson, Name
@@ -53,7 +60,9 @@ def check_files(
     return problems + _tokenizer_problems(tokenizer_dir, vocab_size)
 
 
-def _index_problems(prefix: str, split: str | None, samples, seq_length: int, every_entry: bool) -> list[str]:
+def _index_problems(
+    prefix: str, split: str | None, samples, seq_length: int, every_entry: bool
+) -> list[str]:
     """What is wrong with the index, or, where nothing is, with how the split cuts its documents."""
     try:
         index = read_index(prefix)
@@ -84,8 +93,11 @@ def _split_problems(prefix: str, index: Index, split: str, samples, seq_length: 
         f'data.split = "{split}" gives {name} {tokens or "no"} token{"s" * (tokens > 1)} of {prefix} ({end - begin} of '
         f"its {index.sequences} {index.parts}), but {wanted} samples are wanted, and one takes data.seq_length + 1 = "
         f"{seq_length + 1}; give it a larger share, as in data.split='90,5,5', or {_without(name, split)}"
-        for name, (begin, end), wanted in zip(SPLITS, split_ranges(index.sequences, split), samples, strict=True)
-        if wanted and (tokens := (index.offset(end) - index.offset(begin)) // index.token_bytes) <= seq_length
+        for name, (begin, end), wanted in zip(
+            SPLITS, split_ranges(index.sequences, split), samples, strict=True
+        )
+        if wanted
+        and (tokens := (index.offset(end) - index.offset(begin)) // index.token_bytes) <= seq_length
     ]
 
 
@@ -105,7 +117,8 @@ def _sidecar_problems(prefix: str, tokenizer_dir: Path | None, vocab_size: int) 
         facts = untrusted_json.read(path, Facts)
     except InvalidJson as error:
         return [f"{error}; it is not a description written by tools/preprocess_data.py"]
-    highest, sha256 = facts["max_token_id"], facts["tokenizer_sha256"]
+    highest = facts["max_token_id"]
+    sha256 = facts["tokenizer_sha256"]
     problems = []
     if highest >= vocab_size:
         problems.append(
@@ -115,15 +128,18 @@ def _sidecar_problems(prefix: str, tokenizer_dir: Path | None, vocab_size: int) 
     if tokenizer_dir is not None and (Path(tokenizer_dir) / "tokenizer.json").is_file():
         if tokenizer_sha256(tokenizer_dir) != sha256:
             problems.append(
-                f"{path}: the data was made by another tokenizer ({facts.get('tokenizer')}, sha256 {sha256[:12]}) than "
-                f"data.tokenizer = {tokenizer_dir} (sha256 {tokenizer_sha256(tokenizer_dir)[:12]})"
+                f"{path}: the data was made by another tokenizer ({facts.get('tokenizer')}, sha256"
+                f" {sha256[:12]}) than data.tokenizer = {tokenizer_dir} (sha256"
+                f" {tokenizer_sha256(tokenizer_dir)[:12]})"
             )
     return problems
 
 
 def _tokenizer_problems(tokenizer_dir: Path | None, vocab_size: int) -> list[str]:
     if tokenizer_dir is None:
-        return ["data.tokenizer is not set; give the tokenizer directory that the data was made with"]
+        return [
+            "data.tokenizer is not set; give the tokenizer directory that the data was made with"
+        ]
     if not Path(tokenizer_dir).is_dir():
         return [f"data.tokenizer = {instead(Path(tokenizer_dir))}"]
     try:
@@ -134,7 +150,7 @@ def _tokenizer_problems(tokenizer_dir: Path | None, vocab_size: int) -> list[str
         return [f"data.tokenizer: {problem}" for problem in error.problems]
     if size > vocab_size:
         return [
-            f"data.tokenizer = {tokenizer_dir} has {size} tokens, more than model.vocab_size = {vocab_size}; "
-            f"use at least {size}"
+            f"data.tokenizer = {tokenizer_dir} has {size} tokens, more than model.vocab_size ="
+            f" {vocab_size}; use at least {size}"
         ]
     return []

@@ -43,10 +43,16 @@ def pieces(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
                 yield piece, len(piece)
             return
         if is_pointer(path):
-            raise UserError(f"{path}: a Git LFS pointer, its content was not fetched; type git lfs pull there")
-        if path.is_file() and not path.stat().st_size:  # gzip and Zstandard would take it for an empty text
-            raise UserError(f"{path}: no byte is in it, and a {path.suffix} file has some; fetch it anew")
-        stream, before = COMPRESSED[path.suffix.lower()](file), 0
+            raise UserError(
+                f"{path}: a Git LFS pointer, its content was not fetched; type git lfs pull there"
+            )
+        # gzip and Zstandard would take it for an empty text
+        if path.is_file() and not path.stat().st_size:
+            raise UserError(
+                f"{path}: no byte is in it, and a {path.suffix} file has some; fetch it anew"
+            )
+        stream = COMPRESSED[path.suffix.lower()](file)
+        before = 0
         while piece := _read(stream, path, size):
             after = file.tell() if file.seekable() else before
             yield piece, after - before
@@ -63,4 +69,8 @@ def _read(stream, path: Path, size: int) -> bytes:
 
 def read(path: Path) -> bytes:
     """All that a file holds. Raises as `pieces` does."""
-    return b"".join(piece for piece, _ in pieces(path, 1 << 24)) if is_compressed(path.name) else path.read_bytes()
+    return (
+        b"".join(piece for piece, _ in pieces(path, 1 << 24))
+        if is_compressed(path.name)
+        else path.read_bytes()
+    )

@@ -14,7 +14,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypedDict
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from mixtrain.data.proof_texts import proof_texts
 from mixtrain.errors import Fault, UserError
@@ -22,7 +31,8 @@ from mixtrain.system import partial, untrusted_json
 from mixtrain.system.untrusted_json import LARGE, Count
 
 SPACE = "\u2581"  # sentencepiece's character for a space
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's types of pieces
+# sentencepiece's types of pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 BPE = 2  # its model_type
 WRITTEN = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
 SHOWN = 60  # characters of a text that the two readers encode otherwise
@@ -52,16 +62,22 @@ def convert(file: Path, out_dir: Path) -> int:
     UserError, or Fault if the disk ends it; then there is no directory.
     """
     if not file.is_file():
-        raise UserError(f"{file}: no such file; a sentencepiece model (tokenizer.model) or a tekken.json is converted")
+        raise UserError(
+            f"{file}: no such file; a sentencepiece model (tokenizer.model) or a tekken.json is"
+            " converted"
+        )
     if out_dir.exists():
         raise UserError(f"{out_dir} is there already; give a new directory")
     read = from_tekken if file.suffix == ".json" else from_sentencepiece
     made, special, reference = read(file)
     if bos := special.get("bos_token"):
-        made.post_processor = processors.TemplateProcessing([bos, "$A"], special_tokens=[(bos, made.token_to_id(bos))])
+        made.post_processor = processors.TemplateProcessing(
+            [bos, "$A"], special_tokens=[(bos, made.token_to_id(bos))]
+        )
     _prove(file, made, reference)
     settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",  # LlamaTokenizer: transformers 5 would build another one
+        # LlamaTokenizer: transformers 5 would build another one
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": "bos_token" in special,  # for transformers 4
         "add_eos_token": False,
         **special,
@@ -75,8 +91,11 @@ def convert(file: Path, out_dir: Path) -> int:
         try:
             made.save(str(writing / "tokenizer.json"))
             if read is from_sentencepiece:
-                shutil.copyfile(file, writing / "tokenizer.model")  # llama.cpp has the scores from there alone
-            (writing / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+                # llama.cpp has the scores from there alone
+                shutil.copyfile(file, writing / "tokenizer.model")
+            (writing / "tokenizer_config.json").write_text(
+                json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+            )
             writing.chmod(0o755)
             writing.rename(out_dir)
         except OSError as error:
@@ -89,11 +108,12 @@ def convert(file: Path, out_dir: Path) -> int:
 def _prove(file: Path, made: Tokenizer, reference: Callable[[str], list[int]]) -> None:
     made.encode_special_tokens = True
     for text in proof_texts():
-        here, there = made.encode(text, add_special_tokens=False).ids, reference(text)
+        here = made.encode(text, add_special_tokens=False).ids
+        there = reference(text)
         if here != there:
             raise UserError(
-                f"{file} cannot be converted exactly: {text[:SHOWN]!r} would be {here[:8]} ..., and its own library"
-                f" gives {there[:8]} ...; nothing was written"
+                f"{file} cannot be converted exactly: {text[:SHOWN]!r} would be {here[:8]} ...,"
+                f" and its own library gives {there[:8]} ...; nothing was written"
             )
     made.encode_special_tokens = False
 
@@ -112,8 +132,8 @@ def from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[
     model = layout.ModelProto.FromString(processor.serialized_model_proto())
     if wrong := list(_not_as_mistral(model)):
         raise UserError(
-            f"{file}: {', '.join(wrong)}; only a byte-pair model with byte fallback and plain spaces, as Mistral's and"
-            " Llama's, can be converted exactly"
+            f"{file}: {', '.join(wrong)}; only a byte-pair model with byte fallback and plain"
+            " spaces, as Mistral's and Llama's, can be converted exactly"
         )
     pieces = [piece.piece for piece in model.pieces]
     made = Tokenizer(
@@ -122,17 +142,29 @@ def from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[
             unk_token=pieces[processor.unk_id()], fuse_unk=True, byte_fallback=True,
         )
     )  # fmt: skip
-    made.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    made.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
-    special = [piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)]
-    made.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
+    made.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    special = [
+        piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    made.add_special_tokens(
+        [AddedToken(piece, normalized=False, special=True) for piece in special]
+    )
     return made, _named(processor, pieces), processor.encode
 
 
 def _not_as_mistral(model: Any) -> Iterator[str]:
-    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    trainer = model.trainer_spec
+    normalizer = model.normalizer_spec
     if trainer.model_type != BPE:
         yield "its model_type is not BPE"
     if not trainer.byte_fallback:
@@ -150,20 +182,26 @@ def _not_as_mistral(model: Any) -> Iterator[str]:
 def _merges(pieces: Iterable) -> Iterator[tuple[str, str]]:
     """Every pair of pieces that make another, in the order in which sentencepiece merges them.
 
-    By the score of what they make. Runs of spaces all have one score: then by place, which is also the published order.
+    By the score of what they make. Runs of spaces all have one score: then by place, which is also
+    the published order.
     """
     numbers = {piece.piece: number for number, piece in enumerate(pieces) if piece.type == NORMAL}
     found = []
     for piece, number in numbers.items():
         for cut in range(1, len(piece)):
-            left, right = numbers.get(piece[:cut]), numbers.get(piece[cut:])
+            left = numbers.get(piece[:cut])
+            right = numbers.get(piece[cut:])
             if left is not None and right is not None:
                 found.append((-pieces[number].score, number, left, right))
     return ((pieces[left].piece, pieces[right].piece) for *_, left, right in sorted(found))
 
 
 def _named(processor: Any, pieces: list[str]) -> dict[str, str]:
-    ids = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(), "unk_token": processor.unk_id()}
+    ids = {
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "unk_token": processor.unk_id(),
+    }
     return {name: pieces[number] for name, number in ids.items() if number >= 0}
 
 
@@ -176,8 +214,11 @@ def from_tekken(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[[str], 
     tekken = _library("mistral_common.tokens.tokenizers.tekken", "mistral-common", file)
     try:
         reference = tekken.Tekkenizer.from_file(file)
-    except Exception as error:  # whatever its parts make of it: AssertionError, ValueError, KeyError
-        raise UserError(f"{file}: mistral-common cannot read it ({type(error).__name__}: {error})") from None
+    # whatever its parts make of it: AssertionError, ValueError, KeyError
+    except Exception as error:
+        raise UserError(
+            f"{file}: mistral-common cannot read it ({type(error).__name__}: {error})"
+        ) from None
     special = content["config"]["default_num_special_tokens"]
     names = [reference.id_to_piece(number) for number in range(special)]
     ranks = _ranks(content, content["config"]["default_vocab_size"] - special)
@@ -205,7 +246,8 @@ def _merges_by_rank(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
     found = []
     for token, rank in ranks.items():
         for cut in range(1, len(token)):
-            left, right = ranks.get(token[:cut]), ranks.get(token[cut:])
+            left = ranks.get(token[:cut])
+            right = ranks.get(token[cut:])
             if left is not None and right is not None:
                 found.append((rank, left, right, _shown(token[:cut]), _shown(token[cut:])))
     return [(left, right) for *_, left, right in sorted(found)]
@@ -229,4 +271,6 @@ def _library(module: str, package: str, file: Path) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:
-        raise UserError(f"{file}: {package} is needed to convert it ({error}); type: pip install {package}") from None
+        raise UserError(
+            f"{file}: {package} is needed to convert it ({error}); type: pip install {package}"
+        ) from None

@@ -1,7 +1,8 @@
 """Megatron-Core's data sets, built for a run, and what is worth knowing about them.
 
-The rule it keeps: every sample comes from Megatron's own GPTDataset by way of its builder; what its builder would hang
-on or accept in silence (an empty split, a short blend, an index of other data) is refused here first.
+The rule it keeps: every sample comes from Megatron's own GPTDataset by way of its builder; what its
+builder would hang on or accept in silence (an empty split, a short blend, an index of other data)
+is refused here first.
 """
 
 import contextlib
@@ -26,9 +27,10 @@ DOCUMENTS_AT_ONCE = 1024  # read together when tokens are counted
 class TokenizerFacts:
     """All that a GPTDataset asks of a tokenizer.
 
-    Not Megatron's own tokenizer object: with that, a GPTDataset masks the loss of every token equal to the padding
-    token (for many published tokenizers a real one), and where the first sample it reads holds one, at that place in
-    every later sample too, because the mask it caches is the one it changes. Our data holds no padding.
+    Not Megatron's own tokenizer object: with that, a GPTDataset masks the loss of every token equal
+    to the padding token (for many published tokenizers a real one), and where the first sample it
+    reads holds one, at that place in every later sample too, because the mask it caches is the one
+    it changes. Our data holds no padding.
     """
 
     vocab_size: int
@@ -58,14 +60,24 @@ def build(
         config = _config(None, None, seq_length, seed, tokenizer, path_to_cache)
     elif kind == "indexed":
         problems = check_files(
-            data_path, tokenizer_dir, vocab_size, split, samples, seq_length=seq_length, every_entry=_rank() == 0
+            data_path,
+            tokenizer_dir,
+            vocab_size,
+            split,
+            samples,
+            seq_length=seq_length,
+            every_entry=_rank() == 0,
         )
         if problems := first_of_all_ranks(problems):
             raise UserError(*problems)
         tokenizer = TokenizerFacts(
-            tokenizer_vocab_size(tokenizer_dir), tokenizer_eod_id(tokenizer_dir), tokenizer_sha256(tokenizer_dir)
+            tokenizer_vocab_size(tokenizer_dir),
+            tokenizer_eod_id(tokenizer_dir),
+            tokenizer_sha256(tokenizer_dir),
         )
-        config = _config(data_path, split, seq_length, seed, tokenizer, _index_cache(data_path, path_to_cache))
+        config = _config(
+            data_path, split, seq_length, seed, tokenizer, _index_cache(data_path, path_to_cache)
+        )
     else:
         raise UserError(f"data.kind = {kind} is not mock or indexed")
     datasets = _build(config, samples)
@@ -109,9 +121,10 @@ def _config(data_path, split, seq_length: int, seed: int, tokenizer: TokenizerFa
 def _index_cache(data_path: list[str], path_to_cache: Path | None) -> Path:
     """Where the sample index of exactly these documents belongs.
 
-    Megatron names a cached index by path, seed, split and number of samples, and not by what the files hold: without
-    the directory below, data made anew under an old name would be read through the index of the old data. The index
-    depends on the lengths of the documents alone, so they are what is hashed, by one rank for all.
+    Megatron names a cached index by path, seed, split and number of samples, and not by what the
+    files hold: without the directory below, data made anew under an old name would be read through
+    the index of the old data. The index depends on the lengths of the documents alone, so they are
+    what is hashed, by one rank for all.
     """
     prefixes, _ = parse_blend(data_path)
     name = [None]
@@ -123,12 +136,18 @@ def _index_cache(data_path: list[str], path_to_cache: Path | None) -> Path:
         name = [digest.hexdigest()[:12]]
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(name, src=0)
-    home = Path(path_to_cache) if path_to_cache is not None else Path(prefixes[0]).parent / "index_cache"
+    home = (
+        Path(path_to_cache)
+        if path_to_cache is not None
+        else Path(prefixes[0]).parent / "index_cache"
+    )
     return home / name[0]
 
 
 def _build(config, samples: tuple[int, int, int]) -> list:
-    from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
     from megatron.core.datasets.gpt_dataset import GPTDataset, MockGPTDataset
 
     for i, wanted in enumerate(samples):
@@ -144,8 +163,8 @@ def _build(config, samples: tuple[int, int, int]) -> list:
             root = root.__cause__
         if isinstance(root, (ValueError, EOFError)):  # what numpy.load says of a file cut short
             raise UserError(
-                f"{config.path_to_cache}: a sample index there cannot be read ({root}), as after a run that was killed "
-                "while it wrote it; remove the directory, it is made again"
+                f"{config.path_to_cache}: a sample index there cannot be read ({root}), as after a"
+                " run that was killed while it wrote it; remove the directory, it is made again"
             ) from error
         if not isinstance(root, OSError):
             raise
@@ -161,7 +180,9 @@ def _process_group_for(config):
     if config.blend is None or len(config.blend[0]) == 1 or torch.distributed.is_initialized():
         yield
         return
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     try:
         yield
     finally:
@@ -171,8 +192,9 @@ def _process_group_for(config):
 def _require(dataset, name: str, wanted: int) -> None:
     if len(dataset) < wanted:  # a blend without weights reads each part once at most
         raise UserError(
-            f"data.data_path without weights reads each data set once at most, which gives {len(dataset)} {name} "
-            f"samples, but {wanted} are wanted; give every prefix a weight, and they repeat"
+            "data.data_path without weights reads each data set once at most, which gives"
+            f" {len(dataset)} {name} samples, but {wanted} are wanted; give every prefix a weight,"
+            " and they repeat"
         )
 
 
@@ -185,13 +207,20 @@ def parts_of(dataset) -> list[tuple[object, float]]:
     if not hasattr(dataset, "datasets"):
         return [(dataset, 1.0)]
     total = sum(dataset.weights)
-    return [(part, weight / total) for part, weight in zip(dataset.datasets, dataset.weights, strict=True)]
+    return [
+        (part, weight / total)
+        for part, weight in zip(dataset.datasets, dataset.weights, strict=True)
+    ]
 
 
 def _parts(data) -> str:
     """What the entries of a part's data are: Megatron's own tool may have written several sequences a document."""
     bounds = getattr(data, "document_indices", None)  # mock data have none
-    return "documents" if bounds is None or len(bounds) - 1 == len(data.sequence_lengths) else "sequences"
+    return (
+        "documents"
+        if bounds is None or len(bounds) - 1 == len(data.sequence_lengths)
+        else "sequences"
+    )
 
 
 def _describe(dataset, name: str, wanted: int, seq_length: int) -> list[str]:
@@ -203,13 +232,14 @@ def _describe(dataset, name: str, wanted: int, seq_length: int) -> list[str]:
         source = f" of {Path(part.dataset_path).name}" if part.dataset_path else ""
         epochs = samples * seq_length / tokens
         lines.append(
-            f"data: {name}: {samples:,} samples of {seq_length:,} tokens from {len(part.indices):,} "
-            f"{_parts(part.dataset)}{source}, {tokens:,} tokens: {epochs:.3g} epochs"
+            f"data: {name}: {samples:,} samples of {seq_length:,} tokens from"
+            f" {len(part.indices):,} {_parts(part.dataset)}{source}, {tokens:,} tokens:"
+            f" {epochs:.3g} epochs"
         )
         if epochs > 1 and not part.config.mock:
             lines.append(
-                f"warning: data: {name}: the same {tokens:,} tokens{source} are read {epochs:.3g} times; "
-                f"{tokens // seq_length:,} samples are one epoch"
+                f"warning: data: {name}: the same {tokens:,} tokens{source} are read {epochs:.3g}"
+                f" times; {tokens // seq_length:,} samples are one epoch"
             )
     return lines
 
@@ -222,7 +252,8 @@ def unigram_entropy(dataset) -> tuple[float, int] | None:
     """
     if dataset is None or any(part.config.mock for part, _ in parts_of(dataset)):
         return None
-    frequencies, tokens = numpy.zeros(0), 0
+    frequencies = numpy.zeros(0)
+    tokens = 0
     for part, share in parts_of(dataset):
         counts = _token_counts(part)
         size = max(len(counts), len(frequencies))
@@ -236,7 +267,9 @@ def unigram_entropy(dataset) -> tuple[float, int] | None:
 def _token_counts(part) -> numpy.ndarray:
     counts = numpy.zeros(0, numpy.int64)
     for start in range(0, len(part.indices), DOCUMENTS_AT_ONCE):
-        documents = [part.dataset.get(int(i)) for i in part.indices[start : start + DOCUMENTS_AT_ONCE]]
+        documents = [
+            part.dataset.get(int(i)) for i in part.indices[start : start + DOCUMENTS_AT_ONCE]
+        ]
         more = numpy.bincount(numpy.concatenate(documents), minlength=len(counts))
         more[: len(counts)] += counts
         counts = more

@@ -8,13 +8,19 @@ from pathlib import Path
 
 from mixtrain.errors import UserError
 
-POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that Git LFS puts in the place of another
-SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")  # what save_to_disk leaves in a directory
+# how the file begins that Git LFS puts in the place of another
+POINTER = b"version https://git-lfs.github.com/spec/"
+# what save_to_disk leaves in a directory
+SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
 # what lies beside the data of a repository and is none
-BESIDE = re.compile(r"(readme|licen[cs]e|notice|citation|changelog|contributing)[\w-]*(\.(md|txt|rst|cff|bib))?", re.I)
+BESIDE = re.compile(
+    r"(readme|licen[cs]e|notice|citation|changelog|contributing)[\w-]*(\.(md|txt|rst|cff|bib))?",
+    re.I,
+)
 INFOS = "dataset_infos.json"  # what `datasets` once kept beside them
 CARD = re.compile(
-    r"^(configs|dataset_info|task_categories|task_ids|size_categories|annotations_creators):", re.MULTILINE
+    r"^(configs|dataset_info|task_categories|task_ids|size_categories|annotations_creators):",
+    re.MULTILINE,
 )
 
 
@@ -28,19 +34,27 @@ def walk(root: Path, suffixes: tuple[str, ...] = ()) -> list[str]:
         raise UserError(f"{root} is not a directory")
     names = []
     for folder, subfolders, files in os.walk(root, onerror=refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".") and name != "__pycache__"]
+        subfolders[:] = [
+            name for name in subfolders if not name.startswith(".") and name != "__pycache__"
+        ]
         for name in files:
             if not name.startswith(".") and (not suffixes or name.endswith(suffixes)):
                 names.append((Path(folder) / name).relative_to(root).as_posix())
     if not names:
-        raise UserError(f"{root}: no file{' that ends in ' + ' or '.join(suffixes) if suffixes else ''} there")
+        raise UserError(
+            f"{root}: no file{' that ends in ' + ' or '.join(suffixes) if suffixes else ''} there"
+        )
     return sorted(names)
 
 
 def without(root: Path, names: list[str], patterns: Iterable[str]) -> list[str]:
     """The names that fit none of the patterns, whole or by their last part. UserError for a pattern that none fits."""
     for pattern in patterns:
-        left = [name for name in names if not fnmatch(name, pattern) and not fnmatch(Path(name).name, pattern)]
+        left = [
+            name
+            for name in names
+            if not fnmatch(name, pattern) and not fnmatch(Path(name).name, pattern)
+        ]
         if len(left) == len(names):
             raise UserError(f"{root}: no file there fits --exclude {pattern}; leave it out")
         names = left

@@ -14,21 +14,23 @@ import numpy
 
 from mixtrain.data.datasets import parts_of
 
-PROBES, PROBE = (
-    64,
-    1 << 16,
-)  # places of a .bin that are looked at, and bytes at each: all of a terabyte would take hours
+# places of a .bin that are looked at, and bytes at each: all of a terabyte would take hours
+PROBES = 64
+PROBE = 1 << 16
 DIGITS = 16
-ORDER = ("document_index", "sample_index", "shuffle_index")  # Megatron's arrays: epochs, samples, their order
+# Megatron's arrays: epochs, samples, their order
+ORDER = ("document_index", "sample_index", "shuffle_index")
 
 
 def fingerprint(dataset: Any) -> dict[str, str]:
     """{"documents": ..., "order": ...} of a training data set, in hexadecimal digits.
 
-    `documents` are the files of its parts and their weights; `order` is that in which samples are made and drawn from
-    them, which also follows from seed, split, sequence length and the number of epochs.
+    `documents` are the files of its parts and their weights; `order` is that in which samples are
+    made and drawn from them, which also follows from seed, split, sequence length and the number of
+    epochs.
     """
-    documents, order = hashlib.sha256(), hashlib.sha256()
+    documents = hashlib.sha256()
+    order = hashlib.sha256()
     for part, share in parts_of(dataset):
         config = part.config
         documents.update(f"{share:.9f} ".encode())
@@ -61,7 +63,8 @@ def difference(before: dict[str, str], now: dict[str, str]) -> str | None:
         return "the documents are others (the files, or their weights in data.data_path)"
     if before.get("order") != now["order"]:
         return (
-            "the same documents come in another order: seed, data.split and data.seq_length must be as they were, and"
-            " trainer.max_steps and the batch size must ask for as many epochs"
+            "the same documents come in another order: seed, data.split and data.seq_length must"
+            " be as they were, and trainer.max_steps and the batch size must ask for as many"
+            " epochs"
         )
     return None

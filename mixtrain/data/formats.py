@@ -1,7 +1,7 @@
 """What a name given as input is read as: by its suffix, and a directory by what lies in it.
 
-The rule it keeps: a suffix means in a directory what it means for a file, and no file is read as what it may not be,
-or left out, unless the user has said so.
+The rule it keeps: a suffix means in a directory what it means for a file, and no file is read as
+what it may not be, or left out, unless the user has said so.
 """
 
 import glob
@@ -22,7 +22,9 @@ FORMAT_OF_SUFFIX = {
 # fmt: on
 TABLES = (".parquet", ".arrow")  # no text is in these, and they are never compressed as a whole
 # names by which `datasets` tells that not all of the files are for training
-OTHER_SPLIT = re.compile(r"(^|[-._/ \d])(validation|valid|dev|val|test|testing|eval|evaluation)([-._/ \d]|$)")
+OTHER_SPLIT = re.compile(
+    r"(^|[-._/ \d])(validation|valid|dev|val|test|testing|eval|evaluation)([-._/ \d]|$)"
+)
 
 
 def suffix_of(name: str) -> str:
@@ -51,13 +53,22 @@ def matching(name: str) -> list[str]:
 
 def detect_format(name: str) -> str:
     """What `auto` means for what is no directory: a file by its suffix, and any other name a data set."""
-    files = matching(name) or ([name] if Path(name).exists() else [])  # a pipe is no file, but can be read
+    # a pipe is no file, but can be read
+    files = matching(name) or ([name] if Path(name).exists() else [])
     kinds = {format_of(file): file for file in files}
     if None in kinds:
-        file, known = kinds[None], f"{' '.join(FORMAT_OF_SUFFIX)}, or one of text with {' '.join(COMPRESSED)} behind it"
-        raise UserError(f"{file}: no format goes with the suffix {Path(file).suffix!r} ({known}); give --input-format")
+        file = kinds[None]
+        known = (
+            f"{' '.join(FORMAT_OF_SUFFIX)}, or one of text with {' '.join(COMPRESSED)} behind it"
+        )
+        raise UserError(
+            f"{file}: no format goes with the suffix {Path(file).suffix!r} ({known}); give"
+            " --input-format"
+        )
     if len(kinds) > 1:
-        raise UserError(f"{name}: {' and '.join(kinds.values())} are not of one format; give a narrower pattern")
+        raise UserError(
+            f"{name}: {' and '.join(kinds.values())} are not of one format; give a narrower pattern"
+        )
     if kinds:
         return next(iter(kinds))
     if format_of(name) or name.startswith((".", "/", "~")):
@@ -70,7 +81,8 @@ def detect_in_directory(
 ) -> tuple[str, list[str]]:
     """(what `auto` means for a directory, the files to read in order of their names).
 
-    A mixture, of which some file would be read as what it may not be, or not at all, is a UserError.
+    A mixture, of which some file would be read as what it may not be, or not at all, is a
+    UserError.
     """
     if saved_by_datasets(path):
         return "datasets", []
@@ -83,14 +95,21 @@ def detect_in_directory(
     unknown = [name for name in data if not format_of(name)]
     out = f"*{Path(unknown[0]).suffix or Path(unknown[0]).name}" if unknown else "*.md"
     say = (
-        f"say what to read: --suffix .txt, --exclude '{out}', a pattern as in '{path}/**/*.jsonl', or"
-        " --input-format directory, which takes all of it for text"
+        f"say what to read: --suffix .txt, --exclude '{out}', a pattern as in '{path}/**/*.jsonl',"
+        " or --input-format directory, which takes all of it for text"
     )
     if has_card(path) and not records:
-        raise UserError(f"{path}/README.md describes a data set, and there is no file of records; {say}")
+        raise UserError(
+            f"{path}/README.md describes a data set, and there is no file of records; {say}"
+        )
     if not data:
-        raise UserError(f"{path}: there is only {names[0]}, which lies beside data; give its path if it is the text")
-    if any(suffix_of(name) in TABLES for name in data if format_of(name)) or (records and has_card(path)):
+        raise UserError(
+            f"{path}: there is only {names[0]}, which lies beside data; give its path if it is the"
+            " text"
+        )
+    if any(suffix_of(name) in TABLES for name in data if format_of(name)) or (
+        records and has_card(path)
+    ):
         return "datasets", names  # which sees to it that no file is left out
     if unknown:
         more = f" and {len(unknown) - 1:,} more" * (len(unknown) > 1)
@@ -108,7 +127,9 @@ def _chosen(path: Path, names: list[str]) -> str:
     """How files are read that the user has chosen by their suffix: each as its suffix says, text if it says nothing."""
     kinds = {format_of(name) or "text": name for name in reversed(names)}
     if "datasets" in kinds and len(kinds) > 1:
-        raise UserError(f"{path}: {' and '.join(kinds.values())} are not of one kind; give fewer suffixes")
+        raise UserError(
+            f"{path}: {' and '.join(kinds.values())} are not of one kind; give fewer suffixes"
+        )
     return "directory" if kinds.keys() == {"text"} else min(kinds)  # datasets or jsonl
 
 
@@ -118,6 +139,7 @@ def of_one_kind(path: Path, names: list[str], kind: str) -> list[str]:
     others = [name for name in names if format_of(name) not in (kind, None)]
     if others:
         raise UserError(
-            f"{path}/{others[0]} is no {kind} by its suffix; leave it out with --exclude '*{Path(others[0]).suffix}'"
+            f"{path}/{others[0]} is no {kind} by its suffix; leave it out with --exclude"
+            f" '*{Path(others[0]).suffix}'"
         )
     return names

@@ -1,7 +1,7 @@
 """Megatron-Core's .idx files: what they say, and whether every entry of one is right.
 
-The rule it keeps: nothing heavy on import, and no entry is believed that was not looked at. A wrong entry is named by
-file, sequence, document and byte, before a data set opens the file.
+The rule it keeps: nothing heavy on import, and no entry is believed that was not looked at. A wrong
+entry is named by file, sequence, document and byte, before a data set opens the file.
 """
 
 import bisect
@@ -12,8 +12,9 @@ from pathlib import Path
 
 from mixtrain.errors import UserError
 
-# The .idx layout is that of megatron/core/datasets/indexed_dataset.py: magic, version, dtype code, number of sequences,
-# number of document boundaries; then lengths (int32) and byte offsets (int64) of the sequences, and boundaries (int64).
+# The .idx layout is that of megatron/core/datasets/indexed_dataset.py: magic, version, dtype code,
+# number of sequences, number of document boundaries; then lengths (int32) and byte offsets (int64)
+# of the sequences, and boundaries (int64).
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 # fmt: off
@@ -72,7 +73,8 @@ def read_index(prefix: str) -> Index:
 
     Raises UserError.
     """
-    idx, bin_ = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    idx = Path(f"{prefix}.idx")
+    bin_ = Path(f"{prefix}.bin")
     missing = [str(path) for path in (bin_, idx) if not path.is_file()]
     if missing:
         without = re.sub(r"\.(bin|idx)$", "", prefix)
@@ -82,32 +84,51 @@ def read_index(prefix: str) -> Index:
     with open(idx, "rb") as stream:
         header = stream.read(HEADER.size)
     if len(header) < HEADER.size or not header.startswith(MAGIC):
-        raise UserError(f"{idx}: not a Megatron index, it starts with {header[:9]!r} instead of {MAGIC!r}")
+        raise UserError(
+            f"{idx}: not a Megatron index, it starts with {header[:9]!r} instead of {MAGIC!r}"
+        )
     _, version, code, sequences, boundaries = HEADER.unpack(header)
     if version != 1 or code not in BYTES_OF_DTYPE:
-        raise UserError(f"{idx}: version {version}, token type {code}; version 1 with whole numbers is read")
+        raise UserError(
+            f"{idx}: version {version}, token type {code}; version 1 with whole numbers is read"
+        )
     wanted = HEADER.size + 12 * sequences + 8 * boundaries
     if idx_bytes != wanted:
-        raise UserError(f"{idx}: {idx_bytes:,} bytes, but its header ({sequences:,} sequences) makes it {wanted:,}")
+        raise UserError(
+            f"{idx}: {idx_bytes:,} bytes, but its header ({sequences:,} sequences) makes it"
+            f" {wanted:,}"
+        )
     if not sequences:
         raise UserError(f"{idx}: an empty data set, it has no sequence")
     if not boundaries:
-        raise UserError(f"{idx}: no document boundary; an index of {sequences:,} sequences has two or more")
-    return _with_last_entry(Index(idx, sequences, boundaries, BYTES_OF_DTYPE[code], bin_.stat().st_size), bin_)
+        raise UserError(
+            f"{idx}: no document boundary; an index of {sequences:,} sequences has two or more"
+        )
+    return _with_last_entry(
+        Index(idx, sequences, boundaries, BYTES_OF_DTYPE[code], bin_.stat().st_size), bin_
+    )
 
 
 def _with_last_entry(index: Index, bin_: Path) -> Index:
     """The index, if the .bin ends where its last entry says."""
     last = index.sequences - 1
-    length, offset = index._number(index.at_length(last), "<i"), index.offset(last)
+    length = index._number(index.at_length(last), "<i")
+    offset = index.offset(last)
     if length < 0 or offset < 0:
         at = index.at_length(last) if length < 0 else index.at_offset(last)
-        raise UserError(f"{index.path}: the last sequence has {length:,} tokens from byte {offset:,} on (byte {at:,})")
+        raise UserError(
+            f"{index.path}: the last sequence has {length:,} tokens from byte {offset:,} on (byte"
+            f" {at:,})"
+        )
     bin_bytes = offset + length * index.token_bytes
     if index.bin_bytes != bin_bytes:
-        raise UserError(f"{bin_}: {index.bin_bytes:,} bytes, but by {index.path} it should have {bin_bytes:,}")
+        raise UserError(
+            f"{bin_}: {index.bin_bytes:,} bytes, but by {index.path} it should have {bin_bytes:,}"
+        )
     if not bin_bytes:
-        raise UserError(f"{bin_}: an empty data set, its {index.sequences} {index.parts} have no token")
+        raise UserError(
+            f"{bin_}: an empty data set, its {index.sequences} {index.parts} have no token"
+        )
     return index
 
 
@@ -130,19 +151,22 @@ def _boundary_problem(index: Index) -> str | None:
             wrong[0] = values[0] != 0
         if wrong.any():
             place = int(wrong.argmax())
-            number, value = first + place, int(values[place])
+            number = first + place
+            value = int(values[place])
             before = int(values[place - 1]) if place else before
             rule = "the first must be 0" if number == 0 else f"the one before it is {before:,}"
             if value > index.sequences:
                 rule = f"there are {index.sequences:,} sequences"
             at = index.at_boundary(number)
-            return f"{index.path}: document boundary {number:,} (byte {at:,}) is {value:,}, but {rule}"
+            return (
+                f"{index.path}: document boundary {number:,} (byte {at:,}) is {value:,}, but {rule}"
+            )
         before = int(values[-1])
     if before != index.sequences:
         at = index.at_boundary(index.boundaries - 1)
         return (
-            f"{index.path}: the last document boundary (byte {at:,}) is {before:,}, but there are {index.sequences:,} "
-            "sequences"
+            f"{index.path}: the last document boundary (byte {at:,}) is {before:,}, but there are"
+            f" {index.sequences:,} sequences"
         )
     return None
 
@@ -159,7 +183,11 @@ def _sequence_problem(index: Index) -> str | None:
         wrong = (lengths < 0) | (offsets != begins) | (ends > index.bin_bytes)
         if wrong.any():
             place = int(wrong.argmax())
-            return _words(index, first + place, *(int(array[place]) for array in (lengths, offsets, begins, ends)))
+            return _words(
+                index,
+                first + place,
+                *(int(array[place]) for array in (lengths, offsets, begins, ends)),
+            )
         end = int(ends[-1])
     return None
 
@@ -172,8 +200,14 @@ def _words(index: Index, sequence: int, length: int, offset: int, begin: int, en
         return f"{here} has {length:,} tokens (byte {index.at_length(sequence):,}); 0 is the least"
     if offset != begin:
         before = f"the one before it ends at {begin:,}" if sequence else "the first begins at 0"
-        return f"{here} begins at byte {offset:,} {whole} (byte {index.at_offset(sequence):,}), but {before}"
-    return f"{here} has {length:,} tokens (byte {index.at_length(sequence):,}) and so ends at byte {end:,} {whole}"
+        return (
+            f"{here} begins at byte {offset:,} {whole} (byte {index.at_offset(sequence):,}),"
+            f" but {before}"
+        )
+    return (
+        f"{here} has {length:,} tokens (byte {index.at_length(sequence):,}) and so ends at"
+        f" byte {end:,} {whole}"
+    )
 
 
 def _blocks(index: Index, count: int, *arrays: tuple[int, str]):
@@ -190,5 +224,7 @@ def _blocks(index: Index, count: int, *arrays: tuple[int, str]):
                 stream.seek(position + first * numpy.dtype(kind).itemsize)
                 blocks.append(numpy.fromfile(stream, kind, min(BLOCK, count - first)))
             if any(len(block) < min(BLOCK, count - first) for block in blocks):
-                raise UserError(f"{index.path}: the file was cut while it was read; is it still being written?")
+                raise UserError(
+                    f"{index.path}: the file was cut while it was read; is it still being written?"
+                )
             yield first, blocks

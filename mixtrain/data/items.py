@@ -12,7 +12,9 @@ from mixtrain.data.compressed import read
 from mixtrain.data.directory import POINTER
 from mixtrain.system import untrusted_json
 
-BLOCK_ITEMS, BLOCK_BYTES = 256, 1 << 20  # of a block, at most (but a single item may be larger)
+# of a block, at most (but a single item may be larger)
+BLOCK_ITEMS = 256
+BLOCK_BYTES = 1 << 20
 KEYS_SHOWN = 8  # of a JSON line that lacks the one asked for
 
 
@@ -43,7 +45,8 @@ class Item:
                 text = _json_text(self.content, self.json_key)
             elif isinstance(self.content, Path):
                 text = _file_text(self.content)
-            elif isinstance(self.content, bytes):  # a column of a parquet file that nobody marked as text
+            # a column of a parquet file that nobody marked as text
+            elif isinstance(self.content, bytes):
                 text = self.content.decode("utf-8-sig")
             else:
                 text = self.content
@@ -95,12 +98,14 @@ class Items:
 
 
 def in_blocks(items: Iterable[Item]) -> Iterator[Items]:
-    block, size = [], 0
+    block = []
+    size = 0
     for item in items:
         block.append(item)
         size += len(item.content) if isinstance(item.content, (str, bytes)) else item.size
         if len(block) >= BLOCK_ITEMS or size >= BLOCK_BYTES:
             yield Items(block)
-            block, size = [], 0
+            block = []
+            size = 0
     if block:
         yield Items(block)

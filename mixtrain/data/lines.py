@@ -10,7 +10,8 @@ from mixtrain.data.directory import POINTER
 from mixtrain.data.items import Item
 from mixtrain.errors import UserError
 
-BLOCK = 1 << 18  # bytes of a block, about: enough to keep a worker busy for longer than it takes to hand it over
+# bytes of a block, about: enough to keep a worker busy for longer than it takes to hand it over
+BLOCK = 1 << 18
 
 
 @dataclass
@@ -46,7 +47,10 @@ class JsonLines:
 
     def blocks(self) -> Iterator[Lines]:
         """Raises UserError where the file cannot be read, or is no file of JSON lines."""
-        rest, number, size = [], 1, 0  # `rest` is the beginning of a line, in pieces
+        # `rest` is the beginning of a line, in pieces
+        rest = []
+        number = 1
+        size = 0
         try:
             for piece, taken in pieces(self.path, BLOCK):
                 if number == 1 and not rest:
@@ -56,9 +60,13 @@ class JsonLines:
                 if not end:
                     rest.append(piece)
                     continue
-                lines = Lines(self._name, number, b"".join([*rest, piece[:end]]), self.json_key, size)
+                lines = Lines(
+                    self._name, number, b"".join([*rest, piece[:end]]), self.json_key, size
+                )
                 yield lines
-                rest, size, number = [piece[end:]] if piece[end:] else [], 0, number + lines.data.count(b"\n")
+                rest = [piece[end:]] if piece[end:] else []
+                size = 0
+                number = number + lines.data.count(b"\n")
         except OSError as error:
             raise UserError(f"{self.path}: {error.strerror or error}") from error
         if rest:
@@ -74,12 +82,19 @@ class JsonLines:
     def _refuse(self, beginning: bytes) -> None:
         """What the first bytes show to be another kind of file."""
         if beginning.startswith(POINTER):
-            raise UserError(f"{self.path}: a Git LFS pointer, its content was not fetched; type git lfs pull there")
+            raise UserError(
+                f"{self.path}: a Git LFS pointer, its content was not fetched; type git lfs pull"
+                " there"
+            )
         for begins, suffix in BEGINS.items():
             if beginning.startswith(begins):
-                raise UserError(f"{self.path} begins as a {suffix} file does; give it a name that ends in {suffix}")
+                raise UserError(
+                    f"{self.path} begins as a {suffix} file does; give it a name that ends in"
+                    f" {suffix}"
+                )
         if beginning.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             raise UserError(
-                f"{self.path} begins with a JSON array, and JSON lines are objects with the key {self.json_key!r};"
-                " if the array holds the documents, type --input-format datasets"
+                f"{self.path} begins with a JSON array, and JSON lines are objects with the key"
+                f" {self.json_key!r}; if the array holds the documents, type --input-format"
+                " datasets"
             )

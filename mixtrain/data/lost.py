@@ -7,7 +7,9 @@ from mixtrain.data.items import Unreadable
 from mixtrain.errors import UserError
 
 NAMED = 10  # that are printed by name; all of them are counted
-SHARE, FEW = 0.01, 2  # of the items may be unreadable; or so many, where they are less than half of them
+# of the items may be unreadable; or so many, where they are less than half of them
+SHARE = 0.01
+FEW = 2
 
 
 @dataclass
@@ -16,7 +18,8 @@ class Lost:
 
     empty: int = 0
     unreadable: int = 0
-    named: list[tuple[str, str]] = field(default_factory=list)  # (a line, what it is said once of, or "")
+    # (a line, what it is said once of, or "")
+    named: list[tuple[str, str]] = field(default_factory=list)
     first: str = ""  # of the unreadable
 
     def add_empty(self, name: str) -> None:
@@ -57,6 +60,7 @@ class Lost:
         if self.unreadable > allowed:
             enough = math.ceil(100 * self.unreadable / items) / 100
             raise UserError(
-                f"{self.unreadable:,} of {items:,} documents cannot be read, and {allowed:,} may be left out; the first"
-                f" is {self.first}; to leave so many out, type --max-unreadable {enough:g}"
+                f"{self.unreadable:,} of {items:,} documents cannot be read, and {allowed:,} may"
+                f" be left out; the first is {self.first}; to leave so many out, type"
+                f" --max-unreadable {enough:g}"
             )

@@ -37,7 +37,8 @@ from mixtrain.errors import Fault, UserError
 from mixtrain.system import partial
 from mixtrain.system.rank_identity import die_with
 
-WRITTEN = {"data.bin", "data.idx", "data.json", "tokenizer"}  # in the directory of what is not complete
+# in the directory of what is not complete
+WRITTEN = {"data.bin", "data.idx", "data.json", "tokenizer"}
 
 
 class How(NamedTuple):
@@ -53,8 +54,10 @@ class Chunk:
     """What a worker makes of some items: token ids of the documents that survived, and what was wrong with the rest."""
 
     size: int = 0  # of the input, in the unit of its source
-    ids: numpy.ndarray = field(default_factory=lambda: numpy.empty(0, numpy.int32))  # of all documents, one by one
-    lengths: array = field(default_factory=lambda: array("i"))  # tokens per document, the end-of-document one included
+    # of all documents, one by one
+    ids: numpy.ndarray = field(default_factory=lambda: numpy.empty(0, numpy.int32))
+    # tokens per document, the end-of-document one included
+    lengths: array = field(default_factory=lambda: array("i"))
     lost: Lost = field(default_factory=Lost)
     spelled: Spelled = field(default_factory=Spelled)
 
@@ -84,7 +87,9 @@ def preprocess(
         partial.clear(writing, WRITTEN)
         try:
             if trained_dir is not None:
-                with Progress("training the tokenizer", source.total(), source.unit, log) as progress:
+                with Progress(
+                    "training the tokenizer", source.total(), source.unit, log
+                ) as progress:
                     train_bpe(_texts(source, progress), train_vocab_size, writing / "tokenizer")
             from_dir = tokenizer_dir or writing / "tokenizer"
             how = How(from_dir, tokenizer_eod_id(from_dir), parse_special_tokens)
@@ -96,7 +101,9 @@ def preprocess(
         except OSError as error:
             raise Fault(partial.words(prefix, writing, error)) from error
         except BrokenProcessPool:
-            raise Fault("a worker was killed, perhaps for want of memory; nothing was written") from None
+            raise Fault(
+                "a worker was killed, perhaps for want of memory; nothing was written"
+            ) from None
         finally:
             partial.remove(made or [writing])
     return facts
@@ -107,9 +114,17 @@ def _refuse_existing(prefix: Path, trained_dir: Path | None, overwrite: bool) ->
     outputs += [trained_dir] if trained_dir is not None else []
     existing = [str(path) for path in outputs if path.exists()]
     if existing and not overwrite:
-        raise UserError(f"{existing[0]} exists already; give another prefix, or --overwrite to replace it")
-    if trained_dir is not None and trained_dir.exists() and not (trained_dir / "tokenizer.json").is_file():
-        raise UserError(f"{trained_dir} is no tokenizer directory, so it is not replaced; give another prefix")
+        raise UserError(
+            f"{existing[0]} exists already; give another prefix, or --overwrite to replace it"
+        )
+    if (
+        trained_dir is not None
+        and trained_dir.exists()
+        and not (trained_dir / "tokenizer.json").is_file()
+    ):
+        raise UserError(
+            f"{trained_dir} is no tokenizer directory, so it is not replaced; give another prefix"
+        )
 
 
 def _texts(source, progress: Progress) -> Iterator[str]:
@@ -136,15 +151,22 @@ def _publish(writing: Path, prefix: Path, trained_dir: Path | None) -> None:
 
 def _write(source, prefix: Path, how: How, workers: int, max_unreadable: float | None, log) -> dict:
     """Tokenize every item into prefix.bin and prefix.idx, and return their description."""
-    vocab_size, lost, spelled = tokenizer_vocab_size(how.tokenizer), Lost(), Spelled()
+    vocab_size = tokenizer_vocab_size(how.tokenizer)
+    lost = Lost()
+    spelled = Spelled()
     facts = {"documents": 0, "tokens": 0, "empty": 0, "unreadable": 0, "max_token_id": 0}
-    with Writer(prefix, vocab_size) as writer, Progress("tokenizing", source.total(), source.unit, log) as progress:
+    with (
+        Writer(prefix, vocab_size) as writer,
+        Progress("tokenizing", source.total(), source.unit, log) as progress,
+    ):
         for chunk in _tokenized(source, how, workers):
             lost.add(chunk.lost, progress)
             spelled.join(chunk.spelled)
             writer.add(chunk.ids, chunk.lengths)
             facts["max_token_id"] = max(facts["max_token_id"], int(chunk.ids.max(initial=0)))
-            progress.advance(chunk.size, f"{writer.documents:,} documents, {writer.tokens:,} tokens")
+            progress.advance(
+                chunk.size, f"{writer.documents:,} documents, {writer.tokens:,} tokens"
+            )
         if spelled.texts:
             progress.complain(spelled.words(how.parse_special_tokens))
         facts |= {"documents": writer.documents, "tokens": writer.tokens}
@@ -156,8 +178,16 @@ def _write(source, prefix: Path, how: How, workers: int, max_unreadable: float |
             )
         lost.refuse_too_many(writer.documents, max_unreadable)
         bin_sha256 = writer.finish()
-    facts |= {"parse_special_tokens": how.parse_special_tokens, "spell_special_tokens": spelled.texts}
-    facts |= {"vocab_size": vocab_size, "eod_id": how.eod_id, "dtype": writer.dtype.__name__, "bin_sha256": bin_sha256}
+    facts |= {
+        "parse_special_tokens": how.parse_special_tokens,
+        "spell_special_tokens": spelled.texts,
+    }
+    facts |= {
+        "vocab_size": vocab_size,
+        "eod_id": how.eod_id,
+        "dtype": writer.dtype.__name__,
+        "bin_sha256": bin_sha256,
+    }
     return {**facts, "tokenizer_sha256": tokenizer_sha256(how.tokenizer)}
 
 
@@ -167,14 +197,16 @@ def _tokenized(source, how: How, workers: int) -> Iterator[Chunk]:
         _start_worker(how)
         yield from map(_tokenize, source.blocks())
         return
-    # spawn, not fork: the caller may hold threads (torch, gloo) whose locks a forked child would find taken for ever
+    # spawn, not fork: the caller may hold threads (torch, gloo) whose locks a forked child would
+    # find taken for ever
     context = multiprocessing.get_context("spawn")
     waiting: collections.deque[Future] = collections.deque()
     with ProcessPoolExecutor(workers, context, _start_process, (os.getpid(), how)) as pool:
         try:
             for block in source.blocks():
                 waiting.append(pool.submit(_tokenize, block))
-                if len(waiting) >= 4 * workers:  # bounds what is in memory, however large the source
+                # bounds what is in memory, however large the source
+                if len(waiting) >= 4 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
@@ -186,10 +218,12 @@ _worker: dict = {}  # this process's tokenizer, end-of-document id and pattern o
 
 
 def _start_process(parent: int, how: How) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # Slurm sends it to every process: the parent ends the workers,
+    # Slurm sends it to every process: the parent ends the workers,
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # and says what there is to say about Ctrl-C
     die_with(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker: the workers are the parallelism
+    # one thread a worker: the workers are the parallelism
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _start_worker(how)
 
 
@@ -200,7 +234,8 @@ def _start_worker(how: How) -> None:
 
 def _tokenize(items: Iterable[Item]) -> Chunk:
     """The tokens of a block's documents (see items.py)."""
-    chunk, texts = Chunk(items.size), []
+    chunk = Chunk(items.size)
+    texts = []
     for item in items:
         try:
             text = item.text()

@@ -1,6 +1,7 @@
 """How far preprocessing is: a bar on a terminal, a line now and then elsewhere.
 
-The rule it keeps: everything goes to stderr (or to the log given), so that stdout holds the result alone.
+The rule it keeps: everything goes to stderr (or to the log given), so that stdout holds the result
+alone.
 """
 
 import sys
@@ -15,7 +16,10 @@ class Progress:
     """Shows how much of the input was read, as a context manager. Where `log` is None it prints to stderr."""
 
     def __init__(self, doing: str, total: int | None, unit: str, log=None):
-        self.doing, self.total, self.unit, self.done = doing, total, unit, 0
+        self.doing = doing
+        self.total = total
+        self.unit = unit
+        self.done = 0
         self.log = log or (lambda line: print(line, file=sys.stderr, flush=True))
         self.bar = _bar() if log is None and sys.stderr.isatty() else None
         self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
@@ -37,7 +41,10 @@ class Progress:
             self.bar.update(self.task, completed=self.done, note=note)
         elif time.monotonic() >= self.next_line:
             of = f" of {self.total:,}" if self.total is not None else ""
-            self.log(f"preprocess: {self.doing}, {self.done:,}{of} {self.unit}" + (f": {note}" if note else ""))
+            self.log(
+                f"preprocess: {self.doing}, {self.done:,}{of} {self.unit}"
+                + (f": {note}" if note else "")
+            )
             self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
     def complain(self, line: str) -> None:

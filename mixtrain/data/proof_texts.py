@@ -17,8 +17,19 @@ WORDS = (
     "emoji 🙂👩‍👩‍👧",
     "e\u0301o\u0308",
 )
-LINES = ("def f(x):", "    if x > 1:", "\treturn [x] * 3", "        # no\u00a0break", "", "    else:\t", "  pass  ")
-CHARACTERS = "=-_#*.,:;!?/\\'\"()[]{}<>@%&|~^$+0189azAZ\n\t\r\u2581\u00a0\u2028\ufeff\u200d\x00\x7fé日🙂\U0010fffd"
+LINES = (
+    "def f(x):",
+    "    if x > 1:",
+    "\treturn [x] * 3",
+    "        # no\u00a0break",
+    "",
+    "    else:\t",
+    "  pass  ",
+)
+CHARACTERS = (
+    "=-_#*.,:;!?/\\'\"()[]{}<>@%&|~^$+0189azAZ\n"
+    "\t\r\u2581\u00a0\u2028\ufeff\u200d\x00\x7fé日🙂\U0010fffd"
+)
 
 
 def proof_texts() -> list[str]:
@@ -35,7 +46,15 @@ def _texts() -> Iterator[str]:
         yield f"x {character}{character} y"
         yield character * 17
     for word in WORDS:
-        yield from (word, f" {word}", f"{word} ", f"  {word}  {word}", word * 9, f"\u2581{word}", f"{word}\n\n\t{word}")
+        yield from (
+            word,
+            f" {word}",
+            f"{word} ",
+            f"  {word}  {word}",
+            word * 9,
+            f"\u2581{word}",
+            f"{word}\n\n\t{word}",
+        )
     for number in (0, 7, 42, 1999, 3.14159, 10**12, 123456789.5e-3):
         yield f"{number}"
         yield f"{number:,} = {number!r}\t{number};"

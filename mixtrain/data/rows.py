@@ -1,6 +1,7 @@
 """Rows of a Hugging Face data set: the files they are in, and the part of them that a split takes.
 
-The rule it keeps: no file beside the data is left out in silence, and a slice is cut where `datasets` cuts it.
+The rule it keeps: no file beside the data is left out in silence, and a slice is cut where
+`datasets` cuts it.
 """
 
 import re
@@ -29,9 +30,10 @@ def load_rows(
 ) -> tuple[object, int | None]:
     """(one column of a split, its number of rows where it is known).
 
-    Of a file, of the `files` that a pattern stands for, a directory (`names`: what is in it, but for what the user
-    leaves out), or a name of the hub; streamed, where it would be copied into a cache first. `split` is a name or what
-    datasets.ReadInstruction reads; None is train. Raises UserError.
+    Of a file, of the `files` that a pattern stands for, a directory (`names`: what is in it, but
+    for what the user leaves out), or a name of the hub; streamed, where it would be copied into a
+    cache first. `split` is a name or what datasets.ReadInstruction reads; None is train. Raises
+    UserError.
     """
     try:
         import datasets
@@ -41,14 +43,18 @@ def load_rows(
     try:
         parts, data_files = _open(datasets, name, subset, files, names)
         if split is None:
-            split = next(iter(parts)) if len(parts) == 1 and saved_by_datasets(Path(name)) else "train"
+            split = (
+                next(iter(parts)) if len(parts) == 1 and saved_by_datasets(Path(name)) else "train"
+            )
         wanted = _wanted(datasets, name, split, parts, data_files)
         columns = {part: _columns(parts[part]) for part, _, _ in wanted}
         for part, there in columns.items():
             if column not in there:
                 shown = ", ".join(there) or "no row"
                 raise UserError(f"{name}: no column {column!r} in split {part!r}; there is {shown}")
-        cuts = [_cut(parts[part].select_columns([column]), begin, end) for part, begin, end in wanted]
+        cuts = [
+            _cut(parts[part].select_columns([column]), begin, end) for part, begin, end in wanted
+        ]
         rows = cuts[0] if len(cuts) == 1 else datasets.concatenate_datasets(cuts)
     except UserError:
         raise
@@ -69,7 +75,10 @@ def reason(error: Exception) -> str:
 
 def _way_out(error: Exception) -> str:
     if "zstd" in str(error):
-        return "; type --input-format jsonl if they are files of JSON lines, or unpack them with zstd -d"
+        return (
+            "; type --input-format jsonl if they are files of JSON lines, or unpack them with"
+            " zstd -d"
+        )
     return ""
 
 
@@ -86,7 +95,9 @@ def _open(
         if isinstance(loaded, datasets.DatasetDict):
             return dict(loaded), {}
         own = str(loaded.split)
-        return {own if re.fullmatch(r"\w+", own) and loaded.split is not None else "train": loaded}, {}
+        return {
+            own if re.fullmatch(r"\w+", own) and loaded.split is not None else "train": loaded
+        }, {}
     if single:
         kind, given = _builder(name, files or [name])
         builder = datasets.load_dataset_builder(kind, data_files={"train": files or name}, **given)
@@ -94,10 +105,15 @@ def _open(
         builder = datasets.load_dataset_builder(name, subset)
         if path.is_dir():
             _refuse_left_out(path, builder, names)
-    data_files = {str(part): [str(file) for file in found] for part, found in (builder.config.data_files or {}).items()}
+    data_files = {
+        str(part): [str(file) for file in found]
+        for part, found in (builder.config.data_files or {}).items()
+    }
     for file in (file for found in data_files.values() for file in found):
         if is_pointer(Path(file)):
-            raise UserError(f"{file}: a Git LFS pointer, its content was not fetched; type git lfs pull there")
+            raise UserError(
+                f"{file}: a Git LFS pointer, its content was not fetched; type git lfs pull there"
+            )
     return {str(part): rows for part, rows in builder.as_streaming_dataset().items()}, data_files
 
 
@@ -105,9 +121,15 @@ def _builder(name: str, files: list[str]) -> tuple[str, dict]:
     """What `datasets` calls the format of the files, and what it has to be told of it."""
     builders = {_kind(Path(file.lower())): file for file in files}
     if None in builders:
-        raise UserError(f"{builders[None]}: as a file of a data set it must end in {' or '.join(BUILDER_OF_SUFFIX)}")
+        raise UserError(
+            f"{builders[None]}: as a file of a data set it must end in"
+            f" {' or '.join(BUILDER_OF_SUFFIX)}"
+        )
     if len(builders) > 1:
-        raise UserError(f"{name}: {' and '.join(builders.values())} are not of one format; give a narrower pattern")
+        raise UserError(
+            f"{name}: {' and '.join(builders.values())} are not of one format; give a narrower"
+            " pattern"
+        )
     kind = next(iter(builders))
     return ("csv", {"sep": "\t"}) if kind == "tsv" else (kind, {})
 
@@ -131,25 +153,31 @@ def _refuse_left_out(root: Path, builder, names: set[str] | None) -> None:
     taken = [name for name in there if (root / name).resolve() in used]
     if names is not None and (out := [name for name in taken if name not in names]):
         raise UserError(
-            f"{root}: --exclude would leave out {out[0]}, which belongs to the data set; say which files to read with"
-            f" a pattern, as in '{root}/**/*{Path(out[0]).suffix}'"
+            f"{root}: --exclude would leave out {out[0]}, which belongs to the data set; say which"
+            f" files to read with a pattern, as in '{root}/**/*{Path(out[0]).suffix}'"
         )
     left = [name for name in names or there if not lies_beside(name) and name not in set(taken)]
     if left:
         more = f" and {len(left) - 1} more files" if len(left) > 1 else ""
         one = min(used, default=root / "data" / "x.parquet")
         raise UserError(
-            f"{root}: {left[0]}{more} would be left out, `datasets` takes other files for the data; say so with"
-            f" --exclude, or which files to read with a pattern, as in '{root}/**/*{one.suffix}'"
+            f"{root}: {left[0]}{more} would be left out, `datasets` takes other files for the"
+            " data; say so with --exclude, or which files to read with a pattern, as in"
+            f" '{root}/**/*{one.suffix}'"
         )
 
 
-def _wanted(datasets, name: str, split: str, parts: dict, data_files: dict) -> list[tuple[str, int, int | None]]:
+def _wanted(
+    datasets, name: str, split: str, parts: dict, data_files: dict
+) -> list[tuple[str, int, int | None]]:
     """(split, first row, row after the last one or None for all) for each term of a split such as train[:10%]+test."""
     terms = [term.strip() for term in split.split("+")]
     unknown = [term for term in terms if re.split(r"[\[(]", term)[0] not in parts]
     if unknown:
-        raise UserError(f"{name}: no split {unknown[0]!r}; there is {', '.join(parts)}, or a part of one: {EXAMPLES}")
+        raise UserError(
+            f"{name}: no split {unknown[0]!r}; there is {', '.join(parts)}, or a part of one:"
+            f" {EXAMPLES}"
+        )
     if all(term in parts for term in terms):
         return [(term, 0, None) for term in terms]
     lengths = {part: None for part in parts}
@@ -158,10 +186,14 @@ def _wanted(datasets, name: str, split: str, parts: dict, data_files: dict) -> l
     try:
         found = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     except (ValueError, AssertionError) as error:
-        raise UserError(f"{name}: --split {split} cannot be read ({reason(error)}); as in {EXAMPLES}") from error
+        raise UserError(
+            f"{name}: --split {split} cannot be read ({reason(error)}); as in {EXAMPLES}"
+        ) from error
     for term, part in zip(terms, found, strict=True):
         if part.from_ >= part.to:
-            raise UserError(f"{name}: --split {term} takes no row of the {lengths[part.splitname]:,} in it")
+            raise UserError(
+                f"{name}: --split {term} takes no row of the {lengths[part.splitname]:,} in it"
+            )
     return [(part.splitname, part.from_, part.to) for part in found]
 
 
@@ -179,7 +211,11 @@ def _length(rows, files: list[str]) -> int:
 def _cut(rows, begin: int, end: int | None):
     if end is None:
         return rows
-    return rows.select(range(begin, end)) if hasattr(rows, "__len__") else rows.skip(begin).take(end - begin)
+    return (
+        rows.select(range(begin, end))
+        if hasattr(rows, "__len__")
+        else rows.skip(begin).take(end - begin)
+    )
 
 
 def _columns(rows) -> list[str]:

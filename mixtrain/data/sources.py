@@ -1,7 +1,7 @@
 """Where documents come from: a text file, a .jsonl, a directory, or a Hugging Face data set.
 
-The rule it keeps: a source streams small items in one fixed order, in blocks, and leaves to the workers what they can
-read themselves.
+The rule it keeps: a source streams small items in one fixed order, in blocks, and leaves to the
+workers what they can read themselves.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from mixtrain.data.directory import saved_by_datasets, walk, without
-from mixtrain.data.formats import detect_format, detect_in_directory, format_of, matching, of_one_kind
+from mixtrain.data.formats import (
+    detect_format,
+    detect_in_directory,
+    format_of,
+    matching,
+    of_one_kind,
+)
 from mixtrain.data.items import Item, Items, in_blocks
 from mixtrain.data.lines import JsonLines, Lines
 from mixtrain.data.rows import load_rows, reason
@@ -48,12 +54,16 @@ class Rows:
     unit: ClassVar[str] = "rows"
 
     def items(self) -> Iterator[Item]:
-        rows, number = iter(self.dataset), 0
+        rows = iter(self.dataset)
+        number = 0
         while True:
             try:
                 row = next(rows, None)
-            except Exception as error:  # the library raises a dozen types, with no base class of its own
-                raise UserError(f"{self.name}: `datasets` cannot read row {number}: {reason(error)}") from error
+            # the library raises a dozen types, with no base class of its own
+            except Exception as error:
+                raise UserError(
+                    f"{self.name}: `datasets` cannot read row {number}: {reason(error)}"
+                ) from error
             if row is None:
                 return
             yield Item(f"row {number}", row[self.column])
@@ -90,13 +100,15 @@ def open_source(
     exclude: tuple[str, ...] = (), split: str | None = None, column: str | None = None, subset: str | None = None,
 ):  # fmt: skip
     """The source meant by a name or a pattern, and a format. Raises UserError where nothing can be read there."""
-    path, of_rows = Path(name), {"split": split, "column": column, "subset": subset}
+    path = Path(name)
+    of_rows = {"split": split, "column": column, "subset": subset}
     if path.is_dir():
         kind, names = _in_directory(path, input_format, suffixes, exclude)
         if kind == "jsonl" and input_format == "auto" and not json_key and any(of_rows.values()):
             kind = "datasets"  # which reads these files as well
     else:
-        kind, names = detect_format(name) if input_format == "auto" else input_format, []
+        kind = detect_format(name) if input_format == "auto" else input_format
+        names = []
     _refuse_idle(name, kind, json_key, {"suffix": suffixes, "exclude": exclude}, of_rows)
     if kind == "datasets":
         chosen = [f"{name}/{file}" for file in names] if suffixes else matching(name)
@@ -104,10 +116,14 @@ def open_source(
         rows, length = load_rows(name, split, column or "text", subset, chosen, left)
         return Rows(rows, column or "text", name, length)
     if path.is_dir():
-        return _files(path, names, kind, json_key or "text", bool(suffixes) and input_format == "auto")
+        return _files(
+            path, names, kind, json_key or "text", bool(suffixes) and input_format == "auto"
+        )
     files = matching(name)
     if files and kind == "directory":
-        raise UserError(f"{name} is a pattern of files; leave --input-format directory out, or give a directory")
+        raise UserError(
+            f"{name} is a pattern of files; leave --input-format directory out, or give a directory"
+        )
     if not files and not path.exists():
         raise UserError(f"{name}: no such file or directory")
     if kind == "directory":
@@ -118,7 +134,9 @@ def open_source(
     return Files(Path(), files) if files else Files(path.parent, [path.name])
 
 
-def _in_directory(path: Path, kind: str, suffixes: tuple[str, ...], exclude: tuple[str, ...]) -> tuple[str, list[str]]:
+def _in_directory(
+    path: Path, kind: str, suffixes: tuple[str, ...], exclude: tuple[str, ...]
+) -> tuple[str, list[str]]:
     """(how a directory is read, the files of it that are read in this order)."""
     if kind == "auto":
         return detect_in_directory(path, suffixes, exclude)
@@ -130,7 +148,9 @@ def _in_directory(path: Path, kind: str, suffixes: tuple[str, ...], exclude: tup
     return kind, of_one_kind(path, names, kind) if kind == "jsonl" and not suffixes else names
 
 
-def _files(root: Path, names: list[str], kind: str, json_key: str, by_suffix: bool) -> Files | Several:
+def _files(
+    root: Path, names: list[str], kind: str, json_key: str, by_suffix: bool
+) -> Files | Several:
     """Files of a directory as one source: all of one kind, or each as its suffix says."""
     if kind == "directory":
         return Files(root, names)
@@ -143,13 +163,16 @@ def _files(root: Path, names: list[str], kind: str, json_key: str, by_suffix: bo
     )
 
 
-def _refuse_idle(name: str, kind: str, json_key: str | None, of_directories: dict, of_rows: dict) -> None:
+def _refuse_idle(
+    name: str, kind: str, json_key: str | None, of_directories: dict, of_rows: dict
+) -> None:
     """An option that the format does not read was meant for something."""
     saved = Path(name).is_dir() and saved_by_datasets(Path(name))
     for option in [option for option, value in of_directories.items() if value]:
         if saved or not Path(name).is_dir():
             raise UserError(
-                f"{name} is read as {kind}, and --{option} chooses among the files of a directory; leave it out"
+                f"{name} is read as {kind}, and --{option} chooses among the files of a directory;"
+                " leave it out"
             )
     if json_key is not None and kind != "jsonl":
         hint = f"; type --column {json_key}" if kind == "datasets" else "; leave it out"
@@ -159,4 +182,6 @@ def _refuse_idle(name: str, kind: str, json_key: str | None, of_directories: dic
         hint = "--input-format datasets" if kind == "jsonl" else "or leave it out"
         if given == ["column"] and kind == "jsonl":
             hint = f"--json-key {of_rows['column']}"
-        raise UserError(f"{name} is read as {kind}, and --{given[0]} is for the rows of a data set; type {hint}")
+        raise UserError(
+            f"{name} is read as {kind}, and --{given[0]} is for the rows of a data set; type {hint}"
+        )

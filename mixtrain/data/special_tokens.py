@@ -12,7 +12,9 @@ from mixtrain.errors import UserError
 from mixtrain.system import untrusted_json
 from mixtrain.system.untrusted_json import LARGE, whole
 
-CONFIG, MAP, TEMPLATE = "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+CONFIG = "tokenizer_config.json"
+MAP = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 DEFAULT = "default"  # of several chat templates
 Id = whole(0, 2**31 - 1)
@@ -73,8 +75,9 @@ def refuse_code(directory: Path) -> None:
     """UserError if the tokenizer is code of its own: what its ids are, tokenizer.json does not say."""
     if read(directory / CONFIG).get("auto_map"):
         raise UserError(
-            f"{directory / CONFIG}: auto_map: cannot read the tokenizer, which wants code of its own; no code that lies"
-            " beside a tokenizer is run. If tokenizer.json alone is meant, take auto_map out"
+            f"{directory / CONFIG}: auto_map: cannot read the tokenizer, which wants code of its"
+            " own; no code that lies beside a tokenizer is run. If tokenizer.json alone is meant,"
+            " take auto_map out"
         )
 
 
@@ -87,7 +90,11 @@ def chat_template(directory: Path) -> str | None:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     found = read(directory / CONFIG).get("chat_template")
-    return {each["name"]: each["template"] for each in found}.get(DEFAULT) if isinstance(found, list) else found
+    return (
+        {each["name"]: each["template"] for each in found}.get(DEFAULT)
+        if isinstance(found, list)
+        else found
+    )
 
 
 def ends_of_text(directory: Path) -> list[int]:

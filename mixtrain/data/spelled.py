@@ -15,11 +15,15 @@ class Spelled:
         self.first = self.first or f"`{token}` in {name}"
 
     def join(self, more: "Spelled") -> None:
-        self.texts, self.first = self.texts + more.texts, self.first or more.first
+        self.texts = self.texts + more.texts
+        self.first = self.first or more.first
 
     def words(self, parse: bool) -> str:
         """What is said of them."""
-        what = f"{self.texts:,} text{' spells' if self.texts == 1 else 's spell'} a special token (first: {self.first})"
+        what = (
+            f"{self.texts:,} text{' spells' if self.texts == 1 else 's spell'} a special token"
+            f" (first: {self.first})"
+        )
         if parse:
             return f"{what}, and it is one"
         return f"{what}, which stayed text; --parse-special-tokens makes it the token"

@@ -1,7 +1,7 @@
 """The default corpus: documentation and sources that every Python installation carries.
 
-The rule it keeps: which files, in which order, is fixed here, and what they hold is hashed, so that two runs that print
-the same sha256 were trained on the same text. Nothing is downloaded.
+The rule it keeps: which files, in which order, is fixed here, and what they hold is hashed, so that
+two runs that print the same sha256 were trained on the same text. Nothing is downloaded.
 """
 
 import contextlib
@@ -21,9 +21,9 @@ from mixtrain.system import untrusted_json
 from mixtrain.system.locks import holder, open_lock, sign
 from mixtrain.system.untrusted_json import Count
 
-# Present in Python 3.11, 3.12 and 3.13, in none of the packages that distributions split off (tkinter, venv, tests),
-# neither generated nor a table, and not announced for removal. pydoc_data/topics.py is the language reference, a
-# seventh of the whole; the rest are modules.
+# Present in Python 3.11, 3.12 and 3.13, in none of the packages that distributions split off
+# (tkinter, venv, tests), neither generated nor a table, and not announced for removal.
+# pydoc_data/topics.py is the language reference, a seventh of the whole; the rest are modules.
 NAMES = """
     _collections_abc.py _pydecimal.py _threading_local.py _weakrefset.py abc.py argparse.py ast.py
     asyncio/base_events.py asyncio/events.py asyncio/futures.py asyncio/locks.py asyncio/protocols.py
@@ -57,9 +57,10 @@ LAYOUT = "1"  # part of the cache key: count up when what prepare() writes chang
 def ordered_names() -> list[str]:
     """The files in the order in which they become documents: by the sha256 of their names.
 
-    Megatron cuts train, valid and test out of the documents in order, so the order decides what is validated on. By
-    this one, a split of 90,5,5 validates and tests on ordinary modules from all over the library (pickle, pdb and
-    asyncio; unittest.mock, shutil and multiprocessing), while the one giant file, topics.py, is trained on.
+    Megatron cuts train, valid and test out of the documents in order, so the order decides what is
+    validated on. By this one, a split of 90,5,5 validates and tests on ordinary modules from all
+    over the library (pickle, pdb and asyncio; unittest.mock, shutil and multiprocessing), while the
+    one giant file, topics.py, is trained on.
     """
     return sorted(NAMES, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
 
@@ -70,15 +71,18 @@ def corpus(root: Path | None = None) -> tuple[list[Path], int, str]:
     `root` is the directory of a standard library, by default this Python's.
     """
     root = Path(root or sysconfig.get_path("stdlib"))
-    digest, size, files = hashlib.sha256(), 0, []
+    digest = hashlib.sha256()
+    size = 0
+    files = []
     for name in ordered_names():
         path = root / name
         try:
             content = path.read_bytes()
         except OSError as error:
             raise UserError(
-                f"{path}: {error.strerror}; the text of data.kind = stdlib is this Python's standard library, and this "
-                "installation lacks a part of it: install that, or use data.kind = indexed with text of your own"
+                f"{path}: {error.strerror}; the text of data.kind = stdlib is this Python's"
+                " standard library, and this installation lacks a part of it: install that, or use"
+                " data.kind = indexed with text of your own"
             ) from error
         digest.update(f"{name} {len(content)}\n".encode() + content)
         size += len(content)
@@ -115,11 +119,15 @@ def prepare(cache_dir: Path, vocab_size: int, log=print) -> tuple[Path, Path]:
 
 def _build(home: Path, files: list[Path], vocab_size: int, log) -> None:
     partial = home.with_name(home.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a killed call: we hold the lock, so nobody writes it now
+    # left by a killed call: we hold the lock, so nobody writes it now
+    shutil.rmtree(partial, ignore_errors=True)
     root = Path(sysconfig.get_path("stdlib"))
     names = [path.relative_to(root).as_posix() for path in files]
-    # one worker: the tokenizer's own threads take a second or so, and a spawned pool would import __main__ again
-    preprocess(Files(root, names), partial / "text", train_vocab_size=vocab_size, workers=1, log=log)
+    # one worker: the tokenizer's own threads take a second or so, and a spawned pool would import
+    # __main__ again
+    preprocess(
+        Files(root, names), partial / "text", train_vocab_size=vocab_size, workers=1, log=log
+    )
     os.replace(partial, home)
 
 
@@ -136,7 +144,8 @@ def _locked(path: Path, log) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write and lock it: {error.strerror}; put the data cache elsewhere (data.path_to_cache)"
+            f"{path}: cannot write and lock it: {error.strerror}; put the data cache elsewhere"
+            " (data.path_to_cache)"
         ) from error
     try:
         with contextlib.suppress(OSError):  # a disk that is full: what is prepared will say so

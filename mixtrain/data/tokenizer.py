@@ -1,8 +1,9 @@
 """Tokenizer directories: training one, and asking one its vocabulary size and end-of-document id.
 
-The rule it keeps: a tokenizer is a Hugging Face directory (tokenizer.json, tokenizer_config.json), read here as JSON
-alone, so that a configuration is checked against it before torch or transformers is imported; and its vocabulary
-has the size that was asked for, never silently another one (the embedding is cut by it downstream).
+The rule it keeps: a tokenizer is a Hugging Face directory (tokenizer.json, tokenizer_config.json),
+read here as JSON alone, so that a configuration is checked against it before torch or transformers
+is imported; and its vocabulary has the size that was asked for, never silently another one (the
+embedding is cut by it downstream).
 """
 
 import hashlib
@@ -27,9 +28,11 @@ TOKENIZER_FILES = """
     tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model vocab.json merges.txt
     chat_template.jinja chat_template.json generation_config.json
 """.split()
-OWN_FILES = ("tokenizer.model*", "*.model.v*", "tekken*.json")  # Mistral's own, which tools/convert_tokenizer.py reads
+# Mistral's own, which tools/convert_tokenizer.py reads
+OWN_FILES = ("tokenizer.model*", "*.model.v*", "tekken*.json")
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}  # without one of them there is no tokenizer
+# without one of them there is no tokenizer
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
 class Added(TypedDict):
@@ -40,7 +43,8 @@ class Added(TypedDict):
 
 
 class Model(TypedDict):
-    vocab: NotRequired[dict[str, Id] | list[tuple[str, float]]]  # Unigram's: a token's id is its place
+    # Unigram's: a token's id is its place
+    vocab: NotRequired[dict[str, Id] | list[tuple[str, float]]]
     byte_fallback: NotRequired[bool | None]
 
 
@@ -56,8 +60,9 @@ class TokenizerJson(TypedDict):
 def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
     """Train a byte-level BPE on the texts and save it as a Hugging Face tokenizer directory.
 
-    Id 0 is `<|endoftext|>` and ids 1 to 256 are the bytes, so that every text can be encoded. The same texts give the
-    same bytes on disk. Raises UserError where the texts hold too few merges to fill the vocabulary.
+    Id 0 is `<|endoftext|>` and ids 1 to 256 are the bytes, so that every text can be encoded. The
+    same texts give the same bytes on disk. Raises UserError where the texts hold too few merges to
+    fill the vocabulary.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -79,8 +84,8 @@ def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
     reached = tokenizer.get_vocab_size(with_added_tokens=True)
     if reached != vocab_size:
         raise UserError(
-            f"the text is too small for a vocabulary of {vocab_size} tokens: it holds only {reached}; "
-            f"ask for at most {reached} or add text"
+            f"the text is too small for a vocabulary of {vocab_size} tokens: it holds only"
+            f" {reached}; ask for at most {reached} or add text"
         )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -92,7 +97,9 @@ def train_bpe(texts: Iterator[str], vocab_size: int, directory: Path) -> None:
         "clean_up_tokenization_spaces": False,  # else transformers 4 decodes to other spaces
         "model_max_length": 1 << 30,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps(settings, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def tokenizer_vocab_size(directory: Path) -> int:
@@ -102,11 +109,17 @@ def tokenizer_vocab_size(directory: Path) -> int:
 
 def tokenizer_eod_id(directory: Path) -> int:
     """The id of the token that ends a document: the tokenizer's eos_token, or UserError where it names none."""
-    ids, token = token_ids(directory), special_tokens(Path(directory)).get("eos_token")
+    ids = token_ids(directory)
+    token = special_tokens(Path(directory)).get("eos_token")
     if token is None:
-        raise UserError(f"{directory}: tokenizer_config.json names no eos_token, and a document must end with one")
+        raise UserError(
+            f"{directory}: tokenizer_config.json names no eos_token, and a document must end with"
+            " one"
+        )
     if token not in ids:
-        raise UserError(f"{directory}: eos_token {token!r} is not in the vocabulary of its tokenizer.json")
+        raise UserError(
+            f"{directory}: eos_token {token!r} is not in the vocabulary of its tokenizer.json"
+        )
     return ids[token]
 
 
@@ -123,7 +136,10 @@ def splits_as_gpt2(directory: Path) -> bool:
 def has_scores(directory: Path) -> bool:
     """Whether the scores of a tokenizer with byte fallback, which tokenizer.json leaves out, lie beside it."""
     content = untrusted_json.read(_tokenizer_json(directory), TokenizerJson, most=LARGE)
-    return not content.get("model", {}).get("byte_fallback") or (Path(directory) / "tokenizer.model").is_file()
+    return (
+        not content.get("model", {}).get("byte_fallback")
+        or (Path(directory) / "tokenizer.model").is_file()
+    )
 
 
 def tokenizer_sha256(directory: Path) -> str:
@@ -134,9 +150,10 @@ def tokenizer_sha256(directory: Path) -> str:
 def load_tokenizer(directory: Path, parse_special_tokens: bool = False):
     """The `tokenizers.Tokenizer` of the directory, as its tokenizer.json has it, for whole texts.
 
-    The one reader of it: transformers 5 builds some classes anew from the vocabulary and gives other ids. Text that
-    spells a special token stays text and ends no document, unless `parse_special_tokens`. What is put around a prompt
-    (add_special_tokens) its post_processor says: add_bos_token beside it is not read, as in transformers 5. UserError.
+    The one reader of it: transformers 5 builds some classes anew from the vocabulary and gives
+    other ids. Text that spells a special token stays text and ends no document, unless
+    `parse_special_tokens`. What is put around a prompt (add_special_tokens) its post_processor
+    says: add_bos_token beside it is not read, as in transformers 5. UserError.
     """
     from tokenizers import Tokenizer
 
@@ -152,14 +169,20 @@ def load_tokenizer(directory: Path, parse_special_tokens: bool = False):
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     named = dict.fromkeys(special_tokens(Path(directory)).values())
     tokenizer.add_special_tokens(
-        [token for token in named if token not in added and tokenizer.token_to_id(token) is not None]
+        [
+            token
+            for token in named
+            if token not in added and tokenizer.token_to_id(token) is not None
+        ]
     )
     return tokenizer
 
 
 def special_pattern(tokenizer) -> re.Pattern[str]:
     """What finds the first special token that a text spells."""
-    special = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special)
+    special = sorted(
+        token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special
+    )
     # backwards: of two with the same beginning the longer comes first
     return re.compile("|".join(map(re.escape, reversed(special))) or "(?!)")
 
@@ -176,26 +199,36 @@ def instead(given: Path) -> str:
     if given.is_file():
         if given.name == "tokenizer.json":
             return f"{given} is a file; give its directory, {given.parent}"
-        return f"{given} is a file, and a directory with a tokenizer.json is wanted; {_converted(given)}"
+        return (
+            f"{given} is a file, and a directory with a tokenizer.json is wanted;"
+            f" {_converted(given)}"
+        )
     if not given.is_dir():
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(given)) and not given.parent.is_dir():
             return (
-                f"{given}: no such directory; if it is a model of the hub, type: hf download {given} --include"
-                f" 'tokenizer*' --local-dir {given.name}  and give {given.name}"
+                f"{given}: no such directory; if it is a model of the hub, type: hf download"
+                f" {given} --include 'tokenizer*' --local-dir {given.name}  and give {given.name}"
             )
         return f"{given}: no such directory; give a Hugging Face tokenizer directory"
     if own := next((path for name in OWN_FILES for path in sorted(given.glob(name))), None):
         return f"{given}: no tokenizer.json there; {_converted(own)}"
     if (given / "vocab.json").is_file():
         command = (
-            f"from transformers import AutoTokenizer as T; T.from_pretrained('{given}').save_pretrained('{given}')"
+            "from transformers import AutoTokenizer as T;"
+            f" T.from_pretrained('{given}').save_pretrained('{given}')"
         )
-        return f'{given}: no tokenizer.json there; transformers makes it of vocab.json: python -c "{command}"'
+        return (
+            f"{given}: no tokenizer.json there; transformers makes it of vocab.json: python -c"
+            f' "{command}"'
+        )
     return f"{given}: no tokenizer.json there; give a Hugging Face tokenizer directory"
 
 
 def _converted(file: Path) -> str:
-    return f"type: python tools/convert_tokenizer.py {shlex.quote(str(file))} OUT_DIR  and give OUT_DIR"
+    return (
+        f"type: python tools/convert_tokenizer.py {shlex.quote(str(file))} OUT_DIR  and give"
+        " OUT_DIR"
+    )
 
 
 def token_ids(directory: Path) -> dict[str, int]:
@@ -207,7 +240,10 @@ def token_ids(directory: Path) -> dict[str, int]:
         vocab = {pair[0]: index for index, pair in enumerate(vocab)}
     if not vocab:
         raise UserError(f"{path}: no vocabulary under model.vocab")
-    return {**vocab, **{token["content"]: token["id"] for token in content.get("added_tokens") or ()}}
+    return {
+        **vocab,
+        **{token["content"]: token["id"] for token in content.get("added_tokens") or ()},
+    }
 
 
 def tokenizer_files(directory: Path) -> dict[str, Path]:
@@ -228,7 +264,9 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     if not found or (target.is_dir() and target.samefile(source)):
         return list(found)
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError(f"{target} is a link or a file, where the tokenizer is to be copied to; take it away")
+        raise UserError(
+            f"{target} is a link or a file, where the tokenizer is to be copied to; take it away"
+        )
     target.mkdir(exist_ok=True)
     for name, path in found.items():
         copy(path, target / name)

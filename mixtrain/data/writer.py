@@ -1,7 +1,8 @@
 """Megatron-Core's .bin and .idx, written a block of documents at a time.
 
-The rule it keeps: every byte is the one that Megatron-Core's IndexedDatasetBuilder writes of the same documents added
-one by one, and of a document that is written no more than its length stays in memory.
+The rule it keeps: every byte is the one that Megatron-Core's IndexedDatasetBuilder writes of the
+same documents added one by one, and of a document that is written no more than its length stays in
+memory.
 """
 
 import contextlib
@@ -22,9 +23,12 @@ class Writer:
             warnings.simplefilter("ignore")  # of missing GPU libraries, which have no part in this
             from megatron.core.datasets import indexed_dataset  # seconds, and torch with it
 
-        self.prefix, self.upstream = prefix, indexed_dataset
+        self.prefix = prefix
+        self.upstream = indexed_dataset
         self.dtype = indexed_dataset.DType.optimal_dtype(vocab_size)
-        self.lengths, self.tokens, self.sha256 = array("i"), 0, hashlib.sha256()
+        self.lengths = array("i")
+        self.tokens = 0
+        self.sha256 = hashlib.sha256()
 
     def __enter__(self) -> "Writer":
         self.file = open(f"{self.prefix}.bin", "wb")  # noqa: SIM115

@@ -35,7 +35,9 @@ class RankFailure(AssertionError):
         self.reason = reason
 
 
-def run_ranks(world_size: int, function: Callable[[Identity], Any], folder: Path, timeout: float = 120) -> list[Any]:
+def run_ranks(
+    world_size: int, function: Callable[[Identity], Any], folder: Path, timeout: float = 120
+) -> list[Any]:
     """What `function` returns (as JSON) on each of `world_size` forked ranks; every wait is bounded by `timeout` s."""
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = f"file://{folder}/rendezvous"
@@ -53,7 +55,8 @@ def run_ranks(world_size: int, function: Callable[[Identity], Any], folder: Path
     results = [folder / f"rank_{rank}.json" for rank in range(world_size)]
     if failed or not all(path.exists() for path in results):
         logs = "\n".join(
-            f"--- rank {rank}\n{(folder / f'rank_{rank}.log').read_text()[-3000:]}" for rank in range(world_size)
+            f"--- rank {rank}\n{(folder / f'rank_{rank}.log').read_text()[-3000:]}"
+            for rank in range(world_size)
         )
         raise RankFailure(f"ranks {failed} of {world_size} failed\n{logs}", _reason(folder, failed))
     return [json.loads(path.read_text()) for path in results]
@@ -75,7 +78,9 @@ def _rank(me: Identity, function: Callable[[Identity], Any], folder: Path) -> No
         log = os.open(folder / f"rank_{me.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest's are its own
+        # pytest's are its own
+        sys.stdout = open(1, "w", closefd=False)
+        sys.stderr = open(2, "w", closefd=False)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(1)
         result = function(me)
@@ -93,7 +98,8 @@ def _rank(me: Identity, function: Callable[[Identity], Any], folder: Path) -> No
 
 def _wait(children: list[int], timeout: float) -> list[int]:
     """Reap the children; those that failed. After the first failure, or at the timeout, the others are ended."""
-    deadline, codes = time.monotonic() + timeout, {}
+    deadline = time.monotonic() + timeout
+    codes = {}
     while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank not in codes:
@@ -109,7 +115,8 @@ def _wait(children: list[int], timeout: float) -> list[int]:
                     os.waitpid(child, 0)
                     codes[rank] = -signal.SIGKILL
         time.sleep(0.01)
-    for child in children:  # each was a session of its own: the helpers a checkpoint started end with it
+    # each was a session of its own: the helpers a checkpoint started end with it
+    for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
     return [rank for rank, code in sorted(codes.items()) if code]

@@ -1,6 +1,7 @@
 """From a Plan to Megatron-Core's model: the TransformerConfig and the GPTModel chunks of this rank.
 
-Rule: what a key means to TransformerConfig stands in config/transformer_fields.py; here is what needs torch.
+Rule: what a key means to TransformerConfig stands in config/transformer_fields.py; here is what
+needs torch.
 """
 
 from __future__ import annotations
@@ -33,13 +34,19 @@ BY_NAME = {"silu": F.silu, "bf16": torch.bfloat16, "fp32": torch.float32}
 def transformer_config(plan: Plan) -> TransformerConfig:
     """The plan as Megatron-Core's TransformerConfig."""
     values = transformer_fields(plan.config)
-    values |= {name: BY_NAME[values[name]] for name in ("activation_func", "params_dtype", "pipeline_dtype")}
+    values |= {
+        name: BY_NAME[values[name]]
+        for name in ("activation_func", "params_dtype", "pipeline_dtype")
+    }
     if "attention_backend" in values:
         values["attention_backend"] = AttnBackend[values["attention_backend"]]
     try:
         return TransformerConfig(**values)
-    except (AssertionError, TypeError, ValueError) as error:  # what no rule of ours has foreseen, model.extra above all
-        raise UserError(f"Megatron-Core refuses this model: {' '.join(str(error).split())}") from error
+    # what no rule of ours has foreseen, model.extra above all
+    except (AssertionError, TypeError, ValueError) as error:
+        raise UserError(
+            f"Megatron-Core refuses this model: {' '.join(str(error).split())}"
+        ) from error
 
 
 def build(plan: Plan, device: torch.device, drawn: bool = True) -> list[torch.nn.Module]:
@@ -49,11 +56,18 @@ def build(plan: Plan, device: torch.device, drawn: bool = True) -> list[torch.nn
     """
     config = transformer_config(plan)
     chunks = plan.config.parallel.virtual_pipeline_model_parallel_size
-    return [build_chunk(plan, config, device, stage, drawn) for stage in (range(chunks) if chunks else [None])]
+    return [
+        build_chunk(plan, config, device, stage, drawn)
+        for stage in (range(chunks) if chunks else [None])
+    ]
 
 
 def build_chunk(
-    plan: Plan, config: TransformerConfig, device: torch.device, vp_stage: int | None, drawn: bool = True
+    plan: Plan,
+    config: TransformerConfig,
+    device: torch.device,
+    vp_stage: int | None,
+    drawn: bool = True,
 ) -> torch.nn.Module:
     """One chunk: built on the meta device, given memory on `device`, drawn from the seed."""
     with torch.device("meta"):
@@ -73,7 +87,8 @@ def build_chunk(
 def in_bf16(config: TransformerConfig, model: torch.nn.Module) -> Float16Module:
     """The model with bf16 parameters, and with its buffers as they are.
 
-    Float16Module casts them too: a router would count tokens and microbatches in bf16, which ends at 256.
+    Float16Module casts them too: a router would count tokens and microbatches in bf16, which ends
+    at 256.
     """
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     wrapped = Float16Module(config, model)
@@ -91,7 +106,9 @@ class SeededGPTModel(GPTModel):
     def _is_in_embd_group(self) -> bool:
         return False
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def compute_language_model_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor
+    ) -> torch.Tensor:
         """[b, s], [s, b, V / TP] -> the loss of each token [b, s]."""
         split = self.config.tensor_model_parallel_size > 1
         if split or self.config.cross_entropy_loss_fusion or not self.own_loss:
@@ -101,7 +118,8 @@ class SeededGPTModel(GPTModel):
 
 def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
     """Megatron-Core's GPTModel for this rank's pipeline stage (and chunk), on the current default device."""
-    model, virtual = plan.config.model, {"ignore_virtual": False, "vp_stage": vp_stage}
+    model = plan.config.model
+    virtual = {"ignore_virtual": False, "vp_stage": vp_stage}
     made = SeededGPTModel(
         config=config,
         transformer_layer_spec=block_spec(plan, config, vp_stage),
@@ -118,13 +136,17 @@ def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GP
     return made
 
 
-def block_spec(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    plan: Plan, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """The layers of this stage, from the implementation that model.transformer_impl names."""
     match plan.config.model.transformer_impl:
         case TransformerImpl.torch:
             return torch_layers.block_spec(config, vp_stage)
         case TransformerImpl.transformer_engine:
-            return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
+            return get_gpt_decoder_block_spec(
+                config, use_transformer_engine=True, vp_stage=vp_stage
+            )
         case TransformerImpl.local:
             return local_spec(config, vp_stage)
 
@@ -134,7 +156,8 @@ def local_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBl
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
-    spec.layer_norm = WrappedTorchNorm  # upstream would take Apex's, which has no RMSNorm, where Apex is installed
+    # upstream would take Apex's, which has no RMSNorm, where Apex is installed
+    spec.layer_norm = WrappedTorchNorm
     for layer in spec.layer_specs:
         layer.submodules.sharded_state_dict_keys_map = torch_layers.KEYS
     return spec

@@ -23,24 +23,29 @@ BALANCING_LOSSES = {
 class ExpertLoad:
     """Counts the tokens that each expert of each layer is sent, by a hook on the routers.
 
-    Counts of shape [num_layers, num_moe_experts], summed over microbatches and ranks, after dropping where there is a
-    capacity; a token counts once for each of its experts.
+    Counts of shape [num_layers, num_moe_experts], summed over microbatches and ranks, after
+    dropping where there is a capacity; a token counts once for each of its experts.
     """
 
     def __init__(self, plan: Plan, models: list[torch.nn.Module], device: torch.device):
         shape = (plan.config.model.num_layers, plan.config.model.num_moe_experts)
-        self.bad = torch.zeros(shape[0], dtype=torch.bool, device=device)  # layers where what is not finite began
-        self.counts = torch.zeros(shape, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+        # layers where what is not finite began
+        self.bad = torch.zeros(shape[0], dtype=torch.bool, device=device)
+        self.counts = torch.zeros(
+            shape, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
+        )
         for model in models:
             for module in model.modules():
                 if isinstance(module, TopKRouter):
                     module.register_forward_hook(self._count)
 
     def _count(self, router: TopKRouter, inputs: tuple, outputs: tuple) -> None:
-        # under full recompute a layer runs twice, first without gradients; validation has none either
+        # under full recompute a layer runs twice, first without gradients; validation has none
+        # either
         if torch.is_grad_enabled():
             probs, routing_map = outputs
-            # before a token is sent; without waiting for the device, it is only looked at in a step that is bad
+            # before a token is sent; without waiting for the device, it is only looked at in a step
+            # that is bad
             self.bad[router.layer_number - 1] |= _finite(inputs[0]) & ~_finite(probs)
             # with padding the map has rows of weight 0 that fill an expert up to its capacity
             self.counts[router.layer_number - 1] += (routing_map & (probs != 0)).sum(dim=0)
@@ -93,18 +98,24 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 
 def expert_biases(models: list[torch.nn.Module]) -> list[torch.Tensor]:
     """The routers' biases on this rank, which are no parameters; none without them."""
-    routers = (module for model in models for module in model.modules() if isinstance(module, TopKRouter))
+    routers = (
+        module for model in models for module in model.modules() if isinstance(module, TopKRouter)
+    )
     return [router.expert_bias for router in routers if router.expert_bias is not None]
 
 
-def expert_bias(plan: Plan, models: list[torch.nn.Module], device: torch.device) -> dict[str, list[list[float]]]:
+def expert_bias(
+    plan: Plan, models: list[torch.nn.Module], device: torch.device
+) -> dict[str, list[list[float]]]:
     """{"expert_bias": [num_layers][num_moe_experts]}, the routers' biases; {} without them. Every rank must call.
 
     Each is the same on all ranks of its pipeline stage; a rank adds those of its own layers, over the pipeline group.
     """
     if not plan.config.router.moe_router_enable_expert_bias:
         return {}
-    biases = torch.zeros(plan.config.model.num_layers, plan.config.model.num_moe_experts, device=device)
+    biases = torch.zeros(
+        plan.config.model.num_layers, plan.config.model.num_moe_experts, device=device
+    )
     for model in models:
         for module in model.modules():
             if isinstance(module, TopKRouter):
@@ -127,7 +138,8 @@ def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) 
     for kind in kinds:
         name = BALANCING_LOSSES[kind]
         if name in tracker:  # not on a pipeline stage without layers
-            # a rank has its tokens' part, of its data-parallel rank's microbatch or of the whole group's
+            # a rank has its tokens' part, of its data-parallel rank's microbatch or of the whole
+            # group's
             replicas = 1 if kind == "global_aux_loss" else plan.data_parallel_size
             total += tracker[name]["values"].sum(dtype=torch.float64) / replicas
     torch.distributed.all_reduce(total)
@@ -139,4 +151,6 @@ def balancing_types(plan: Plan) -> list[str]:
     """The auxiliary losses that the router has, those with coefficient 0 left out as upstream does."""
     router = plan.config.router
     pairs = zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=True)
-    return [kind.name for kind, coefficient in pairs if coefficient and kind.name in BALANCING_LOSSES]
+    return [
+        kind.name for kind, coefficient in pairs if coefficient and kind.name in BALANCING_LOSSES
+    ]

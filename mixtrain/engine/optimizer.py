@@ -7,9 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mixtrain.config.plan import Plan
@@ -28,7 +37,8 @@ class Training:
 
 def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
     """Wrap the model chunks for data parallelism and give them their optimizer and schedule."""
-    config, chunks = models[0].config, reduced(plan, models)
+    config = models[0].config
+    chunks = reduced(plan, models)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             **same_names(plan, OptimizerConfig),
@@ -37,7 +47,8 @@ def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
         ),
         chunks,
     )
-    if not isinstance(optimizer, ChainedOptimizer):  # Megatron-FSDP's: it would look at the norm only if it clips
+    # Megatron-FSDP's: it would look at the norm only if it clips
+    if not isinstance(optimizer, ChainedOptimizer):
         optimizer = ChainedOptimizer([optimizer])
     fuse(optimizer)
     config.grad_scale_func = optimizer.scale_loss
@@ -46,9 +57,12 @@ def build(plan: Plan, models: list[torch.nn.Module]) -> Training:
 
 def reduced(plan: Plan, models: list[torch.nn.Module]) -> list[DistributedDataParallel]:
     """The model chunks with gradient buffers that are reduced over data-parallel ranks after a backward pass."""
-    config, ddp = models[0].config, ddp_config(plan)
+    config = models[0].config
+    ddp = ddp_config(plan)
     wrapper = FullyShardedDataParallel if ddp.use_megatron_fsdp else DistributedDataParallel
-    chunks = [wrapper(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)]
+    chunks = [
+        wrapper(config, ddp, model, disable_bucketing=i > 0) for i, model in enumerate(models)
+    ]
     config.finalize_model_grads_func = finalize_model_grads
     if ddp.overlap_grad_reduce:
         hooks = [chunk.no_sync for chunk in chunks]
@@ -59,7 +73,8 @@ def reduced(plan: Plan, models: list[torch.nn.Module]) -> list[DistributedDataPa
 def fuse(optimizer: ChainedOptimizer) -> None:
     """PyTorch's Adam in one pass over memory; by itself it takes ten on a CPU, and several kernels on a GPU."""
     for one in optimizer.chained_optimizers:
-        if isinstance(one.optimizer, torch.optim.Adam):  # AdamW is one; Transformer Engine's and Apex's are fused
+        # AdamW is one; Transformer Engine's and Apex's are fused
+        if isinstance(one.optimizer, torch.optim.Adam):
             for group in one.optimizer.param_groups:
                 group["fused"] = True
 
@@ -119,4 +134,8 @@ def same_names(plan: Plan, kind: type) -> dict[str, object]:
     """The values of the optimizer and parallel sections that `kind`, a dataclass of Megatron-Core, has fields for."""
     known = {field.name for field in fields(kind)}
     sections = {**vars(plan.config.optimizer), **vars(plan.config.parallel)}
-    return {name: plain(value) for name, value in sections.items() if name in known and value is not None}
+    return {
+        name: plain(value)
+        for name, value in sections.items()
+        if name in known and value is not None
+    }

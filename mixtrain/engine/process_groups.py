@@ -23,9 +23,12 @@ from mixtrain.system.rank_identity import INTERFACES, Identity, interface_proble
 
 # fmt: off
 DETERMINISTIC = {
-    "CUBLAS_WORKSPACE_CONFIG":           ":4096:8",  # PyTorch's notes on reproducibility: cuBLAS sums in one order
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO":  "0",        # Transformer Engine's attention; Megatron-Core asks for it
-    "NCCL_ALGO":                         "Ring",     # a choice by message size and load would add in another order
+    # PyTorch's notes on reproducibility: cuBLAS sums in one order
+    "CUBLAS_WORKSPACE_CONFIG":           ":4096:8",
+    # Transformer Engine's attention; Megatron-Core asks for it
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO":  "0",
+    # a choice by message size and load would add in another order
+    "NCCL_ALGO":                         "Ring",
 }
 # fmt: on
 
@@ -56,7 +59,8 @@ def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
     if plan.config.trainer.accelerator is Accelerator.gpu:
         device = torch.device("cuda", me.local_rank)
         torch.cuda.set_device(device)
-    timeout, store = timedelta(minutes=patience(plan)), None
+    timeout = timedelta(minutes=patience(plan))
+    store = None
     if me.rendezvous.startswith("tcp://"):
         store = meeting_store(me, timeout)
     torch.distributed.init_process_group(
@@ -138,4 +142,5 @@ def be_deterministic() -> None:
     for name, value in DETERMINISTIC.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False

@@ -1,7 +1,7 @@
 """Where each part of the model on this rank lies in the whole: read, written and compared by place.
 
-Rule: a tensor's place is its ShardedTensor (key, global shape, offset), and tensor_schema.py lists the keys.
-Nothing here, or in who uses it, knows a layer's class or a layout.
+Rule: a tensor's place is its ShardedTensor (key, global shape, offset), and tensor_schema.py lists
+the keys. Nothing here, or in who uses it, knows a layer's class or a layout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ class Shard(NamedTuple):
     """A part of a whole tensor on this rank. `data` is a view: writing to it writes to the model."""
 
     key: str  # of config/tensor_schema.py
-    numbers: tuple[int, ...]  # the layer, and the expert: those of the whole tensor's axes that are cut one by one
+    # the layer, and the expert: those of the whole tensor's axes that are cut one by one
+    numbers: tuple[int, ...]
     cut: tuple[slice, ...]  # along the axes that follow
     data: torch.Tensor  # with the axes that follow
 
@@ -47,9 +48,14 @@ def shards(model: torch.nn.Module) -> Iterator[Shard]:
         sizes = tensor.local_shape[-(len(tensor.global_shape) - axes) :]
         starts = tensor.global_offset[axes:]
         # the layer is an axis before the tensor, or a number in the key
-        numbers = tuple(int(number) for number in re.findall(r"\.(\d+)\.", tensor.key)) + tensor.global_offset[:axes]
+        numbers = (
+            tuple(int(number) for number in re.findall(r"\.(\d+)\.", tensor.key))
+            + tensor.global_offset[:axes]
+        )
         cut = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-        yield Shard(re.sub(r"\.\d+\.", ".", tensor.key), tuple(numbers), cut, tensor.data.view(sizes))
+        yield Shard(
+            re.sub(r"\.\d+\.", ".", tensor.key), tuple(numbers), cut, tensor.data.view(sizes)
+        )
 
 
 def _leaves(node: object) -> Iterator[ShardedTensor]:
@@ -67,13 +73,16 @@ def _leaves(node: object) -> Iterator[ShardedTensor]:
 def read(plan: Plan, chunks: Iterable[torch.nn.Module]) -> dict[str, torch.Tensor]:
     """Key -> a copy of the whole tensor, of the chunks of a model that lies on one rank."""
     shapes = tensor_schema.shapes(plan.config)
-    wholes, written = {}, dict.fromkeys(shapes, 0)
+    wholes = {}
+    written = dict.fromkeys(shapes, 0)
     for chunk in chunks:
         for shard in shards(chunk):
             whole = wholes.setdefault(shard.key, shard.data.new_empty(shapes[shard.key]))
             shard.of(whole).copy_(shard.data)
             written[shard.key] += shard.data.numel()
-    missing = [key for key, count in written.items() if key not in wholes or count != wholes[key].numel()]
+    missing = [
+        key for key, count in written.items() if key not in wholes or count != wholes[key].numel()
+    ]
     if missing:
         raise RuntimeError(f"this rank does not hold all of {', '.join(missing)}")
     return wholes

@@ -1,6 +1,7 @@
 """What a submission would fail of, hours later: said now, with the key. No torch.
 
-Rule: nothing is written and no job is sent; what Slurm itself can refuse is left to `sbatch --test-only`.
+Rule: nothing is written and no job is sent; what Slurm itself can refuse is left to `sbatch
+--test-only`.
 """
 
 from __future__ import annotations
@@ -36,14 +37,24 @@ def submission_problems(plan: Plan, words: list[str], folder: Path) -> list[str]
 
 def no_slurm(plan: Plan) -> str:
     several = plan.config.trainer.num_nodes > 1
-    instead = "trainer.num_nodes=1 launcher=local runs on this machine" if several else "launcher=local runs here"
-    return f"launcher = slurm, but there is no sbatch on PATH; type this where Slurm's commands are. {instead}"
+    instead = (
+        "trainer.num_nodes=1 launcher=local runs on this machine"
+        if several
+        else "launcher=local runs here"
+    )
+    return (
+        "launcher = slurm, but there is no sbatch on PATH; type this where Slurm's commands"
+        f" are. {instead}"
+    )
 
 
 def files(plan: Plan, folder: Path) -> Problems:
     path = env_file(plan, folder)
     if not path.is_file():
-        yield f"launcher.env_file = {plan.config.launcher.env_file or path}: no such file; null is slurm/env.sh"
+        yield (
+            f"launcher.env_file = {plan.config.launcher.env_file or path}: no such file; null"
+            " is slurm/env.sh"
+        )
 
 
 def container(plan: Plan, folder: Path) -> Problems:
@@ -53,7 +64,10 @@ def container(plan: Plan, folder: Path) -> Problems:
     image = launcher.container_image
     is_path = image.startswith(("/", ".", "~")) or image.endswith(".sqsh")
     if is_path and not (folder / os.path.expanduser(image)).is_file():
-        yield f"launcher.container_image = {image}: no such file; docs/cluster.md says how to make one"
+        yield (
+            f"launcher.container_image = {image}: no such file; docs/cluster.md says how to"
+            " make one"
+        )
     try:
         mounts = containers.mounts_of(plan.config, folder, ROOT)
     except UserError as error:
@@ -66,44 +80,61 @@ def container(plan: Plan, folder: Path) -> Problems:
 
 
 def may_return(plan: Plan) -> Problems:
-    if plan.config.checkpoint.resume is Resume.never and plan.saves and plan.config.trainer.mode is Mode.train:
+    if (
+        plan.config.checkpoint.resume is Resume.never
+        and plan.saves
+        and plan.config.trainer.mode is Mode.train
+    ):
         yield (
-            "checkpoint.resume = never would refuse the job when it returns to its run_dir; use auto, in a run_dir that"
-            " holds no run yet"
+            "checkpoint.resume = never would refuse the job when it returns to its run_dir; use"
+            " auto, in a run_dir that holds no run yet"
         )
 
 
 def array(plan: Plan, words: list[str]) -> Problems:
     """Tasks of an array: one at a time (%1) each goes on with the run of the one before; side by side they are runs."""
     asked = plan.config.launcher.sbatch_args.get("array")
-    if asked is not None and not str(asked).endswith("%1") and not any(TASK in word for word in words):
+    if (
+        asked is not None
+        and not str(asked).endswith("%1")
+        and not any(TASK in word for word in words)
+    ):
         yield (
             f"launcher.sbatch_args.array = {asked} starts jobs side by side in one run_dir; type"
-            f" run_dir='runs/${{name}}-${{oc.env:{TASK},0}}', or array={asked}%1 for one after the other"
+            f" run_dir='runs/${{name}}-${{oc.env:{TASK},0}}', or array={asked}%1 for one after the"
+            " other"
         )
 
 
 def fits(plan: Plan, nodes: list[Node]) -> Problems:
     """Whether the cluster has the partition, its nodes the GPUs, and the partition the nodes."""
-    launcher, trainer = plan.config.launcher, plan.config.trainer
+    launcher = plan.config.launcher
+    trainer = plan.config.trainer
     partitions = list(dict.fromkeys(node.partition for node in nodes))
     asked = launcher.partition
     if asked is None:
         asked = next((node.partition for node in nodes if node.is_default), None)
         if asked is None:
-            yield f"launcher.partition = null, but this cluster has no default; use {' or '.join(partitions)}"
+            yield (
+                "launcher.partition = null, but this cluster has no default; use"
+                f" {' or '.join(partitions)}"
+            )
             return
     named = asked.split(",")  # Slurm takes the first that can start it
     unknown = [name for name in named if name not in partitions]
     for name in unknown:
         near = get_close_matches(name, partitions, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        yield f"launcher.partition = {name}: {hint}the partitions of this cluster are {', '.join(partitions)}"
+        yield (
+            f"launcher.partition = {name}: {hint}the partitions of this cluster are"
+            f" {', '.join(partitions)}"
+        )
     inside = [node for node in nodes if node.partition in named]
     if unknown or not inside:
         return
     yield from within_limit(plan, inside)
-    names, wanted = {node.name for node in inside}, gpus_per_node(plan)
+    names = {node.name for node in inside}
+    wanted = gpus_per_node(plan)
     most = max(node.gpus for node in inside)
     where = f"partition {asked}"
     if wanted > most:
@@ -116,16 +147,22 @@ def fits(plan: Plan, nodes: list[Node]) -> Problems:
         yield f"launcher.gpus_per_node = {wanted} ({_source(plan)}): {has}{instead}"
     elif trainer.num_nodes > len(fitting := {node.name for node in inside if node.gpus >= wanted}):
         of = f" with {wanted} GPUs" if wanted and fitting != names else ""
-        yield f"trainer.num_nodes = {trainer.num_nodes}, but {where} has {len(fitting)} nodes{of}; use {len(fitting)}"
+        yield (
+            f"trainer.num_nodes = {trainer.num_nodes}, but {where} has {len(fitting)}"
+            f" nodes{of}; use {len(fitting)}"
+        )
 
 
 def within_limit(plan: Plan, inside: list[Node]) -> Problems:
     """Many clusters take a job that is too long, and let it wait for ever."""
-    asked, limits = plan.config.launcher.time, {node.limit: seconds_of(node.limit) or math.inf for node in inside}
+    asked = plan.config.launcher.time
+    limits = {node.limit: seconds_of(node.limit) or math.inf for node in inside}
     longest = max(limits, key=limits.get)
     if asked is not None and (seconds_of(asked) or 0) > limits[longest]:
         where = "/".join(dict.fromkeys(node.partition for node in inside))
-        yield f"launcher.time = {asked} is more than partition {where} allows; use at most {longest}"
+        yield (
+            f"launcher.time = {asked} is more than partition {where} allows; use at most {longest}"
+        )
 
 
 def _source(plan: Plan) -> str:

@@ -1,6 +1,7 @@
 """Where a plan is run: `launcher=auto|local|slurm`. No torch.
 
-Rule: whoever torchrun or srun has started is a rank; only a process that nobody has started starts or submits anything.
+Rule: whoever torchrun or srun has started is a rank; only a process that nobody has started starts
+or submits anything.
 """
 
 from __future__ import annotations

@@ -28,7 +28,9 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def ask(*command: str, stdin: str = "", environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def ask(
+    *command: str, stdin: str = "", environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands. UserError if it does not end in time."""
     try:
         return subprocess.run(
@@ -41,12 +43,18 @@ def ask(*command: str, stdin: str = "", environment: dict[str, str] | None = Non
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"launcher = slurm, but {command[0]} has not answered for {PATIENCE_S} s") from None
+        raise UserError(
+            f"launcher = slurm, but {command[0]} has not answered for {PATIENCE_S} s"
+        ) from None
 
 
 def reason(answer: subprocess.CompletedProcess[str]) -> str:
     """What a command that failed has to say, in a line."""
-    lines = [line.strip() for line in answer.stderr.splitlines() if line.strip() and not line.startswith("Try ")]
+    lines = [
+        line.strip()
+        for line in answer.stderr.splitlines()
+        if line.strip() and not line.startswith("Try ")
+    ]
     said = [re.sub(r"^(\w+: )?(error: |fatal: )?", "", line) for line in lines]
     return "; ".join(dict.fromkeys(said)) or f"exit code {answer.returncode}"
 
@@ -60,11 +68,15 @@ def nodes() -> list[Node]:
     for line in answer.stdout.splitlines():
         name, partition, cores, limit, gres = (part.strip() for part in line.split("|", 4))
         is_default = partition.endswith("*")
-        found.append(Node(name, partition.rstrip("*"), is_default, int(cores), gpus_of(gres), limit))
+        found.append(
+            Node(name, partition.rstrip("*"), is_default, int(cores), gpus_of(gres), limit)
+        )
     return found
 
 
 def gpus_of(gres: str) -> int:
     """GPUs in Slurm's words: `gpu:h100:8(S:0-1),nic:2` are 8, `(null)` none."""
     without_sockets = re.sub(r"\([^)]*\)", "", gres)
-    return sum(int(count) for count in re.findall(r"(?:^|,)\s*gpu(?::[^,:]+)?:(\d+)", without_sockets))
+    return sum(
+        int(count) for count in re.findall(r"(?:^|,)\s*gpu(?::[^,:]+)?:(\d+)", without_sockets)
+    )

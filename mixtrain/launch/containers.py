@@ -33,7 +33,8 @@ def parse(text: str) -> Mount:
     parts = text.split(":")
     if len(parts) > 3 or not all(parts) or not all(os.path.isabs(path) for path in parts[:2]):
         raise UserError(
-            f"launcher.container_mounts: {text} must be /PATH, /HOST:/CONTAINER or /HOST:/CONTAINER:ro, all absolute"
+            f"launcher.container_mounts: {text} must be /PATH, /HOST:/CONTAINER or"
+            " /HOST:/CONTAINER:ro, all absolute"
         )
     return Mount(parts[0], *(parts[1:] or parts))
 
@@ -50,7 +51,9 @@ def on_host(path: str, mounts: list[Mount]) -> str | None:
     """The host's path of what the container calls `path`; None if no mount holds it."""
     path = os.path.normpath(path)
     holding = [
-        mount for mount in mounts if path == mount.container or path.startswith(mount.container.rstrip("/") + "/")
+        mount
+        for mount in mounts
+        if path == mount.container or path.startswith(mount.container.rstrip("/") + "/")
     ]
     if not holding:
         return None
@@ -75,8 +78,8 @@ def hidden(config: Config, folder: Path, mounts: list[Mount]) -> Iterator[str]:
     for key, path in paths_of(config):
         if on_host(os.path.join(folder, path), mounts) is None:
             yield (
-                f"{key} = {path} is in none of launcher.container_mounts, so the container would not see it;"
-                f" add {os.path.dirname(os.path.join(folder, path)) or '/'} to them"
+                f"{key} = {path} is in none of launcher.container_mounts, so the container would"
+                f" not see it; add {os.path.dirname(os.path.join(folder, path)) or '/'} to them"
             )
 
 
@@ -89,7 +92,9 @@ def as_on_host(config: Config, folder: Path, mounts: list[Mount]) -> Config:
     data = config.data
     if data.kind is DataKind.indexed:
         prefixes = set(parse_blend(data.data_path)[0])
-        entries = [there(entry) if entry in prefixes else entry for entry in map(str, data.data_path)]
+        entries = [
+            there(entry) if entry in prefixes else entry for entry in map(str, data.data_path)
+        ]
         data = replace(data, data_path=entries, tokenizer=there(data.tokenizer))
     checkpoint = replace(config.checkpoint, load_weights=there(config.checkpoint.load_weights))
     return replace(config, run_dir=there(config.run_dir), data=data, checkpoint=checkpoint)

@@ -61,18 +61,24 @@ def main(arguments: list[str]) -> int:
 def planned(words: list[str]) -> Plan:
     jobs, problems = compose(words)
     if len(jobs) != 1:
-        raise UserError(*problems, "a job is one run: no --multirun here; tools/submit.py sends a job for each")
+        raise UserError(
+            *problems, "a job is one run: no --multirun here; tools/submit.py sends a job for each"
+        )
     return plan_of(jobs[0], problems)
 
 
 def begin(plan: Plan, words: list[str]) -> int:
     """Print what the script needs to start the ranks. UserError if Slurm has given other nodes than the plan's."""
-    nodes, given = plan.config.trainer.num_nodes, int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
+    nodes = plan.config.trainer.num_nodes
+    given = int(os.environ.get("SLURM_JOB_NUM_NODES", 1))
     if nodes != given:
-        raise UserError(f"this job has {given} nodes, but trainer.num_nodes = {nodes}; sbatch --nodes={nodes}")
+        raise UserError(
+            f"this job has {given} nodes, but trainer.num_nodes = {nodes}; sbatch --nodes={nodes}"
+        )
     if any(text in word for text in NOW for word in words):
         raise UserError(
-            "${now:} and ${hydra:} give another run_dir every time that the job returns; type what you mean"
+            "${now:} and ${hydra:} give another run_dir every time that the job returns; type what"
+            " you mean"
         )
     run_dir = _outside(plan, recorded(plan).config.run_dir)
     print("\t".join((str(nodes), str(plan.config.trainer.devices), run_dir)))
@@ -96,22 +102,40 @@ def end(plan: Plan, code: int) -> int | str:
     if code:
         return failed(plan, run_dir, logs, status, code)
     if status.get("state") != "stopped" or plan.config.trainer.mode is not Mode.train:
-        say(f"mixtrain: {status.get('state', 'ended')} after {status.get('step', 0)} steps; see {run_dir}")
+        say(
+            f"mixtrain: {status.get('state', 'ended')} after {status.get('step', 0)} steps; see"
+            f" {run_dir}"
+        )
         return FINISHED
-    step, reason = status["step"], status.get("reason")
+    step = status["step"]
+    reason = status.get("reason")
     if not plan.saves:
-        say(f"mixtrain: {reason}, after {step} steps; none of them was saved (checkpoint), so it does not return")
+        say(
+            f"mixtrain: {reason}, after {step} steps; none of them was saved (checkpoint), so it"
+            " does not return"
+        )
         return FINISHED
     if too_often(logs, step, plan.config.launcher.max_requeues):
-        words = f"{reason}; returned {plan.config.launcher.max_requeues} times and came no further than step {step}"
+        words = (
+            f"{reason}; returned {plan.config.launcher.max_requeues} times and came no"
+            f" further than step {step}"
+        )
         say(f"mixtrain: {words}; give it more launcher.time, or launcher.max_requeues")
         leave(plan, run_dir, {**status, "reason": words})
         return FAULT
     try:
         with open(logs / RETURNS, "a") as file:
-            file.write(json.dumps({"step": step, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")}) + "\n")
+            file.write(
+                json.dumps(
+                    {"step": step, "reason": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S")}
+                )
+                + "\n"
+            )
     except OSError as error:  # returns that are not counted have no end
-        say(f"mixtrain: {reason}, after {step} steps; {logs / RETURNS} cannot be written ({error.strerror}),")
+        say(
+            f"mixtrain: {reason}, after {step} steps; {logs / RETURNS} cannot be written"
+            f" ({error.strerror}),"
+        )
         say(f"  so this job does not return; {outlook(plan, error.errno)}")
         return FAULT
     say(f"mixtrain: {reason}, after {step} of {status['max_steps']} steps: returning to the queue")
@@ -134,10 +158,17 @@ def failed(plan: Plan, run_dir: Path, logs: Path, status: dict, code: int) -> in
     say(f"mixtrain: the ranks have failed (exit code {code}); this job does not return")
     for node, tasks, words in named[:4]:
         say(f"  rank {tasks} on {node}: {words}")
-    spoke = [path for path in sorted(logs.glob("rank_*.log")) if "mixtrain: " in read_text(path)[-4000:]]
-    reason = "; ".join(f"rank {tasks} on {node}: {words}" for node, tasks, words in named[:1]) or f"exit code {code}"
+    spoke = [
+        path for path in sorted(logs.glob("rank_*.log")) if "mixtrain: " in read_text(path)[-4000:]
+    ]
+    reason = (
+        "; ".join(f"rank {tasks} on {node}: {words}" for node, tasks, words in named[:1])
+        or f"exit code {code}"
+    )
     for path in spoke[:1]:
-        lines, reason = last_words(int(re.findall(r"\d+", path.name)[-1]), code, path, None, read_text(path))
+        lines, reason = last_words(
+            int(re.findall(r"\d+", path.name)[-1]), code, path, None, read_text(path)
+        )
         say("\n".join(lines))
     if not spoke and status.get("state") == "failed":  # a full disk has taken no log, but this
         say(f"mixtrain: {status['reason']}")
@@ -160,5 +191,6 @@ def say(words: str) -> None:
 
 if __name__ == "__main__":
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the job is asked to stop: that is the ranks' to do, this takes a second
+        # the job is asked to stop: that is the ranks' to do, this takes a second
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(ended(main, sys.argv[1:]))

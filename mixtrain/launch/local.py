@@ -1,6 +1,7 @@
 """Start this node's ranks, ask them to stop, and return their verdict. No torch.
 
-Rule: a rank is a process group of its own; none outlives the launcher, and no wait is unbounded once one has failed.
+Rule: a rank is a process group of its own; none outlives the launcher, and no wait is unbounded
+once one has failed.
 """
 
 from __future__ import annotations
@@ -24,12 +25,19 @@ from mixtrain.system.rank_identity import FOLDER, INTERFACES, LAUNCHER, interfac
 from mixtrain.system.status import try_write_status
 from mixtrain.training.run_directory import claimed, former
 from mixtrain.training.signals import StopRequest
-from mixtrain.training.watchdog import STANDS_STILL, Beat, beat_file, main_stack, read_beat, stacks_file
+from mixtrain.training.watchdog import (
+    STANDS_STILL,
+    Beat,
+    beat_file,
+    main_stack,
+    read_beat,
+    stacks_file,
+)
 
 TRAIN = (sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"))
 GRACE_SECONDS = 20  # what the other ranks get to notice that one has failed, before they are killed
-# the same before the first step, where they wait for it to come to the meeting and notice nothing, and after a
-# watchdog has spoken, since when the others had their time
+# the same before the first step, where they wait for it to come to the meeting and notice nothing,
+# and after a watchdog has spoken, since when the others had their time
 SHORT_GRACE_SECONDS = 5
 STACK_SECONDS = 1.0  # what a rank that hangs gets to print its stacks
 FRAMES = 6  # of each rank's main thread, on the terminal
@@ -71,10 +79,19 @@ def _verdict(
     if stop.at_once:
         return _stopped(plan, "stopped at once on request, without a checkpoint")
     codes = {rank: ranks[rank].poll() for rank in failed}
-    if stop.signal and -signal.SIGTERM in codes.values():  # it had not come as far as to note the request
+    # it had not come as far as to note the request
+    if stop.signal and -signal.SIGTERM in codes.values():
         return _stopped(plan, "stopped before the first step")
     beats = {rank: read_beat(beat_file(folder, rank)) for rank in range(plan.world_size)}
-    return _report(plan, ranks, codes, running, hung, beats, {rank: _stack(ranks, rank, folder) for rank in beats})
+    return _report(
+        plan,
+        ranks,
+        codes,
+        running,
+        hung,
+        beats,
+        {rank: _stack(ranks, rank, folder) for rank in beats},
+    )
 
 
 def hand_over(plan: Plan, folder: str) -> None:
@@ -90,12 +107,18 @@ def handed_plan() -> Plan:
     return pickle.loads(Path(os.environ[FOLDER], "plan.pickle").read_bytes())
 
 
-def _start_ranks(plan: Plan, command: tuple[str, ...], folder: str, ranks: list[RankProcess]) -> None:
+def _start_ranks(
+    plan: Plan, command: tuple[str, ...], folder: str, ranks: list[RankProcess]
+) -> None:
     """Start them all; those that run are in `ranks`, also after a UserError, where one could not be started."""
     try:
         hand_over(plan, folder)
         for rank in range(plan.world_size):
-            ranks.append(RankProcess(command, _environment(plan, rank, folder), _log(plan, rank), speaks=rank == 0))
+            ranks.append(
+                RankProcess(
+                    command, _environment(plan, rank, folder), _log(plan, rank), speaks=rank == 0
+                )
+            )
     except OSError as error:
         reason = f"the ranks could not be started: {error.filename or folder}: {error.strerror}"
         try_write_status(plan.config.run_dir, **_status(plan, state="failed", reason=reason))
@@ -125,7 +148,8 @@ def _log(plan: Plan, rank: int) -> Path:
 def _wait(ranks: list[RankProcess], stop: StopRequest, folder: str) -> tuple[list[int], list[int]]:
     """Wait for all: (the ranks that failed, in the order seen; those still running when the wait was given up)."""
     failed: list[int] = []
-    asked, deadline = False, float("inf")
+    asked = False
+    deadline = float("inf")
     while True:
         codes = [rank.poll() for rank in ranks]
         new = [rank for rank, code in enumerate(codes) if code and rank not in failed]
@@ -141,7 +165,8 @@ def _wait(ranks: list[RankProcess], stop: StopRequest, folder: str) -> tuple[lis
             asked = True
             _say("\nmixtrain: stopping after this step (once more: at once)")
             for rank in ranks:
-                rank.process.send_signal(signal.SIGTERM)  # to it alone: its data workers are needed for this step
+                # to it alone: its data workers are needed for this step
+                rank.process.send_signal(signal.SIGTERM)
         streams.look()
         time.sleep(0.05)
 
@@ -184,7 +209,8 @@ def _ended(plan: Plan, stop: StopRequest) -> int:
     """All ranks have ended as they should; if because of a signal, which one."""
     if stop.signal and former(plan.config.run_dir).get("state") == "stopped":
         reason = f"stopped by {signal.Signals(stop.signal).name}"
-        try_write_status(plan.config.run_dir, **_status(plan, reason=reason))  # else it says stopped all the same
+        # else it says stopped all the same
+        try_write_status(plan.config.run_dir, **_status(plan, reason=reason))
     return FINISHED
 
 
@@ -197,7 +223,12 @@ def _stopped(plan: Plan, words: str) -> int:
 
 def _status(plan: Plan, **changes: object) -> dict:
     """What status.json says, with changes, whether or not there is one that can be read."""
-    known = {"state": "running", "step": 0, "max_steps": plan.config.trainer.max_steps, "reason": ""}
+    known = {
+        "state": "running",
+        "step": 0,
+        "max_steps": plan.config.trainer.max_steps,
+        "reason": "",
+    }
     return known | former(plan.config.run_dir) | changes
 
 
@@ -230,9 +261,11 @@ def _report(
     """Say which rank failed, in which step and why, here and in status.json; the exit code for it."""
     remove_leftovers(plan.config.run_dir)  # half a checkpoint may be what has filled the disk
     said = {
-        rank: last_words(rank, code, ranks[rank].log, beats[rank], ranks[rank].text()) for rank, code in codes.items()
+        rank: last_words(rank, code, ranks[rank].log, beats[rank], ranks[rank].text())
+        for rank, code in codes.items()
     }
-    # a refused input or a killed process is a cause; a fault may be that of losing a peer, without words of its own
+    # a refused input or a killed process is a cause; a fault may be that of losing a peer, without
+    # words of its own
     causes = [rank for rank, code in codes.items() if code == REFUSED or code < 0]
     own = [rank for rank in codes if not said[rank][1].startswith(f"rank {rank} failed")]
     rank = (causes or own or list(codes))[0]
@@ -243,10 +276,14 @@ def _report(
     still = any(STANDS_STILL in text for _, text in said.values())
     if not causes and (running or still):  # it may be these that the others have waited for
         guilty = stopped or running or [_behind(beats, stacks)]
-        silent = f"rank{'s' * (len(guilty) > 1)} {', '.join(map(str, guilty))} did not answer{_in(beats[guilty[0]])}"
+        silent = (
+            f"rank{'s' * (len(guilty) > 1)} {', '.join(map(str, guilty))} did not"
+            f" answer{_in(beats[guilty[0]])}"
+        )
         if stopped:
             silent += ": stopped by SIGSTOP"
-        words, reason = [f"mixtrain: {silent}", *_stacks(plan, beats, stacks), *words[:1]], f"{silent}; {reason}"
+        words = [f"mixtrain: {silent}", *_stacks(plan, beats, stacks), *words[:1]]
+        reason = f"{silent}; {reason}"
     _conclude(plan, words, "failed", reason)
     return REFUSED if codes[rank] == REFUSED else FAULT
 
@@ -270,7 +307,10 @@ def _stacks(plan: Plan, beats: dict[int, Beat | None], stacks: dict[int, list[st
     lines = []
     for rank, frames in stacks.items():
         if frames:
-            lines += [f"  rank {rank}{_in(beats[rank])}, innermost first; all threads in {_log(plan, rank)}:"]
+            lines += [
+                f"  rank {rank}{_in(beats[rank])}, innermost first; all threads in"
+                f" {_log(plan, rank)}:"
+            ]
             lines += [f"    {frame}" for frame in frames[:FRAMES]]
     return lines
 
@@ -282,16 +322,25 @@ def read_text(path: Path) -> str:
     return ""
 
 
-def last_words(rank: int, code: int, log: Path, beat: Beat | None, text: str) -> tuple[list[str], str]:
+def last_words(
+    rank: int, code: int, log: Path, beat: Beat | None, text: str
+) -> tuple[list[str], str]:
     """(what the terminal is told of a failed rank, whose log has this text; the same in one line)."""
     lines = [line for line in text.splitlines() if line.strip()]
-    own_words = max((number for number, line in enumerate(lines) if line.startswith("mixtrain: ")), default=None)
+    own_words = max(
+        (number for number, line in enumerate(lines) if line.startswith("mixtrain: ")), default=None
+    )
     if code < 0:
         reason = f"rank {rank} was ended by {signal.Signals(-code).name}{_in(beat)}"
         return [f"mixtrain: {reason}; its log is {log}"], reason
     if own_words is not None and STANDS_STILL in lines[own_words]:
-        return [lines[own_words]], lines[own_words].removeprefix("mixtrain: ").removesuffix("; its stacks:")
+        return [lines[own_words]], lines[own_words].removeprefix("mixtrain: ").removesuffix(
+            "; its stacks:"
+        )
     if own_words is not None:
         return lines[own_words:], " ".join(lines[own_words:]).removeprefix("mixtrain: ")
     reason = f"rank {rank} failed{_in(beat)}: {lines[-1].strip() if lines else 'without a word'}"
-    return [f"mixtrain: rank {rank} failed; its log, {log}, ends in:", *[f"  {line}" for line in lines[-12:]]], reason
+    return [
+        f"mixtrain: rank {rank} failed; its log, {log}, ends in:",
+        *[f"  {line}" for line in lines[-12:]],
+    ], reason

@@ -19,7 +19,14 @@ from mixtrain.checkpoint import same_model, same_tokenizer
 from mixtrain.checkpoint.directory import MARGIN, newest, steps_in
 from mixtrain.config.contradictions import settled
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator, DataKind, Dispatcher, LauncherType, Resume, TransformerImpl
+from mixtrain.config.schema import (
+    Accelerator,
+    DataKind,
+    Dispatcher,
+    LauncherType,
+    Resume,
+    TransformerImpl,
+)
 from mixtrain.data.check import check_files
 from mixtrain.errors import UserError
 from mixtrain.launch.checks import submission_problems
@@ -37,13 +44,19 @@ def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> l
     if me is None and place(plan) is LauncherType.slurm:
         return job_problems(plan, overrides)
     problems = [*packages(plan), *flex_packages(plan)]
-    problems += [*gpus(plan, overrides), *data_files(plan, me is None), *cache(plan), *weights_to_load(plan)]
+    problems += [
+        *gpus(plan, overrides),
+        *data_files(plan, me is None),
+        *cache(plan),
+        *weights_to_load(plan),
+    ]
     if me is None:
         problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
     else:
         problems += started_ranks(plan, me)
         problems += directory_problems(plan) if me.rank == 0 else []
-    return problems or [*room_for_checkpoints(plan)]  # the disk of a machine that cannot run it is not the one
+    # the disk of a machine that cannot run it is not the one
+    return problems or [*room_for_checkpoints(plan)]
 
 
 def job_problems(plan: Plan, overrides: list[str]) -> list[str]:
@@ -54,16 +67,24 @@ def job_problems(plan: Plan, overrides: list[str]) -> list[str]:
         with suppress(UserError):  # a mount that cannot be read is said already
             mounts = mounts_of(plan.config, folder, ROOT)
             plan = replace(plan, config=as_on_host(plan.config, folder, mounts))
-    problems += [*data_files(plan, True), *cache(plan), *weights_to_load(plan), *directory_problems(plan)]
+    problems += [
+        *data_files(plan, True),
+        *cache(plan),
+        *weights_to_load(plan),
+        *directory_problems(plan),
+    ]
     return problems or [*room_for_checkpoints(plan)]
 
 
 def packages(plan: Plan) -> Problems:
     model = plan.config.model
-    if model.transformer_impl is TransformerImpl.transformer_engine and not installed("transformer_engine"):
+    if model.transformer_impl is TransformerImpl.transformer_engine and not installed(
+        "transformer_engine"
+    ):
         yield (
-            "model.transformer_impl = transformer_engine (which fp8 needs too), but the package transformer-engine"
-            " is not installed; pip install mixtrain[gpu], or model.transformer_impl=torch"
+            "model.transformer_impl = transformer_engine (which fp8 needs too), but the package"
+            " transformer-engine is not installed; pip install mixtrain[gpu], or"
+            " model.transformer_impl=torch"
         )
 
 
@@ -71,17 +92,19 @@ def flex_packages(plan: Plan) -> Problems:
     flex = plan.config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex
     if flex and not installed("deep_ep"):
         yield (
-            "dispatcher.moe_token_dispatcher_type = flex, but the package deep_ep (DeepEP and HybridEP) is not"
-            " installed; install it, or dispatcher=alltoall"
+            "dispatcher.moe_token_dispatcher_type = flex, but the package deep_ep (DeepEP and"
+            " HybridEP) is not installed; install it, or dispatcher=alltoall"
         )
 
 
 def gpus(plan: Plan, overrides: list[str]) -> Problems:
-    trainer, found = plan.config.trainer, gpu_count()
+    trainer = plan.config.trainer
+    found = gpu_count()
     if trainer.accelerator is Accelerator.gpu and found < trainer.devices:
         yield (
-            f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine has {found} GPUs."
-            f" To see the plan alone: {train_command(plan_overrides(overrides))}; to try the code path on this CPU:"
+            f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine"
+            f" has {found} GPUs. To see the plan alone:"
+            f" {train_command(plan_overrides(overrides))}; to try the code path on this CPU:"
             f" {train_command(cpu_overrides(overrides))}"
             + f"; on the cluster: {train_command([*overrides, 'launcher.type=slurm'])}"
             * (shutil.which("sbatch") is not None)
@@ -94,12 +117,17 @@ def plan_overrides(overrides: list[str]) -> list[str]:
 
 def cpu_overrides(overrides: list[str]) -> list[str]:
     """The same on this CPU: a recipe shrunk, without the overrides that would win over its smaller sizes."""
-    kept = _without(overrides, "shrink", "trainer.accelerator", "trainer.devices", "trainer.num_nodes")
+    kept = _without(
+        overrides, "shrink", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"
+    )
     if not any(_key(text) == "recipe" for text in kept):
         return [*kept, "trainer.accelerator=cpu"]
-    shrunk, kept = [], _without(kept, "trainer")  # the shrink has a trainer of its own
+    # the shrink has a trainer of its own
+    shrunk = []
+    kept = _without(kept, "trainer")
     for text in kept:
-        if _key(text).split(".")[0] != "data":  # the vocabulary is shrunk too: not for tokens of one's own
+        # the vocabulary is shrunk too: not for tokens of one's own
+        if _key(text).split(".")[0] != "data":
             shrunk += [text, "+shrink=laptop"] if _key(text) == "recipe" else [text]
     return [*shrunk, *settled(shrunk, "laptop")]
 
@@ -120,8 +148,9 @@ def several_nodes(plan: Plan, overrides: list[str]) -> Problems:
     trainer = plan.config.trainer
     if trainer.num_nodes > 1:
         yield (
-            f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the other nodes, and there"
-            f" is no sbatch on PATH to submit a job with. On each node type: {torchrun_command(plan, overrides)}"
+            f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the"
+            " other nodes, and there is no sbatch on PATH to submit a job with. On each node type:"
+            f" {torchrun_command(plan, overrides)}"
         )
 
 
@@ -129,8 +158,8 @@ def torchrun_command(plan: Plan, overrides: list[str]) -> str:
     """What to type on every node, outside Slurm."""
     trainer = plan.config.trainer
     return (
-        f"torchrun --nnodes {trainer.num_nodes} --nproc-per-node {trainer.devices} --rdzv-backend c10d"
-        f" --rdzv-endpoint FIRST_NODE:29500 train.py {shlex.join(overrides)}"
+        f"torchrun --nnodes {trainer.num_nodes} --nproc-per-node {trainer.devices} --rdzv-backend"
+        f" c10d --rdzv-endpoint FIRST_NODE:29500 train.py {shlex.join(overrides)}"
     )
 
 
@@ -142,14 +171,16 @@ def data_files(plan: Plan, every_entry: bool) -> Problems:
             data.data_path, Path(data.tokenizer), plan.config.model.vocab_size, data.split, plan.samples,
             seq_length=data.seq_length, every_entry=every_entry,
         )  # fmt: skip
-        with suppress(UserError):  # what cannot be read is said by the line above, or by the first rank
+        # what cannot be read is said by the line above, or by the first rank
+        with suppress(UserError):
             if other := same_tokenizer.problem(plan.config, Path(data.tokenizer)):
                 yield other
 
 
 def cache(plan: Plan) -> Problems:
     """The directory of the data's index is there (one that has it all is only read), or can be made."""
-    directory, wrong = plan.config.data.path_to_cache, None
+    directory = plan.config.data.path_to_cache
+    wrong = None
     if os.path.isdir(directory):
         return
     try:
@@ -161,7 +192,10 @@ def cache(plan: Plan) -> Problems:
     except OSError as error:
         wrong = error.strerror
     if wrong:
-        yield f"data.path_to_cache = {directory} cannot be made ({wrong}); give a directory that can be written"
+        yield (
+            f"data.path_to_cache = {directory} cannot be made ({wrong}); give a directory that"
+            " can be written"
+        )
 
 
 def room_for_checkpoints(plan: Plan) -> Problems:
@@ -170,11 +204,13 @@ def room_for_checkpoints(plan: Plan) -> Problems:
     there = next((path for path in (directory, *directory.parents) if os.path.isdir(path)), None)
     if not plan.saves or there is None:
         return
-    disk, needed = shutil.disk_usage(there), plan.checkpoint_bytes
+    disk = shutil.disk_usage(there)
+    needed = plan.checkpoint_bytes
     if disk.total and disk.free < needed + MARGIN:
         yield (
-            f"run_dir = {plan.config.run_dir}: a checkpoint takes {needed:,} bytes and a margin of {MARGIN:,}, but"
-            f" {disk.free:,} are free on its disk; free some, give a run_dir on another disk, or checkpoint=none"
+            f"run_dir = {plan.config.run_dir}: a checkpoint takes {needed:,} bytes and a margin of"
+            f" {MARGIN:,}, but {disk.free:,} are free on its disk; free some, give a run_dir on"
+            " another disk, or checkpoint=none"
         )
 
 
@@ -183,7 +219,9 @@ def weights_to_load(plan: Plan) -> Problems:
     if given is None:
         return
     if there := newest(given):
-        goes_on = plan.config.checkpoint.resume is not Resume.never and steps_in(plan.config.run_dir)
+        goes_on = plan.config.checkpoint.resume is not Resume.never and steps_in(
+            plan.config.run_dir
+        )
         if not goes_on:
             with suppress(ValueError):  # what is missing or damaged is said by the ranks
                 yield from same_model.problems(plan.config, there)
@@ -200,14 +238,15 @@ def started_ranks(plan: Plan, me: Identity) -> Problems:
     """The launcher's world size and the configuration's must be one number, and torchrun's must say where to meet."""
     if me.world_size != plan.world_size:
         yield (
-            f"{me.world_size} ranks were started, but trainer.devices * trainer.num_nodes = {plan.world_size};"
-            f" start {plan.world_size}, or change trainer.devices"
+            f"{me.world_size} ranks were started, but trainer.devices * trainer.num_nodes ="
+            f" {plan.world_size}; start {plan.world_size}, or change trainer.devices"
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if me.rendezvous == "env://" and missing:
         yield (
-            f"the environment has RANK = {me.rank}, but no {' and no '.join(missing)} for the ranks to meet at; set"
-            " them as torchrun does, or unset RANK and train.py starts its ranks itself"
+            f"the environment has RANK = {me.rank}, but no {' and no '.join(missing)} for the"
+            " ranks to meet at; set them as torchrun does, or unset RANK and train.py starts its"
+            " ranks itself"
         )
 
 
@@ -218,10 +257,16 @@ def installed(package: str) -> bool:
 def gpu_count() -> int:
     """NVIDIA GPUs this process may use: the driver's device files, less what CUDA_VISIBLE_DEVICES hides."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in os.scandir("/dev")) if _has_dev() else 0
+    present = (
+        sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in os.scandir("/dev"))
+        if _has_dev()
+        else 0
+    )
     if visible is None:
         return present
-    return min(present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
+    return min(
+        present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    )
 
 
 def _has_dev() -> bool:

@@ -16,9 +16,13 @@ MOST = 1 << 16  # bytes that are kept of what the log did not take: the last one
 class RankProcess:
     """A rank, in a process group of its own. OSError if its log cannot be made, or it cannot be started."""
 
-    def __init__(self, command: tuple[str, ...], environment: dict[str, str], log: Path, speaks: bool):
-        self.log, self.passed = log, b""
-        self.file = open(log, "w+b", buffering=0)  # read by this, so that it need not be there under its name
+    def __init__(
+        self, command: tuple[str, ...], environment: dict[str, str], log: Path, speaks: bool
+    ):
+        self.log = log
+        self.passed = b""
+        # read by this, so that it need not be there under its name
+        self.file = open(log, "w+b", buffering=0)
         self.pipe, theirs = os.pipe()
         os.set_blocking(self.pipe, False)
         os.set_blocking(theirs, False)

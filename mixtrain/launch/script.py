@@ -1,7 +1,7 @@
 """The text of a job: slurm/train.sbatch with its directives and settings filled in. No torch.
 
-Rule: what is sent is the file that is also used by hand, and nothing is decided here that a reader of the text cannot
-see: the same plan, words and folder give the same bytes.
+Rule: what is sent is the file that is also used by hand, and nothing is decided here that a reader
+of the text cannot see: the same plan, words and folder give the same bytes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ def render(plan: Plan, words: list[str], folder: Path, template: Path = TEMPLATE
         if value not in (None, False)
     ]
     return "".join(
-        [*head, *lines, "\n# filled in by mixtrain for this submission\n", *_settings(plan, words, folder), *body]
+        [
+            *head,
+            *lines,
+            "\n# filled in by mixtrain for this submission\n",
+            *_settings(plan, words, folder),
+            *body,
+        ]
     )
 
 
@@ -51,7 +57,9 @@ def split(text: str) -> tuple[list[str], dict[str, str | bool], list[str]]:
     marked = [number for number, line in enumerate(lines) if line.startswith(MARK)]
     found: dict[str, str | bool] = {}
     for number in marked:
-        flag, has_value, value = lines[number].removeprefix(MARK).strip().removeprefix("--").partition("=")
+        flag, has_value, value = (
+            lines[number].removeprefix(MARK).strip().removeprefix("--").partition("=")
+        )
         found[flag] = value if has_value else True
     return lines[: marked[0]], found, lines[marked[-1] + 1 :]
 
@@ -67,13 +75,15 @@ def directives_of(plan: Plan, folder: Path) -> dict[str, str | int | None]:
         "time": config.launcher.time,
         "gpus-per-node": gpus_per_node(plan) or None,
         "chdir": str(folder),
-        "output": str(folder / config.run_dir / "logs").replace("%", "%%") + "/job_%j.log",  # %j: sbatch fills it in
+        # %j: sbatch fills it in
+        "output": str(folder / config.run_dir / "logs").replace("%", "%%") + "/job_%j.log",
     }
 
 
 def gpus_per_node(plan: Plan) -> int:
     """GPUs to ask Slurm for, a node."""
-    trainer, asked = plan.config.trainer, plan.config.launcher.gpus_per_node
+    trainer = plan.config.trainer
+    asked = plan.config.launcher.gpus_per_node
     if asked is not None:
         return asked
     return trainer.devices if trainer.accelerator is Accelerator.gpu else 0
@@ -96,7 +106,8 @@ def pinned(words: list[str], config: Config) -> list[str]:
 
 def _pinned(word: str, config: Config) -> str:
     key = word.partition("=")[0].lstrip("+")
-    return f"{key}={_typed(value_of(config, key))}" if key in legal_keys() else word  # else the job refuses it
+    # else the job refuses it
+    return f"{key}={_typed(value_of(config, key))}" if key in legal_keys() else word
 
 
 def _typed(value: object) -> str:
@@ -115,8 +126,18 @@ def _settings(plan: Plan, words: list[str], folder: Path) -> list[str]:
         f"MIXTRAIN_ENV_FILE={shlex.quote(str(env_file(plan, folder)))}\n",
     ]
     if image:
-        flags = [f"--container-image={image}", f"--container-workdir={folder}", "--no-container-mount-home"]
-        flags += [f"--container-mounts={','.join(str(mount) for mount in mounts_of(plan.config, folder, ROOT))}"]
-        lines += ["mixtrain_container=(\n", *[f"    {shlex.quote(flag)}\n" for flag in flags], ")\n"]
+        flags = [
+            f"--container-image={image}",
+            f"--container-workdir={folder}",
+            "--no-container-mount-home",
+        ]
+        flags += [
+            f"--container-mounts={','.join(str(mount) for mount in mounts_of(plan.config, folder, ROOT))}"
+        ]
+        lines += [
+            "mixtrain_container=(\n",
+            *[f"    {shlex.quote(flag)}\n" for flag in flags],
+            ")\n",
+        ]
     quoted = [shlex.quote(word) for word in pinned(words, plan.config)]
     return [*lines, " \\\n    ".join(["set --", *quoted]) + "\n"]

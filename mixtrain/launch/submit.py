@@ -38,8 +38,11 @@ def submit(plan: Plan, words: list[str]) -> int:
         (run_dir / NAME).write_text(text)
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"run_dir = {plan.config.run_dir} cannot be made or written ({reason}); give another") from None
-    job = sbatch(plan, folder, *COMMAND[1:], str(run_dir / NAME)).split(";")[0]  # a federation adds ;cluster
+        raise UserError(
+            f"run_dir = {plan.config.run_dir} cannot be made or written ({reason}); give another"
+        ) from None
+    # a federation adds ;cluster
+    job = sbatch(plan, folder, *COMMAND[1:], str(run_dir / NAME)).split(";")[0]
     print("\n".join(said(plan, job)), flush=True)
     return FINISHED
 
@@ -50,22 +53,30 @@ def sbatch(plan: Plan, folder: Path, *arguments: str, stdin: str = "") -> str:
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
     answer = cluster.ask("sbatch", *arguments, stdin=stdin, environment=environment)
     if answer.returncode:
-        raise UserError(f"sbatch refuses the job: {cluster.reason(answer)}{key_of(plan, answer.stderr)}")
+        raise UserError(
+            f"sbatch refuses the job: {cluster.reason(answer)}{key_of(plan, answer.stderr)}"
+        )
     return answer.stdout.strip()
 
 
 def command_line(plan: Plan, folder: Path) -> str:
     """The command as it can be typed, once the script is there."""
     unset = [word for name in overruled(plan, folder) for word in ("-u", name)]
-    return shlex.join([*(["env", *unset] if unset else []), *COMMAND, str(folder / plan.config.run_dir / NAME)])
+    return shlex.join(
+        [*(["env", *unset] if unset else []), *COMMAND, str(folder / plan.config.run_dir / NAME)]
+    )
 
 
 def overruled(plan: Plan, folder: Path) -> list[str]:
     """Variables of this shell that sbatch would put above what the script says."""
     flags = [*script.split(script.TEMPLATE.read_text())[1], *script.directives_of(plan, folder)]
     flags += [script.dashed(flag) for flag in plan.config.launcher.sbatch_args]
-    given = {flag for flag in flags if script.directives_of(plan, folder).get(flag, True) is not None}
-    names = [f"SBATCH_{OTHERWISE.get(flag, flag.upper().replace('-', '_'))}" for flag in sorted(given)]
+    given = {
+        flag for flag in flags if script.directives_of(plan, folder).get(flag, True) is not None
+    }
+    names = [
+        f"SBATCH_{OTHERWISE.get(flag, flag.upper().replace('-', '_'))}" for flag in sorted(given)
+    ]
     return [name for name in names if name in os.environ]
 
 
@@ -85,8 +96,12 @@ def key_of(plan: Plan, words: str) -> str:
     """` (KEY = VALUE)` for the key that a refusal of Slurm's is about, or nothing."""
     launcher = plan.config.launcher
     values = {f"launcher.sbatch_args.{name}": value for name, value in launcher.sbatch_args.items()}
-    values |= {f"launcher.{name}": getattr(launcher, name) for name in ("account", "partition", "time")}
-    found = [key for sign, key in KEYS.items() if sign in words.lower() and values.get(key) is not None]
+    values |= {
+        f"launcher.{name}": getattr(launcher, name) for name in ("account", "partition", "time")
+    }
+    found = [
+        key for sign, key in KEYS.items() if sign in words.lower() and values.get(key) is not None
+    ]
     return f" ({found[0]} = {values[found[0]]})" if found else ""
 
 
@@ -96,7 +111,10 @@ def said(plan: Plan, job: str) -> list[str]:
     logs = f"{config.run_dir}/logs/job_{job}"
     array = "array" in config.launcher.sbatch_args
     lines = [
-        ("submitted", f"job {job}: {config.trainer.num_nodes} nodes of {config.trainer.devices} ranks"),
+        (
+            "submitted",
+            f"job {job}: {config.trainer.num_nodes} nodes of {config.trainer.devices} ranks",
+        ),
         ("  script", f"{config.run_dir}/{NAME}"),
         ("  log", f"{logs}.log"),
         ("  ranks' logs", f"{logs}/rank_N.log, and {logs}/index.txt: which rank is where"),
@@ -106,5 +124,11 @@ def said(plan: Plan, job: str) -> list[str]:
         ("  save and end", f"scancel {job}"),
     ]
     if array:
-        lines[2:5] = [("  logs", f"{config.run_dir}/logs/job_N.log, one a task; squeue --job {job} --array names them")]
+        lines[2:5] = [
+            (
+                "  logs",
+                f"{config.run_dir}/logs/job_N.log, one a task; squeue --job {job} --array names"
+                " them",
+            )
+        ]
     return [f"{name:<21}  {value}" for name, value in lines]

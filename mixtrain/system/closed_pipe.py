@@ -1,8 +1,9 @@
 """What becomes of a command when nobody reads what it prints any more, as in `| head -3`. No torch.
 
-Rule: it ends as other tools of Unix do, by SIGPIPE and without a word; a shell shows exit code 141. Until then SIGPIPE
-is ignored, as Python has it: a rank whose peer has left a socket would end as well. A training run is another matter:
-what it prints is not what it is for, and it goes on (system/streams.py).
+Rule: it ends as other tools of Unix do, by SIGPIPE and without a word; a shell shows exit code 141.
+Until then SIGPIPE is ignored, as Python has it: a rank whose peer has left a socket would end as
+well. A training run is another matter: what it prints is not what it is for, and it goes on
+(system/streams.py).
 """
 
 from __future__ import annotations

@@ -7,4 +7,5 @@ import rich.console
 
 class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        raise BrokenPipeError  # for system/closed_pipe.py; a run has streams that do not break (system/streams.py)
+        # for system/closed_pipe.py; a run has streams that do not break (system/streams.py)
+        raise BrokenPipeError

@@ -9,7 +9,8 @@ user's environment, never over it.
 from __future__ import annotations
 
 SETTINGS = {
-    # glibc, from 2.35 on: huge pages (2 MiB) for the heap; large blocks from it too; its end is never given back
+    # glibc, from 2.35 on: huge pages (2 MiB) for the heap; large blocks from it too; its end is
+    # never given back
     "GLIBC_TUNABLES": f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={1 << 40}",
     # PyTorch: tensors from 2 MiB on begin with such a page
     "THP_MEM_ALLOC_ENABLE": "1",

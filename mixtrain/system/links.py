@@ -36,11 +36,15 @@ def file_in(directory: Path, name: str) -> Path | None:
         kind = stat.S_IFMT(real.lstat().st_mode)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         what = (
-            f"is a link to {os.readlink(path)}, which is no file" if path.is_symlink() else f"cannot be read ({error})"
+            f"is a link to {os.readlink(path)}, which is no file"
+            if path.is_symlink()
+            else f"cannot be read ({error})"
         )
         raise UserError(f"{path} {what}") from None
     if not any(real.is_relative_to(home) for home in _homes(directory)):
-        raise UserError(f"{path} is a link that leads out of its directory, to {real}; put a copy of that there")
+        raise UserError(
+            f"{path} is a link that leads out of its directory, to {real}; put a copy of that there"
+        )
     if kind != stat.S_IFREG:
         raise UserError(f"{path} is {KINDS.get(kind, 'something else')}; a file was expected")
     return real
@@ -63,7 +67,8 @@ def directory_in(directory: Path, name: str) -> Path | None:
     real = path.resolve()
     if not any(real.is_relative_to(home) for home in _homes(directory)):
         raise UserError(
-            f"{path} is a link that leads out of its directory, to {real}; put a copy of that directory there"
+            f"{path} is a link that leads out of its directory, to {real}; put a copy of that"
+            " directory there"
         )
     return path
 
@@ -78,4 +83,5 @@ def copy(source: Path, target: Path) -> None:
 
 
 def _no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # should it have become a link or a pipe by now
+    # should it have become a link or a pipe by now
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

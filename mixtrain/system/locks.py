@@ -1,7 +1,7 @@
 """Files that a process holds a lock on, and who does. No torch.
 
-Rule: whoever can open such a file can hold it, so it is its user's alone (mode 0600); and what a holder has written
-into it is not proof of who holds it.
+Rule: whoever can open such a file can hold it, so it is its user's alone (mode 0600); and what a
+holder has written into it is not proof of who holds it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def _why(path: str | os.PathLike) -> str:
 def sign(descriptor: int) -> None:
     """Write into the lock file who holds it. OSError if that cannot be written."""
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0)
+    os.pwrite(
+        descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0
+    )
 
 
 def _now() -> str:
@@ -76,7 +78,8 @@ def holder(descriptor: int) -> str:
     What the file says counts if that process has the lock indeed, which this host's /proc shows.
     """
     text = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
-    record, here = RECORD.fullmatch(text), _holders(descriptor)
+    record = RECORD.fullmatch(text)
+    here = _holders(descriptor)
     if record and int(record[1]) in here and record[2] == socket.gethostname():
         return text
     said = f"the last one that signed it: {text}" if record else "nobody has signed it"
@@ -87,7 +90,8 @@ def holder(descriptor: int) -> str:
 
 def _holders(descriptor: int) -> list[int]:
     """The processes of this host that have the lock on an open file, as far as this user may see them."""
-    mine, found = os.fstat(descriptor), []
+    mine = os.fstat(descriptor)
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # another user's, or it has just ended
             for entry in os.scandir(process / "fd"):

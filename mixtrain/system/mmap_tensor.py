@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-POPULATE_READ = 22  # MADV_POPULATE_READ of Linux 5.14: all pages at once instead of one fault for each few
+# MADV_POPULATE_READ of Linux 5.14: all pages at once instead of one fault for each few
+POPULATE_READ = 22
 UNREADABLE = (errno.EFAULT, errno.EIO, 133)  # the last: EHWPOISON of Linux
 
 
@@ -27,10 +28,14 @@ def window(path: Path, offset: int, shape: Sequence[int], dtype: torch.dtype) ->
     before = offset % mmap.PAGESIZE
     size = before + count * dtype.itemsize
     with open(path, "rb") as file:
-        try:  # private, for PyTorch wants memory that could be written to; nothing writes, and nothing is copied
+        # private, for PyTorch wants memory that could be written to; nothing writes, and nothing is
+        # copied
+        try:
             mapped = mmap.mmap(file.fileno(), size, offset=offset - before, access=mmap.ACCESS_COPY)
         except ValueError as error:
-            raise OSError(0, f"it ends before byte {offset - before + size:,}", str(path)) from error
+            raise OSError(
+                0, f"it ends before byte {offset - before + size:,}", str(path)
+            ) from error
     try:
         mapped.madvise(mmap.MADV_WILLNEED)  # one large read ahead where the pages are not in memory
         mapped.madvise(POPULATE_READ)

@@ -17,7 +17,8 @@ from mixtrain.errors import UserError
 from mixtrain.system.status import DISK_FULL
 
 _held: set[int] = set()  # the locks of this process
-os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])  # a child would keep them
+# a child would keep them
+os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])
 
 
 def make(writing: Path) -> list[Path]:
@@ -58,7 +59,8 @@ def clear(writing: Path, written: set[str]) -> None:
     for path in sorted(writing.iterdir()):
         if path.name not in written:
             raise UserError(
-                f"{path} is no file of an interrupted run; move it away, or give another name for the output"
+                f"{path} is no file of an interrupted run; move it away, or give another name for"
+                " the output"
             )
     for path in writing.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -21,7 +21,14 @@ LAUNCHER = "MIXTRAIN_LAUNCHER"  # the process that started them
 
 INTERFACES = "GLOO_SOCKET_IFNAME"  # gloo's own: where it listens
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-SLURM = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_LOCALID", "SLURM_JOB_ID")
+SLURM = (
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_NNODES",
+    "SLURM_LOCALID",
+    "SLURM_JOB_ID",
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ def identity() -> Identity | None:
     if me.rank >= me.world_size:
         names = TORCHRUN[:2] if "RANK" in os.environ else SLURM[:2]
         raise UserError(
-            f"the environment has {names[0]} = {me.rank}, but {names[1]} = {me.world_size}; unset both where no"
-            " torchrun or srun has started this process"
+            f"the environment has {names[0]} = {me.rank}, but {names[1]} = {me.world_size}; unset"
+            " both where no torchrun or srun has started this process"
         )
     return me
 
@@ -73,29 +80,47 @@ def _torchrun() -> Identity:
     world = int(env.get("WORLD_SIZE", 1))
     local_world = int(env.get("LOCAL_WORLD_SIZE", world))
     rendezvous = f"file://{env[FOLDER]}/rendezvous" if FOLDER in env else "env://"
-    return Identity(int(env["RANK"]), world, int(env.get("LOCAL_RANK", env["RANK"])), local_world, rendezvous)
+    return Identity(
+        int(env["RANK"]), world, int(env.get("LOCAL_RANK", env["RANK"])), local_world, rendezvous
+    )
 
 
 def _slurm() -> Identity:
     _refuse_words((*SLURM, "MASTER_PORT"))
     env = os.environ
     world = int(env.get("SLURM_NTASKS", 1))
-    local_world = int(env.get("SLURM_NTASKS_PER_NODE", world // max(1, int(env.get("SLURM_NNODES", 1)))))
-    return Identity(int(env["SLURM_PROCID"]), world, int(env.get("SLURM_LOCALID", 0)), local_world, _slurm_rendezvous())
+    local_world = int(
+        env.get("SLURM_NTASKS_PER_NODE", world // max(1, int(env.get("SLURM_NNODES", 1))))
+    )
+    return Identity(
+        int(env["SLURM_PROCID"]),
+        world,
+        int(env.get("SLURM_LOCALID", 0)),
+        local_world,
+        _slurm_rendezvous(),
+    )
 
 
 def _refuse_words(names: tuple[str, ...]) -> None:
     wrong = [name for name in names if not os.environ.get(name, "0").isdecimal()]
     if wrong:
-        raise UserError(*[f"the environment has {name}={os.environ[name]}, which is not a number" for name in wrong])
+        raise UserError(
+            *[
+                f"the environment has {name}={os.environ[name]}, which is not a number"
+                for name in wrong
+            ]
+        )
 
 
 def _slurm_rendezvous() -> str:
     """The first node of the job, at a port that follows from the job's number: the same on every rank."""
     host = os.environ.get("MASTER_ADDR")
     if not host:
-        # node[07-09,12],login[1-2] is node07, node08 ...; scontrol would tell, but a container seldom has it
-        host = re.sub(r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1")).split(",")[0]
+        # node[07-09,12],login[1-2] is node07, node08 ...; scontrol would tell, but a container
+        # seldom has it
+        host = re.sub(
+            r"\[(\w+)[^]]*\]", r"\1", os.environ.get("SLURM_JOB_NODELIST", "127.0.0.1")
+        ).split(",")[0]
     port = os.environ.get("MASTER_PORT", 20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 20000)
     return f"tcp://{host}:{port}"
 
@@ -112,14 +137,20 @@ def interface_problem(names: str) -> str:
 
 
 def _is_unusable(interface: str) -> str:
-    get_flags, up = 0x8913, 1  # SIOCGIFFLAGS and IFF_UP of Linux
+    # SIOCGIFFLAGS and IFF_UP of Linux
+    get_flags = 0x8913
+    up = 1
     request = struct.pack("16sH14x", interface.encode()[:15], 0)
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         try:
             flags = struct.unpack("16sH14x", fcntl.ioctl(any_socket, get_flags, request))[1]
         except OSError as error:
             there = ", ".join(name for _, name in socket.if_nameindex())
-            return f"this machine lacks (it has {there or 'none'})" if error.errno == errno.ENODEV else ""
+            return (
+                f"this machine lacks (it has {there or 'none'})"
+                if error.errno == errno.ENODEV
+                else ""
+            )
     return "" if flags & up else f"is down: `ip link set {interface} up` as root"
 
 

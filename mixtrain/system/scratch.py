@@ -38,7 +38,9 @@ def make(what: str = "") -> tuple[str, int]:
         path = tempfile.mkdtemp(prefix=PREFIX + what)
         return path, _own(path)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}; set TMPDIR to a folder that can be written") from None
+        raise UserError(
+            f"{error.filename}: {error.strerror}; set TMPDIR to a folder that can be written"
+        ) from None
 
 
 def keep(path: str) -> None:
@@ -68,7 +70,10 @@ def remove_left_behind() -> list[str]:
     removed = []
     for entry in os.scandir(tempfile.gettempdir()):
         with contextlib.suppress(OSError):  # it has just gone, or it is somebody else's
-            mine = entry.name.startswith(PREFIX) and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+            mine = (
+                entry.name.startswith(PREFIX)
+                and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
+            )
             if mine and entry.is_dir(follow_symlinks=False) and _remove_if_free(entry.path):
                 removed.append(entry.path)
     return removed

@@ -34,12 +34,17 @@ class Status(TypedDict):
     changed_mathematics: NotRequired[list[Any]]
 
 
-def write_status(run_dir: str | Path, *, state: str, step: int, max_steps: int, reason: str, **more: object) -> None:
+def write_status(
+    run_dir: str | Path, *, state: str, step: int, max_steps: int, reason: str, **more: object
+) -> None:
     """Replace status.json whole: a reader never sees half of it. `more`: what else there is to say, by key."""
     assert state in STATES, state
     path = Path(run_dir) / "status.json"
     temporary = path.with_suffix(".json.tmp")
-    text = json.dumps({"state": state, "step": step, "max_steps": max_steps, "reason": reason, **more}) + "\n"
+    text = (
+        json.dumps({"state": state, "step": step, "max_steps": max_steps, "reason": reason, **more})
+        + "\n"
+    )
     try:
         temporary.write_text(text)
         os.replace(temporary, path)

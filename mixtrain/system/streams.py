@@ -29,11 +29,13 @@ class Forgiving(io.FileIO):
 
     def __init__(self, descriptor: int, pipe: int | None):
         super().__init__(descriptor, "w", closefd=False)
-        self.pipe, self.is_lost = pipe, False
+        self.pipe = pipe
+        self.is_lost = False
 
     def write(self, data) -> int:
         try:
-            while (written := super().write(data)) is None:  # another program has set it to not wait
+            # another program has set it to not wait
+            while (written := super().write(data)) is None:
                 select.select([], [self], [])
             return written
         except OSError as error:
@@ -56,7 +58,9 @@ class Forgiving(io.FileIO):
         Forgiving.said = True
         where = self.log or "logs/console.log of its directory"
         name = NAMES[self.fileno()]
-        words = f"warning: {name} is lost ({reason}); the run goes on, and prints to {where}\n".encode()
+        words = (
+            f"warning: {name} is lost ({reason}); the run goes on, and prints to {where}\n".encode()
+        )
         with contextlib.suppress(OSError):  # a rank's standard error is its log
             os.write(2, words)
         return words
@@ -109,7 +113,8 @@ def forgive(log: str | Path | None = None) -> None:
         else:
             with contextlib.suppress(OSError):
                 stream.flush()
-        encoding, errors = getattr(stream, "encoding", "utf-8"), getattr(stream, "errors", "backslashreplace")
+        encoding = getattr(stream, "encoding", "utf-8")
+        errors = getattr(stream, "errors", "backslashreplace")
         raw = io.BufferedWriter(Forgiving(descriptor, spill))
         setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=True))
 

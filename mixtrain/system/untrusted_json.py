@@ -31,7 +31,9 @@ from typing import (
 from mixtrain.characters import CONTROL
 from mixtrain.errors import UserError
 
-SMALL, LARGE = 1 << 24, 1 << 28  # bytes of a file, at most: settings; lists of tensors, of files, of tokens
+# bytes of a file, at most: settings; lists of tensors, of files, of tokens
+SMALL = 1 << 24
+LARGE = 1 << 28
 LINE = 1 << 26  # bytes of a line, at most
 DEPTH = 64  # objects and lists inside one another
 DIGITS = 40  # of a whole number: transformers writes 10**30 for "no limit"
@@ -52,11 +54,15 @@ class Check(NamedTuple):
 def whole(least: int, most: int = 2**63 - 1) -> Any:
     """A whole number from `least` to `most`."""
     limit = f" to {most:,}" if most < 2**63 - 1 else ""
-    return Annotated[int, Check(f"a whole number from {least}{limit}", lambda value: least <= value <= most)]
+    return Annotated[
+        int, Check(f"a whole number from {least}{limit}", lambda value: least <= value <= most)
+    ]
 
 
 Count = whole(0)
-Name = Annotated[str, Check("text without control characters", lambda value: not CONTROL.search(value))]
+Name = Annotated[
+    str, Check("text without control characters", lambda value: not CONTROL.search(value))
+]
 Object = dict[str, Any]
 
 
@@ -93,10 +99,12 @@ def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
 def parse(text: bytes | str, schema: Any = Object, only: str | None = None) -> Any:
     """What a JSON text holds. InvalidJson with what is wrong.
 
-    `only`: the one key that is read; the numbers beside it may be anything, and other keys may stand twice.
+    `only`: the one key that is read; the numbers beside it may be anything, and other keys may
+    stand twice.
     """
     try:
-        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text  # some editors begin it with a mark
+        # some editors begin it with a mark
+        text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = _decoder(only).decode(text)
     except InvalidJson:
         raise
@@ -166,7 +174,13 @@ def _bound_depth(value: Any) -> None:
         level = [
             part
             for whole in level
-            for part in (whole.values() if isinstance(whole, dict) else whole if isinstance(whole, list) else ())
+            for part in (
+                whole.values()
+                if isinstance(whole, dict)
+                else whole
+                if isinstance(whole, list)
+                else ()
+            )
             if isinstance(part, (dict, list))
         ]
         if not level:
@@ -181,11 +195,19 @@ def problem(value: Any, schema: Any, where: str = "") -> str:
     """What is wrong with a value, naming the place in it, or ""."""
     if schema is Any:
         return ""
-    origin, arguments = get_origin(schema), get_args(schema)
+    origin = get_origin(schema)
+    arguments = get_args(schema)
     if origin is Annotated:
         if wrong := problem(value, arguments[0], where):
             return wrong
-        return next((_is_not(value, check.words, where) for check in arguments[1:] if not check.fits(value)), "")
+        return next(
+            (
+                _is_not(value, check.words, where)
+                for check in arguments[1:]
+                if not check.fits(value)
+            ),
+            "",
+        )
     if origin in (Union, types.UnionType):
         return _of_several(value, arguments, where)
     if origin is Literal:
@@ -203,7 +225,13 @@ def describe(schema: Any) -> str:
         return " or ".join(map(describe, get_args(schema)))
     if get_origin(schema) is Literal:
         return f"one of {', '.join(map(str, get_args(schema)))}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    words = {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     return words.get(schema) or ("an object" if _type_of(schema) is dict else "a list")
 
 
@@ -222,11 +250,13 @@ def _parts(value: Any, schema: Any, where: str) -> Iterator[str]:
         hints, required = _keys(schema)
         for name in sorted(required - value.keys()):
             yield f"{where and where + '.'}{name} is missing"
-        for name in (name for name in hints if name in value):  # in the schema's order: a set has none
+        # in the schema's order: a set has none
+        for name in (name for name in hints if name in value):
             yield problem(value[name], hints[name], f"{where and where + '.'}{name}")
     elif get_origin(schema) is dict:
         of_name, of_part = get_args(schema)
-        right, named = _leaf(of_part), _leaf(of_name)
+        right = _leaf(of_part)
+        named = _leaf(of_name)
         for name, part in value.items():
             if not named(name):
                 yield f"the key {problem(name, of_name)}" + (f", in {where}" if where else "")
@@ -263,10 +293,13 @@ def _keys(schema: Any) -> tuple[dict[str, Any], set[str]]:
     hints = get_type_hints(schema, include_extras=True)
     marks = {name: get_origin(hint) for name, hint in hints.items()}
     required = {
-        name for name in hints if marks[name] is Required or schema.__total__ and marks[name] is not NotRequired
+        name
+        for name in hints
+        if marks[name] is Required or schema.__total__ and marks[name] is not NotRequired
     }
     return {
-        name: get_args(hint)[0] if marks[name] in (Required, NotRequired) else hint for name, hint in hints.items()
+        name: get_args(hint)[0] if marks[name] in (Required, NotRequired) else hint
+        for name, hint in hints.items()
     }, required
 
 

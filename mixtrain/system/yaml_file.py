@@ -24,7 +24,11 @@ NODE = 16
 # the names in an interpolation, those in names and in a resolver's arguments too
 REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?([^${}:,]*)")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-KINDS = {"tag:yaml.org,2002:int": int, "tag:yaml.org,2002:float": float, "tag:yaml.org,2002:bool": bool}
+KINDS = {
+    "tag:yaml.org,2002:int": int,
+    "tag:yaml.org,2002:float": float,
+    "tag:yaml.org,2002:bool": bool,
+}
 
 
 def read(path: str | Path) -> DictConfig:
@@ -50,16 +54,21 @@ def plain(path: str | Path) -> Any:
         _bound(path, text)
         return yaml.load(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
-        raise UserError(_at(path, error.problem_mark or error.context_mark, _words(error))) from None
+        raise UserError(
+            _at(path, error.problem_mark or error.context_mark, _words(error))
+        ) from None
     except yaml.reader.ReaderError as error:
         before = text[: error.position] if isinstance(error.character, int) else ""
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
+        line = before.count("\n") + 1
+        column = len(before) - before.rfind("\n")
         where = f"{path}, line {line}, column {column}"
         raise UserError(f"{where}: the character {error.character:#x} cannot stand in it") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {data[: error.start].count(10) + 1}: not UTF-8") from None
     except (OSError, yaml.YAMLError, ValueError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
+        ) from None
 
 
 def scalars(path: str | Path) -> Iterator[tuple[str, str, type, str]]:
@@ -79,7 +88,11 @@ def scalars(path: str | Path) -> Iterator[tuple[str, str, type, str]]:
 def _kind(text: str) -> type | None:
     """What OmegaConf makes of a text without quotes; None for a text, and for null."""
     table = get_yaml_loader().yaml_implicit_resolvers
-    tags = [tag for tag, pattern in [*table.get(text[:1], []), *table.get(None, [])] if pattern.match(text)]
+    tags = [
+        tag
+        for tag, pattern in [*table.get(text[:1], []), *table.get(None, [])]
+        if pattern.match(text)
+    ]
     return KINDS.get(tags[0]) if tags else None
 
 
@@ -110,13 +123,17 @@ def _bound(path: str | Path, text: str) -> None:
         if isinstance(event, yaml.AliasEvent):
             size = sizes.get(event.anchor, NODE)  # one that there is not: PyYAML says so
             if size is None:
-                raise UserError(_at(path, event.start_mark, f"*{event.anchor} stands inside what it means"))
+                raise UserError(
+                    _at(path, event.start_mark, f"*{event.anchor} stands inside what it means")
+                )
         elif isinstance(event, yaml.ScalarEvent):
             size = sizes[event.anchor] = NODE + len(event.value)
             key = (event.value, event.style in ("'", '"'))
             if around[-1].is_mapping and len(around[-1].parts) % 2 == 0:
                 if key in around[-1].keys:
-                    raise UserError(_at(path, event.start_mark, f"the key {event.value} stands there twice"))
+                    raise UserError(
+                        _at(path, event.start_mark, f"the key {event.value} stands there twice")
+                    )
                 around[-1].keys.add(key)
         elif isinstance(event, yaml.CollectionStartEvent):
             sizes[event.anchor] = None
@@ -130,7 +147,11 @@ def _bound(path: str | Path, text: str) -> None:
             around[-1].parts.append(size)
             if size > SIZE:
                 raise UserError(
-                    _at(path, event.start_mark, f"written out without aliases it is larger than {SIZE:,} bytes")
+                    _at(
+                        path,
+                        event.start_mark,
+                        f"written out without aliases it is larger than {SIZE:,} bytes",
+                    )
                 )
 
 
@@ -142,7 +163,9 @@ def growth(tree: DictConfig) -> str:
     def size(key: str) -> int:
         if key not in sizes:
             sizes[key] = 0  # where it comes back to itself OmegaConf says so
-            inside = [name for name in texts if name.startswith(f"{key}.")] if key not in texts else []
+            inside = (
+                [name for name in texts if name.startswith(f"{key}.")] if key not in texts else []
+            )
             named = [_absolute(name, key) for name in REFERENCE.findall(texts.get(key, ""))]
             sizes[key] = NODE + len(texts.get(key, "")) + sum(map(size, inside + named))
         return sizes[key]
@@ -151,7 +174,11 @@ def growth(tree: DictConfig) -> str:
         large = next((key for key in texts if size(key) > SIZE), None)
     except RecursionError:
         return "interpolations lead on from one another without an end"
-    return f"{large} becomes larger than {SIZE:,} bytes when its interpolations are written out" if large else ""
+    return (
+        f"{large} becomes larger than {SIZE:,} bytes when its interpolations are written out"
+        if large
+        else ""
+    )
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

@@ -27,7 +27,11 @@ class BadStep(Fault):
 
     def __init__(self, step: int, what: str, value: str, ranks: list[int], stopping: bool):
         super().__init__(f"step {step}: {what} is {value} on {_named('rank', ranks)}")
-        self.step, self.what, self.value, self.ranks, self.stopping = step, what, value, ranks, stopping
+        self.step = step
+        self.what = what
+        self.value = value
+        self.ranks = ranks
+        self.stopping = stopping
 
 
 class BadNorm(Exception):
@@ -47,11 +51,14 @@ def guard_norm(plan: Plan, training: Training, device: torch.device) -> None:
     Nothing has changed by then, and the norm is not computed twice. Copies of the model should have the same norm;
     where they do not, as after a fault of the memory, they still take one decision.
     """
-    compute, bound = training.optimizer.get_grad_norm, plan.config.trainer.bad_step_grad_norm or math.inf
+    compute = training.optimizer.get_grad_norm
+    bound = plan.config.trainer.bad_step_grad_norm or math.inf
 
     def guarded() -> float:
         norm = float(compute())
-        highest = torch.tensor([norm if math.isfinite(norm) else math.inf], dtype=torch.float64, device=device)
+        highest = torch.tensor(
+            [norm if math.isfinite(norm) else math.inf], dtype=torch.float64, device=device
+        )
         torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
         if not math.isfinite(highest.item()) or highest.item() > bound:
             raise BadNorm(highest.item())
@@ -82,27 +89,43 @@ def ranks_where(mine: bool, ranks: Ranks) -> list[int]:
 class BadSteps:
     """What trainer.bad_step_policy does about them, and how many there were."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, say: Callable[[str], None], skipped: int = 0, in_a_row: int = 0):
-        self.plan, self.ranks, self.say = plan, ranks, say
-        self.skipped, self.in_a_row = skipped, in_a_row
+    def __init__(
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        say: Callable[[str], None],
+        skipped: int = 0,
+        in_a_row: int = 0,
+    ):
+        self.plan = plan
+        self.ranks = ranks
+        self.say = say
+        self.skipped = skipped
+        self.in_a_row = in_a_row
 
     def meet(self, bad: BadStep, samples: list[list[int]], routers: list[list[int]]) -> None:
         """Record a bad step, its samples, and the [layer, rank] of routers that were not finite; go on, or raise."""
         where = ""
         if routers:
             layer, rank = routers[0]
-            where = f"; the router of layer {layer} on rank {rank} was the first that was not finite"
+            where = (
+                f"; the router of layer {layer} on rank {rank} was the first that was not finite"
+            )
         if self.ranks.is_first:
             record = {"step": bad.step, "what": bad.what, "value": bad.value, "ranks": bad.ranks}
             try:
                 with open(Path(self.plan.config.run_dir) / RECORDS, "a") as file:
-                    file.write(json.dumps({**record, "samples": samples, "routers": routers}) + "\n")
-            except OSError as error:  # a full disk, say: what is wrong with the step is said all the same
+                    file.write(
+                        json.dumps({**record, "samples": samples, "routers": routers}) + "\n"
+                    )
+            # a full disk, say: what is wrong with the step is said all the same
+            except OSError as error:
                 self.say(f"warning: {RECORDS} could not be written ({error.strerror})")
         detail = f"{bad}{where}; its {len(samples)} samples are in {RECORDS}"
         if self.plan.config.trainer.bad_step_policy is Policy.stop:
             raise Fault(f"{detail}; no weights were changed by it")
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        self.skipped = self.skipped + 1
+        self.in_a_row = self.in_a_row + 1
         limit = self.plan.config.trainer.bad_step_limit
         if self.in_a_row > limit:
             raise Fault(f"{detail}; more than trainer.bad_step_limit = {limit} in a row")
@@ -117,5 +140,7 @@ def _named(what: str, numbers: list[int]) -> str:
     """`rank 1`, `ranks 0, 1, 2, 3 and 12 more`, or `all ranks` where none stands out."""
     if not numbers:
         return f"all {what}s"
-    shown = ", ".join(map(str, numbers[:4])) + (f" and {len(numbers) - 4} more" if len(numbers) > 4 else "")
+    shown = ", ".join(map(str, numbers[:4])) + (
+        f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
+    )
     return f"{what}{'s' * (len(numbers) > 1)} {shown}"

@@ -6,15 +6,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-# The largest difference that the order of additions explains in fp32. A sum of a few hundred terms in another order is
-# off by some 1e-7; two layers and a step later that has become a few 1e-6.
-# fmt: off
+# The largest difference that the order of additions explains in fp32. A sum of a few hundred terms
+# in another order is off by some 1e-7; two layers and a step later that has become a few 1e-6. fmt:
+# off
 LIMITS = {
-    "lm_loss":    1e-5,  # relative
-    "balance":    1e-5,  # relative
-    "grad_norm":  1e-5,  # relative
-    "gradient":   1e-4,  # of the tensor's largest entry
-    "parameter":  1e-5,  # absolute, after two steps
+    "lm_loss": 1e-5,  # relative
+    "balance": 1e-5,  # relative
+    "grad_norm": 1e-5,  # relative
+    "gradient": 1e-4,  # of the tensor's largest entry
+    "parameter": 1e-5,  # absolute, after two steps
 }
 # fmt: on
 
@@ -23,13 +23,14 @@ LIMITS = {
 class Verdict:
     """The largest difference of each kind, and all that is outside its limit.
 
-    First the first step's figures and gradients, then what follows from them. Of tensors the order is the contract's,
-    and layer by layer.
+    First the first step's figures and gradients, then what follows from them. Of tensors the order
+    is the contract's, and layer by layer.
     """
 
     differences: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0.0))
     outside: list[str] = field(default_factory=list)
-    tensors: list[str] = field(default_factory=list)  # names of those whose gradient or value is outside
+    # names of those whose gradient or value is outside
+    tensors: list[str] = field(default_factory=list)
 
     def note(self, kind: str, difference: float, where: str) -> bool:
         """Remember a difference, `where` says of what; whether it is outside."""
@@ -53,12 +54,16 @@ def judge(reference: dict, results: list[dict], shapes: dict[str, tuple[int, ...
     _compare_figures(verdict, reference, results, steps=slice(0, 1))
     order = {key: number for number, key in enumerate(shapes)}
     parts = [
-        (order[part[0]], part[1] or 0, rank, part) for rank, result in enumerate(results) for part in result["parts"]
+        (order[part[0]], part[1] or 0, rank, part)
+        for rank, result in enumerate(results)
+        for part in result["parts"]
     ]
     parts.sort(key=lambda part: part[:3])
     for kind, column in (("gradient", 4), ("parameter", 5)):
         for _, layer, rank, part in parts:
-            key, numbered, difference = part[0], part[1] is not None, part[column]
+            key = part[0]
+            numbered = part[1] is not None
+            difference = part[column]
             name = key.replace("layers.", f"layers.{layer}.") if numbered else key
             if kind == "gradient":
                 difference /= reference["largest_gradients"][key][layer] or 1.0

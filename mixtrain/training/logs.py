@@ -27,8 +27,18 @@ from mixtrain.system.untrusted_json import Count, InvalidJson
 from mixtrain.training import plot
 from mixtrain.training.run_directory import former
 
-COLUMNS = {"step": 7, "lm_loss": 9, "val_loss": 9, "grad_norm": 9, "lr": 9, "balance": 8, "tokens/s": 9, "s/step": 8}
-MOST = 0.9  # of all that is sent, to as few experts as a token has: the others have stopped learning
+COLUMNS = {
+    "step": 7,
+    "lm_loss": 9,
+    "val_loss": 9,
+    "grad_norm": 9,
+    "lr": 9,
+    "balance": 8,
+    "tokens/s": 9,
+    "s/step": 8,
+}
+# of all that is sent, to as few experts as a token has: the others have stopped learning
+MOST = 0.9
 QUIET_STEPS = 10  # logged steps between two warnings of the same kind
 LAST = "last"  # marks a record that is there because the run ended, and not at its interval
 HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
@@ -45,9 +55,12 @@ class Logs:
     """The records of one run. Use as a context manager; `writes` is false on every rank but the first."""
 
     def __init__(self, plan: Plan, writes: bool, config_yaml: str):
-        self.plan, self.writes, self.config_yaml = plan, writes, config_yaml
+        self.plan = plan
+        self.writes = writes
+        self.config_yaml = config_yaml
         self.directory = Path(plan.config.run_dir)
-        self.steps_done, self.last_val_loss = former(str(self.directory)).get("step", 0), None
+        self.steps_done = former(str(self.directory)).get("step", 0)
+        self.last_val_loss = None
         self.metrics = self.tensorboard = None
         if not writes:
             return
@@ -65,7 +78,8 @@ class Logs:
         if self.writes:
             self.progress.stop()
             if self.metrics:
-                with contextlib.suppress(OSError):  # each line is written at once; what failed has been said
+                # each line is written at once; what failed has been said
+                with contextlib.suppress(OSError):
                     self.metrics.close()
             if self.tensorboard:
                 with contextlib.suppress(OSError):
@@ -74,7 +88,8 @@ class Logs:
     def say(self, line: str) -> None:
         if not self.writes:
             return
-        if self.progress.live.is_started and not self.console.is_terminal:  # it was one: there is no bar in a log
+        # it was one: there is no bar in a log
+        if self.progress.live.is_started and not self.console.is_terminal:
             self.progress.stop()
         self.console.print(line, soft_wrap=True, markup=False)
         sys.stdout.flush()
@@ -100,24 +115,31 @@ class Logs:
                 self.say(f"warning: {damage}")
         for line in [*banners(self.plan), *self._changes()]:
             self.say(line)
-        self.say(HEADER + DROPPED * (self.plan.config.dispatcher.moe_expert_capacity_factor is not None))
+        self.say(
+            HEADER + DROPPED * (self.plan.config.dispatcher.moe_expert_capacity_factor is not None)
+        )
         if self.writes:
             self.progress.start()
 
     def _changes(self) -> list[str]:
-        return [f"changes the mathematics of {self.plan.recipe}: {text}" for text in changed_mathematics(self.plan)]
+        return [
+            f"changes the mathematics of {self.plan.recipe}: {text}"
+            for text in changed_mathematics(self.plan)
+        ]
 
     def step(self, last: bool, **facts: Any) -> None:
         """One logged step: the keys of metrics.jsonl. `last`: it is logged because the run ends there."""
         self.steps_done = facts["step"]
         if not self.writes:
             return
-        collapsed = collapsed_layers(facts["tokens_per_expert"], self.plan.config.model.moe_router_topk)
+        collapsed = collapsed_layers(
+            facts["tokens_per_expert"], self.plan.config.model.moe_router_topk
+        )
         self._write(facts | ({"collapsed_layers": collapsed} if collapsed else {}), last)
         balance = _show(facts["load_balancing_loss"], 4)
         self.say(
-            f"{facts['step']:>7} {_show(facts['lm_loss'], 4):>9} {'':>9} {_show(facts['grad_norm'], 3):>9}"
-            f" {facts['learning_rate']:>9.2e} {balance:>8}"
+            f"{facts['step']:>7} {_show(facts['lm_loss'], 4):>9} {'':>9}"
+            f" {_show(facts['grad_norm'], 3):>9} {facts['learning_rate']:>9.2e} {balance:>8}"
             f" {facts['tokens_per_second']:>9,.0f} {facts['step_seconds']:>8.3f}"
             + (f" {facts['token_drop_rate']:>8.2%}" if "token_drop_rate" in facts else "")
         )
@@ -137,8 +159,9 @@ class Logs:
         share = sum(load[expert] for expert in busiest) / sum(load)
         more = f" (and {len(layers) - 1} more layers)" if len(layers) > 1 else ""
         self.say(
-            f"warning: step {facts['step']}: layer {layers[0]}{more} sends {share:.0%} of its tokens to"
-            f" expert{'s' * (topk > 1)} {', '.join(map(str, busiest))}: {' '.join(map(str, load))}"
+            f"warning: step {facts['step']}: layer {layers[0]}{more} sends {share:.0%} of its"
+            f" tokens to expert{'s' * (topk > 1)} {', '.join(map(str, busiest))}:"
+            f" {' '.join(map(str, load))}"
         )
 
     def validation(self, step: int, last: bool = False, **losses: float) -> None:
@@ -147,7 +170,9 @@ class Logs:
             self._write({"step": step, **losses}, last)
             ((name, value),) = losses.items()
             self.last_val_loss = losses.get("val_loss", self.last_val_loss)
-            self.say(f"{step:>7} {'':>9} {value:>9.4f}" + ("" if name == "val_loss" else f"  ({name})"))
+            self.say(
+                f"{step:>7} {'':>9} {value:>9.4f}" + ("" if name == "val_loss" else f"  ({name})")
+            )
 
     def finish(self, steps: int, by: int | None, stopped: bool, entropy: float | None) -> None:
         """After the last step: report.png, the closing line, the state that whoever requeues a job reads."""
@@ -157,22 +182,37 @@ class Logs:
         config = self.plan.config
         picture = plot.draw(self.directory, " ".join([config.name, *tags(self.plan)]), entropy)
         state = "stopped" if stopped else "finished"
-        asked = f"stopped by {signal.Signals(by).name}" if by else "asked to stop by a signal to another rank"
+        asked = (
+            f"stopped by {signal.Signals(by).name}"
+            if by
+            else "asked to stop by a signal to another rank"
+        )
         self.status(state, asked if stopped else "trainer.max_steps")
         if self.last_val_loss is not None and entropy is not None:
-            self.say(f"last val_loss {self.last_val_loss:.4f}; unigram entropy of the validation tokens {entropy:.4f}")
+            self.say(
+                f"last val_loss {self.last_val_loss:.4f}; unigram entropy of the validation tokens"
+                f" {entropy:.4f}"
+            )
         self.say(
-            f"{state} after {steps} of {config.trainer.max_steps} steps; see {self.directory} and {picture.name} in it"
+            f"{state} after {steps} of {config.trainer.max_steps} steps; see {self.directory} and"
+            f" {picture.name} in it"
         )
 
     def status(self, state: str, reason: str) -> None:
         """Replace status.json. Unwritable if it cannot be."""
         if self.writes:
             steps = self.plan.config.trainer.max_steps
-            changed = {"changed_mathematics": changed_mathematics(self.plan)} if self.plan.recipe else {}
+            changed = (
+                {"changed_mathematics": changed_mathematics(self.plan)} if self.plan.recipe else {}
+            )
             with writing(self.directory / "status.json"):
                 write_status(
-                    self.directory, state=state, step=self.steps_done, max_steps=steps, reason=reason, **changed
+                    self.directory,
+                    state=state,
+                    step=self.steps_done,
+                    max_steps=steps,
+                    reason=reason,
+                    **changed,
                 )
 
     def failed(self, reason: str) -> str:
@@ -199,7 +239,13 @@ class Logs:
 
 def _show(number: float | None, digits: int) -> str:
     """A number of the table; `-` where there is none, as in a step that was skipped."""
-    return "-" if number is None else f"{number:.{digits}f}" if abs(number) < 10_000 else f"{number:.2e}"
+    return (
+        "-"
+        if number is None
+        else f"{number:.{digits}f}"
+        if abs(number) < 10_000
+        else f"{number:.2e}"
+    )
 
 
 def collapsed_layers(tokens_per_expert: list[list[int]], topk: int) -> list[int]:
@@ -217,9 +263,12 @@ def cut_back(metrics: Path, step: int) -> str:
     Later records go, also half of one that a killed run has left, and those that were only made because the run ended.
     Where a line is something else the file is kept as it was, under another name.
     """
-    if step == 0 and metrics.exists():  # nothing was saved: the records are all that is left of that run
+    # nothing was saved: the records are all that is left of that run
+    if step == 0 and metrics.exists():
         os.replace(metrics, metrics.with_suffix(".jsonl.before"))
-    kept, wrong, last = [], {}, 0
+    kept = []
+    wrong = {}
+    last = 0
     for last, line in untrusted_json.lines(metrics) if metrics.exists() else ():
         try:
             record = untrusted_json.parse(line, Record)
@@ -228,7 +277,9 @@ def cut_back(metrics: Path, step: int) -> str:
         else:
             if record["step"] <= step and LAST not in record:
                 kept.append(line.decode() + "\n")
-    damaged = [number for number in wrong if number != last or "not valid JSON" not in str(wrong[number])]
+    damaged = [
+        number for number in wrong if number != last or "not valid JSON" not in str(wrong[number])
+    ]
     if damaged:
         copyfile(metrics, metrics.with_suffix(".jsonl.damaged"))
     write_atomically(metrics, "".join(kept))

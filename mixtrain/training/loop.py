@@ -21,11 +21,24 @@ from mixtrain.checkpoint.state import RunState
 from mixtrain.config.plan import Plan, batch_size_at
 from mixtrain.data.batches import KEYS
 from mixtrain.engine.layers.context import local_part
-from mixtrain.engine.moe_metrics import ExpertLoad, collect_balancing_loss, expert_bias, expert_biases, token_drop_rate
+from mixtrain.engine.moe_metrics import (
+    ExpertLoad,
+    collect_balancing_loss,
+    expert_bias,
+    expert_biases,
+    token_drop_rate,
+)
 from mixtrain.engine.optimizer import Training, parameters_gathered
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault
-from mixtrain.training.bad_steps import BadNorm, BadStep, BadSteps, guard_norm, ranks_where, ranks_with_bad_gradients
+from mixtrain.training.bad_steps import (
+    BadNorm,
+    BadStep,
+    BadSteps,
+    guard_norm,
+    ranks_where,
+    ranks_with_bad_gradients,
+)
 from mixtrain.training.logs import Logs
 from mixtrain.training.sample_digest import Ledger, digest
 from mixtrain.training.signals import StopRequest
@@ -36,14 +49,27 @@ class Loop:
     """The steps of a run, from where `begun` is."""
 
     def __init__(
-        self, plan: Plan, ranks: Ranks, training: Training, data: dict[str, Iterable], logs: Logs, begun: RunState
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        training: Training,
+        data: dict[str, Iterable],
+        logs: Logs,
+        begun: RunState,
     ):
-        self.plan, self.ranks, self.training = plan, ranks, training
-        self.data, self.logs, self.state = data, logs, begun
-        self.load, self.ledger = ExpertLoad(plan, training.chunks, ranks.device), Ledger()
+        self.plan = plan
+        self.ranks = ranks
+        self.training = training
+        self.data = data
+        self.logs = logs
+        self.state = begun
+        self.load = ExpertLoad(plan, training.chunks, ranks.device)
+        self.ledger = Ledger()
         self.microbatches = [iter(data["train"]) for _ in training.chunks]
         self.microbatches[0] = self.ledger.watch(self.microbatches[0])  # every chunk reads the same
-        self.bad_steps = BadSteps(plan, ranks, logs.say, begun.skipped_steps, begun.skipped_in_a_row)
+        self.bad_steps = BadSteps(
+            plan, ranks, logs.say, begun.skipped_steps, begun.skipped_in_a_row
+        )
         guard_norm(plan, training, ranks.device)
 
     def run(self, stop: StopRequest, saver: Saver) -> RunState:
@@ -54,11 +80,13 @@ class Loop:
         for step in range(self.state.step + 1, trainer.max_steps + 1):
             beat("start", step)
             facts, stopping = self.take(step, stop)
-            finished, due = step == trainer.max_steps, step == 1 or step % trainer.log_every_n_steps == 0
+            finished = step == trainer.max_steps
+            due = step == 1 or step % trainer.log_every_n_steps == 0
             if due or finished or stopping:
                 self.log(facts, last=not due)
             due = step % trainer.val_check_interval == 0 and "validation" in self.data
-            if (due or (finished and "validation" in self.data)) and not stopping:  # whoever asked to stop is waiting
+            # whoever asked to stop is waiting
+            if (due or (finished and "validation" in self.data)) and not stopping:
                 self.validate(step, last=not due)
             self.state = replace(self.state, validation_due=due and stopping)
             saver.after_step(self.state, ending=finished or stopping)
@@ -71,7 +99,8 @@ class Loop:
         self.load.clear()
         self.ledger.clear()
         batch = batch_size_at(self.plan.config.trainer, self.state.consumed_samples)
-        learning_rate, started = self.training.optimizer.param_groups[0]["lr"], time.perf_counter()
+        learning_rate = self.training.optimizer.param_groups[0]["lr"]
+        started = time.perf_counter()
         lm_loss = grad_norm = None
         try:
             lm_loss, grad_norm, stopping = train_step(
@@ -79,7 +108,9 @@ class Loop:
             )
             self.bad_steps.good()
         except BadStep as bad:
-            self.bad_steps.meet(bad, self.ledger.gather(self.ranks.device), self.load.not_finite(self.ranks))
+            self.bad_steps.meet(
+                bad, self.ledger.gather(self.ranks.device), self.load.not_finite(self.ranks)
+            )
             stopping = bad.stopping
         seconds = time.perf_counter() - started
         self.state = replace(
@@ -90,17 +121,28 @@ class Loop:
             skipped_steps=self.bad_steps.skipped,
             skipped_in_a_row=self.bad_steps.in_a_row,
         )
-        facts = {"step": step, "lm_loss": lm_loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        speed = {"tokens_per_second": batch * self.plan.config.data.seq_length / seconds, "step_seconds": seconds}
+        facts = {
+            "step": step,
+            "lm_loss": lm_loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+        }
+        speed = {
+            "tokens_per_second": batch * self.plan.config.data.seq_length / seconds,
+            "step_seconds": seconds,
+        }
         return facts | speed | {"batch": batch}, stopping
 
     def log(self, facts: dict[str, Any], last: bool) -> None:
         """Log a step, with what all ranks know of it together."""
-        batch, counts = facts.pop("batch"), self.load.collect()
+        batch = facts.pop("batch")
+        counts = self.load.collect()
         self.logs.step(
             last=last,
             **facts,
-            load_balancing_loss=collect_balancing_loss(self.plan, self.plan.microbatches_of(batch), self.ranks.device),
+            load_balancing_loss=collect_balancing_loss(
+                self.plan, self.plan.microbatches_of(batch), self.ranks.device
+            ),
             consumed_samples=self.state.consumed_samples,
             skipped_steps=self.state.skipped_steps,
             ledger=digest(self.ledger.gather(self.ranks.device)),
@@ -116,14 +158,21 @@ class Loop:
 
 
 def train_step(
-    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], stop: StopRequest, step: int, batch: int
+    plan: Plan,
+    ranks: Ranks,
+    training: Training,
+    microbatches: list[Iterator],
+    stop: StopRequest,
+    step: int,
+    batch: int,
 ) -> tuple[float, float, bool]:
     """One optimizer step on `batch` sequences.
 
-    Gives (LM loss per token, gradient norm before clipping, whether any rank was asked to stop). BadStep on all ranks,
-    with nothing changed, if it should not be taken.
+    Gives (LM loss per token, gradient norm before clipping, whether any rank was asked to stop).
+    BadStep on all ranks, with nothing changed, if it should not be taken.
     """
-    biases = [bias.clone() for bias in expert_biases(training.chunks)]  # finalize_model_grads moves them
+    # finalize_model_grads moves them
+    biases = [bias.clone() for bias in expert_biases(training.chunks)]
     try:
         return _step(plan, ranks, training, microbatches, stop, step, batch)
     except BadStep:
@@ -133,7 +182,13 @@ def train_step(
 
 
 def _step(
-    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], stop: StopRequest, step: int, batch: int
+    plan: Plan,
+    ranks: Ranks,
+    training: Training,
+    microbatches: list[Iterator],
+    stop: StopRequest,
+    step: int,
+    batch: int,
 ) -> tuple[float, float, bool]:
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
@@ -159,16 +214,20 @@ def _step(
     return loss_sum / token_sum, float(grad_norm or 0.0), stop_ranks > 0
 
 
-@torch.no_grad()  # the schedule does not, and a router with an expert bias counts what it sees with gradients
+# the schedule does not, and a router with an expert bias counts what it sees with gradients
+@torch.no_grad()
 def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable, step: int) -> float:
     """The LM loss per token, after `step` steps, over trainer.limit_val_batches global batches, always the same."""
-    microbatches, batch = [iter(data) for _ in training.chunks], plan.config.trainer.global_batch_size
+    microbatches = [iter(data) for _ in training.chunks]
+    batch = plan.config.trainer.global_batch_size
     sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
     with parameters_gathered(plan, training):
         for chunk in training.chunks:
             chunk.eval()
         for _ in range(plan.config.trainer.limit_val_batches):
-            loss, tokens = run_microbatches(plan, ranks, training, microbatches, batch, forward_only=True)
+            loss, tokens = run_microbatches(
+                plan, ranks, training, microbatches, batch, forward_only=True
+            )
             sums += torch.tensor([loss, tokens], dtype=torch.float64, device=ranks.device)
         for chunk in training.chunks:
             chunk.train()
@@ -180,7 +239,12 @@ def evaluate(plan: Plan, ranks: Ranks, training: Training, data: Iterable, step:
 
 
 def run_microbatches(
-    plan: Plan, ranks: Ranks, training: Training, microbatches: list[Iterator], batch: int, forward_only: bool
+    plan: Plan,
+    ranks: Ranks,
+    training: Training,
+    microbatches: list[Iterator],
+    batch: int,
+    forward_only: bool,
 ) -> tuple[float, float]:
     """`batch` sequences, over all ranks, through Megatron-Core's schedule: this rank's (sum of token losses, tokens).
 
@@ -199,28 +263,36 @@ def run_microbatches(
     )
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return 0.0, 0.0
-    loss, tokens = torch.stack([result["lm_loss"] for result in results]).double().sum(dim=0).tolist()
+    loss, tokens = (
+        torch.stack([result["lm_loss"] for result in results]).double().sum(dim=0).tolist()
+    )
     return loss, tokens
 
 
-def forward_step(iterator: Iterator, model: torch.nn.Module, device: torch.device) -> tuple[torch.Tensor, Any]:
+def forward_step(
+    iterator: Iterator, model: torch.nn.Module, device: torch.device
+) -> tuple[torch.Tensor, Any]:
     """One microbatch: the model's output and the function that makes a loss of it, as the schedules want them."""
     beat("forward")
     microbatch = next(iterator)
     batch = {name: microbatch[name].to(device, non_blocking=True) for name in KEYS}
-    rank, size = parallel_state.get_context_parallel_rank(), parallel_state.get_context_parallel_world_size()
+    rank = parallel_state.get_context_parallel_rank()
+    size = parallel_state.get_context_parallel_world_size()
     here = {name: local_part(tensor, rank, size) for name, tensor in batch.items()}
     output = model(here["tokens"], here["position_ids"], attention_mask=None, labels=here["labels"])
 
-    def loss(token_losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    def loss(
+        token_losses: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """(sum over tokens, tokens, report): the form that stays right under context parallelism.
 
-        Megatron-Core divides the one by the other and takes the mean over context-parallel ranks. So that this is the
-        mean over the sequence's tokens wherever the masked ones lie, they are counted in all of it; with
-        calculate_per_token_loss it adds up both over the ranks instead.
+        Megatron-Core divides the one by the other and takes the mean over context-parallel ranks.
+        So that this is the mean over the sequence's tokens wherever the masked ones lie, they are
+        counted in all of it; with calculate_per_token_loss it adds up both over the ranks instead.
         """
         mask = here["loss_mask"].reshape(-1).float()
-        total, count = (token_losses.reshape(-1).float() * mask).sum(), mask.sum()
+        total = (token_losses.reshape(-1).float() * mask).sum()
+        count = mask.sum()
         report = {"lm_loss": torch.stack([total.detach(), count])}
         if model.config.calculate_per_token_loss:
             return total, count.to(torch.int), report

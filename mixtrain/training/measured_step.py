@@ -21,7 +21,8 @@ from mixtrain.training import loop
 from mixtrain.training.signals import StopRequest
 
 STEPS = 2
-MARGIN = 1e-4  # a choice of experts nearer to a tie could fall the other way where sums are taken in another order
+# a choice of experts nearer to a tie could fall the other way where sums are taken in another order
+MARGIN = 1e-4
 MASKED = 0.1  # of the tokens
 SEEDS = 100  # tried for a batch without such a choice
 
@@ -47,8 +48,10 @@ class ChoiceMargin(TorchFunctionMode):
         best = values.detach().double().topk(k + 1, dim=dim).values
         if (values >= 0).all():
             best = best.log()
-        last, following = best.select(dim, k - 1), best.select(dim, k)
-        differences = (last - following)[last > -math.inf]  # a capacity looks at tokens that were never sent, too
+        last = best.select(dim, k - 1)
+        following = best.select(dim, k)
+        # a capacity looks at tokens that were never sent, too
+        differences = (last - following)[last > -math.inf]
         if differences.numel():
             self.smallest = min(self.smallest, differences.min().item())
 
@@ -74,7 +77,9 @@ def reference(plan: Plan, me: Identity, file: Path) -> dict:
         "seed": seeded.config.seed,
         "margin": margin.smallest,
         "tried": tried + 1,
-        "largest_gradients": {key: _largest(key, whole) for key, whole in wholes["gradients"].items()},
+        "largest_gradients": {
+            key: _largest(key, whole) for key, whole in wholes["gradients"].items()
+        },
         **figures,
     }
 
@@ -92,7 +97,9 @@ def measure(plan: Plan, me: Identity, file: Path) -> dict:
         return differences(plan, here, wholes)
 
 
-def differences(plan: Plan, here: process_groups.Ranks, wholes: dict[str, dict[str, torch.Tensor]]) -> dict:
+def differences(
+    plan: Plan, here: process_groups.Ranks, wholes: dict[str, dict[str, torch.Tensor]]
+) -> dict:
     """Two steps in the groups that there are: this rank's figures, and a line for each of its parts of a tensor.
 
     A line is [key, layer, part, elements, difference of the gradient, of the parameter], differences being the largest
@@ -107,7 +114,14 @@ def differences(plan: Plan, here: process_groups.Ranks, wholes: dict[str, dict[s
                 part = str((shard.numbers, [(cut.start, cut.stop) for cut in shard.cut]))
                 line = lines.setdefault(
                     (shard.key, part),
-                    [shard.key, shard.numbers[0] if shard.numbers else None, part, shard.data.numel(), 0.0, 0.0],
+                    [
+                        shard.key,
+                        shard.numbers[0] if shard.numbers else None,
+                        part,
+                        shard.data.numel(),
+                        0.0,
+                        0.0,
+                    ],
                 )
                 difference = (shard.data.cpu() - shard.of(whole[shard.key])).abs().max().item()
                 line[4 + column] = difference if math.isfinite(difference) else 1e30
@@ -129,7 +143,9 @@ def two_steps(plan: Plan, here: process_groups.Ranks) -> tuple[dict, Held, Held]
     def remember_gradients_then_step():
         if not gradients:
             gather_gradients(training)
-            gradients.update({parameter: parameter.main_grad.clone() for parameter in parameters_of(training)})
+            gradients.update(
+                {parameter: parameter.main_grad.clone() for parameter in parameters_of(training)}
+            )
         return before_step()
 
     training.optimizer.step = remember_gradients_then_step
@@ -142,7 +158,11 @@ def two_steps(plan: Plan, here: process_groups.Ranks) -> tuple[dict, Held, Held]
             figures[name].append(value)
     optimizer.gather_parameters(plan, training)
     chunks = training.chunks
-    return figures, (chunks, gradients), (chunks, {parameter: parameter.data for parameter in parameters_of(training)})
+    return (
+        figures,
+        (chunks, gradients),
+        (chunks, {parameter: parameter.data for parameter in parameters_of(training)}),
+    )
 
 
 def parameters_of(training: Training) -> Iterator[torch.nn.Parameter]:
@@ -166,8 +186,10 @@ def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
 
     Some tokens are masked, in each sequence others: a layout must not change what a token weighs.
     """
-    dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    micro, size = plan.config.trainer.micro_batch_size, plan.config.trainer.global_batch_size
+    dp = parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
+    micro = plan.config.trainer.micro_batch_size
+    size = plan.config.trainer.global_batch_size
     length = plan.config.data.seq_length
     for first in range(rank * micro, STEPS * size, dp * micro):
         samples = [_sample(plan, number % size) for number in range(first, first + micro)]
@@ -182,8 +204,8 @@ def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
 def _sample(plan: Plan, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(tokens [seq_length + 1], loss mask [seq_length]) of a sample.
 
-    A microbatch weighs its tokens alike, and each microbatch weighs the same: where a layout changes how many sequences
-    one has, each sequence has as many tokens.
+    A microbatch weighs its tokens alike, and each microbatch weighs the same: where a layout
+    changes how many sequences one has, each sequence has as many tokens.
     """
     length = plan.config.data.seq_length
     generator = torch.Generator().manual_seed(1000 * plan.config.seed + number)

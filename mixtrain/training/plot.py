@@ -23,7 +23,8 @@ class Record(TypedDict):
 
 def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
     """Draw report.png from the run's metrics.jsonl. `entropy`: unigram entropy of the validation tokens, in nats."""
-    from matplotlib.figure import Figure  # not pyplot, which takes twice as long and looks for a display
+    # not pyplot, which takes twice as long and looks for a display
+    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     directory = Path(run_dir)
@@ -33,7 +34,11 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
     left, right = figure.subplots(1, 2)
     _losses(left, records, entropy)
     image = right.imshow(_load(steps), aspect="auto", cmap="viridis", vmin=0)
-    right.set(xlabel="expert", ylabel="layer", title="tokens of an expert over the even share, end of the run")
+    right.set(
+        xlabel="expert",
+        ylabel="layer",
+        title="tokens of an expert over the even share, end of the run",
+    )
     for axis in (left.xaxis, right.xaxis, right.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     figure.colorbar(image, ax=right)
@@ -53,7 +58,9 @@ def read(metrics: Path) -> list[Record]:
 
 def _losses(axes, records: list[dict], entropy: float | None) -> None:
     for name, label, style in (("lm_loss", "training", "-"), ("val_loss", "validation", "o-")):
-        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        points = [
+            (record["step"], record[name]) for record in records if record.get(name) is not None
+        ]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)
     if entropy is not None:
@@ -66,5 +73,7 @@ def _losses(axes, records: list[dict], entropy: float | None) -> None:
 def _load(steps: list[dict]) -> numpy.ndarray:
     """[layers, experts]: tokens of each expert over the even share, pooled over the last tenth of the logged steps."""
     tail = [record["tokens_per_expert"] for record in steps[-max(1, len(steps) // 10) :]]
-    counts = numpy.sum([load for load in tail if list(map(len, load)) == list(map(len, tail[-1]))], axis=0)
+    counts = numpy.sum(
+        [load for load in tail if list(map(len, load)) == list(map(len, tail[-1]))], axis=0
+    )
     return counts / numpy.maximum(counts.mean(axis=1, keepdims=True), 1e-9)

@@ -50,15 +50,17 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Start:
     state = RunState() if path is None else load.read_state(path)
     if state.step > plan.config.trainer.max_steps:
         raise UserError(
-            f"trainer.max_steps = {plan.config.trainer.max_steps}, but {path} has {state.step} steps already;"
-            f" use more than {state.step}, or another run_dir"
+            f"trainer.max_steps = {plan.config.trainer.max_steps}, but {path} has {state.step}"
+            f" steps already; use more than {state.step}, or another run_dir"
         )
     return Start(path, state)
 
 
 def refuse_a_crash_loop(plan: Plan, ranks: Ranks, start: Start) -> None:
     """UserError if run after run has started here and died; note that this one starts. Every rank must call."""
-    run_dir, most, problem = plan.config.run_dir, plan.config.checkpoint.max_attempts, None
+    run_dir = plan.config.run_dir
+    most = plan.config.checkpoint.max_attempts
+    problem = None
     if ranks.is_first and plan.saves:
         problem = attempts_problem(run_dir, start.state.step, most)
         try:
@@ -71,7 +73,12 @@ def refuse_a_crash_loop(plan: Plan, ranks: Ranks, start: Start) -> None:
 
 
 def enter(
-    plan: Plan, ranks: Ranks, training: Training, start: Start, data: dict[str, str], say: Callable[[str], None]
+    plan: Plan,
+    ranks: Ranks,
+    training: Training,
+    start: Start,
+    data: dict[str, str],
+    say: Callable[[str], None],
 ) -> RunState:
     """Bring the run to its start; where it is then, with all that its own checkpoints will say of it.
 
@@ -81,18 +88,24 @@ def enter(
     if start.path:
         if changed := difference(start.state.data, data):
             raise UserError(
-                f"{start.path} was trained on other data: {changed}; checkpoint.load_weights={start.path} in a new"
-                " run_dir starts a new run from its weights"
+                f"{start.path} was trained on other data: {changed};"
+                f" checkpoint.load_weights={start.path} in a new run_dir starts a new run from its"
+                " weights"
             )
         load.resume(plan, ranks, training, start.path, start.state, say)
-        say(f"resumed from {start.path}, after {start.state.step} steps and {start.state.consumed_samples:,} sequences")
+        say(
+            f"resumed from {start.path}, after {start.state.step} steps and"
+            f" {start.state.consumed_samples:,} sequences"
+        )
         for line in changed_since(plan.config, start.state):
             say(f"changed since then: {line}")
     elif plan.config.checkpoint.load_weights:
         path = load.weights_at(plan, ranks)
         say(f"weights of {path}; everything else starts anew")
         load.load_weights(plan, ranks, training, path, say)
-        start = replace(start, state=replace(start.state, hf_source=load.read_state(path).hf_source))
+        start = replace(
+            start, state=replace(start.state, hf_source=load.read_state(path).hf_source)
+        )
     return replace(
         start.state,
         data=data,
@@ -110,7 +123,9 @@ def changed_since(config: Config, state: RunState) -> list[str]:
         return ["its configuration is of another version of mixtrain and was not compared"]
     found = [change for change in changes(before, config)[MATHEMATICS] if change.key not in SAID]
     lines = [f"{change.key} = {show(change.here)} (was {show(change.recipe)})" for change in found]
-    return lines + other_rate(before, config, state, [change for change in found if change.key in SCHEDULE])
+    return lines + other_rate(
+        before, config, state, [change for change in found if change.key in SCHEDULE]
+    )
 
 
 def other_rate(before: Config, config: Config, state: RunState, found: list[Change]) -> list[str]:
@@ -120,9 +135,12 @@ def other_rate(before: Config, config: Config, state: RunState, found: list[Chan
     """
     if not found:
         return []
-    was, now = schedule_in_steps(before), config.optimizer
+    was = schedule_in_steps(before)
+    now = config.optimizer
     if not lr_schedule.is_one(was):
-        return ["the schedule of its configuration is none, and the learning rates were not compared"]
+        return [
+            "the schedule of its configuration is none, and the learning rates were not compared"
+        ]
     ahead = (state.schedule_steps + n for n in range(config.trainer.max_steps - state.step))
     done = next((n for n in ahead if lr_schedule.rate(was, n) != lr_schedule.rate(now, n)), None)
     if done is None:
@@ -130,13 +148,17 @@ def other_rate(before: Config, config: Config, state: RunState, found: list[Chan
     keys = {change.key: show(change.recipe) for change in found}
     follows = ""
     if "optimizer.lr_decay_steps" in keys and now == schedule_in_steps(_with_open_decay(config)):
-        follows = f": trainer.max_steps is {config.trainer.max_steps}, and optimizer.lr_decay_steps = null follows it"
+        follows = (
+            f": trainer.max_steps is {config.trainer.max_steps}, and"
+            " optimizer.lr_decay_steps = null follows it"
+        )
         if now.lr_warmup_fraction is not None:
             keys.pop("optimizer.lr_warmup_steps", None)  # so does this
     words = " ".join(f"{key}={value}" for key, value in keys.items())
     return [
         f"the learning rate of step {state.step + done - state.schedule_steps + 1} is"
-        f" {lr_schedule.rate(now, done):.3e} (was {lr_schedule.rate(was, done):.3e}){follows}; to keep it, type {words}"
+        f" {lr_schedule.rate(now, done):.3e} (was {lr_schedule.rate(was, done):.3e}){follows}; to"
+        f" keep it, type {words}"
     ]
 
 

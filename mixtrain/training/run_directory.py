@@ -31,7 +31,8 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 LENGTH = ("trainer.max_steps", "optimizer.lr_decay_steps")  # a longer run is the same run
 IN_A_ROW = "runs in a row started at step"  # in the words of a run that was refused for it
 _held: set[int] = set()  # the locks of this process
-os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])  # a child would keep them
+# a child would keep them
+os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])
 
 
 class Attempt(TypedDict):
@@ -43,22 +44,31 @@ class Attempt(TypedDict):
 
 def directory_problems(plan: Plan) -> Iterator[str]:
     """What can be said of run_dir without writing. os.path: pathlib raises for a name that is too long."""
-    directory, resume = plan.config.run_dir, plan.config.checkpoint.resume
+    directory = plan.config.run_dir
+    resume = plan.config.checkpoint.resume
     if os.path.exists(directory) and not os.path.isdir(directory):
         yield f"run_dir = {directory} is a file; give another run_dir"
         return
     if resume is Resume.never and holds_run(directory):
         yield taken(directory)
     elif resume is Resume.must and not steps_in(directory):
-        yield f"checkpoint.resume = must, but run_dir = {directory} holds no checkpoint; use auto, or another run_dir"
+        yield (
+            f"checkpoint.resume = must, but run_dir = {directory} holds no checkpoint; use"
+            " auto, or another run_dir"
+        )
     elif has_done_its_steps(plan) and (others := other_mathematics(plan)):
-        yield f"{taken(directory)} (that one has another {', '.join(others[:3])}{' ...' * (len(others) > 3)})"
+        yield (
+            f"{taken(directory)} (that one has another"
+            f" {', '.join(others[:3])}{' ...' * (len(others) > 3)})"
+        )
     elif is_finished(directory) and not has_done_its_steps(plan) and not steps_in(directory):
         yield f"{taken(directory)} (that one has finished, and left no checkpoint to go on from)"
 
 
 def holds_run(directory: str) -> bool:
-    return bool(steps_in(directory)) or any(os.path.exists(os.path.join(directory, name)) for name in RUN_FILES)
+    return bool(steps_in(directory)) or any(
+        os.path.exists(os.path.join(directory, name)) for name in RUN_FILES
+    )
 
 
 def former(directory: str) -> dict:
@@ -76,18 +86,25 @@ def is_finished(directory: str) -> bool:
 
 def has_done_its_steps(plan: Plan) -> bool:
     """The run in the directory has finished, and trainer.max_steps asks for no more steps than it has done."""
-    directory, never = plan.config.run_dir, plan.config.checkpoint.resume is Resume.never
-    return not never and is_finished(directory) and former(directory)["step"] >= plan.config.trainer.max_steps
+    directory = plan.config.run_dir
+    never = plan.config.checkpoint.resume is Resume.never
+    return (
+        not never
+        and is_finished(directory)
+        and former(directory)["step"] >= plan.config.trainer.max_steps
+    )
 
 
 def finished_already(plan: Plan) -> str | None:
     """The line for a run that has done all its steps, which is then not started again; None if there are some to do."""
-    directory, status = plan.config.run_dir, former(plan.config.run_dir)
+    directory = plan.config.run_dir
+    status = former(plan.config.run_dir)
     if not has_done_its_steps(plan):
         return None
     return (
-        f"run_dir = {directory} holds this run, finished after {status['step']} of {status['max_steps']} steps;"
-        f" a longer one: trainer.max_steps=..., a new one: run_dir={free_name(directory)}"
+        f"run_dir = {directory} holds this run, finished after {status['step']} of"
+        f" {status['max_steps']} steps; a longer one: trainer.max_steps=..., a new one:"
+        f" run_dir={free_name(directory)}"
     )
 
 
@@ -98,7 +115,11 @@ def other_mathematics(plan: Plan) -> list[str]:
         found = changes(Config.from_hydra(tree), plan.config)[MATHEMATICS]
     except (OmegaConfBaseException, UserError):
         return []  # damaged, or of another version: a checkpoint will show what fits
-    length = LENGTH if plan.config.optimizer.lr_warmup_fraction is None else (*LENGTH, "optimizer.lr_warmup_steps")
+    length = (
+        LENGTH
+        if plan.config.optimizer.lr_warmup_fraction is None
+        else (*LENGTH, "optimizer.lr_warmup_steps")
+    )
     return [change.key for change in found if change.key not in length]
 
 
@@ -110,14 +131,17 @@ def shared_directories(plans: list[Plan]) -> Iterator[str]:
     for numbers in jobs.values():
         if len(numbers) > 1:
             yield (
-                f"run_dir = {plans[int(numbers[0]) - 1].config.run_dir} is that of the jobs {', '.join(numbers)} of the"
-                " sweep; type run_dir='runs/${name}-${hydra:job.num}', or put a swept key into it: ${seed}"
+                f"run_dir = {plans[int(numbers[0]) - 1].config.run_dir} is that of the jobs"
+                f" {', '.join(numbers)} of the sweep; type"
+                " run_dir='runs/${name}-${hydra:job.num}', or put a swept key into it: ${seed}"
             )
 
 
 def console_log(plan: Plan, rank: int = 0) -> str:
     """What a console that is gone did not take: of the launcher and the first rank, or of another rank."""
-    return os.path.join(plan.config.run_dir, "logs", f"console_{rank}.log" if rank else "console.log")
+    return os.path.join(
+        plan.config.run_dir, "logs", f"console_{rank}.log" if rank else "console.log"
+    )
 
 
 @contextlib.contextmanager
@@ -135,11 +159,13 @@ def claimed(plan: Plan, folder: str = "") -> Iterator[None]:
     _held.add(descriptor)
     try:
         _lock(descriptor, run_dir)
-        if plan.config.checkpoint.resume is Resume.never and holds_run(run_dir):  # it was free when it was looked at
+        # it was free when it was looked at
+        if plan.config.checkpoint.resume is Resume.never and holds_run(run_dir):
             raise UserError(taken(run_dir))
         before = former(run_dir)
         ended = {key: before.get(key) for key in ("state", "reason")}
-        if IN_A_ROW in str(before.get("reason")):  # it has not run: what counts is how the one before it ended
+        # it has not run: what counts is how the one before it ended
+        if IN_A_ROW in str(before.get("reason")):
             ended = before.get("before") or ended
         try:
             write_status(
@@ -163,14 +189,16 @@ def _lock(descriptor: int, run_dir: str) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
-            f"run_dir = {run_dir} is in use by {locks.holder(descriptor)}; wait for it, or give another:"
-            f" run_dir={free_name(run_dir)}"
+            f"run_dir = {run_dir} is in use by {locks.holder(descriptor)}; wait for it, or give"
+            f" another: run_dir={free_name(run_dir)}"
         ) from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise UserError(_unusable(run_dir, error)) from None
         print(
-            f"warning: the file system of {run_dir} has no locks; a second job there would not be noticed", flush=True
+            f"warning: the file system of {run_dir} has no locks; a second job there would not be"
+            " noticed",
+            flush=True,
         )
     try:
         locks.sign(descriptor)
@@ -196,7 +224,10 @@ def is_in_use(run_dir: str) -> bool:
 
 
 def taken(directory: str) -> str:
-    return f"run_dir = {directory} holds a run already; the next free name: run_dir={free_name(directory)}"
+    return (
+        f"run_dir = {directory} holds a run already; the next free name:"
+        f" run_dir={free_name(directory)}"
+    )
 
 
 def free_name(directory: str) -> str:
@@ -210,7 +241,12 @@ def free_name(directory: str) -> str:
 def record_attempt(run_dir: str, step: int) -> None:
     """Note that a run starts at `step`, and how the one before it ended."""
     before = former(run_dir).get("before") or {}
-    line = {"step": step, "time": time.strftime("%Y-%m-%d %H:%M:%S"), "host": socket.gethostname(), "before": before}
+    line = {
+        "step": step,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "host": socket.gethostname(),
+        "before": before,
+    }
     with open(os.path.join(run_dir, ATTEMPTS), "a") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -218,7 +254,8 @@ def record_attempt(run_dir: str, step: int) -> None:
 def attempts_problem(run_dir: str, step: int, most: int | None) -> str | None:
     """Why a run should not start at `step` again: `most` in a row did, and none came further or was asked to stop."""
     before = former(run_dir).get("before") or {}
-    endings, path = [before], os.path.join(run_dir, ATTEMPTS)
+    endings = [before]
+    path = os.path.join(run_dir, ATTEMPTS)
     for _, line in reversed(list(untrusted_json.lines(path)) if os.path.exists(path) else []):
         try:
             attempt = untrusted_json.parse(line, Attempt)
@@ -231,8 +268,8 @@ def attempts_problem(run_dir: str, step: int, most: int | None) -> str | None:
         return None
     reason = before.get("reason") or "without a word"
     return (
-        f"{len(endings) - 1} {IN_A_ROW} {step} and none saved a later one; the last ended: {reason};"
-        " mend that, or try again with checkpoint.max_attempts=null"
+        f"{len(endings) - 1} {IN_A_ROW} {step} and none saved a later one; the last ended:"
+        f" {reason}; mend that, or try again with checkpoint.max_attempts=null"
     )
 
 

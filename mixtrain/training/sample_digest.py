@@ -35,7 +35,8 @@ class Ledger:
     def gather(self, device: torch.device) -> list[list[int]]:
         """The ids that all ranks have read in this step, in order. Every rank must call.
 
-        The ranks of a tensor, pipeline or context parallel group read the same samples, data-parallel ones others.
+        The ranks of a tensor, pipeline or context parallel group read the same samples,
+        data-parallel ones others.
         """
         mine = torch.cat(self.ids).to(device)
         group = parallel_state.get_data_parallel_group()

@@ -8,7 +8,8 @@ import signal
 
 from mixtrain.errors import FINISHED
 
-# batch systems; Ctrl-C; a closed terminal; Slurm's warning of the time limit (--signal=USR1@120): one meaning for all
+# batch systems; Ctrl-C; a closed terminal; Slurm's warning of the time limit (--signal=USR1@120):
+# one meaning for all
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
@@ -46,7 +47,8 @@ def exit_on_request() -> None:
 
     def leave(_number: int, _frame: object) -> None:
         with contextlib.suppress(OSError):  # the reader of a pipe has heard Ctrl-C too
-            os.write(2, b"mixtrain: stopped before a run was started\n")  # print may be interrupted in a print
+            # print may be interrupted in a print
+            os.write(2, b"mixtrain: stopped before a run was started\n")
         os._exit(FINISHED)  # an exception would be caught by whatever import or Hydra is at
 
     _handle(leave)

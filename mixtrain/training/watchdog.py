@@ -43,21 +43,30 @@ class Watchdog:
     `last_words` is called with the line that says what has happened, before the process ends.
     """
 
-    def __init__(self, rank: int, minutes: float, folder: str | None, last_words: Callable[[str], None]):
-        self.rank, self.timeout, self.last_words = rank, 60 * minutes, last_words
+    def __init__(
+        self, rank: int, minutes: float, folder: str | None, last_words: Callable[[str], None]
+    ):
+        self.rank = rank
+        self.timeout = 60 * minutes
+        self.last_words = last_words
         self.file = self.stacks = None
-        with contextlib.suppress(OSError):  # a full disk: the launcher will say less of a rank that fails
+        # a full disk: the launcher will say less of a rank that fails
+        with contextlib.suppress(OSError):
             self.file = open(beat_file(folder, rank), "w") if folder else None
-            # a file of its own: a process that goes on after SIGCONT has several timers that write to stderr at once
+            # a file of its own: a process that goes on after SIGCONT has several timers that write
+            # to stderr at once
             self.stacks = open(stacks_file(folder, rank), "w") if folder else None
-        self.last, self.at, self.armed = Beat(0, "start"), None, 0.0
+        self.last = Beat(0, "start")
+        self.at = None
+        self.armed = 0.0
         self.done = threading.Event()
 
     def __enter__(self) -> Watchdog:
         global _active
         _active = self
         faulthandler.enable()  # a fatal signal prints the stacks: NCCL aborts
-        faulthandler.register(signal.SIGUSR2, self.stacks or sys.stderr, all_threads=True)  # the launcher asks
+        # the launcher asks
+        faulthandler.register(signal.SIGUSR2, self.stacks or sys.stderr, all_threads=True)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
@@ -77,7 +86,11 @@ class Watchdog:
         self.at = time.monotonic()
         if self.file:
             with contextlib.suppress(OSError):
-                os.pwrite(self.file.fileno(), f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(), 0)
+                os.pwrite(
+                    self.file.fileno(),
+                    f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(),
+                    0,
+                )
         if self.at - self.armed > SECONDS:
             self.armed = self.at
             faulthandler.dump_traceback_later(BACKSTOP * self.timeout + 1, exit=True)

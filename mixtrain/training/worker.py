@@ -52,13 +52,19 @@ def run(plan: Plan, me: Identity) -> int:
 
 def _fault(plan: Plan, me: Identity, logs: Logs, error: Exception) -> int:
     """Say what has gone wrong, in one line if it explains itself, in status.json too if that can be written."""
-    words = str(error) if isinstance(error, Fault) else f"rank {me.rank}: {type(error).__name__}: {error}"
+    words = (
+        str(error)
+        if isinstance(error, Fault)
+        else f"rank {me.rank}: {type(error).__name__}: {error}"
+    )
     unwritten = isinstance(error, Unwritable)
     if plain := not unwritten and explains_itself(plan, error):
-        words, unwritten = f"rank {me.rank}: {error.filename or plan.config.run_dir}: {error.strerror}", True
+        words = f"rank {me.rank}: {error.filename or plan.config.run_dir}: {error.strerror}"
+        unwritten = True
     if unwritten:
         words = f"{words}; {outlook(plan, error.errno)}"
-    if (wrong := logs.failed(words)) and wrong not in words and not me.is_ours:  # our launcher says it itself
+    # our launcher says it itself
+    if (wrong := logs.failed(words)) and wrong not in words and not me.is_ours:
         words = f"{words}; {wrong}"
     if plain or isinstance(error, Fault):
         print(f"mixtrain: {words}", file=sys.stderr)
@@ -101,10 +107,13 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
     logs.finish(state.step, stop.signal if stopped else None, stopped, entropy)
 
 
-def build_data(plan: Plan, here, logs: Logs, state) -> tuple[dict[str, object], float | None, dict[str, str]]:
+def build_data(
+    plan: Plan, here, logs: Logs, state
+) -> tuple[dict[str, object], float | None, dict[str, str]]:
     """This rank's microbatches by part, from where the run is in the training data.
 
-    Also the unigram entropy of the validation tokens in nats (None for mock), and the fingerprint of the data.
+    Also the unigram entropy of the validation tokens in nats (None for mock), and the fingerprint
+    of the data.
     """
     from megatron.core import parallel_state
 
@@ -117,11 +126,13 @@ def build_data(plan: Plan, here, logs: Logs, state) -> tuple[dict[str, object], 
     config = plan.config
     train, validation, test = plan.samples_from(state.step, state.consumed_samples)
     prefixes, tokenizer = data_source(plan, here, logs)
-    other = problem(config, tokenizer) if tokenizer and here.is_first else None  # the others would see the copy
+    # the others would see the copy
+    other = problem(config, tokenizer) if tokenizer and here.is_first else None
     if problems := first_of_all_ranks([other] if other else []):
         raise UserError(*problems)
     if tokenizer and here.is_first and plan.saves:
-        copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)  # beside the checkpoints, where it is looked for
+        # beside the checkpoints, where it is looked for
+        copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)
     parts = build(
         "mock" if plan.is_mock else "indexed",
         data_path=prefixes,
@@ -136,10 +147,15 @@ def build_data(plan: Plan, here, logs: Logs, state) -> tuple[dict[str, object], 
         path_to_cache=Path(config.data.path_to_cache),
         log=logs.say,
     )
-    named = {name: part for name, part in zip(("train", "validation", "test"), parts, strict=True) if part is not None}
+    named = {
+        name: part
+        for name, part in zip(("train", "validation", "test"), parts, strict=True)
+        if part is not None
+    }
     batches = partial(
         Batches,
-        # with a ramp-up steps differ in size, microbatches do not: the stream of microbatches is the same
+        # with a ramp-up steps differ in size, microbatches do not: the stream of microbatches is
+        # the same
         global_batch_size=config.trainer.micro_batch_size * plan.data_parallel_size,
         micro_batch_size=config.trainer.micro_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -147,11 +163,15 @@ def build_data(plan: Plan, here, logs: Logs, state) -> tuple[dict[str, object], 
         vocab_size=config.model.vocab_size,
         num_workers=config.data.num_workers,
     )
-    found = unigram_entropy(named["validation"]) if here.is_first and "validation" in named else None
+    found = (
+        unigram_entropy(named["validation"]) if here.is_first and "validation" in named else None
+    )
     if found:
         logs.say(f"validation: {found[1]:,} tokens with a unigram entropy of {found[0]:.4f} nats")
     starts = {"train": state.consumed_samples}
-    streams = {name: batches(part, name=name, start=starts.get(name, 0)) for name, part in named.items()}
+    streams = {
+        name: batches(part, name=name, start=starts.get(name, 0)) for name, part in named.items()
+    }
     return streams, found and found[0], fingerprint(named["train"]) if here.is_first else {}
 
 
@@ -162,7 +182,8 @@ def data_source(plan: Plan, here, logs: Logs) -> tuple[list[str] | None, Path | 
         return data.data_path, data.tokenizer and Path(data.tokenizer)
     from mixtrain.data import stdlib
 
-    vocabulary, cache = plan.config.model.vocab_size, Path(data.path_to_cache)
+    vocabulary = plan.config.model.vocab_size
+    cache = Path(data.path_to_cache)
     if here.local_rank == 0:
         stdlib.prepare(cache, vocabulary, log=logs.say)
     torch.distributed.barrier()

@@ -13,8 +13,10 @@ from mixtrain.checkpoint import archive
 from mixtrain.checkpoint.archive import Archive, _Part
 from mixtrain.checkpoint.pickles import Name, Record, Stored
 
-FLOAT, INT = Name("torch", "FloatStorage"), Name("torch", "int32")
-REBUILD, REBUILD_3 = Name("torch._utils", "_rebuild_tensor_v2"), Name("torch._utils", "_rebuild_tensor_v3")
+FLOAT = Name("torch", "FloatStorage")
+INT = Name("torch", "int32")
+REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
+REBUILD_3 = Name("torch._utils", "_rebuild_tensor_v3")
 
 
 ONE = saved(torch.arange(3.0))
@@ -26,13 +28,18 @@ BYTES = len(ONE)
     [
         *[("torch._utils", of) for of in ["_rebuild_tensor_v2", "_rebuild_tensor_v3"]],
         *[("torch", of) for of in ["FloatStorage", "BoolStorage", "float8_e4m3fn", "bool"]],
-        *[(module, "_reconstruct") for module in ["numpy._core.multiarray", "numpy.core.multiarray"]],
+        *[
+            (module, "_reconstruct")
+            for module in ["numpy._core.multiarray", "numpy.core.multiarray"]
+        ],
         *[("numpy", of) for of in ["ndarray", "dtype"]],
-        ("torch.storage", "UntypedStorage"), ("collections", "OrderedDict"), ("_codecs", "encode"),
+        ("torch.storage", "UntypedStorage"),
+        ("collections", "OrderedDict"),
+        ("_codecs", "encode"),
         ("argparse", "Namespace"),
     ],
     ids="ALLOWED-{}".format,
-)  # fmt: skip
+)
 def test_what_honest_files_name_is_allowed(module, of):
     assert pickled(name(module, of)).tree() == (module, of)
 
@@ -60,14 +67,25 @@ def test_an_archive_is_read_from_the_middle_of_a_file():
 
 @pytest.mark.parametrize(
     "start, length, ends",
-    [(0, BYTES + 1, BYTES + 1), (1, BYTES, BYTES + 1), (-1, 5, 4), (5, -1, 4), (BYTES + 1, 0, BYTES + 1)],
+    [
+        (0, BYTES + 1, BYTES + 1),
+        (1, BYTES, BYTES + 1),
+        (-1, 5, 4),
+        (5, -1, 4),
+        (BYTES + 1, 0, BYTES + 1),
+    ],
     ids=lambda value: f"__init__-{value}",
 )
 def test_an_archive_lies_in_its_file(start, length, ends):
-    assert said(lambda: Archive(io.BytesIO(ONE), start, length)) == f"Damaged: it ends before byte {ends:,}"
+    assert (
+        said(lambda: Archive(io.BytesIO(ONE), start, length))
+        == f"Damaged: it ends before byte {ends:,}"
+    )
 
 
-@pytest.mark.parametrize("data", [b"", b"x" * 100, ONE[:-30]], ids=lambda data: f"__init__-{len(data)}")
+@pytest.mark.parametrize(
+    "data", [b"", b"x" * 100, ONE[:-30]], ids=lambda data: f"__init__-{len(data)}"
+)
 def test_what_is_no_archive_is_damaged(data):
     assert said(lambda: opened(data)) == "Damaged: at byte 0: no archive of PyTorch's"
 
@@ -96,9 +114,18 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_system():
     "more, expected",
     [
         ({"b/data.pkl": b""}, "Damaged: it has two records of one name"),
-        ({"a/byteorder": b"big"}, "Unwanted: numbers in the byte order of other processors are not loaded"),
-        ({"a/byteorder": b"x" * 16}, "Unwanted: numbers in the byte order of other processors are not loaded"),
-        ({"a/byteorder": b"x" * 17}, "Damaged: its record byteorder has 17 bytes; at most 16 are read"),
+        (
+            {"a/byteorder": b"big"},
+            "Unwanted: numbers in the byte order of other processors are not loaded",
+        ),
+        (
+            {"a/byteorder": b"x" * 16},
+            "Unwanted: numbers in the byte order of other processors are not loaded",
+        ),
+        (
+            {"a/byteorder": b"x" * 17},
+            "Damaged: its record byteorder has 17 bytes; at most 16 are read",
+        ),
     ],
     ids=["__init__-twice", "__init__-big", "__init__-16", "__init__-17"],
 )
@@ -106,7 +133,9 @@ def test_records_that_no_archive_has_are_refused(more, expected):
     assert said(lambda: opened(zipped({"a/data.pkl": b"N."} | more))) == expected
 
 
-@pytest.mark.parametrize("number, is_read", [(17, True), (18, False)], ids=lambda value: f"DIRECTORY-{value}")
+@pytest.mark.parametrize(
+    "number, is_read", [(17, True), (18, False)], ids=lambda value: f"DIRECTORY-{value}"
+)
 def test_a_directory_of_a_mebibyte_is_read(number, is_read):
     data = zipped({"a/data.pkl": b"N."} | {f"a/{at:059998}": b"" for at in range(number)})
     if is_read:
@@ -127,12 +156,27 @@ def ending(there: Archive, past: int) -> None:
 
 RECORD = {
     "record-none": (lambda there: there.entries.pop("data/0"), "it has no plain record data/0"),
-    "record-compressed": (lambda there: entry_with(there, compress_type=8), "it has no plain record data/0"),
-    "record-two sizes": (lambda there: entry_with(there, file_size=11), "it has no plain record data/0"),
-    "record-before it": (lambda there: entry_with(there, header_offset=-1), "its record data/0 lies beyond it"),
-    "record-no room for a header": (lambda there: ending(there, 29), "its record data/0 lies beyond it"),
+    "record-compressed": (
+        lambda there: entry_with(there, compress_type=8),
+        "it has no plain record data/0",
+    ),
+    "record-two sizes": (
+        lambda there: entry_with(there, file_size=11),
+        "it has no plain record data/0",
+    ),
+    "record-before it": (
+        lambda there: entry_with(there, header_offset=-1),
+        "its record data/0 lies beyond it",
+    ),
+    "record-no room for a header": (
+        lambda there: ending(there, 29),
+        "its record data/0 lies beyond it",
+    ),
     "record-a header alone": (lambda there: ending(there, 30), "its record data/0 ends beyond it"),
-    "record-elsewhere": (lambda there: entry_with(there, header_offset=1), "its record data/0 is not there"),
+    "record-elsewhere": (
+        lambda there: entry_with(there, header_offset=1),
+        "its record data/0 is not there",
+    ),
     "record-a byte too few": (
         lambda there: setattr(there, "length", sum(there.record("data/0")) - 1),
         "its record data/0 ends beyond it",
@@ -142,7 +186,8 @@ RECORD = {
 
 @pytest.mark.parametrize("what", RECORD)
 def test_a_record_lies_in_its_archive(what):
-    there, (change, expected) = opened(ONE), RECORD[what]
+    there = opened(ONE)
+    (change, expected) = RECORD[what]
     change(there)
     assert said(lambda: there.record("data/0")) == f"Damaged: {expected}"
 
@@ -151,13 +196,21 @@ def test_a_record_that_ends_with_its_archive_is_read():
     there = opened(ONE)
     there.length = sum(there.record("data/0"))
     assert there.bytes_of("data/0", 12) == torch.arange(3.0).numpy().tobytes()
-    assert said(lambda: there.bytes_of("data/0", 11)) == "Damaged: its record data/0 has 12 bytes; at most 11 are read"
+    assert (
+        said(lambda: there.bytes_of("data/0", 11))
+        == "Damaged: its record data/0 has 12 bytes; at most 11 are read"
+    )
 
 
 def test_a_part_of_a_file_is_a_file_that_ends_where_the_part_does(monkeypatch):
     part = _Part(io.BytesIO(b"0123456789"), 2, 6)
     assert (part.read(2), part.read(0), part.read(), part.read(1)) == (b"23", b"", b"4567", b"")
-    assert (part.seek(1), part.read(-1), part.seek(0), part.read(None)) == (1, b"34567", 0, b"234567")
+    assert (part.seek(1), part.read(-1), part.seek(0), part.read(None)) == (
+        1,
+        b"34567",
+        0,
+        b"234567",
+    )
     assert (part.seek(-2, 2), part.read(9), part.seek(-1, 1), part.read(9)) == (4, b"67", 5, b"7")
     assert (part.seek(9), part.read(1)) == (9, b"")
     with pytest.raises(ValueError):
@@ -176,7 +229,9 @@ STORAGE = ("storage", FLOAT, "0", "cpu", 3)
 UNTYPED = ("storage", None, "0", "cpu", 3)
 
 
-def tensor(place: object = STORAGE, of: Name = REBUILD, size=(3,), stride=(1,), offset=0, more=(False, {})) -> Record:
+def tensor(
+    place: object = STORAGE, of: Name = REBUILD, size=(3,), stride=(1,), offset=0, more=(False, {})
+) -> Record:
     return Record(of, (Stored(place), offset, size, stride, *more))
 
 
@@ -186,9 +241,12 @@ def with_state() -> Record:
     return made
 
 
-NO_TENSOR, NO_STORAGE = "there is no tensor where one should be", "a tensor has no storage"
-NO_SHAPE, NO_LENGTH = "there is no shape where one should be", "a length is no whole number from 0 on"
-IMPOSSIBLE, TOO_MANY = "a tensor has no possible shape", "a tensor has more numbers than its storage"
+NO_TENSOR = "there is no tensor where one should be"
+NO_STORAGE = "a tensor has no storage"
+NO_SHAPE = "there is no shape where one should be"
+NO_LENGTH = "a length is no whole number from 0 on"
+IMPOSSIBLE = "a tensor has no possible shape"
+TOO_MANY = "a tensor has more numbers than its storage"
 NO_DTYPE = "a tensor has no dtype"
 NUMBERS = {
     "numbers-text": ("x", NO_TENSOR),
@@ -206,7 +264,10 @@ NUMBERS = {
     "numbers-from the second": (tensor(offset=1), TOO_MANY),
     "numbers-two far apart": (tensor(size=(2,), stride=(3,)), TOO_MANY),
     "_dtype-text": (tensor(("storage", "float32", "0", "cpu", 3)), NO_DTYPE),
-    "_dtype-of another module": (tensor(("storage", Name("x", "float32"), "0", "cpu", 3)), NO_DTYPE),
+    "_dtype-of another module": (
+        tensor(("storage", Name("x", "float32"), "0", "cpu", 3)),
+        NO_DTYPE,
+    ),
     "_dtype-another name": (tensor(("storage", Name("torch", "Size"), "0", "cpu", 3)), NO_DTYPE),
     "_lengths-a list": (tensor(size=[3]), NO_SHAPE),
     "_lengths-seventeen": (tensor(size=(1,) * 17, stride=(1,) * 17), NO_SHAPE),
@@ -232,15 +293,19 @@ TENSORS = {
     "numbers-nothing, far away": (tensor(size=(0,), offset=100), []),
     "numbers-the second version has no dtype": (tensor(more=(False, {}, INT)), WHOLE),
     "numbers-the third without one": (tensor(of=REBUILD_3), WHOLE),
-    "numbers-the third": (tensor(UNTYPED, REBUILD_3, more=(False, {}, Name("torch", "float32"))), WHOLE),
+    "numbers-the third": (
+        tensor(UNTYPED, REBUILD_3, more=(False, {}, Name("torch", "float32"))),
+        WHOLE,
+    ),
     "_lengths-sixteen": (tensor(size=(0,) + (1,) * 15, stride=(1,) * 16), []),
     "_length-2^62 - 1": (tensor(size=(0, 1), stride=(1, (1 << 62) - 1)), []),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", TENSORS)
 def test_a_tensor_is_read_as_its_record_says(what):
-    there, (record, expected) = opened(ONE), TENSORS[what]
+    there = opened(ONE)
+    (record, expected) = TENSORS[what]
     read = there.load(there.numbers(record))
     assert (read.dtype, read.tolist()) == (torch.float32, expected)
 

@@ -1,4 +1,6 @@
-"""Names, the tracker, the manifest: a reader never takes half a checkpoint for a whole one, and damage is named."""
+"""Names, the tracker, the manifest: a reader never takes half a checkpoint for a whole one, and
+damage is named.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ def test_every_range_of_a_tensor_is_a_few_boxes_of_it_in_order(shape):
         cut = list(boxes(shape, start, stop, base=100))
         for box in cut:
             whole = zip(box.offset, box.size, shape, strict=True)
-            assert all(first >= 0 and size > 0 and first + size <= axis for first, size, axis in whole)
-            axes = [range(first, first + size) for first, size in zip(box.offset, box.size, strict=True)]
+            assert all(
+                first >= 0 and size > 0 and first + size <= axis for first, size, axis in whole
+            )
+            axes = [
+                range(first, first + size) for first, size in zip(box.offset, box.size, strict=True)
+            ]
             elements = [
                 sum(place * math.prod(shape[axis + 1 :]) for axis, place in enumerate(places))
                 for places in itertools.product(*axes)
@@ -61,9 +67,17 @@ def test_a_committed_checkpoint_has_megatrons_name_and_the_tracker_names_it(tmp_
 def test_steps_are_found_newest_first_and_nothing_else_is_a_checkpoint(tmp_path):
     for step in (20, 3, 12345678):
         checkpoint(tmp_path, step)
-    for name in ("iter_0000030.saving", "iter_0000031.deleting", "iter_30", "iter_00000xx", "other"):
+    for name in (
+        "iter_0000030.saving",
+        "iter_0000031.deleting",
+        "iter_30",
+        "iter_00000xx",
+        "other",
+    ):
         (tmp_path / name).mkdir()
-    (tmp_path / "iter_0000033").write_text("a file, not a directory of that name, is looked at and found wanting")
+    (tmp_path / "iter_0000033").write_text(
+        "a file, not a directory of that name, is looked at and found wanting"
+    )
     assert directory.steps_in(tmp_path) == [12345678, 33, 20, 3]
     assert "integrity.json" in integrity.problem(tmp_path / "iter_0000033", full=False)
 
@@ -85,7 +99,9 @@ def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["iter_0000005", directory.TRACKER]
 
 
-@pytest.mark.parametrize("keep, left", [(None, [4, 3, 2, 1]), (1, [4]), (2, [4, 3]), (9, [4, 3, 2, 1])])
+@pytest.mark.parametrize(
+    "keep, left", [(None, [4, 3, 2, 1]), (1, [4]), (2, [4, 3]), (9, [4, 3, 2, 1])]
+)
 def test_the_oldest_go(tmp_path, keep, left):
     for step in (1, 2, 3, 4):
         checkpoint(tmp_path, step)
@@ -132,12 +148,19 @@ def test_a_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "rename", refuse)
     said = directory.prune(tmp_path, 1)
-    assert said == [f"warning: {tmp_path}/iter_0000001 could not be deleted (Operation not permitted)"]
+    assert said == [
+        f"warning: {tmp_path}/iter_0000001 could not be deleted (Operation not permitted)"
+    ]
 
 
 def test_what_a_killed_run_left_half_done_is_removed_and_nothing_else(tmp_path):
     checkpoint(tmp_path, 7)
-    for name in ("iter_0000008.saving", "iter_0000007.replaced", "iter_0000001.deleting", "mine.saving"):
+    for name in (
+        "iter_0000008.saving",
+        "iter_0000007.replaced",
+        "iter_0000001.deleting",
+        "mine.saving",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("x")
     assert len(directory.remove_leftovers(tmp_path)) == 3
@@ -172,7 +195,9 @@ def test_killed_at_any_call_of_a_commit_there_is_a_whole_checkpoint(tmp_path, mo
                 pass
         directory.remove_leftovers(folder)
         valid = [
-            step for step in directory.steps_in(folder) if not integrity.problem(directory.path_of(folder, step), True)
+            step
+            for step in directory.steps_in(folder)
+            if not integrity.problem(directory.path_of(folder, step), True)
         ]
         assert valid and valid[0] >= 5 and valid == directory.steps_in(folder)
 
@@ -189,12 +214,16 @@ DAMAGE = {
     "missing": lambda path: (path / "__0_0.distcp").unlink(),
     "no manifest": lambda path: (path / "integrity.json").unlink(),
     "empty manifest": lambda path: (path / "integrity.json").write_text(""),
-    "half a manifest": lambda path: (path / "integrity.json").write_text('{"format": 1, "files": {"__0_0.dis'),
+    "half a manifest": lambda path: (path / "integrity.json").write_text(
+        '{"format": 1, "files": {"__0_0.dis'
+    ),
     "a manifest of nothing": lambda path: (path / "integrity.json").write_text('{"files": {}}'),
     "a manifest without a list": lambda path: (path / "integrity.json").write_text("{}"),
     "a manifest of a list": lambda path: (path / "integrity.json").write_text('{"files": []}'),
     "a manifest that is a number": lambda path: (path / "integrity.json").write_text("5"),
-    "a manifest of numbers": lambda path: (path / "integrity.json").write_text('{"files": {"__0_0.distcp": 5}}'),
+    "a manifest of numbers": lambda path: (path / "integrity.json").write_text(
+        '{"files": {"__0_0.distcp": 5}}'
+    ),
     "a manifest of words": lambda path: (path / "integrity.json").write_text(
         '{"files": {"__0_0.distcp": {"size": "x", "sha256": ""}}}'
     ),
@@ -208,9 +237,14 @@ DAMAGE = {
     "a manifest that leads outside": lambda path: (path / "integrity.json").write_text(
         '{"files": {"../x": {"size": 1, "sha256": ""}}}'
     ),
-    "a manifest that leads outside beside one that does not": lambda path: _listed(path, "../x", "__0_0.distcp"),
+    "a manifest that leads outside beside one that does not": lambda path: _listed(
+        path, "../x", "__0_0.distcp"
+    ),
     "a manifest of a folder inside": lambda path: _listed(path, "__0_0.distcp", "a/x"),
-    "a directory for a file": lambda path: ((path / "__0_0.distcp").unlink(), (path / "__0_0.distcp").mkdir()),
+    "a directory for a file": lambda path: (
+        (path / "__0_0.distcp").unlink(),
+        (path / "__0_0.distcp").mkdir(),
+    ),
 }
 
 
@@ -224,9 +258,12 @@ def test_damage_is_found_and_the_file_named(tmp_path, name):
 
 
 def test_a_file_that_cannot_be_looked_at_is_named(tmp_path):
-    path, name = checkpoint(tmp_path, 1), "x" * 300
+    path = checkpoint(tmp_path, 1)
+    name = "x" * 300
     integrity.write_manifest(path, {name: integrity.File(1, "0" * 64)})
-    assert integrity.problem(path, full=False) == f"{path / name} cannot be read (File name too long)"
+    assert (
+        integrity.problem(path, full=False) == f"{path / name} cannot be read (File name too long)"
+    )
 
 
 def test_sizes_alone_do_not_show_a_flipped_byte(tmp_path):
@@ -270,14 +307,19 @@ def test_whoever_asks_for_no_share_is_told_of_damage_in_any_file(tmp_path):
         assert integrity.problem(path, full=True) == ""
         name = path / f"__{damaged}_0.distcp"
         name.write_text("x" * (damaged + 1))
-        assert integrity.problem(path, full=True) == f"{name} is damaged: its SHA-256 is not that of what was written"
+        assert (
+            integrity.problem(path, full=True)
+            == f"{name} is damaged: its SHA-256 is not that of what was written"
+        )
     (path / "__0_0.distcp").write_text("x")
-    assert str(name) in integrity.problem(path, full=True)  # the largest first, so that ranks have even shares
+    # the largest first, so that ranks have even shares
+    assert str(name) in integrity.problem(path, full=True)
 
 
 def test_a_watchdog_hears_of_every_block_that_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(integrity, "BLOCK", 2)
-    path, beats = checkpoint(tmp_path, 1), []
+    path = checkpoint(tmp_path, 1)
+    beats = []
     assert integrity.problem(path, full=True, beat=lambda: beats.append(1)) == ""
     assert len(beats) == 4  # of 7 bytes
 
@@ -286,11 +328,16 @@ def test_a_manifest_says_what_format_it_has_and_its_files_by_name(tmp_path):
     file = {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
     integrity.write_manifest(tmp_path, {name: integrity.File(**file) for name in ("b", "a")})
     written = json.loads((tmp_path / "integrity.json").read_text())
-    assert written == {"format": 1, "files": {"a": file, "b": file}} and list(written["files"]) == ["a", "b"]
+    assert written == {"format": 1, "files": {"a": file, "b": file}} and list(written["files"]) == [
+        "a",
+        "b",
+    ]
 
 
 def test_the_state_of_a_run_comes_back_as_it_was(tmp_path):
-    there = RunState(step=3, consumed_samples=48, data={"order": "ab"}, config={"seed": 1}, validation_due=True)
+    there = RunState(
+        step=3, consumed_samples=48, data={"order": "ab"}, config={"seed": 1}, validation_due=True
+    )
     (tmp_path / state.NAME).write_text(state.to_json(there))
     assert state.read(tmp_path) == there
 

@@ -1,4 +1,6 @@
-"""What a run finds of its former self: damage is named and passed over, another run's is refused, nothing is lost."""
+"""What a run finds of its former self: damage is named and passed over, another run's is refused,
+nothing is lost.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ TWO = [EP + "2"]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run of four steps on two ranks with checkpoints after the second and the fourth."""
-    run_dir, codes, log = start(tmp_path_factory.mktemp("trained"), "trainer.max_steps=4", INTERVAL, *TWO)
+    run_dir, codes, log = start(
+        tmp_path_factory.mktemp("trained"), "trainer.max_steps=4", INTERVAL, *TWO
+    )
     assert codes == {FINISHED}, log
     return run_dir
 
@@ -49,30 +53,64 @@ def flip(path: Path) -> None:
 # what is done to a run -> (the step it goes on from, what is said)
 DAMAGE = {
     "nothing": (lambda run: None, 4, None),
-    "truncated": (lambda run: os.truncate(newest(run) / "__0_0.distcp", 1000), 2, "__0_0.distcp has 1,000 bytes"),
-    "a flipped byte": (lambda run: flip(newest(run) / "__1_1.distcp"), 2, "__1_1.distcp is damaged"),
-    "a missing shard": (lambda run: (newest(run) / "__1_0.distcp").unlink(), 2, "__1_0.distcp is missing"),
+    "truncated": (
+        lambda run: os.truncate(newest(run) / "__0_0.distcp", 1000),
+        2,
+        "__0_0.distcp has 1,000 bytes",
+    ),
+    "a flipped byte": (
+        lambda run: flip(newest(run) / "__1_1.distcp"),
+        2,
+        "__1_1.distcp is damaged",
+    ),
+    "a missing shard": (
+        lambda run: (newest(run) / "__1_0.distcp").unlink(),
+        2,
+        "__1_0.distcp is missing",
+    ),
     "no .metadata": (lambda run: (newest(run) / ".metadata").unlink(), 2, ".metadata is missing"),
     "no manifest": (lambda run: (newest(run) / MANIFEST).unlink(), 2, "integrity.json is missing"),
-    "a bad manifest": (lambda run: (newest(run) / MANIFEST).write_text("{"), 2, "integrity.json is damaged"),
+    "a bad manifest": (
+        lambda run: (newest(run) / MANIFEST).write_text("{"),
+        2,
+        "integrity.json is damaged",
+    ),
     "a nested manifest": (
         lambda run: (newest(run) / MANIFEST).write_text('{"files":' * 100_000),
         2,
         "nested more than",
     ),
-    "a bad tracker": (lambda run: (run / directory.TRACKER).write_text("\0x"), 4, "names no checkpoint"),
+    "a bad tracker": (
+        lambda run: (run / directory.TRACKER).write_text("\0x"),
+        4,
+        "names no checkpoint",
+    ),
     "no tracker": (lambda run: (run / directory.TRACKER).unlink(), 4, "names no checkpoint"),
     "an old tracker": (lambda run: (run / directory.TRACKER).write_text("2\n"), 4, None),
-    "half a save": (lambda run: os.rename(newest(run), directory.saving(newest(run))), 2, "names no checkpoint"),
-    "an empty directory": (lambda run: path_of(run, 6).mkdir(), 4, "iter_0000006/integrity.json is missing"),
-    "all damaged": (lambda run: [flip(path_of(run, at) / "common.pt") for at in (2, 4)], None, "no valid checkpoint"),
+    "half a save": (
+        lambda run: os.rename(newest(run), directory.saving(newest(run))),
+        2,
+        "names no checkpoint",
+    ),
+    "an empty directory": (
+        lambda run: path_of(run, 6).mkdir(),
+        4,
+        "iter_0000006/integrity.json is missing",
+    ),
+    "all damaged": (
+        lambda run: [flip(path_of(run, at) / "common.pt") for at in (2, 4)],
+        None,
+        "no valid checkpoint",
+    ),
     "no run at all": (lambda run: shutil.rmtree(run), 0, None),
 }
 
 
 @pytest.fixture(scope="module")
 def found(trained, tmp_path_factory) -> dict:
-    """For each damage: the step of the checkpoint that is found, and what is said, by two ranks in one go."""
+    """For each damage: the step of the checkpoint that is found, and what is said, by two ranks in
+    one go.
+    """
     folder = tmp_path_factory.mktemp("found")
     plans = {}
     for number, (name, (damage, *_)) in enumerate(DAMAGE.items()):
@@ -95,7 +133,9 @@ def found(trained, tmp_path_factory) -> dict:
         return answers
 
     first, second = run_ranks(2, look, folder / "ranks")
-    assert {name: step for name, (step, _) in first.items()} == {name: step for name, (step, _) in second.items()}
+    assert {name: step for name, (step, _) in first.items()} == {
+        name: step for name, (step, _) in second.items()
+    }
     return first
 
 
@@ -109,7 +149,9 @@ def test_the_newest_valid_checkpoint_is_found_and_damage_is_named(name, found):
         assert said in " ".join(found[name][1])
 
 
-def start_again(trained: Path, folder: Path, *overrides: str, step: int = 2) -> tuple[Path, set[int], str]:
+def start_again(
+    trained: Path, folder: Path, *overrides: str, step: int = 2
+) -> tuple[Path, set[int], str]:
     """Go on from the checkpoint after `step` in a copy of the run."""
     run_dir = folder / "run"
     shutil.copytree(trained, run_dir)
@@ -129,20 +171,28 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tr
 
 
 def refused(outcome: tuple[Path, set[int], str], trained: Path) -> str:
-    """The log of a run that was refused with exit code 2, no traceback, and nothing of the former run changed."""
+    """The log of a run that was refused with exit code 2, no traceback, and nothing of the former
+    run changed.
+    """
     run_dir, codes, log = outcome
     assert codes == {REFUSED}, log
     assert "Traceback" not in log
     assert (run_dir / "metrics.jsonl").read_text() == (trained / "metrics.jsonl").read_text()
     assert (run_dir / "config.yaml").read_text() == (trained / "config.yaml").read_text()
-    assert read_status(run_dir)["step"] == 4 and integrity.problem(path_of(run_dir, 2), full=True) == ""
+    assert (
+        read_status(run_dir)["step"] == 4
+        and integrity.problem(path_of(run_dir, 2), full=True) == ""
+    )
     return log
 
 
 def test_another_architecture_is_refused_with_the_names_and_shapes_that_differ(trained, tmp_path):
     words = ["trainer.max_steps=4", "model.moe_ffn_hidden_size=64", "model.qk_layernorm=true"]
     log = refused(start_again(trained, tmp_path, *words), trained)
-    assert "decoder.layers.mlp.experts.experts.linear_fc1.weight is [4, 8, 192, 64] there, [4, 8, 128, 64] here" in log
+    assert (
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight is [4, 8, 192, 64] there, [4, 8,"
+        " 128, 64] here" in log
+    )
     assert "decoder.layers.self_attention.q_layernorm.weight [4, 16] is not in it" in log
     assert len(log[log.index("problem") :].splitlines()) < 12
 
@@ -150,11 +200,16 @@ def test_another_architecture_is_refused_with_the_names_and_shapes_that_differ(t
 def test_another_optimizer_is_refused_with_the_names_that_are_missing(trained, tmp_path):
     words = ["trainer.max_steps=4", "optimizer=sgd", "optimizer.lr_warmup_steps=0"]
     log = refused(start_again(trained, tmp_path, *words), trained)
-    assert "optimizer.state.momentum_buffer.embedding.word_embeddings.weight [256, 64] is not in it" in log
+    assert (
+        "optimizer.state.momentum_buffer.embedding.word_embeddings.weight [256, 64] is not in it"
+        in log
+    )
 
 
 def test_other_data_are_refused(trained, tmp_path):
-    log = refused(start_again(trained, tmp_path, "trainer.max_steps=4", "data.seq_length=16"), trained)
+    log = refused(
+        start_again(trained, tmp_path, "trainer.max_steps=4", "data.seq_length=16"), trained
+    )
     assert "other data" in log and "checkpoint.load_weights=" in log
 
 
@@ -167,11 +222,17 @@ def test_must_without_a_valid_checkpoint_is_refused(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "iter_0000002").mkdir()
     _, codes, log = start(tmp_path, *TWO, "trainer.max_steps=4", "checkpoint.resume=must")
-    assert codes == {REFUSED} and "integrity.json is missing" in log and "holds no valid checkpoint" in log
+    assert (
+        codes == {REFUSED}
+        and "integrity.json is missing" in log
+        and "holds no valid checkpoint" in log
+    )
 
 
 def test_another_batch_size_goes_on_with_the_next_samples(trained, tmp_path):
-    run_dir, codes, log = start_again(trained, tmp_path, "trainer.max_steps=4", "trainer.global_batch_size=4")
+    run_dir, codes, log = start_again(
+        trained, tmp_path, "trainer.max_steps=4", "trainer.global_batch_size=4"
+    )
     assert codes == {FINISHED}, log
     assert [r["consumed_samples"] for r in records(run_dir) if "lm_loss" in r] == [8, 16, 20, 24]
     assert "changed since then: trainer.global_batch_size = 4 (was 8)" in log
@@ -185,26 +246,40 @@ def test_the_weights_alone_start_a_new_run(trained, tmp_path):
     assert f"weights of {newest(trained)}" in log
     differing = unequal(path_of(run_dir, 1), newest(trained))
     assert differing and all(
-        key.startswith(("optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq.")) for key in differing
+        key.startswith(("optimizer.state.exp_avg.", "optimizer.state.exp_avg_sq."))
+        for key in differing
     )
     assert records(run_dir)[0]["consumed_samples"] == 8
 
 
 def test_weights_for_another_rotary_base_are_refused_with_both_values(trained, tmp_path):
-    words = ["trainer.max_steps=1", f"checkpoint.load_weights={newest(trained)}", "model.rotary_base=10000"]
+    words = [
+        "trainer.max_steps=1",
+        f"checkpoint.load_weights={newest(trained)}",
+        "model.rotary_base=10000",
+    ]
     _, codes, log = start(tmp_path, EP + "1", *words)
     assert codes == {REFUSED} and "Traceback" not in log, log
     assert f"model.rotary_base = 10000, but the weights of {newest(trained)} are for 1000000" in log
 
 
 def test_a_run_does_not_go_on_as_another_model_of_the_same_shapes(trained, tmp_path):
-    log = refused(start_again(trained, tmp_path, "trainer.max_steps=4", "model.layernorm_epsilon=1e-3"), trained)
+    log = refused(
+        start_again(trained, tmp_path, "trainer.max_steps=4", "model.layernorm_epsilon=1e-3"),
+        trained,
+    )
     assert "model.layernorm_epsilon = 0.001, but the weights of" in log and "are for 1e-05" in log
 
 
 def test_weights_that_are_not_there_are_refused(tmp_path):
-    _, codes, log = start(tmp_path, *TWO, "trainer.max_steps=1", f"checkpoint.load_weights={tmp_path}/nothing")
-    assert codes == {REFUSED} and "checkpoint.load_weights" in log and "integrity.json is missing" in log
+    _, codes, log = start(
+        tmp_path, *TWO, "trainer.max_steps=1", f"checkpoint.load_weights={tmp_path}/nothing"
+    )
+    assert (
+        codes == {REFUSED}
+        and "checkpoint.load_weights" in log
+        and "integrity.json is missing" in log
+    )
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -236,7 +311,9 @@ def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_
     assert codes == {FAULT}, log
     reason = read_status(run_dir)["reason"]
     assert re.search(r"on rank 1: .*iter_0000004.saving/__1_\d.distcp: File too large", reason)
-    assert re.search(r"of its [\d,]+ bytes [\d,]+ were written, [\d,]+ are free; iter_0000002 is whole", reason)
+    assert re.search(
+        r"of its [\d,]+ bytes [\d,]+ were written, [\d,]+ are free; iter_0000002 is whole", reason
+    )
     assert directory.steps_in(run_dir) == [2] and not list(run_dir.glob("*.saving"))
     assert integrity.problem(path_of(run_dir, 2), full=True) == ""
 
@@ -258,9 +335,13 @@ def test_a_disk_full_to_the_last_byte_in_an_async_save_is_a_line_that_says_what_
         words = ["trainer.max_steps=50", INTERVAL, "checkpoint.async_save=true"]
         run_dir, codes, log = start(tmp_path, *TWO, *words, before=full_disk)
         assert codes == {FAULT} and "Traceback" not in log, log
-        status = read_status(run_dir)  # in the place of the last one: there is no room for another file
+        # in the place of the last one: there is no room for another file
+        status = read_status(run_dir)
         assert status["state"] == "failed" and "No space left on device" in status["reason"]
-        said = "iter_0000002 is whole: free some space and type the same command again, and it goes on from there"
+        said = (
+            "iter_0000002 is whole: free some space and type the same command again, and it"
+            " goes on from there"
+        )
         assert status["reason"].endswith(said) and log.endswith(f"{said}\n")
         assert directory.steps_in(run_dir) == [2]
         assert integrity.problem(path_of(run_dir, 2), full=True) == ""
@@ -273,7 +354,9 @@ def saver_of(run_dir: Path) -> save.Saver:
     return saver
 
 
-def test_a_save_that_the_disk_has_no_room_for_is_not_begun_and_its_margin_is_said(tmp_path, monkeypatch):
+def test_a_save_that_the_disk_has_no_room_for_is_not_begun_and_its_margin_is_said(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(save, "MARGIN", 1 << 60)
     half = tmp_path / "iter_0000004.saving"
     half.mkdir()
@@ -324,7 +407,10 @@ def test_a_writer_that_stands_still_is_ended_in_time(tmp_path):
         tmp_path, *TWO, *words, "trainer.timeout_minutes=0.1", before=writer_that(signal.SIGSTOP)
     )
     assert codes == {FAULT}, log
-    assert "the writer of rank 1 had not finished after 6 s and was ended" in read_status(run_dir)["reason"]
+    assert (
+        "the writer of rank 1 had not finished after 6 s and was ended"
+        in read_status(run_dir)["reason"]
+    )
 
 
 def test_async_saves_follow_each_other_in_order_and_the_last_is_there_at_the_end(tmp_path):

@@ -16,7 +16,9 @@ from mixtrain.errors import FINISHED
 
 def tool(*words: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "tools/checkpoint.py", *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,10 @@ def test_list_shows_step_layout_size_and_state(trained):
 
 def test_hashed_the_damage_is_found_and_named(trained):
     for done in (tool("list", "--full", str(trained)), tool("verify", str(trained))):
-        assert done.returncode == 1 and "__1_0.distcp is damaged: its SHA-256 is not that" in done.stdout
+        assert (
+            done.returncode == 1
+            and "__1_0.distcp is damaged: its SHA-256 is not that" in done.stdout
+        )
         assert done.stdout.rstrip().endswith("valid")  # the older one
     done = tool("verify", str(path_of(trained, 2)))
     assert (done.returncode, done.stdout) == (0, f"{path_of(trained, 2)}: valid\n")
@@ -55,8 +60,13 @@ def test_inspect_shows_tensors_shapes_and_dtypes(trained):
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 5 and lines[-1].startswith("4 tensors, ")
     assert lines[0].split(maxsplit=5) == [
-        "float32", "[4,", "8,", "192,", "64]", "decoder.layers.mlp.experts.experts.linear_fc1.weight"
-    ]  # fmt: skip
+        "float32",
+        "[4,",
+        "8,",
+        "192,",
+        "64]",
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight",
+    ]
 
 
 @pytest.mark.parametrize("verb", ["list", "verify", "inspect"])

@@ -1,4 +1,6 @@
-"""What a pickle may say, and what comes of it: no opcode does anything, whatever it names; a few bytes are no bomb."""
+"""What a pickle may say, and what comes of it: no opcode does anything, whatever it names; a few
+bytes are no bomb.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,24 @@ READERS = {
 }
 
 
-# Every opcode with every name that a pickle may give, and with every name that a library has declared safe
+# Every opcode with every name that a pickle may give, and with every name that a library has
+# declared safe
 
 NAMES = sorted(
-    {(module, of) for known in (metadata, archive) for module, all_of in known.ALLOWED.items() for of in all_of}
+    {
+        (module, of)
+        for known in (metadata, archive)
+        for module, all_of in known.ALLOWED.items()
+        for of in all_of
+    }
 )
-DECLARED = [(thing.__module__, thing.__qualname__) for thing in torch.serialization.get_safe_globals()]
+DECLARED = [
+    (thing.__module__, thing.__qualname__) for thing in torch.serialization.get_safe_globals()
+]
 THINGS = [thing for pair in [*NAMES, *DECLARED] if (thing := found(*pair)) is not None]
 FILES = {"metadata": (".metadata", index_with), "object": ("__9_9.distcp", archive_with)}
-INERT = ("REDUCE", "NEWOBJ", "REDUCE, BUILD", "NEWOBJ, BUILD")  # records: no harm where nobody looks at them
+# records: no harm where nobody looks at them
+INERT = ("REDUCE", "NEWOBJ", "REDUCE, BUILD", "NEWOBJ, BUILD")
 
 
 @pytest.mark.parametrize("opcode", OPCODES)
@@ -60,7 +71,10 @@ def test_no_opcode_does_anything_with_any_name(place, opcode, tmp_path):
     file, make = FILES[place]
     (tmp_path / file).write_bytes(make(b"N"))
     READERS[place](tmp_path)  # without an attack it is read; zipfile has imported what it needs
-    assert alone(tmp_path / "outcome", lambda: attacked(place, opcode, tmp_path)) == (0, "nothing was done")
+    assert alone(tmp_path / "outcome", lambda: attacked(place, opcode, tmp_path)) == (
+        0,
+        "nothing was done",
+    )
 
 
 def attacked(place: str, opcode: str, tmp_path: Path) -> str:
@@ -83,7 +97,9 @@ def attacked(place: str, opcode: str, tmp_path: Path) -> str:
 
 def test_a_class_that_a_pickle_would_change_is_named(tmp_path):
     (tmp_path / ".metadata").write_bytes(index_with(OPCODES["BUILD"]("pathlib", "PosixPath")))
-    with pytest.raises(UserError, match=r"\.metadata: a pickle that changes pathlib.PosixPath is not loaded"):
+    with pytest.raises(
+        UserError, match=r"\.metadata: a pickle that changes pathlib.PosixPath is not loaded"
+    ):
         safe.read_metadata(tmp_path)
     assert str(Path("here")) == "here"
 
@@ -93,7 +109,9 @@ def test_a_member_of_an_enumeration_that_a_library_declared_safe_keeps_its_value
     from megatron.core.transformer.enums import AttnBackend
 
     of = name("megatron.core.transformer.enums", "AttnBackend")
-    (tmp_path / "common.pt").write_bytes(archive_with(of + b"K\x01\x85R}" + text("_value_") + text("changed") + b"sb"))
+    (tmp_path / "common.pt").write_bytes(
+        archive_with(of + b"K\x01\x85R}" + text("_value_") + text("changed") + b"sb")
+    )
     with pytest.raises(UserError, match="AttnBackend is not loaded"):
         safe.read_common(tmp_path)
     assert AttnBackend(1).value == 1
@@ -188,20 +206,28 @@ WRONG = {
     "leads out of its directory, to /etc/passwd": lambda index: vars(first_place(index)).update(
         relative_path=Path("/etc/passwd")
     ),
-    "leads out of its directory, to ..": lambda index: vars(first_place(index)).update(relative_path=".."),
+    "leads out of its directory, to ..": lambda index: vars(first_place(index)).update(
+        relative_path=".."
+    ),
     "is no text, or has control characters": lambda index: index.state_dict_metadata.update(
         {"\x1b[2J": first_part(index)}
     ),
     "no whole number from 0 on": lambda index: vars(first_place(index)).update(offset=-1),
-    "compressed or encrypted": lambda index: vars(first_place(index)).update(transform_descriptors=["zstd"]),
+    "compressed or encrypted": lambda index: vars(first_place(index)).update(
+        transform_descriptors=["zstd"]
+    ),
     "a _StorageInfo has a key colour": lambda index: vars(first_place(index)).update(colour="red"),
     "a _StorageInfo has too few keys": lambda index: vars(first_place(index)).pop("length"),
     "lies beyond it": lambda index: vars(first_part(index)).update(size=torch.Size([7, 3])),
-    "more bytes than there can be": lambda index: vars(first_part(index)).update(size=torch.Size([1 << 62, 1 << 62])),
+    "more bytes than there can be": lambda index: vars(first_part(index)).update(
+        size=torch.Size([1 << 62, 1 << 62])
+    ),
     "does not say where a part of decoder.weight lies": lambda index: (
         index.storage_data.popitem() and index.storage_data.popitem()
     ),
-    "that are not dense": lambda index: vars(first_part(index).properties).update(layout=torch.sparse_coo),
+    "that are not dense": lambda index: vars(first_part(index).properties).update(
+        layout=torch.sparse_coo
+    ),
     "has no dtype": lambda index: vars(first_part(index).properties).update(dtype="float32"),
     "it does not list tensors": lambda index: vars(index).update(state_dict_metadata=[]),
     "there is no TensorStorageMetadata": lambda index: index.state_dict_metadata.update(x=None),
@@ -217,7 +243,9 @@ def test_what_is_wrong_with_an_index_is_said(said, tmp_path):
 
 
 def test_a_path_in_an_index_is_read_as_text(tmp_path):
-    wanted = changed(lambda index: vars(first_place(index)).update(relative_path=Path("__0_0.distcp")))
+    wanted = changed(
+        lambda index: vars(first_place(index)).update(relative_path=Path("__0_0.distcp"))
+    )
     (tmp_path / ".metadata").write_bytes(wanted)
     assert type(first_place(safe.read_metadata(tmp_path)).relative_path) is str
 
@@ -227,7 +255,10 @@ def test_an_honest_index_is_read_as_pickle_reads_it(protocol, tmp_path):
     index = small_index({"key": ("a", "path")})
     (tmp_path / ".metadata").write_bytes(pickle.dumps(index, protocol))
     read = safe.read_metadata(tmp_path)
-    assert (read.state_dict_metadata, read.storage_data) == (index.state_dict_metadata, index.storage_data)
+    assert (read.state_dict_metadata, read.storage_data) == (
+        index.state_dict_metadata,
+        index.storage_data,
+    )
 
 
 # Files that torch.save writes
@@ -249,17 +280,41 @@ def tensor_with(offset: int, size: tuple, stride: tuple) -> bytes:
     """A file of eight numbers whose pickle says that they are a tensor of this shape."""
     numbers = b"".join(b"J" + struct.pack("<i", number) for number in size)
     steps = b"".join(b"J" + struct.pack("<i", number) for number in stride)
-    wanted = name("torch._utils", "_rebuild_tensor_v2") + b"((" + text("storage") + name("torch", "FloatStorage")
-    wanted += text("0") + text("cpu") + b"K\x08tQJ" + struct.pack("<i", offset) + b"(" + numbers + b"t(" + steps + b"t"
+    wanted = (
+        name("torch._utils", "_rebuild_tensor_v2")
+        + b"(("
+        + text("storage")
+        + name("torch", "FloatStorage")
+    )
+    wanted += (
+        text("0")
+        + text("cpu")
+        + b"K\x08tQJ"
+        + struct.pack("<i", offset)
+        + b"("
+        + numbers
+        + b"t("
+        + steps
+        + b"t"
+    )
     wanted += b"\x89" + name("collections", "OrderedDict") + b")RtR"
     return archive_with(wanted, [torch.zeros(8), MARKER])
 
 
 @pytest.mark.parametrize(
     "offset, size, stride",
-    [(1, (8,), (1,)), (-1, (8,), (1,)), (0, (2, 8), (1, 1)), (0, (2,), (-1,)), (0, (2,), (1 << 30,)), (0, (2,), (1, 1)),
-     (0, (1 << 30,) * 3, (0,) * 3), (0, (1,) * 30, (1,) * 30), (0, (0, 1 << 30, 1 << 30, 1 << 30), (1,) * 4)],
-)  # fmt: skip
+    [
+        (1, (8,), (1,)),
+        (-1, (8,), (1,)),
+        (0, (2, 8), (1, 1)),
+        (0, (2,), (-1,)),
+        (0, (2,), (1 << 30,)),
+        (0, (2,), (1, 1)),
+        (0, (1 << 30,) * 3, (0,) * 3),
+        (0, (1,) * 30, (1,) * 30),
+        (0, (0, 1 << 30, 1 << 30, 1 << 30), (1,) * 4),
+    ],
+)
 def test_a_tensor_reaches_no_number_outside_its_record(offset, size, stride, tmp_path):
     (tmp_path / "__9_9.distcp").write_bytes(tensor_with(offset, size, stride))
     with pytest.raises(UserError, match="is damaged: "):
@@ -272,10 +327,16 @@ def test_a_tensor_of_the_whole_record_is_read(tmp_path):
 
 
 STREAMS = {
-    "numpy's place": lambda streams: streams.update(np_rng_state=("MT19937", numpy.zeros(624, "u4"), 10**6, 0, 0.0)),
-    "numpy's numbers": lambda streams: streams.update(np_rng_state=("MT19937", numpy.zeros(9, "u4"), 0, 0, 0.0)),
+    "numpy's place": lambda streams: streams.update(
+        np_rng_state=("MT19937", numpy.zeros(624, "u4"), 10**6, 0, 0.0)
+    ),
+    "numpy's numbers": lambda streams: streams.update(
+        np_rng_state=("MT19937", numpy.zeros(9, "u4"), 0, 0, 0.0)
+    ),
     "Python's": lambda streams: streams.update(random_rng_state=(3, (1,) * 624 + (10**6,), None)),
-    "PyTorch's": lambda streams: streams.update(torch_rng_state=torch.zeros(5056, dtype=torch.uint8)),
+    "PyTorch's": lambda streams: streams.update(
+        torch_rng_state=torch.zeros(5056, dtype=torch.uint8)
+    ),
     "a missing one": lambda streams: streams.pop("np_rng_state"),
     "a tracker's": lambda streams: streams["rng_tracker_states"].update(more=torch.zeros(1)),
 }
@@ -284,7 +345,8 @@ STREAMS = {
 @pytest.mark.parametrize("which", STREAMS)
 def test_random_streams_that_are_none_are_refused_and_none_is_set(which):
     streams = content._streams()
-    assert content.set_rng_state([copy.deepcopy(streams)]) is None  # Megatron-Core keeps what it is given
+    # Megatron-Core keeps what it is given
+    assert content.set_rng_state([copy.deepcopy(streams)]) is None
     before = torch.get_rng_state()
     STREAMS[which](streams | {"torch_rng_state": torch.Generator().get_state()})
     STREAMS[which](streams)

@@ -1,4 +1,6 @@
-"""Weights are refused for a model of the same shapes that computes something else, key by key, unless it is said."""
+"""Weights are refused for a model of the same shapes that computes something else, key by key,
+unless it is said.
+"""
 
 from __future__ import annotations
 
@@ -56,52 +58,75 @@ def stored(folder, **changes):
 
 def test_every_key_of_the_models_mathematics_is_compared_or_known_not_to_be():
     sections = ("model.", "router.", "dispatcher.")
-    keys = {key for key in CLASSES[MATHEMATICS].split() if key.startswith(sections)} - {"model.extra"}
+    keys = {key for key in CLASSES[MATHEMATICS].split() if key.startswith(sections)} - {
+        "model.extra"
+    }
     assert keys == {*FORWARD, *NOT_FORWARD} and not {*FORWARD} & {*NOT_FORWARD}
 
 
 @pytest.mark.parametrize("key", FORWARD)
 def test_a_difference_is_refused_with_both_values_unless_its_key_is_acknowledged(key, tmp_path):
     changes = {key.replace(".", "__"): OTHERS[key]}
-    drops = {} if key != "dispatcher.moe_token_drop_policy" else {"dispatcher__moe_expert_capacity_factor": 1.5}
+    drops = (
+        {}
+        if key != "dispatcher.moe_token_drop_policy"
+        else {"dispatcher__moe_expert_capacity_factor": 1.5}
+    )
     words = ["dispatcher.moe_expert_capacity_factor=1.5"] if drops else []
-    checkpoint, config = stored(tmp_path, **changes, **drops), config_of(*words)
+    checkpoint = stored(tmp_path, **changes, **drops)
+    config = config_of(*words)
     with pytest.raises(UserError) as refusal:
         same_model.refuse(config, checkpoint)
     (problem,) = refusal.value.problems
     section, name = key.split(".")
     here = model_differences._shown(model_differences.value_of(config, key))
     assert problem.startswith(
-        f"{key} = {here}, but the weights of {checkpoint} are for {model_differences._shown(OTHERS[key])}"
+        f"{key} = {here}, but the weights of {checkpoint} are for"
+        f" {model_differences._shown(OTHERS[key])}"
     )
     assert problem.endswith("or name the key in checkpoint.acknowledge_differences")
     same_model.refuse(config_of(*words, f"checkpoint.acknowledge_differences=[{key}]"), checkpoint)
 
 
 def test_the_same_model_is_not_refused_whatever_its_training_was(tmp_path):
-    training = {"router__moe_aux_loss_coeff": [0.5], "router__moe_input_jitter_eps": 0.1, "optimizer__lr": 1.0}
+    training = {
+        "router__moe_aux_loss_coeff": [0.5],
+        "router__moe_input_jitter_eps": 0.1,
+        "optimizer__lr": 1.0,
+    }
     checkpoint = stored(tmp_path, **training, router__moe_router_topk_scaling_factor=1.0)
     same_model.refuse(config_of(), checkpoint)
     same_model.refuse(config_of("router.moe_router_load_balancing_type=[seq_aux_loss]"), checkpoint)
 
 
 def test_a_bias_that_starts_is_no_difference_and_one_that_ends_is(tmp_path):
-    with_bias, key = ["router=expert_bias"], "router.moe_router_enable_expert_bias"
+    with_bias = ["router=expert_bias"]
+    key = "router.moe_router_enable_expert_bias"
     alike = stored(tmp_path, router__moe_router_score_function="sigmoid")
     assert same_model.problems(config_of(*with_bias), alike) == []
-    biased = stored(tmp_path, router__moe_router_score_function="sigmoid", router__moe_router_enable_expert_bias=True)
+    biased = stored(
+        tmp_path,
+        router__moe_router_score_function="sigmoid",
+        router__moe_router_enable_expert_bias=True,
+    )
     assert same_model.problems(config_of(*with_bias), biased) == []
     (problem,) = same_model.problems(config_of("router.moe_router_score_function=sigmoid"), biased)
     assert problem.startswith(f"{key} = false, but the weights of {biased} are for true")
 
 
 def test_a_field_of_extra_is_compared_with_its_default(tmp_path):
-    checkpoint = stored(tmp_path, model__extra={"rotary_interleaved": True, "layernorm_zero_centered_gamma": False})
-    with pytest.raises(UserError, match=r"model.extra.rotary_interleaved = false, .* are for true") as refusal:
+    checkpoint = stored(
+        tmp_path, model__extra={"rotary_interleaved": True, "layernorm_zero_centered_gamma": False}
+    )
+    with pytest.raises(
+        UserError, match=r"model.extra.rotary_interleaved = false, .* are for true"
+    ) as refusal:
         same_model.refuse(config_of(), checkpoint)
     assert len(refusal.value.problems) == 1
     same_model.refuse(config_of("+model.extra.rotary_interleaved=true"), checkpoint)
-    same_model.refuse(config_of("checkpoint.acknowledge_differences=[model.extra.rotary_interleaved]"), checkpoint)
+    same_model.refuse(
+        config_of("checkpoint.acknowledge_differences=[model.extra.rotary_interleaved]"), checkpoint
+    )
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(tmp_path):
@@ -114,10 +139,11 @@ def test_a_state_without_the_keys_is_refused_for_each(config, tmp_path):
     (tmp_path / state.NAME).write_text(state.to_json(state.RunState(config=config)))
     with pytest.raises(UserError) as refusal:
         same_model.refuse(config_of(), tmp_path)
-    assert "model.rotary_base = 1000000, but" in str(refusal.value) and "a value that is not known" in str(
+    assert "model.rotary_base = 1000000, but" in str(
         refusal.value
-    )
-    assert len(refusal.value.problems) == len(FORWARD) - 1  # the policy is of no account where nothing is dropped
+    ) and "a value that is not known" in str(refusal.value)
+    # the policy is of no account where nothing is dropped
+    assert len(refusal.value.problems) == len(FORWARD) - 1
 
 
 def test_it_is_said_before_any_rank_starts_unless_the_run_goes_on_from_its_own(tmp_path):
@@ -125,6 +151,9 @@ def test_it_is_said_before_any_rank_starts_unless_the_run_goes_on_from_its_own(t
     (tmp_path / "release" / "integrity.json").write_text("{}")
     words = [f"checkpoint.load_weights={tmp_path / 'release'}", f"run_dir={tmp_path / 'run'}"]
     (problem,) = weights_to_load(plan_of(*words))
-    assert problem.startswith("model.rotary_base = 1000000, but the weights of") and "are for 10000" in problem
+    assert (
+        problem.startswith("model.rotary_base = 1000000, but the weights of")
+        and "are for 10000" in problem
+    )
     (tmp_path / "run" / "iter_0000002").mkdir(parents=True)
     assert [*weights_to_load(plan_of(*words))] == []

@@ -1,4 +1,6 @@
-"""The index of a checkpoint: what an honest one may be, and what is said of each thing that may be wrong with it."""
+"""The index of a checkpoint: what an honest one may be, and what is said of each thing that may be
+wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,24 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 from mixtrain.checkpoint import metadata, pickles
 from mixtrain.checkpoint.pickles import Damaged, Name, Record, Unwanted
 
-RECORDS, PLANNER = "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner"
-STORAGE, MEGATRON = "torch.distributed.checkpoint.filesystem", "megatron.core.dist_checkpointing.strategies.torch"
-DTYPES = ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2",
-          "int64", "int32", "int16", "int8", "uint8", "bool"]  # fmt: skip
+RECORDS = "torch.distributed.checkpoint.metadata"
+PLANNER = "torch.distributed.checkpoint.planner"
+STORAGE = "torch.distributed.checkpoint.filesystem"
+MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
+DTYPES = [
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+]
 INDEX = pickle.dumps(small_index(None))
 OBJECT = "rng_state/shard_0_1"
 MOST = 1 << 62
@@ -63,7 +79,9 @@ def dense(layout: object = "torch.strided", by: Name = LAYOUT) -> Record:
 
 
 def typed(dtype: object, layout: object = None) -> Callable[[Record], None]:
-    return lambda index: part(index).update(properties=properties(dtype, layout or dense(), False, None, False))
+    return lambda index: part(index).update(
+        properties=properties(dtype, layout or dense(), False, None, False)
+    )
 
 
 def path(*words: object, module: str = "pathlib") -> Callable[[Record], None]:
@@ -83,16 +101,26 @@ def chunk(index: Record, **state: object) -> None:
         *[("torch", of) for of in ["Size", *DTYPES]],
         ("torch.serialization", "_get_layout"),
         (STORAGE, "_StorageInfo"),
-        *[(RECORDS, of) for of in ["Metadata", "StorageMeta", "MetadataIndex", "TensorProperties",
-                                   "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
-                                   "_MEM_FORMAT_ENCODING"]],
+        *[
+            (RECORDS, of)
+            for of in [
+                "Metadata",
+                "StorageMeta",
+                "MetadataIndex",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            ]
+        ],
         *[(PLANNER, of) for of in ["SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"]],
         *[(MEGATRON, of) for of in ["MCoreMetadata", "MCoreSavePlan"]],
         *[(module, "PosixPath") for module in ["pathlib", "pathlib._local"]],
         ("collections", "OrderedDict"),
     ],
     ids="ALLOWED-{}".format,
-)  # fmt: skip
+)
 def test_what_honest_indexes_name_is_allowed(module, of):
     assert pickles.read(name(module, of) + b".", metadata.ALLOWED) == (module, of)
 
@@ -124,7 +152,9 @@ def many_axes(index: Record) -> None:
     part(index).update(size=size(*[1] * 16))
     part(index)["chunks"] = part(index)["chunks"][:1]
     chunk(index, offsets=size(*[0] * 16), sizes=size(*[1] * 16))
-    next(key for key in places(index) if key.state["fqn"] == "decoder.weight").state["offset"] = size(*[0] * 16)
+    next(key for key in places(index) if key.state["fqn"] == "decoder.weight").state["offset"] = (
+        size(*[0] * 16)
+    )
 
 
 READ = {
@@ -147,12 +177,18 @@ def test_an_index_that_is_as_it_may_be_is_read(what):
     READ[what](index)
     read = metadata.metadata_of(index)
     assert list(read.state_dict_metadata) == ["embedding.weight", "decoder.weight", OBJECT]
-    assert [place.relative_path for place in read.storage_data.values()] == ["__0_0.distcp"] * 4 + ["__0_1.distcp"]
+    assert [place.relative_path for place in read.storage_data.values()] == ["__0_0.distcp"] * 4 + [
+        "__0_1.distcp"
+    ]
 
 
 def test_an_honest_index_has_what_it_was_written_with():
-    read, written = metadata.metadata_of(tree()), small_index(None)
-    assert (read.state_dict_metadata, read.storage_data) == (written.state_dict_metadata, written.storage_data)
+    read = metadata.metadata_of(tree())
+    written = small_index(None)
+    assert (read.state_dict_metadata, read.storage_data) == (
+        written.state_dict_metadata,
+        written.storage_data,
+    )
 
 
 def test_an_index_of_nothing_is_read():
@@ -167,21 +203,32 @@ def test_an_index_of_nothing_is_read():
 SIZE = Record(Name("torch", "Size"), ())
 NO_NUMBER = "a size or place is no whole number from 0 on"
 NO_TEXT = "the name of a tensor is no text, or has control characters"
-NO_PROPERTIES, NO_DTYPE = "there is no TensorProperties where one should be", "a tensor has no dtype"
-NOT_DENSE, NO_SIZE = (
-    "a checkpoint with tensors that are not dense is not loaded",
-    "there is no Size where one should be",
-)
-NO_PLACE, BEYOND = "there is no _StorageInfo where one should be", "a part of a tensor lies beyond it"
+NO_PROPERTIES = "there is no TensorProperties where one should be"
+NO_DTYPE = "a tensor has no dtype"
+NOT_DENSE = "a checkpoint with tensors that are not dense is not loaded"
+NO_SIZE = "there is no Size where one should be"
+NO_PLACE = "there is no _StorageInfo where one should be"
+BEYOND = "a part of a tensor lies beyond it"
 OUT = "leads out of its directory, to "
 F32 = Name("torch", "float32")
 WRONG = {
-    "metadata_of-no list of tensors": (lambda i: i.state.update(state_dict_metadata=[]), "it does not list tensors"),
-    "metadata_of-no list of places": (lambda i: i.state.update(storage_data=[1]), "it does not list tensors"),
+    "metadata_of-no list of tensors": (
+        lambda i: i.state.update(state_dict_metadata=[]),
+        "it does not list tensors",
+    ),
+    "metadata_of-no list of places": (
+        lambda i: i.state.update(storage_data=[1]),
+        "it does not list tensors",
+    ),
     "metadata_of-no places": (lambda i: i.state.pop("storage_data"), "a Metadata has too few keys"),
-    "metadata_of-another record": (lambda i: setattr(i, "of", Name("torch", "Size")), "it is no index"),
+    "metadata_of-another record": (
+        lambda i: setattr(i, "of", Name("torch", "Size")),
+        "it is no index",
+    ),
     "_refuse_the_homeless-one part": (
-        lambda i: places(i).pop(next(key for key in places(i) if key.state["fqn"] == "decoder.weight")),
+        lambda i: places(i).pop(
+            next(key for key in places(i) if key.state["fqn"] == "decoder.weight")
+        ),
         "it does not say where a part of decoder.weight lies",
     ),
     "_refuse_the_homeless-an object": (
@@ -200,7 +247,10 @@ WRONG = {
         lambda i: part(i).update(chunks=parts(i)["embedding.weight"].state["chunks"]),
         "the chunks of a tensor are no list of its own",
     ),
-    "part-too large": (lambda i: part(i).update(size=size(MOST, 2)), "a tensor has more bytes than there can be"),
+    "part-too large": (
+        lambda i: part(i).update(size=size(MOST, 2)),
+        "a tensor has more bytes than there can be",
+    ),
     "index-a number below 0": (lambda i: place_key(i).state.update(index=-1), NO_NUMBER),
     "place-compressed": (
         lambda i: place(i).update(transform_descriptors=["zstd"]),
@@ -213,20 +263,32 @@ WRONG = {
     "_is-another record": (lambda i: places(i).update({place_key(i): dense()}), NO_PLACE),
     "_fields-with arguments": (lambda i: setattr(places(i)[place_key(i)], "args", (1,)), NO_PLACE),
     "_fields-no keys": (lambda i: setattr(places(i)[place_key(i)], "state", ()), NO_PLACE),
-    "_fields-another key": (lambda i: place(i).update(colour="red"), "a _StorageInfo has a key colour"),
+    "_fields-another key": (
+        lambda i: place(i).update(colour="red"),
+        "a _StorageInfo has a key colour",
+    ),
     "_fields-too few": (lambda i: place(i).pop("length"), "a _StorageInfo has too few keys"),
     "_dtype-another record": (lambda i: part(i).update(properties=dense()), NO_PROPERTIES),
     "_dtype-another with such a state": (
         lambda i: setattr(part(i)["properties"], "of", Name("torch", "Size")),
         NO_PROPERTIES,
     ),
-    "_dtype-a mapping": (lambda i: setattr(part(i)["properties"], "state", dict.fromkeys(range(5))), NO_PROPERTIES),
-    "_dtype-four": (lambda i: part(i).update(properties=properties(F32, dense(), False, None)), NO_PROPERTIES),
+    "_dtype-a mapping": (
+        lambda i: setattr(part(i)["properties"], "state", dict.fromkeys(range(5))),
+        NO_PROPERTIES,
+    ),
+    "_dtype-four": (
+        lambda i: part(i).update(properties=properties(F32, dense(), False, None)),
+        NO_PROPERTIES,
+    ),
     "_dtype-text": (typed("float32"), NO_DTYPE),
     "_dtype-of another module": (typed(Name("pathlib", "float32")), NO_DTYPE),
     "_dtype-another name": (typed(Name("torch", "Size")), NO_DTYPE),
     "_dtype-no layout": (typed(F32, layout=5), NOT_DENSE),
-    "_dtype-a layout by another name": (typed(F32, layout=dense(by=Name("torch", "Size"))), NOT_DENSE),
+    "_dtype-a layout by another name": (
+        typed(F32, layout=dense(by=Name("torch", "Size"))),
+        NOT_DENSE,
+    ),
     "_dtype-a sparse layout": (typed(F32, layout=dense("torch.sparse_coo")), NOT_DENSE),
     "_size-a number": (lambda i: part(i).update(size=5), NO_SIZE),
     "_size-another record": (
@@ -236,13 +298,19 @@ WRONG = {
     "_size-nothing": (lambda i: part(i).update(size=SIZE), NO_SIZE),
     "_size-two": (lambda i: part(i).update(size=Record(SIZE.of, ((8, 3), (8, 3)))), NO_SIZE),
     "_size-a list": (lambda i: part(i).update(size=Record(SIZE.of, ([8, 3],))), NO_SIZE),
-    "_size-seventeen axes": (lambda i: part(i).update(size=size(*[1] * 17)), "a tensor has 17 axes"),
+    "_size-seventeen axes": (
+        lambda i: part(i).update(size=size(*[1] * 17)),
+        "a tensor has 17 axes",
+    ),
     "_count-true": (lambda i: place(i).update(offset=True), NO_NUMBER),
     "_count-text": (lambda i: place(i).update(offset="0"), NO_NUMBER),
     "_count-below 0": (lambda i: place(i).update(offset=-1), NO_NUMBER),
     "LIMIT-beyond it": (lambda i: place(i).update(offset=MOST + 1), NO_NUMBER),
     "_text-a number": (lambda i: parts(i).update({5: parts(i).pop(OBJECT)}), NO_TEXT),
-    "_text-a control character": (lambda i: parts(i).update({"\x1b": parts(i).pop(OBJECT)}), NO_TEXT),
+    "_text-a control character": (
+        lambda i: parts(i).update({"\x1b": parts(i).pop(OBJECT)}),
+        NO_TEXT,
+    ),
     "_file-a path of a number": (path(1), NO_TEXT),
     "_file-a path of text and a number": (path("a", 1), NO_TEXT),
     "_file-a path of nothing": (path(), OUT + "."),
@@ -256,12 +324,15 @@ WRONG = {
 
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_with_an_index_is_said(what):
-    index, (change, said) = tree(), WRONG[what]
+    index = tree()
+    (change, said) = WRONG[what]
     change(index)
     with pytest.raises((Damaged, Unwanted)) as refusal:
         metadata.metadata_of(index)
     assert str(refusal.value) == said
-    assert (type(refusal.value) is Unwanted) == (said == NOT_DENSE or said.startswith((OUT, "a checkpoint")))
+    assert (type(refusal.value) is Unwanted) == (
+        said == NOT_DENSE or said.startswith((OUT, "a checkpoint"))
+    )
 
 
 @pytest.mark.parametrize("value", [5, "x", Name(RECORDS, "Metadata")], ids="metadata_of-{}".format)
@@ -272,9 +343,16 @@ def test_what_is_no_record_is_no_index(value):
 
 @pytest.mark.parametrize(
     "shape, dtype, does",
-    [((MOST,), "uint8", True), ((MOST,), "int16", False), ((0, MOST, 2), "uint8", False), ((0, MOST), "uint8", True),
-     ((1 << 31, 1 << 32), "uint8", False), ((1,) * 70, "uint8", True), ((), "float64", True)],
+    [
+        ((MOST,), "uint8", True),
+        ((MOST,), "int16", False),
+        ((0, MOST, 2), "uint8", False),
+        ((0, MOST), "uint8", True),
+        ((1 << 31, 1 << 32), "uint8", False),
+        ((1,) * 70, "uint8", True),
+        ((), "float64", True),
+    ],
     ids=lambda value: f"fits-{value}",
-)  # fmt: skip
+)
 def test_a_tensor_has_no_more_bytes_than_there_can_be(shape, dtype, does):
     assert metadata.fits(shape, getattr(torch, dtype)) is does

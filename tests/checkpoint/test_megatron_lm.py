@@ -56,7 +56,11 @@ def test_megatron_lm_finds_the_field(name):
 PLANS = {
     "8x7b": ["+recipe=mixtral_8x7b_tp2_pp4_ep4"],
     "several losses": ["router=combined"],
-    "everything": ["model.moe_shared_expert_intermediate_size=64", "model.qk_layernorm=true", "router=expert_bias"],
+    "everything": [
+        "model.moe_shared_expert_intermediate_size=64",
+        "model.qk_layernorm=true",
+        "router=expert_bias",
+    ],
     "fp8": [
         "model=mixtral_8x7b",
         "trainer=node8",
@@ -74,24 +78,56 @@ def test_the_args_are_plain_values_that_torch_reads_without_running_anything(wor
     assert torch.load(tmp_path / "common.pt", weights_only=True)["args"] == args
     plain = (bool, int, float, str, type(None))
     for name, value in vars(args).items():
-        assert type(value) in plain or type(value) is list and all(type(part) in plain for part in value), name
+        assert (
+            type(value) in plain
+            or type(value) is list
+            and all(type(part) in plain for part in value)
+        ), name
 
 
 def test_the_args_of_the_published_model():
     args = megatron_args(plan_of(*PLANS["8x7b"]), RunState(step=100, consumed_samples=102400))
     wanted = {
-        "num_layers": 32, "hidden_size": 4096, "ffn_hidden_size": 14336, "moe_ffn_hidden_size": 14336,
-        "num_attention_heads": 32, "num_query_groups": 8, "group_query_attention": True, "kv_channels": 128,
-        "num_experts": 8, "moe_router_topk": 2, "moe_router_pre_softmax": False, "moe_grouped_gemm": True,
-        "max_position_embeddings": 32768, "position_embedding_type": "rope", "rotary_base": 1000000,
-        "normalization": "RMSNorm", "layernorm_epsilon": 1e-5, "swiglu": True, "add_bias_linear": False,
-        "attention_dropout": 0.0, "hidden_dropout": 0.0, "untie_embeddings_and_output_weights": True,
-        "padded_vocab_size": 32000, "seq_length": 4096, "moe_router_load_balancing_type": "aux_loss",
-        "tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "expert_model_parallel_size": 4,
-        "sequence_parallel": True, "world_size": 64, "data_parallel_size": 8, "global_batch_size": 1024, "bf16": True,
-        "iteration": 100, "consumed_train_samples": 102400, "ckpt_format": "torch_dist", "no_save_rng": False,
-        "no_save_optim": False, "use_distributed_optimizer": True,
-    }  # fmt: skip
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "ffn_hidden_size": 14336,
+        "moe_ffn_hidden_size": 14336,
+        "num_attention_heads": 32,
+        "num_query_groups": 8,
+        "group_query_attention": True,
+        "kv_channels": 128,
+        "num_experts": 8,
+        "moe_router_topk": 2,
+        "moe_router_pre_softmax": False,
+        "moe_grouped_gemm": True,
+        "max_position_embeddings": 32768,
+        "position_embedding_type": "rope",
+        "rotary_base": 1000000,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-5,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "untie_embeddings_and_output_weights": True,
+        "padded_vocab_size": 32000,
+        "seq_length": 4096,
+        "moe_router_load_balancing_type": "aux_loss",
+        "tensor_model_parallel_size": 2,
+        "pipeline_model_parallel_size": 4,
+        "expert_model_parallel_size": 4,
+        "sequence_parallel": True,
+        "world_size": 64,
+        "data_parallel_size": 8,
+        "global_batch_size": 1024,
+        "bf16": True,
+        "iteration": 100,
+        "consumed_train_samples": 102400,
+        "ckpt_format": "torch_dist",
+        "no_save_rng": False,
+        "no_save_optim": False,
+        "use_distributed_optimizer": True,
+    }
     assert {name: getattr(args, name) for name in wanted} == wanted
 
 
@@ -100,18 +136,41 @@ FOLLOWS = [
     (["model.num_query_groups=4", "model.num_attention_heads=4"], "group_query_attention", False),
     (["model.num_layers=8", PP + "2", VPP], "num_layers_per_virtual_pipeline_stage", 2),
     (
-        ["model.num_layers=6", PP + "2", VPP, "parallel.account_for_embedding_in_pipeline_split=true",
-         "parallel.account_for_loss_in_pipeline_split=true"], "num_layers_per_virtual_pipeline_stage", 2,
+        [
+            "model.num_layers=6",
+            PP + "2",
+            VPP,
+            "parallel.account_for_embedding_in_pipeline_split=true",
+            "parallel.account_for_loss_in_pipeline_split=true",
+        ],
+        "num_layers_per_virtual_pipeline_stage",
+        2,
     ),
     (["model.num_layers=8", PP + "2"], "num_layers_per_virtual_pipeline_stage", None),
-    (["parallel.pipeline_model_parallel_layout='Et|t|t|tL'", PP + "2"], "num_layers_per_virtual_pipeline_stage", None),
-    (["parallel.pipeline_model_parallel_layout='Et|t|t|tL'", PP + "2"], "virtual_pipeline_model_parallel_size", 2),
-    (["parallel.num_layers_in_first_pipeline_stage=1", PP + "2"], "decoder_first_pipeline_num_layers", 1),
+    (
+        ["parallel.pipeline_model_parallel_layout='Et|t|t|tL'", PP + "2"],
+        "num_layers_per_virtual_pipeline_stage",
+        None,
+    ),
+    (
+        ["parallel.pipeline_model_parallel_layout='Et|t|t|tL'", PP + "2"],
+        "virtual_pipeline_model_parallel_size",
+        2,
+    ),
+    (
+        ["parallel.num_layers_in_first_pipeline_stage=1", PP + "2"],
+        "decoder_first_pipeline_num_layers",
+        1,
+    ),
     (["optimizer=sgd"], "no_save_optim", True),
     (["trainer.accelerator=cpu"], "no_save_rng", True),
     (["trainer=node8"], "no_save_rng", False),
     (["trainer.precision=fp32"], "bf16", False),
-    (["data=indexed", "data.data_path=[x]", "data.tokenizer=there"], "tokenizer_type", "HuggingFaceTokenizer"),
+    (
+        ["data=indexed", "data.data_path=[x]", "data.tokenizer=there"],
+        "tokenizer_type",
+        "HuggingFaceTokenizer",
+    ),
     (["data=indexed", "data.data_path=[x]", "data.tokenizer=there"], "tokenizer_model", "there"),
     (["data=mock"], "tokenizer_type", "NullTokenizer"),
     (["data=stdlib"], "tokenizer_type", None),
@@ -119,10 +178,12 @@ FOLLOWS = [
     (["model.extra={layernorm_zero_centered_gamma: true}"], "apply_layernorm_1p", True),
     (["model.extra={rotary_interleaved: true}"], "rotary_interleaved", True),
     (["optimizer.lr_warmup_steps=7"], "lr_warmup_iters", 7),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize("words, name, value", FOLLOWS, ids=[f"{words[0]}: {name}" for words, name, _ in FOLLOWS])
+@pytest.mark.parametrize(
+    "words, name, value", FOLLOWS, ids=[f"{words[0]}: {name}" for words, name, _ in FOLLOWS]
+)
 def test_an_arg_follows_from_the_plan(words, name, value):
     assert getattr(megatron_args(derived(*words), RunState()), name) == value
 
@@ -138,18 +199,28 @@ LAYOUTS = {
     "PP2xVPP2": [EP + "1", PP + "2", VPP],
     "CP2xEP2": [EP + "2", CP],
 }
-ELSEWHERE = {"EP2 without the distributed optimizer": [EP + "2"]}  # read by another layout than it was written by
+ELSEWHERE = {
+    "EP2 without the distributed optimizer": [EP + "2"]
+}  # read by another layout than it was written by
 QUICK = ("EP2", "EP2 without the distributed optimizer", "TP2xPP2")
-SAVED_AGAIN = ("EP1", "EP2", "EP2 in bf16", "EP2xETP2", "PP2xVPP2")  # upstream's way to save takes seconds
+SAVED_AGAIN = (
+    "EP1",
+    "EP2",
+    "EP2 in bf16",
+    "EP2xETP2",
+    "PP2xVPP2",
+)  # upstream's way to save takes seconds
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS]
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in LAYOUTS],
 )
 def test_upstream_loads_what_was_saved_and_saves_the_same_keys_shapes_and_bits(name, tmp_path):
     run_dir, codes, log = start(tmp_path, "trainer.max_steps=2", *LAYOUTS[name])
     assert codes == {0}, log
-    ours, theirs = path_of(run_dir, 2), tmp_path / "theirs"
+    ours = path_of(run_dir, 2)
+    theirs = tmp_path / "theirs"
     plan = plan_of(*SHORT, "seed=4321", *ELSEWHERE.get(name, LAYOUTS[name]))
     theirs.mkdir()
 
@@ -169,13 +240,19 @@ def test_upstream_loads_what_was_saved_and_saves_the_same_keys_shapes_and_bits(n
     assert run_ranks(plan.world_size, load_and_save, tmp_path / "ranks") == [[]] * plan.world_size
     if name in SAVED_AGAIN:
         assert unequal(ours, theirs) == []
-        index, there = safe.read_metadata(theirs), pickle.loads((theirs / ".metadata").read_bytes())
+        index = safe.read_metadata(theirs)
+        there = pickle.loads((theirs / ".metadata").read_bytes())
         assert (
             index.storage_data == there.storage_data
             and index.state_dict_metadata.keys() == there.state_dict_metadata.keys()
         )
-        assert objects_of(theirs) - objects_of(ours) <= {"common_state/shard_0_1"}  # 0.19 has no common.pt
-        assert all("_extra_state" in key or "rng_state" in key for key in objects_of(ours) - objects_of(theirs))
+        assert objects_of(theirs) - objects_of(ours) <= {
+            "common_state/shard_0_1"
+        }  # 0.19 has no common.pt
+        assert all(
+            "_extra_state" in key or "rng_state" in key
+            for key in objects_of(ours) - objects_of(theirs)
+        )
 
 
 def for_want_of_fused_adam(training: optimizer.Training) -> None:
@@ -193,8 +270,13 @@ def for_want_of_fused_adam(training: optimizer.Training) -> None:
 
 def upstreams(training: optimizer.Training, metadata: dict, **how) -> dict:
     """The state dict that Megatron-LM makes: model, optimizer and random streams."""
-    metadata = {**metadata, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
-    chunks = [shards.unwrap(chunk).sharded_state_dict(metadata=metadata) for chunk in training.chunks]
+    metadata = {
+        **metadata,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    chunks = [
+        shards.unwrap(chunk).sharded_state_dict(metadata=metadata) for chunk in training.chunks
+    ]
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
     tree = dict(zip(names, chunks, strict=True))
     rng = content.rng_object(content.rng_state().data, by_data_rank=False)
@@ -210,7 +292,9 @@ def load(training: optimizer.Training, path: Path) -> None:
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
     loaded = dist_checkpointing.load(upstreams(training, metadata, is_loading=True), str(path))
     for number, chunk in enumerate(training.chunks):
-        chunk.load_state_dict(loaded["model" if len(training.chunks) == 1 else f"model{number}"], strict=True)
+        chunk.load_state_dict(
+            loaded["model" if len(training.chunks) == 1 else f"model{number}"], strict=True
+        )
     training.optimizer.load_state_dict(loaded["optimizer"])
     assert loaded["rng_state"][0]["torch_rng_state"].dtype == torch.uint8
     assert loaded["iteration"] == 2 and loaded["args"].consumed_train_samples == 16
@@ -230,7 +314,9 @@ def wrong(training: optimizer.Training, path: Path):
                 yield shard.key
     for part in optimizer_state.sharded(training, "adam"):
         first = part.global_offset
-        cut = tuple(slice(start, start + size) for start, size in zip(first, part.local_shape, strict=True))
+        cut = tuple(
+            slice(start, start + size) for start, size in zip(first, part.local_shape, strict=True)
+        )
         if differ(part.data.contiguous(), wholes[part.key][cut].contiguous()):
             yield part.key
 
@@ -260,12 +346,19 @@ STATEFUL = """
 def test_every_object_that_transformer_engine_asks_for_is_there(words, tmp_path):
     run_dir, codes, log = start(tmp_path, "trainer.max_steps=1", *EVERYTHING, *words)
     assert codes == {0}, log
-    layers, experts = range(4), range(8)
-    wanted = {f"decoder.layers.{module}._extra_state/shard_{layer}_4" for module in STATEFUL for layer in layers}
+    layers = range(4)
+    experts = range(8)
+    wanted = {
+        f"decoder.layers.{module}._extra_state/shard_{layer}_4"
+        for module in STATEFUL
+        for layer in layers
+    }
     wanted |= {
         f"decoder.layers.mlp.experts.experts.linear_fc{number}._extra_state/shard_{layer}.{expert}_4.8"
-        for number in (1, 2) for layer in layers for expert in experts
-    }  # fmt: skip
+        for number in (1, 2)
+        for layer in layers
+        for expert in experts
+    }
     there = objects_of(path_of(run_dir, 1))
     assert {key for key in there if "rng_state" not in key} == wanted | {
         "decoder.final_layernorm._extra_state/shard_0_1"
@@ -285,6 +378,7 @@ def test_the_schedule_is_counted_in_sequences_and_the_groups_have_what_fused_ada
         for group in entry["optimizer"]["param_groups"]:
             assert group["bias_correction"] is True and group["step"] == 2 and "params" not in group
     assert {key for key in objects_of(path_of(run_dir, 2)) if "rng_state" in key} == {
-        "rng_state/shard_0.0.0_1.1.2", "rng_state/shard_0.0.1_1.1.2",  # as Megatron-LM 0.16 asks
+        "rng_state/shard_0.0.0_1.1.2",
+        "rng_state/shard_0.0.1_1.1.2",  # as Megatron-LM 0.16 asks
         "rng_state/shard_0.0_1.1",  # as those before and after it do
-    }  # fmt: skip
+    }

@@ -1,4 +1,6 @@
-"""Small objects that torch.save has written: each bound on them, and each thing that is no plain object."""
+"""Small objects that torch.save has written: each bound on them, and each thing that is no plain
+object.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from mixtrain.checkpoint import archive
 from mixtrain.checkpoint.archive import _Plain
 from mixtrain.checkpoint.pickles import Name, Record
 
-FLOAT, ENCODE, DTYPE = Name("torch", "FloatStorage"), Name("_codecs", "encode"), Name("numpy", "dtype")
+FLOAT = Name("torch", "FloatStorage")
+ENCODE = Name("_codecs", "encode")
+DTYPE = Name("numpy", "dtype")
 ONE = saved(torch.arange(3.0))
 
 
@@ -22,7 +26,9 @@ def nested(value: object, depth: int, kind: Callable[[object], object]) -> objec
     return nested(kind(value), depth - 1, kind) if depth else value
 
 
-@pytest.mark.parametrize("kind", [lambda value: [value], lambda value: {0: value}], ids=["DEEP-list", "DEEP-mapping"])
+@pytest.mark.parametrize(
+    "kind", [lambda value: [value], lambda value: {0: value}], ids=["DEEP-list", "DEEP-mapping"]
+)
 def test_an_object_is_sixteen_deep(kind):
     deep = nested(None, 16, kind)
     assert opened(saved(deep)).plain() == deep
@@ -52,7 +58,9 @@ def test_plain_objects_and_arrays_are_read_as_they_are():
     read = opened(saved(array)).plain()
     assert (read.dtype, read.tolist(), read.flags.writeable) == (array.dtype, [0, 1, 2, 3, 4], True)
     old = records(array)
-    old["archive/data.pkl"] = old["archive/data.pkl"].replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+    old["archive/data.pkl"] = old["archive/data.pkl"].replace(
+        b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"
+    )
     assert opened(zipped(old)).plain().tolist() == [0, 1, 2, 3, 4]
 
 
@@ -84,8 +92,13 @@ NO_BYTES = {
 
 @pytest.mark.parametrize("what", NO_BYTES)
 def test_bytes_are_text_in_latin1(what):
-    assert archive._encoded(Record(ENCODE, ("\xff", "latin1"))) == archive._encoded(b"\xff") == b"\xff"
-    assert said(lambda: archive._encoded(NO_BYTES[what])) == "Damaged: there are no bytes where some should be"
+    assert (
+        archive._encoded(Record(ENCODE, ("\xff", "latin1"))) == archive._encoded(b"\xff") == b"\xff"
+    )
+    assert (
+        said(lambda: archive._encoded(NO_BYTES[what]))
+        == "Damaged: there are no bytes where some should be"
+    )
 
 
 def array(*state: object) -> Record:

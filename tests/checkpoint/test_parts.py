@@ -1,4 +1,6 @@
-"""Every element of the model has one place on each side, and any part of a checkpoint is read as it lies there."""
+"""Every element of the model has one place on each side, and any part of a checkpoint is read as it
+lies there.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,20 @@ from mixtrain.errors import UserError
 from mixtrain.interop.convert import spans, table
 from mixtrain.system.mmap_tensor import window
 
-SMALL = ["data=mock", "data.seq_length=32", "model.hidden_size=64", "model.num_attention_heads=4",
-         "model.num_query_groups=2", "model.kv_channels=16", "model.moe_ffn_hidden_size=96", "model.vocab_size=64",
-         "model.num_layers=2", "model.num_moe_experts=4", "trainer.global_batch_size=8",
-         "trainer.timeout_minutes=1"]  # fmt: skip
+SMALL = [
+    "data=mock",
+    "data.seq_length=32",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "model.num_query_groups=2",
+    "model.kv_channels=16",
+    "model.moe_ffn_hidden_size=96",
+    "model.vocab_size=64",
+    "model.num_layers=2",
+    "model.num_moe_experts=4",
+    "trainer.global_batch_size=8",
+    "trainer.timeout_minutes=1",
+]
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
@@ -46,27 +58,47 @@ def test_runs_cover_every_element_of_both_sides_once(words, layout):
 
 
 def test_overlapping_gives_what_a_range_has_of_each_run():
-    several = [spans.Run("a", 0, "k", 0, 10), spans.Run("a", 10, "k", 50, 5), spans.Run("a", 15, "k", 20, 5)]
-    found = [(run.place, low, high) for run, low, high in spans.overlapping(several, 8, 17, spans.START)]
+    several = [
+        spans.Run("a", 0, "k", 0, 10),
+        spans.Run("a", 10, "k", 50, 5),
+        spans.Run("a", 15, "k", 20, 5),
+    ]
+    found = [
+        (run.place, low, high) for run, low, high in spans.overlapping(several, 8, 17, spans.START)
+    ]
     assert found == [(0, 8, 10), (50, 0, 5), (20, 0, 2)]
 
 
 def test_overlapping_of_every_range_is_what_a_range_has_of_each_run():
-    several = [spans.Run("a", 0, "k", 30, 4), spans.Run("a", 4, "k", 0, 1), spans.Run("a", 5, "k", 10, 6)]
+    several = [
+        spans.Run("a", 0, "k", 30, 4),
+        spans.Run("a", 4, "k", 0, 1),
+        spans.Run("a", 5, "k", 10, 6),
+    ]
     for start in range(12):
         for stop in range(start, 12):
-            whole = [(run, max(start - run.start, 0), min(stop - run.start, run.count)) for run in several]
+            whole = [
+                (run, max(start - run.start, 0), min(stop - run.start, run.count))
+                for run in several
+            ]
             expected = [(run, low, high) for run, low, high in whole if low < high]
             assert list(spans.overlapping(several, start, stop, spans.START)) == expected
 
 
 def test_tensors_come_layer_after_layer_and_within_one_as_the_model_uses_them():
     def of_layer(number: int) -> list[str]:
-        layer, moe = f"model.layers.{number}", f"model.layers.{number}.block_sparse_moe"
+        layer = f"model.layers.{number}"
+        moe = f"model.layers.{number}.block_sparse_moe"
         experts = [f"{moe}.experts.{expert}.w{part}" for expert in range(4) for part in (1, 3)]
         experts += [f"{moe}.experts.{expert}.w2" for expert in range(4)]
         attention = [f"{layer}.self_attn.{letter}_proj" for letter in "qkvo"]
-        return [f"{layer}.input_layernorm", *attention, f"{layer}.post_attention_layernorm", f"{moe}.gate", *experts]
+        return [
+            f"{layer}.input_layernorm",
+            *attention,
+            f"{layer}.post_attention_layernorm",
+            f"{moe}.gate",
+            *experts,
+        ]
 
     expected = ["model.embed_tokens", *of_layer(0), *of_layer(1), "model.norm", "lm_head"]
     index = spans.index(resolve(config_of(*SMALL)), "hub")
@@ -91,9 +123,15 @@ def test_a_tensor_of_one_element_is_one_run():
 def checkpoint(tmp_path_factory):
     """Saved by TP2: some of its tensors are cut along their last axis."""
     folder = tmp_path_factory.mktemp("tp2")
-    plan = plan_of(*SMALL, "parallel=ep1", "parallel.tensor_model_parallel_size=2",
-                   "parallel.expert_tensor_parallel_size=2", "parallel.sequence_parallel=true",
-                   f"run_dir={folder / 'run'}", "trainer.devices=2")  # fmt: skip
+    plan = plan_of(
+        *SMALL,
+        "parallel=ep1",
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.expert_tensor_parallel_size=2",
+        "parallel.sequence_parallel=true",
+        f"run_dir={folder / 'run'}",
+        "trainer.devices=2",
+    )
     (folder / "run").mkdir()
 
     def save(me) -> None:
@@ -106,9 +144,11 @@ def checkpoint(tmp_path_factory):
 
 
 def test_any_range_is_what_pytorchs_own_loader_reads(checkpoint):
-    parts, wholes = Parts(checkpoint), tensors_of(checkpoint)
+    parts = Parts(checkpoint)
+    wholes = tensors_of(checkpoint)
     assert parts.shapes == {key: tuple(whole.shape) for key, whole in wholes.items()}
-    assert any(len(chunks) > 1 and chunks[1].offset[-1] > 0 for chunks in parts.chunks.values())  # a cut last axis
+    # a cut last axis
+    assert any(len(chunks) > 1 and chunks[1].offset[-1] > 0 for chunks in parts.chunks.values())
     picked = torch.Generator().manual_seed(0)
     for key, whole in wholes.items():
         flat = whole.flatten()
@@ -136,7 +176,9 @@ def test_a_damaged_file_is_named(checkpoint, tmp_path):
 def test_a_window_is_the_bytes_of_the_file(tmp_path):
     numbers = torch.arange(5000, dtype=torch.int16)
     (tmp_path / "f").write_bytes(b"abc" + numbers.numpy().tobytes())
-    assert torch.equal(window(tmp_path / "f", 3 + 2 * 2100, (100, 3), torch.int16), numbers[2100:2400].view(100, 3))
+    assert torch.equal(
+        window(tmp_path / "f", 3 + 2 * 2100, (100, 3), torch.int16), numbers[2100:2400].view(100, 3)
+    )
     assert window(tmp_path / "f", 3, (0,), torch.int16).numel() == 0
     with pytest.raises(OSError):
         window(tmp_path / "f", 3 + 2 * 4999, (2,), torch.int16)

@@ -1,4 +1,6 @@
-"""Each opcode of a pickle, what is read of it, and what is said where it is not whole: bytes made by hand."""
+"""Each opcode of a pickle, what is read of it, and what is said where it is not whole: bytes made
+by hand.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from mixtrain.checkpoint.pickles import Damaged, Name, Record, Stored, Unwanted
 
 LONGEST = "b" * 1023
 ALLOWED = {"a": {"B"}, LONGEST: {"C"}, "collections": {"OrderedDict"}}
-B, ORDERED = name("a", "B"), name("collections", "OrderedDict")
+B = name("a", "B")
+ORDERED = name("collections", "OrderedDict")
 A_B = Name("a", "B")
 
 
@@ -65,7 +68,10 @@ READ = {
     "_appends-some": (b"](K\x01K\x02e", [1, 2]),
     "_set_item-one": (b"}K\x01K\x02s", {1: 2}),
     "_set_items-some": (b"}(K\x01)K\x03)K\x05Nu", {1: (), 3: (), 5: None}),
-    "KEYS-all": (b"}(" + text("k") + b"NK\x01NNNG" + bytes(8) + b"Nu", {"k": None, 1: None, None: None, 0.0: None}),
+    "KEYS-all": (
+        b"}(" + text("k") + b"NK\x01NNNG" + bytes(8) + b"Nu",
+        {"k": None, 1: None, None: None, 0.0: None},
+    ),
     "_set_items-a record for a key": (b"}" + B + b")\x81Ns", {record(): None}),
     "_put-another in its place": (b"(K\x01q\0K\x02q\1K\x03q\0h\1t", (1, 2, 3, 2)),
     "_name-a name": (B, A_B),
@@ -115,12 +121,24 @@ REFUSED = {
     "since_mark-what is below it is gone": (b"NN(\x86t\x86.", Damaged, AT(5)),
     "named-no module": (b"K\x01" + text("B") + b"\x93.", Damaged, AT(9)),
     "named-no name": (text("a") + b"K\x01\x93.", Damaged, AT(9)),
-    "named-another name": (name("a", "C") + b".", Unwanted, "a pickle that wants a.C is not loaded"),
-    "named-another module": (name("b", "B") + b".", Unwanted, "a pickle that wants b.B is not loaded"),
+    "named-another name": (
+        name("a", "C") + b".",
+        Unwanted,
+        "a pickle that wants a.C is not loaded",
+    ),
+    "named-another module": (
+        name("b", "B") + b".",
+        Unwanted,
+        "a pickle that wants b.B is not loaded",
+    ),
     "step-two of one": (b"N\x86.", Damaged, AT(2)),
     "_list_of-a mapping": (b"}Na.", Damaged, f"items for what is no list, {AT(3)}"),
     "_set_items-a list": (b"](NNu.", Damaged, f"items for what is no mapping, {AT(5)}"),
-    "_set_items-a key without a value": (b"}(Nu.", Damaged, f"items for what is no mapping, {AT(4)}"),
+    "_set_items-a key without a value": (
+        b"}(Nu.",
+        Damaged,
+        f"items for what is no mapping, {AT(4)}",
+    ),
     "_set_items-a tuple for a key": (
         b"}(NN)Nu.",
         Damaged,
@@ -128,11 +146,19 @@ REFUSED = {
     ),
     "_put-a far place": (b"Nq\1.", Damaged, AT(3)),
     "_put-one place twice": (b"Nq\0q\0h\1\x86.", Damaged, AT(7)),
-    "_make-a number": (b"K\x01)R.", Unwanted, "a pickle that calls what is no class or function is not loaded"),
+    "_make-a number": (
+        b"K\x01)R.",
+        Unwanted,
+        "a pickle that calls what is no class or function is not loaded",
+    ),
     "_make-no arguments": (B + b"NR.", Damaged, f"arguments that are no tuple, {AT(7)}"),
     "_build-a name": (B + b"}b.", Unwanted, "a pickle that changes a.B is not loaded"),
     "_build-a mapping": (b"}}b.", Unwanted, "a pickle that changes what there is is not loaded"),
-    "_build-twice": (B + b")\x81}b}b.", Unwanted, "a pickle that changes what there is is not loaded"),
+    "_build-twice": (
+        B + b")\x81}b}b.",
+        Unwanted,
+        "a pickle that changes what there is is not loaded",
+    ),
     "_build-a list": (B + b")\x81]b.", Damaged, f"a state that is no mapping, {AT(9)}"),
 }
 

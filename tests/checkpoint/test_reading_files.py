@@ -1,4 +1,6 @@
-"""The small files of a checkpoint: how much is read of them, and how what is wrong with one is said."""
+"""The small files of a checkpoint: how much is read of them, and how what is wrong with one is
+said.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_the_common_state_is_a_mapping(tmp_path):
     assert refused(safe.read_common, tmp_path) == said
 
 
-@pytest.mark.parametrize("read, file", [(safe.read_metadata, ".metadata"), (safe.read_common, "common.pt")])
+@pytest.mark.parametrize(
+    "read, file", [(safe.read_metadata, ".metadata"), (safe.read_common, "common.pt")]
+)
 def test_a_file_that_cannot_be_read_is_named(read, file, tmp_path):
     assert refused(read, tmp_path) == f"{file} cannot be read (No such file or directory)"
     (tmp_path / file).mkdir()

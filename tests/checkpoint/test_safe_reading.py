@@ -1,4 +1,6 @@
-"""A checkpoint that carries a malicious pickle is refused, wherever it hides; nothing in it runs or changes a thing."""
+"""A checkpoint that carries a malicious pickle is refused, wherever it hides; nothing in it runs or
+changes a thing.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ ONE = [EP + "1"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    run_dir, codes, log = start(tmp_path_factory.mktemp("trained"), "trainer.max_steps=2", INTERVAL, *ONE)
+    run_dir, codes, log = start(
+        tmp_path_factory.mktemp("trained"), "trainer.max_steps=2", INTERVAL, *ONE
+    )
     assert codes == {FINISHED}, log
     return run_dir
 
@@ -37,7 +41,8 @@ class Attack:
     """Unpickled without restriction, it makes the file `sentinel`, by way of `route`."""
 
     def __init__(self, sentinel: Path, route: str):
-        self.sentinel, self.route = sentinel, route
+        self.sentinel = sentinel
+        self.route = route
 
     def __reduce__(self):
         touch = f"open({str(self.sentinel)!r}, 'w').close()"
@@ -68,12 +73,15 @@ def in_common(checkpoint: Path, attack: Attack) -> None:
 
 
 def in_an_object(checkpoint: Path, attack: Attack) -> None:
-    """In the random state, an object in the shards: its place in the index now leads to the attacker's bytes."""
+    """In the random state, an object in the shards: its place in the index now leads to the
+    attacker's bytes.
+    """
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     torch.save([{"random_rng_state": attack}], checkpoint / "__9_9.distcp")
     for index, place in metadata.storage_data.items():
         if index.fqn.startswith("rng_state"):
-            place.relative_path, place.offset = "__9_9.distcp", 0
+            place.relative_path = "__9_9.distcp"
+            place.offset = 0
             place.length = (checkpoint / "__9_9.distcp").stat().st_size
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
@@ -82,9 +90,12 @@ PLACES = {"metadata": in_metadata, "common": in_common, "object": in_an_object}
 
 
 def attacked(trained: Path, folder: Path, place: str, route: str) -> tuple[Path, Path]:
-    """(a copy of the run whose checkpoint is malicious, and whose manifest agrees with it; the sentinel)."""
+    """(a copy of the run whose checkpoint is malicious, and whose manifest agrees with it; the
+    sentinel).
+    """
     shutil.copytree(trained, folder / "run")
-    checkpoint, sentinel = path_of(folder / "run", 2), folder / "it_ran"
+    checkpoint = path_of(folder / "run", 2)
+    sentinel = folder / "it_ran"
     PLACES[place](checkpoint, Attack(sentinel, route))
     files = [path for path in checkpoint.iterdir() if path.name != integrity.MANIFEST]
     integrity.write_manifest(checkpoint, integrity.describe(files))
@@ -107,7 +118,9 @@ def no_unpickler(me) -> None:
 
 def test_a_run_resumes_without_an_unpickler(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    _, codes, log = start(tmp_path, "trainer.max_steps=3", "checkpoint.save_last=false", *ONE, before=no_unpickler)
+    _, codes, log = start(
+        tmp_path, "trainer.max_steps=3", "checkpoint.save_last=false", *ONE, before=no_unpickler
+    )
     assert codes == {FINISHED} and "after 2 steps" in log, log
 
 
@@ -127,7 +140,10 @@ def test_the_attacks_are_attacks(place, trained, tmp_path):
     if place == "metadata":
         pickle.loads((checkpoint / ".metadata").read_bytes())
     else:
-        torch.load(checkpoint / {"common": "common.pt", "object": "__9_9.distcp"}[place], weights_only=False)
+        torch.load(
+            checkpoint / {"common": "common.pt", "object": "__9_9.distcp"}[place],
+            weights_only=False,
+        )
     assert sentinel.exists()
 
 
@@ -135,13 +151,19 @@ GARBAGE = {"empty": b"", "bytes": b"\x80\x05garbage", "a string": pickle.dumps("
 
 
 @pytest.mark.parametrize("which", GARBAGE)
-@pytest.mark.parametrize("file, read", [(".metadata", safe.read_metadata), ("common.pt", safe.read_common)])
+@pytest.mark.parametrize(
+    "file, read", [(".metadata", safe.read_metadata), ("common.pt", safe.read_common)]
+)
 def test_a_damaged_file_is_named(file, read, which, trained, tmp_path):
     checkpoint = tmp_path / "iter_0000002"
     shutil.copytree(path_of(trained, 2), checkpoint)
     whole = (checkpoint / file).read_bytes()
-    (checkpoint / file).write_bytes(whole[: len(whole) // 2] if GARBAGE[which] is None else GARBAGE[which])
-    with pytest.raises(UserError, match=f"{file}(: a pickle with the opcode GET is not loaded| is damaged)"):
+    (checkpoint / file).write_bytes(
+        whole[: len(whole) // 2] if GARBAGE[which] is None else GARBAGE[which]
+    )
+    with pytest.raises(
+        UserError, match=f"{file}(: a pickle with the opcode GET is not loaded| is damaged)"
+    ):
         read(checkpoint)
     (checkpoint / file).unlink()
     with pytest.raises(UserError, match=f"{file} cannot be read"):
@@ -181,7 +203,13 @@ def bases_of(checkpoint: Path) -> list[tuple[str, bytes]]:
     index = safe.read_metadata(checkpoint)
     parts = {}
     for at, place in index.storage_data.items():
-        kind = "object" if at.fqn.startswith("rng_state") else None if "_extra_state" in at.fqn else "tensor"
+        kind = (
+            "object"
+            if at.fqn.startswith("rng_state")
+            else None
+            if "_extra_state" in at.fqn
+            else "tensor"
+        )
         if kind and place.length < parts.get(kind, place).length + 1:
             parts[kind] = place
     for kind, place in parts.items():
@@ -193,11 +221,17 @@ def bases_of(checkpoint: Path) -> list[tuple[str, bytes]]:
 
 
 def fuzz(bases: list[tuple[str, bytes]], seconds: float, seed: int, kept: Path) -> int:
-    """How many mutants were read or refused, at least LEAST and for some seconds, in 2 GiB beyond what there is."""
+    """How many mutants were read or refused, at least LEAST and for some seconds, in 2 GiB beyond
+    what there is.
+    """
     assert b"x".decode("cp437")  # zipfile imports it for names that are no UTF-8
     attacks = [of(*pair) for of in OPCODES.values() for pair in [*NAMES, *DECLARED]]
-    before, count, end = attributes(THINGS), 0, time.monotonic() + seconds
-    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (2 << 30)
+    before = attributes(THINGS)
+    count = 0
+    end = time.monotonic() + seconds
+    memory = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + (
+        2 << 30
+    )
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     for number, data in mutants([base for _, base in bases], attacks, seed):
         kept.write_bytes(data)
@@ -220,7 +254,8 @@ def test_bytes_by_chance_are_read_or_refused(seconds, trained, tmp_path):
     assert {kind for kind, _ in bases} == {"index", "common", "object", "tensor"}
     for kind, data in bases:
         read_bytes(kind, data)  # as they are, they are read
-    seed, outcome = int.from_bytes(os.urandom(4), "little"), tmp_path / "outcome"
+    seed = int.from_bytes(os.urandom(4), "little")
+    outcome = tmp_path / "outcome"
     code, told = alone(outcome, lambda: str(fuzz(bases, seconds, seed, tmp_path / "last")))
     assert code == 0 and told.isdigit(), f"seed {seed}, {tmp_path / 'last'}, exit {code}: {told}"
     print(f"{told} mutants")

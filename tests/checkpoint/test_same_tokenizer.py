@@ -1,4 +1,6 @@
-"""Weights and text have one tokenizer: another is refused with both, before a model is trained or asked with it."""
+"""Weights and text have one tokenizer: another is refused with both, before a model is trained or
+asked with it.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,14 @@ def made(tmp_path_factory) -> dict[str, Path]:
         train_bpe(iter([(LIBRARY / text).read_text()]), 300, folder / name)
     shutil.copytree(folder / "one", folder / "again")
     written = json.loads((folder / "one" / "tokenizer.json").read_text())
-    written["model"] |= {"merges": [" ".join(merge) for merge in written["model"]["merges"]]}  # as older versions write
-    written["truncation"] = {"max_length": 8, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    # as older versions write
+    written["model"] |= {"merges": [" ".join(merge) for merge in written["model"]["merges"]]}
+    written["truncation"] = {
+        "max_length": 8,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
     (folder / "again" / "tokenizer.json").write_text(json.dumps(written, indent=1, sort_keys=True))
     for name in ("one", "other", "again"):
         source = Files(LIBRARY, ["decoder.py", "encoder.py", "scanner.py"])
@@ -47,10 +55,16 @@ def made(tmp_path_factory) -> dict[str, Path]:
 
 
 def words_of(tokenizer: Path) -> list[str]:
-    return [f"data.data_path=[{tokenizer}-data]", f"data.tokenizer={tokenizer}", "data.split='100,0,0'"]
+    return [
+        f"data.data_path=[{tokenizer}-data]",
+        f"data.tokenizer={tokenizer}",
+        "data.split='100,0,0'",
+    ]
 
 
-def test_a_tokenizer_in_another_format_is_the_same_and_one_of_other_merges_or_tokens_is_not(made, tmp_path):
+def test_a_tokenizer_in_another_format_is_the_same_and_one_of_other_merges_or_tokens_is_not(
+    made, tmp_path
+):
     assert same(made["one"], made["again"]) and told(made["one"]) != told(made["again"])
     assert not same(made["one"], made["other"])
     more = Tokenizer.from_file(str(made["one"] / "tokenizer.json"))
@@ -87,13 +101,20 @@ def test_a_run_does_not_go_on_with_another_tokenizer_and_keeps_its_own(made, tmp
     assert codes == {FINISHED}, log
     _, codes, log = start(tmp_path, *words, *words_of(made["other"]), "trainer.max_steps=2")
     assert codes == {REFUSED} and "is not the tokenizer of" in log and told(made["other"]) in log
-    assert same(run_dir / "tokenizer", made["one"]) and not same(run_dir / "tokenizer", made["other"])
+    assert same(run_dir / "tokenizer", made["one"]) and not same(
+        run_dir / "tokenizer", made["other"]
+    )
     _, codes, log = start(tmp_path, *words, *words_of(made["again"]), "trainer.max_steps=2")
     assert codes == {FINISHED}, log
 
 
-def test_a_model_is_not_exported_with_another_tokenizer_unless_it_is_said(made, converted, tmp_path):
-    with pytest.raises(UserError, match=r"--tokenizer .*/other \(sha256 \w{12}\) is not the tokenizer of .*/release, "):
+def test_a_model_is_not_exported_with_another_tokenizer_unless_it_is_said(
+    made, converted, tmp_path
+):
+    with pytest.raises(
+        UserError,
+        match=r"--tokenizer .*/other \(sha256 \w{12}\) is not the tokenizer of .*/release, ",
+    ):
         to_hf.convert(converted, tmp_path / "out", tokenizer=made["other"])
     assert not (tmp_path / "out").exists()
     to_hf.convert(converted, tmp_path / "again", tokenizer=made["again"])
@@ -102,9 +123,14 @@ def test_a_model_is_not_exported_with_another_tokenizer_unless_it_is_said(made, 
 
 
 def test_a_model_is_not_asked_with_another_tokenizer_unless_it_is_said(made, converted):
-    run, checkpoint = state_of(*TINY, "router=none", "parallel.expert_model_parallel_size=1"), converted / "release"
-    with pytest.raises(UserError, match="is not the tokenizer of .* leave it out, or add --allow-other-tokenizer$"):
+    run = state_of(*TINY, "router=none", "parallel.expert_model_parallel_size=1")
+    checkpoint = converted / "release"
+    with pytest.raises(
+        UserError, match="is not the tokenizer of .* leave it out, or add --allow-other-tokenizer$"
+    ):
         of_checkpoint.directory_of(str(made["other"]), checkpoint, run, 320)
     for name in ("one", "again"):
         assert of_checkpoint.directory_of(str(made[name]), checkpoint, run, 320) == str(made[name])
-    assert of_checkpoint.directory_of(str(made["other"]), checkpoint, run, 320, True) == str(made["other"])
+    assert of_checkpoint.directory_of(str(made["other"]), checkpoint, run, 320, True) == str(
+        made["other"]
+    )

@@ -1,4 +1,6 @@
-"""The plan's bound of activations against what autograd really keeps: never above it, and no less than half of it."""
+"""The plan's bound of activations against what autograd really keeps: never above it, and no less
+than half of it.
+"""
 
 from __future__ import annotations
 
@@ -69,22 +71,29 @@ RUNS = {
 
 
 class Kept:
-    """The tensors that autograd keeps: the most bytes at any time, the model's own weights not counted."""
+    """The tensors that autograd keeps: the most bytes at any time, the model's own weights not
+    counted.
+    """
 
     def __init__(self, weights: set[int]):
-        self.weights, self.held, self.most = weights, weakref.WeakSet(), 0
+        self.weights = weights
+        self.held = weakref.WeakSet()
+        self.most = 0
 
     def keep(self, tensor: torch.Tensor) -> Held:
         held = Held(tensor.detach())
         self.held.add(held)
-        sizes = {held.address: held.size() for held in self.held if held.address not in self.weights}
+        sizes = {
+            held.address: held.size() for held in self.held if held.address not in self.weights
+        }
         self.most = max(self.most, sum(sizes.values()))
         return held
 
 
 class Held:
     def __init__(self, tensor: torch.Tensor):
-        self.tensor, self.address = tensor, tensor.untyped_storage().data_ptr()
+        self.tensor = tensor
+        self.address = tensor.untyped_storage().data_ptr()
 
     def size(self) -> int:
         """Now: what will be recomputed has given its memory back."""
@@ -113,12 +122,22 @@ def most_kept(plan: Plan, me) -> tuple[int, int]:
         model.token_losses = losses_that_keep(kept, model.token_losses)
         streams = [iter(random_batches(plan, 1)) for _ in training.chunks]
         with torch.autograd.graph.saved_tensors_hooks(kept.keep, lambda held: held.tensor):
-            loop.train_step(plan, here, training, streams, StopRequest(), 1, plan.config.trainer.global_batch_size)
+            loop.train_step(
+                plan,
+                here,
+                training,
+                streams,
+                StopRequest(),
+                1,
+                plan.config.trainer.global_batch_size,
+            )
         return parallel_state.get_pipeline_model_parallel_rank(), kept.most
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_stage_keeps_at_least_what_the_plan_says_and_at_most_twice_that(name, tmp_path, monkeypatch):
+def test_a_stage_keeps_at_least_what_the_plan_says_and_at_most_twice_that(
+    name, tmp_path, monkeypatch
+):
     words = [*SMALL, *(word for word in RUNS[name] if word != GPU)]
     plan = plan_of(*words)
     said = plan.stage_activation_bytes

@@ -1,4 +1,6 @@
-"""Words become one configuration, in the order a user expects; no word that means nothing is taken in silence."""
+"""Words become one configuration, in the order a user expects; no word that means nothing is taken
+in silence.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,25 @@ def composed(*overrides: str) -> Config:
 
 def test_a_recipe_composes_after_the_primary_file():
     config = composed(RECIPE)
-    assert (config.name, config.model.hidden_size, config.data.kind.name) == ("mixtral_8x7b_ep8", 4096, "mock")
+    assert (config.name, config.model.hidden_size, config.data.kind.name) == (
+        "mixtral_8x7b_ep8",
+        4096,
+        "mock",
+    )
     assert config.run_dir == "runs/mixtral_8x7b_ep8"
 
 
 def test_shrink_composes_after_the_recipe():
     config = composed(RECIPE, "+shrink=laptop")
-    assert (config.model.hidden_size, config.trainer.num_nodes, config.trainer.accelerator.name) == (128, 1, "cpu")
-    assert (config.parallel.expert_model_parallel_size, config.trainer.recompute_granularity.name) == (8, "full")
+    assert (
+        config.model.hidden_size,
+        config.trainer.num_nodes,
+        config.trainer.accelerator.name,
+    ) == (128, 1, "cpu")
+    assert (
+        config.parallel.expert_model_parallel_size,
+        config.trainer.recompute_granularity.name,
+    ) == (8, "full")
     assert config.run_dir == "runs/mixtral_8x7b_ep8-laptop"
 
 
@@ -62,7 +75,8 @@ def test_a_group_chosen_on_the_command_line_wins_over_the_recipes_choice():
 
 
 @pytest.mark.parametrize(
-    "word", ["model.extra.foo=1", "+model.extra.foo=1", "++model.extra.foo=1", "model.extra={foo:1}"]
+    "word",
+    ["model.extra.foo=1", "+model.extra.foo=1", "++model.extra.foo=1", "model.extra={foo:1}"],
 )
 def test_any_field_goes_into_model_extra_with_or_without_a_plus(word):
     assert composed(word).model.extra == {"foo": 1}
@@ -78,8 +92,19 @@ def test_the_overrides_of_a_job_compose_to_the_same_again():
 
 
 def test_the_tests_quick_way_to_compose_gives_what_hydra_gives():
-    words = [RECIPE, "+shrink=laptop", "router=sinkhorn", "router.moe_aux_loss_coeff=0", "data.split='98,1,1'"]
-    words += ["model.extra.foo=[1,2]", "trainer.devices=null", "name=mine", "trainer.recompute_modules=[moe]"]
+    words = [
+        RECIPE,
+        "+shrink=laptop",
+        "router=sinkhorn",
+        "router.moe_aux_loss_coeff=0",
+        "data.split='98,1,1'",
+    ]
+    words += [
+        "model.extra.foo=[1,2]",
+        "trainer.devices=null",
+        "name=mine",
+        "trainer.recompute_modules=[moe]",
+    ]
     assert quick_tree_of(*words) == tree_of(*words)
 
 
@@ -100,7 +125,9 @@ def test_a_symlink_that_was_checked_out_as_a_text_file_is_refused(conf):
 
 
 def test_a_group_that_hydra_took_for_a_plain_key_is_refused_by_the_schema():
-    tree = OmegaConf.merge(OmegaConf.create(OmegaConf.to_container(tree_of())), {"recipe": "mixtral_8x7b_ep8"})
+    tree = OmegaConf.merge(
+        OmegaConf.create(OmegaConf.to_container(tree_of())), {"recipe": "mixtral_8x7b_ep8"}
+    )
     with pytest.raises(UserError, match="recipe is not a key of mixtrain"):
         Config.from_hydra(tree)
 
@@ -108,14 +135,21 @@ def test_a_group_that_hydra_took_for_a_plain_key_is_refused_by_the_schema():
 def test_a_recipe_without_its_global_header_is_refused_key_by_key(conf):
     word = recipe(conf, "name: mine\ntrainer:\n  max_steps: 5\n")
     problems = problems_of(word, conf=conf)
-    assert [problem.split(" ")[0] for problem in problems] == ["recipe.name", "recipe.trainer.max_steps"]
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "recipe.name",
+        "recipe.trainer.max_steps",
+    ]
     assert "did you mean trainer.max_steps" in problems[1]
 
 
 def test_a_recipe_that_invents_a_key_is_refused_with_the_nearest_name(conf):
-    word = recipe(conf, "# @package _global_\nname: mine\ntrainer:\n  max_stepz: 5\nlearning: {rate: 1}\n")
+    word = recipe(
+        conf, "# @package _global_\nname: mine\ntrainer:\n  max_stepz: 5\nlearning: {rate: 1}\n"
+    )
     problems = problems_of(word, conf=conf)
-    assert problems[0] == "trainer.max_stepz is not a key of mixtrain; did you mean trainer.max_steps?"
+    assert (
+        problems[0] == "trainer.max_stepz is not a key of mixtrain; did you mean trainer.max_steps?"
+    )
     assert problems[1].startswith("learning.rate is not a key of mixtrain")
     assert len(problems) == 2
 
@@ -130,46 +164,70 @@ def test_a_recipe_that_picks_an_option_which_is_not_there_is_refused(conf, capfd
 
 
 def test_a_recipe_that_picks_two_options_of_a_group_is_refused(conf):
-    word = recipe(conf, "# @package _global_\ndefaults:\n  - override /router: [aux_loss, seq_aux_loss]\n")
+    word = recipe(
+        conf, "# @package _global_\ndefaults:\n  - override /router: [aux_loss, seq_aux_loss]\n"
+    )
     with pytest.raises(UserError) as refused:
         compose([word], conf)
     (problem,) = refused.value.problems
     assert problem.endswith(
-        ".yaml: /router: [aux_loss, seq_aux_loss]: one option of router at a time, of several the last alone would"
-        " count; several auxiliary losses are router=combined"
+        ".yaml: /router: [aux_loss, seq_aux_loss]: one option of router at a time, of several the"
+        " last alone would count; several auxiliary losses are router=combined"
     )
 
 
-# fmt: off
-@pytest.mark.parametrize("overrides, fragments", [
-    (["recipe=mixtral_8x7b_ep8"], ["recipe=mixtral_8x7b_ep8", "type +recipe=mixtral_8x7b_ep8"]),
-    (["shrink=laptop"], ["type +shrink=laptop"]),
-    (["+model=mixtral_8x7b"], ["+model=mixtral_8x7b", "type model=mixtral_8x7b"]),
-    (["+recipe=mixtral_8x7b_ep9"], ["recipe=mixtral_8x7b_ep9", "did you mean mixtral_8x7b_ep8"]),
-    (["router=sinkhron"], ["router=sinkhron", "did you mean sinkhorn", "options of router are aux_loss, "]),
-    (["trainer={max_steps:5}"], ["options of trainer are "]),
-    (["model="], ["options of model are"]),
-    (["router=[aux_loss,seq_aux_loss]"],
-     ["router=[aux_loss,seq_aux_loss]: one option of router at a time", "the last alone", "router=combined"]),
-    (["router=[aux_loss]"], ["router=[aux_loss]: one option of router at a time"]),
-    (["+recipe=[mixtral_8x7b_ep8,qwen3_30b_a3b]"], ["one option of recipe at a time"]),
-    (["+shrink=[laptop,parity]"], ["one option of shrink at a time, of several the last alone would count"]),
-    (["bench=cpu_small"], ["bench=cpu_small: ", "type python tools/bench.py scenario="]),
-    (["~trainer.max_steps"], ["~trainer.max_steps", "no key can be taken away"]),
-    (["~model"], ["~model", "no key can be taken away"]),
-    (["+trainer.max_steps=5"], ["+trainer.max_steps", "without the plus"]),
-    (["+trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "trainer.max_steps"]),
-    (["++trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "trainer.max_steps"]),
-    (["trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "did you mean trainer.max_steps"]),
-    (["max_steps=5"], ["max_steps is not a key", "did you mean trainer.max_steps"]),
-    (["model"], ["model cannot be read", "key=value"]),
-    (["name=a=b"], ["name=a=b cannot be read", "type name=\"'a=b'\""]),
-    (["=5"], ["=5 has no key", "key=value"]),
-    (["data.split=90,5,5"], ["data.split=90,5,5", "type data.split=\"'90,5,5'\"", "--multirun"]),
-    (["model=mixtral_small,mixtral_8x7b"], ["model=mixtral_small,mixtral_8x7b", "--multirun"]),
-    (["+shrink=laptop", RECIPE], ["+shrink stands before +recipe", "+recipe=... first"]),
-])
-# fmt: on
+@pytest.mark.parametrize(
+    "overrides, fragments",
+    [
+        (["recipe=mixtral_8x7b_ep8"], ["recipe=mixtral_8x7b_ep8", "type +recipe=mixtral_8x7b_ep8"]),
+        (["shrink=laptop"], ["type +shrink=laptop"]),
+        (["+model=mixtral_8x7b"], ["+model=mixtral_8x7b", "type model=mixtral_8x7b"]),
+        (
+            ["+recipe=mixtral_8x7b_ep9"],
+            ["recipe=mixtral_8x7b_ep9", "did you mean mixtral_8x7b_ep8"],
+        ),
+        (
+            ["router=sinkhron"],
+            ["router=sinkhron", "did you mean sinkhorn", "options of router are aux_loss, "],
+        ),
+        (["trainer={max_steps:5}"], ["options of trainer are "]),
+        (["model="], ["options of model are"]),
+        (
+            ["router=[aux_loss,seq_aux_loss]"],
+            [
+                "router=[aux_loss,seq_aux_loss]: one option of router at a time",
+                "the last alone",
+                "router=combined",
+            ],
+        ),
+        (["router=[aux_loss]"], ["router=[aux_loss]: one option of router at a time"]),
+        (["+recipe=[mixtral_8x7b_ep8,qwen3_30b_a3b]"], ["one option of recipe at a time"]),
+        (
+            ["+shrink=[laptop,parity]"],
+            ["one option of shrink at a time, of several the last alone would count"],
+        ),
+        (["bench=cpu_small"], ["bench=cpu_small: ", "type python tools/bench.py scenario="]),
+        (["~trainer.max_steps"], ["~trainer.max_steps", "no key can be taken away"]),
+        (["~model"], ["~model", "no key can be taken away"]),
+        (["+trainer.max_steps=5"], ["+trainer.max_steps", "without the plus"]),
+        (["+trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "trainer.max_steps"]),
+        (["++trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "trainer.max_steps"]),
+        (
+            ["trainer.max_stepz=5"],
+            ["trainer.max_stepz is not a key", "did you mean trainer.max_steps"],
+        ),
+        (["max_steps=5"], ["max_steps is not a key", "did you mean trainer.max_steps"]),
+        (["model"], ["model cannot be read", "key=value"]),
+        (["name=a=b"], ["name=a=b cannot be read", "type name=\"'a=b'\""]),
+        (["=5"], ["=5 has no key", "key=value"]),
+        (
+            ["data.split=90,5,5"],
+            ["data.split=90,5,5", "type data.split=\"'90,5,5'\"", "--multirun"],
+        ),
+        (["model=mixtral_small,mixtral_8x7b"], ["model=mixtral_small,mixtral_8x7b", "--multirun"]),
+        (["+shrink=laptop", RECIPE], ["+shrink stands before +recipe", "+recipe=... first"]),
+    ],
+)
 def test_a_word_that_hydra_would_misread_or_stop_at_is_refused_with_one_line(overrides, fragments):
     _, (problem,) = check_overrides(overrides)
     assert "\n" not in problem
@@ -184,7 +242,9 @@ def test_a_wrong_word_is_kept_from_hydra_and_the_others_are_not(capfd):
     assert capfd.readouterr().err == ""
 
 
-@pytest.mark.parametrize("word", ["++recipe=mixtral_8x7b_ep8", "hydra.nothing=1", "+recipe@model=mixtral_8x7b_ep8"])
+@pytest.mark.parametrize(
+    "word", ["++recipe=mixtral_8x7b_ep8", "hydra.nothing=1", "+recipe@model=mixtral_8x7b_ep8"]
+)
 def test_what_only_hydra_can_refuse_ends_in_its_reason_without_a_traceback(word, capfd):
     (problem,) = problems_of(word)
     assert "Hydra could not compose" in problem
@@ -193,7 +253,9 @@ def test_what_only_hydra_can_refuse_ends_in_its_reason_without_a_traceback(word,
 
 
 def test_wrong_words_wrong_values_and_broken_rules_of_words_are_reported_together():
-    problems = problems_of("trainer.max_stepz=5", "router=sinkhron", "~name", "x", "trainer.max_steps=many")
+    problems = problems_of(
+        "trainer.max_stepz=5", "router=sinkhron", "~name", "x", "trainer.max_steps=many"
+    )
     assert [problem.split(" ")[0] for problem in problems] == [
         "trainer.max_stepz",
         "router=sinkhron:",
@@ -202,7 +264,10 @@ def test_wrong_words_wrong_values_and_broken_rules_of_words_are_reported_togethe
         "trainer.max_steps",
     ]
     problems = problems_of("trainer.max_stepz=5", "model.moe_router_topk=9")
-    assert [problem.split(" ")[0] for problem in problems] == ["trainer.max_stepz", "model.moe_router_topk"]
+    assert [problem.split(" ")[0] for problem in problems] == [
+        "trainer.max_stepz",
+        "model.moe_router_topk",
+    ]
 
 
 # Hydra's own ways keep working
@@ -220,7 +285,9 @@ def test_a_sweep_gives_a_job_for_each_value(tmp_path, monkeypatch):
     ]
 
 
-def test_a_sweep_over_options_takes_a_pattern_and_refuses_an_option_that_is_not_there(tmp_path, monkeypatch):
+def test_a_sweep_over_options_takes_a_pattern_and_refuses_an_option_that_is_not_there(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     jobs, problems = compose(["-m", "router=glob(*one)"])
     assert not problems
@@ -232,23 +299,33 @@ def test_a_sweep_over_options_takes_a_pattern_and_refuses_an_option_that_is_not_
 def test_a_flag_may_stand_between_overrides():
     jobs, problems = compose(["seed=1", "--multirun", "trainer.max_steps=5,6"])
     assert not problems
-    assert [job.overrides for job in jobs] == [["seed=1", "trainer.max_steps=5"], ["seed=1", "trainer.max_steps=6"]]
+    assert [job.overrides for job in jobs] == [
+        ["seed=1", "trainer.max_steps=5"],
+        ["seed=1", "trainer.max_steps=6"],
+    ]
 
 
 def test_the_jobs_of_a_sweep_can_have_a_directory_each():
     jobs, _ = compose(["-m", "router=none,sinkhorn", "run_dir='runs/${name}-${hydra:job.num}'"])
-    assert [Config.from_hydra(job.tree).run_dir for job in jobs] == ["runs/laptop-0", "runs/laptop-1"]
+    assert [Config.from_hydra(job.tree).run_dir for job in jobs] == [
+        "runs/laptop-0",
+        "runs/laptop-1",
+    ]
 
 
 def test_what_only_hydra_knows_has_its_value_under_every_key():
-    jobs, _ = compose(["-m", "seed=1,2", "name='n-${hydra:job.num}'", "data.data_path=['a-${hydra:job.num}',b]"])
+    jobs, _ = compose(
+        ["-m", "seed=1,2", "name='n-${hydra:job.num}'", "data.data_path=['a-${hydra:job.num}',b]"]
+    )
     configs = [Config.from_hydra(job.tree) for job in jobs]
     assert [config.run_dir for config in configs] == ["runs/n-0", "runs/n-1"]
     assert [config.data.data_path for config in configs] == [["a-0", "b"], ["a-1", "b"]]
 
 
 @pytest.mark.parametrize("flags", [[], ["--multirun"]])
-@pytest.mark.parametrize("where", ["sweep.dir", "sweep.subdir", "runtime.output_dir", "run.dir", "sweep"])
+@pytest.mark.parametrize(
+    "where", ["sweep.dir", "sweep.subdir", "runtime.output_dir", "run.dir", "sweep"]
+)
 def test_a_folder_of_hydras_is_none_of_a_run(where, flags):
     """It is the current one, or one that goes once all is composed."""
     for key in ("run_dir", "data.path_to_cache", "checkpoint.load_weights"):
@@ -265,17 +342,32 @@ def test_what_hydra_has_no_value_for_is_refused_and_not_none():
             compose([word])
 
 
-@pytest.mark.parametrize("word", [
-    "hydra.run.dir=out", "hydra.run={dir:out}", "hydra.sweep.dir=out", "hydra.sweep.subdir=x", "hydra.output_subdir=x",
-    "hydra.job.chdir=true", "hydra/launcher=joblib", "hydra/launcher=submitit_slurm", "+hydra.launcher.n_jobs=2",
-    "hydra/sweeper=optuna", "hydra.sweeper.max_batch_size=1", "hydra.mode=MULTIRUN", "+hydra.job.env_set.X=1",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "word",
+    [
+        "hydra.run.dir=out",
+        "hydra.run={dir:out}",
+        "hydra.sweep.dir=out",
+        "hydra.sweep.subdir=x",
+        "hydra.output_subdir=x",
+        "hydra.job.chdir=true",
+        "hydra/launcher=joblib",
+        "hydra/launcher=submitit_slurm",
+        "+hydra.launcher.n_jobs=2",
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.max_batch_size=1",
+        "hydra.mode=MULTIRUN",
+        "+hydra.job.env_set.X=1",
+    ],
+)
 def test_a_setting_of_hydras_that_would_do_nothing_here_is_refused(word):
     _, (problem,) = check_overrides([word], multirun=True)
     assert problem.startswith(f"{word}: ") and ("run" in problem or "shell" in problem)
 
 
-@pytest.mark.parametrize("word", ["hydra/launcher=basic", "hydra/sweeper=basic", "hydra.job.name=x"])
+@pytest.mark.parametrize(
+    "word", ["hydra/launcher=basic", "hydra/sweeper=basic", "hydra.job.name=x"]
+)
 def test_other_settings_of_hydras_are_its_own(word):
     assert check_overrides([word]) == ([word], [])
 

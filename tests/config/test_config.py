@@ -1,4 +1,6 @@
-"""Every key has a name, a type and, in conf/, a value; what does not fit is reported completely, each with its key."""
+"""Every key has a name, a type and, in conf/, a value; what does not fit is reported completely,
+each with its key.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def option_of(section: str, option: str) -> DictConfig:
 @pytest.mark.parametrize("section, option", OPTIONS)
 def test_an_option_has_a_value_for_every_key_of_its_section_and_no_other(section, option):
     values = option_of(section, option)
-    keys = [key.removeprefix(f"{section}.") for key in legal_keys() if key.startswith(f"{section}.")]
+    keys = [
+        key.removeprefix(f"{section}.") for key in legal_keys() if key.startswith(f"{section}.")
+    ]
     assert sorted(values) == sorted(keys)
     assert OmegaConf.missing_keys(values) == TO_BE_TYPED.get((section, option), set())
 
@@ -73,32 +77,43 @@ def test_a_section_that_is_lost_is_reported_key_by_key(default_tree, section):
     assert {problem.split(" has no value")[0] for problem in problems_in(tree)} == keys
 
 
-# fmt: off
-@pytest.mark.parametrize("key, value, wanted", [
-    ("trainer.max_steps", "many", "trainer.max_steps = many must be a whole number"),
-    ("trainer.max_steps", 1.5, "trainer.max_steps = 1.5 must be a whole number"),
-    ("trainer.max_steps", True, "trainer.max_steps = True must be a whole number"),
-    ("trainer.max_steps", None, "trainer.max_steps = null must be a whole number"),
-    ("trainer.max_steps", [1, 2], "trainer.max_steps = [1, 2] must be a whole number"),
-    ("trainer.devices", "few", "trainer.devices = few must be a whole number or null"),
-    ("trainer.devices", 2.0, "trainer.devices = 2.0 must be a whole number or null"),
-    ("optimizer.lr", "fast", "optimizer.lr = fast must be a number"),
-    ("optimizer.lr", True, "optimizer.lr = True must be a number"),
-    ("router.moe_z_loss_coeff", "x", "router.moe_z_loss_coeff = x must be a number or null"),
-    ("parallel.sequence_parallel", "perhaps", "parallel.sequence_parallel = perhaps must be true or false"),
-    ("parallel.sequence_parallel", 2, "parallel.sequence_parallel = 2 must be true or false"),
-    ("trainer.precision", "bf61", "trainer.precision = bf61 must be one of fp32, bf16, fp8"),
-    ("trainer.precision", 2, "trainer.precision = 2 must be one of fp32, bf16, fp8"),
-    ("trainer.recompute_granularity", "half",
-     "trainer.recompute_granularity = half must be one of full, selective or null"),
-    ("dispatcher.moe_token_drop_policy", None,
-     "dispatcher.moe_token_drop_policy = null must be one of probs, position"),
-    ("data.data_path", "corpus", "data.data_path = corpus must be a list, as in [a,b] or null"),
-    ("data.split", [90, 5, 5], "data.split = [90, 5, 5] must be text"),
-    ("model.extra", "x", "model.extra = x must be a mapping, as in {field: value}"),
-    ("model.extra", None, "model.extra = null must be a mapping, as in {field: value}"),
-])
-# fmt: on
+@pytest.mark.parametrize(
+    "key, value, wanted",
+    [
+        ("trainer.max_steps", "many", "trainer.max_steps = many must be a whole number"),
+        ("trainer.max_steps", 1.5, "trainer.max_steps = 1.5 must be a whole number"),
+        ("trainer.max_steps", True, "trainer.max_steps = True must be a whole number"),
+        ("trainer.max_steps", None, "trainer.max_steps = null must be a whole number"),
+        ("trainer.max_steps", [1, 2], "trainer.max_steps = [1, 2] must be a whole number"),
+        ("trainer.devices", "few", "trainer.devices = few must be a whole number or null"),
+        ("trainer.devices", 2.0, "trainer.devices = 2.0 must be a whole number or null"),
+        ("optimizer.lr", "fast", "optimizer.lr = fast must be a number"),
+        ("optimizer.lr", True, "optimizer.lr = True must be a number"),
+        ("router.moe_z_loss_coeff", "x", "router.moe_z_loss_coeff = x must be a number or null"),
+        (
+            "parallel.sequence_parallel",
+            "perhaps",
+            "parallel.sequence_parallel = perhaps must be true or false",
+        ),
+        ("parallel.sequence_parallel", 2, "parallel.sequence_parallel = 2 must be true or false"),
+        ("trainer.precision", "bf61", "trainer.precision = bf61 must be one of fp32, bf16, fp8"),
+        ("trainer.precision", 2, "trainer.precision = 2 must be one of fp32, bf16, fp8"),
+        (
+            "trainer.recompute_granularity",
+            "half",
+            "trainer.recompute_granularity = half must be one of full, selective or null",
+        ),
+        (
+            "dispatcher.moe_token_drop_policy",
+            None,
+            "dispatcher.moe_token_drop_policy = null must be one of probs, position",
+        ),
+        ("data.data_path", "corpus", "data.data_path = corpus must be a list, as in [a,b] or null"),
+        ("data.split", [90, 5, 5], "data.split = [90, 5, 5] must be text"),
+        ("model.extra", "x", "model.extra = x must be a mapping, as in {field: value}"),
+        ("model.extra", None, "model.extra = null must be a mapping, as in {field: value}"),
+    ],
+)
 def test_a_wrong_type_is_named_with_what_it_must_be(default_tree, key, value, wanted):
     assert problems_in(default_tree, {key: value}) == [wanted]
 
@@ -122,7 +137,8 @@ def test_a_value_below_the_minimum_is_named_with_the_minimum(default_tree, key):
 
 def test_what_does_not_fit_is_all_reported_at_once(default_tree):
     changes = {
-        "trainer.max_stepz": 5,  # as only a YAML file can bring it in: the command line is checked before
+        # as only a YAML file can bring it in: the command line is checked before
+        "trainer.max_stepz": 5,
         "router.colour": "red",
         "optimizer.lr": "fast",
         "trainer.precision": "bf61",
@@ -148,7 +164,9 @@ def test_problems_known_before_stand_first(default_tree):
     )
 
 
-@pytest.mark.parametrize("reference", ["runs/${nobody}", "runs/${data}/${nobody.there}", "${run_dir}"])
+@pytest.mark.parametrize(
+    "reference", ["runs/${nobody}", "runs/${data}/${nobody.there}", "${run_dir}"]
+)
 def test_a_reference_to_nothing_is_refused_with_its_key(default_tree, reference):
     (problem,) = problems_in(default_tree, {"run_dir": reference})
     assert problem.startswith("run_dir") and "\n" not in problem

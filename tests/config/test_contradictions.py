@@ -16,8 +16,10 @@ from mixtrain.config.key_effects import show
 from mixtrain.errors import REFUSED
 from train import main
 
-RECIPE, SHRINK = "+recipe=mixtral_8x7b_ep8", "+shrink=laptop"
-SET = ("data", "model", "optimizer", "trainer")  # groups of which the recipe or the shrink sets keys
+RECIPE = "+recipe=mixtral_8x7b_ep8"
+SHRINK = "+shrink=laptop"
+# groups of which the recipe or the shrink sets keys
+SET = ("data", "model", "optimizer", "trainer")
 
 
 def composed(*overrides: str, conf=CONF) -> Composed:
@@ -40,7 +42,8 @@ def test_every_value_of_an_option_that_is_typed_is_composed_or_is_said_with_the_
     refused = 0
     for words in rows():
         job = composed(RECIPE, SHRINK, *words)
-        tree, problems = OmegaConf.to_container(job.tree), contradictions(job)
+        tree = OmegaConf.to_container(job.tree)
+        problems = contradictions(job)
         for word in words:
             group, _, option = word.partition("=")
             said = " ".join(problem for problem in problems if problem.startswith(f"{word} sets "))
@@ -48,7 +51,8 @@ def test_every_value_of_an_option_that_is_typed_is_composed_or_is_said_with_the_
             for name, value in own.items():
                 if name == "defaults" or value == "???":
                     continue
-                key, here = f"{group}.{name}", tree[group][name]
+                key = f"{group}.{name}"
+                here = tree[group][name]
                 both = f" {key}={show(value)}" in said and f" {key}={show(here)}" in said
                 assert both == (here != value), key
                 refused += both
@@ -57,8 +61,13 @@ def test_every_value_of_an_option_that_is_typed_is_composed_or_is_said_with_the_
 
 def test_a_size_of_a_model_that_is_typed_is_not_shrunk_in_silence():
     (problem,) = found("model=mixtral_8x7b", SHRINK, "model.hidden_size=64")
-    assert problem.startswith("model=mixtral_8x7b sets model.num_layers=32 model.ffn_hidden_size=14336 ")
-    assert f" model.hf_model=mistralai/Mixtral-8x7B-v0.1, but {SHRINK} sets model.num_layers=null " in problem
+    assert problem.startswith(
+        "model=mixtral_8x7b sets model.num_layers=32 model.ffn_hidden_size=14336 "
+    )
+    assert (
+        f" model.hf_model=mistralai/Mixtral-8x7B-v0.1, but {SHRINK} sets model.num_layers=null "
+        in problem
+    )
     assert "hidden_size=64" not in problem and "moe_router_topk" not in problem
 
 
@@ -67,7 +76,9 @@ def test_a_trainer_that_is_typed_is_not_changed_by_the_recipe_in_silence():
     ours, theirs = problem.split(f", but {RECIPE} sets ")
     assert ours.startswith("trainer=laptop sets trainer.num_nodes=1 trainer.max_steps=300 ")
     assert theirs.startswith("trainer.num_nodes=2 trainer.max_steps=500000 ")
-    assert theirs.endswith(" over it; type each of these keys with the value you mean, or leave out one of the two")
+    assert theirs.endswith(
+        " over it; type each of these keys with the value you mean, or leave out one of the two"
+    )
     typed = ours.removeprefix("trainer=laptop sets ").split(" ")
     assert found(RECIPE, "trainer=laptop", *typed) == []  # the words can be typed as they are shown
 
@@ -80,13 +91,17 @@ def test_what_the_recipe_and_what_the_shrink_change_of_an_option_is_told_apart()
     )
 
 
-@pytest.mark.parametrize("words", [
-    ["trainer=laptop", "model=mixtral_8x7b", "router=none"],
-    [RECIPE, SHRINK],
-    [RECIPE, "model=mixtral_8x7b", "parallel=ep1", "checkpoint=none", "dispatcher=allgather"],
-    [RECIPE, "data=indexed"],  # its data_path is to be typed
-    [RECIPE, "router='none'", "router.moe_aux_loss_coeff=0", "+model.extra.foo=1"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["trainer=laptop", "model=mixtral_8x7b", "router=none"],
+        [RECIPE, SHRINK],
+        [RECIPE, "model=mixtral_8x7b", "parallel=ep1", "checkpoint=none", "dispatcher=allgather"],
+        [RECIPE, "data=indexed"],  # its data_path is to be typed
+        [RECIPE, "router='none'", "router.moe_aux_loss_coeff=0", "+model.extra.foo=1"],
+    ],
+    ids=" ".join,
+)
 def test_words_that_agree_are_left_alone(words):
     assert found(*words) == []
 
@@ -96,14 +111,26 @@ def test_what_an_option_takes_over_from_another_is_not_typed(tmp_path):
     recipe = "# @package _global_\nname: mine\nlauncher: {partition: gpu, type: local}\n"
     (conf / "recipe" / "mine.yaml").write_text(recipe)
     (problem,) = found("+recipe=mine", "launcher=slurm", conf=conf)
-    assert problem.startswith("launcher=slurm sets launcher.type=slurm, but +recipe=mine sets launcher.type=local over")
+    assert problem.startswith(
+        "launcher=slurm sets launcher.type=slurm, but +recipe=mine sets launcher.type=local over"
+    )
 
 
-def test_a_contradiction_is_refused_before_anything_starts_and_beside_the_other_problems(tmp_path, capsys, monkeypatch):
+def test_a_contradiction_is_refused_before_anything_starts_and_beside_the_other_problems(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    assert main([RECIPE, "trainer=laptop", "trainer.max_stepz=1", "model.moe_router_topk=9"]) == REFUSED
+    assert (
+        main([RECIPE, "trainer=laptop", "trainer.max_stepz=1", "model.moe_router_topk=9"])
+        == REFUSED
+    )
     lines = capsys.readouterr().err.splitlines()
-    starts = ["mixtrain:", "  - trainer.max_stepz", "  - trainer=laptop sets", "  - model.moe_router_topk"]
+    starts = [
+        "mixtrain:",
+        "  - trainer.max_stepz",
+        "  - trainer=laptop sets",
+        "  - model.moe_router_topk",
+    ]
     assert all(any(line.startswith(start) for line in lines) for start in starts)
     assert list(tmp_path.iterdir()) == []
 
@@ -111,7 +138,13 @@ def test_a_contradiction_is_refused_before_anything_starts_and_beside_the_other_
 @pytest.mark.parametrize("name", options("recipe"))
 def test_the_words_that_a_recipe_offers_for_ones_own_data_are_not_refused(name):
     text = (ROOT / "recipes" / f"{name}.yaml").read_text()
-    (offered,) = [line.split("until you type ")[1] for line in text.splitlines() if "until you type" in line]
-    words = offered.replace("data_path=[...]", "data_path=[x]").replace("tokenizer=...", "tokenizer=y").split(" ")
+    (offered,) = [
+        line.split("until you type ")[1] for line in text.splitlines() if "until you type" in line
+    ]
+    words = (
+        offered.replace("data_path=[...]", "data_path=[x]")
+        .replace("tokenizer=...", "tokenizer=y")
+        .split(" ")
+    )
     assert words[0] == "data=indexed"
     assert found(f"+recipe={name}", *words) == []

@@ -1,4 +1,6 @@
-"""Parameters and bytes of a rank as the plan counts them, against the tensors that the rank really holds."""
+"""Parameters and bytes of a rank as the plan counts them, against the tensors that the rank really
+holds.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ MODELS = {
 
 
 def counted(plan: Plan, me: Identity) -> tuple[int, list[int]]:
-    """(pipeline stage, [parameters that are no expert's, parameters of experts]) of the real model on this rank."""
+    """(pipeline stage, [parameters that are no expert's, parameters of experts]) of the real model
+    on this rank.
+    """
     with process_groups.start(plan, me) as here:
         found = [0, 0]
         for chunk in model.build(plan, here.device):
@@ -52,7 +56,9 @@ def test_a_rank_has_the_parameters_that_the_plan_counts(name, tmp_path):
     assert sorted({stage for stage, _ in parts}) == list(range(len(plan.rank_parameters)))
     for stage, found in parts:
         assert tuple(found) == plan.rank_parameters[stage]
-        assert plan.rank_parameters[stage] == stage_parameters(plan.config.model, plan.config.parallel, stage)
+        assert plan.rank_parameters[stage] == stage_parameters(
+            plan.config.model, plan.config.parallel, stage
+        )
 
 
 @pytest.mark.parametrize("name", ["plain", "tied embeddings", "qk_layernorm", "shared expert"])
@@ -62,8 +68,14 @@ def test_all_parameters_are_those_of_one_rank_that_has_everything(name):
 
 
 def test_tensor_parallelism_divides_what_the_real_layers_divide():
-    """Not run here: the layers that can be cut this way need Transformer Engine. By hand, from megatron's shapes."""
-    words = ["parallel.tensor_model_parallel_size=2", "parallel.expert_tensor_parallel_size=2", EP + "1"]
+    """Not run here: the layers that can be cut this way need Transformer Engine. By hand, from
+    megatron's shapes.
+    """
+    words = [
+        "parallel.tensor_model_parallel_size=2",
+        "parallel.expert_tensor_parallel_size=2",
+        EP + "1",
+    ]
     config = config_of(*TINY, SHARED, *words)
     layer = 64 * (4 + 2 * 2) * 16 // 2 + 4 * 16 * 64 // 2 + 3 * 64 * 64 // 2 + 2 * 64 + 64 * 8
     assert stage_parameters(config.model, config.parallel, 0) == (
@@ -92,7 +104,10 @@ BYTES = {
 @pytest.mark.parametrize("name", BYTES)
 def test_bytes_of_a_parameter_are_those_of_its_weight_gradient_and_optimizer(name, shard):
     precision, overrides, whole, divided = BYTES[name]
-    assert bytes_per_parameter(precision, config_of(*overrides).optimizer, shard) == whole + divided / shard
+    assert (
+        bytes_per_parameter(precision, config_of(*overrides).optimizer, shard)
+        == whole + divided / shard
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,30 +116,43 @@ def test_bytes_of_a_parameter_are_those_of_its_weight_gradient_and_optimizer(nam
 )
 @pytest.mark.parametrize("shard", [1, 8])
 @pytest.mark.parametrize("words", [[], [PLAIN]], ids=str)
-def test_megatron_fsdp_divides_the_optimizer_then_gradients_then_weights(sharding, whole, divided, shard, words):
+def test_megatron_fsdp_divides_the_optimizer_then_gradients_then_weights(
+    sharding, whole, divided, shard, words
+):
     settings = config_of(*words).optimizer
     assert bytes_per_parameter(Precision.bf16, settings, shard, sharding) == whole + divided / shard
 
 
 def step_of_bytes(plan: Plan, me: Identity) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer on this rank after one step; the parameters of a padding."""
+    """Bytes of weights, gradients and optimizer on this rank after one step; the parameters of a
+    padding.
+    """
     with process_groups.start(plan, me) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         tokens = torch.randint(0, 256, (1, 33), generator=torch.Generator().manual_seed(me.rank))
         batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, 32)}
         batch["position_ids"] = torch.arange(32)[None]
-        loop.train_step(plan, here, training, [iter([batch] * 8) for _ in training.chunks], StopRequest(), 1, 8)
-        buffers = [buffer for chunk in training.chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
+        loop.train_step(
+            plan, here, training, [iter([batch] * 8) for _ in training.chunks], StopRequest(), 1, 8
+        )
+        buffers = [
+            buffer
+            for chunk in training.chunks
+            for buffer in chunk.buffers + chunk.expert_parallel_buffers
+        ]
         weights = [parameter for chunk in training.chunks for parameter in chunk.parameters()]
         return {
             "weights": sum(tensor.nbytes for tensor in weights),
             "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
             "optimizer": sum(tensor.nbytes for tensor in optimizer_tensors(training, weights)),
-            "padding": sum(buffer.grad_data.numel() for buffer in buffers) - sum(w.numel() for w in weights),
+            "padding": sum(buffer.grad_data.numel() for buffer in buffers)
+            - sum(w.numel() for w in weights),
         }
 
 
-def optimizer_tensors(training: optimizer.Training, weights: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+def optimizer_tensors(
+    training: optimizer.Training, weights: list[torch.Tensor]
+) -> Iterator[torch.Tensor]:
     """Moments, and the fp32 copies that are not the weights themselves."""
     memory = {weight.untyped_storage().data_ptr() for weight in weights}
     for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
@@ -151,7 +179,8 @@ STATES = {
 @pytest.mark.parametrize("name", STATES)
 def test_weights_gradients_and_optimizer_have_the_bytes_that_the_plan_says(name, tmp_path):
     plan = plan_of(*TINY, EP + "1", *STATES[name])
-    settings, precision = plan.config.optimizer, plan.config.trainer.precision
+    settings = plan.config.optimizer
+    precision = plan.config.trainer.precision
     found = run_ranks(plan.world_size, lambda me: step_of_bytes(plan, me), tmp_path)
     whole = sum(plan.rank_parameters[0])
     weight = 4 if precision is Precision.fp32 else 2
@@ -159,8 +188,8 @@ def test_weights_gradients_and_optimizer_have_the_bytes_that_the_plan_says(name,
     for rank in found:
         assert rank["weights"] == weight * whole
         assert rank["gradients"] == gradient * (whole + rank["padding"])
-        # Megatron-Core starts a parameter at a multiple of 64 and ends a bucket at one of 128 a rank, so that ranks
-        # can cut it evenly: a few numbers here, nothing beside a real model's
+        # Megatron-Core starts a parameter at a multiple of 64 and ends a bucket at one of 128 a
+        # rank, so that ranks can cut it evenly: a few numbers here, nothing beside a real model's
         assert 0 <= rank["padding"] < 0.01 * whole
     state = plan.state_bytes - (weight + gradient) * whole
     assert state > 0

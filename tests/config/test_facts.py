@@ -1,4 +1,6 @@
-"""A recipe is the model it names: a difference is a warning that names its key, and so is each published mistake."""
+"""A recipe is the model it names: a difference is a warning that names its key, and so is each
+published mistake.
+"""
 
 from __future__ import annotations
 
@@ -50,14 +52,20 @@ def another(value: object) -> object:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_facts_file_fits_the_keys_it_is_about_and_has_its_source(path):
     name, facts = read(path)
-    assert warnings(f"model.hf_model={name}", *[words(key, value) for key, value in facts.items()]) == []
+    assert (
+        warnings(f"model.hf_model={name}", *[words(key, value) for key, value in facts.items()])
+        == []
+    )
     assert path.read_text().startswith(f"# Hugging Face, {name}, config.json")
 
 
 def test_each_published_model_has_one_file_and_its_published_size():
     assert len(published()) == len(FILES) and published().keys() == PARAMETERS.keys()
     for name, facts in published().items():
-        assert derived(*[words(key, value) for key, value in facts.items()]).total_parameters == PARAMETERS[name]
+        assert (
+            derived(*[words(key, value) for key, value in facts.items()]).total_parameters
+            == PARAMETERS[name]
+        )
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -70,7 +78,9 @@ def test_a_facts_file_that_lacks_a_key_is_refused_by_name(tmp_path, key):
         read(tmp_path / "lacking.yaml")
 
 
-@pytest.mark.parametrize("key", ["model.rope_theta", "model.init_method_std", "router.moe_aux_loss_coeff", "license"])
+@pytest.mark.parametrize(
+    "key", ["model.rope_theta", "model.init_method_std", "router.moe_aux_loss_coeff", "license"]
+)
 def test_a_facts_file_with_another_key_is_refused_by_name(tmp_path, key):
     facts = OmegaConf.load(FILES[0])
     OmegaConf.update(facts, key, 1, force_add=True)
@@ -122,63 +132,133 @@ def test_one_changed_fact_is_one_warning_with_its_key_and_both_values(name, key)
     fact = published()[model][key]
     changed = another(fact)
     (warning,) = warnings(f"+recipe={name}", words(key, changed))
-    assert warning == f"{words(key, changed)} differs from {model}, which has {words('', fact)[1:]}".replace("=", " = ")
+    assert (
+        warning
+        == f"{words(key, changed)} differs from {model}, which has {words('', fact)[1:]}".replace(
+            "=", " = "
+        )
+    )
 
 
 def test_a_shrunk_recipe_that_still_names_its_model_is_told_each_size():
-    told = warnings(MIXTRAL, "+shrink=laptop", "model.hf_model=mistralai/Mixtral-8x7B-v0.1", "model.num_layers=2")
+    told = warnings(
+        MIXTRAL,
+        "+shrink=laptop",
+        "model.hf_model=mistralai/Mixtral-8x7B-v0.1",
+        "model.num_layers=2",
+    )
     assert [warning.split(" = ")[0] for warning in told] == [
         f"model.{key}"
         for key in (
-            "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels moe_ffn_hidden_size vocab_size"
-            " max_position_embeddings"
+            "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels"
+            " moe_ffn_hidden_size vocab_size max_position_embeddings"
         ).split()
     ]  # the query groups are 8 in both
 
 
 # What others published
 
-EIGHT_7B, EIGHT_22B = "differs from mistralai/Mixtral-8x7B-v0.1", "differs from mistral-community/Mixtral-8x22B-v0.1"
+EIGHT_7B = "differs from mistralai/Mixtral-8x7B-v0.1"
+EIGHT_22B = "differs from mistral-community/Mixtral-8x22B-v0.1"
 
 # who, the recipe with their value, the start and the end of the warning
-# fmt: off
+
 PUBLISHED_MISTAKES = [
-    ("Megatron-MoE-ModelZoo, Mixtral-8x7B", [NVIDIA, "model.rotary_base=10000"],
-     f"model.rotary_base = 10000 {EIGHT_7B}", "which has 1000000"),
-    ("Megatron-MoE-ModelZoo, Mixtral-8x22B", ["+recipe=mixtral_8x22b_tp2_pp8_ep8", "model.rotary_base=10000"],
-     f"model.rotary_base = 10000 {EIGHT_22B}", "which has 1000000"),
-    ("Megatron-LM, mixtral_8x22b_tp2pp8ep8vpp1_release",
-     ["+recipe=mixtral_8x22b_tp2_pp8_ep8", "model.max_position_embeddings=4096"],
-     f"model.max_position_embeddings = 4096 {EIGHT_22B}", "which has 65536"),
-    ("Megatron-LM, mixtral_8x7b_alltoall_tp2pp4ep4_release",
-     ["+recipe=mixtral_8x7b_tp2_pp4_ep4", "model.vocab_size=256000"],
-     f"model.vocab_size = 256000 {EIGHT_7B}", "which has 32000"),
-    ("Megatron's default without --group-query-attention", [MIXTRAL, "model.num_query_groups=32"],
-     f"model.num_query_groups = 32 {EIGHT_7B}", "which has 8"),
-    ("another model's epsilon", [MIXTRAL, "model.layernorm_epsilon=1e-6"],
-     f"model.layernorm_epsilon = 1e-06 {EIGHT_7B}", "which has 1e-05"),
-    ("AWS, smp-train-mixtral-fsdp-ep", ["+recipe=mixtral_8x7b_ep8_sinkhorn", "model.vocab_size=50257"],
-     f"model.vocab_size = 50257 {EIGHT_7B}", "which has 32000"),
-    ("AWS, its default size", [MIXTRAL, "model.num_layers=8"], f"model.num_layers = 8 {EIGHT_7B}", "which has 32"),
-    ("AWS, its default size", [MIXTRAL, "model.num_moe_experts=4"], f"model.num_moe_experts = 4 {EIGHT_7B}",
-     "which has 8"),
-    ("NeMo, MixtralConfig", [NVIDIA, "router.moe_router_pre_softmax=true"],
-     f"router.moe_router_pre_softmax = true {EIGHT_7B}", "which has false"),
-    ("NeMo-Framework-Launcher, mixtral_8x7b", [NVIDIA, "dispatcher.moe_expert_capacity_factor=1.0"],
-     "dispatcher.moe_expert_capacity_factor = 1 drops the tokens", "use null"),
-    ("NeMo, performance mode",
-     [NVIDIA, "dispatcher.moe_expert_capacity_factor=1.0", "dispatcher.moe_pad_expert_input_to_capacity=true"],
-     "dispatcher.moe_expert_capacity_factor = 1 drops the tokens", "use null"),
-    ("a benchmark's switch left on", [MIXTRAL, "router.moe_router_force_load_balancing=true"],
-     "router.moe_router_force_load_balancing = true", "good for timing alone"),
-    ("the same, on a model without a name", ["router.moe_router_force_load_balancing=true"],
-     "router.moe_router_force_load_balancing = true", "good for timing alone"),
+    (
+        "Megatron-MoE-ModelZoo, Mixtral-8x7B",
+        [NVIDIA, "model.rotary_base=10000"],
+        f"model.rotary_base = 10000 {EIGHT_7B}",
+        "which has 1000000",
+    ),
+    (
+        "Megatron-MoE-ModelZoo, Mixtral-8x22B",
+        ["+recipe=mixtral_8x22b_tp2_pp8_ep8", "model.rotary_base=10000"],
+        f"model.rotary_base = 10000 {EIGHT_22B}",
+        "which has 1000000",
+    ),
+    (
+        "Megatron-LM, mixtral_8x22b_tp2pp8ep8vpp1_release",
+        ["+recipe=mixtral_8x22b_tp2_pp8_ep8", "model.max_position_embeddings=4096"],
+        f"model.max_position_embeddings = 4096 {EIGHT_22B}",
+        "which has 65536",
+    ),
+    (
+        "Megatron-LM, mixtral_8x7b_alltoall_tp2pp4ep4_release",
+        ["+recipe=mixtral_8x7b_tp2_pp4_ep4", "model.vocab_size=256000"],
+        f"model.vocab_size = 256000 {EIGHT_7B}",
+        "which has 32000",
+    ),
+    (
+        "Megatron's default without --group-query-attention",
+        [MIXTRAL, "model.num_query_groups=32"],
+        f"model.num_query_groups = 32 {EIGHT_7B}",
+        "which has 8",
+    ),
+    (
+        "another model's epsilon",
+        [MIXTRAL, "model.layernorm_epsilon=1e-6"],
+        f"model.layernorm_epsilon = 1e-06 {EIGHT_7B}",
+        "which has 1e-05",
+    ),
+    (
+        "AWS, smp-train-mixtral-fsdp-ep",
+        ["+recipe=mixtral_8x7b_ep8_sinkhorn", "model.vocab_size=50257"],
+        f"model.vocab_size = 50257 {EIGHT_7B}",
+        "which has 32000",
+    ),
+    (
+        "AWS, its default size",
+        [MIXTRAL, "model.num_layers=8"],
+        f"model.num_layers = 8 {EIGHT_7B}",
+        "which has 32",
+    ),
+    (
+        "AWS, its default size",
+        [MIXTRAL, "model.num_moe_experts=4"],
+        f"model.num_moe_experts = 4 {EIGHT_7B}",
+        "which has 8",
+    ),
+    (
+        "NeMo, MixtralConfig",
+        [NVIDIA, "router.moe_router_pre_softmax=true"],
+        f"router.moe_router_pre_softmax = true {EIGHT_7B}",
+        "which has false",
+    ),
+    (
+        "NeMo-Framework-Launcher, mixtral_8x7b",
+        [NVIDIA, "dispatcher.moe_expert_capacity_factor=1.0"],
+        "dispatcher.moe_expert_capacity_factor = 1 drops the tokens",
+        "use null",
+    ),
+    (
+        "NeMo, performance mode",
+        [
+            NVIDIA,
+            "dispatcher.moe_expert_capacity_factor=1.0",
+            "dispatcher.moe_pad_expert_input_to_capacity=true",
+        ],
+        "dispatcher.moe_expert_capacity_factor = 1 drops the tokens",
+        "use null",
+    ),
+    (
+        "a benchmark's switch left on",
+        [MIXTRAL, "router.moe_router_force_load_balancing=true"],
+        "router.moe_router_force_load_balancing = true",
+        "good for timing alone",
+    ),
+    (
+        "the same, on a model without a name",
+        ["router.moe_router_force_load_balancing=true"],
+        "router.moe_router_force_load_balancing = true",
+        "good for timing alone",
+    ),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("who, overrides, start, end", PUBLISHED_MISTAKES, ids=str)
-def test_a_published_mistake_is_caught_by_name_and_shown_on_top_of_the_plan(who, overrides, start, end):
+def test_a_published_mistake_is_caught_by_name_and_shown_on_top_of_the_plan(
+    who, overrides, start, end
+):
     (warning,) = warnings(*overrides)
     assert warning.startswith(start) and warning.endswith(end)
     top = render(derived(*overrides)).split("\nrun ")[0]
@@ -186,21 +266,35 @@ def test_a_published_mistake_is_caught_by_name_and_shown_on_top_of_the_plan(who,
     assert max(map(len, top.splitlines())) <= WIDTH
 
 
-# who, the recipe with their layout, what the refusal says: these are no question of the model and cannot run
-# fmt: off
+# who, the recipe with their layout, what the refusal says: these are no question of the model and
+# cannot run fmt: off
 PUBLISHED_LAYOUTS = [
-    ("Megatron-LM, train_mixtral_8x7b_distributed.sh: one node for a layout of 32 GPUs",
-     [NVIDIA, "trainer.num_nodes=1"], "ETP*EP*PP = 32; use 32 ranks"),
-    ("AWS: two experts' ranks, without FSDP", ["+recipe=mixtral_8x7b_ep8_sinkhorn",
-     "parallel.expert_model_parallel_size=2"], "more than trainer.device_memory_gib = 79"),
-    ("AWS: sinkhorn beside an auxiliary loss", ["+recipe=mixtral_8x7b_ep8_sinkhorn", "router.moe_aux_loss_coeff=0.01"],
-     "router.moe_aux_loss_coeff=0"),
-    ("NeMo: sequence parallelism at TP 1", [NVIDIA, "parallel.sequence_parallel=true"],
-     "does nothing at parallel.tensor_model_parallel_size = 1"),
-    ("vocabulary 50257 over two tensor ranks", ["+recipe=mixtral_8x7b_tp2_pp4_ep4", "model.vocab_size=50257"],
-     "never padded silently: use 50256 or 50258"),
+    (
+        "Megatron-LM, train_mixtral_8x7b_distributed.sh: one node for a layout of 32 GPUs",
+        [NVIDIA, "trainer.num_nodes=1"],
+        "ETP*EP*PP = 32; use 32 ranks",
+    ),
+    (
+        "AWS: two experts' ranks, without FSDP",
+        ["+recipe=mixtral_8x7b_ep8_sinkhorn", "parallel.expert_model_parallel_size=2"],
+        "more than trainer.device_memory_gib = 79",
+    ),
+    (
+        "AWS: sinkhorn beside an auxiliary loss",
+        ["+recipe=mixtral_8x7b_ep8_sinkhorn", "router.moe_aux_loss_coeff=0.01"],
+        "router.moe_aux_loss_coeff=0",
+    ),
+    (
+        "NeMo: sequence parallelism at TP 1",
+        [NVIDIA, "parallel.sequence_parallel=true"],
+        "does nothing at parallel.tensor_model_parallel_size = 1",
+    ),
+    (
+        "vocabulary 50257 over two tensor ranks",
+        ["+recipe=mixtral_8x7b_tp2_pp4_ep4", "model.vocab_size=50257"],
+        "never padded silently: use 50256 or 50258",
+    ),
 ]
-# fmt: on
 
 
 @pytest.mark.parametrize("who, overrides, refusal", PUBLISHED_LAYOUTS, ids=str)
@@ -209,7 +303,9 @@ def test_a_published_layout_that_cannot_run_is_refused(who, overrides, refusal):
 
 
 def test_several_mistakes_are_several_warnings():
-    told = warnings(MIXTRAL, "model.rotary_base=10000", "model.num_query_groups=32", "model.vocab_size=50257")
+    told = warnings(
+        MIXTRAL, "model.rotary_base=10000", "model.num_query_groups=32", "model.vocab_size=50257"
+    )
     assert len(told) == 3
 
 

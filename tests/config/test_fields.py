@@ -1,4 +1,6 @@
-"""What reaches TransformerConfig, and what the plan says is not at its default, against the real class."""
+"""What reaches TransformerConfig, and what the plan says is not at its default, against the real
+class.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,17 @@ from rank_workers import run_ranks  # noqa: F401  its import makes Megatron-Core
 from mixtrain.config import transformer_fields as fields
 from mixtrain.config.plan_page import render
 from mixtrain.config.schema import ModelConfig, ParallelConfig, RouterConfig
-from mixtrain.config.transformer_fields import UNKNOWN, differences, transformer_config_defaults, transformer_fields
+from mixtrain.config.transformer_fields import (
+    UNKNOWN,
+    differences,
+    transformer_config_defaults,
+    transformer_fields,
+)
 from mixtrain.engine import model
 
 REAL = {field.name: field for field in dataclasses.fields(TransformerConfig)}
-BY_NAME = ("activation_func", "params_dtype", "pipeline_dtype")  # what transformer_fields gives by name
+# what transformer_fields gives by name
+BY_NAME = ("activation_func", "params_dtype", "pipeline_dtype")
 LITERALS = (bool, int, float, str, type(None))
 CONFIGURATIONS = {
     "the default": [],
@@ -47,14 +55,22 @@ def test_the_source_names_the_fields_that_the_class_has():
 
 
 def test_every_default_that_the_source_spells_out_is_the_default_of_the_class():
-    spelled = {name: value for name, value in transformer_config_defaults().items() if value is not UNKNOWN}
-    named = {name: model.BY_NAME.get(value, value) for name, value in spelled.items() if name == "params_dtype"}
+    spelled = {
+        name: value for name, value in transformer_config_defaults().items() if value is not UNKNOWN
+    }
+    named = {
+        name: model.BY_NAME.get(value, value)
+        for name, value in spelled.items()
+        if name == "params_dtype"
+    }
     for name, value in (spelled | named).items():
         real = REAL[name].default
         if isinstance(real, LITERALS):
             assert (type(value), value) == (type(real), real), name
         else:
-            assert value == real or getattr(real, "__name__", getattr(real, "name", None)) == value, name
+            assert (
+                value == real or getattr(real, "__name__", getattr(real, "name", None)) == value
+            ), name
     assert len(spelled) > 200
 
 
@@ -66,7 +82,8 @@ def test_no_default_is_missing_but_those_that_the_source_computes():
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_the_real_class_takes_what_a_configuration_sets(name):
     plan = plan_of(*CONFIGURATIONS[name])
-    made, given = model.transformer_config(plan), arguments(*CONFIGURATIONS[name])
+    made = model.transformer_config(plan)
+    given = arguments(*CONFIGURATIONS[name])
     assert type(made) is TransformerConfig
     filled_in = {"recompute_modules"} if given["recompute_modules"] is None else set()
     for field, value in given.items():
@@ -84,7 +101,9 @@ def test_the_differences_are_the_values_that_are_not_the_defaults_of_the_class(n
 
 
 def default_of(field: dataclasses.Field) -> object:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
 
 
 def test_a_difference_shows_both_values():
@@ -96,7 +115,8 @@ def test_a_difference_shows_both_values():
 
 
 @pytest.mark.parametrize(
-    "section, kind", [("model", ModelConfig), ("parallel", ParallelConfig), ("router", RouterConfig)]
+    "section, kind",
+    [("model", ModelConfig), ("parallel", ParallelConfig), ("router", RouterConfig)],
 )
 def test_every_key_that_is_a_field_reaches_the_class(section, kind):
     names = {field.name for field in dataclasses.fields(kind)} & set(REAL) - {"transformer_impl"}
@@ -105,7 +125,9 @@ def test_every_key_that_is_a_field_reaches_the_class(section, kind):
 
 @pytest.fixture
 def without_megatron(monkeypatch):
-    """As if megatron-core were not installed: find_spec answers None for a name that sys.modules has as None."""
+    """As if megatron-core were not installed: find_spec answers None for a name that sys.modules
+    has as None.
+    """
     fields._source.cache_clear()
     monkeypatch.setitem(sys.modules, "megatron", None)
     yield
@@ -114,7 +136,9 @@ def without_megatron(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_without_megatron_the_plan_is_made_and_says_that_the_defaults_are_not_known(precision, without_megatron):
+def test_without_megatron_the_plan_is_made_and_says_that_the_defaults_are_not_known(
+    precision, without_megatron
+):
     assert fields.transformer_config_defaults() is None
     plan = plan_of(f"trainer.precision={precision}")
     assert differences(plan.config) is None
@@ -134,11 +158,20 @@ def test_without_megatron_a_field_that_mixtrain_sets_is_still_refused_as_an_extr
     assert "model.extra.gated_linear_unit: mixtrain sets this field itself, to true" in problem
 
 
-def test_without_megatron_a_field_that_does_not_exist_or_does_nothing_is_still_refused(without_megatron):
+def test_without_megatron_a_field_that_does_not_exist_or_does_nothing_is_still_refused(
+    without_megatron,
+):
     from composing import problems_in, quick_tree_of
 
-    extra = {"model.extra.no_such_field": 1, "model.extra.use_mup": True, "model.extra.moe_extended_tp": True}
+    extra = {
+        "model.extra.no_such_field": 1,
+        "model.extra.use_mup": True,
+        "model.extra.moe_extended_tp": True,
+    }
     first, *others = problems_in(quick_tree_of(), extra | {"model.extra.softmax_scale": 0.3})
     assert first == "model.extra.no_such_field is not a field of TransformerConfig"
-    assert [text.split(" = ")[0] for text in others] == ["model.extra.use_mup", "model.extra.moe_extended_tp"]
+    assert [text.split(" = ")[0] for text in others] == [
+        "model.extra.use_mup",
+        "model.extra.moe_extended_tp",
+    ]
     assert all(text.endswith("; leave it out") for text in others)

@@ -1,4 +1,6 @@
-"""What a plan says of saving, of going on, of ramps, and of sizes that do not fit: elsewhere only ranks read it."""
+"""What a plan says of saving, of going on, of ramps, and of sizes that do not fit: elsewhere only
+ranks read it.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,10 @@ def test_a_checkpoint_has_the_bytes_of_weights_and_optimizer_of_the_whole_model(
 
 def test_a_forced_router_and_mock_data_are_known():
     assert (derived().is_forced, derived().is_mock) == (False, False)
-    assert derived("router.moe_router_force_load_balancing=true").is_forced and derived("data=mock").is_mock
+    assert (
+        derived("router.moe_router_force_load_balancing=true").is_forced
+        and derived("data=mock").is_mock
+    )
 
 
 def test_a_batch_is_cut_into_microbatches_of_every_data_parallel_rank():
@@ -94,7 +99,11 @@ def test_the_samples_of_a_ramp_are_added_up_step_by_step():
 
 
 def test_ranks_are_the_least_common_multiple_of_both_grids():
-    words = ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=3", "context_parallel_size=5"]
+    words = [
+        "tensor_model_parallel_size=2",
+        "pipeline_model_parallel_size=3",
+        "context_parallel_size=5",
+    ]
     words += ["expert_model_parallel_size=4", "expert_tensor_parallel_size=7"]
     assert ranks_needed(config_of(*[f"parallel.{word}" for word in words])) == 3 * 2 * 5 * 2 * 7
     more_dense = ["parallel.tensor_model_parallel_size=8", "parallel.expert_model_parallel_size=4"]
@@ -102,18 +111,27 @@ def test_ranks_are_the_least_common_multiple_of_both_grids():
 
 
 def test_sizes_that_do_not_divide_are_rounded_down_and_never_below_one():
-    plan = derived("trainer.devices=3", "parallel.expert_model_parallel_size=16", "trainer.global_batch_size=7")
+    plan = derived(
+        "trainer.devices=3", "parallel.expert_model_parallel_size=16", "trainer.global_batch_size=7"
+    )
     assert (plan.world_size, plan.data_parallel_size, plan.expert_data_parallel_size) == (3, 3, 1)
     assert (plan.num_microbatches, plan.num_local_experts, plan.expert_shard) == (1, 1, 1)
-    plan = derived("trainer.devices=1", "parallel.tensor_model_parallel_size=2", "trainer.num_nodes=1")
+    plan = derived(
+        "trainer.devices=1", "parallel.tensor_model_parallel_size=2", "trainer.num_nodes=1"
+    )
     assert (plan.data_parallel_size, plan.dense_shard) == (1, 1)
-    plan = derived("parallel=ep1", "trainer.devices=2", "parallel.num_distributed_optimizer_instances=4")
+    plan = derived(
+        "parallel=ep1", "trainer.devices=2", "parallel.num_distributed_optimizer_instances=4"
+    )
     assert (plan.dense_shard, plan.expert_shard) == (1, 1)
     assert derived("trainer.devices=3", "trainer.num_nodes=2").world_size == 6
 
 
 def test_a_layout_string_makes_the_virtual_stages_that_it_has_and_leaves_those_that_are_typed():
-    layout = ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_layout='Et|t|t|L'"]
+    layout = [
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_layout='Et|t|t|L'",
+    ]
     size = "virtual_pipeline_model_parallel_size"
     assert getattr(resolve(config_of(*layout)).parallel, size) == 2
     assert getattr(resolve(config_of(*layout, f"parallel.{size}=3")).parallel, size) == 3
@@ -122,7 +140,9 @@ def test_a_layout_string_makes_the_virtual_stages_that_it_has_and_leaves_those_t
 
 def test_a_warm_up_is_a_share_of_the_decay_or_nothing():
     def warm_up(*words: str) -> int:
-        return resolve(config_of("optimizer.lr_warmup_steps=null", *words)).optimizer.lr_warmup_steps
+        return resolve(
+            config_of("optimizer.lr_warmup_steps=null", *words)
+        ).optimizer.lr_warmup_steps
 
     assert warm_up("optimizer.lr_warmup_fraction=null") == 0
     assert warm_up("optimizer.lr_warmup_fraction=0.25", "optimizer.lr_decay_steps=90") == 22
@@ -151,6 +171,10 @@ def test_a_plan_warns_of_what_its_layout_changes():
 
 
 def test_the_state_of_a_stage_is_that_of_its_dense_and_its_experts_parameters():
-    plan = derived("trainer.devices=4", "parallel.pipeline_model_parallel_size=2", "parallel=ep1", TIED)
-    stages = [dense * (8 + 8 / 2) + experts * (8 + 8 / 2) for dense, experts in plan.rank_parameters]
+    plan = derived(
+        "trainer.devices=4", "parallel.pipeline_model_parallel_size=2", "parallel=ep1", TIED
+    )
+    stages = [
+        dense * (8 + 8 / 2) + experts * (8 + 8 / 2) for dense, experts in plan.rank_parameters
+    ]
     assert list(plan.stage_state_bytes) == [round(size) for size in stages]

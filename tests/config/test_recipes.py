@@ -1,4 +1,6 @@
-"""Every recipe and every option composes and plans; what is refused is refused in words a user can act on."""
+"""Every recipe and every option composes and plans; what is refused is refused in words a user can
+act on.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from mixtrain.config.memory import GIB
 from mixtrain.config.schema import DataKind, TransformerImpl, leaves, legal_keys
 from mixtrain.launch.machine_checks import packages
 
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in (*ADDED_GROUPS, SCENARIOS))
+GROUPS = sorted(
+    path.name
+    for path in CONF.iterdir()
+    if path.is_dir() and path.name not in (*ADDED_GROUPS, SCENARIOS)
+)
 SHRINKS = options("shrink")
 
 # What +shrink may change: sizes, how long the run is, and where it runs and writes
@@ -46,7 +52,8 @@ SIZES = {
     "optimizer.lr_decay_steps",
 }
 
-# What the certificate needs beside: fp32, wide weights, and a step in which small differences stay small
+# What the certificate needs beside: fp32, wide weights, and a step in which small differences stay
+# small
 FOR_PARITY = {
     "model.init_method_std",
     "data.kind",
@@ -105,13 +112,16 @@ def test_a_recipe_needs_no_package_beside_pytorch_and_megatron(name):
     assert list(packages(derived(f"+recipe={name}"))) == []
 
 
-SOURCES = re.compile(r"ours|Megatron-LM|ModelZoo|NeMo|Launcher|AWS|Bridge|the same script|all four sources")
+SOURCES = re.compile(
+    r"ours|Megatron-LM|ModelZoo|NeMo|Launcher|AWS|Bridge|the same script|all four sources"
+)
 NUMBER = re.compile(r"^  (\w+): (-?[\d.]+(?:e-?\d+)?)(?: +# (.*))?$")
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_number_of_a_recipe_has_its_source_on_its_line_or_on_its_sections(name):
-    section, numbers = "", 0
+    section = ""
+    numbers = 0
     for line in (ROOT / "recipes" / f"{name}.yaml").read_text().splitlines():
         if re.match(r"\w+:", line):
             section = line.partition("#")[2]
@@ -137,7 +147,8 @@ def test_the_page_about_recipes_shows_each_with_the_figures_of_its_plan():
     assert [row[0] for row in rows] == [f"`{name}`" for name in RECIPES]
     for (_, layout, gpus, parameters, state, _), name in zip(rows, RECIPES, strict=True):
         plan = plan_of(f"+recipe={name}")
-        parallel, memory = plan.config.parallel, plan.config.trainer.device_memory_gib
+        parallel = plan.config.parallel
+        memory = plan.config.trainer.device_memory_gib
         sizes = {
             "TP": parallel.tensor_model_parallel_size,
             "PP": parallel.pipeline_model_parallel_size,
@@ -146,9 +157,15 @@ def test_the_page_about_recipes_shows_each_with_the_figures_of_its_plan():
             "DP": plan.data_parallel_size,
             "EDP": plan.expert_data_parallel_size,
         }
-        assert layout == (" ".join(f"{key}{size}" for key, size in sizes.items() if size > 1) or "no part is split")
+        assert layout == (
+            " ".join(f"{key}{size}" for key, size in sizes.items() if size > 1)
+            or "no part is split"
+        )
         assert gpus == f"{plan.world_size} of {memory:g} GiB"
-        assert parameters == f"{plan.total_parameters / 1e9:.1f} B, {plan.active_parameters / 1e9:.1f} B active"
+        assert (
+            parameters
+            == f"{plan.total_parameters / 1e9:.1f} B, {plan.active_parameters / 1e9:.1f} B active"
+        )
         assert state == f"{plan.state_bytes / GIB:.1f} GiB"
 
 
@@ -158,7 +175,9 @@ def test_a_shrunk_recipe_plans_or_is_refused_with_a_layout_that_plans(name, shri
     words = [f"+recipe={name}", f"+shrink={shrink}"]
     problems = problems_of(*words)
     if problems:  # beside it, at most the batch of a virtual pipeline that no ranks are there for
-        (offered,) = [found for text in problems if (found := re.search(r"The nearest layout: (.*)$", text))]
+        (offered,) = [
+            found for text in problems if (found := re.search(r"The nearest layout: (.*)$", text))
+        ]
         words += offered[1].split(" ")
     plan = plan_of(*words)
     assert plan.world_size <= LAPTOP_RANKS
@@ -172,20 +191,27 @@ def test_shrink_sets_sizes_only_and_for_parity_also_what_a_comparison_needs(reci
         shrunk = dict(leaves(OmegaConf.to_container(tree_of(*recipe, f"+shrink={shrink}"))))
         assert whole.keys() == shrunk.keys()
         changed = {key for key in whole if whole[key] != shrunk[key]}
-        assert changed and {key for key in changed - may if not key.startswith("parallel.")} == set()
+        assert (
+            changed and {key for key in changed - may if not key.startswith("parallel.")} == set()
+        )
         assert shrink == "parity" or changed <= may
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shrunk_recipe_keeps_its_layout_and_does_not_write_where_the_recipe_does(name):
-    whole, shrunk = config_of(f"+recipe={name}"), config_of(f"+recipe={name}", "+shrink=laptop")
+    whole = config_of(f"+recipe={name}")
+    shrunk = config_of(f"+recipe={name}", "+shrink=laptop")
     assert shrunk.parallel == whole.parallel
     assert (shrunk.router, shrunk.dispatcher) == (whole.router, whole.dispatcher)
     assert shrunk.run_dir != whole.run_dir
 
 
-@pytest.mark.parametrize("group, option", [(group, option) for group in GROUPS for option in options(group)])
+@pytest.mark.parametrize(
+    "group, option", [(group, option) for group in GROUPS for option in options(group)]
+)
 def test_an_option_composes_on_top_of_the_default_or_is_refused_by_key(group, option):
     for problem in problems_of(f"{group}={option}"):
         assert any(key in problem for key in legal_keys()), problem
-        assert re.search("must be|must divide|has no value|needs|; use|The nearest layout", problem), problem
+        assert re.search(
+            "must be|must divide|has no value|needs|; use|The nearest layout", problem
+        ), problem

@@ -1,4 +1,6 @@
-"""The plan's page: every figure a user plans with, MOCK where the data is mock, and no line too wide."""
+"""The plan's page: every figure a user plans with, MOCK where the data is mock, and no line too
+wide.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def test_mock_data_is_said_on_top_and_beside_the_data():
 
 
 def test_indexed_data_is_named():
-    page = render(plan_of(RECIPE, "data=indexed", "data.data_path=['0.3',a,'0.7',b]", "data.tokenizer=t"))
+    page = render(
+        plan_of(RECIPE, "data=indexed", "data.data_path=['0.3',a,'0.7',b]", "data.tokenizer=t")
+    )
     assert "MOCK" not in page
     assert line(page, "data") == "0.3, a, 0.7, b"
 
@@ -46,14 +50,25 @@ def test_the_recipes_page_shows_its_figures():
     assert "256 sequences of 4096 = 1,048,576 tokens a step" in line(page, "batch")
     assert line(page, "microbatches") == "16 of 1 on each rank"
     assert "500,000" in line(page, "steps")
-    for fragment in ("32 layers", "hidden 4096", "8 experts", "top-2", "FFN 14336", "vocabulary 32000"):
+    for fragment in (
+        "32 layers",
+        "hidden 4096",
+        "8 experts",
+        "top-2",
+        "FFN 14336",
+        "vocabulary 32000",
+    ):
         assert fragment in line(page, "model")
     for fragment in ("torch, bf16", "router aux_loss", "alltoall", "recompute full"):
         assert fragment in page
     assert line(page, "parameters") == "46,702,792,704 in all, 12,879,925,248 active per token"
-    assert line(page, "on a rank") == "7,242,780,672 = 1,605,636,096 dense + 5,637,144,576 of experts"
+    assert (
+        line(page, "on a rank") == "7,242,780,672 = 1,605,636,096 dense + 5,637,144,576 of experts"
+    )
     assert line(page, "state on a rank").startswith("59.6 GiB")
-    assert "75% of 80 GB, 43% of 141 GB, 75% of trainer.device_memory_gib = 79" in line(page, "beside")
+    assert "75% of 80 GB, 43% of 141 GB, 75% of trainer.device_memory_gib = 79" in line(
+        page, "beside"
+    )
     assert line(page, "optimizer shards") == "dense over 16 ranks, experts over 2"
 
 
@@ -66,7 +81,11 @@ def test_a_small_state_is_shown_in_mib_and_no_device_is_compared_that_was_not_gi
 
 
 def experts_on_ranks(page: str) -> list[str]:
-    return [text.split("experts on ranks")[1].strip() for text in page.splitlines() if "experts on ranks" in text]
+    return [
+        text.split("experts on ranks")[1].strip()
+        for text in page.splitlines()
+        if "experts on ranks" in text
+    ]
 
 
 def test_the_ranks_that_hold_the_experts_are_shown_group_by_group():
@@ -74,7 +93,9 @@ def test_the_ranks_that_hold_the_experts_are_shown_group_by_group():
         "ranks 0-7: 1 expert of 8 on each, in every layer",
         "ranks 8-15: a copy of these",
     ]
-    assert experts_on_ranks(render(plan_of())) == ["ranks 0-1: 4 experts of 8 on each, in every layer"]
+    assert experts_on_ranks(render(plan_of())) == [
+        "ranks 0-1: 4 experts of 8 on each, in every layer"
+    ]
     one = experts_on_ranks(render(plan_of("parallel=ep1", "trainer.devices=1")))
     assert one == ["ranks 0: 8 experts of 8 on each, in every layer"]
 
@@ -93,11 +114,17 @@ def test_experts_cut_by_tensor_parallelism_fill_more_ranks():
 
 
 def rows(page: str, name: str) -> list[str]:
-    return [text.removeprefix(f"  {name}").strip() for text in page.splitlines() if text.startswith(f"  {name}")]
+    return [
+        text.removeprefix(f"  {name}").strip()
+        for text in page.splitlines()
+        if text.startswith(f"  {name}")
+    ]
 
 
 def test_every_stage_of_a_pipeline_is_shown_with_its_ranks_its_chunks_and_whose_experts_it_has():
-    page = render(plan_of("parallel=pp2_vpp2", "trainer.devices=4", "parallel.expert_model_parallel_size=2"))
+    page = render(
+        plan_of("parallel=pp2_vpp2", "trainer.devices=4", "parallel.expert_model_parallel_size=2")
+    )
     assert [" ".join(row.split()) for row in rows(page, "stage")] == [
         "0 ranks 0-1: embedding, 2 chunks of 1 layer",
         "1 ranks 2-3: 2 chunks of 1 layer, loss; experts as on stage 0",
@@ -113,7 +140,10 @@ def test_stages_in_a_row_that_hold_the_same_are_one_row_and_chunks_that_differ_a
         "s 1-6 ranks 16-31 to 96-111: 7 layers; experts as on stage 0",
         "7 ranks 112-127: 7 layers, loss; experts as on stage 0",
     ]
-    layout = ["parallel.pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_layout='Ett|t|t|L'"]
+    layout = [
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.pipeline_model_parallel_layout='Ett|t|t|L'",
+    ]
     page = render(plan_of(*layout))
     assert [row.partition(": ")[2] for row in rows(page, "stage")] == [
         "embedding, chunks of 2, 1 layers",
@@ -122,11 +152,17 @@ def test_stages_in_a_row_that_hold_the_same_are_one_row_and_chunks_that_differ_a
 
 
 def test_the_experts_are_those_of_the_first_stage_that_has_layers():
-    layout = ["parallel.pipeline_model_parallel_size=4", "parallel.pipeline_model_parallel_layout='E|ttt|t|L'"]
+    layout = [
+        "parallel.pipeline_model_parallel_size=4",
+        "parallel.pipeline_model_parallel_layout='E|ttt|t|L'",
+    ]
     page = render(plan_of(*layout))
     assert [text.partition("ranks ")[2] for text in rows(page, "stage")] == [
-        "0-1: embedding, 0 layers", "2-3: 3 layers", "4-5: 1 layer; experts as on stage 1", "6-7: 0 layers, loss",
-    ]  # fmt: skip
+        "0-1: embedding, 0 layers",
+        "2-3: 3 layers",
+        "4-5: 1 layer; experts as on stage 1",
+        "6-7: 0 layers, loss",
+    ]
     assert experts_on_ranks(page) == ["ranks 2-3: 4 experts of 8 on each, in every layer"]
 
 
@@ -138,14 +174,21 @@ def test_activations_are_shown_from_below_beside_the_state():
 
 def test_the_learning_rate_is_shown_with_the_steps_of_its_phases():
     page = render(plan_of())
-    assert line(page, "learning rate") == "0.00e+00 at the first step, 2.00e-03 after warm-up, 2.00e-04 at the last"
+    assert (
+        line(page, "learning rate")
+        == "0.00e+00 at the first step, 2.00e-03 after warm-up, 2.00e-04 at the last"
+    )
     assert line(page, "phases") == "warm-up 20 steps, cosine decay 280 steps"
     page = render(plan_of("optimizer.lr_decay_steps=200"))
     assert line(page, "phases") == "warm-up 20 steps, cosine decay 180 steps, min_lr 100 steps"
     page = render(plan_of("optimizer.lr_decay_steps=400"))
-    assert line(page, "phases") == "warm-up 20 steps, cosine decay 280 steps; decay ends at step 400"
+    assert (
+        line(page, "phases") == "warm-up 20 steps, cosine decay 280 steps; decay ends at step 400"
+    )
     page = render(plan_of("trainer.max_steps=5"))
-    assert page.startswith("warning: optimizer.lr_warmup_steps = 20, but the run ends at trainer.max_steps = 5")
+    assert page.startswith(
+        "warning: optimizer.lr_warmup_steps = 20, but the run ends at trainer.max_steps = 5"
+    )
     assert line(page, "learning rate") == "0.00e+00 at the first step, 4.00e-04 at the last"
     assert line(page, "phases") == "warm-up 5 steps"
     page = render(plan_of("optimizer.lr_decay_style=constant", "optimizer.lr_warmup_steps=0"))

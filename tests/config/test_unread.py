@@ -1,4 +1,6 @@
-"""What a router does not read is refused: proved with the real router, which computes the same to the bit with it."""
+"""What a router does not read is refused: proved with the real router, which computes the same to
+the bit with it.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,11 @@ OTHER = {
 # the routers, and the keys that each does not read
 GROUPS = {"router.moe_router_num_groups", "router.moe_router_group_topk"}
 BIAS = {"router.moe_router_enable_expert_bias", "router.moe_router_bias_update_rate"}
-SCORES = {"router.moe_router_score_function", "router.moe_router_pre_softmax", "router.moe_router_topk_scaling_factor"}
+SCORES = {
+    "router.moe_router_score_function",
+    "router.moe_router_pre_softmax",
+    "router.moe_router_topk_scaling_factor",
+}
 POLICY = {"dispatcher.moe_token_drop_policy"}
 RATE = {"router.moe_router_bias_update_rate"}
 SIGMOID = "router.moe_router_score_function=sigmoid"
@@ -59,7 +65,8 @@ FLIPPED = {  # where the router has the other value already
     ("router=expert_bias", "router.moe_router_enable_expert_bias"): "false",
     (f"router=aux_loss {SIGMOID}", "router.moe_router_score_function"): "softmax",
 }
-IMPOSSIBLE = ("router=expert_bias", "router.moe_router_score_function")  # Megatron-Core takes no other there
+# Megatron-Core takes no other there
+IMPOSSIBLE = ("router=expert_bias", "router.moe_router_score_function")
 PAIRS = [pair for pair in product(ROUTERS, OTHER) if pair != IMPOSSIBLE]
 
 
@@ -91,8 +98,12 @@ def trained(here: process_groups.Ranks, *overrides: str) -> list[torch.Tensor]:
     """The loss of three steps: between them the biases move, which no router does by itself."""
     plan = derived(*ALONE, *overrides)
     training = optimizer.build(plan, model.build(plan, here.device))
-    batches, batch = iter(random_batches(plan)), plan.config.trainer.global_batch_size
-    steps = [loop.train_step(plan, here, training, [batches], StopRequest(), step, batch) for step in (1, 2, 3)]
+    batches = iter(random_batches(plan))
+    batch = plan.config.trainer.global_batch_size
+    steps = [
+        loop.train_step(plan, here, training, [batches], StopRequest(), step, batch)
+        for step in (1, 2, 3)
+    ]
     return [torch.tensor(step[0]) for step in steps]
 
 
@@ -108,7 +119,8 @@ def compare(me) -> list[tuple[str, str, bool]]:
     found = []
     with process_groups.start(derived(*ALONE), me) as here:
         streams = get_cuda_rng_tracker().get_states()
-        # steps first: a router alone would leave Megatron-Core's scale of auxiliary losses in another shape
+        # steps first: a router alone would leave Megatron-Core's scale of auxiliary losses in
+        # another shape
         for router, key in sorted(PAIRS, key=lambda pair: pair[1] not in RATE):
             one, two = (computed(here, key, words) for words in two_ways(router, key))
             same = all(torch.equal(a.double(), b.double()) for a, b in zip(one, two, strict=True))
@@ -127,7 +139,9 @@ def said(*overrides: str) -> list[str]:
 
 
 @pytest.mark.parametrize("router, key", PAIRS)
-def test_a_router_computes_the_same_with_any_value_of_what_it_does_not_read_and_of_nothing_else(router, key, the_same):
+def test_a_router_computes_the_same_with_any_value_of_what_it_does_not_read_and_of_nothing_else(
+    router, key, the_same
+):
     assert the_same[router, key] == (key in ROUTERS[router])
 
 
@@ -152,8 +166,8 @@ def test_what_asks_for_nothing_is_the_default_of_the_option_files_and_of_megatro
 
 def test_the_message_names_the_value_the_reason_and_the_default():
     assert said("router=sinkhorn", "router.moe_router_pre_softmax=true") == [
-        "router.moe_router_pre_softmax = true is not read with router.moe_router_load_balancing_type = sinkhorn;"
-        " use false"
+        "router.moe_router_pre_softmax = true is not read with"
+        " router.moe_router_load_balancing_type = sinkhorn; use false"
     ]
 
 
@@ -165,7 +179,11 @@ def test_of_two_reasons_the_first_is_said():
 
 
 def test_under_sinkhorn_the_rate_of_a_bias_that_is_there_is_not_read_either():
-    words = ["router=sinkhorn", "router.moe_router_enable_expert_bias=true", "router.moe_router_bias_update_rate=0.1"]
+    words = [
+        "router=sinkhorn",
+        "router.moe_router_enable_expert_bias=true",
+        "router.moe_router_bias_update_rate=0.1",
+    ]
     assert [text.split(" = ")[0].removeprefix("router.moe_router_") for text in said(*words)] == [
         "enable_expert_bias", "bias_update_rate",
     ]  # fmt: skip

@@ -1,4 +1,6 @@
-"""A small corpus, a tokenizer trained on it and the data set made of both, once a session; and ranks to read it on."""
+"""A small corpus, a tokenizer trained on it and the data set made of both, once a session; and
+ranks to read it on.
+"""
 
 import multiprocessing
 import os
@@ -51,7 +53,9 @@ def on_ranks():
 
 
 def run_on_ranks(world_size: int, function, directory: Path) -> list:
-    """What function(rank) returns on each of so many forked gloo ranks, which meet in a file and open no port."""
+    """What function(rank) returns on each of so many forked gloo ranks, which meet in a file and
+    open no port.
+    """
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
 
@@ -72,4 +76,6 @@ def run_on_ranks(world_size: int, function, directory: Path) -> list:
             for other in processes:
                 other.kill()
             raise AssertionError(f"a rank ended with {process.exitcode}")
-    return [value for _, value in sorted((results.get() for _ in processes), key=lambda pair: pair[0])]
+    return [
+        value for _, value in sorted((results.get() for _ in processes), key=lambda pair: pair[0])
+    ]

@@ -9,7 +9,8 @@ class Counting:
     """Sample i holds the number i everywhere."""
 
     def __init__(self, length: int):
-        self.length, self.shuffle_index = length, range(length)
+        self.length = length
+        self.shuffle_index = range(length)
 
     def __len__(self) -> int:
         return self.length
@@ -19,8 +20,16 @@ class Counting:
 
 
 def batches(dataset, rank=0, size=1, micro=2, start=0, **more) -> Batches:
-    return Batches(dataset, start=start, global_batch_size=8, micro_batch_size=micro, dp_rank=rank, dp_size=size,
-                   vocab_size=1000, **more)  # fmt: skip
+    return Batches(
+        dataset,
+        start=start,
+        global_batch_size=8,
+        micro_batch_size=micro,
+        dp_rank=rank,
+        dp_size=size,
+        vocab_size=1000,
+        **more,
+    )
 
 
 def steps_of(*ranks: Batches) -> list[set[int]]:
@@ -29,7 +38,12 @@ def steps_of(*ranks: Batches) -> list[set[int]]:
     microbatches = 8 // (len(ranks) * ranks[0].micro_batch_size)
     steps = len(per_rank[0]) // microbatches
     return [
-        {i for rows in per_rank for row in rows[step * microbatches : (step + 1) * microbatches] for i in row}
+        {
+            i
+            for rows in per_rank
+            for row in rows[step * microbatches : (step + 1) * microbatches]
+            for i in row
+        }
         for step in range(steps)
     ]
 
@@ -55,7 +69,10 @@ def test_a_batch_has_four_tensors_of_microbatch_by_sequence_and_its_ids(indexed_
         "sample_ids": ((2, 2), torch.int64),
     }
     assert torch.equal(batch["tokens"][:, 1:], batch["labels"][:, :-1])
-    assert torch.equal(batch["position_ids"], torch.arange(32).expand(2, 32)) and batch["loss_mask"].all()
+    assert (
+        torch.equal(batch["position_ids"], torch.arange(32).expand(2, 32))
+        and batch["loss_mask"].all()
+    )
 
 
 def test_every_iteration_begins_at_the_start_again():
@@ -65,13 +82,20 @@ def test_every_iteration_begins_at_the_start_again():
 
 def test_the_iteration_ends_where_no_whole_global_batch_is_left():
     assert len(batches(Counting(15))) == 4 and len(list(batches(Counting(15)))) == 4
-    assert len(batches(Counting(20), start=16)) == 0 and list(batches(Counting(20), start=100)) == []
+    assert (
+        len(batches(Counting(20), start=16)) == 0 and list(batches(Counting(20), start=100)) == []
+    )
 
 
 def test_reading_ahead_in_other_processes_changes_nothing(indexed_train):
-    plain, ahead = list(batches(indexed_train)), list(batches(indexed_train, num_workers=2))
+    plain = list(batches(indexed_train))
+    ahead = list(batches(indexed_train, num_workers=2))
     assert len(plain) == len(ahead) > 0
-    assert all(torch.equal(one[key], other[key]) for one, other in zip(plain, ahead, strict=True) for key in KEYS)
+    assert all(
+        torch.equal(one[key], other[key])
+        for one, other in zip(plain, ahead, strict=True)
+        for key in KEYS
+    )
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -84,16 +108,28 @@ def test_reading_takes_nothing_from_the_random_stream_of_the_run(num_workers):
 
 
 def test_a_token_outside_the_vocabulary_is_refused_with_its_place(indexed_train):
-    sample = next(i for i in range(len(indexed_train)) if int(indexed_train[i]["tokens"].max()) >= 400)
+    sample = next(
+        i for i in range(len(indexed_train)) if int(indexed_train[i]["tokens"].max()) >= 400
+    )
     token = max(int(indexed_train[sample][key].max()) for key in ("tokens", "labels"))
-    small = Batches(indexed_train, start=sample, global_batch_size=1, micro_batch_size=1, dp_rank=0, dp_size=1,
-                    vocab_size=400, name="valid")  # fmt: skip
+    small = Batches(
+        indexed_train,
+        start=sample,
+        global_batch_size=1,
+        micro_batch_size=1,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=400,
+        name="valid",
+    )
     with pytest.raises(UserError) as refusal:
         next(iter(small))
-    found = int(next(v for k in ("tokens", "labels") if (v := indexed_train[sample][k].max()) >= 400))
+    found = int(
+        next(v for k in ("tokens", "labels") if (v := indexed_train[sample][k].max()) >= 400)
+    )
     assert str(refusal.value) == (
-        f"{indexed_train.dataset_path}: valid sample {sample} holds token id {found}, but model.vocab_size = 400; "
-        f"use at least {found + 1}"
+        f"{indexed_train.dataset_path}: valid sample {sample} holds token id {found}, but"
+        f" model.vocab_size = 400; use at least {found + 1}"
     )
     assert found <= token
 
@@ -103,12 +139,16 @@ def test_a_negative_token_is_refused():
         def __getitem__(self, index):
             return {key: torch.tensor([3, -5]) for key in KEYS}
 
-    with pytest.raises(UserError, match="Damaged: train sample 0 holds token id -5, .* the file is damaged"):
+    with pytest.raises(
+        UserError, match="Damaged: train sample 0 holds token id -5, .* the file is damaged"
+    ):
         next(iter(batches(Damaged(8))))
 
 
 def test_a_global_batch_that_does_not_divide_is_refused():
-    with pytest.raises(UserError, match="global_batch_size = 8 must be a multiple .* = 3 times the data-par"):
+    with pytest.raises(
+        UserError, match="global_batch_size = 8 must be a multiple .* = 3 times the data-par"
+    ):
         batches(Counting(8), micro=3)
 
 
@@ -117,7 +157,17 @@ def indexed_train(indexed, tokenizer):
     from mixtrain.data.datasets import build
 
     train, _, _ = build(
-        "indexed", data_path=[indexed], split="1,0,0", seq_length=32, seed=1, train_samples=64, valid_samples=0,
-        test_samples=0, tokenizer_dir=tokenizer, vocab_size=512, path_to_cache=None, log=lambda line: None,
-    )  # fmt: skip
+        "indexed",
+        data_path=[indexed],
+        split="1,0,0",
+        seq_length=32,
+        seed=1,
+        train_samples=64,
+        valid_samples=0,
+        test_samples=0,
+        tokenizer_dir=tokenizer,
+        vocab_size=512,
+        path_to_cache=None,
+        log=lambda line: None,
+    )
     return train

@@ -1,4 +1,6 @@
-"""Compressed files and other kinds, read as what they are, or refused in one line; what is damaged is never taken."""
+"""Compressed files and other kinds, read as what they are, or refused in one line; what is damaged
+is never taken.
+"""
 
 import bz2
 import gzip
@@ -28,7 +30,8 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 
 def read(path, *arguments, **given) -> list[str]:
-    items = list(open_source(str(path), *arguments, **given).items())  # all: a checksum stands at the end
+    # all: a checksum stands at the end
+    items = list(open_source(str(path), *arguments, **given).items())
     return [item.text() for item in items]
 
 
@@ -43,7 +46,8 @@ def refusal(path, *arguments, **given) -> str:
 @pytest.mark.parametrize("suffix", PACK)
 def test_compressed_files_are_read_as_what_is_in_them(suffix, tmp_path):
     packed = PACK[suffix](LINES)
-    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed + packed)  # two streams one behind the other are one file
+    # two streams one behind the other are one file
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(packed + packed)
     assert read(tmp_path / f"a.jsonl{suffix}") == TEXTS * 2
     (tmp_path / f"b.TXT{suffix}").write_bytes(PACK[suffix]("zwölf\n".encode() * 3))
     assert read(tmp_path / f"b.TXT{suffix}") == ["zwölf\n" * 3]
@@ -60,10 +64,14 @@ def test_compressed_lines_are_read_as_a_stream_and_counted_in_bytes_of_the_file(
     assert [item.name for block in blocks for item in block][-1] == f"{path.name} line {len(TEXTS)}"
 
 
-@pytest.mark.parametrize("damage", ["cut in half", "cut by a few bytes", "changed", "never compressed", "empty"])
+@pytest.mark.parametrize(
+    "damage", ["cut in half", "cut by a few bytes", "changed", "never compressed", "empty"]
+)
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
-def test_a_damaged_file_is_named_and_nothing_of_it_is_taken_for_the_whole(kind, suffix, damage, tmp_path):
+def test_a_damaged_file_is_named_and_nothing_of_it_is_taken_for_the_whole(
+    kind, suffix, damage, tmp_path
+):
     packed = bytearray(PACK[suffix](LINES))
     if (suffix, damage) == (".zst", "changed"):
         pytest.skip("pyarrow writes no checksum, so that nobody can tell")
@@ -81,17 +89,22 @@ def test_a_damaged_file_is_named_and_nothing_of_it_is_taken_for_the_whole(kind, 
     ("a.jsonl", gzip.compress(LINES), "begins as a .gz file does; give it a name that ends in .gz"),
     ("a.jsonl", zstandard(LINES), "begins as a .zst file does"),
     ("a.jsonl", b"PAR1 and more", "begins as a .parquet file does"),
-    ("a.jsonl", b'[{"text": "one"}]', "begins with a JSON array, and JSON lines are objects with the key 'text'"),
+    ("a.jsonl", b'[{"text": "one"}]', "begins with a JSON array, and JSON lines are objects with"
+                                      " the key 'text'"),
     ("a.jsonl", b'\xef\xbb\xbf\n [\n {"text": "one"}\n]', "type --input-format datasets"),
-    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, its content was not fetched"),
-    ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, its content was not fetched"),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, its content"
+                                                                 " was not fetched"),
+    ("a.jsonl.gz", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, its"
+                                                                    " content was not fetched"),
     ("a.csv.zst", zstandard(b"text\none\n"), "unpack them with zstd -d"),
     ("a.parquet.gz", b"", "no format goes with the suffix '.gz'"),
     ("a.lz4", b"", "no format goes with the suffix '.lz4'"),
     ("a.parquet", b"PAR1", "`datasets` cannot load the split 'train' of it"),
     ("a.arrow", b"ARROW1", "`datasets` cannot load the split 'train' of it"),
 ])  # fmt: skip
-def test_a_file_that_is_not_what_its_name_says_is_refused_with_what_to_do(name, content, said, tmp_path):
+def test_a_file_that_is_not_what_its_name_says_is_refused_with_what_to_do(
+    name, content, said, tmp_path
+):
     (tmp_path / name).write_bytes(content)
     assert said in refusal(tmp_path / name)
 
@@ -102,8 +115,15 @@ def test_an_array_is_read_the_way_that_its_refusal_names(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
-@pytest.mark.parametrize("kind, content", [("csv", b"text\none\ntwo\n"), ("tsv", b"id\ttext\n1\tone\n2\ttwo\n"),
-                                           ("json", b'[{"text": "one"}, {"text": "two"}]')])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, content",
+    [
+        ("csv", b"text\none\ntwo\n"),
+        ("tsv", b"id\ttext\n1\tone\n2\ttwo\n"),
+        # fmt: skip
+        ("json", b'[{"text": "one"}, {"text": "two"}]'),
+    ],
+)
 def test_tables_of_text_are_read_compressed_or_not(kind, content, suffix, tmp_path):
     (tmp_path / f"a.{kind}").write_bytes(content)
     (tmp_path / f"b.{kind}{suffix}").write_bytes(PACK[suffix](content))
@@ -111,7 +131,9 @@ def test_tables_of_text_are_read_compressed_or_not(kind, content, suffix, tmp_pa
 
 
 def test_a_column_of_bytes_is_text_where_it_is_utf_8(tmp_path):
-    column = pyarrow.array([b"one", "zwölf".encode(), b'{"text": "x"}', b"\xff\xd8"], pyarrow.binary())
+    column = pyarrow.array(
+        [b"one", "zwölf".encode(), b'{"text": "x"}', b"\xff\xd8"], pyarrow.binary()
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
     *good, bad = open_source(str(tmp_path / "a.parquet")).items()
     assert [item.text() for item in good] == ["one", "zwölf", '{"text": "x"}']

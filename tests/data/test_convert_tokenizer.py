@@ -1,4 +1,6 @@
-"""tools/convert_tokenizer.py: Mistral's own tokenizer files become directories with the same ids, or none."""
+"""tools/convert_tokenizer.py: Mistral's own tokenizer files become directories with the same ids,
+or none.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,41 @@ from transformers import AutoTokenizer
 
 from mixtrain.data import convert_tokenizer
 from mixtrain.data.convert_tokenizer import convert
-from mixtrain.data.tokenizer import load_tokenizer, special_ids, tokenizer_eod_id, tokenizer_vocab_size
+from mixtrain.data.tokenizer import (
+    load_tokenizer,
+    special_ids,
+    tokenizer_eod_id,
+    tokenizer_vocab_size,
+)
 from mixtrain.errors import UserError
 
 sys.path.insert(0, str(ROOT / "tools"))
 CODE = [path.read_text() for path in sorted((ROOT / "mixtrain").rglob("*.py"))][::10]
-SIZES = {"tokenizer.model.v1": 32000, "240216.model.v2": 32768, "240323.model.v3": 32768, "241114.model.v7": 32768}
+SIZES = {
+    "tokenizer.model.v1": 32000,
+    "240216.model.v2": 32768,
+    "240323.model.v3": 32768,
+    "241114.model.v7": 32768,
+}
 
 
 @pytest.mark.parametrize("name", SIZES)
 def test_a_sentencepiece_model_gives_source_code_the_same_ids_in_every_reader(name, tmp_path):
     (file,) = [path for path in DATA.iterdir() if path.name.endswith(name)]
-    assert convert(file, tmp_path / "made") == tokenizer_vocab_size(tmp_path / "made") == SIZES[name]
+    assert (
+        convert(file, tmp_path / "made") == tokenizer_vocab_size(tmp_path / "made") == SIZES[name]
+    )
     own = sentencepiece.SentencePieceProcessor(model_file=str(file))
-    here, there = load_tokenizer(tmp_path / "made"), AutoTokenizer.from_pretrained(tmp_path / "made")
+    here = load_tokenizer(tmp_path / "made")
+    there = AutoTokenizer.from_pretrained(tmp_path / "made")
     for text in CODE:
         ids = own.encode(text)
-        assert here.encode(text, add_special_tokens=False).ids == ids == there(text)["input_ids"][1:]
+        assert (
+            here.encode(text, add_special_tokens=False).ids == ids == there(text)["input_ids"][1:]
+        )
         assert here.decode(ids) == text
-    assert (tmp_path / "made" / "tokenizer.model").read_bytes() == file.read_bytes()  # for llama.cpp
+    # for llama.cpp
+    assert (tmp_path / "made" / "tokenizer.model").read_bytes() == file.read_bytes()
     assert special_ids(tmp_path / "made") == {"bos_token_id": 1, "eos_token_id": 2}
     assert there.bos_token_id == there("x")["input_ids"][0] == 1 and there.eos_token_id == 2
 
@@ -43,29 +61,40 @@ def test_a_sentencepiece_model_gives_source_code_the_same_ids_in_every_reader(na
 def test_a_control_token_of_a_sentencepiece_model_is_a_special_token(tmp_path):
     convert(V3, tmp_path / "made")
     text = "[INST] x [/INST]"
-    assert {3, 4} <= set(load_tokenizer(tmp_path / "made", parse_special_tokens=True).encode(text).ids)
+    assert {3, 4} <= set(
+        load_tokenizer(tmp_path / "made", parse_special_tokens=True).encode(text).ids
+    )
     assert not {3, 4} & set(load_tokenizer(tmp_path / "made").encode(text).ids)
 
 
 def test_a_tekken_json_gives_the_same_ids(tmp_path):
     assert convert(TEKKEN, tmp_path / "made") == 131072
-    own, here = Tekkenizer.from_file(TEKKEN), load_tokenizer(tmp_path / "made")
+    own = Tekkenizer.from_file(TEKKEN)
+    here = load_tokenizer(tmp_path / "made")
     for text in CODE[::3]:
-        assert here.encode(text, add_special_tokens=False).ids == own.encode(text, bos=False, eos=False)
+        assert here.encode(text, add_special_tokens=False).ids == own.encode(
+            text, bos=False, eos=False
+        )
     assert tokenizer_eod_id(tmp_path / "made") == own.eos_id
 
 
-def test_a_file_whose_merges_come_in_another_order_is_refused_and_nothing_is_written(tmp_path, monkeypatch):
+def test_a_file_whose_merges_come_in_another_order_is_refused_and_nothing_is_written(
+    tmp_path, monkeypatch
+):
     """The order that put four merges of spaces first, as a reader of the same file once did."""
     right = convert_tokenizer._merges
 
     def other(pieces):
         merges = list(right(pieces))
-        spaces = [merge for merge in merges if not set("".join(merge)) - {convert_tokenizer.SPACE}][:4]
+        spaces = [merge for merge in merges if not set("".join(merge)) - {convert_tokenizer.SPACE}][
+            :4
+        ]
         return [*spaces, *(merge for merge in merges if merge not in spaces)]
 
     monkeypatch.setattr(convert_tokenizer, "_merges", other)
-    with pytest.raises(UserError, match="cannot be converted exactly: .* and its own library gives "):
+    with pytest.raises(
+        UserError, match="cannot be converted exactly: .* and its own library gives "
+    ):
         convert(V1, tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
@@ -74,10 +103,19 @@ def trained(folder: Path, **options) -> Path:
     model = io.BytesIO()
     text = (" ".join(CODE[:20])).splitlines()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text), model_writer=model, vocab_size=600, minloglevel=2, hard_vocab_limit=False,
-        **{"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-           "remove_extra_whitespaces": False, **options},
-    )  # fmt: skip
+        sentence_iterator=iter(text),
+        model_writer=model,
+        vocab_size=600,
+        minloglevel=2,
+        hard_vocab_limit=False,
+        **{
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            **options,
+        },
+    )
     path = folder / "tokenizer.model"
     path.write_bytes(model.getvalue())
     return path
@@ -102,7 +140,8 @@ def test_a_sentencepiece_model_of_another_kind_is_refused_by_what_is_other(reaso
 def test_a_model_of_ones_own_of_the_same_kind_is_converted(tmp_path):
     file = trained(tmp_path)
     convert(file, tmp_path / "made")
-    own, here = sentencepiece.SentencePieceProcessor(model_file=str(file)), load_tokenizer(tmp_path / "made")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    here = load_tokenizer(tmp_path / "made")
     assert all(here.encode(text, add_special_tokens=False).ids == own.encode(text) for text in CODE)
 
 
@@ -131,11 +170,18 @@ def test_what_is_no_tokenizer_file_is_refused_by_the_tool_with_exit_code_2(tmp_p
 
 @pytest.mark.parametrize(
     "file, module, package",
-    [(V1, "sentencepiece", "sentencepiece"), (TEKKEN, "mistral_common.tokens.tokenizers.tekken", "mistral-common")],
+    [
+        (V1, "sentencepiece", "sentencepiece"),
+        (TEKKEN, "mistral_common.tokens.tokenizers.tekken", "mistral-common"),
+    ],
 )
-def test_a_missing_library_is_said_with_the_command_that_installs_it(file, module, package, tmp_path, monkeypatch):
+def test_a_missing_library_is_said_with_the_command_that_installs_it(
+    file, module, package, tmp_path, monkeypatch
+):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"{package} is needed to convert it .*; type: pip install {package}$"):
+    with pytest.raises(
+        UserError, match=f"{package} is needed to convert it .*; type: pip install {package}$"
+    ):
         convert(file, tmp_path / "made")
 
 
@@ -145,7 +191,9 @@ def test_what_is_written_is_what_the_tokenizers_library_writes_again(tmp_path):
     assert Tokenizer.from_file(str(path)).to_str(pretty=True) == path.read_text()
 
 
-def test_a_folder_of_that_name_with_other_files_is_never_cleared_and_what_a_killed_conversion_left_is(tmp_path):
+def test_a_folder_of_that_name_with_other_files_is_never_cleared_and_what_a_killed_conversion_left_is(
+    tmp_path,
+):
     left = tmp_path / "made.writing"
     left.mkdir()
     (left / "thesis.txt").write_text("mine")

@@ -21,10 +21,18 @@ def built(indexed, tokenizer, tmp_path):
 
     def with_(kind="indexed", **given):
         arguments = dict(
-            data_path=[indexed], split="75,13,12", seq_length=32, seed=7, train_samples=20, valid_samples=6,
-            test_samples=4, tokenizer_dir=tokenizer, vocab_size=512, path_to_cache=tmp_path / "cache",
+            data_path=[indexed],
+            split="75,13,12",
+            seq_length=32,
+            seed=7,
+            train_samples=20,
+            valid_samples=6,
+            test_samples=4,
+            tokenizer_dir=tokenizer,
+            vocab_size=512,
+            path_to_cache=tmp_path / "cache",
             log=lambda line: None,
-        )  # fmt: skip
+        )
         return build(kind, **(arguments | given))
 
     return with_
@@ -34,7 +42,12 @@ def built(indexed, tokenizer, tmp_path):
 def other(tmp_path_factory, library, tokenizer) -> str:
     """The prefix of another data set with the same tokenizer."""
     prefix = tmp_path_factory.mktemp("other") / "other"
-    preprocess(Files(library, ["tarfile.py", "socket.py", "os.py", "ast.py"]), prefix, tokenizer, log=lambda line: None)
+    preprocess(
+        Files(library, ["tarfile.py", "socket.py", "os.py", "ast.py"]),
+        prefix,
+        tokenizer,
+        log=lambda line: None,
+    )
     return str(prefix)
 
 
@@ -44,7 +57,9 @@ def tokens_of(dataset, count: int) -> torch.Tensor:
 
 def test_every_split_has_the_samples_asked_for_and_documents_of_its_own(built):
     parts = built()
-    assert [len(part) >= wanted for part, wanted in zip(parts, (20, 6, 4), strict=True)] == [True] * 3
+    assert [len(part) >= wanted for part, wanted in zip(parts, (20, 6, 4), strict=True)] == [
+        True
+    ] * 3
     assert [part.indices.tolist() for part in parts] == [list(range(12)), [12, 13], [14, 15]]
 
 
@@ -78,8 +93,8 @@ def test_data_shorter_than_the_run_repeats_and_says_how_often(built):
     assert said[0].endswith(f", {tokens:,} tokens: {5000 * 32 / tokens:.3g} epochs")
     assert 5000 * 32 / tokens > 2 and len(said) == 4
     assert said[1] == (
-        f"warning: data: train: the same {tokens:,} tokens of small are read {5000 * 32 / tokens:.3g} times; "
-        f"{tokens // 32:,} samples are one epoch"
+        f"warning: data: train: the same {tokens:,} tokens of small are read"
+        f" {5000 * 32 / tokens:.3g} times; {tokens // 32:,} samples are one epoch"
     )
 
 
@@ -106,7 +121,9 @@ def test_mock_data_needs_no_file_and_stays_below_any_vocabulary(built):
 
 
 def test_a_blend_takes_samples_by_weight(built, indexed, other):
-    train, valid, _ = built(data_path=["0.25", indexed, "0.75", other], train_samples=100, split="60,20,20")
+    train, valid, _ = built(
+        data_path=["0.25", indexed, "0.75", other], train_samples=100, split="60,20,20"
+    )
     assert len(train) == 100 and len(valid) == 7  # Megatron rounds each part up
     assert numpy.bincount(train.dataset_index).tolist() == [25, 75]
     assert not torch.distributed.is_initialized()
@@ -114,15 +131,29 @@ def test_a_blend_takes_samples_by_weight(built, indexed, other):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_the_id_of_a_sample_leads_to_its_text(num_workers, built, indexed, other):
-    """Also where other processes read, and the indices come from the cache: to the document and offset it begins at."""
+    """Also where other processes read, and the indices come from the cache: to the document and
+    offset it begins at.
+    """
     blend = dict(data_path=["0.25", indexed, "0.75", other], train_samples=100, split="60,20,20")
     built(**blend)
     train, _, _ = built(**blend)
     batches = Batches(
-        train, global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1, vocab_size=512, num_workers=num_workers
+        train,
+        global_batch_size=4,
+        micro_batch_size=4,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=512,
+        num_workers=num_workers,
     )
-    read = [pair for batch in batches for pair in zip(batch["sample_ids"].tolist(), batch["tokens"], strict=True)]
-    assert len({tuple(sample) for sample, _ in read}) == 100 and {part for (part, _), _ in read} == {0, 1}
+    read = [
+        pair
+        for batch in batches
+        for pair in zip(batch["sample_ids"].tolist(), batch["tokens"], strict=True)
+    ]
+    assert len({tuple(sample) for sample, _ in read}) == 100 and {
+        part for (part, _), _ in read
+    } == {0, 1}
     for (part, number), tokens in read:
         source = train.datasets[part]
         document, offset = source.sample_index[number]
@@ -131,17 +162,29 @@ def test_the_id_of_a_sample_leads_to_its_text(num_workers, built, indexed, other
 
 
 def test_a_blend_without_weights_that_is_too_short_is_refused(built, indexed, other):
-    with pytest.raises(UserError, match=r"gives \d+ train samples, but 100000 are wanted; give every prefix a weight"):
+    with pytest.raises(
+        UserError,
+        match=r"gives \d+ train samples, but 100000 are wanted; give every prefix a weight",
+    ):
         built(data_path=[indexed, other], train_samples=100_000, split="60,20,20")
 
 
-def test_every_rank_reads_the_same_samples_as_one_process(on_ranks, built, indexed, other, tmp_path):
+def test_every_rank_reads_the_same_samples_as_one_process(
+    on_ranks, built, indexed, other, tmp_path
+):
     def read(rank: int):
         said = []
         single, _, _ = built(path_to_cache=tmp_path / "ranks", log=said.append)
-        blend, _, _ = built(data_path=["1", indexed, "1", other], split="60,20,20", path_to_cache=tmp_path / "ranks")
+        blend, _, _ = built(
+            data_path=["1", indexed, "1", other], split="60,20,20", path_to_cache=tmp_path / "ranks"
+        )
         mock, _, _ = built("mock", path_to_cache=tmp_path / "ranks")
-        return tokens_of(single, 20).tolist(), tokens_of(blend, 20).tolist(), tokens_of(mock, 5).tolist(), len(said)
+        return (
+            tokens_of(single, 20).tolist(),
+            tokens_of(blend, 20).tolist(),
+            tokens_of(mock, 5).tolist(),
+            len(said),
+        )
 
     first, second = on_ranks(2, read, tmp_path)
     assert first[:3] == second[:3] == read(0)[:3]
@@ -158,7 +201,9 @@ def test_the_sample_index_is_cached_where_it_is_asked_for(built, tmp_path, index
     assert sorted(os.listdir(Path(indexed).parent)) == before
 
 
-def test_data_made_anew_under_an_old_name_is_not_read_through_the_old_index(built, indexed, other, tmp_path):
+def test_data_made_anew_under_an_old_name_is_not_read_through_the_old_index(
+    built, indexed, other, tmp_path
+):
     move_in(indexed, tmp_path / "x")
     arguments = dict(split="1,0,0", valid_samples=0, test_samples=0, train_samples=500)
     built(data_path=[str(tmp_path / "x")], **arguments)
@@ -173,7 +218,10 @@ def test_a_sample_index_cut_short_is_refused_by_name(built, tmp_path, kind):
     built(kind)
     for path in (tmp_path / "cache").rglob("*train-shuffle_index.npy"):
         path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=f"{tmp_path}/cache.*: a sample index there cannot be read .* remove the dir"):
+    with pytest.raises(
+        UserError,
+        match=f"{tmp_path}/cache.*: a sample index there cannot be read .* remove the dir",
+    ):
         built(kind)
 
 
@@ -223,7 +271,9 @@ def test_the_unigram_entropy_is_that_of_the_tokens_of_the_split(built, indexed):
     _, valid, _ = built()
     documents = [valid.dataset[i].copy() for i in (12, 13)]
     tokens = numpy.concatenate(documents).tolist()
-    expected = -sum(c / len(tokens) * math.log(c / len(tokens)) for c in map(tokens.count, set(tokens)))
+    expected = -sum(
+        c / len(tokens) * math.log(c / len(tokens)) for c in map(tokens.count, set(tokens))
+    )
     nats, count = unigram_entropy(valid)
     assert count == len(tokens) and nats == pytest.approx(expected, abs=1e-12)
     assert unigram_entropy(None) is None
@@ -235,7 +285,9 @@ def test_the_unigram_entropy_of_a_blend_weighs_its_parts_as_its_samples_do(built
     second, _, _ = built(data_path=[other], split="60,20,20")
 
     def frequencies(dataset):
-        counts = sum(numpy.bincount(dataset.dataset[int(i)], minlength=512) for i in dataset.indices)
+        counts = sum(
+            numpy.bincount(dataset.dataset[int(i)], minlength=512) for i in dataset.indices
+        )
         return counts / counts.sum()
 
     mixed = 0.25 * frequencies(first) + 0.75 * frequencies(second)

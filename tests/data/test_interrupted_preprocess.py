@@ -1,4 +1,6 @@
-"""A run that is ended, or whose disk is full: no worker goes on, and nothing of it is left for long."""
+"""A run that is ended, or whose disk is full: no worker goes on, and nothing of it is left for
+long.
+"""
 
 import json
 import os
@@ -26,7 +28,9 @@ class Endless:
         self.folder = folder
         os.mkfifo(folder / "endless.jsonl")
         words = ["endless.jsonl", "--output", "x", "--tokenizer", str(tokenizer), "--workers", "2"]
-        self.process = subprocess.Popen([sys.executable, TOOL, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, TOOL, *words], cwd=folder, stderr=subprocess.PIPE, text=True
+        )
         wait_for(self.is_read, 120)
         self.write()
 
@@ -60,7 +64,9 @@ class Endless:
 
     def find_children(self) -> list[int]:
         tasks = Path(f"/proc/{self.process.pid}/task")
-        return [int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+        return [
+            int(pid) for task in tasks.iterdir() for pid in (task / "children").read_text().split()
+        ]
 
     def none_is_alive(self) -> bool:
         return not any(is_alive(pid) for pid in self.children)
@@ -98,14 +104,18 @@ def test_a_signal_to_all_of_its_processes_is_one_to_the_run(tokenizer, tmp_path)
         assert "Traceback" not in said and "killed" not in said
 
 
-def test_the_workers_of_a_run_that_was_killed_end_and_the_next_run_removes_what_it_left(tokenizer, tmp_path):
+def test_the_workers_of_a_run_that_was_killed_end_and_the_next_run_removes_what_it_left(
+    tokenizer, tmp_path
+):
     with Endless(tmp_path, tokenizer) as run:
         run.process.kill()
         run.process.wait()
         wait_for(run.none_is_alive)
     assert sorted(os.listdir(tmp_path)) == ["endless.jsonl", "x.writing"]
     (tmp_path / "a.jsonl").write_text('{"text": "words"}\n')
-    preprocess(JsonLines(tmp_path / "a.jsonl", "text"), tmp_path / "x", tokenizer, log=lambda line: None)
+    preprocess(
+        JsonLines(tmp_path / "a.jsonl", "text"), tmp_path / "x", tokenizer, log=lambda line: None
+    )
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "endless.jsonl", "x.bin", "x.idx", "x.json"]
 
 
@@ -128,16 +138,25 @@ def test_a_folder_of_that_name_with_other_files_is_never_cleared(tokenizer, tmp_
     assert (tmp_path / "x.writing" / "thesis.txt").read_text() == "irreplaceable"
 
 
-@pytest.mark.parametrize("words", [["--tokenizer", "{}"], ["--train-tokenizer", "400"]], ids=["given", "trained"])
+@pytest.mark.parametrize(
+    "words", [["--tokenizer", "{}"], ["--train-tokenizer", "400"]], ids=["given", "trained"]
+)
 @pytest.mark.parametrize("size", ["4k", "128k"])
-def test_a_disk_that_runs_full_is_one_line_and_nothing_is_left(words, size, tokenizer, library, tmp_path):
+def test_a_disk_that_runs_full_is_one_line_and_nothing_is_left(
+    words, size, tokenizer, library, tmp_path
+):
     text = (library / "argparse.py").read_text()
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": text}) + "\n") * 20)
     with tiny_disk(tmp_path, size) as disk:
         words = [word.format(tokenizer) for word in words]
-        done = command("a.jsonl", "--output", str(disk / "x"), *words, "--workers", "1", cwd=tmp_path)
+        done = command(
+            "a.jsonl", "--output", str(disk / "x"), *words, "--workers", "1", cwd=tmp_path
+        )
         assert done.returncode == 1 and "Traceback" not in done.stderr
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("mixtrain: ")]
-        assert line.startswith(f"mixtrain: {disk / 'x'} is not made: ") and "No space left on device" in line
+        assert (
+            line.startswith(f"mixtrain: {disk / 'x'} is not made: ")
+            and "No space left on device" in line
+        )
         assert " bytes were written, and " in line and line.endswith(" were free then")
         assert os.listdir(disk) == []

@@ -62,21 +62,33 @@ def test_a_document_begins_with_its_text_whatever_the_tokenizer_puts_first(token
     both = {"single": [first, text], "pair": [first, text]}
     content["post_processor"] = {"type": "TemplateProcessing", "special_tokens": tokens, **both}
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "tokenizer_config.json").write_bytes((tokenizer / "tokenizer_config.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_bytes(
+        (tokenizer / "tokenizer_config.json").read_bytes()
+    )
     (tmp_path / "a.txt").write_text("abc")
     preprocess(Files(tmp_path, ["a.txt"]), tmp_path / "x", tmp_path, log=quiet)
     assert load_tokenizer(tmp_path).encode("abc").ids[0] == 0
-    assert read_back(tmp_path / "x")[0].tolist() == load_tokenizer(tokenizer).encode("abc").ids + [0]
+    assert read_back(tmp_path / "x")[0].tolist() == load_tokenizer(tokenizer).encode("abc").ids + [
+        0
+    ]
 
 
 def test_the_description_says_what_is_in_the_files(indexed, tokenizer):
     facts = json.loads(Path(f"{indexed}.json").read_text())
     tokens = numpy.concatenate(read_back(indexed))
     assert facts["documents"] == 16 and facts["tokens"] == len(tokens)
-    assert (facts["vocab_size"], facts["eod_id"], facts["dtype"], tokens.dtype) == (512, 0, "uint16", numpy.uint16)
+    assert (facts["vocab_size"], facts["eod_id"], facts["dtype"], tokens.dtype) == (
+        512,
+        0,
+        "uint16",
+        numpy.uint16,
+    )
     assert facts["max_token_id"] == tokens.max()
     assert facts["bin_sha256"] == hashlib.sha256(Path(f"{indexed}.bin").read_bytes()).hexdigest()
-    assert facts["tokenizer_sha256"] == hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+    assert (
+        facts["tokenizer_sha256"]
+        == hashlib.sha256((tokenizer / "tokenizer.json").read_bytes()).hexdigest()
+    )
     assert (Path(indexed).parent / facts["tokenizer"]).resolve() == tokenizer
 
 
@@ -114,7 +126,11 @@ def test_existing_output_is_kept_unless_it_may_be_replaced(source, tokenizer, tm
         preprocess(small, tmp_path / "x", tokenizer, log=quiet)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
     facts = preprocess(small, tmp_path / "x", train_vocab_size=301, overwrite=True, log=quiet)
-    assert facts["documents"] == 2 and facts["vocab_size"] == 301 and len(read_back(tmp_path / "x")) == 2
+    assert (
+        facts["documents"] == 2
+        and facts["vocab_size"] == 301
+        and len(read_back(tmp_path / "x")) == 2
+    )
     assert set(os.listdir(tmp_path)) == set(before)
 
 
@@ -127,10 +143,13 @@ def test_a_directory_that_is_no_tokenizer_is_never_replaced(source, tmp_path):
 
 
 def test_a_killed_run_leaves_no_file_under_a_final_name(tokenizer, tmp_path):
-    os.mkfifo(tmp_path / "endless.jsonl")  # a source that stops in the middle, for as long as we like
+    # a source that stops in the middle, for as long as we like
+    os.mkfifo(tmp_path / "endless.jsonl")
     child = os.fork()
     if not child:
-        preprocess(JsonLines(tmp_path / "endless.jsonl", "text"), tmp_path / "x", tokenizer, log=quiet)
+        preprocess(
+            JsonLines(tmp_path / "endless.jsonl", "text"), tmp_path / "x", tokenizer, log=quiet
+        )
         os._exit(0)
     with open(tmp_path / "endless.jsonl", "w") as stream:
         for _ in range(3 * LINES):
@@ -145,10 +164,21 @@ def test_a_killed_run_leaves_no_file_under_a_final_name(tokenizer, tmp_path):
 def test_a_vocabulary_above_65500_is_written_in_four_bytes_a_token(tmp_path):
     vocab = {chr(i): i for i in range(32, 127)} | {"<eos>": 70_000}
     model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(vocab)}, "merges": []}
-    added = [{"id": 70_000, "content": "<eos>", "special": True, "single_word": False, "lstrip": False,
-              "rstrip": False, "normalized": False}]  # fmt: skip
+    added = [
+        {
+            "id": 70_000,
+            "content": "<eos>",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    ]
     del model["vocab"]["<eos>"]
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": added}))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "model": model, "added_tokens": added})
+    )
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     (tmp_path / "a.txt").write_text("abc")
     facts = preprocess(Files(tmp_path, ["a.txt"]), tmp_path / "x", tmp_path, log=quiet)
@@ -156,37 +186,54 @@ def test_a_vocabulary_above_65500_is_written_in_four_bytes_a_token(tmp_path):
     assert read_back(tmp_path / "x")[0].tolist() == [65, 66, 67, 70_000]
 
 
-def test_progress_is_said_in_lines_where_there_is_no_terminal(lines, tokenizer, tmp_path, monkeypatch):
+def test_progress_is_said_in_lines_where_there_is_no_terminal(
+    lines, tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr("mixtrain.data.progress.SECONDS_BETWEEN_LINES", 0)
     said = []
     preprocess(lines, tmp_path / "x", tokenizer, log=said.append)
     size = lines.path.stat().st_size
     progress = [line for line in said if line.startswith("preprocess: tokenizing")]
-    assert progress[-1].startswith(f"preprocess: tokenizing, {size:,} of {size:,} bytes: 1,280 documents, ")
+    assert progress[-1].startswith(
+        f"preprocess: tokenizing, {size:,} of {size:,} bytes: 1,280 documents, "
+    )
 
 
 CHATS = ["<s>[INST] a [/INST] b</s>", "plain", "a </s> b</s> </s>"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_texts_that_spell_a_special_token_are_counted_and_the_first_is_named(published, workers, tmp_path):
-    path, said = tmp_path / "chats.jsonl", []
+def test_texts_that_spell_a_special_token_are_counted_and_the_first_is_named(
+    published, workers, tmp_path
+):
+    path = tmp_path / "chats.jsonl"
+    said = []
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in CHATS))
-    facts = preprocess(JsonLines(path, "text"), tmp_path / "x", published, workers=workers, log=said.append)
+    facts = preprocess(
+        JsonLines(path, "text"), tmp_path / "x", published, workers=workers, log=said.append
+    )
     assert (
-        "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), which stayed text;"
-        " --parse-special-tokens makes it the token"
+        "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), which"
+        " stayed text; --parse-special-tokens makes it the token"
     ) in said
     assert facts["spell_special_tokens"] == 2 and facts["parse_special_tokens"] is False
     assert all(2 not in document[:-1] for document in read_back(tmp_path / "x"))
 
 
-def test_special_tokens_are_parsed_where_that_is_asked_for_as_generation_and_transformers_do(published, tmp_path):
-    path, said = tmp_path / "chats.jsonl", []
+def test_special_tokens_are_parsed_where_that_is_asked_for_as_generation_and_transformers_do(
+    published, tmp_path
+):
+    path = tmp_path / "chats.jsonl"
+    said = []
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in CHATS))
     prefix = tmp_path / "x"
-    facts = preprocess(JsonLines(path, "text"), prefix, published, parse_special_tokens=True, log=said.append)
-    assert "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), and it is one" in said
+    facts = preprocess(
+        JsonLines(path, "text"), prefix, published, parse_special_tokens=True, log=said.append
+    )
+    assert (
+        "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), and it is"
+        " one" in said
+    )
     assert json.loads((tmp_path / "x.json").read_text()) == facts
     assert facts["spell_special_tokens"] == 2 and facts["parse_special_tokens"] is True
     there = PreTrainedTokenizerFast(tokenizer_file=str(published / "tokenizer.json"))
@@ -198,7 +245,9 @@ def test_special_tokens_are_parsed_where_that_is_asked_for_as_generation_and_tra
 
 def test_of_texts_that_spell_none_nothing_is_said(lines, tokenizer, tmp_path):
     said = []
-    assert preprocess(lines, tmp_path / "x", tokenizer, log=said.append)["spell_special_tokens"] == 0
+    assert (
+        preprocess(lines, tmp_path / "x", tokenizer, log=said.append)["spell_special_tokens"] == 0
+    )
     assert not [line for line in said if "special token" in line]
 
 
@@ -218,7 +267,10 @@ def test_the_command_writes_a_data_set_and_says_so(source, tmp_path):
     arguments = "in --output out/x --train-tokenizer 320 --suffix .py --workers 2"
     done = command(*arguments.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("out/x: 4 documents, ") and "1 empty and 0 unreadable left out" in done.stdout
+    assert (
+        done.stdout.startswith("out/x: 4 documents, ")
+        and "1 empty and 0 unreadable left out" in done.stdout
+    )
     assert "preprocess: empty.py: empty" in done.stderr
     assert len(read_back(tmp_path / "out/x")) == 4
 
@@ -226,15 +278,32 @@ def test_the_command_writes_a_data_set_and_says_so(source, tmp_path):
 @pytest.mark.parametrize(
     "arguments, problem",
     [
-        (["gone.jsonl", "--output", "x", "--train-tokenizer", "300"], "gone.jsonl: no such file or directory"),
-        (["nobody/nothing", "--output", "x", "--train-tokenizer", "300"], "nobody/nothing: no such path, and"),
+        (
+            ["gone.jsonl", "--output", "x", "--train-tokenizer", "300"],
+            "gone.jsonl: no such file or directory",
+        ),
+        (
+            ["nobody/nothing", "--output", "x", "--train-tokenizer", "300"],
+            "nobody/nothing: no such path, and",
+        ),
         (["a.txt", "--output", "x", "--tokenizer", "."], "no tokenizer.json there"),
-        (["a.txt", "--output", "x", "--train-tokenizer", "400"], "vocabulary of 400 tokens: it holds only"),
-        (["a.txt", "--output", "a.txt/x", "--train-tokenizer", "400"], "x.writing cannot be made (Not a directory)"),
-        (["a.txt", "--output", "x"], "one of the arguments --tokenizer --train-tokenizer is required"),
+        (
+            ["a.txt", "--output", "x", "--train-tokenizer", "400"],
+            "vocabulary of 400 tokens: it holds only",
+        ),
+        (
+            ["a.txt", "--output", "a.txt/x", "--train-tokenizer", "400"],
+            "x.writing cannot be made (Not a directory)",
+        ),
+        (
+            ["a.txt", "--output", "x"],
+            "one of the arguments --tokenizer --train-tokenizer is required",
+        ),
     ],
 )
-def test_the_command_refuses_a_users_mistake_with_exit_code_2_and_no_traceback(tmp_path, arguments, problem):
+def test_the_command_refuses_a_users_mistake_with_exit_code_2_and_no_traceback(
+    tmp_path, arguments, problem
+):
     (tmp_path / "a.txt").write_text("some text, but little")
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 2 and problem in done.stderr and "Traceback" not in done.stderr
@@ -243,4 +312,8 @@ def test_the_command_refuses_a_users_mistake_with_exit_code_2_and_no_traceback(t
 
 def test_the_command_explains_itself(tmp_path):
     done = command("--help", cwd=tmp_path)
-    assert done.returncode == 0 and "--train-tokenizer VOCAB_SIZE" in done.stdout and "Exit codes" in done.stdout
+    assert (
+        done.returncode == 0
+        and "--train-tokenizer VOCAB_SIZE" in done.stdout
+        and "Exit codes" in done.stdout
+    )

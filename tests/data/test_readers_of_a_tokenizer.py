@@ -1,4 +1,6 @@
-"""Mixtral's published tokenizer: who prepares, trains, generates and serves gives a text the same token ids."""
+"""Mixtral's published tokenizer: who prepares, trains, generates and serves gives a text the same
+token ids.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,14 @@ from mixtrain.interop.generate.text import Text
 TEXTS = [text for text in proof_texts() if text.strip()]  # a document of spaces alone is none
 CHATS = [text for text in TEXTS if "\n" in text or "return" in text][:40]
 SIZES = dict(
-    hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-    num_local_experts=2, vocab_size=32000,
-)  # fmt: skip
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    num_local_experts=2,
+    vocab_size=32000,
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +64,9 @@ def test_a_data_set_read_back_has_the_ids_of_mistrals_own_package(published, mis
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     preprocess(JsonLines(path, "text"), tmp_path / "set", published, log=lambda line: None)
     data = IndexedDataset(str(tmp_path / "set"))
-    assert len(TEXTS) > 260 and [data[n].tolist() for n in range(len(data))] == [[*ids, 2] for ids in mistrals]
+    assert len(TEXTS) > 260 and [data[n].tolist() for n in range(len(data))] == [
+        [*ids, 2] for ids in mistrals
+    ]
 
 
 def test_a_prompt_has_the_ids_of_mistrals_own_package(published, mistrals):
@@ -68,16 +77,24 @@ def test_a_prompt_has_the_ids_of_mistrals_own_package(published, mistrals):
 
 def test_an_exported_model_gives_a_text_the_same_ids(exported, mistrals):
     encode = AutoTokenizer.from_pretrained(exported)
-    assert (exported / "tokenizer.model").read_bytes() == V1.read_bytes()  # where llama.cpp has the scores from
+    # where llama.cpp has the scores from
+    assert (exported / "tokenizer.model").read_bytes() == V1.read_bytes()
     assert [encode(each)["input_ids"] for each in TEXTS] == [[1, *ids] for ids in mistrals]
 
 
-def test_a_chat_has_the_ids_of_an_exported_model_and_a_control_token_in_it_is_one(published, exported):
-    here, there = Text(str(published), []), AutoTokenizer.from_pretrained(exported)
+def test_a_chat_has_the_ids_of_an_exported_model_and_a_control_token_in_it_is_one(
+    published, exported
+):
+    here = Text(str(published), [])
+    there = AutoTokenizer.from_pretrained(exported)
     for said in [*CHATS, "a</s>b", "<s>[INST] x [/INST]"]:
-        ids = there.apply_chat_template([{"role": "user", "content": said}], add_generation_prompt=True)["input_ids"]
+        ids = there.apply_chat_template(
+            [{"role": "user", "content": said}], add_generation_prompt=True
+        )["input_ids"]
         assert here.encode(said, chat=True) == ids
-    assert here.encode("a</s>b", chat=True).count(2) == here.encode("a</s>b", chat=False).count(2) == 1
+    assert (
+        here.encode("a</s>b", chat=True).count(2) == here.encode("a</s>b", chat=False).count(2) == 1
+    )
 
 
 SETTINGS = [
@@ -86,7 +103,15 @@ SETTINGS = [
     {"add_bos_token": None, "add_eos_token": True},
     {"add_bos_token": ..., "add_eos_token": ...},
     {"tokenizer_class": "PreTrainedTokenizerFast"},
-    {"bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False, "rstrip": False, "normalized": False}},
+    {
+        "bos_token": {
+            "__type": "AddedToken",
+            "content": "<s>",
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    },
 ]
 
 
@@ -97,14 +122,17 @@ def test_what_is_put_around_a_prompt_is_what_an_exported_model_puts(exported, ch
     path = tmp_path / "tokenizer_config.json"
     settings = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
-    there, here = AutoTokenizer.from_pretrained(tmp_path), Text(str(tmp_path), [])
+    there = AutoTokenizer.from_pretrained(tmp_path)
+    here = Text(str(tmp_path), [])
     for text in ("    return", "a </s> b", "<s>x"):
         assert here.encode(text, chat=False) == there(text)["input_ids"]
         ids = here.encode(text, chat=False)
         assert here.continuation([], ids) == there.decode(ids, skip_special_tokens=True)
 
 
-def test_a_chat_template_in_a_file_of_its_own_and_one_of_several_are_transformers(published, exported, tmp_path):
+def test_a_chat_template_in_a_file_of_its_own_and_one_of_several_are_transformers(
+    published, exported, tmp_path
+):
     said = [{"role": "user", "content": "  x"}]
     for name, several in (("several", True), ("own", False)):
         folder = tmp_path / name
@@ -112,11 +140,20 @@ def test_a_chat_template_in_a_file_of_its_own_and_one_of_several_are_transformer
         for path in exported.glob("*.json"):
             (folder / path.name).write_bytes(path.read_bytes())
         path = folder / "tokenizer_config.json"
-        templates = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ eos_token }}a"}]
-        path.write_text(json.dumps(json.loads(path.read_text()) | ({"chat_template": templates} if several else {})))
+        templates = [
+            {"name": "tool_use", "template": "no"},
+            {"name": "default", "template": "{{ eos_token }}a"},
+        ]
+        path.write_text(
+            json.dumps(
+                json.loads(path.read_text()) | ({"chat_template": templates} if several else {})
+            )
+        )
         if not several:
             (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}")
-        ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(said, add_generation_prompt=True)["input_ids"]
+        ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+            said, add_generation_prompt=True
+        )["input_ids"]
         assert Text(str(folder), []).encode("  x", chat=True) == ids
 
 

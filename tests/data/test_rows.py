@@ -1,4 +1,6 @@
-"""Rows of data sets as they lie on disks: which a split takes, and that no file is left out in silence."""
+"""Rows of data sets as they lie on disks: which a split takes, and that no file is left out in
+silence.
+"""
 
 import json
 from pathlib import Path
@@ -57,7 +59,9 @@ def refusal(name, *arguments, **given) -> str:
 def saved(root: Path, rows: int) -> Path:
     """What save_to_disk writes of the splits train and test."""
     texts = {part: [f"{part} {number}" for number in range(rows)] for part in ("train", "test")}
-    made = datasets.DatasetDict({part: datasets.Dataset.from_dict({"text": texts[part]}) for part in texts})
+    made = datasets.DatasetDict(
+        {part: datasets.Dataset.from_dict({"text": texts[part]}) for part in texts}
+    )
     made.save_to_disk(str(root / "saved"))
     return root / "saved"
 
@@ -65,20 +69,39 @@ def saved(root: Path, rows: int) -> Path:
 # Slices
 
 
-SPECS = ["train[:10%]", "train[10%:]", "train[:33%]", "train[-20%:]", "train[3:8]", "train[:-4]", "train[25:999]",
-         "train[:5]+train[20:]", "train + train[1:2]", "train"]  # fmt: skip
+SPECS = [
+    "train[:10%]",
+    "train[10%:]",
+    "train[:33%]",
+    "train[-20%:]",
+    "train[3:8]",
+    "train[:-4]",
+    "train[25:999]",
+    "train[:5]+train[20:]",
+    "train + train[1:2]",
+    "train",
+]
 
 
-@pytest.mark.parametrize("shape", ["parquet", "json", "csv", "directory", "saved", "saved alone", "pattern"])
+@pytest.mark.parametrize(
+    "shape", ["parquet", "json", "csv", "directory", "saved", "saved alone", "pattern"]
+)
 def test_a_slice_is_the_one_that_datasets_takes_whatever_the_rows_lie_in(shape, tmp_path):
     if shape.startswith("saved"):
         root = saved(tmp_path, 27)
         root = root / "train" if shape == "saved alone" else root
     elif shape == "directory":
-        write(write(tmp_path / "d", "train/0.parquet", rows=20), "train/1.parquet", "test/0.parquet", rows=7)
+        write(
+            write(tmp_path / "d", "train/0.parquet", rows=20),
+            "train/1.parquet",
+            "test/0.parquet",
+            rows=7,
+        )
         root = tmp_path / "d"
     elif shape == "pattern":
-        root = f"{write(write(tmp_path / 'd', 'a.parquet', rows=20), 'b.parquet', rows=7)}/*.parquet"
+        root = (
+            f"{write(write(tmp_path / 'd', 'a.parquet', rows=20), 'b.parquet', rows=7)}/*.parquet"
+        )
     else:
         root = tmp_path / f"d.{shape}"
         write(tmp_path, f"d.{shape}", rows=27)
@@ -94,7 +117,9 @@ def test_a_slice_is_the_one_that_datasets_takes_whatever_the_rows_lie_in(shape, 
 def test_the_two_sides_of_a_percentage_share_no_row_and_leave_none_out(tmp_path):
     path = write(tmp_path, "d.parquet", rows=27) / "d.parquet"
     for percent in (10, 33, 50):
-        first, second = (texts(path, split=f"train[{cut}]") for cut in (f":{percent}%", f"{percent}%:"))
+        first, second = (
+            texts(path, split=f"train[{cut}]") for cut in (f":{percent}%", f"{percent}%:")
+        )
         assert first and second and first + second == texts(path)
 
 
@@ -105,29 +130,41 @@ def test_a_slice_may_join_splits_and_knows_its_length(tmp_path):
     assert isinstance(source, Rows) and source.total() == 4
 
 
-@pytest.mark.parametrize("split, said", [
-    ("validation", "no split 'validation'; there is train, test, or a part of one: train[:10%]"),
-    ("train+dev[:3]", "no split 'dev[:3]'; there is train, test"),
-    ("", "no split ''; there is train, test"),
-    ("train[", "--split train[ cannot be read (Unrecognized instruction format: train["),
-    ("train[:ten]", "--split train[:ten] cannot be read"),
-    ("train[::2]", "--split train[::2] cannot be read"),
-    ("train[:200%]", "--split train[:200%] cannot be read"),
-    ("train[:1%]", "--split train[:1%] takes no row of the 10 in it"),
-    ("train[10:]", "--split train[10:] takes no row of the 10 in it"),
-    ("test+train[5:5]", "--split train[5:5] takes no row of the 10 in it"),
-    ("train[:10%](pct1_dropremainder)", "cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "split, said",
+    [
+        (
+            "validation",
+            "no split 'validation'; there is train, test, or a part of one: train[:10%]",
+        ),
+        ("train+dev[:3]", "no split 'dev[:3]'; there is train, test"),
+        ("", "no split ''; there is train, test"),
+        ("train[", "--split train[ cannot be read (Unrecognized instruction format: train["),
+        ("train[:ten]", "--split train[:ten] cannot be read"),
+        ("train[::2]", "--split train[::2] cannot be read"),
+        ("train[:200%]", "--split train[:200%] cannot be read"),
+        ("train[:1%]", "--split train[:1%] takes no row of the 10 in it"),
+        ("train[10:]", "--split train[10:] takes no row of the 10 in it"),
+        ("test+train[5:5]", "--split train[5:5] takes no row of the 10 in it"),
+        ("train[:10%](pct1_dropremainder)", "cannot be read"),
+    ],
+)
 @pytest.mark.parametrize("shape", ["directory", "saved"])
 def test_a_split_that_is_not_there_or_takes_nothing_is_refused(split, said, shape, tmp_path):
-    root = saved(tmp_path, 10) if shape == "saved" else write(tmp_path / "d", "train.parquet", "test.parquet", rows=10)
+    root = (
+        saved(tmp_path, 10)
+        if shape == "saved"
+        else write(tmp_path / "d", "train.parquet", "test.parquet", rows=10)
+    )
     problem = refusal(root, split=split)
     assert problem.startswith(f"{root}: ") and said in problem
 
 
 def test_a_single_file_has_no_split_but_train_and_no_subset(tmp_path):
     write(tmp_path, "d.parquet")
-    assert refusal(tmp_path / "d.parquet", subset="en").endswith("no subsets in it; leave --subset en out")
+    assert refusal(tmp_path / "d.parquet", subset="en").endswith(
+        "no subsets in it; leave --subset en out"
+    )
     assert "no split 'test'; there is train," in refusal(tmp_path / "d.parquet", split="test")
 
 
@@ -140,15 +177,30 @@ def test_a_split_that_was_saved_alone_has_its_own_name(tmp_path):
 # Options that the format does not read
 
 
-@pytest.mark.parametrize("name, given, said", [
-    ("a.jsonl", {"split": "train[:10%]"}, "and --split is for the rows of a data set; type --input-format datasets"),
-    ("a.jsonl", {"column": "body"}, "--column is for the rows of a data set"),
-    ("a.txt", {"split": "train"}, "a.txt is read as text, and --split is for the rows"),
-    ("", {"split": "test"}, " is read as directory, and --split is for the rows"),
-    ("a.csv", {"json_key": "body"}, "datasets, and --json-key is for .jsonl files; type --column body"),
-    ("a.txt", {"json_key": "body"}, "a.txt is read as text, and --json-key is for .jsonl files; leave it out"),
-    ("a.txt", {"subset": "en"}, "--subset is for the rows of a data set"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, given, said",
+    [
+        (
+            "a.jsonl",
+            {"split": "train[:10%]"},
+            "and --split is for the rows of a data set; type --input-format datasets",
+        ),
+        ("a.jsonl", {"column": "body"}, "--column is for the rows of a data set"),
+        ("a.txt", {"split": "train"}, "a.txt is read as text, and --split is for the rows"),
+        ("", {"split": "test"}, " is read as directory, and --split is for the rows"),
+        (
+            "a.csv",
+            {"json_key": "body"},
+            "datasets, and --json-key is for .jsonl files; type --column body",
+        ),
+        (
+            "a.txt",
+            {"json_key": "body"},
+            "a.txt is read as text, and --json-key is for .jsonl files; leave it out",
+        ),
+        ("a.txt", {"subset": "en"}, "--subset is for the rows of a data set"),
+    ],
+)
 def test_an_option_that_would_change_nothing_is_refused(name, given, said, tmp_path):
     for file in ("a.jsonl", "a.txt", "a.csv"):
         (tmp_path / file).write_text("")
@@ -164,15 +216,13 @@ def test_a_jsonl_file_can_be_sliced_as_a_data_set(tmp_path):
 # Clones of the hub's repositories
 
 
-# fmt: off
 LAYOUTS = {
-    "data":       (["data/train.parquet"], "data/*"),
-    "shards":     (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], "train-*"),
-    "a folder":   (["plain_text/train-00000-of-00001.parquet"], "plain_text/train-*"),
+    "data": (["data/train.parquet"], "data/*"),
+    "shards": (["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"], "train-*"),
+    "a folder": (["plain_text/train-00000-of-00001.parquet"], "plain_text/train-*"),
     "one deeper": (["default/train/0000.parquet"], "default/train/*.parquet"),
-    "jsonl":      (["data/train.jsonl"], "data/train.jsonl"),
+    "jsonl": (["data/train.jsonl"], "data/train.jsonl"),
 }
-# fmt: on
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -202,19 +252,35 @@ def test_a_clone_with_several_subsets_asks_for_one(tmp_path):
 
 
 @pytest.mark.parametrize("named", ["extra.parquet", "notes/a.csv", "data/b.jsonl"])
-def test_a_file_that_a_data_set_would_leave_out_is_named_and_a_pattern_says_what_to_read(named, tmp_path):
+def test_a_file_that_a_data_set_would_leave_out_is_named_and_a_pattern_says_what_to_read(
+    named, tmp_path
+):
     root = write(tmp_path / "clone", "data/train.parquet", named)
     (root / "README.md").write_text(CARD.format("default", "data/*.parquet"))
     problem = refusal(root)
-    assert problem.startswith(f"{root}: {named} would be left out") and f"'{root}/**/*.parquet'" in problem
+    assert (
+        problem.startswith(f"{root}: {named} would be left out")
+        and f"'{root}/**/*.parquet'" in problem
+    )
     assert texts(f"{root}/data/*.parquet") == ["train 0", "train 1", "train 2"]
 
 
-@pytest.mark.parametrize("name, beside", [
-    ("README.md", True), ("readme_de.txt", True), ("LICENSE", True), ("licence-code.md", True), ("CITATION.cff", True),
-    ("x/dataset_infos.json", True), ("license.parquet", False), ("readme.csv", False), ("state.json", False),
-    ("notes.md", False), ("dataset_infos.csv", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, beside",
+    [
+        ("README.md", True),
+        ("readme_de.txt", True),
+        ("LICENSE", True),
+        ("licence-code.md", True),
+        ("CITATION.cff", True),
+        ("x/dataset_infos.json", True),
+        ("license.parquet", False),
+        ("readme.csv", False),
+        ("state.json", False),
+        ("notes.md", False),
+        ("dataset_infos.csv", False),
+    ],
+)
 def test_what_lies_beside_the_data_is_known_by_its_whole_name(name, beside):
     assert lies_beside(name) is beside
 
@@ -246,7 +312,9 @@ def test_a_file_that_is_no_text_is_not_passed_over_beside_text(name, tmp_path):
         assert refusal(tmp_path).startswith(f"{tmp_path}: b.txt would be left out")
     else:
         (tmp_path / name).write_bytes(b"\x1f\x8b")
-        assert refusal(tmp_path).startswith(f"{tmp_path}/{name}: no suffix that says what it is; say what to read")
+        assert refusal(tmp_path).startswith(
+            f"{tmp_path}/{name}: no suffix that says what it is; say what to read"
+        )
 
 
 def test_the_card_of_a_data_set_without_its_files_is_not_the_corpus(tmp_path):
@@ -263,7 +331,10 @@ def test_a_git_lfs_pointer_is_not_read_in_the_place_of_its_file(tmp_path):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 5\n"
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.parquet").write_text(pointer)
-    assert "data/train.parquet: a Git LFS pointer, its content was not fetched; type git lfs pull" in refusal(tmp_path)
+    assert (
+        "data/train.parquet: a Git LFS pointer, its content was not fetched; type git lfs pull"
+        in refusal(tmp_path)
+    )
     (tmp_path / "a.txt").write_text(pointer)
     (item,) = open_source(str(tmp_path / "a.txt")).items()
     with pytest.raises(Exception, match="a Git LFS pointer, its content was not fetched"):

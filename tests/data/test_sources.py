@@ -24,13 +24,33 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 def test_every_line_of_a_jsonl_file_is_a_document_or_says_why_not(tmp_path):
-    lines = [b'{"text": "one"}', b"{bad", b'{"body": "x"}', b"", b'{"text": 3}', b'{"text": "\xff"}',
-             b'{"text": "\\ud800"}', b"[" * 100_000, b'["text"]', b'{"text": "last"}']  # fmt: skip
+    lines = [
+        b'{"text": "one"}',
+        b"{bad",
+        b'{"body": "x"}',
+        b"",
+        b'{"text": 3}',
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+        b"[" * 100_000,
+        b'["text"]',
+        b'{"text": "last"}',
+    ]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     found = list(texts(open_source(str(tmp_path / "a.jsonl"))).items())
     assert [name for name, _ in found] == [f"a.jsonl line {i}" for i in range(1, 11)]
-    wanted = ["one", "!not valid JSON", "!no key 'text'", "", "!text expected, not int", "!not valid UTF-8",
-              "!not valid UTF-8", "!nested more than 64 deep", "!no key 'text'", "last"]  # fmt: skip
+    wanted = [
+        "one",
+        "!not valid JSON",
+        "!no key 'text'",
+        "",
+        "!text expected, not int",
+        "!not valid UTF-8",
+        "!not valid UTF-8",
+        "!nested more than 64 deep",
+        "!no key 'text'",
+        "last",
+    ]
     for (_, text), start in zip(found, wanted, strict=True):
         assert text.startswith(start.replace("!", "unreadable: ")) and bool(text) == bool(start)
 
@@ -54,10 +74,15 @@ def test_a_directory_gives_its_files_in_order_of_their_names_without_hidden_ones
 def test_a_file_that_cannot_be_opened_says_so(tmp_path):
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
     (tmp_path / "b.txt").write_text("text")
-    assert texts(open_source(str(tmp_path))) == {"a.txt": "unreadable: No such file or directory", "b.txt": "text"}
+    assert texts(open_source(str(tmp_path))) == {
+        "a.txt": "unreadable: No such file or directory",
+        "b.txt": "text",
+    }
 
 
-@pytest.mark.parametrize("shape", ["saved", "saved with splits", "parquet directory", "parquet", "json", "csv"])
+@pytest.mark.parametrize(
+    "shape", ["saved", "saved with splits", "parquet directory", "parquet", "json", "csv"]
+)
 def test_a_data_set_is_read_from_the_shapes_it_is_kept_in(tmp_path, shape):
     import datasets
 
@@ -85,7 +110,9 @@ def test_a_row_without_text_says_so(tmp_path):
 
     datasets.Dataset.from_dict({"text": ["one", None]}).save_to_disk(str(tmp_path / "data"))
     assert texts(open_source(str(tmp_path / "data"))) == {
-        "row 0": "one", "row 1": "unreadable: text expected, not NoneType"}  # fmt: skip
+        "row 0": "one",
+        "row 1": "unreadable: text expected, not NoneType",
+    }
 
 
 def test_the_format_can_be_given_where_the_suffix_tells_nothing(tmp_path):
@@ -108,7 +135,9 @@ def test_a_format_that_does_not_fit_is_refused(tmp_path):
         open_source(str(tmp_path / "a.txt"), "directory")
     with pytest.raises(UserError, match="is a directory; use --input-format directory or datasets"):
         open_source(str(tmp_path), "text")
-    with pytest.raises(UserError, match="a.txt is no jsonl by its suffix; leave it out with --exclude"):
+    with pytest.raises(
+        UserError, match="a.txt is no jsonl by its suffix; leave it out with --exclude"
+    ):
         open_source(str(tmp_path), "jsonl")
     with pytest.raises(UserError, match="no file that ends in .py there"):
         open_source(str(tmp_path), suffixes=(".py",))

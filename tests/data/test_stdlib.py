@@ -19,15 +19,24 @@ def quiet(line: str) -> None:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """(cache directory, prefix, tokenizer directory, what was said) at the default vocabulary."""
-    cache, said = tmp_path_factory.mktemp("cache"), []
+    cache = tmp_path_factory.mktemp("cache")
+    said = []
     return cache, *stdlib.prepare(cache, 4096, said.append), said
 
 
 def test_the_corpus_is_the_same_list_of_files_in_the_same_order_everywhere():
     names = stdlib.ordered_names()
     assert len(names) == len(set(names)) == 159
-    assert names[:3] == ["concurrent/futures/process.py", "multiprocessing/connection.py", "sched.py"]
-    assert not any(part in name for name in names for part in ("/test", "encodings/", "tkinter", "_sysconfigdata"))
+    assert names[:3] == [
+        "concurrent/futures/process.py",
+        "multiprocessing/connection.py",
+        "sched.py",
+    ]
+    assert not any(
+        part in name
+        for name in names
+        for part in ("/test", "encodings/", "tkinter", "_sysconfigdata")
+    )
 
 
 def test_the_corpus_is_four_to_six_megabytes_of_utf8_text():
@@ -50,7 +59,9 @@ def test_what_the_files_hold_decides_the_hash(tmp_path):
 def test_a_file_that_the_installation_lacks_is_named(tmp_path):
     copy_library(stdlib.corpus()[0], tmp_path)
     (tmp_path / "pydoc_data/topics.py").unlink()
-    with pytest.raises(UserError, match="pydoc_data/topics.py: No such file .* use data.kind = indexed"):
+    with pytest.raises(
+        UserError, match="pydoc_data/topics.py: No such file .* use data.kind = indexed"
+    ):
         stdlib.corpus(tmp_path)
 
 
@@ -124,7 +135,12 @@ def test_what_a_killed_call_left_is_made_again(tmp_path):
     prefix, _ = stdlib.prepare(tmp_path, 300, quiet)
     assert read_index(str(prefix)).sequences == 159
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == [prefix.parent]
-    assert sorted(os.listdir(prefix.parent)) == ["text-tokenizer", "text.bin", "text.idx", "text.json"]
+    assert sorted(os.listdir(prefix.parent)) == [
+        "text-tokenizer",
+        "text.bin",
+        "text.idx",
+        "text.json",
+    ]
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):

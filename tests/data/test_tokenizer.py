@@ -9,7 +9,12 @@ import regex
 
 from mixtrain.data.check import check_files
 from mixtrain.data.proof_texts import proof_texts
-from mixtrain.data.tokenizer import load_tokenizer, tokenizer_eod_id, tokenizer_vocab_size, train_bpe
+from mixtrain.data.tokenizer import (
+    load_tokenizer,
+    tokenizer_eod_id,
+    tokenizer_vocab_size,
+    train_bpe,
+)
 from mixtrain.errors import UserError
 
 TEXT = "def f(x):\r\n\treturn 'größer 日本 🙂' + x , it 's .  \n\n\x00 <|endoftext|>\n"
@@ -37,7 +42,10 @@ def test_the_same_text_gives_the_same_tokenizer_in_another_process(tokenizer, so
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     subprocess.run(
-        [sys.executable, "-c", program, source.root, tmp_path, *source.names], env=environment, check=True, timeout=60
+        [sys.executable, "-c", program, source.root, tmp_path, *source.names],
+        env=environment,
+        check=True,
+        timeout=60,
     )
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (tokenizer / name).read_bytes()
@@ -63,7 +71,10 @@ def test_a_vocabulary_without_room_for_every_byte_is_refused(tmp_path):
 
 
 def test_added_tokens_count_towards_the_vocabulary(tmp_path):
-    write(tmp_path, {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 9, "content": "<eos>"}]})
+    write(
+        tmp_path,
+        {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 9, "content": "<eos>"}]},
+    )
     assert tokenizer_vocab_size(tmp_path) == 10
     assert tokenizer_eod_id(tmp_path) == 9
 
@@ -75,18 +86,26 @@ def test_a_vocabulary_written_as_a_list_counts_by_position(tmp_path):
 
 
 def test_an_end_of_document_token_written_as_an_object_is_understood(tmp_path):
-    write(tmp_path, {"model": {"vocab": {"a": 0, "<eos>": 1}}}, {"eos_token": {"content": "<eos>", "lstrip": False}})
+    write(
+        tmp_path,
+        {"model": {"vocab": {"a": 0, "<eos>": 1}}},
+        {"eos_token": {"content": "<eos>", "lstrip": False}},
+    )
     assert tokenizer_eod_id(tmp_path) == 1
 
 
-@pytest.mark.parametrize("config, reason", [({}, "names no eos_token"), ({"eos_token": "</s>"}, "'</s>' is not in")])
+@pytest.mark.parametrize(
+    "config, reason", [({}, "names no eos_token"), ({"eos_token": "</s>"}, "'</s>' is not in")]
+)
 def test_a_tokenizer_without_an_end_of_document_token_is_refused(tmp_path, config, reason):
     write(tmp_path, {"model": {"vocab": {"a": 0}}}, config)
     with pytest.raises(UserError, match=reason):
         tokenizer_eod_id(tmp_path)
 
 
-@pytest.mark.parametrize("content, reason", [("{", "not valid JSON"), ("[]", "not an object"), ("{}", "no vocabulary")])
+@pytest.mark.parametrize(
+    "content, reason", [("{", "not valid JSON"), ("[]", "not an object"), ("{}", "no vocabulary")]
+)
 def test_a_broken_tokenizer_file_is_refused_by_name(tmp_path, content, reason):
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=f"tokenizer.json.*: .*{reason}"):
@@ -95,7 +114,12 @@ def test_a_broken_tokenizer_file_is_refused_by_name(tmp_path, content, reason):
 
 def test_a_saved_length_limit_cuts_no_document_short(tokenizer, tmp_path):
     limited = json.loads((tokenizer / "tokenizer.json").read_text())
-    limited["truncation"] = {"max_length": 3, "strategy": "LongestFirst", "stride": 0, "direction": "Right"}
+    limited["truncation"] = {
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+        "direction": "Right",
+    }
     write(tmp_path, limited)
     assert load_tokenizer(tmp_path).encode(TEXT).ids == load_tokenizer(tokenizer).encode(TEXT).ids
 
@@ -120,28 +144,42 @@ def test_reading_a_tokenizer_imports_neither_torch_nor_numpy_nor_transformers(to
         "check_files(['none'], sys.argv[1], 512)\n"
         "print([name for name in ('torch', 'numpy', 'transformers', 'tokenizers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", program, tokenizer], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", program, tokenizer], capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "[]\n", done.stderr
 
 
 NO_DIRECTORY = {
-    "mistralai/Mixtral-8x7B-v0.1": "type: hf download mistralai/Mixtral-8x7B-v0.1 --include 'tokenizer*' --local-dir "
-    "Mixtral-8x7B-v0.1  and give Mixtral-8x7B-v0.1",
+    "mistralai/Mixtral-8x7B-v0.1": "type: hf download mistralai/Mixtral-8x7B-v0.1 --include"
+    " 'tokenizer*' --local-dir Mixtral-8x7B-v0.1  and give"
+    " Mixtral-8x7B-v0.1",
     "gone/far/away": "gone/far/away: no such directory; give a Hugging Face tokenizer directory",
     "there/tokenizer.json": "there/tokenizer.json is a file; give its directory, there",
-    "there/tokenizer.model": "type: python tools/convert_tokenizer.py there/tokenizer.model OUT_DIR  and give OUT_DIR",
-    "mistrals": "no tokenizer.json there; type: python tools/convert_tokenizer.py mistrals/tokenizer.model.v3 OUT_DIR",
-    "tekken": "no tokenizer.json there; type: python tools/convert_tokenizer.py tekken/tekken.json OUT_DIR",
+    "there/tokenizer.model": "type: python tools/convert_tokenizer.py there/tokenizer.model"
+    " OUT_DIR  and give OUT_DIR",
+    "mistrals": "no tokenizer.json there; type: python tools/convert_tokenizer.py"
+    " mistrals/tokenizer.model.v3 OUT_DIR",
+    "tekken": "no tokenizer.json there; type: python tools/convert_tokenizer.py tekken/tekken.json"
+    " OUT_DIR",
     "older": "no tokenizer.json there; transformers makes it of vocab.json: python -c ",
     "empty": "empty: no tokenizer.json there; give a Hugging Face tokenizer directory",
 }
 
 
 @pytest.mark.parametrize("given", NO_DIRECTORY)
-def test_what_is_no_tokenizer_directory_is_refused_with_the_command_that_makes_one(given, tmp_path, monkeypatch):
+def test_what_is_no_tokenizer_directory_is_refused_with_the_command_that_makes_one(
+    given, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    for name in ("there/tokenizer.json", "there/tokenizer.model", "mistrals/tokenizer.model.v3", "tekken/tekken.json",
-                 "older/vocab.json", "empty/README.md"):  # fmt: skip
+    for name in (
+        "there/tokenizer.json",
+        "there/tokenizer.model",
+        "mistrals/tokenizer.model.v3",
+        "tekken/tekken.json",
+        "older/vocab.json",
+        "empty/README.md",
+    ):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     for ask in (tokenizer_vocab_size, load_tokenizer, tokenizer_eod_id):

@@ -12,8 +12,13 @@ from mixtrain.data.writer import Writer
 @pytest.mark.parametrize("vocab_size", [65_499, 65_500, 200_000])
 def test_every_byte_is_the_builders(vocab_size, tmp_path):
     random = numpy.random.default_rng(5)
-    documents = [random.integers(0, vocab_size, length) for length in [1, 7, 5000, 2, *random.integers(1, 60, 3000)]]
-    builder = IndexedDatasetBuilder(str(tmp_path / "one.bin"), dtype=DType.optimal_dtype(vocab_size))
+    documents = [
+        random.integers(0, vocab_size, length)
+        for length in [1, 7, 5000, 2, *random.integers(1, 60, 3000)]
+    ]
+    builder = IndexedDatasetBuilder(
+        str(tmp_path / "one.bin"), dtype=DType.optimal_dtype(vocab_size)
+    )
     for document in documents:
         builder.add_document(document, [len(document)])
     builder.finalize(str(tmp_path / "one.idx"))

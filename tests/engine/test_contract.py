@@ -1,4 +1,6 @@
-"""What is on disk: every implementation at every layout writes the keys and shapes of tensor_schema.py alone."""
+"""What is on disk: every implementation at every layout writes the keys and shapes of
+tensor_schema.py alone.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ LOCAL = ["model.transformer_impl=local", "model.moe_grouped_gemm=false"]
 LAYOUTS = {
     "torch": [EP + "1"],
     "torch, loop over experts": [EP + "1", "model.moe_grouped_gemm=false"],
-    "torch, EP2 over PP2 in two chunks": [EP + "2", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2"],
+    "torch, EP2 over PP2 in two chunks": [
+        EP + "2",
+        PP + "2",
+        "parallel.virtual_pipeline_model_parallel_size=2",
+    ],
     "torch, TP2 and ETP2": [EP + "1", "parallel.expert_tensor_parallel_size=2", *TP],
     "torch, everything": [EP + "2", *TP, *ALL_OF_IT],
     "torch, tied embeddings": [EP + "1", "model.untie_embeddings_and_output_weights=false"],
@@ -53,25 +59,40 @@ def test_the_keys_and_shapes_on_disk_are_those_of_the_contract(name, tmp_path):
 
 @pytest.mark.parametrize(
     "words",
-    [["model=mixtral_8x7b"], ["model=mixtral_8x22b"], ["model=qwen3_30b_a3b"], ["model=mixtral_small"], ALL_OF_IT],
+    [
+        ["model=mixtral_8x7b"],
+        ["model=mixtral_8x22b"],
+        ["model=qwen3_30b_a3b"],
+        ["model=mixtral_small"],
+        ALL_OF_IT,
+    ],
 )
 def test_the_contract_counts_the_parameters_that_the_costs_count(words):
     config = derived(*words).config
     starts = {row.key: row.starts for row in tensor_schema.TENSORS}
     sizes = {key: torch.Size(shape).numel() for key, shape in tensor_schema.shapes(config).items()}
-    assert sum(size for key, size in sizes.items() if starts[key] != "buffer") == memory.total_parameters(config.model)
+    assert sum(
+        size for key, size in sizes.items() if starts[key] != "buffer"
+    ) == memory.total_parameters(config.model)
 
 
 def test_the_contract_of_the_published_model():
     shapes = tensor_schema.shapes(derived("model=mixtral_8x7b").config)
-    assert shapes["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (32, 8, 2 * 14336, 4096)
+    assert shapes["decoder.layers.mlp.experts.experts.linear_fc1.weight"] == (
+        32,
+        8,
+        2 * 14336,
+        4096,
+    )
     assert shapes["decoder.layers.self_attention.linear_qkv.weight"] == (32, 4096 + 2 * 1024, 4096)
     assert len(shapes) == 10
 
 
 @pytest.mark.parametrize("name", ["torch", "torch, TP2 and ETP2", "local"])
 def test_what_is_filled_in_by_place_is_read_back_by_place(name, tmp_path):
-    """Tensors of numbers that are all different go into a model at a layout; from one rank they come back."""
+    """Tensors of numbers that are all different go into a model at a layout; from one rank they
+    come back.
+    """
     plan = plan_of(*TINY, *LAYOUTS[name])
     wholes = {
         key: torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
@@ -84,7 +105,9 @@ def test_what_is_filled_in_by_place_is_read_back_by_place(name, tmp_path):
             shards.fill(chunks, wholes)
             if me.world_size == 1:
                 again = shards.read(plan, chunks)
-                return again.keys() == wholes.keys() and all(torch.equal(again[key], wholes[key]) for key in wholes)
+                return again.keys() == wholes.keys() and all(
+                    torch.equal(again[key], wholes[key]) for key in wholes
+                )
             parts = [shard for chunk in chunks for shard in shards.shards(chunk)]
             assert any(shard.data.numel() < wholes[shard.key][0].numel() for shard in parts)
             return all(torch.equal(shard.data, shard.of(wholes[shard.key])) for shard in parts)
@@ -110,7 +133,9 @@ def test_no_other_module_knows_the_name_of_a_tensor():
     for file in root.rglob("*.py"):
         if file.name == "tensor_schema.py" or file.parent.name == "convert":
             continue
-        assert not re.search(r"linear_qkv\.weight|linear_fc[12]\.weight|router\.weight", file.read_text()), file
+        assert not re.search(
+            r"linear_qkv\.weight|linear_fc[12]\.weight|router\.weight", file.read_text()
+        ), file
 
 
 def test_a_shape_is_that_of_the_configuration():

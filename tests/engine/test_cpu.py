@@ -1,4 +1,6 @@
-"""Megatron-Core on the CPU: every site is answered by name, torch stays as it is, and an upgrade shows what is new."""
+"""Megatron-Core on the CPU: every site is answered by name, torch stays as it is, and an upgrade
+shows what is new.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,19 @@ from mixtrain.engine.compat import cpu
 INVENTORY = (
     ROOT / "tests" / "cuda_sites.json"
 )  # `PYTHONPATH=tests python tests/engine/test_cpu.py` adds the installed version
-MODULES = sorted({*cpu.NAMESPACES, *(module for module, _ in cpu.LITERALS), *(row[0] for row in cpu.REPLACEMENTS)})
+MODULES = sorted(
+    {
+        *cpu.NAMESPACES,
+        *(module for module, _ in cpu.LITERALS),
+        *(row[0] for row in cpu.REPLACEMENTS),
+    }
+)
 
 
 def cuda_sites(module_name: str) -> list[str]:
-    """The functions of a module that say torch.cuda, .cuda() or have a CUDA literal, from its source."""
+    """The functions of a module that say torch.cuda, .cuda() or have a CUDA literal, from its
+    source.
+    """
     source = Path(importlib.import_module(f"megatron.core.{module_name}").__file__)
     code = compile(source.read_text(), str(source), "exec")
     return sorted({name for name, inner in functions(code, "") if mentions_cuda(inner)})
@@ -35,14 +45,17 @@ def functions(code: types.CodeType, prefix: str) -> Iterator[tuple[str, types.Co
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             name = f"{prefix}{inner.co_name}"
-            if "<" not in inner.co_name:  # comprehensions belong to their function, and 3.12 has none
+            # comprehensions belong to their function, and 3.12 has none
+            if "<" not in inner.co_name:
                 yield name, inner
             yield from functions(inner, f"{name}." if "<" not in inner.co_name else prefix)
 
 
 def mentions_cuda(code: types.CodeType) -> bool:
     literals = [
-        part for constant in code.co_consts for part in (constant if isinstance(constant, tuple) else [constant])
+        part
+        for constant in code.co_consts
+        for part in (constant if isinstance(constant, tuple) else [constant])
     ]
     inner = [c for c in code.co_consts if isinstance(c, types.CodeType) and "<" in c.co_name]
     return (
@@ -65,7 +78,12 @@ def test_the_installed_version_says_cuda_where_it_was_looked_at():
 
 def test_torch_itself_is_not_patched():
     cpu.apply()
-    for function in (torch.cuda.current_device, torch.cuda.synchronize, torch.cuda.get_rng_state, torch.cuda.stream):
+    for function in (
+        torch.cuda.current_device,
+        torch.cuda.synchronize,
+        torch.cuda.get_rng_state,
+        torch.cuda.stream,
+    ):
         assert function.__module__.startswith("torch.cuda")
     assert torch.cuda.Stream is not cpu._Stream
 
@@ -84,7 +102,10 @@ def test_a_megatron_module_sees_the_cpu_where_it_asks_for_cuda():
         ("transformer.enums", lambda: cpu._give_namespace("transformer.enums")),
         ("utils.divide", lambda: cpu._replace_literals("utils", "divide")),
         ("utils.no_such_function", lambda: cpu._replace_literals("utils", "no_such_function")),
-        ("utils.no_such_function", lambda: cpu._replace_function("utils", "no_such_function", print)),
+        (
+            "utils.no_such_function",
+            lambda: cpu._replace_function("utils", "no_such_function", print),
+        ),
     ],
 )
 def test_a_site_that_has_moved_is_named(site, answer):
@@ -116,13 +137,15 @@ def test_importing_the_module_alone_changes_nothing(tmp_path):
     import subprocess
 
     code = (
-        "from mixtrain.engine.compat import cpu; from megatron.core.tensor_parallel import layers; import torch;"
-        "assert layers.torch is torch"
+        "from mixtrain.engine.compat import cpu; from megatron.core.tensor_parallel import layers;"
+        " import torch;assert layers.torch is torch"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 if __name__ == "__main__":
     found = json.loads(INVENTORY.read_text()) if INVENTORY.exists() else {}
-    found[version("megatron-core")] = {module: sites for module in MODULES if (sites := cuda_sites(module))}
+    found[version("megatron-core")] = {
+        module: sites for module in MODULES if (sites := cuda_sites(module))
+    }
     INVENTORY.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")

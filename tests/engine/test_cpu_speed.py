@@ -27,7 +27,9 @@ from mixtrain.engine.layers.cpu.experts import ExpertByExpert
 from mixtrain.system import host_memory
 from mixtrain.training.measured_step import batches
 
-LARGE, SMALL = (300, 512, 256), (30, 16, 8)  # rows, in, out: above and below products.WORTHWHILE
+# rows, in, out: above and below products.WORTHWHILE
+LARGE = (300, 512, 256)
+SMALL = (30, 16, 8)
 ONEDNN = "mkldnn::_linear_pointwise"
 
 
@@ -38,7 +40,9 @@ def kernels(work) -> set[str]:
 
 
 @pytest.mark.parametrize("size", [LARGE, SMALL], ids=["large", "small"])
-@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize(
+    "turned", [(False, False), (True, False), (False, True), (True, True)], ids=str
+)
 def test_a_product_is_the_product_whichever_way_its_factors_lie(size, turned):
     torch.manual_seed(0)
     rows, inner, columns = size
@@ -52,11 +56,10 @@ def test_a_product_is_the_product_whichever_way_its_factors_lie(size, turned):
 
 def test_a_product_of_long_sums_in_bf16_is_the_product():
     torch.manual_seed(0)
-    a, b = (
-        torch.randn(7, onednn_matmul.LONG, dtype=torch.bfloat16),
-        torch.randn(onednn_matmul.LONG, 5, dtype=torch.bfloat16),
-    )
-    found, exact = onednn_matmul.product(a, b), a.double() @ b.double()
+    a = torch.randn(7, onednn_matmul.LONG, dtype=torch.bfloat16)
+    b = torch.randn(onednn_matmul.LONG, 5, dtype=torch.bfloat16)
+    found = onednn_matmul.product(a, b)
+    exact = a.double() @ b.double()
     assert found.is_contiguous() and found.dtype is torch.bfloat16
     assert (found - exact).abs().max() < 4e-3 * exact.abs().max()
     assert "aten::t" in kernels(lambda: onednn_matmul.product(a, b))
@@ -64,29 +67,41 @@ def test_a_product_of_long_sums_in_bf16_is_the_product():
 
 
 def test_onednn_is_left_out_of_what_it_is_slow_at():
-    a, b = torch.randn(512, 300), torch.randn(512, 512)
-    some_columns, small = b[:, :256], (torch.randn(128, 64), torch.randn(64, 128))
-    assert ONEDNN not in kernels(lambda: onednn_matmul.product(a.t(), some_columns))  # minutes, where they are long
+    a = torch.randn(512, 300)
+    b = torch.randn(512, 512)
+    some_columns = b[:, :256]
+    small = (torch.randn(128, 64), torch.randn(64, 128))
+    # minutes, where they are long
+    assert ONEDNN not in kernels(lambda: onednn_matmul.product(a.t(), some_columns))
     assert ONEDNN not in kernels(lambda: onednn_matmul.product(*small))
-    assert (ONEDNN in kernels(lambda: onednn_matmul.product(*small, again=True))) is onednn_matmul.by_onednn()
+    assert (
+        ONEDNN in kernels(lambda: onednn_matmul.product(*small, again=True))
+    ) is onednn_matmul.by_onednn()
 
 
 def test_a_linear_layers_gradients_are_pytorchs():
     torch.manual_seed(0)
-    x, weight = torch.randn(5, 60, 512, requires_grad=True), torch.randn(256, 512, requires_grad=True)
+    x = torch.randn(5, 60, 512, requires_grad=True)
+    weight = torch.randn(256, 512, requires_grad=True)
     given = torch.randn(5, 60, 256)
     ours = torch.autograd.grad((onednn_matmul.Linear.apply(x, weight) * given).sum(), (x, weight))
     theirs = torch.autograd.grad((F.linear(x, weight) * given).sum(), (x, weight))
-    assert all((a - b).abs().max() < 1e-5 * b.abs().max() for a, b in zip(ours, theirs, strict=True))
-    assert onednn_matmul.Linear.apply(x.detach(), weight).requires_grad  # only what needs a gradient gets one
+    assert all(
+        (a - b).abs().max() < 1e-5 * b.abs().max() for a, b in zip(ours, theirs, strict=True)
+    )
+    # only what needs a gradient gets one
+    assert onednn_matmul.Linear.apply(x.detach(), weight).requires_grad
     onednn_matmul.Linear.apply(x.detach(), weight).sum().backward()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)], ids=["fp32", "bf16"]
+)
 def test_token_losses_are_cross_entropy(dtype, tolerance):
     torch.manual_seed(0)
     weight = torch.randn(130, 3, 50, dtype=dtype) * 3  # more tokens than loss.ROWS
-    labels, given = torch.randint(0, 50, (3, 130)), torch.rand(3, 130)
+    labels = torch.randint(0, 50, (3, 130))
+    given = torch.rand(3, 130)
     leaf = weight.clone().requires_grad_()
     ours = loss.token_losses(leaf * 1, labels)
     exact = F.cross_entropy(weight.double().permute(1, 2, 0), labels, reduction="none")
@@ -99,9 +114,13 @@ def test_token_losses_are_cross_entropy(dtype, tolerance):
 
 def peak_bytes(work) -> int:
     """The most that `work` has allocated at a time beyond what was there."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         kept = work()  # noqa: F841
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     sizes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(itertools.accumulate(sizes), default=0)
 
@@ -109,7 +128,8 @@ def peak_bytes(work) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_token_losses_and_their_gradient_take_a_small_part_of_the_logits_memory(dtype):
     logits = torch.randn(4000, 1, 100, dtype=dtype, requires_grad=True) * 1
-    labels, given = torch.randint(0, 100, (1, 4000)), torch.rand(1, 4000)
+    labels = torch.randint(0, 100, (1, 4000))
+    given = torch.rand(1, 4000)
     assert peak_bytes(lambda: logits.detach().clone()) >= logits.nbytes
 
     def forward_and_backward():
@@ -124,7 +144,10 @@ def test_attention_takes_pytorchs_kernel_where_the_configuration_names_one():
     taken = {}
     for backend in (AttnBackend.auto, AttnBackend.flash, AttnBackend.unfused):
         layer = CoreAttention.__new__(CoreAttention)
-        layer.__dict__ |= {"config": SimpleNamespace(attention_backend=backend), "softmax_scale": None}
+        layer.__dict__ |= {
+            "config": SimpleNamespace(attention_backend=backend),
+            "softmax_scale": None,
+        }
         taken[backend] = kernels(lambda: CoreAttention._attend(layer, *tensors))  # noqa: B023
     flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert [flash in taken[backend] for backend in taken] == [False, True, False]
@@ -132,17 +155,23 @@ def test_attention_takes_pytorchs_kernel_where_the_configuration_names_one():
 
 
 def test_a_looked_up_embedding_adds_its_rows_to_the_buffer():
-    """Of a row that two tokens name, twice; autograd's own tensor is then nobody's, unless there is a hook."""
+    """Of a row that two tokens name, twice; autograd's own tensor is then nobody's, unless there is
+    a hook.
+    """
     torch.manual_seed(0)
-    tokens, table = torch.tensor([[3, 1, 3], [0, 4, 4]]), torch.nn.Parameter(torch.randn(6, 5))
+    tokens = torch.tensor([[3, 1, 3], [0, 4, 4]])
+    table = torch.nn.Parameter(torch.randn(6, 5))
     given = torch.randn(2, 3, 5)
     assert torch.equal(Lookup.apply(tokens, table), F.embedding(tokens, table))
     (exact,) = torch.autograd.grad(F.embedding(tokens, table), table, given)
     (alone,) = torch.autograd.grad(Lookup.apply(tokens, table), table, given)
     assert torch.equal(alone, exact)
-    table.main_grad, table.grad_added_to_main_grad = torch.ones(6, 5), False
+    table.main_grad = torch.ones(6, 5)
+    table.grad_added_to_main_grad = False
     torch.autograd.grad(Lookup.apply(tokens, table), table, given)
-    assert table.grad_added_to_main_grad is True and (table.main_grad - 1 - exact).abs().max() < 1e-6
+    assert (
+        table.grad_added_to_main_grad is True and (table.main_grad - 1 - exact).abs().max() < 1e-6
+    )
     table.zero_out_wgrad = True  # then Megatron-Core adds what autograd has as well
     (alone,) = torch.autograd.grad(Lookup.apply(tokens, table), table, given)
     assert torch.equal(alone, exact)
@@ -153,13 +182,23 @@ def test_a_looked_up_embedding_adds_its_rows_to_the_buffer():
 
 
 def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
-    """Twice, as in two microbatches; autograd's own tensor is then nobody's, unless there is a hook on the weight."""
+    """Twice, as in two microbatches; autograd's own tensor is then nobody's, unless there is a hook
+    on the weight.
+    """
     torch.manual_seed(0)
-    tokens, probs, counts = torch.randn(9, 16), torch.rand(9), [4, 0, 5]
-    weights = [torch.nn.Parameter(torch.randn(3, 24, 16)), torch.nn.Parameter(torch.randn(3, 16, 12))]
-    exact = torch.autograd.grad(ExpertByExpert.apply(tokens, probs, *weights, counts).sum(), weights)
+    tokens = torch.randn(9, 16)
+    probs = torch.rand(9)
+    counts = [4, 0, 5]
+    weights = [
+        torch.nn.Parameter(torch.randn(3, 24, 16)),
+        torch.nn.Parameter(torch.randn(3, 16, 12)),
+    ]
+    exact = torch.autograd.grad(
+        ExpertByExpert.apply(tokens, probs, *weights, counts).sum(), weights
+    )
     for weight in weights:
-        weight.main_grad, weight.grad_added_to_main_grad = torch.zeros_like(weight), False
+        weight.main_grad = torch.zeros_like(weight)
+        weight.grad_added_to_main_grad = False
     for _ in range(2):
         torch.autograd.grad(ExpertByExpert.apply(tokens, probs, *weights, counts).sum(), weights)
     for weight, gradient in zip(weights, exact, strict=True):
@@ -173,18 +212,23 @@ def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
-def test_parts_of_a_buffer_go_from_rank_to_rank_as_gloos_own_collectives_send_them(size, tmp_path, monkeypatch):
+def test_parts_of_a_buffer_go_from_rank_to_rank_as_gloos_own_collectives_send_them(
+    size, tmp_path, monkeypatch
+):
     monkeypatch.setattr(gloo, "PIECE", 3)  # of the 4 numbers of a part
 
     def same_on_this_rank(me) -> list[bool]:
         dist.init_process_group("gloo", init_method=me.rendezvous, rank=me.rank, world_size=size)
         whole = torch.randn(4 * size, generator=torch.Generator().manual_seed(me.rank))
-        ours, theirs = torch.empty(4), torch.empty(4)
+        ours = torch.empty(4)
+        theirs = torch.empty(4)
         gloo.reduce_scatter(ours, whole.clone(), group=dist.group.WORLD)
         dist.reduce_scatter_tensor(theirs, whole.clone())
         in_place = whole.clone()
-        gloo.reduce_scatter(in_place.view(size, -1)[me.rank], in_place)  # as Megatron-Core's buffers are
-        gathered, expected = torch.empty(4 * size), torch.empty(4 * size)
+        # as Megatron-Core's buffers are
+        gloo.reduce_scatter(in_place.view(size, -1)[me.rank], in_place)
+        gathered = torch.empty(4 * size)
+        expected = torch.empty(4 * size)
         gloo.all_gather(gathered, ours)
         dist.all_gather_into_tensor(expected, theirs)
         there = torch.zeros(size, 4)
@@ -197,10 +241,22 @@ def test_parts_of_a_buffer_go_from_rank_to_rank_as_gloos_own_collectives_send_th
     assert all(all(same) for same in run_ranks(size, same_on_this_rank, tmp_path))
 
 
-STEP = ["data=mock", "parallel=ep1", "checkpoint=none", "data.seq_length=64", "trainer.micro_batch_size=1",
-        "trainer.global_batch_size=4", "model.num_layers=2", "model.hidden_size=512", "model.moe_ffn_hidden_size=512",
-        "model.num_attention_heads=8", "model.kv_channels=64", "model.num_moe_experts=2", "model.vocab_size=1024",
-        "trainer.timeout_minutes=1"]  # fmt: skip
+STEP = [
+    "data=mock",
+    "parallel=ep1",
+    "checkpoint=none",
+    "data.seq_length=64",
+    "trainer.micro_batch_size=1",
+    "trainer.global_batch_size=4",
+    "model.num_layers=2",
+    "model.hidden_size=512",
+    "model.moe_ffn_hidden_size=512",
+    "model.num_attention_heads=8",
+    "model.kv_channels=64",
+    "model.num_moe_experts=2",
+    "model.vocab_size=1024",
+    "trainer.timeout_minutes=1",
+]
 
 
 def test_a_step_takes_all_of_it(tmp_path):
@@ -210,23 +266,41 @@ def test_a_step_takes_all_of_it(tmp_path):
 
         found = {}
         for kind in ("torch", "local"):
-            words = [f"model.transformer_impl={kind}", f"model.moe_grouped_gemm={str(kind == 'torch').lower()}"]
+            words = [
+                f"model.transformer_impl={kind}",
+                f"model.moe_grouped_gemm={str(kind == 'torch').lower()}",
+            ]
             plan = plan_of(*STEP, *words)
             with process_groups.start(plan, me) as here:
                 training = optimizer.build(plan, model.build(plan, here.device))
                 stream = batches(plan)
-                seen = kernels(lambda: loop.train_step(plan, here, training, [stream], StopRequest(), 1, 4))  # noqa: B023
+                seen = kernels(
+                    lambda: loop.train_step(plan, here, training, [stream], StopRequest(), 1, 4)
+                )  # noqa: B023
             found[kind] = sorted(seen)
             (tmp_path / "0" / "rendezvous").unlink(missing_ok=True)
         return found
 
     (found,) = run_ranks(1, taken, tmp_path / "0")
-    ours = {"BlockAttention", "CpuNorm", "ExpertByExpert", "LinearBackward", "LookupBackward", "TokenLosses"}
+    ours = {
+        "BlockAttention",
+        "CpuNorm",
+        "ExpertByExpert",
+        "LinearBackward",
+        "LookupBackward",
+        "TokenLosses",
+    }
     wanted = ours | {"aten::_fused_adamw_"}
     wanted |= {ONEDNN} if onednn_matmul.by_onednn() else set()
     assert wanted <= set(found["torch"])
-    slower = {"aten::_grouped_mm", "aten::embedding_dense_backward", "aten::scaled_dot_product_attention"}
-    assert not (slower | {"c10d::_reduce_scatter_base_", "_VocabParallelCrossEntropy"}) & set(found["torch"])
+    slower = {
+        "aten::_grouped_mm",
+        "aten::embedding_dense_backward",
+        "aten::scaled_dot_product_attention",
+    }
+    assert not (slower | {"c10d::_reduce_scatter_base_", "_VocabParallelCrossEntropy"}) & set(
+        found["torch"]
+    )
     # Megatron-Core's own layers stay as they are, to be compared with
     assert not ours & set(found["local"])
     assert "_VocabParallelCrossEntropy" in found["local"]
@@ -237,7 +311,9 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.mark.skipif(not HUGE_PAGES.exists(), reason="this kernel has no huge pages")
 def test_a_rank_keeps_the_memory_it_has_freed_and_asks_for_large_pages():
-    """Whether the kernel has large pages to give depends on who else is there; what it was asked for does not."""
+    """Whether the kernel has large pages to give depends on who else is there; what it was asked
+    for does not.
+    """
     code = """
 import re, torch
 def mapping(tensor):
@@ -255,8 +331,12 @@ print(int(large), sum(int(line.split("-")[0], 16) == where for line in open("/pr
 """
     found = {}
     for how, added in (("ours", host_memory.SETTINGS), ("glibc's own", {})):
-        alone = {name: value for name, value in os.environ.items() if name not in host_memory.SETTINGS}
+        alone = {
+            name: value for name, value in os.environ.items() if name not in host_memory.SETTINGS
+        }
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=alone | added, cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            command, env=alone | added, cwd=ROOT, capture_output=True, text=True, check=True
+        )
         found[how] = done.stdout.split()
     assert found == {"ours": ["1", "1"], "glibc's own": ["0", "0"]}

@@ -1,4 +1,6 @@
-"""Weights follow from the seed alone: one number a tensor, whatever the layout, and no memory before it is needed."""
+"""Weights follow from the seed alone: one number a tensor, whatever the layout, and no memory
+before it is needed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def fingerprints(plan: Plan, me: Identity) -> dict[str, str]:
 
 def all_fingerprints(folder, *overrides: str) -> dict[str, str]:
     """The shards of all ranks; ranks that hold the same shard must hold the same numbers."""
-    plan, together = plan_of(*TINY, *overrides), {}
+    plan = plan_of(*TINY, *overrides)
+    together = {}
     for found in run_ranks(plan.world_size, lambda me: fingerprints(plan, me), folder):
         for place, digest in found.items():
             assert together.setdefault(place, digest) == digest, place
@@ -44,7 +47,9 @@ def one_rank(tmp_path_factory) -> dict[str, str]:
     return all_fingerprints(tmp_path_factory.mktemp("one"), EP + "1")
 
 
-@pytest.mark.parametrize("layout", [[EP + "4"], [EP + "2", PP + "2"], [EP + "1", PP + "2", VPP + "2"]])
+@pytest.mark.parametrize(
+    "layout", [[EP + "4"], [EP + "2", PP + "2"], [EP + "1", PP + "2", VPP + "2"]]
+)
 def test_every_weight_is_the_same_at_another_layout(layout, one_rank, tmp_path):
     assert all_fingerprints(tmp_path, *layout) == one_rank
 
@@ -58,24 +63,32 @@ def test_another_seed_gives_other_weights_but_for_the_norms(one_rank, tmp_path):
 
 def test_no_two_tensors_are_alike_but_the_norms(one_rank):
     drawn = [digest for place, digest in one_rank.items() if "norm" not in place]
-    assert len(set(drawn)) == len(drawn) > 4 * (2 + 4 * 3)  # layers of qkv, proj and experts of gate, up, down
+    # layers of qkv, proj and experts of gate, up, down
+    assert len(set(drawn)) == len(drawn) > 4 * (2 + 4 * 3)
 
 
 def statistics(plan: Plan, me: Identity) -> dict[str, list[float]]:
-    """Mean and standard deviation by name; parameters of the real model as config/memory.py counts them."""
+    """Mean and standard deviation by name; parameters of the real model as config/memory.py counts
+    them.
+    """
     with process_groups.start(plan, me) as here:
         (chunk,) = model.build(plan, here.device)
         assert sum(parameter.numel() for parameter in chunk.parameters()) == sum(
             stage_parameters(plan.config.model, plan.config.parallel, stage=0)
         )
-        return {shard.key: [shard.data.mean().item(), shard.data.std().item()] for shard in shards.shards(chunk)}
+        return {
+            shard.key: [shard.data.mean().item(), shard.data.std().item()]
+            for shard in shards.shards(chunk)
+        }
 
 
 def test_weights_are_normal_with_the_std_that_megatron_gives_them(tmp_path):
     plan = plan_of(*TINY, EP + "1", "model.init_method_std=0.02")
     (found,) = run_ranks(1, lambda me: statistics(plan, me), tmp_path)
     assert found["embedding.word_embeddings.weight"] == pytest.approx([0, 0.02], abs=1e-3)
-    assert found["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == pytest.approx([0, 0.02 / 8**0.5], abs=1e-3)
+    assert found["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == pytest.approx(
+        [0, 0.02 / 8**0.5], abs=1e-3
+    )
     assert found["decoder.final_layernorm.weight"] == [1, 0]
 
 
@@ -83,7 +96,10 @@ def attributes(plan: Plan, me: Identity) -> list[bool]:
     """Marks that Megatron-Core puts on parameters and its optimizer reads."""
     with process_groups.start(plan, me) as here:
         (chunk,) = model.build(plan, here.device)
-        marks = {name: getattr(parameter, "allreduce", True) for name, parameter in chunk.named_parameters()}
+        marks = {
+            name: getattr(parameter, "allreduce", True)
+            for name, parameter in chunk.named_parameters()
+        }
         return [not marks[name] for name in marks if "experts" in name] + [
             marks[name] for name in marks if "experts" not in name
         ]

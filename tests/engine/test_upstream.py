@@ -1,4 +1,5 @@
-"""Megatron-Core's own faults, shown: what a rule refuses or a mend answers would go wrong without it.
+"""Megatron-Core's own faults, shown: what a rule refuses or a mend answers would go wrong without
+it.
 
 When an upgrade makes one of these tests fail, its rule or mend can go.
 """
@@ -28,7 +29,10 @@ def unchecked(overrides: list[str]):
 
 
 def test_batched_messages_mix_up_the_interleaved_schedule_on_two_stages(tmp_path):
-    """config/transformer_fields.py always sets batch_p2p_comm to false with it. Both versions, in silence."""
+    """config/transformer_fields.py always sets batch_p2p_comm to false with it.
+
+    Both versions, in silence.
+    """
     words = [EP + "1", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2"]
     right = measure(words, tmp_path / "right")
     plan = derive(resolve(config_of(*TINY, *words)))
@@ -68,7 +72,9 @@ WEIGHED_OTHERWISE = {
 
 @pytest.mark.parametrize("name", WEIGHED_OTHERWISE)
 def test_per_token_losses_weigh_what_a_router_adds_otherwise(name, tmp_path):
-    """0.16: with calculate_per_token_loss it is another run under TP and CP, or with other microbatches."""
+    """0.16: with calculate_per_token_loss it is another run under TP and CP, or with other
+    microbatches.
+    """
     words, other = WEIGHED_OTHERWISE[name]
     right = measure([*PER_TOKEN, *words], tmp_path / "right")
     if not OLD:
@@ -100,9 +106,12 @@ def test_the_global_auxiliary_loss_is_divided_by_the_data_parallel_size(tmp_path
 
 @pytest.mark.skipif(not OLD, reason="mended by 0.19")
 def test_the_norm_forgets_split_weights_that_megatron_did_not_draw_itself(tmp_path):
-    """megatron_fixes.py marks them; 0.16 does so only where it draws them. All but the first rank's were left out."""
+    """megatron_fixes.py marks them; 0.16 does so only where it draws them. All but the first rank's
+    were left out.
+    """
     words = [EP + "1", *TP]
-    right, plan = measure(words, tmp_path / "right"), plan_of(*TINY, *words)
+    right = measure(words, tmp_path / "right")
+    plan = plan_of(*TINY, *words)
 
     def unmarked(me):
         megatron_fixes.mark_tensor_parallel = lambda model: None
@@ -142,12 +151,17 @@ def test_a_router_without_transformer_engine_misses_a_name():
 
 @pytest.mark.skipif(OLD, reason="0.16 copies by itself")
 def test_a_discarded_output_is_filled_again_without_a_compiler():
-    """0.19 would compile a C++ extension for it; megatron_fixes.py copies, where every view of the output sees it."""
+    """0.19 would compile a C++ extension for it; megatron_fixes.py copies, where every view of the
+    output sees it.
+    """
     import torch
     from megatron.core.tensor_parallel import random
 
     output = torch.arange(6.0)
-    view, again = output.view(2, 3), output.clone()
+    view = output.view(2, 3)
+    again = output.clone()
     output.untyped_storage().resize_(0)
     random._get_share_storage()(output, again)
-    assert view.equal(again.view(2, 3)) and random._get_share_storage() is megatron_fixes._copy_storage
+    assert (
+        view.equal(again.view(2, 3)) and random._get_share_storage() is megatron_fixes._copy_storage
+    )

@@ -1,4 +1,6 @@
-"""What a conversion meets on its way: damaged files, what is no number, a full disk. Nothing is left of it then."""
+"""What a conversion meets on its way: damaged files, what is no number, a full disk. Nothing is
+left of it then.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,10 @@ def shard_of(release: Path) -> Path:
 def test_a_flipped_bit_in_a_weight_is_found_while_it_is_copied(processes, converted, tmp_path):
     release = hf_models.copied(converted / "release", tmp_path / "checkpoint")
     flip(shard_of(release))
-    with pytest.raises(UserError, match=f"{shard_of(release)} is damaged: its SHA-256 is not that of what was written"):
+    with pytest.raises(
+        UserError,
+        match=f"{shard_of(release)} is damaged: its SHA-256 is not that of what was written",
+    ):
         to_hf.convert(release, tmp_path / "out", processes=processes)
     assert os.listdir(tmp_path) == ["checkpoint"]
     if processes == 1:
@@ -82,13 +87,21 @@ def test_a_file_of_weights_that_the_manifest_does_not_have_is_refused(converted,
     release = hf_models.copied(converted / "release", tmp_path / "checkpoint")
     files = integrity.read_manifest(release)
     name = shard_of(release).name
-    integrity.write_manifest(release, {other: file for other, file in files.items() if other != name})
-    with pytest.raises(UserError, match=f"{name} holds weights, and integrity.json does not have it"):
+    integrity.write_manifest(
+        release, {other: file for other, file in files.items() if other != name}
+    )
+    with pytest.raises(
+        UserError, match=f"{name} holds weights, and integrity.json does not have it"
+    ):
         to_hf.convert(release, tmp_path / "out")
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 
-SPECIAL = {"device": lambda path: path.symlink_to("/dev/null"), "pipe": os.mkfifo, "directory": Path.mkdir}
+SPECIAL = {
+    "device": lambda path: path.symlink_to("/dev/null"),
+    "pipe": os.mkfifo,
+    "directory": Path.mkdir,
+}
 
 
 @pytest.mark.parametrize("kind", SPECIAL)
@@ -112,10 +125,14 @@ def test_what_is_no_number_is_found_wherever_it_is(value, dtype):
         tensor[place] = value
         for to in (dtype, torch.float32):
             what = "NaN" if math.isnan(value) else "an infinite number"
-            with pytest.raises(UserError, match=f"^W has {what} in it: .*--allow-nonfinite converts it"):
+            with pytest.raises(
+                UserError, match=f"^W has {what} in it: .*--allow-nonfinite converts it"
+            ):
                 Casting(to)("W", tensor)
             allowing = Casting(to, allow_nonfinite=True)
-            assert torch.equal(allowing("W", tensor).isfinite(), tensor.isfinite()) and allowing.nonfinite == {"W"}
+            assert torch.equal(
+                allowing("W", tensor).isfinite(), tensor.isfinite()
+            ) and allowing.nonfinite == {"W"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -127,7 +144,9 @@ def test_the_largest_numbers_are_numbers_and_their_sum_need_not_be_one(dtype):
 
 def test_a_number_that_a_dtype_does_not_have_is_refused_whatever_is_allowed():
     large = torch.tensor([1.0, -3.4e38, math.nan])
-    with pytest.raises(UserError, match=r"^W has 3.4e\+38, and bf16 ends at 3.38953e\+38: use fp32$"):
+    with pytest.raises(
+        UserError, match=r"^W has 3.4e\+38, and bf16 ends at 3.38953e\+38: use fp32$"
+    ):
         Casting(torch.bfloat16, allow_nonfinite=True)("W", large)
     with pytest.raises(UserError, match=r"^W has 70000, and fp16 ends at 65504: use fp32 or bf16$"):
         Casting(torch.float16)("W", torch.tensor([7e4]))
@@ -137,9 +156,12 @@ def test_nan_is_refused_by_name_on_both_ways_and_converted_where_it_is_allowed(t
     there = hf_models.saved("mixtral", tmp_path / "there")
     file = there / "model.safetensors"
     tensors = load_file(file)
-    tensors[GATE][1, 5], tensors["lm_head.weight"][0, 0] = math.nan, -math.inf
+    tensors[GATE][1, 5] = math.nan
+    tensors["lm_head.weight"][0, 0] = -math.inf
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(UserError, match=f"{GATE} has NaN in it|lm_head.weight has an infinite number in it"):
+    with pytest.raises(
+        UserError, match=f"{GATE} has NaN in it|lm_head.weight has an infinite number in it"
+    ):
         to_megatron.convert(there, tmp_path / "megatron", processes=2)
     assert os.listdir(tmp_path) == ["there"] and "warning" not in capfd.readouterr().err
     to_megatron.convert(there, tmp_path / "megatron", processes=2, allow_nonfinite=True)
@@ -149,7 +171,9 @@ def test_nan_is_refused_by_name_on_both_ways_and_converted_where_it_is_allowed(t
         to_hf.convert(tmp_path / "megatron", tmp_path / "back")
     assert sorted(os.listdir(tmp_path)) == ["megatron", "there"]
     to_hf.convert(tmp_path / "megatron", tmp_path / "back", allow_nonfinite=True)
-    assert hf_models.unequal(there, tmp_path / "back") == [] and capfd.readouterr().err.endswith(said)
+    assert hf_models.unequal(there, tmp_path / "back") == [] and capfd.readouterr().err.endswith(
+        said
+    )
 
 
 # --- the disk
@@ -179,7 +203,9 @@ WAYS = {"to Megatron-Core": to_megatron.convert, "to Hugging Face": to_hf.conver
 
 @pytest.mark.parametrize("part", ["half of it", "all but the last files"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_disk_that_runs_full_is_one_line_and_nothing_is_left(way, part, hub, converted, small_disk, monkeypatch):
+def test_a_disk_that_runs_full_is_one_line_and_nothing_is_left(
+    way, part, hub, converted, small_disk, monkeypatch
+):
     source, like = (hub, converted) if way == "to Megatron-Core" else (converted, hub)
     whole = sum(path.stat().st_size for path in like.rglob("*") if path.is_file())
     disk = small_disk(whole // 2 if part == "half of it" else whole - 8192)
@@ -206,7 +232,12 @@ def test_a_file_that_may_not_grow_is_one_line_and_nothing_is_left(way, hub, conv
             WAYS[way](source, tmp_path / "out", processes=2)
         except Fault as fault:
             words = str(fault)
-            code = 0 if "File too large; it takes " in words and words.startswith(f"{tmp_path / 'out'} is not") else 2
+            code = (
+                0
+                if "File too large; it takes " in words
+                and words.startswith(f"{tmp_path / 'out'} is not")
+                else 2
+            )
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -246,7 +277,8 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
 
 
 def test_processes_of_a_conversion_that_was_killed_do_not_hold_its_directory(tmp_path):
-    (lives, says), (asked, asks) = os.pipe(), os.pipe()
+    (lives, says) = os.pipe()
+    (asked, asks) = os.pipe()
     with partial.claimed(tmp_path, "conversion"):
         child = os.fork()
         if child == 0:
@@ -260,7 +292,9 @@ def test_processes_of_a_conversion_that_was_killed_do_not_hold_its_directory(tmp
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_what_a_killed_conversion_left_is_removed_before_the_room_is_measured(tmp_path, monkeypatch):
+def test_what_a_killed_conversion_left_is_removed_before_the_room_is_measured(
+    tmp_path, monkeypatch
+):
     left = tmp_path / "out.writing"
     left.mkdir()
     (left / "half").write_text("x" * 1000)
@@ -273,13 +307,18 @@ def test_what_a_killed_conversion_left_is_removed_before_the_room_is_measured(tm
 
 def test_the_room_for_headers_grows_with_the_tensors(tmp_path, monkeypatch):
     monkeypatch.setattr(partial, "free", lambda path: 10**8)
-    with pytest.raises(UserError, match="out takes 90,000,000 bytes, and up to 24,674,304 for headers and small files"):
+    with pytest.raises(
+        UserError,
+        match="out takes 90,000,000 bytes, and up to 24,674,304 for headers and small files",
+    ):
         with output.written_whole(tmp_path / "out", 9 * 10**7, 10_000):
             pass
     assert os.listdir(tmp_path) == []
 
 
-def test_a_page_that_cannot_be_read_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):
+def test_a_page_that_cannot_be_read_is_an_error_and_not_the_end_of_the_process(
+    tmp_path, monkeypatch
+):
     class Damaged(mmap.mmap):
         def madvise(self, option: int) -> None:
             raise OSError(failing, "as Linux says")

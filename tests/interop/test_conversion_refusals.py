@@ -1,4 +1,6 @@
-"""What cannot be converted is refused by the name of the file, tensor or key, and nothing is written then."""
+"""What cannot be converted is refused by the name of the file, tensor or key, and nothing is
+written then.
+"""
 
 from __future__ import annotations
 
@@ -78,38 +80,56 @@ REFUSALS = {
         folder, lambda names: names.__setitem__(GATE, "x.bin")
     ),
     "pytorch_model.bin is a pickle": only_a_pickle,
-    f"{GATE} has shape (2, 64)": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor[:2]),
-    f"{GATE} is torch.bfloat16": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor.bfloat16()),
-    "is I64; weights are F32, F16, BF16": lambda folder: change_tensor(folder, GATE, lambda tensor: tensor.long()),
+    f"{GATE} has shape (2, 64)": lambda folder: change_tensor(
+        folder, GATE, lambda tensor: tensor[:2]
+    ),
+    f"{GATE} is torch.bfloat16": lambda folder: change_tensor(
+        folder, GATE, lambda tensor: tensor.bfloat16()
+    ),
+    "is I64; weights are F32, F16, BF16": lambda folder: change_tensor(
+        folder, GATE, lambda tensor: tensor.long()
+    ),
     "is damaged": lambda folder: os.truncate(first_file(folder), 2000),
-    "config.json is damaged: not valid JSON (": lambda folder: (folder / "config.json").write_text("{"),
-    "config.json is damaged: nested more than 64 deep": lambda folder: (folder / "config.json").write_text(DEEP),
-    "index.json is damaged: nested more than 64 deep": lambda folder: (folder / hf_files.INDEX).write_text(DEEP),
-    "index.json is damaged: weight_map = 5 is not an object": lambda folder: (folder / hf_files.INDEX).write_text(
-        '{"weight_map": 5}'
+    "config.json is damaged: not valid JSON (": lambda folder: (folder / "config.json").write_text(
+        "{"
     ),
-    "index.json is damaged: the key \"a\" stands in it twice": lambda folder: (folder / hf_files.INDEX).write_text(
-        '{"weight_map": {"a": "b", "a": "c"}}'
+    "config.json is damaged: nested more than 64 deep": lambda folder: (
+        folder / "config.json"
+    ).write_text(DEEP),
+    "index.json is damaged: nested more than 64 deep": lambda folder: (
+        folder / hf_files.INDEX
+    ).write_text(DEEP),
+    "index.json is damaged: weight_map = 5 is not an object": lambda folder: (
+        folder / hf_files.INDEX
+    ).write_text('{"weight_map": 5}'),
+    'index.json is damaged: the key "a" stands in it twice': lambda folder: (
+        folder / hf_files.INDEX
+    ).write_text('{"weight_map": {"a": "b", "a": "c"}}'),
+    'the key "\\u001b[2J" is not text without control characters, in weight_map': lambda folder: (
+        change_index(folder, lambda names: names.__setitem__("\x1b[2J", "x.safetensors"))
     ),
-    'the key "\\u001b[2J" is not text without control characters, in weight_map': lambda folder: change_index(
-        folder, lambda names: names.__setitem__("\x1b[2J", "x.safetensors")
+    "config.json is damaged: NaN is no number of JSON": lambda folder: change_config(
+        folder, rope_theta=math.nan
     ),
-    "config.json is damaged: NaN is no number of JSON": lambda folder: change_config(folder, rope_theta=math.nan),
-    "config.json is damaged: the number 1e999 is too large": lambda folder: (folder / "config.json").write_text(
-        '{"rope_theta": 1e999}'
-    ),
+    "config.json is damaged: the number 1e999 is too large": lambda folder: (
+        folder / "config.json"
+    ).write_text('{"rope_theta": 1e999}'),
     "config.json is refused: no regular file": lambda folder: a_pipe(folder / "config.json"),
     "config.json is missing": lambda folder: (folder / "config.json").unlink(),
     "model_type = llama": lambda folder: change_config(folder, model_type="llama"),
-    "auto_map: the model wants code of its own": lambda folder: change_config(folder, auto_map={"AutoModel": "m.M"}),
+    "auto_map: the model wants code of its own": lambda folder: change_config(
+        folder, auto_map={"AutoModel": "m.M"}
+    ),
     "model.moe_router_topk = 1": lambda folder: change_config(folder, num_experts_per_tok=1),
     "has both": lambda folder: save_file({"a": torch.zeros(1)}, folder / "model.safetensors"),
     f"{GATE}, which model.safetensors.index.json does not name": lambda folder: change_index(
         folder, lambda names: names.pop(GATE)
     ),
-    "model.layers.3.input_layernorm.weight is missing": lambda folder: change_config(folder, num_hidden_layers=4),
+    "model.layers.3.input_layernorm.weight is missing": lambda folder: change_config(
+        folder, num_hidden_layers=4
+    ),
     "is not a tensor of this model": lambda folder: change_config(folder, num_hidden_layers=2),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("problem", REFUSALS)
@@ -136,16 +156,24 @@ def with_config(converted: Path, target: Path, **keys) -> Path:
 
 
 CANNOT = {
-    "router.moe_router_load_balancing_type = sinkhorn": {"router__moe_router_load_balancing_type": ["sinkhorn"]},
+    "router.moe_router_load_balancing_type = sinkhorn": {
+        "router__moe_router_load_balancing_type": ["sinkhorn"]
+    },
     "router.moe_router_score_function = sigmoid": {"router__moe_router_score_function": "sigmoid"},
     "router.moe_router_pre_softmax = true": {"router__moe_router_pre_softmax": True},
-    "dispatcher.moe_expert_capacity_factor = 1.25": {"dispatcher__moe_expert_capacity_factor": 1.25},
-    "model.moe_shared_expert_intermediate_size = 8": {"model__moe_shared_expert_intermediate_size": 8},
+    "dispatcher.moe_expert_capacity_factor = 1.25": {
+        "dispatcher__moe_expert_capacity_factor": 1.25
+    },
+    "model.moe_shared_expert_intermediate_size = 8": {
+        "model__moe_shared_expert_intermediate_size": 8
+    },
 }
 
 
 @pytest.mark.parametrize("problem", CANNOT)
-def test_what_hugging_face_cannot_express_is_refused_by_key_and_nothing_is_written(problem, converted, tmp_path):
+def test_what_hugging_face_cannot_express_is_refused_by_key_and_nothing_is_written(
+    problem, converted, tmp_path
+):
     release = with_config(converted, tmp_path / "checkpoint", **CANNOT[problem])
     with pytest.raises(UserError) as refused:
         to_hf.convert(release, tmp_path / "out")
@@ -155,7 +183,9 @@ def test_what_hugging_face_cannot_express_is_refused_by_key_and_nothing_is_writt
 
 def test_a_checkpoint_of_other_tensors_than_its_configuration_is_refused(converted, tmp_path):
     release = with_config(converted, tmp_path / "checkpoint", model__vocab_size=512)
-    with pytest.raises(UserError, match=r"embedding.word_embeddings.weight has shape \(256, 64\); .* \(512, 64\)"):
+    with pytest.raises(
+        UserError, match=r"embedding.word_embeddings.weight has shape \(256, 64\); .* \(512, 64\)"
+    ):
         to_hf.convert(release, tmp_path / "out")
 
 
@@ -179,13 +209,18 @@ def test_numbers_that_fp16_does_not_have_are_refused_by_name(hub, converted, tmp
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.writing").exists()
 
 
-def test_what_is_there_is_never_overwritten_and_a_full_disk_is_told_before(hub, tmp_path, monkeypatch):
+def test_what_is_there_is_never_overwritten_and_a_full_disk_is_told_before(
+    hub, tmp_path, monkeypatch
+):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("kept")
     with pytest.raises(UserError, match="is there already"):
         to_megatron.convert(hub, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
     monkeypatch.setattr(output, "MARGIN", 1 << 60)
-    with pytest.raises(UserError, match=r"takes [\d,]+ bytes, and up to 1,152,9[\d,]+ for .*, but [\d,]+ are free on"):
+    with pytest.raises(
+        UserError,
+        match=r"takes [\d,]+ bytes, and up to 1,152,9[\d,]+ for .*, but [\d,]+ are free on",
+    ):
         to_megatron.convert(hub, tmp_path / "other")
     assert not (tmp_path / "other").exists()

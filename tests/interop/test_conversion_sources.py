@@ -1,4 +1,6 @@
-"""Directories as people have them: what is taken and said, and what is called by its name and refused."""
+"""Directories as people have them: what is taken and said, and what is called by its name and
+refused.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ sys.path.insert(0, str(ROOT / "tools"))
 import verify_conversion  # noqa: E402
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 Q = "model.layers.0.self_attn.q_proj"
 
 
@@ -75,7 +78,10 @@ def test_an_output_layer_that_is_the_embedding_is_left_out_of_a_tied_model(tied,
     (said,) = taken(tied, tmp_path / "out", capfd)
     assert said == f"{HEAD} is left out: it is equal to {EMBEDDING}, and tie_word_embeddings = true"
     to_hf.convert(tmp_path / "out", tmp_path / "back")
-    assert hf_models.unequal(hf_models.saved("tied mixtral", tmp_path / "plain"), tmp_path / "back") == []
+    assert (
+        hf_models.unequal(hf_models.saved("tied mixtral", tmp_path / "plain"), tmp_path / "back")
+        == []
+    )
 
 
 @pytest.mark.parametrize("how", ["another number", "another dtype", "another shape"])
@@ -83,27 +89,43 @@ def test_an_output_layer_that_is_not_the_embedding_is_refused_in_a_tied_model(ho
     def other(tensors: dict) -> dict:
         head = tensors[EMBEDDING].clone()
         head[-1, -1] += 1e-6
-        return tensors | {HEAD: {"another number": head, "another dtype": head.half()}.get(how, head[:9])}
+        return tensors | {
+            HEAD: {"another number": head, "another dtype": head.half()}.get(how, head[:9])
+        }
 
     change(tied, other)
     said = refused(tied, tmp_path / "out", dtype=torch.float32)
-    assert said.startswith(f"{HEAD} and {EMBEDDING} are not equal, but config.json has tie_word_embeddings = true")
+    assert said.startswith(
+        f"{HEAD} and {EMBEDDING} are not equal, but config.json has tie_word_embeddings = true"
+    )
     change_config(tied, tie_word_embeddings=False)  # as it says
     if how == "another number":
         to_megatron.convert(tied, tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_buffers_of_the_rotary_embedding_are_left_out_where_they_are_what_the_base_makes(dtype, there, tmp_path, capfd):
-    names = ["model.rotary_emb.inv_freq", *(f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(3))]
+def test_buffers_of_the_rotary_embedding_are_left_out_where_they_are_what_the_base_makes(
+    dtype, there, tmp_path, capfd
+):
+    names = [
+        "model.rotary_emb.inv_freq",
+        *(f"model.layers.{n}.self_attn.rotary_emb.inv_freq" for n in range(3)),
+    ]
     change(there, lambda tensors: tensors | {name: frequencies(1e4, dtype) for name in names})
     (said,) = taken(there, tmp_path / "out", capfd)
-    assert "rotary_emb.inv_freq (and 3 like it) is left out: it is what rope_theta = 10000 makes" in said
+    assert (
+        "rotary_emb.inv_freq (and 3 like it) is left out: it is what rope_theta = 10000 makes"
+        in said
+    )
     to_hf.convert(tmp_path / "out", tmp_path / "back")
-    assert hf_models.unequal(hf_models.saved("mixtral", tmp_path / "plain"), tmp_path / "back") == []
+    assert (
+        hf_models.unequal(hf_models.saved("mixtral", tmp_path / "plain"), tmp_path / "back") == []
+    )
 
 
-@pytest.mark.parametrize("buffer", [frequencies(1e6), frequencies(10001.0), frequencies(1e4) / 2, frequencies(1e4)[:4]])
+@pytest.mark.parametrize(
+    "buffer", [frequencies(1e6), frequencies(10001.0), frequencies(1e4) / 2, frequencies(1e4)[:4]]
+)
 def test_buffers_of_another_base_are_refused_with_it(buffer, there, tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change(there, lambda tensors: tensors | {name: buffer.clone()})
@@ -112,19 +134,30 @@ def test_buffers_of_another_base_are_refused_with_it(buffer, there, tmp_path):
     )
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."]
+)
 def test_what_a_wrapper_puts_before_all_names_is_taken_off(prefix, there, tmp_path, capfd):
     change(there, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
     said = taken(there, tmp_path / "out", capfd)
     assert len(said) == prefix.count(".") - prefix.startswith("base_model")
     assert all(" is taken off the names of all " in line for line in said)
     to_hf.convert(tmp_path / "out", tmp_path / "back")
-    assert hf_models.unequal(hf_models.saved("mixtral", tmp_path / "plain"), tmp_path / "back") == []
+    assert (
+        hf_models.unequal(hf_models.saved("mixtral", tmp_path / "plain"), tmp_path / "back") == []
+    )
 
 
 def test_a_prefix_of_some_names_is_refused(there, tmp_path):
-    change(there, lambda tensors: {("" if name == GATE else "module.") + name: tensors[name] for name in tensors})
-    with pytest.raises(UserError, match="module.model.embed_tokens.weight is not a tensor of this model"):
+    change(
+        there,
+        lambda tensors: {
+            ("" if name == GATE else "module.") + name: tensors[name] for name in tensors
+        },
+    )
+    with pytest.raises(
+        UserError, match="module.model.embed_tokens.weight is not a tensor of this model"
+    ):
         to_megatron.convert(there, tmp_path / "out")
 
 
@@ -133,13 +166,19 @@ def test_the_only_file_may_have_another_name_and_one_of_several_may_not(there, t
     (said,) = taken(there, tmp_path / "out", capfd)
     assert said == "weights.safetensors is taken for model.safetensors"
     (there / "weights.safetensors").rename(there / "model-00001-of-00002.safetensors")
-    assert "model-00001-of-00002.safetensors, but no model.safetensors.index.json" in refused(there, tmp_path / "x")
+    assert "model-00001-of-00002.safetensors, but no model.safetensors.index.json" in refused(
+        there, tmp_path / "x"
+    )
     save_file({"a": torch.zeros(1)}, there / "more.safetensors")
-    assert "has model-00001-of-00002.safetensors, and 1 more, but no model" in refused(there, tmp_path / "x")
+    assert "has model-00001-of-00002.safetensors, and 1 more, but no model" in refused(
+        there, tmp_path / "x"
+    )
 
 
 def test_a_mark_at_the_beginning_of_config_json_is_read_over(there, tmp_path):
-    (there / "config.json").write_text("\ufeff" + (there / "config.json").read_text(), encoding="utf-8")
+    (there / "config.json").write_text(
+        "\ufeff" + (there / "config.json").read_text(), encoding="utf-8"
+    )
     to_megatron.convert(there, tmp_path / "out")
 
 
@@ -150,13 +189,16 @@ def test_keys_that_are_absent_are_said_in_one_line(there, tmp_path, capfd):
     (there / "config.json").write_text(json.dumps(values))
     (said,) = taken(there, tmp_path / "out", capfd)
     assert said == (
-        "config.json says nothing of num_experts_per_tok = 2, rms_norm_eps = 1e-05: transformers' default is taken"
+        "config.json says nothing of num_experts_per_tok = 2, rms_norm_eps = 1e-05: transformers'"
+        " default is taken"
     )
 
 
 def test_several_dtypes_are_refused_with_the_option_that_takes_them(there, tmp_path):
     change(there, lambda tensors: tensors | {GATE: tensors[GATE].bfloat16()})
-    assert refused(there, tmp_path / "out").endswith("all must be the same; --dtype fp32, bf16 or fp16 makes them so")
+    assert refused(there, tmp_path / "out").endswith(
+        "all must be the same; --dtype fp32, bf16 or fp16 makes them so"
+    )
     to_megatron.convert(there, tmp_path / "out", dtype=torch.bfloat16)
 
 
@@ -166,10 +208,14 @@ QUANTISED = {
     "quantised by GPTQ": {f"{Q}.qweight": torch.int32, f"{Q}.g_idx": torch.int32},
     "quantised by GPTQ or AWQ": {f"{Q}.qweight": torch.int32, f"{Q}.qzeros": torch.int32},
     "quantised by bitsandbytes (8 bits)": {f"{Q}.SCB": torch.float32},
-    "quantised by bitsandbytes (4 bits)": {f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.uint8},
+    "quantised by bitsandbytes (4 bits)": {
+        f"{Q}.weight.quant_state.bitsandbytes__nf4": torch.uint8
+    },
     "quantised by fp8 with scales of blocks": {f"{Q}.weight_scale_inv": torch.float32},
     "is F8_E4M3: the model is quantised by fp8": {f"{Q}.weight": torch.float8_e4m3fn},
-    "is U8: the model is quantised by packing several numbers in a byte": {f"{Q}.weight": torch.uint8},
+    "is U8: the model is quantised by packing several numbers in a byte": {
+        f"{Q}.weight": torch.uint8
+    },
     "is I32: the model is quantised by packing several": {f"{Q}.weight": torch.int32},
 }
 
@@ -177,12 +223,16 @@ QUANTISED = {
 @pytest.mark.parametrize("method", QUANTISED)
 def test_a_quantised_model_is_called_so_by_its_tensors(method, there, tmp_path):
     parts = {name: torch.zeros(4, dtype=dtype) for name, dtype in QUANTISED[method].items()}
-    change(there, lambda tensors: {name: tensors[name] for name in tensors if name != f"{Q}.weight"} | parts)
+    change(
+        there,
+        lambda tensors: {name: tensors[name] for name in tensors if name != f"{Q}.weight"} | parts,
+    )
     said = refused(there, tmp_path / "out")
     assert method in said and said.endswith("give the unquantised model")
     change_config(there, quantization_config={"quant_method": "some_method"})
     assert refused(there, tmp_path / "out") == (
-        f"{there / 'config.json'} has quantization_config (quantised by some_method); give the unquantised model"
+        f"{there / 'config.json'} has quantization_config (quantised by some_method); give the"
+        " unquantised model"
     )
 
 
@@ -191,7 +241,10 @@ def test_a_note_of_quantisation_over_plain_weights_is_refused_by_both_tools(valu
     to_megatron.convert(there, tmp_path / "plain")
     change_config(there, quantization_config=value)
     said = refused(there, tmp_path / "out")
-    assert "has quantization_config (quantised by " in said and "no tensor is quantised: take the key out" in said
+    assert (
+        "has quantization_config (quantised by " in said
+        and "no tensor is quantised: take the key out" in said
+    )
     with pytest.raises(UserError, match="no tensor is quantised"):
         verify_conversion.main([str(there), str(tmp_path / "plain")])
 
@@ -201,23 +254,32 @@ def test_an_adapter_is_refused_with_the_call_that_merges_it(there, tmp_path):
     (there / "model.safetensors").rename(there / "adapter_model.safetensors")
     said = refused(there, tmp_path / "out")
     call = shlex.split(said.partition("merge it first: ")[2].partition("; if these")[0])
-    assert f"{there} has adapter_config.json: an adapter of peft, not a model; merge it first: python -c " in said
+    assert (
+        f"{there} has adapter_config.json: an adapter of peft, not a model; merge it first: python"
+        " -c " in said
+    )
     assert call[:2] == ["python", "-c"] and "merge_and_unload()" in said
 
 
 def test_an_adapter_in_the_names_of_a_model_is_refused(there, tmp_path):
     change(there, lambda tensors: tensors | {f"{Q}.lora_A.weight": torch.zeros(2, 64)})
-    assert refused(there, tmp_path / "out").startswith(f"{Q}.lora_A.weight is of an adapter of peft that is not merged")
+    assert refused(there, tmp_path / "out").startswith(
+        f"{Q}.lora_A.weight is of an adapter of peft that is not merged"
+    )
 
 
-@pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.safetensors", "consolidated.00.pt"])
+@pytest.mark.parametrize(
+    "name", ["consolidated.00.pth", "consolidated.safetensors", "consolidated.00.pt"]
+)
 def test_mistrals_own_format_is_refused_with_what_to_give(name, there, tmp_path):
     (there / "consolidated.safetensors").write_bytes(b"")
     to_megatron.convert(there, tmp_path / "both")  # as on the hub
     (there / "consolidated.safetensors").unlink()
     (there / "model.safetensors").rename(there / name)
     (there / "config.json").rename(there / "params.json")
-    assert f"{there / name} is in Mistral's own format: give the files " in refused(there, tmp_path / "out")
+    assert f"{there / name} is in Mistral's own format: give the files " in refused(
+        there, tmp_path / "out"
+    )
 
 
 def test_a_shard_of_a_quantised_model_is_found_in_any_file(hub, tmp_path):
@@ -226,7 +288,9 @@ def test_a_shard_of_a_quantised_model_is_found_in_any_file(hub, tmp_path):
     tensors = load_file(path)
     save_file(tensors | {"a.qweight": torch.zeros(2, dtype=torch.int32)}, path)
     change_index(folder, lambda names: names.__setitem__("a.qweight", path.name))
-    assert "a.qweight is of a model that is quantised by GPTQ or AWQ" in refused(folder, tmp_path / "out")
+    assert "a.qweight is of a model that is quantised by GPTQ or AWQ" in refused(
+        folder, tmp_path / "out"
+    )
     assert strangers.quantised({name: "F32" for name in hf_files.read_tensors(hub)}) == ""
 
 
@@ -256,7 +320,9 @@ def test_the_proof_refuses_what_a_conversion_refuses(words, there, converted):
 def test_the_proof_says_in_a_line_what_only_transformers_minds(what, code, words, there, converted):
     change_config(there, **what)
     done = tool("verify_conversion", there, converted, "--length", "8")
-    assert (done.returncode, words in done.stdout + done.stderr) == (code, True), done.stdout + done.stderr
+    assert (done.returncode, words in done.stdout + done.stderr) == (code, True), (
+        done.stdout + done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 

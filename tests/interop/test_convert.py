@@ -1,4 +1,6 @@
-"""Every tensor and key has one name on each side, nothing is lost between them, and what is no Mixtral is refused."""
+"""Every tensor and key has one name on each side, nothing is lost between them, and what is no
+Mixtral is refused.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,8 @@ def small(*overrides: str) -> Config:
 
 def numbered(config: Config) -> dict[str, torch.Tensor]:
     """Megatron tensors in which no two entries are alike, so that each can be found again."""
-    wholes, first = {}, 0
+    wholes = {}
+    first = 0
     for key, shape in tensor_schema.shapes(config).items():
         count = torch.Size(shape).numel()
         wholes[key] = torch.arange(first, first + count, dtype=torch.float32).view(shape)
@@ -78,8 +81,11 @@ def test_there_and_back_again_is_where_it_was(shape, layout):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_names_and_shapes_are_those_that_transformers_keeps_and_writes(shape, tmp_path):
     config = small(*SHAPES[shape])
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings.to_hugging_face(config)))
-    kept, written = {name: tensor.data for name, tensor in model.named_parameters()}, files_of(model, tmp_path)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**settings.to_hugging_face(config))
+    )
+    kept = {name: tensor.data for name, tensor in model.named_parameters()}
+    written = files_of(model, tmp_path)
     wholes = to_megatron(config, written)
     assert_equal(to_megatron(config, kept), wholes)
     assert_equal(to_hugging_face(config, wholes), written)
@@ -88,9 +94,12 @@ def test_names_and_shapes_are_those_that_transformers_keeps_and_writes(shape, tm
 
 def test_a_group_of_qkv_holds_its_queries_then_its_key_then_its_value():
     config = small()
-    qkv = numbered(config)[QKV][1].view(2, 4, 8, 16)  # groups; two queries, key, value; head; hidden
+    # groups; two queries, key, value; head; hidden
+    qkv = numbered(config)[QKV][1].view(2, 4, 8, 16)
     named = to_hugging_face(config, numbered(config))
-    query, key, value = (named[f"model.layers.1.self_attn.{letter}_proj.weight"] for letter in "qkv")
+    query, key, value = (
+        named[f"model.layers.1.self_attn.{letter}_proj.weight"] for letter in "qkv"
+    )
     for head in range(4):
         assert torch.equal(query[head * 8 : head * 8 + 8], qkv[head // 2, head % 2])
     for group in range(2):
@@ -114,8 +123,12 @@ def test_what_need_not_be_copied_is_a_view(layout):
     wholes = numbered(config)
     own = {tensor.untyped_storage().data_ptr() for tensor in wholes.values()}
     named = to_hugging_face(config, wholes, layout)
-    copied = [name for name, tensor in named.items() if tensor.untyped_storage().data_ptr() not in own]
-    assert len(copied) == 3 * 3 and all(name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in copied)
+    copied = [
+        name for name, tensor in named.items() if tensor.untyped_storage().data_ptr() not in own
+    ]
+    assert len(copied) == 3 * 3 and all(
+        name.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for name in copied
+    )
     assert all(tensor.is_contiguous() for tensor in named.values())  # as safetensors wants them
 
 
@@ -123,7 +136,9 @@ def test_what_need_not_be_copied_is_a_view(layout):
 def test_each_part_of_a_megatron_tensor_can_be_converted_alone(layout):
     config = small()
     wholes = numbered(config)
-    named, covered, used = to_hugging_face(config, wholes, layout), dict.fromkeys(wholes, 0), []
+    named = to_hugging_face(config, wholes, layout)
+    covered = dict.fromkeys(wholes, 0)
+    used = []
     for part in pieces(config, layout):
         memory = torch.empty(part.shape)
         part.write(memory, {name: named[name] for name in part.names})
@@ -146,11 +161,16 @@ def test_every_tensor_of_the_contract_has_a_row_or_is_refused_by_name():
 
 
 def test_a_tensor_without_a_row_and_a_row_without_a_tensor_are_errors(monkeypatch):
-    with pytest.raises(RuntimeError, match="no row of .*table.py covers .*shared_experts.linear_fc1"):
+    with pytest.raises(
+        RuntimeError, match="no row of .*table.py covers .*shared_experts.linear_fc1"
+    ):
         list(pieces(small("model.moe_shared_expert_intermediate_size=8"), "hub"))
     spare = HUB[0]._replace(key="decoder.layers.mlp.linear_fc3.weight")
     monkeypatch.setattr(table, "HUB", [*HUB, spare])
-    with pytest.raises(RuntimeError, match="rows of .*table.py are of no tensor: decoder.layers.mlp.linear_fc3.weight"):
+    with pytest.raises(
+        RuntimeError,
+        match="rows of .*table.py are of no tensor: decoder.layers.mlp.linear_fc3.weight",
+    ):
         list(pieces(small(), "hub"))
 
 
@@ -170,8 +190,8 @@ BROKEN = {
     ),
     "dtype": (
         lambda named: named | {W1: torch.ones(12, 16, dtype=torch.bfloat16)},
-        f"{W1} is torch.bfloat16, but model.embed_tokens.weight is torch.float32; all must be the same;"
-        " --dtype fp32, bf16 or fp16 makes them so",
+        f"{W1} is torch.bfloat16, but model.embed_tokens.weight is torch.float32; all must be the"
+        " same; --dtype fp32, bf16 or fp16 makes them so",
     ),
     "fp16": (
         lambda named: {name: tensor.half() for name, tensor in named.items()},
@@ -185,14 +205,16 @@ BROKEN = {
     "another model": (
         lambda named: {"transformer.wte.weight": torch.ones(2)},
         "no router or expert of a Mixtral is among the 1 tensors: neither"
-        " model.layers.0.block_sparse_moe.experts.0.w1.weight nor model.layers.0.mlp.experts.down_proj",
+        " model.layers.0.block_sparse_moe.experts.0.w1.weight nor"
+        " model.layers.0.mlp.experts.down_proj",
     ),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
 def test_tensors_that_are_not_the_models_are_refused_by_name(fault):
-    config, (breaking, problem) = small(), BROKEN[fault]
+    config = small()
+    (breaking, problem) = BROKEN[fault]
     with pytest.raises(UserError) as refused:
         to_megatron(config, breaking(to_hugging_face(config, numbered(config))))
     assert refused.value.problems == (problem,)
@@ -203,12 +225,15 @@ def test_a_wrong_size_names_some_tensors_and_counts_the_others():
     with pytest.raises(UserError) as refused:
         to_megatron(small("model.moe_ffn_hidden_size=10"), named)
     assert len(refused.value.problems) == 6
-    assert refused.value.problems[-1] == "... and 31 more such tensors"  # of 3 layers, 4 experts and 3 matrices
+    # of 3 layers, 4 experts and 3 matrices
+    assert refused.value.problems[-1] == "... and 31 more such tensors"
 
 
 def test_megatron_tensors_are_checked_as_well():
     config = small()
     wholes = numbered(config)
     wholes[FC1] = wholes[FC1][:2]
-    with pytest.raises(UserError, match=r"linear_fc1.weight has shape \(2, 4, 24, 16\); .* \(3, 4, 24, 16\)"):
+    with pytest.raises(
+        UserError, match=r"linear_fc1.weight has shape \(2, 4, 24, 16\); .* \(3, 4, 24, 16\)"
+    ):
         to_hugging_face(config, wholes)

@@ -18,7 +18,9 @@ def commands() -> list[list[str]]:
     """The words of every `python tools/...` command of the pages."""
     found = []
     for page in PAGES:
-        for block in re.findall(r"```console\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL):
+        for block in re.findall(
+            r"```console\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL
+        ):
             lines = block.replace("\\\n", " ").splitlines()
             found += [shlex.split(line[2:]) for line in lines if line.startswith("$ python tools/")]
     return found
@@ -27,7 +29,12 @@ def commands() -> list[list[str]]:
 @cache
 def help_of(tool: str) -> str:
     done = subprocess.run(
-        [sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, tool, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
     )
     return done.stdout
 
@@ -35,7 +42,9 @@ def help_of(tool: str) -> str:
 @pytest.mark.parametrize("words", commands(), ids=lambda words: " ".join(words)[13:60])
 def test_a_command_names_options_that_its_tool_has(words):
     options = [word for word in words if word.startswith("--")]
-    assert all(f" {option}" in help_of(words[1]) or f"[{option}" in help_of(words[1]) for option in options)
+    assert all(
+        f" {option}" in help_of(words[1]) or f"[{option}" in help_of(words[1]) for option in options
+    )
     assert "Exit codes" in help_of(words[1]) or not words[1].startswith("tools/convert")
 
 
@@ -45,4 +54,7 @@ def test_the_page_of_conversion_lists_every_damage_and_architecture():
     text = (ROOT / "docs" / "convert.md").read_text()
     assert all(architecture.class_name in text for architecture in settings.ARCHITECTURES.values())
     assert len(proof.DAMAGES) == 6 and "in six ways" in text
-    assert f"{proof.LIMITS[next(iter(proof.LIMITS))]:.0e}".replace("e-0", "e-") in text and str(proof.COSINE) in text
+    assert (
+        f"{proof.LIMITS[next(iter(proof.LIMITS))]:.0e}".replace("e-0", "e-") in text
+        and str(proof.COSINE) in text
+    )

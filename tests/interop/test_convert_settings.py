@@ -1,4 +1,6 @@
-"""A configuration is one of Hugging Face's Mixtral, said in its own keys, or it is refused by key and value."""
+"""A configuration is one of Hugging Face's Mixtral, said in its own keys, or it is refused by key
+and value.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,14 @@ NO_MIXTRAL = {
     "router.moe_router_pre_softmax = true": ["router.moe_router_pre_softmax=true"],
     "router.moe_router_score_function = sigmoid": ["router.moe_router_score_function=sigmoid"],
     "router.moe_router_topk_scaling_factor = 2.5": ["router.moe_router_topk_scaling_factor=2.5"],
-    "router.moe_router_num_groups = 2": ["router.moe_router_num_groups=2", "router.moe_router_group_topk=1"],
+    "router.moe_router_num_groups = 2": [
+        "router.moe_router_num_groups=2",
+        "router.moe_router_group_topk=1",
+    ],
     "model.moe_router_topk = 1": ["model.moe_router_topk=1", "router.moe_router_pre_softmax=true"],
-    "model.moe_shared_expert_intermediate_size = 8": ["model.moe_shared_expert_intermediate_size=8"],
+    "model.moe_shared_expert_intermediate_size = 8": [
+        "model.moe_shared_expert_intermediate_size=8"
+    ],
     "dispatcher.moe_expert_capacity_factor = 1.25": ["dispatcher=drop"],
     "model.extra.rotary_interleaved = true": ["model.extra.rotary_interleaved=true"],
 }
@@ -53,7 +60,10 @@ def test_an_expert_bias_is_refused_with_its_sigmoid():
 @pytest.mark.parametrize(
     "words",
     [
-        *[[f"router={name}"] for name in ("aux_loss", "seq_aux_loss", "global_aux_loss", "combined", "none")],
+        *[
+            [f"router={name}"]
+            for name in ("aux_loss", "seq_aux_loss", "global_aux_loss", "combined", "none")
+        ],
         ["router.moe_z_loss_coeff=0.001"],
         ["model.untie_embeddings_and_output_weights=false"],
         ["model.extra.attention_backend=flash"],
@@ -93,7 +103,10 @@ CONFIG_JSON = {
 
 
 def test_the_published_config_json_says_what_our_facts_say():
-    assert settings.from_hugging_face(CONFIG_JSON) == published_models.published()["mistralai/Mixtral-8x7B-v0.1"]
+    assert (
+        settings.from_hugging_face(CONFIG_JSON)
+        == published_models.published()["mistralai/Mixtral-8x7B-v0.1"]
+    )
 
 
 def test_what_transformers_5_writes_of_it_says_the_same():
@@ -125,10 +138,18 @@ REFUSED_VALUES = {
     "hidden_act = gelu: mixtrain's Mixtral has silu": {"hidden_act": "gelu"},
     "sliding_window = 4096: mixtrain's Mixtral has null": {"sliding_window": 4096},
     "model_type = mistral: mixtrain converts mixtral and qwen3_moe": {"model_type": "mistral"},
-    "auto_map: the model wants code of its own, and none but transformers' is known or run": {"auto_map": {"A": "b.C"}},
-    "rope_scaling = {'factor': 2.0}: mixtrain's Mixtral has null": {"rope_scaling": {"factor": 2.0}},
-    "rope_parameters.rope_type = yarn: mixtrain's Mixtral has default": {"rope_parameters": {"rope_type": "yarn"}},
-    "rope_theta = 1000000.0, but rope_parameters.rope_theta = 10000.0": {"rope_parameters": {"rope_theta": 10000.0}},
+    "auto_map: the model wants code of its own, and none but transformers' is known or run": {
+        "auto_map": {"A": "b.C"}
+    },
+    "rope_scaling = {'factor': 2.0}: mixtrain's Mixtral has null": {
+        "rope_scaling": {"factor": 2.0}
+    },
+    "rope_parameters.rope_type = yarn: mixtrain's Mixtral has default": {
+        "rope_parameters": {"rope_type": "yarn"}
+    },
+    "rope_theta = 1000000.0, but rope_parameters.rope_theta = 10000.0": {
+        "rope_parameters": {"rope_theta": 10000.0}
+    },
     "rope_theta = 0.5: model.rotary_base is a whole number": {"rope_theta": 0.5},
     "rope_theta = null is not a number above 0, up to 9,007,199,254,740,992": {"rope_theta": None},
     "rope_theta = 1000000.0, but rope_scaling.rope_theta = 5.0": {
@@ -137,25 +158,35 @@ REFUSED_VALUES = {
     "rope_scaling = {'type': 'linear', 'factor': 2.0}: mixtrain's Mixtral has null": {
         "rope_scaling": {"type": "linear", "factor": 2.0},
     },
-    "rope_parameters.rope_theta = 5.0, but rope_scaling takes the place of rope_parameters in transformers, with"
-    " rope_theta = 1000000.0; leave rope_scaling out": {
-        "rope_theta": ..., "rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"type": "default"},
+    "rope_parameters.rope_theta = 5.0, but rope_scaling takes the place of rope_parameters in"
+    " transformers, with rope_theta = 1000000.0; leave rope_scaling out": {
+        "rope_theta": ...,
+        "rope_parameters": {"rope_theta": 5.0},
+        "rope_scaling": {"type": "default"},
     },
     "rope_parameters.partial_rotary_factor = 0.5: mixtrain's Mixtral has 1": {
         "rope_parameters": {"partial_rotary_factor": 0.5},
     },
     "partial_rotary_factor = 0.5: mixtrain's Mixtral has 1.0": {"partial_rotary_factor": 0.5},
-    "sliding_window = 32767: mixtrain's Mixtral has null": {"sliding_window": 32767, "use_sliding_window": False},
+    "sliding_window = 32767: mixtrain's Mixtral has null": {
+        "sliding_window": 32767,
+        "use_sliding_window": False,
+    },
     "num_local_experts = null is not a whole number from 1 to 65,536": {"num_local_experts": None},
     "num_hidden_layers = null is not a whole number from 1 to 16,384": {"num_hidden_layers": None},
-    "num_hidden_layers = 1000000 is not a whole number from 1 to 16,384": {"num_hidden_layers": 10**6},
+    "num_hidden_layers = 1000000 is not a whole number from 1 to 16,384": {
+        "num_hidden_layers": 10**6
+    },
     f"hidden_size = {10**30} is not a whole number from 1 to 1,048,576": {"hidden_size": 10**30},
     "vocab_size = 4294967296 is not a whole number from 1 to 2,147,483,647": {"vocab_size": 2**32},
     "num_hidden_layers = 16000 with num_local_experts = 60000 is beyond every model": {
-        "num_hidden_layers": 16000, "num_local_experts": 60000, "num_key_value_heads": 1,
+        "num_hidden_layers": 16000,
+        "num_local_experts": 60000,
+        "num_key_value_heads": 1,
     },
     "num_hidden_layers = 16000 with num_key_value_heads = 32 is beyond every model": {
-        "num_hidden_layers": 16000, "num_key_value_heads": 32,
+        "num_hidden_layers": 16000,
+        "num_key_value_heads": 32,
     },
     "tie_word_embeddings = false is not true or false": {"tie_word_embeddings": "false"},
     "num_attention_heads = 0 is not a whole number from 1 to 65,536": {"num_attention_heads": 0},
@@ -164,16 +195,24 @@ REFUSED_VALUES = {
     "num_experts_per_tok = 9, but num_local_experts = 8": {"num_experts_per_tok": 9},
     "rms_norm_eps = small is not a number between 0 and 1": {"rms_norm_eps": "small"},
     "rope_theta = 1e6 is not a number above 0, up to 9,007,199,254,740,992": {"rope_theta": "1e6"},
-    "rope_theta = nan is not a number above 0, up to 9,007,199,254,740,992": {"rope_theta": math.nan},
-    "rope_theta = 1e+300 is not a number above 0, up to 9,007,199,254,740,992": {"rope_theta": 1e300},
+    "rope_theta = nan is not a number above 0, up to 9,007,199,254,740,992": {
+        "rope_theta": math.nan
+    },
+    "rope_theta = 1e+300 is not a number above 0, up to 9,007,199,254,740,992": {
+        "rope_theta": 1e300
+    },
     "rope_parameters = [1] is not a mapping": {"rope_parameters": [1]},
     "model_type = null: mixtrain converts mixtral and qwen3_moe": {"model_type": ...},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("problem", REFUSED_VALUES)
 def test_a_value_that_mixtrain_has_nothing_for_is_refused(problem):
-    values = {name: value for name, value in (CONFIG_JSON | REFUSED_VALUES[problem]).items() if value is not ...}
+    values = {
+        name: value
+        for name, value in (CONFIG_JSON | REFUSED_VALUES[problem]).items()
+        if value is not ...
+    }
     with pytest.raises(UserError) as refused:
         settings.from_hugging_face(values)
     assert refused.value.problems == (f"config.json: {problem}",)
@@ -214,7 +253,10 @@ def test_qwen3s_config_json_says_what_our_facts_say_and_goes_through_transformer
     assert values == published_models.published()["Qwen/Qwen3-30B-A3B"]
     assert settings.from_hugging_face(Qwen3MoeConfig(**QWEN3_CONFIG_JSON).to_dict()) == values
     written = settings.to_hugging_face(resolve(config_of("model=qwen3_30b_a3b")))
-    assert written.items() >= {name: QWEN3_CONFIG_JSON[name] for name in written.keys() & QWEN3_CONFIG_JSON}.items()
+    assert (
+        written.items()
+        >= {name: QWEN3_CONFIG_JSON[name] for name in written.keys() & QWEN3_CONFIG_JSON}.items()
+    )
     assert written["norm_topk_prob"] is True
 
 
@@ -232,16 +274,34 @@ def test_only_qwen3_says_whether_the_weights_of_experts_are_normalised():
 # What transformers reads as what is there already: (of which model, values that are added)
 THE_SAME = {
     "rope_scaling of type default": (CONFIG_JSON, {"rope_scaling": {"type": "default"}}),
-    "rope_scaling of rope_type default": (CONFIG_JSON, {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}),
-    "rope_parameters of type default": (CONFIG_JSON, {"rope_parameters": {"rope_type": "default", "type": "default"}}),
+    "rope_scaling of rope_type default": (
+        CONFIG_JSON,
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "rope_parameters of type default": (
+        CONFIG_JSON,
+        {"rope_parameters": {"rope_type": "default", "type": "default"}},
+    ),
     "no rope_scaling": (CONFIG_JSON, {"rope_scaling": None}),
     "a whole rotary embedding": (CONFIG_JSON, {"partial_rotary_factor": 1.0}),
-    "a whole one in rope_parameters": (CONFIG_JSON, {"rope_parameters": {"partial_rotary_factor": 1.0}}),
+    "a whole one in rope_parameters": (
+        CONFIG_JSON,
+        {"rope_parameters": {"partial_rotary_factor": 1.0}},
+    ),
     "swish": (CONFIG_JSON, {"hidden_act": "swish"}),
     "a window as long as the longest sequence": (CONFIG_JSON, {"sliding_window": 32768}),
-    "a window behind a switch": (QWEN3_CONFIG_JSON, {"sliding_window": 4096, "use_sliding_window": False}),
-    "a long window with its switch": (QWEN3_CONFIG_JSON, {"sliding_window": 40960, "use_sliding_window": True}),
-    "no window with its switch": (QWEN3_CONFIG_JSON, {"sliding_window": None, "use_sliding_window": True}),
+    "a window behind a switch": (
+        QWEN3_CONFIG_JSON,
+        {"sliding_window": 4096, "use_sliding_window": False},
+    ),
+    "a long window with its switch": (
+        QWEN3_CONFIG_JSON,
+        {"sliding_window": 40960, "use_sliding_window": True},
+    ),
+    "no window with its switch": (
+        QWEN3_CONFIG_JSON,
+        {"sliding_window": None, "use_sliding_window": True},
+    ),
     "no list of dense layers": (QWEN3_CONFIG_JSON, {"mlp_only_layers": None}),
 }
 
@@ -251,21 +311,27 @@ def test_what_transformers_reads_as_the_same_is_read_as_the_same(spelling):
     plain, more = THE_SAME[spelling]
     values = settings.from_hugging_face(plain | more)
     assert values == settings.from_hugging_face(plain)
-    read = {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig}[plain["model_type"]](**plain | more).to_dict()
+    read = {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig}[plain["model_type"]](
+        **plain | more
+    ).to_dict()
     assert settings.from_hugging_face(read) == values
 
 
 def test_as_many_key_and_value_heads_as_query_heads_where_config_json_says_null():
     values = settings.from_hugging_face(CONFIG_JSON | {"num_key_value_heads": None})
-    assert values["model.num_query_groups"] == 32  # transformers 4 reads it so, and transformers 5 not at all
-    with pytest.raises(UserError, match="num_key_value_heads = null is not a whole number"):  # of neither
+    # transformers 4 reads it so, and transformers 5 not at all
+    assert values["model.num_query_groups"] == 32
+    # of neither
+    with pytest.raises(UserError, match="num_key_value_heads = null is not a whole number"):
         settings.from_hugging_face(QWEN3_CONFIG_JSON | {"num_key_value_heads": None})
 
 
 def test_a_window_that_is_on_is_refused_by_its_size():
     on = QWEN3_CONFIG_JSON | {"use_sliding_window": True}
     with pytest.raises(UserError, match="sliding_window = 4096: mixtrain's Qwen3-MoE has null"):
-        settings.from_hugging_face({name: value for name, value in on.items() if name != "sliding_window"})
+        settings.from_hugging_face(
+            {name: value for name, value in on.items() if name != "sliding_window"}
+        )
     with pytest.raises(UserError, match="use_sliding_window = 1 is not true or false"):
         settings.from_hugging_face(on | {"use_sliding_window": 1})
 

@@ -1,6 +1,8 @@
-"""Generation gives transformers' greedy tokens, the same ones at every layout, and a pass costs new tokens alone.
+"""Generation gives transformers' greedy tokens, the same ones at every layout, and a pass costs new
+tokens alone.
 
-fp32 on real gloo ranks. Where two tokens are likely within 1e-6 rounding would choose; the fixture sees that none are.
+fp32 on real gloo ranks. Where two tokens are likely within 1e-6 rounding would choose; the fixture
+sees that none are.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from mixtrain.system.rank_identity import Identity
 SMALL = [*TINY, "router=none"]
 NEW = 8
 DRAWS = torch.Generator().manual_seed(3)
-PROMPTS = [torch.randint(1, 256, (length,), generator=DRAWS).tolist() for length in (3, 11, 1, 7, 5)]
+PROMPTS = [
+    torch.randint(1, 256, (length,), generator=DRAWS).tolist() for length in (3, 11, 1, 7, 5)
+]
 SAMPLED = Sampling(temperature=1.0, top_k=50, top_p=0.9, seed=5)
-EP2, PP2 = "parallel.expert_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+EP2 = "parallel.expert_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 LAYOUTS = {
     "EP1": [],
@@ -45,18 +50,28 @@ def plan_at(words: list[str]) -> Plan:
 
 
 def hugging_face(folder: Path) -> dict:
-    """transformers' greedy tokens of random weights, which it leaves in the folder, and the nearest two logits."""
+    """transformers' greedy tokens of random weights, which it leaves in the folder, and the nearest
+    two logits.
+    """
     config = resolve(config_of(*SMALL))
     torch.manual_seed(7)
     own = settings.to_hugging_face(config) | {"initializer_range": 0.1}
-    there = MixtralForCausalLM(MixtralConfig(**own, attn_implementation="eager", experts_implementation="eager"))
+    there = MixtralForCausalLM(
+        MixtralConfig(**own, attn_implementation="eager", experts_implementation="eager")
+    )
     there.save_pretrained(folder)
-    tokens, margin = [], 1.0
+    tokens = []
+    margin = 1.0
     for prompt in PROMPTS:
         done = there.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0,
-            output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
+            torch.tensor([prompt]),
+            max_new_tokens=NEW,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         tokens.append(done.sequences[0, len(prompt) :].tolist())
         best = torch.stack(done.logits).topk(2).values
         margin = min(margin, (best[..., 0] - best[..., 1]).min().item())
@@ -73,16 +88,21 @@ def there(tmp_path_factory) -> tuple[Path, list[list[int]]]:
 
 
 class Rank:
-    """A rank's model with Hugging Face's weights, or those of the seed, and what its layers were given."""
+    """A rank's model with Hugging Face's weights, or those of the seed, and what its layers were
+    given.
+    """
 
     def __init__(self, plan: Plan, here: process_groups.Ranks, folder: Path | None):
         (self.chunk,) = model.build(plan, here.device)
         if folder:
             weights = load_file(folder / "model.safetensors")
             shards.fill([self.chunk], to_megatron(resolve(config_of(*SMALL)), weights))
-        self.device, self.rows = here.device, []
+        self.device = here.device
+        self.rows = []
         experts = shards.unwrap(self.chunk).decoder.layers[0].mlp
-        experts.register_forward_pre_hook(lambda _, given: self.rows.append(given[0].shape[0] * given[0].shape[1]))
+        experts.register_forward_pre_hook(
+            lambda _, given: self.rows.append(given[0].shape[0] * given[0].shape[1])
+        )
 
     def continued(self, prompts: list[list[int]], sampling: Sampling, limits: Limits) -> list[list]:
         batch = [Sequence(number, prompt) for number, prompt in enumerate(prompts)]
@@ -112,10 +132,14 @@ def sampled(there, tmp_path_factory) -> list[list]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_greedy_tokens_are_transformers_and_sampled_ones_those_of_one_rank(layout, there, sampled, tmp_path):
+def test_greedy_tokens_are_transformers_and_sampled_ones_those_of_one_rank(
+    layout, there, sampled, tmp_path
+):
     plan = plan_at(LAYOUTS[layout])
     folder, greedy = there
-    for found in run_ranks(plan.world_size, lambda me: on_layout(plan, me, folder, [Sampling(), SAMPLED]), tmp_path):
+    for found in run_ranks(
+        plan.world_size, lambda me: on_layout(plan, me, folder, [Sampling(), SAMPLED]), tmp_path
+    ):
         assert found[0] == [[tokens, "length"] for tokens in greedy]
         assert found[1] == sampled
 
@@ -129,16 +153,24 @@ def test_a_pass_takes_the_new_tokens_alone_and_none_of_a_text_that_has_ended(the
         with process_groups.start(plan_at([]), me) as here:
             rank = Rank(plan_at([]), here, folder)
             stops = [tokens[: place + 1] for tokens, place in zip(greedy, ends, strict=True)]
-            found = rank.continued(PROMPTS, Sampling(), until(NEW, stops=lambda tokens: tokens in stops))
+            found = rank.continued(
+                PROMPTS, Sampling(), until(NEW, stops=lambda tokens: tokens in stops)
+            )
             return [found, rank.rows]
 
     ((found, rows),) = run_ranks(1, one_rank, tmp_path)
     assert rows == [sum(map(len, PROMPTS)), 4, 3, 2, 1]
-    assert [tokens[-1] for tokens, _ in found] == last and {reason for _, reason in found} == {"stop"}
-    assert [tokens for tokens, _ in found] == [tokens[: place + 1] for tokens, place in zip(greedy, ends, strict=True)]
+    assert [tokens[-1] for tokens, _ in found] == last and {reason for _, reason in found} == {
+        "stop"
+    }
+    assert [tokens for tokens, _ in found] == [
+        tokens[: place + 1] for tokens, place in zip(greedy, ends, strict=True)
+    ]
 
 
-def test_at_the_token_that_ends_a_document_a_text_ends_and_the_replicas_beside_it_go_on(there, tmp_path):
+def test_at_the_token_that_ends_a_document_a_text_ends_and_the_replicas_beside_it_go_on(
+    there, tmp_path
+):
     folder, greedy = there
     eod = greedy[0][2]
     want = [tokens[: tokens.index(eod) + 1] if eod in tokens else tokens for tokens in greedy]
@@ -151,10 +183,14 @@ def test_at_the_token_that_ends_a_document_a_text_ends_and_the_replicas_beside_i
 
     for found in run_ranks(2, one_rank, tmp_path):
         assert [tokens for tokens, _ in found] == want
-        assert [reason for _, reason in found] == ["eod" if eod in tokens else "length" for tokens in greedy]
+        assert [reason for _, reason in found] == [
+            "eod" if eod in tokens else "length" for tokens in greedy
+        ]
 
 
-def test_a_text_does_not_depend_on_the_prompts_beside_it_and_a_replica_may_have_none(there, sampled, tmp_path):
+def test_a_text_does_not_depend_on_the_prompts_beside_it_and_a_replica_may_have_none(
+    there, sampled, tmp_path
+):
     plan = plan_at([EP2])
 
     def one_rank(me: Identity) -> list:
@@ -171,10 +207,14 @@ def test_whoever_is_asked_to_stop_stops_all_ranks_after_that_token(there, tmp_pa
     def one_rank(me: Identity) -> list:
         with process_groups.start(plan, me) as here:
             passes: list[int] = []
-            watch = Watch(lambda: me.rank == 1 and len(passes) == 2, lambda tokens, _: passes.append(tokens))
+            watch = Watch(
+                lambda: me.rank == 1 and len(passes) == 2, lambda tokens, _: passes.append(tokens)
+            )
             batch = [Sequence(number, prompt) for number, prompt in enumerate(PROMPTS)]
             rank = Rank(plan, here, there[0])
-            stopping = Generator(rank.chunk, here.device, Sampling(), until(NEW), watch).continue_all(batch)
+            stopping = Generator(
+                rank.chunk, here.device, Sampling(), until(NEW), watch
+            ).continue_all(batch)
             return [stopping, passes, [[each.tokens, each.reason] for each in batch]]
 
     for stopping, passes, found in run_ranks(2, one_rank, tmp_path):
@@ -182,7 +222,8 @@ def test_whoever_is_asked_to_stop_stops_all_ranks_after_that_token(there, tmp_pa
         assert found == [[tokens[:3], "interrupted"] for tokens in there[1]]
 
 
-# Routers and parts that Mixtral has not: there the model without a cache, on one rank, is the reference.
+# Routers and parts that Mixtral has not: there the model without a cache, on one rank, is the
+# reference.
 ETP2 = [*TP2, "parallel.expert_tensor_parallel_size=2"]
 OTHERS = {
     "sinkhorn, on PP2": ["router=sinkhorn"],
@@ -194,7 +235,8 @@ OTHERS = {
         "model.moe_shared_expert_intermediate_size=64",
         "model.qk_layernorm=true",
     ],
-    "pre-softmax, one expert, a loop over experts, tied embeddings, heads that share no key, on TP2 x EP2": [
+    "pre-softmax, one expert, a loop over experts, tied embeddings, heads that share no key, on"
+    " TP2 x EP2": [
         "router.moe_router_pre_softmax=true",
         "model.moe_router_topk=1",
         "model.moe_grouped_gemm=false",
@@ -208,7 +250,8 @@ OTHERS = {
 def test_with_a_cache_each_model_gives_what_it_gives_without(other, tmp_path):
     words = [*OTHERS[other], "model.init_method_std=0.1"]
     layout = {"ETP2": ETP2, **LAYOUTS}[other.split(", on ")[1]]
-    here_plan, there_plan = plan_at(words), plan_at([*words, *layout])
+    here_plan = plan_at(words)
+    there_plan = plan_at([*words, *layout])
 
     @torch.no_grad()
     def without(me: Identity) -> list[list[int]]:
@@ -219,10 +262,18 @@ def test_with_a_cache_each_model_gives_what_it_gives_without(other, tmp_path):
             for text in texts:
                 for _ in range(NEW):
                     positions = torch.arange(len(text))[None]
-                    text.append(int(chunk(torch.tensor([text]), positions, attention_mask=None)[0, -1].argmax()))
+                    text.append(
+                        int(
+                            chunk(torch.tensor([text]), positions, attention_mask=None)[
+                                0, -1
+                            ].argmax()
+                        )
+                    )
             return [text[-NEW:] for text in texts]
 
     (want,) = run_ranks(1, without, tmp_path / "without")
     assert len(set(sum(want, []))) > 3
-    ((found,), *_) = run_ranks(2, lambda me: on_layout(there_plan, me, None, [Sampling()]), tmp_path / "with")
+    ((found,), *_) = run_ranks(
+        2, lambda me: on_layout(there_plan, me, None, [Sampling()]), tmp_path / "with"
+    )
     assert [tokens for tokens, _ in found] == want

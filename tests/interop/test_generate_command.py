@@ -29,7 +29,11 @@ from mixtrain.interop.generate.request import Request, Sampling
 from mixtrain.interop.generate.run import run
 
 DOCS = (ROOT / "docs" / "generate.md").read_text()
-COMMANDS = [shlex.split(line[2:]) for line in DOCS.splitlines() if line.startswith("$ python tools/generate.py")]
+COMMANDS = [
+    shlex.split(line[2:])
+    for line in DOCS.splitlines()
+    if line.startswith("$ python tools/generate.py")
+]
 TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
 TP2 = "parallel.tensor_model_parallel_size=2"
 SHAPE = [*TINY, "router=none", "model.vocab_size=320", "parallel.expert_model_parallel_size=1"]
@@ -59,7 +63,9 @@ def command(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     )
 
 
-def greedy_of_transformers(checkpoint: Path, prompts: list[str], new: int, folder: Path) -> list[list[int]]:
+def greedy_of_transformers(
+    checkpoint: Path, prompts: list[str], new: int, folder: Path
+) -> list[list[int]]:
     """What transformers makes of an exported checkpoint, opened as its users open it."""
     to_hf.convert(checkpoint, folder / "exported")
     there = AutoModelForCausalLM.from_pretrained(folder / "exported")
@@ -92,21 +98,29 @@ def test_the_commands_of_the_docs_run_and_give_transformers_tokens(trained, tmp_
     new = int(as_json[as_json.index("--max-new-tokens") + 1])
     expected = greedy_of_transformers(path_of(trained, 2), prompts, new, tmp_path)
     assert [line["tokens"] for line in lines] == expected
-    at_tp2, plan = asked(trained, *prompts, new=new), plan_of(trained, TP2, folder=tmp_path / "tp2")
+    at_tp2 = asked(trained, *prompts, new=new)
+    plan = plan_of(trained, TP2, folder=tmp_path / "tp2")
     run_ranks(2, lambda me: run(plan, at_tp2, me), tmp_path / "ranks")
     log = (tmp_path / "ranks" / "rank_0.log").read_text()
-    assert [json.loads(line)["tokens"] for line in log.splitlines() if line.startswith("{")] == expected
+    assert [
+        json.loads(line)["tokens"] for line in log.splitlines() if line.startswith("{")
+    ] == expected
     assert {line["reason"] for line in lines} <= {"length", "eod"}
     decode = AutoTokenizer.from_pretrained(trained / "tokenizer").decode
     assert all(line["text"] == decode(line["tokens"], skip_special_tokens=True) for line in lines)
-    assert plain[plain.index("--prompt") + 1] == prompts[0] and int(plain[plain.index("--max-new-tokens") + 1]) == new
+    assert (
+        plain[plain.index("--prompt") + 1] == prompts[0]
+        and int(plain[plain.index("--max-new-tokens") + 1]) == new
+    )
     assert one.stdout == lines[0]["text"] + "\n"  # at one rank
 
 
 def plan_of(run_dir: Path, *words: str, folder: Path) -> Plan:
     tree, problems = settings.composed(list(words))
     checkpoint, _ = settings.find(str(run_dir), full=True)
-    return settings.plan_of(tree, list(words), state.read(checkpoint), checkpoint, str(folder), None, problems)
+    return settings.plan_of(
+        tree, list(words), state.read(checkpoint), checkpoint, str(folder), None, problems
+    )
 
 
 def asked(run_dir: Path, *prompts: str, new: int = 12, **more) -> Request:
@@ -125,7 +139,9 @@ def generated(run_dir: Path, request: Request, folder: Path) -> tuple[int, list[
 @pytest.fixture(scope="module")
 def text(trained, tmp_path_factory) -> str:
     """What follows "generate" greedily."""
-    code, (line,), log = generated(trained, asked(trained, "generate", new=40), tmp_path_factory.mktemp("text"))
+    code, (line,), log = generated(
+        trained, asked(trained, "generate", new=40), tmp_path_factory.mktemp("text")
+    )
     assert code == FINISHED and len(line["tokens"]) == 40, log
     return line["text"]
 
@@ -133,9 +149,14 @@ def text(trained, tmp_path_factory) -> str:
 def test_a_text_ends_before_the_first_stop_text(trained, text, tmp_path):
     stop = text[7:10]
     place = text.index(stop)
-    request = asked(trained, "generate", "x", "generate", new=40, stop=["not in it", stop])  # two batches
+    # two batches
+    request = asked(trained, "generate", "x", "generate", new=40, stop=["not in it", stop])
     code, lines, log = generated(trained, request, tmp_path)
-    assert code == FINISHED and [line["prompt"] for line in lines] == ["generate", "x", "generate"], log
+    assert code == FINISHED and [line["prompt"] for line in lines] == [
+        "generate",
+        "x",
+        "generate",
+    ], log
     assert lines[0]["text"] == lines[2]["text"] == text[:place]
     assert lines[0]["reason"] == "stop" and len(lines[0]["tokens"]) < 40
 
@@ -164,9 +185,13 @@ def test_in_a_chat_the_template_stands_around_the_prompt(trained, tmp_path):
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_what_would_fit(trained, tmp_path):
     positions = resolve(config_of(*SHAPE)).model.max_position_embeddings
-    code, lines, log = generated(trained, asked(trained, "ü", new=positions), tmp_path)  # two bytes, two tokens
+    # two bytes, two tokens
+    code, lines, log = generated(trained, asked(trained, "ü", new=positions), tmp_path)
     assert code == REFUSED and not lines
-    assert f"more than model.max_position_embeddings = {positions:,}; use --max-new-tokens {positions - 2}" in log
+    assert (
+        f"more than model.max_position_embeddings = {positions:,}; use --max-new-tokens"
+        f" {positions - 2}" in log
+    )
     code, lines, log = generated(trained, asked(trained, "ü" * 1024), tmp_path / "long")
     assert code == REFUSED and "use a shorter one" in log
 
@@ -182,8 +207,12 @@ def test_a_tokenizer_that_wants_code_of_its_own_run_is_refused(trained, tmp_path
         "auto_map": {"AutoTokenizer": ["evil.Evil", None]},
     }
     path.write_text(json.dumps(words))
-    code, lines, log = generated(trained, replace(asked(trained, "x"), tokenizer=str(made)), tmp_path)
-    assert code == REFUSED and "cannot read the tokenizer" in log and not (tmp_path / "ran").exists()
+    code, lines, log = generated(
+        trained, replace(asked(trained, "x"), tokenizer=str(made)), tmp_path
+    )
+    assert (
+        code == REFUSED and "cannot read the tokenizer" in log and not (tmp_path / "ran").exists()
+    )
 
 
 def test_the_newest_valid_checkpoint_is_taken_and_a_damaged_one_named(trained, tmp_path):
@@ -200,16 +229,23 @@ def test_the_newest_valid_checkpoint_is_taken_and_a_damaged_one_named(trained, t
             settings.find(str(place), full=False)
 
 
-def test_sizes_that_only_the_state_of_a_run_has_are_refused_before_they_take_memory(trained, tmp_path):
+def test_sizes_that_only_the_state_of_a_run_has_are_refused_before_they_take_memory(
+    trained, tmp_path
+):
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
     path = path_of(run_dir, 2)
     state = json.loads((path / "run_state.json").read_text())
     state["config"]["model"]["vocab_size"] = 1 << 40  # some hundred TB
     (path / "run_state.json").write_text(json.dumps(state))
-    integrity.write_manifest(path, integrity.describe(file for file in path.iterdir() if file.name != "integrity.json"))
+    integrity.write_manifest(
+        path, integrity.describe(file for file in path.iterdir() if file.name != "integrity.json")
+    )
     code, _, log = generated(run_dir, asked(run_dir, "a"), tmp_path / "work")
-    assert code == REFUSED and "embedding.word_embeddings.weight is [320, 64] there, [1099511627776, 64] here" in log
+    assert (
+        code == REFUSED
+        and "embedding.word_embeddings.weight is [320, 64] there, [1099511627776, 64] here" in log
+    )
 
 
 def test_the_arguments_are_refused_before_anything_is_started(trained):

@@ -1,4 +1,6 @@
-"""The parts of generation that need no ranks: choosing a token, texts and their ends, what is repeated of a log."""
+"""The parts of generation that need no ranks: choosing a token, texts and their ends, what is
+repeated of a log.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.interop.generate.request import Sampling
@@ -18,16 +24,22 @@ from mixtrain.interop.generate.words import PREFIX, Follower
 LOGITS = torch.randn(40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
 
 
-@pytest.mark.parametrize("top_k, top_p", [(None, None), (1, None), (5, None), (None, 0.3), (None, 0.9), (7, 0.6)])
+@pytest.mark.parametrize(
+    "top_k, top_p", [(None, None), (1, None), (5, None), (None, 0.3), (None, 0.9), (7, 0.6)]
+)
 def test_the_probabilities_are_those_of_transformers(top_k, top_p):
     there = TemperatureLogitsWarper(0.7)(None, LOGITS[None].clone())
     there = TopKLogitsWarper(top_k)(None, there) if top_k else there
     there = TopPLogitsWarper(top_p)(None, there) if top_p else there
-    torch.testing.assert_close(kept(LOGITS / 0.7, top_k, top_p), there[0].softmax(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        kept(LOGITS / 0.7, top_k, top_p), there[0].softmax(0), rtol=1e-12, atol=0
+    )
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
-    sampling, generator, draws = Sampling(1.5, top_k=6, top_p=0.95), stream(0, 0), 4000
+    sampling = Sampling(1.5, top_k=6, top_p=0.95)
+    generator = stream(0, 0)
+    draws = 4000
     counts = torch.zeros(40)
     for _ in range(draws):
         counts[choose(LOGITS, sampling, generator)] += 1
@@ -40,7 +52,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 def test_rounding_changes_no_token_even_where_two_are_as_good_as_equal():
     likeliest = LOGITS.clone()
     likeliest[[3, 30]] = LOGITS.max() + 1
-    one, other = likeliest.clone(), likeliest.clone()
+    one = likeliest.clone()
+    other = likeliest.clone()
     one[3], other[30] = one[3] + 1e-7, other[30] + 1e-7
     for sampling in (Sampling(1.0), Sampling(1.0, top_p=0.95)):
         streams = stream(7, 0), stream(7, 0)
@@ -74,19 +87,29 @@ def test_a_stop_text_is_seen_though_a_character_of_it_is_several_tokens(tmp_path
 
 
 def test_a_word_keeps_the_space_before_it_and_a_prompt_its_first_token(tmp_path):
-    """With a tokenizer of the kind that Mixtral has: words begin with a space, and <s> is put before a text."""
-    words = {token: number for number, token in enumerate(["<s>", "</s>", "▁Paris", "▁is", "▁a", "▁city", "</"])}
+    """With a tokenizer of the kind that Mixtral has: words begin with a space, and <s> is put
+    before a text.
+    """
+    words = {
+        token: number
+        for number, token in enumerate(["<s>", "</s>", "▁Paris", "▁is", "▁a", "▁city", "</"])
+    }
     made = Tokenizer(models.WordLevel(words, unk_token="</"))
-    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
     made.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(tmp_path)
     text = Text(str(tmp_path), ["city"])
     prompt = text.encode("Paris is", chat=False)
     assert prompt == [0, 2, 3] and text.ends() == {1}
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 6]}')
     assert text.ends() == {1, 6}
     assert text.continuation(prompt, [4, 1]) == " a"
-    assert text.continuation(prompt, [4, 5, 2]) == " a " and text.stops([4, 5]) and not text.stops([4])
+    assert (
+        text.continuation(prompt, [4, 5, 2]) == " a " and text.stops([4, 5]) and not text.stops([4])
+    )
 
 
 def test_the_terminal_is_told_the_lines_that_are_for_it_once_each(tmp_path, capfd):
@@ -95,11 +118,16 @@ def test_the_terminal_is_told_the_lines_that_are_for_it_once_each(tmp_path, capf
         log.write_text(f"a warning\n{PREFIX}loading\n{PREFIX}half a li")
         with open(log, "a") as file:
             file.write(f"ne\nTraceback\n{PREFIX}done\n")
-    assert capfd.readouterr().err.splitlines() == [f"{PREFIX}loading", f"{PREFIX}half a line", f"{PREFIX}done"]
+    assert capfd.readouterr().err.splitlines() == [
+        f"{PREFIX}loading",
+        f"{PREFIX}half a line",
+        f"{PREFIX}done",
+    ]
 
 
 def test_progress_is_said_every_few_seconds_and_at_the_end(monkeypatch):
-    now, said = [100.0], []
+    now = [100.0]
+    said = []
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     progress = Progress(3, said.append)
     for _ in range(5):

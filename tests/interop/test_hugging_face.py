@@ -1,8 +1,10 @@
-"""A Mixtral here is a Mixtral there: Hugging Face's weights give the same logits, LM loss and gradients here.
+"""A Mixtral here is a Mixtral there: Hugging Face's weights give the same logits, LM loss and
+gradients here.
 
-fp32, transformers' MixtralForCausalLM against Megatron-Core's model on real gloo ranks. Both add up a hundred terms,
-each in its order, layer upon layer: that makes differences of some 1e-6 (docs/hugging_face.md), and the limits leave a
-factor of twenty for another machine. A fault of the kind that is looked for here changes logits by 1 and more.
+fp32, transformers' MixtralForCausalLM against Megatron-Core's model on real gloo ranks. Both add up
+a hundred terms, each in its order, layer upon layer: that makes differences of some 1e-6
+(docs/hugging_face.md), and the limits leave a factor of twenty for another machine. A fault of the
+kind that is looked for here changes logits by 1 and more.
 """
 
 from __future__ import annotations
@@ -29,8 +31,10 @@ from mixtrain.system.rank_identity import Identity
 from mixtrain.training import loop
 from mixtrain.training.signals import StopRequest
 
-LIMITS = {"outputs": 1e-4, "logits": 1e-4, "loss": 1e-5, "gradient": 1e-4}  # a gradient's: of its largest entry
-SEQUENCES, LENGTH = 4, 32
+# a gradient's: of its largest entry
+LIMITS = {"outputs": 1e-4, "logits": 1e-4, "loss": 1e-5, "gradient": 1e-4}
+SEQUENCES = 4
+LENGTH = 32
 SMALL = [
     "model.num_layers=3",
     "model.hidden_size=64",
@@ -61,11 +65,20 @@ SHAPES = {
         "model.rotary_base=10000",
     ],
 }
-# The parts of both models whose outputs are compared, in the order of the forward pass, and the weights of each.
+# The parts of both models whose outputs are compared, in the order of the forward pass, and the
+# weights of each.
 PARTS = [
     (r"model.embed_tokens", "embedding", r"model.embed_tokens"),
-    (r"model.layers.{}.self_attn", "decoder.layers.{}.self_attention", r"model.layers.{}.(input_layernorm|self_attn)"),
-    (r"model.layers.{}.mlp.gate", "decoder.layers.{}.mlp.router", r"model.layers.{}.(post_|.*\.gate)"),
+    (
+        r"model.layers.{}.self_attn",
+        "decoder.layers.{}.self_attention",
+        r"model.layers.{}.(input_layernorm|self_attn)",
+    ),
+    (
+        r"model.layers.{}.mlp.gate",
+        "decoder.layers.{}.mlp.router",
+        r"model.layers.{}.(post_|.*\.gate)",
+    ),
     (r"model.layers.{}.mlp", "decoder.layers.{}.mlp", r"model.layers.{}.*experts"),
     (r"model.norm", "decoder.final_layernorm", r"model.norm"),
     (r"lm_head", "output_layer", r"lm_head"),
@@ -74,12 +87,16 @@ PARTS = [
 
 def parts(layers: int) -> list[tuple[str, str, str]]:
     """PARTS, with the layers' for every layer."""
-    inner = [tuple(name.format(layer) for name in part) for layer in range(layers) for part in PARTS[1:4]]
+    inner = [
+        tuple(name.format(layer) for name in part) for layer in range(layers) for part in PARTS[1:4]
+    ]
     return [PARTS[0], *inner, *PARTS[4:]]
 
 
 def sequences() -> torch.Tensor:
-    return torch.randint(0, 256, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(1)
+    )
 
 
 def outputs_of(model: torch.nn.Module, names: list[str], into: dict[str, object]) -> None:
@@ -97,19 +114,24 @@ def weights_over_experts(tokens: int, output: tuple) -> torch.Tensor:
 
 
 def margin(logits: torch.Tensor, topk: int) -> float:
-    """How far the last chosen expert's logit is from the next one's, for the token where it is nearest."""
+    """How far the last chosen expert's logit is from the next one's, for the token where it is
+    nearest.
+    """
     best = logits.topk(topk + 1).values
     return (best[:, -2] - best[:, -1]).min().item()
 
 
 def hugging_face(config: Config, folder: Path, values: dict) -> list[float]:
-    """transformers' own model with random weights: its files, and in `reference.pt` what it makes of the sequences.
+    """transformers' own model with random weights: its files, and in `reference.pt` what it makes
+    of the sequences.
 
     Gives the smallest margin of a choice of experts in each layer.
     """
     torch.manual_seed(7)
     own = settings.to_hugging_face(config) | {"initializer_range": 0.1} | values
-    there = MixtralForCausalLM(MixtralConfig(**own, attn_implementation="eager", experts_implementation="eager"))
+    there = MixtralForCausalLM(
+        MixtralConfig(**own, attn_implementation="eager", experts_implementation="eager")
+    )
     for name, parameter in there.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
@@ -120,7 +142,11 @@ def hugging_face(config: Config, folder: Path, values: dict) -> list[float]:
     result = there(input_ids=sequences(), labels=sequences())  # it shifts the labels itself
     result.loss.backward()
     gradients = {name: parameter.grad for name, parameter in there.named_parameters()}
-    margins = [margin(found[name][0], own["num_experts_per_tok"]) for name in names if name.endswith("gate")]
+    margins = [
+        margin(found[name][0], own["num_experts_per_tok"])
+        for name in names
+        if name.endswith("gate")
+    ]
     for name in names:
         output = found[name]
         output = weights_over_experts(LENGTH + 1, output) if name.endswith("gate") else output
@@ -130,14 +156,16 @@ def hugging_face(config: Config, folder: Path, values: dict) -> list[float]:
         "loss": result.loss.item(),
         "logits": result.logits[:, :LENGTH].detach(),
         "outputs": found,
-        "gradients": revert_weight_conversion(there, gradients),  # under the names of files, by transformers' own code
+        # under the names of files, by transformers' own code
+        "gradients": revert_weight_conversion(there, gradients),
     }
     torch.save(reference, folder / "reference.pt")
     return margins
 
 
 def here_and_there(plan: Plan, config: Config, folder: Path, me: Identity) -> dict:
-    """What the plan's model on one rank makes of Hugging Face's weights, as differences from Hugging Face.
+    """What the plan's model on one rank makes of Hugging Face's weights, as differences from
+    Hugging Face.
 
     `config` is that of the weights; `plan` may differ from it by a fault.
     """
@@ -146,8 +174,10 @@ def here_and_there(plan: Plan, config: Config, folder: Path, me: Identity) -> di
         (chunk,) = model.build(plan, rank.device)
         shards.fill([chunk], to_megatron(config, load_file(folder / "model.safetensors")))
         chunk.eval()
-        tokens, labels = sequences()[:, :-1], sequences()[:, 1:]
-        positions, outputs = torch.arange(LENGTH).expand(SEQUENCES, -1), {}
+        tokens = sequences()[:, :-1]
+        labels = sequences()[:, 1:]
+        positions = torch.arange(LENGTH).expand(SEQUENCES, -1)
+        outputs = {}
         outputs_of(chunk, [name for _, name, _ in parts(plan.config.model.num_layers)], outputs)
         logits = chunk(tokens, positions, attention_mask=None)
         first = first_difference(there["outputs"], outputs, plan.config.model.num_layers)
@@ -156,7 +186,8 @@ def here_and_there(plan: Plan, config: Config, folder: Path, me: Identity) -> di
         with shards.standing_in([chunk], lambda parameter: parameter.grad):
             gradients = to_hugging_face(config, shards.read(plan, [chunk]))
     assert set(gradients) == set(there["gradients"])
-    assert all(largest(gradient) > 0 for gradient in there["gradients"].values())  # no expert was left without tokens
+    # no expert was left without tokens
+    assert all(largest(gradient) > 0 for gradient in there["gradients"].values())
     return {
         "logits": largest(logits - there["logits"]),
         "loss": abs(loss.item() - there["loss"]),
@@ -168,11 +199,16 @@ def here_and_there(plan: Plan, config: Config, folder: Path, me: Identity) -> di
     }
 
 
-def first_difference(there: dict[str, torch.Tensor], here: dict[str, object], layers: int) -> str | None:
-    """The first part of the model, by the pattern of its weights' names, that gives something else here."""
+def first_difference(
+    there: dict[str, torch.Tensor], here: dict[str, object], layers: int
+) -> str | None:
+    """The first part of the model, by the pattern of its weights' names, that gives something else
+    here.
+    """
     for name, ours, weights in parts(layers):
         output = here[ours][0] if isinstance(here[ours], tuple) else here[ours]
-        output = output.view(LENGTH, SEQUENCES, -1).transpose(0, 1)  # Megatron-Core puts the sequence first
+        # Megatron-Core puts the sequence first
+        output = output.view(LENGTH, SEQUENCES, -1).transpose(0, 1)
         if not largest(output - there[name]) <= LIMITS["outputs"]:
             return weights
     return None
@@ -187,8 +223,14 @@ def differences(found: dict) -> list[str]:
     lines = []
     if found["first"] is not None:
         names = [name for name in found["gradients"] if re.match(found["first"], name)]
-        lines.append(f"the forward passes part at {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}")
-    lines += [f"{name}: {found[name]:.2g}" for name in ("logits", "loss") if not found[name] <= LIMITS[name]]
+        lines.append(
+            f"the forward passes part at {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}"
+        )
+    lines += [
+        f"{name}: {found[name]:.2g}"
+        for name in ("logits", "loss")
+        if not found[name] <= LIMITS[name]
+    ]
     for name, difference in found["gradients"].items():
         if not difference <= LIMITS["gradient"]:
             lines.append(f"gradient of {name}: {difference:.2g} of its largest entry")
@@ -203,7 +245,8 @@ def reference(tmp_path_factory):
     def made(words: list[str], **values: object) -> tuple[Config, Path]:
         key = (*words, *values.items())
         if key not in known:
-            config, folder = resolve(config_of(*SMALL, *words)), tmp_path_factory.mktemp("there")
+            config = resolve(config_of(*SMALL, *words))
+            folder = tmp_path_factory.mktemp("there")
             (margins,) = run_ranks(1, lambda me: hugging_face(config, folder, values), folder)
             assert min(margins) > 1e-4  # no choice that rounding could turn
             known[key] = config, folder
@@ -216,7 +259,10 @@ def compare(reference: tuple[Config, Path], words: list[str], folder: Path) -> d
     plan = plan_of(*SMALL, "parallel.expert_model_parallel_size=1", *words)
     (found,) = run_ranks(1, lambda me: here_and_there(plan, *reference, me), folder)
     worst = max(found["gradients"], key=found["gradients"].get)
-    print(f"logits {found['logits']:.1e}, loss {found['loss']:.1e}, gradient {found['gradients'][worst]:.1e} ({worst})")
+    print(
+        f"logits {found['logits']:.1e}, loss {found['loss']:.1e}, gradient"
+        f" {found['gradients'][worst]:.1e} ({worst})"
+    )
     return found
 
 
@@ -235,7 +281,9 @@ ATTENTION = (
     "model.layers.0.input_layernorm.weight, model.layers.0.self_attn.q_proj.weight,"
     " model.layers.0.self_attn.k_proj.weight, model.layers.0.self_attn.v_proj.weight ..."
 )
-ROUTER = "model.layers.0.post_attention_layernorm.weight, model.layers.0.block_sparse_moe.gate.weight"
+ROUTER = (
+    "model.layers.0.post_attention_layernorm.weight, model.layers.0.block_sparse_moe.gate.weight"
+)
 FAULTS = {
     "model.rotary_base=10000": ATTENTION,
     "model.extra.rotary_interleaved=true": ATTENTION,
@@ -247,7 +295,9 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_another_key_is_noticed_and_the_weights_named_that_it_belongs_to(fault, reference, tmp_path):
+def test_another_key_is_noticed_and_the_weights_named_that_it_belongs_to(
+    fault, reference, tmp_path
+):
     found = differences(compare(reference(FOUR_TO_ONE), [fault], tmp_path))
     assert found[0] == f"the forward passes part at {FAULTS[fault]}"
     assert found[1].startswith("logits: ")
@@ -256,12 +306,15 @@ def test_another_key_is_noticed_and_the_weights_named_that_it_belongs_to(fault, 
 def test_gate_and_up_swapped_are_noticed_and_named(reference, tmp_path, monkeypatch):
     there = reference(FOUR_TO_ONE)
     turned = [
-        row._replace(names=" ".join(row.names.split()[::-1])) if row.cut == "gate_up" else row for row in table.HUB
+        row._replace(names=" ".join(row.names.split()[::-1])) if row.cut == "gate_up" else row
+        for row in table.HUB
     ]
     monkeypatch.setattr(table, "HUB", turned)
     found = differences(compare(there, FOUR_TO_ONE, tmp_path))
     expert = "model.layers.0.block_sparse_moe.experts.0"
-    assert found[0].startswith(f"the forward passes part at {expert}.w3.weight, {expert}.w1.weight, ")
+    assert found[0].startswith(
+        f"the forward passes part at {expert}.w3.weight, {expert}.w1.weight, "
+    )
 
 
 def test_qkv_not_cut_by_group_is_noticed_and_named(reference, tmp_path, monkeypatch):
@@ -272,24 +325,31 @@ def test_qkv_not_cut_by_group_is_noticed_and_named(reference, tmp_path, monkeypa
 
 
 def test_top_1_is_another_model_there(reference, tmp_path):
-    """It weighs a token's only expert by 1, Megatron-Core by its score: a softmax over one logit it refuses."""
+    """It weighs a token's only expert by 1, Megatron-Core by its score: a softmax over one logit it
+    refuses.
+    """
     words = ["model.moe_router_topk=1", "router.moe_router_pre_softmax=true"]
     found = differences(compare(reference(FOUR_TO_ONE, num_experts_per_tok=1), words, tmp_path))
     assert found[0] == f"the forward passes part at {ROUTER}"
 
 
 def loss_and_norm(plan: Plan, config: Config, folder: Path, me: Identity) -> list[float]:
-    """LM loss and gradient norm of one training step, from Hugging Face's weights, at the plan's layout."""
+    """LM loss and gradient norm of one training step, from Hugging Face's weights, at the plan's
+    layout.
+    """
     with process_groups.start(plan, me) as rank:
         chunks = model.build(plan, rank.device)
         shards.fill(chunks, to_megatron(config, load_file(folder / "model.safetensors")))
         training = optimizer.build(plan, chunks)
-        loss, norm, _ = loop.train_step(plan, rank, training, [microbatches()], StopRequest(), 1, SEQUENCES)
+        loss, norm, _ = loop.train_step(
+            plan, rank, training, [microbatches()], StopRequest(), 1, SEQUENCES
+        )
     return [loss, norm]
 
 
 def microbatches() -> Iterator[dict[str, torch.Tensor]]:
-    rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
+    size = parallel_state.get_data_parallel_world_size()
     for tokens in sequences()[rank::size]:
         yield {
             "tokens": tokens[None, :-1],
@@ -301,15 +361,23 @@ def microbatches() -> Iterator[dict[str, torch.Tensor]]:
 
 LAYOUTS = {
     "TP2 x EP2 x DP2": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
-    "PP2 x EP2": ["parallel.pipeline_model_parallel_size=2", "parallel.num_layers_in_first_pipeline_stage=1"],
+    "PP2 x EP2": [
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.num_layers_in_first_pipeline_stage=1",
+    ],
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_of_four_ranks_computes_hugging_faces_loss_and_gradient_norm(layout, reference, tmp_path):
+def test_a_layout_of_four_ranks_computes_hugging_faces_loss_and_gradient_norm(
+    layout, reference, tmp_path
+):
     config, folder = reference(FOUR_TO_ONE)
     there = torch.load(folder / "reference.pt", weights_only=True)
-    norm = sum(gradient.double().pow(2).sum().item() for gradient in there["gradients"].values()) ** 0.5
+    norm = (
+        sum(gradient.double().pow(2).sum().item() for gradient in there["gradients"].values())
+        ** 0.5
+    )
     words = ["parallel.expert_model_parallel_size=2", "trainer.devices=4", *LAYOUTS[layout]]
     plan = plan_of(*SMALL, *words)
     for found in run_ranks(4, lambda me: loss_and_norm(plan, config, folder, me), tmp_path):

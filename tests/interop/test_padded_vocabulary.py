@@ -1,4 +1,6 @@
-"""A vocabulary that tensor parallelism does not divide: rows are added when a model is converted, and cut on export."""
+"""A vocabulary that tensor parallelism does not divide: rows are added when a model is converted,
+and cut on export.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ sys.path.insert(0, str(ROOT / "tools"))
 import convert_hf_to_megatron  # noqa: E402
 import verify_conversion  # noqa: E402
 
-OWN, DIVISIBLE_BY, PADDED = 255, 64, 256
+OWN = 255
+DIVISIBLE_BY = 64
+PADDED = 256
 ROWS = ["embedding.word_embeddings.weight", "output_layer.weight"]
 
 
@@ -56,27 +60,39 @@ def padded(uneven, tmp_path_factory) -> Path:
     return out
 
 
-def test_rows_are_added_as_a_new_model_has_them_and_no_other_number_changes(uneven, padded, tmp_path, capfd):
+def test_rows_are_added_as_a_new_model_has_them_and_no_other_number_changes(
+    uneven, padded, tmp_path, capfd
+):
     to_megatron.convert(uneven, tmp_path / "plain")
     assert capfd.readouterr().err == ""
-    plain, here = tensors_of(tmp_path / "plain" / "release"), tensors_of(padded / "release")
+    plain = tensors_of(tmp_path / "plain" / "release")
+    here = tensors_of(padded / "release")
     assert plain.keys() == here.keys()
     assert {key for key in plain if plain[key].shape != here[key].shape} == set(ROWS)
     assert all(torch.equal(here[key][: len(plain[key])], plain[key]) for key in plain)
     config = source_config.config_of(padded / "release")
-    assert config.model.vocab_size == PADDED and state.read(padded / "release").hf_source["vocab_size"] == OWN
+    assert (
+        config.model.vocab_size == PADDED
+        and state.read(padded / "release").hf_source["vocab_size"] == OWN
+    )
     for key in ROWS:
-        assert torch.equal(here[key][OWN:], weight_init.draw(derive(config), key, (), (PADDED - OWN, 64)))
+        assert torch.equal(
+            here[key][OWN:], weight_init.draw(derive(config), key, (), (PADDED - OWN, 64))
+        )
     to_megatron.convert(uneven, tmp_path / "said", divisible_by=DIVISIBLE_BY)
     said = capfd.readouterr().err
-    assert said.startswith("model.vocab_size = 256: 1 row as a new model has them, beside the 255 of config.json")
+    assert said.startswith(
+        "model.vocab_size = 256: 1 row as a new model has them, beside the 255 of config.json"
+    )
     assert said.count("\n") == 1
 
 
 def test_added_rows_are_the_same_in_any_blocks_dtype_and_processes(uneven, tmp_path, monkeypatch):
     to_megatron.convert(uneven, tmp_path / "one", divisible_by=1000, dtype=torch.bfloat16)
     monkeypatch.setattr(to_megatron, "BLOCK", 4096)
-    to_megatron.convert(uneven, tmp_path / "other", divisible_by=1000, dtype=torch.bfloat16, processes=2)
+    to_megatron.convert(
+        uneven, tmp_path / "other", divisible_by=1000, dtype=torch.bfloat16, processes=2
+    )
     one, other = (tensors_of(tmp_path / name / "release") for name in ("one", "other"))
     assert all(torch.equal(one[key], other[key]) for key in one) and len(one[ROWS[0]]) == 1000
     assert one[ROWS[0]][OWN:].float().std() == pytest.approx(0.02, rel=0.1)
@@ -89,12 +105,15 @@ def test_an_export_leaves_them_out(layout, uneven, padded, tmp_path):
     to_hf.convert(padded, tmp_path / "hub")
     assert hf_models.unequal(uneven, tmp_path / "hub") == []
     rows = {
-        len(hf_models.tensors_of(tmp_path / "back")[name]) for name in ("lm_head.weight", "model.embed_tokens.weight")
+        len(hf_models.tensors_of(tmp_path / "back")[name])
+        for name in ("lm_head.weight", "model.embed_tokens.weight")
     }
     assert rows == {OWN}
 
 
-def test_an_export_keeps_the_rows_that_the_tokenizer_in_use_has_tokens_for(uneven, padded, tmp_path):
+def test_an_export_keeps_the_rows_that_the_tokenizer_in_use_has_tokens_for(
+    uneven, padded, tmp_path
+):
     large = add_tokenizer(tmp_path / "own", "</s>", ["</s>", "a", *map(str, range(PADDED - 2))])
     to_hf.convert(padded, tmp_path / "back", tokenizer=large)
     assert values_of(tmp_path / "back")["vocab_size"] == PADDED
@@ -102,7 +121,10 @@ def test_an_export_keeps_the_rows_that_the_tokenizer_in_use_has_tokens_for(uneve
     to_hf.convert(padded, tmp_path / "again", tokenizer=small)
     assert values_of(tmp_path / "again")["vocab_size"] == OWN
     run_state = state.read(padded / "release")
-    assert tokenizer.rows(str(large), run_state) == PADDED and tokenizer.rows(str(small), run_state) == OWN
+    assert (
+        tokenizer.rows(str(large), run_state) == PADDED
+        and tokenizer.rows(str(small), run_state) == OWN
+    )
     assert tokenizer.rows(str(large), state.RunState()) is None
 
 
@@ -129,19 +151,30 @@ def test_tensor_parallelism_that_does_not_divide_it_is_refused_with_the_command_
     to_megatron.convert(uneven, tmp_path / "plain")
     more = ["trainer.devices=2", "parallel=ep1", *LAYOUTS["TP2"]]
     with pytest.raises(
-        UserError, match="convert_hf_to_megatron.py --make-vocab-size-divisible-by 2 adds rows .* use 254 or 256$"
+        UserError,
+        match="convert_hf_to_megatron.py --make-vocab-size-divisible-by 2 adds rows .* use 254 or"
+        " 256$",
     ):
         plan_of(*words_of(tmp_path / "plain"), *more)
     words = [
-        *words_of(padded), *more, f"checkpoint.load_weights={padded}", "checkpoint=last", f"run_dir={tmp_path / 'run'}",
-        f"data.path_to_cache={tmp_path / 'cache'}", "trainer.max_steps=1", "trainer.limit_val_batches=0",
-        "optimizer.lr_warmup_steps=0", "data.split='1,0,0'",
-    ]  # fmt: skip
+        *words_of(padded),
+        *more,
+        f"checkpoint.load_weights={padded}",
+        "checkpoint=last",
+        f"run_dir={tmp_path / 'run'}",
+        f"data.path_to_cache={tmp_path / 'cache'}",
+        "trainer.max_steps=1",
+        "trainer.limit_val_batches=0",
+        "optimizer.lr_warmup_steps=0",
+        "data.split='1,0,0'",
+    ]
     plan = plan_of(*words)
     assert run_ranks(2, lambda me: run(plan, me), tmp_path / "ranks") == [FINISHED] * 2
     to_hf.convert(tmp_path / "run", tmp_path / "back")
     assert values_of(tmp_path / "back")["vocab_size"] == OWN
-    assert {len(hf_models.tensors_of(tmp_path / "back")[name]) for name in ("lm_head.weight",)} == {OWN}
+    assert {len(hf_models.tensors_of(tmp_path / "back")[name]) for name in ("lm_head.weight",)} == {
+        OWN
+    }
 
 
 def test_a_row_that_was_added_is_never_chosen():
@@ -149,7 +182,8 @@ def test_a_row_that_was_added_is_never_chosen():
     logits[6:] = 9.0
     assert choose(logits, Sampling(), stream(0, 0)) == 6  # without any
     for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, top_k=7), Sampling(2.0, top_p=0.9)):
-        generator, own = stream(1, 0), replace(sampling, vocabulary=6)
+        generator = stream(1, 0)
+        own = replace(sampling, vocabulary=6)
         assert {choose(logits, own, generator) for _ in range(100)} <= set(range(6))
 
 
@@ -162,6 +196,13 @@ def test_a_request_carries_the_rows_to_the_ranks(tmp_path):
 def test_the_option_of_the_model_group_has_the_padded_size(uneven, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert_hf_to_megatron, "CONF", tmp_path)
     (tmp_path / "model").mkdir()
-    words = [uneven, tmp_path / "out", "--make-vocab-size-divisible-by", DIVISIBLE_BY, "--write-model-config", "mine"]
+    words = [
+        uneven,
+        tmp_path / "out",
+        "--make-vocab-size-divisible-by",
+        DIVISIBLE_BY,
+        "--write-model-config",
+        "mine",
+    ]
     assert convert_hf_to_megatron.main([*map(str, words)]) == 0
     assert "vocab_size: 256\n" in (tmp_path / "model" / "mine.yaml").read_text()

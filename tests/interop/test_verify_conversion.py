@@ -37,24 +37,38 @@ def pair(request, tmp_path_factory) -> tuple[Path, Path]:
     return there, folder / "megatron" / "release"
 
 
-def found_by(there: Path, checkpoint: Path, folder: Path, damages=("",), precision="fp32") -> list[dict]:
+def found_by(
+    there: Path, checkpoint: Path, folder: Path, damages=("",), precision="fp32"
+) -> list[dict]:
     """What the proof finds with each of the damages, in one rank."""
 
     def find(me) -> list[dict]:
-        config, parts = source_config.config_of(checkpoint), Parts(checkpoint)
+        config = source_config.config_of(checkpoint)
+        parts = Parts(checkpoint)
         own = source_config.for_one_rank(config, precision)
         tokens = proof.random_tokens(config.model.vocab_size, 2, 48)
         with process_groups.start(derive(own), me) as here:
-            theirs = reference_models.HuggingFace(there, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+            theirs = reference_models.HuggingFace(
+                there, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+            )
             found = []
             for name in damages:
-                ours = proof.damaged(name, own, parts, here) if name else reference_models.Megatron(own, parts, here)
+                ours = (
+                    proof.damaged(name, own, parts, here)
+                    if name
+                    else reference_models.Megatron(own, parts, here)
+                )
                 *_, verdict = proof.compare(theirs, ours, config.model.num_layers, tokens)
                 rows = [(row.relative, row.others) for row in verdict.layers]
                 found.append(
-                    {"problems": verdict.problems, "layers": rows, "logits": verdict.logits_relative,
-                     "cosine": verdict.logits_cosine, "kl": verdict.divergence}
-                )  # fmt: skip
+                    {
+                        "problems": verdict.problems,
+                        "layers": rows,
+                        "logits": verdict.logits_relative,
+                        "cosine": verdict.logits_cosine,
+                        "kl": verdict.divergence,
+                    }
+                )
         return found
 
     (found,) = run_ranks(1, find, folder)
@@ -74,16 +88,22 @@ def test_the_converted_model_is_the_same_and_every_damage_is_caught(pair, tmp_pa
         assert found["kl"] > 1e-4, name
 
 
-def test_a_damaged_checkpoint_proves_nothing_although_the_model_made_of_it_has_the_same_damage(tmp_path):
+def test_a_damaged_checkpoint_proves_nothing_although_the_model_made_of_it_has_the_same_damage(
+    tmp_path,
+):
     there = hf_models.saved("mixtral", tmp_path / "there")
     to_megatron.convert(there, tmp_path / "megatron")
-    shard = max((tmp_path / "megatron" / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    shard = max(
+        (tmp_path / "megatron" / "release").glob("*.distcp"), key=lambda path: path.stat().st_size
+    )
     data = bytearray(shard.read_bytes())
     data[len(data) // 8 * 4] ^= 1
     shard.write_bytes(data)
     to_hf.convert(tmp_path / "megatron", tmp_path / "back", verify=False)
     assert len(hf_models.unequal(there, tmp_path / "back")) == 1
-    with pytest.raises(UserError, match=f"{shard} is damaged: its SHA-256 is not that of what was written"):
+    with pytest.raises(
+        UserError, match=f"{shard} is damaged: its SHA-256 is not that of what was written"
+    ):
         verify_conversion.main([str(tmp_path / "back"), str(tmp_path / "megatron")])
 
 
@@ -95,7 +115,9 @@ def test_in_bf16_the_cosine_decides(pair, tmp_path):
 def tool(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools" / "verify_conversion.py"), *map(str, words)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
 
 
 @pytest.mark.long
@@ -111,8 +133,15 @@ def test_the_tool_proves_writes_a_manifest_and_tests_itself(tmp_path):
     assert entries.keys() == tensors.keys()
     for name, tensor in tensors.items():
         entry = entries[name]
-        assert entry["sha256"] == hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
-        assert (entry["shape"], entry["dtype"], entry["equal"]) == (list(tensor.shape), "bfloat16", True)
+        assert (
+            entry["sha256"]
+            == hashlib.sha256(tensor.view(torch.uint8).numpy().tobytes()).hexdigest()
+        )
+        assert (entry["shape"], entry["dtype"], entry["equal"]) == (
+            list(tensor.shape),
+            "bfloat16",
+            True,
+        )
         assert entry["megatron"]["sha256_of_part"] == entry["sha256"]
     tested = tool(there, tmp_path / "megatron", "--self-test", "--length", "32")
     assert tested.returncode == 0 and tested.stdout.splitlines()[-1] == "6 of 6 caught"
@@ -130,7 +159,9 @@ def test_a_wrong_number_on_the_disk_is_exit_code_1_and_other_shapes_are_2(tmp_pa
     assert "not the same: after layer 1 the hidden states are" in found.stdout
     assert "after layer 0" not in found.stdout
     unequal = [
-        entry["name"] for entry in map(json.loads, (tmp_path / "m").read_text().splitlines()) if not entry["equal"]
+        entry["name"]
+        for entry in map(json.loads, (tmp_path / "m").read_text().splitlines())
+        if not entry["equal"]
     ]
     assert unequal == ["model.layers.1.self_attn.o_proj.weight"]
     tensors["lm_head.weight"] = tensors["lm_head.weight"][:128].contiguous()

@@ -1,4 +1,6 @@
-"""Where a plan goes: a rank where one was started, this machine for one node, Slurm for several, or what to type."""
+"""Where a plan goes: a rank where one was started, this machine for one node, Slurm for several, or
+what to type.
+"""
 
 from __future__ import annotations
 
@@ -49,16 +51,24 @@ def test_slurm_that_is_not_here_is_refused_with_what_to_type(monkeypatch, tmp_pa
     monkeypatch.chdir(tmp_path)
     shown = run_train("launcher=slurm", cwd=tmp_path)
     assert shown.returncode == 2 and "Traceback" not in shown.stderr
-    assert "launcher = slurm, but there is no sbatch on PATH" in shown.stderr and "launcher=local" in shown.stderr
+    assert (
+        "launcher = slurm, but there is no sbatch on PATH" in shown.stderr
+        and "launcher=local" in shown.stderr
+    )
     assert os.listdir(tmp_path) == []
 
 
 def test_slurm_that_does_not_answer_is_said_in_its_own_words(with_sbatch):
     sinfo = with_sbatch.with_name("sinfo")
-    sinfo.write_text("#!/bin/sh\necho 'slurm_load_partitions: Unable to contact slurm controller' >&2\nexit 1\n")
+    sinfo.write_text(
+        "#!/bin/sh\necho 'slurm_load_partitions: Unable to contact slurm controller' >&2\nexit 1\n"
+    )
     sinfo.chmod(0o755)
     (problem,) = machine_problems(plan_of("launcher=slurm"), None, [])
-    assert problem == "launcher = slurm, but sinfo does not answer here: Unable to contact slurm controller"
+    assert (
+        problem
+        == "launcher = slurm, but sinfo does not answer here: Unable to contact slurm controller"
+    )
 
 
 ALONE = Identity(0, 1, 0, 1, "tcp://127.0.0.1:20000")
@@ -71,7 +81,9 @@ ALONE = Identity(0, 1, 0, 1, "tcp://127.0.0.1:20000")
     (ALONE, ["launcher.type=local"], True),
     (Identity(0, 2, 0, 2, "tcp://127.0.0.1:20000"), ["launcher=local"], False),
 ])  # fmt: skip
-def test_the_one_task_of_a_shell_starts_ranks_only_where_it_is_told_to(monkeypatch, me, words, starts):
+def test_the_one_task_of_a_shell_starts_ranks_only_where_it_is_told_to(
+    monkeypatch, me, words, starts
+):
     monkeypatch.delenv("RANK", raising=False)
     assert starts_ranks(me, words) is starts
 
@@ -83,4 +95,7 @@ def test_a_rank_of_torchrun_is_a_rank_whatever_is_typed(monkeypatch):
 
 def test_a_launcher_that_there_is_not_is_offered_the_ones_there_are():
     (problem,) = problems_of("launcher=slrum")
-    assert problem == "launcher=slrum: did you mean slurm? the options of launcher are auto, local, slurm"
+    assert (
+        problem
+        == "launcher=slrum: did you mean slurm? the options of launcher are auto, local, slurm"
+    )

@@ -1,4 +1,6 @@
-"""What Slurm says of its nodes is read, and held against the plan: pure, the real one is in test_slurm.py."""
+"""What Slurm says of its nodes is read, and held against the plan: pure, the real one is in
+test_slurm.py.
+"""
 
 from __future__ import annotations
 
@@ -19,39 +21,88 @@ CLUSTER = [
 ]
 
 
-@pytest.mark.parametrize("gres, gpus", [
-    ("(null)", 0), ("gpu:8", 8), ("gpu:h100:8(S:0-1)", 8), ("gpu:a100:4(S:0),gpu:t4:2(S:1)", 6), ("nic:2,gpu:2", 2),
-    ("gpu:tesla:4(IDX:0-3)", 4), ("shard:16", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "gres, gpus",
+    [
+        ("(null)", 0),
+        ("gpu:8", 8),
+        ("gpu:h100:8(S:0-1)", 8),
+        ("gpu:a100:4(S:0),gpu:t4:2(S:1)", 6),
+        ("nic:2,gpu:2", 2),
+        ("gpu:tesla:4(IDX:0-3)", 4),
+        ("shard:16", 0),
+    ],
+)
 def test_gpus_are_counted_in_slurms_words(gres, gpus):
     assert gpus_of(gres) == gpus
 
 
-@pytest.mark.parametrize("time, seconds", [
-    ("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86400), ("1-2:30", 95400), ("1-02:30:05", 95405),
-    ("UNLIMITED", float("inf")), ("infinite", float("inf")), ("soon", None), ("1:2:3:4", None), ("-1", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "time, seconds",
+    [
+        ("90", 5400),
+        ("1:30", 90),
+        ("2:00:00", 7200),
+        ("1-0", 86400),
+        ("1-2:30", 95400),
+        ("1-02:30:05", 95405),
+        ("UNLIMITED", float("inf")),
+        ("infinite", float("inf")),
+        ("soon", None),
+        ("1:2:3:4", None),
+        ("-1", None),
+    ],
+)
 def test_a_time_is_read_as_slurm_does(time, seconds):
     assert seconds_of(time) == seconds
 
 
-@pytest.mark.parametrize("words, problems", [
-    (["launcher.partition=h100"], []),
-    (["launcher.partition='a100,h100'"], []),
-    (["launcher.partition=h10"], ["launcher.partition = h10: did you mean h100? the partitions of this cluster are"
-                                  " cpu, a100, h100"]),
-    ([], ["launcher.gpus_per_node = 8 (from trainer.devices): no node of partition cpu has any; use another"
-          " launcher.partition"]),
-    (["launcher.partition=a100"],
-     ["launcher.gpus_per_node = 8 (from trainer.devices): a node of partition a100 has 4 at most; use trainer.devices=4"
-      " and more nodes, or another launcher.partition"]),
-    (["launcher.partition=h100", "trainer.num_nodes=3", "trainer.global_batch_size=240"],
-     ["trainer.num_nodes = 3, but partition h100 has 2 nodes with 8 GPUs; use 2"]),
-    (["launcher.partition=a100", "launcher.time=2-00:00:00", "trainer.devices=4", "trainer.num_nodes=4"],
-     ["launcher.time = 2-00:00:00 is more than partition a100 allows; use at most 1-00:00:00",
-      "trainer.num_nodes = 4, but partition a100 has 1 nodes; use 1"]),
-    (["launcher.partition=h100", "launcher.time=99-00:00:00"], []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, problems",
+    [
+        (["launcher.partition=h100"], []),
+        (["launcher.partition='a100,h100'"], []),
+        (
+            ["launcher.partition=h10"],
+            [
+                "launcher.partition = h10: did you mean h100? the partitions of"
+                " this cluster are cpu, a100, h100"
+            ],
+        ),
+        (
+            [],
+            [
+                "launcher.gpus_per_node = 8 (from trainer.devices): no node of partition cpu has"
+                " any; use another launcher.partition"
+            ],
+        ),
+        (
+            ["launcher.partition=a100"],
+            [
+                "launcher.gpus_per_node = 8 (from trainer.devices): a node of partition a100 has 4"
+                " at most; use trainer.devices=4 and more nodes, or another launcher.partition"
+            ],
+        ),
+        (
+            ["launcher.partition=h100", "trainer.num_nodes=3", "trainer.global_batch_size=240"],
+            ["trainer.num_nodes = 3, but partition h100 has 2 nodes with 8 GPUs; use 2"],
+        ),
+        (
+            [
+                "launcher.partition=a100",
+                "launcher.time=2-00:00:00",
+                "trainer.devices=4",
+                "trainer.num_nodes=4",
+            ],
+            [
+                "launcher.time = 2-00:00:00 is more than partition a100 allows; use at most"
+                " 1-00:00:00",
+                "trainer.num_nodes = 4, but partition a100 has 1 nodes; use 1",
+            ],
+        ),
+        (["launcher.partition=h100", "launcher.time=99-00:00:00"], []),
+    ],
+)
 def test_a_plan_that_the_partition_cannot_hold_is_refused_with_both_numbers(words, problems):
     assert list(fits(plan_of(RECIPE, *words), CLUSTER)) == problems
 
@@ -61,13 +112,19 @@ def test_a_cluster_without_a_default_partition_is_given_its_names():
     assert problem == "launcher.partition = null, but this cluster has no default; use a100 or h100"
 
 
-@pytest.mark.parametrize("words, refused", [
-    (["launcher.sbatch_args.array=0-3"], True),
-    (["launcher.sbatch_args.array=0-3%2"], True),
-    (["launcher.sbatch_args.array=0-3%1"], False),
-    (["launcher.sbatch_args.array=0-3", "run_dir='runs/${oc.env:SLURM_ARRAY_TASK_ID,0}'"], False),
-    ([], False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, refused",
+    [
+        (["launcher.sbatch_args.array=0-3"], True),
+        (["launcher.sbatch_args.array=0-3%2"], True),
+        (["launcher.sbatch_args.array=0-3%1"], False),
+        (
+            ["launcher.sbatch_args.array=0-3", "run_dir='runs/${oc.env:SLURM_ARRAY_TASK_ID,0}'"],
+            False,
+        ),
+        ([], False),
+    ],
+)
 def test_an_array_side_by_side_needs_a_directory_for_each(words, refused):
     assert bool(list(array(plan_of(*words), words))) is refused
 

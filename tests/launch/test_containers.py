@@ -1,4 +1,6 @@
-"""What the container of a job would not see, and what is not there to be mounted, is said before it is sent."""
+"""What the container of a job would not see, and what is not there to be mounted, is said before it
+is sent.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,15 @@ from mixtrain.errors import UserError
 from mixtrain.launch.checks import container
 from mixtrain.launch.containers import Mount, as_on_host, hidden, mounts_of, on_host, parse
 
-ROOT, HERE = Path("/opt/mixtrain"), Path("/home/me/work")
+ROOT = Path("/opt/mixtrain")
+HERE = Path("/home/me/work")
 IMAGE = "launcher.container_image='nvcr.io#nvidia/pytorch:26.06-py3'"
-INDEXED = ["data=indexed", "data.seq_length=128", "data.data_path=[1,/data/a,2,/data/b]", "data.tokenizer=/data/tokens"]
+INDEXED = [
+    "data=indexed",
+    "data.seq_length=128",
+    "data.data_path=[1,/data/a,2,/data/b]",
+    "data.tokenizer=/data/tokens",
+]
 
 
 def config_of(*words: str):
@@ -48,17 +56,27 @@ def test_a_path_of_the_container_is_found_on_the_host(path, host):
 
 
 def test_every_path_of_the_run_must_lie_in_a_mount():
-    config = config_of(*INDEXED, "run_dir=/scratch/run", "checkpoint.load_weights=/old/iter_0000001")
+    config = config_of(
+        *INDEXED, "run_dir=/scratch/run", "checkpoint.load_weights=/old/iter_0000001"
+    )
     found = list(hidden(config, HERE, mounts_of(config, HERE, ROOT)))
     keys = [problem.split(" ")[0] for problem in found]
-    assert keys == ["run_dir", "checkpoint.load_weights", "data.tokenizer", "data.data_path", "data.data_path"]
+    assert keys == [
+        "run_dir",
+        "checkpoint.load_weights",
+        "data.tokenizer",
+        "data.data_path",
+        "data.data_path",
+    ]
     assert found[0].endswith("add /scratch to them")
     seen = config_of(*INDEXED, "run_dir=runs/x", "launcher.container_mounts=[/data]")
     assert list(hidden(seen, HERE, mounts_of(seen, HERE, ROOT))) == []
 
 
 def test_data_is_looked_for_where_it_is_on_the_host():
-    config = config_of(*INDEXED, "run_dir=/data/run", "launcher.container_mounts=['/lustre/me:/data']")
+    config = config_of(
+        *INDEXED, "run_dir=/data/run", "launcher.container_mounts=['/lustre/me:/data']"
+    )
     there = as_on_host(config, HERE, mounts_of(config, HERE, ROOT))
     assert there.data.data_path == ["1", "/lustre/me/a", "2", "/lustre/me/b"]
     assert (there.data.tokenizer, there.run_dir) == ("/lustre/me/tokens", "/lustre/me/run")
@@ -73,4 +91,5 @@ def test_an_image_or_a_folder_that_does_not_exist_is_named_with_its_key(tmp_path
     ]
     (tmp_path / "m.sqsh").write_text("")
     assert len(list(container(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path))) == 1
-    assert len(list(container(plan_of(*words, IMAGE), tmp_path))) == 1  # a registry's name is not looked up
+    # a registry's name is not looked up
+    assert len(list(container(plan_of(*words, IMAGE), tmp_path))) == 1

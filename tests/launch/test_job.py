@@ -1,4 +1,6 @@
-"""What a job does when its ranks have ended: return to the queue, end, or say which rank failed. No Slurm is needed."""
+"""What a job does when its ranks have ended: return to the queue, end, or say which rank failed. No
+Slurm is needed.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def test_a_run_that_was_stopped_returns_and_says_at_which_step(capsys, run_dir):
     assert "stopped by SIGUSR1, after 40 of 300 steps: returning to the queue" in said
 
 
-@pytest.mark.parametrize("state, code, verdict", [("finished", 0, "0"), ("failed", 1, "1"), ("running", 2, "2")])
+@pytest.mark.parametrize(
+    "state, code, verdict", [("finished", 0, "0"), ("failed", 1, "1"), ("running", 2, "2")]
+)
 def test_a_run_that_has_finished_or_failed_does_not_return(capsys, run_dir, state, code, verdict):
     status(run_dir, state, 300)
     assert ended(capsys, run_dir, code)[0] == verdict
@@ -57,7 +61,9 @@ def test_a_run_whose_ranks_failed_does_not_return_even_if_it_was_stopped_before(
 
 def test_a_job_returns_only_so_often_without_a_step_further(capsys, run_dir):
     status(run_dir, "stopped", 40)
-    assert [ended(capsys, run_dir, 0, "launcher.max_requeues=2")[0] for _ in range(2)] == ["return"] * 2
+    assert [ended(capsys, run_dir, 0, "launcher.max_requeues=2")[0] for _ in range(2)] == [
+        "return"
+    ] * 2
     verdict, said = ended(capsys, run_dir, 0, "launcher.max_requeues=2")
     assert verdict == "1" and "returned 2 times and came no further than step 40" in said
     assert "came no further" in read_status(run_dir)["reason"]
@@ -87,7 +93,10 @@ def test_the_rank_that_failed_first_is_named_in_the_log_and_the_status(capsys, r
     )
     verdict, said = ended(capsys, run_dir, 137)
     assert verdict == "1"
-    assert said.splitlines()[1:3] == ["  rank 3 on node7: Killed", "  rank 0-1 on node6: Exited with exit code 1"]
+    assert said.splitlines()[1:3] == [
+        "  rank 3 on node7: Killed",
+        "  rank 0-1 on node6: Exited with exit code 1",
+    ]
     found = read_status(run_dir)
     assert (found["state"], found["reason"]) == ("failed", "rank 3 on node7: Killed")
 
@@ -96,7 +105,9 @@ def test_what_a_rank_had_to_say_stands_in_the_jobs_log(capsys, run_dir):
     status(run_dir, "running", 7, "")
     logs = run_dir / "logs" / "job_17"
     (logs / "rank_0.log").write_text("training\n")
-    (logs / "rank_1.log").write_text("mixtrain: 1 problem on node n1:\n  - data.data_path: no file /data/a.bin\n")
+    (logs / "rank_1.log").write_text(
+        "mixtrain: 1 problem on node n1:\n  - data.data_path: no file /data/a.bin\n"
+    )
     verdict, said = ended(capsys, run_dir, 2)
     assert verdict == "2" and "  - data.data_path: no file /data/a.bin" in said
     assert "no file /data/a.bin" in read_status(run_dir)["reason"]
@@ -107,7 +118,10 @@ def test_a_return_that_cannot_be_counted_is_none(capsys, run_dir):
     shutil.rmtree(run_dir / "logs")
     verdict, said = ended(capsys, run_dir, 0)
     assert verdict == "1" and "Traceback" not in said
-    assert "job_17/returns.jsonl cannot be written (No such file or directory),\n  so this job does not return" in said
+    assert (
+        "job_17/returns.jsonl cannot be written (No such file or directory),\n  so this job does not return"
+        in said
+    )
 
 
 def test_a_verdict_that_cannot_be_written_stands_in_the_jobs_log_with_what_to_type(capsys, run_dir):
@@ -116,7 +130,10 @@ def test_a_verdict_that_cannot_be_written_stands_in_the_jobs_log_with_what_to_ty
     verdict, said = ended(capsys, run_dir, 1)
     assert verdict == "1" and "Traceback" not in said
     last = said.splitlines()[-1]
-    said = "status.json cannot be written (Is a directory) and does not say so; there is no whole checkpoint: type"
+    said = (
+        "status.json cannot be written (Is a directory) and does not say so; there is no whole"
+        " checkpoint: type"
+    )
     assert last == f"mixtrain: exit code 1; {said} the same command again, and it begins anew"
 
 
@@ -147,7 +164,10 @@ def test_a_job_starts_with_the_plans_nodes_and_ranks(capsys, run_dir, monkeypatc
 def test_a_job_of_other_nodes_than_the_plans_is_refused(capsys, run_dir, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "1")
     assert job.main(["begin", "trainer.num_nodes=2", "trainer.devices=1"]) == 2
-    assert "this job has 1 nodes, but trainer.num_nodes = 2; sbatch --nodes=2" in capsys.readouterr().err
+    assert (
+        "this job has 1 nodes, but trainer.num_nodes = 2; sbatch --nodes=2"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_directory_that_is_another_at_every_return_is_refused(capsys, run_dir):

@@ -1,4 +1,6 @@
-"""train.py as it is typed: real processes, real signals. Every wait is bounded, every process group is ended."""
+"""train.py as it is typed: real processes, real signals. Every wait is bounded, every process group
+is ended.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ class Command:
 
 
 def hear_ctrl_c() -> None:
-    """In a background job of a script, as which the tests may run, SIGINT is ignored and stays so in every child."""
+    """In a background job of a script, as which the tests may run, SIGINT is ignored and stays so
+    in every child.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -92,8 +96,16 @@ def train(folder: Path, *overrides: str) -> Command:
 
 def launch(folder: Path, rank: str) -> Command:
     """The launcher alone, with two ranks that run the code `rank` where train.py would train."""
-    start = f"mixtrain.launch.local.start(composing.plan_of('run_dir={folder}/run'), (sys.executable, '-c', {rank!r}))"
-    return Command(folder, sys.executable, "-c", f"import sys, composing, mixtrain.launch.local; sys.exit({start})")
+    start = (
+        f"mixtrain.launch.local.start(composing.plan_of('run_dir={folder}/run'),"
+        f" (sys.executable, '-c', {rank!r}))"
+    )
+    return Command(
+        folder,
+        sys.executable,
+        "-c",
+        f"import sys, composing, mixtrain.launch.local; sys.exit({start})",
+    )
 
 
 def lm_losses(folder: Path) -> list[float]:
@@ -104,7 +116,9 @@ def lm_losses(folder: Path) -> list[float]:
 def ranks_of(command: Command) -> dict[int, int]:
     """rank -> process id of the ranks that a launcher has started."""
     found = {}
-    for child in Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children").read_text().split():
+    for child in (
+        Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children").read_text().split()
+    ):
         variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         found[int(next(v for v in variables if v.startswith(b"RANK=")).split(b"=")[1])] = int(child)
     return found
@@ -112,10 +126,15 @@ def ranks_of(command: Command) -> dict[int, int]:
 
 @pytest.mark.long
 def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
-    words = [f"data.path_to_cache={tmp_path}/cache", "trainer.max_steps=40", "trainer.limit_val_batches=2"]
+    words = [
+        f"data.path_to_cache={tmp_path}/cache",
+        "trainer.max_steps=40",
+        "trainer.limit_val_batches=2",
+    ]
     with train(tmp_path, *words) as run:
         assert run.wait() == 0, run.text()
-    text, losses = run.text(), lm_losses(tmp_path)
+    text = run.text()
+    losses = lm_losses(tmp_path)
     assert "2 on 1 node of 2 (cpu)" in text and "EP 2" in text
     assert "sha256" in text and "unigram entropy" in text
     assert losses[0] == pytest.approx(8.33, abs=0.1) and losses[-1] < losses[0] - 2
@@ -132,14 +151,24 @@ def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
 
 @pytest.mark.long
 def test_a_recipe_shrunk_to_a_laptop_trains_on_eight_ranks(tmp_path):
-    words = ["+recipe=mixtral_8x7b_ep8", "+shrink=laptop", "trainer.max_steps=5", "trainer.log_every_n_steps=5"]
+    words = [
+        "+recipe=mixtral_8x7b_ep8",
+        "+shrink=laptop",
+        "trainer.max_steps=5",
+        "trainer.log_every_n_steps=5",
+    ]
     with train(tmp_path, *words) as run:
         assert run.wait() == 0, run.text()
-    assert "8 on 1 node of 8 (cpu)" in run.text() and "bf16" in run.text() and "recompute full" in run.text()
+    assert (
+        "8 on 1 node of 8 (cpu)" in run.text()
+        and "bf16" in run.text()
+        and "recompute full" in run.text()
+    )
     assert len(list((tmp_path / "run" / "logs").glob("rank_*.log"))) == 8
     status = read_status(tmp_path / "run")
     assert status["step"] == 5
-    assert status["changed_mathematics"] == ["trainer.max_steps = 5 (recipe: 20)"]  # the ranks know of the recipe
+    # the ranks know of the recipe
+    assert status["changed_mathematics"] == ["trainer.max_steps = 5 (recipe: 20)"]
 
 
 def test_torchrun_starts_the_ranks_as_well(tmp_path):
@@ -147,7 +176,15 @@ def test_torchrun_starts_the_ranks_as_well(tmp_path):
     with socket.socket() as probe:  # torchrun's default port may be taken on a shared machine
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port,
+    ]
     with Command(tmp_path, *torchrun, "train.py", *words) as run:
         assert run.wait() == 0, run.text()
     assert run.text().count("experts on ranks") == 1  # the plan is printed once
@@ -156,15 +193,25 @@ def test_torchrun_starts_the_ranks_as_well(tmp_path):
 
 @pytest.mark.long
 def test_the_jobs_of_a_sweep_run_one_after_the_other_each_on_ranks_of_its_own(tmp_path):
-    words = ["--multirun", "seed=1,2", f"run_dir='{tmp_path}/${{hydra:job.num}}'", *SMALL, "trainer.max_steps=2"]
-    with Command(tmp_path, sys.executable, "train.py", *words, f"data.path_to_cache={tmp_path}/cache") as run:
+    words = [
+        "--multirun",
+        "seed=1,2",
+        f"run_dir='{tmp_path}/${{hydra:job.num}}'",
+        *SMALL,
+        "trainer.max_steps=2",
+    ]
+    with Command(
+        tmp_path, sys.executable, "train.py", *words, f"data.path_to_cache={tmp_path}/cache"
+    ) as run:
         assert run.wait() == 0, run.text()
     assert [read_status(tmp_path / number)["state"] for number in "01"] == ["finished", "finished"]
     assert f"job 2 of 2, in {tmp_path}/1" in run.text()
 
 
 def test_sigterm_to_the_launcher_ends_the_step_saves_and_exits_0(tmp_path):
-    with train(tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000") as run:
+    with train(
+        tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000"
+    ) as run:
         run.wait_for_step(tmp_path / "run", 2)
         run.process.send_signal(signal.SIGTERM)
         assert run.wait(60) == 0, run.text()
@@ -175,7 +222,9 @@ def test_sigterm_to_the_launcher_ends_the_step_saves_and_exits_0(tmp_path):
 
 
 def test_a_killed_rank_ends_the_others_and_is_named(tmp_path):
-    with train(tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000") as run:
+    with train(
+        tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000"
+    ) as run:
         run.wait_for_step(tmp_path / "run", 2)
         os.kill(ranks_of(run)[1], signal.SIGKILL)
         assert run.wait(60) == 1
@@ -187,7 +236,9 @@ def test_a_killed_rank_ends_the_others_and_is_named(tmp_path):
 
 
 def test_a_killed_launcher_leaves_no_rank_behind(tmp_path):
-    with train(tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000") as run:
+    with train(
+        tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000"
+    ) as run:
         run.wait_for_step(tmp_path / "run", 2)
         run.process.kill()
         run.wait(60)
@@ -195,7 +246,9 @@ def test_a_killed_launcher_leaves_no_rank_behind(tmp_path):
 
 
 def test_a_launcher_killed_while_its_ranks_import_torch_leaves_none_behind(tmp_path):
-    with train(tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000") as run:
+    with train(
+        tmp_path, *SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000"
+    ) as run:
         run.wait_until(lambda: ranks_left(tmp_path))
         run.process.kill()
         run.wait(60)
@@ -215,7 +268,8 @@ def test_ctrl_c_while_the_ranks_start_ends_them_and_exits_0(tmp_path):
 
 def test_ctrl_c_before_there_is_a_run_is_one_line(tmp_path):
     with train(tmp_path, *SMALL) as run:
-        run.wait_until(lambda: catches(run.process.pid, signal.SIGTERM))  # the first thing that train.py does
+        # the first thing that train.py does
+        run.wait_until(lambda: catches(run.process.pid, signal.SIGTERM))
         run.process.send_signal(signal.SIGINT)
         assert run.wait(60) == 0
     assert run.text() == "mixtrain: stopped before a run was started\n"
@@ -223,7 +277,14 @@ def test_ctrl_c_before_there_is_a_run_is_one_line(tmp_path):
 
 
 def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
-    words = [sys.executable, "train.py", f"run_dir={tmp_path}/run", *SMALL, "trainer.max_steps=2", "checkpoint=none"]
+    words = [
+        sys.executable,
+        "train.py",
+        f"run_dir={tmp_path}/run",
+        *SMALL,
+        "trainer.max_steps=2",
+        "checkpoint=none",
+    ]
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
@@ -231,7 +292,8 @@ def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
         runs = {run.wait(): run.text() for run in (first, second)}
     assert sorted(runs) == [0, 2]
     assert re.search(
-        f"run_dir = {tmp_path}/run is in use by process \\d+ on .* since .*run_dir={tmp_path}/run-2", runs[2]
+        f"run_dir = {tmp_path}/run is in use by process \\d+ on .* since .*run_dir={tmp_path}/run-2",
+        runs[2],
     )
     assert "Traceback" not in runs[2]
     assert read_status(tmp_path / "run")["state"] == "finished"
@@ -240,10 +302,21 @@ def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
 def test_the_ranks_are_handed_the_plan_and_do_not_compose_it_again(tmp_path):
     """Composed a second time, ${now:%f} would be another microsecond."""
     moment = "run_dir='" + str(tmp_path / "runs") + "/${now:%f}'"
-    with Command(tmp_path, sys.executable, "train.py", moment, *SMALL, "trainer.max_steps=1", "checkpoint=none") as run:
+    with Command(
+        tmp_path,
+        sys.executable,
+        "train.py",
+        moment,
+        *SMALL,
+        "trainer.max_steps=1",
+        "checkpoint=none",
+    ) as run:
         assert run.wait() == 0, run.text()
     (directory,) = (tmp_path / "runs").iterdir()
-    assert read_status(directory)["state"] == "finished" and (directory / "logs" / "rank_1.log").exists()
+    assert (
+        read_status(directory)["state"] == "finished"
+        and (directory / "logs" / "rank_1.log").exists()
+    )
 
 
 # The launcher alone
@@ -251,16 +324,26 @@ def test_the_ranks_are_handed_the_plan_and_do_not_compose_it_again(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_every_signal_that_asks_for_the_end_reaches_the_ranks_as_one_they_handle(tmp_path, number):
-    rank = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('asked'), sys.exit()));"
+    rank = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (print('asked'),"
+        " sys.exit()));"
+    )
     with launch(tmp_path, rank + "print('ready', flush=True); time.sleep(60)") as run:
         run.wait_until(lambda: "ready" in run.text() and "ready" in log_of(tmp_path, 1))
         run.process.send_signal(number)
         assert run.wait(60) == 0, run.text()
-    assert "stopping after this step" in run.text() and "asked" in run.text() and "asked" in log_of(tmp_path, 1)
+    assert (
+        "stopping after this step" in run.text()
+        and "asked" in run.text()
+        and "asked" in log_of(tmp_path, 1)
+    )
 
 
 def test_a_second_ctrl_c_ends_the_run_at_once_and_a_second_hangup_does_not(tmp_path):
-    rank = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True);"
+    rank = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready',"
+        " flush=True);"
+    )
     with launch(tmp_path, rank + "time.sleep(60)") as run:  # a long step
         run.wait_until(lambda: "ready" in run.text() and "ready" in log_of(tmp_path, 1))
         for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGINT):
@@ -275,30 +358,47 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_a_second_hangup_does_not(tmp_p
 
 
 def test_a_rank_that_hangs_is_named_and_not_only_the_one_that_waited_for_it(tmp_path):
-    rank = "import os, signal, sys; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGSTOP);"
+    rank = (
+        "import os, signal, sys; os.environ['RANK'] == '1' and os.kill(os.getpid(),"
+        " signal.SIGSTOP);"
+    )
     with launch(tmp_path, rank + "sys.exit('RuntimeError: Timed out')") as run:
         assert run.wait(60) == 1
-    assert "mixtrain: rank 1 did not answer: stopped by SIGSTOP\nmixtrain: rank 0 failed" in run.text()
+    assert (
+        "mixtrain: rank 1 did not answer: stopped by SIGSTOP\nmixtrain: rank 0 failed" in run.text()
+    )
     reason = read_status(tmp_path / "run")["reason"]
-    assert reason.startswith("rank 1 did not answer: stopped by SIGSTOP; rank 0 failed: RuntimeError")
+    assert reason.startswith(
+        "rank 1 did not answer: stopped by SIGSTOP; rank 0 failed: RuntimeError"
+    )
     assert not ranks_left(tmp_path)
 
 
 def test_a_stopped_rank_is_named_with_its_step_and_every_ranks_stack_is_shown(tmp_path):
-    words = [*SMALL, "trainer.max_steps=100000", "trainer.val_check_interval=100000", "trainer.timeout_minutes=0.05"]
+    words = [
+        *SMALL,
+        "trainer.max_steps=100000",
+        "trainer.val_check_interval=100000",
+        "trainer.timeout_minutes=0.05",
+    ]
     with train(tmp_path, *words) as run:
         run.wait_for_step(tmp_path / "run", 2)
         os.kill(ranks_of(run)[1], signal.SIGSTOP)
         assert run.wait(60) == 1
-    assert re.search(r"mixtrain: rank 1 did not answer in step \d+ \(\w+\): stopped by SIGSTOP", run.text())
+    assert re.search(
+        r"mixtrain: rank 1 did not answer in step \d+ \(\w+\): stopped by SIGSTOP", run.text()
+    )
     for rank in (0, 1):
         assert re.search(
-            rf"  rank {rank} in step \d+ \(\w+\), innermost first.*rank_{rank}.log:\n    File ", run.text()
+            rf"  rank {rank} in step \d+ \(\w+\), innermost first.*rank_{rank}.log:\n    File ",
+            run.text(),
         )
         assert "stands still" in log_of(tmp_path, 0) and "train_step" in log_of(tmp_path, rank)
     assert all(len(line) < 250 for line in run.text().splitlines())
     status = read_status(tmp_path / "run")
-    assert status["state"] == "failed" and status["reason"].startswith("rank 1 did not answer in step")
+    assert status["state"] == "failed" and status["reason"].startswith(
+        "rank 1 did not answer in step"
+    )
     assert not ranks_left(tmp_path)
 
 
@@ -324,7 +424,10 @@ def test_the_rank_that_does_not_wait_for_others_is_the_one_that_hangs(tmp_path):
 
 
 def test_a_rank_killed_before_the_first_step_ends_the_run_in_seconds(tmp_path):
-    rank = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL);"
+    rank = (
+        "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(),"
+        " signal.SIGKILL);"
+    )
     started = time.monotonic()
     with launch(tmp_path, rank + "time.sleep(60)") as run:
         assert run.wait(40) == 1
@@ -339,7 +442,11 @@ def log_of(folder: Path, rank: int) -> str:
 
 def catches(process: int, number: int) -> bool:
     """Whether a process has a handler of its own for a signal."""
-    caught = next(v for v in Path(f"/proc/{process}/status").read_text().splitlines() if v.startswith("SigCgt"))
+    caught = next(
+        v
+        for v in Path(f"/proc/{process}/status").read_text().splitlines()
+        if v.startswith("SigCgt")
+    )
     return bool(int(caught.split()[1], 16) >> (number - 1) & 1)
 
 
@@ -355,7 +462,9 @@ def ranks_left(folder: Path) -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.readlink(entry / "fd" / "2").startswith(f"{folder}/run/logs/"):
+            if entry.name.isdigit() and os.readlink(entry / "fd" / "2").startswith(
+                f"{folder}/run/logs/"
+            ):
                 found.append(entry.name)
         except OSError:
             continue  # it has ended

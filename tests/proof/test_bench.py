@@ -1,4 +1,6 @@
-"""The benchmark without running anything: scenarios, figures, files. What it measures is in test_bench_run.py."""
+"""The benchmark without running anything: scenarios, figures, files. What it measures is in
+test_bench_run.py.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,16 @@ def test_every_variant_of_a_scenario_is_a_legal_run_of_this_machine_or_left_out_
     assert list(rows) == list(asked)
     for row, variants in rows.items():
         missing = set(asked[row].variants) - {variant.name for variant in variants}
-        assert all(any(line.startswith(f"{one} (") for line in left_out) for one in missing), missing
+        assert all(any(line.startswith(f"{one} (") for line in left_out) for one in missing), (
+            missing
+        )
 
 
 def test_a_scenario_of_a_gpu_names_the_command_that_runs_it_on_a_cpu(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    for problem in problems_of("scenario=fine_grained_1gpu", "rows=[microbatch_1]", "variants=[torch]"):
+    for problem in problems_of(
+        "scenario=fine_grained_1gpu", "rows=[microbatch_1]", "variants=[torch]"
+    ):
         assert problem.endswith("python tools/bench.py scenario=fine_grained_1gpu +shrink=laptop")
 
 
@@ -58,8 +64,14 @@ WRONG = {
     ("scenario=cpu_small", "rounds=[3"): "cpu_small.yaml: ",
     (*ONE, "model.hiden_size=1"): "model.hiden_size is not a key of mixtrain; did you mean",
     (*ONE, "trainer.global_batch_size=3"): "trainer.global_batch_size = 3 must be a multiple of",
-    ("scenario=start_up", "data=mock"): "data=mock: this row runs commands, which take no words of train.py",
-    (*HUGGING_FACE, "router=sinkhorn"): "router.moe_router_load_balancing_type = sinkhorn: its weights",
+    (
+        "scenario=start_up",
+        "data=mock",
+    ): "data=mock: this row runs commands, which take no words of train.py",
+    (
+        *HUGGING_FACE,
+        "router=sinkhorn",
+    ): "router.moe_router_load_balancing_type = sinkhorn: its weights",
 }
 
 
@@ -70,14 +82,18 @@ def test_what_is_wrong_is_said_before_anything_runs(words):
 
 def test_words_of_the_command_line_win_over_those_of_a_variant_over_those_of_its_row_over_the_scenarios():
     tree = scenario.Row(Measure.step, words=["seed=2", "name=b"], variants={"one": ["seed=3"]})
-    whole = scenario.Scenario(1, 1, 1, True, None, 0, ["seed=1", "name=a", "parallel=ep1"], {"row": tree})
+    whole = scenario.Scenario(
+        1, 1, 1, True, None, 0, ["seed=1", "name=a", "parallel=ep1"], {"row": tree}
+    )
     rows, _ = variants_of(Request("made", whole, ["name=c"], None))
     config = rows["row"][0].plan.config
     assert (config.seed, config.name, config.parallel.expert_model_parallel_size) == (3, "c", 1)
 
 
 def test_flops_are_those_of_the_published_conventions():
-    """Mixtral 8x7B at 4096: 79.7 GF a token with the causal half of the scores, 82.9 with all of them."""
+    """Mixtral 8x7B at 4096: 79.7 GF a token with the causal half of the scores, 82.9 with all of
+    them.
+    """
     model = config_of("+recipe=mixtral_8x7b_ep8").model
     assert memory.training_flops(model, 4096, causal=True) == pytest.approx(79.7e9, rel=1e-3)
     assert memory.training_flops(model, 4096, causal=False) == pytest.approx(82.9e9, rel=1e-3)
@@ -85,7 +101,9 @@ def test_flops_are_those_of_the_published_conventions():
 
 
 def test_the_interval_of_a_median_is_that_of_the_sign_test():
-    """Of 15 values the 4th to the 12th has the median with 96.5 %, of 20 the 6th to the 15th with 95.9 % (tables)."""
+    """Of 15 values the 4th to the 12th has the median with 96.5 %, of 20 the 6th to the 15th with
+    95.9 % (tables).
+    """
     found = ratio([float(value) for value in range(15, 0, -1)])
     assert (found.median, found.low, found.high) == (8, 4, 12)
     found = ratio([float(value) for value in range(1, 21)])
@@ -100,15 +118,27 @@ def made(variant: str, number: int, seconds: float, others: float = 0.0, **value
 def test_ratios_are_taken_within_rounds():
     """A machine that slows down over the rounds changes the speeds, not the ratio."""
     slow = [(number, 1.0 + number) for number in range(9)]
-    taken = [one for number, time in slow for one in (made("a", number, time), made("b", number, 2 * time))]
+    taken = [
+        one
+        for number, time in slow
+        for one in (made("a", number, time), made("b", number, 2 * time))
+    ]
     first, second = figures(taken)
-    assert first.ratio is None and (second.ratio.median, second.ratio.low, second.ratio.high) == (2, 2, 2)
+    assert first.ratio is None and (second.ratio.median, second.ratio.low, second.ratio.high) == (
+        2,
+        2,
+        2,
+    )
     assert first.rate == pytest.approx(100 / 5) and second.cpu_ratio.median == 2
 
 
 def test_where_enough_rounds_were_quiet_they_alone_count():
     quiet = [one for number in range(6) for one in (made("a", number, 1), made("b", number, 2))]
-    loud = [one for number in range(6, 20) for one in (made("a", number, 1), made("b", number, 9, others=1.5))]
+    loud = [
+        one
+        for number in range(6, 20)
+        for one in (made("a", number, 1), made("b", number, 9, others=1.5))
+    ]
     assert figures(quiet + loud)[1].ratio.median == 2
     assert figures(quiet[:-2] + loud)[1].ratio.median == 9
     assert (figures(quiet + loud)[1].rounds, figures(quiet + loud)[1].quiet_rounds) == (20, 6)
@@ -116,7 +146,9 @@ def test_where_enough_rounds_were_quiet_they_alone_count():
 
 def test_variants_that_compute_something_else_are_not_compared():
     rows, _ = variants_of(
-        scenario.parse(["scenario=cpu_small", "rows=[forward_backward_fp32]", "variants=[torch,local]"])
+        scenario.parse(
+            ["scenario=cpu_small", "rows=[forward_backward_fp32]", "variants=[torch,local]"]
+        )
     )
     variants = rows["forward_backward_fp32"][:2]
     right = Computed([10.0, 9.0], 2.0, None)
@@ -157,7 +189,10 @@ def test_tflops_and_mfu_are_shown_of_a_gpu(capsys):
 def test_a_checked_in_result_says_where_it_is_from_and_the_page_has_its_tables(path, capsys):
     facts, taken = reading.read(path)
     assert {"scenario", "machine", "system", "versions", "commit"} <= set(facts)
-    assert "dirty" not in facts["commit"] and facts["scenario"].split()[0] == path.stem in scenario.names()
+    assert (
+        "dirty" not in facts["commit"]
+        and facts["scenario"].split()[0] == path.stem in scenario.names()
+    )
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert f"show benchmarks/{path.name}" in page
     report.show({}, taken)

@@ -35,16 +35,22 @@ TINY = [
 ]
 
 
-def taken(folder, measure: Measure, rounds: int = 2, **variants: list[str]) -> list[reading.Reading]:
+def taken(
+    folder, measure: Measure, rounds: int = 2, **variants: list[str]
+) -> list[reading.Reading]:
     """The readings of a row of these variants."""
     row = Row(measure, variants=variants)
-    scenario = Scenario(rounds, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY)
+    scenario = Scenario(
+        rounds, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY
+    )
     rows, _ = variants_of(Request("made", replace(scenario, rows={"row": row}), [], None))
     return list(run.readings_of("row", row, rows["row"], scenario, folder, print))
 
 
 @pytest.mark.long
-def test_ours_and_transformers_take_turns_on_the_same_loss_and_gradient_and_a_rank_of_several_its_part(tmp_path):
+def test_ours_and_transformers_take_turns_on_the_same_loss_and_gradient_and_a_rank_of_several_its_part(
+    tmp_path,
+):
     """That they compute the same is checked before the first turn: see the next test."""
     variants = {
         "torch": [],
@@ -52,7 +58,9 @@ def test_ours_and_transformers_take_turns_on_the_same_loss_and_gradient_and_a_ra
         "ep2": ["parallel=ep2"],
     }
     found = taken(tmp_path, Measure.forward_backward, **variants)
-    assert [(one.round, one.variant) for one in found] == [(number, name) for number in (1, 2) for name in variants]
+    assert [(one.round, one.variant) for one in found] == [
+        (number, name) for number in (1, 2) for name in variants
+    ]
     assert all(one.seconds > 0 and one.cpu_seconds > 0 and one.amount == 4 * 32 for one in found)
     assert [one.ranks for one in found[:3]] == [1, 1, 2]
     assert all(one.peak_bytes > 1 << 20 and one.flops_whole > one.flops_causal for one in found)
@@ -69,7 +77,9 @@ def environment_of(child: subprocess.Popen) -> dict[str, str]:
 def test_a_variant_can_be_without_our_memory_settings(tmp_path, monkeypatch):
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    row = Row(Measure.forward_backward, variants={"with": [], "without": ["host.memory_settings=false"]})
+    row = Row(
+        Measure.forward_backward, variants={"with": [], "without": ["host.memory_settings=false"]}
+    )
     words = [word for word in TINY if not word.startswith("parallel=")]
     scenario = Scenario(1, 1, 0, True, None, 0, words=[*words, "parallel=ep2"], rows={"row": row})
     rows, _ = variants_of(Request("made", scenario, [], None))
@@ -89,13 +99,17 @@ def test_a_variant_can_be_without_our_memory_settings(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_variant_of_another_model_ends_the_benchmark_before_it_is_timed(tmp_path):
-    with pytest.raises(Fault, match=r"row: other does not compute what torch does: LM loss \S+ against"):
+    with pytest.raises(
+        Fault, match=r"row: other does not compute what torch does: LM loss \S+ against"
+    ):
         taken(tmp_path, Measure.forward_backward, torch=[], other=["model.rotary_base=10"])
 
 
 @pytest.mark.long
 def test_saving_is_timed_against_plain_files_of_as_many_bytes(tmp_path):
-    saved, plain = taken(tmp_path, Measure.save, rounds=1, save=["checkpoint=last"], plain_files=["plain.files=2"])
+    saved, plain = taken(
+        tmp_path, Measure.save, rounds=1, save=["checkpoint=last"], plain_files=["plain.files=2"]
+    )
     assert saved.amount == pytest.approx(plain.amount, abs=2) and saved.unit == "bytes"
     assert list((tmp_path / "0" / "save").glob("rank_0/iter_*/.metadata"))
 
@@ -103,10 +117,14 @@ def test_saving_is_timed_against_plain_files_of_as_many_bytes(tmp_path):
 def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
     row = Row(Measure.command, variants={}, prepare="echo ready > {shared}/file")
     slow = 'cat {shared}/file; echo seen; sleep 1; test -z "$(ls {folder})"'
-    scenario = Scenario(1, 1, 0, True, None, 0, rows={"row": Row(Measure.command, variants={"slow": [slow]})})
+    scenario = Scenario(
+        1, 1, 0, True, None, 0, rows={"row": Row(Measure.command, variants={"slow": [slow]})}
+    )
     rows, _ = variants_of(Request("made", scenario, [], None))
-    for until, left in (("^seen", 1), (None, 0)):  # s that the command goes on for after what is timed
-        row.until, began = until, time.perf_counter()
+    # s that the command goes on for after what is timed
+    for until, left in (("^seen", 1), (None, 0)):
+        row.until = until
+        began = time.perf_counter()
         (found,) = run.readings_of("row", row, rows["row"], scenario, tmp_path / str(until), print)
         assert 0 < found.seconds <= time.perf_counter() - began - left, found
         assert until or found.seconds >= 1
@@ -118,7 +136,9 @@ def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
 @pytest.mark.long
 def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_path):
     row = Row(Measure.step, variants={"torch": [], "ep2": ["parallel=ep2"]})
-    scenario = Scenario(2, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY)
+    scenario = Scenario(
+        2, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY
+    )
     rows, _ = variants_of(Request("made", replace(scenario, rows={"row": row}), [], None))
     readings = run.readings_of("row", row, rows["row"], scenario, tmp_path, print)
     next(readings)
@@ -131,7 +151,9 @@ def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_pa
 
 def workers() -> list[psutil.Process]:
     """Those of variants that are running now."""
-    there = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    there = [
+        child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE
+    ]
     return [child for child in there if "mixtrain.proof.bench.worker" in child.cmdline()]
 
 
@@ -144,9 +166,17 @@ def is_rank(process: psutil.Process) -> bool:
 
 
 def test_an_interrupted_command_leaves_no_process(tmp_path):
-    words = ["scenario=start_up", "rows=[first_loss]", "rounds=1", f"folder={tmp_path}", f"csv={tmp_path}/file.csv"]
+    words = [
+        "scenario=start_up",
+        "rows=[first_loss]",
+        "rounds=1",
+        f"folder={tmp_path}",
+        f"csv={tmp_path}/file.csv",
+    ]
     tool = subprocess.Popen(
-        [sys.executable, str(ROOT / "tools" / "bench.py"), *words], env=unstarted_environment(), start_new_session=True
+        [sys.executable, str(ROOT / "tools" / "bench.py"), *words],
+        env=unstarted_environment(),
+        start_new_session=True,
     )
     own = psutil.Process(tool.pid)
     deadline = time.monotonic() + 120
@@ -170,11 +200,17 @@ def test_the_command_prints_a_table_and_leaves_a_file_that_it_shows_again(tmp_pa
         "resident=false",
         *TINY[4:],
     ]
-    tool, file = [sys.executable, str(ROOT / "tools" / "bench.py")], str(tmp_path / "file.csv")
+    tool = [sys.executable, str(ROOT / "tools" / "bench.py")]
+    file = str(tmp_path / "file.csv")
     shown = []
     for arguments in ([*words, f"csv={file}"], ["show", file]):
         done = subprocess.run(
-            [*tool, *arguments], cwd=tmp_path, env=unstarted_environment(), capture_output=True, text=True, timeout=120
+            [*tool, *arguments],
+            cwd=tmp_path,
+            env=unstarted_environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         shown.append(done.stdout.splitlines())

@@ -1,4 +1,6 @@
-"""The layout-parity certificate: which layouts it takes, what it says, and that its exit code is the verdict."""
+"""The layout-parity certificate: which layouts it takes, what it says, and that its exit code is
+the verdict.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from mixtrain.config.layout_sensitive import LIMITS
 from mixtrain.config.rules import upstream
 from mixtrain.config.schema import Config, Dispatcher
 from mixtrain.proof.parity import table
-from mixtrain.proof.parity.certificate import MICROBATCHES, Certificate, at_layout, comparable, one_rank
+from mixtrain.proof.parity.certificate import (
+    MICROBATCHES,
+    Certificate,
+    at_layout,
+    comparable,
+    one_rank,
+)
 from mixtrain.proof.parity.layouts import Layout, all_layouts
 from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import LIMITS as TOLERANCES
@@ -43,8 +51,15 @@ def test_all_layouts_of_up_to_eight_ranks_are_there_once(default):
         assert {getattr(layout, axis) for layout in plans} == {1, 2, 4, 8}, axis
     assert {layout.vpp for layout in plans} == {layout.instances for layout in plans} == {1, 2}
     assert Counter(layout.dispatcher for layout in plans)[ALLGATHER] == len(plans) / 2
-    for layout in (Layout(2, tp=2), Layout(4, tp=2, pp=2), Layout(2, tp=2, ep=2), Layout(4, tp=2, ep=2, etp=2),
-                   Layout(2, cp=2), Layout(8, pp=4, vpp=2, ep=2), Layout(4, ep=2, instances=2)):  # fmt: skip
+    for layout in (
+        Layout(2, tp=2),
+        Layout(4, tp=2, pp=2),
+        Layout(2, tp=2, ep=2),
+        Layout(4, tp=2, ep=2, etp=2),
+        Layout(2, cp=2),
+        Layout(8, pp=4, vpp=2, ep=2),
+        Layout(4, ep=2, instances=2),
+    ):
         assert layout in plans
 
 
@@ -55,16 +70,27 @@ def test_a_plan_is_that_of_its_layout(default):
     assert (plan.world_size, plan.data_parallel_size, plan.expert_data_parallel_size) == (8, 2, 1)
     assert (parallel.virtual_pipeline_model_parallel_size, parallel.sequence_parallel) == (2, True)
     assert plan.config.dispatcher.moe_token_dispatcher_type is ALLGATHER
-    assert str(layout) == "TP2xPP2xVPP2xEP4xDP2, allgather" and layout.axes == ("TP", "PP", "VPP", "EP", "DP")
+    assert str(layout) == "TP2xPP2xVPP2xEP4xDP2, allgather" and layout.axes == (
+        "TP",
+        "PP",
+        "VPP",
+        "EP",
+        "DP",
+    )
 
 
-@pytest.mark.parametrize("name", ["mixtral_8x7b_ep8_sinkhorn", "mixtral_8x22b_tp2_pp8_ep8", "qwen3_30b_a3b"])
+@pytest.mark.parametrize(
+    "name", ["mixtral_8x7b_ep8_sinkhorn", "mixtral_8x22b_tp2_pp8_ep8", "qwen3_30b_a3b"]
+)
 def test_a_recipe_has_layouts_and_keeps_its_switches(name):
     config = shrunk(f"+recipe={name}")
     plans, _ = comparable(config)
     whole = config_of(f"+recipe={name}")
     assert len(plans) > 60
-    assert config.router == whole.router and config.model.transformer_impl is whole.model.transformer_impl
+    assert (
+        config.router == whole.router
+        and config.model.transformer_impl is whole.model.transformer_impl
+    )
     assert config.optimizer.use_distributed_optimizer == whole.optimizer.use_distributed_optimizer
     assert config.trainer.recompute_granularity == whole.trainer.recompute_granularity
 
@@ -73,7 +99,9 @@ def test_layouts_that_are_another_run_by_design_are_left_out_and_counted():
     plans, left_out = comparable(shrunk("router=sinkhorn"))
     assert all(layout.tp == layout.cp == 1 for layout in plans) and len(plans) > 100
     ((reason, count),) = left_out.items()
-    assert "sinkhorn" in reason and count == sum(layout.tp * layout.cp > 1 for layout in all_layouts())
+    assert "sinkhorn" in reason and count == sum(
+        layout.tp * layout.cp > 1 for layout in all_layouts()
+    )
 
 
 @pytest.mark.parametrize("router", ["global_aux_loss", "combined"])
@@ -83,7 +111,9 @@ def test_the_global_auxiliary_loss_is_compared_over_data_parallel_ranks(router, 
         shrunk(
             f"router={router}",
             "model.num_layers=2",
-            "router.moe_aux_loss_coeff=1" if router == "global_aux_loss" else "router.moe_aux_loss_coeff=[1,1]",
+            "router.moe_aux_loss_coeff=1"
+            if router == "global_aux_loss"
+            else "router.moe_aux_loss_coeff=[1,1]",
         )
     )
     assert not left_out and {layout.dp for layout in plans} == {1, 2, 4, 8}
@@ -94,10 +124,15 @@ def test_the_global_auxiliary_loss_is_compared_over_data_parallel_ranks(router, 
 
 
 def test_no_microbatch_is_left_to_compare_where_ranks_and_the_step_are_both_balanced():
-    both = ["router.moe_router_load_balancing_type=[global_aux_loss,aux_loss]", "router.moe_aux_loss_coeff=[1,1]"]
+    both = [
+        "router.moe_router_load_balancing_type=[global_aux_loss,aux_loss]",
+        "router.moe_aux_loss_coeff=[1,1]",
+    ]
     for words in (both, ["router=global_aux_loss", "dispatcher=drop"]):
         plans, left_out = comparable(shrunk(*words))
-        assert all(layout.dp == 1 for layout in plans) and "aux_loss, a capacity" in " ".join(left_out)
+        assert all(layout.dp == 1 for layout in plans) and "aux_loss, a capacity" in " ".join(
+            left_out
+        )
 
 
 def test_a_layout_at_which_megatron_is_wrong_is_left_out_with_the_upstream_file(monkeypatch):
@@ -114,16 +149,27 @@ def test_many_experts_become_few_and_still_a_choice(tmp_path):
     assert Certificate("default", shrunk(), tmp_path).config.model.num_moe_experts == 8
 
 
-ONE = {"lm_loss": [5.0, 4.0], "balance": [1.0, 1.0], "grad_norm": [2.0, 2.0],
-       "largest_gradients": {"a": [0.5], "decoder.layers.b": [0.5, 0.1]}}  # fmt: skip
+ONE = {
+    "lm_loss": [5.0, 4.0],
+    "balance": [1.0, 1.0],
+    "grad_norm": [2.0, 2.0],
+    "largest_gradients": {"a": [0.5], "decoder.layers.b": [0.5, 0.1]},
+}
 SHAPES = {"a": (4,), "decoder.layers.b": (2, 3)}
 
 
 def ranks_result(**changes) -> list[dict]:
     """One rank that has everything and differs nowhere."""
-    parts = [["a", None, "x", 4, 0.0, 0.0], ["decoder.layers.b", 0, "y", 3, 0.0, 0.0],
-             ["decoder.layers.b", 1, "z", 3, 0.0, 0.0]]  # fmt: skip
-    return [{name: list(ONE[name]) for name in ("lm_loss", "balance", "grad_norm")} | {"parts": parts} | changes]
+    parts = [
+        ["a", None, "x", 4, 0.0, 0.0],
+        ["decoder.layers.b", 0, "y", 3, 0.0, 0.0],
+        ["decoder.layers.b", 1, "z", 3, 0.0, 0.0],
+    ]
+    return [
+        {name: list(ONE[name]) for name in ("lm_loss", "balance", "grad_norm")}
+        | {"parts": parts}
+        | changes
+    ]
 
 
 def test_what_differs_nowhere_is_within_the_limits():
@@ -134,9 +180,15 @@ def test_what_differs_nowhere_is_within_the_limits():
     "changes, says",
     [
         ({"lm_loss": [5.0001, 4.0]}, "lm_loss of step 1 on rank 0 differs by 2.0e-05, limit 1e-05"),
-        ({"lm_loss": [float("nan"), 4.0]}, "lm_loss of step 1 on rank 0 differs by inf, limit 1e-05"),
+        (
+            {"lm_loss": [float("nan"), 4.0]},
+            "lm_loss of step 1 on rank 0 differs by inf, limit 1e-05",
+        ),
         ({"balance": [None, 1.0]}, "balance of step 1 on rank 0 differs by inf, limit 1e-05"),
-        ({"grad_norm": [2.0, 2.001]}, "grad_norm of step 2 on rank 0 differs by 5.0e-04, limit 1e-05"),
+        (
+            {"grad_norm": [2.0, 2.001]},
+            "grad_norm of step 2 on rank 0 differs by 5.0e-04, limit 1e-05",
+        ),
     ],
 )
 def test_a_figure_outside_its_limit_is_named(changes, says):
@@ -169,7 +221,8 @@ def test_the_smallest_margin_of_every_choice_is_seen():
     with measured_step.ChoiceMargin() as margin:
         torch.topk(torch.tensor([[-1.0, 3.0, 2.5, 2.25]]), k=2, dim=1)
         torch.tensor([[4.0, -1.0, 2.0]]).topk(1)
-        torch.topk(torch.tensor([0.5, 0.25, 0.0, 0.0]), k=3)  # nothing that was never sent is a choice
+        # nothing that was never sent is a choice
+        torch.topk(torch.tensor([0.5, 0.25, 0.0, 0.0]), k=3)
         torch.topk(torch.tensor([1.0, 1.0]), k=2)  # and neither is all there is
     assert margin.smallest == pytest.approx(0.25)
     with measured_step.ChoiceMargin() as margin:
@@ -178,39 +231,67 @@ def test_the_smallest_margin_of_every_choice_is_seen():
 
 
 def test_the_page_has_a_row_for_each_set_of_axes_and_names_what_is_outside():
-    good, bad = Verdict(), Verdict()
+    good = Verdict()
+    bad = Verdict()
     bad.note("gradient", 0.5, "gradient of a on rank 1")
     verdicts = {Layout(): good, Layout(2, tp=2): good, Layout(4, tp=4): bad}
     page = table.markdown("A title", [("made with", "x")], verdicts)
     assert "| nothing | 1 | 0.0e+00" in page and "| TP | 2 | " in page and "5.0e-01" in page
-    assert "* OUTSIDE at TP4, alltoall: gradient of a on rank 1 differs by 5.0e-01, limit 1e-04" in page
+    assert (
+        "* OUTSIDE at TP4, alltoall: gradient of a on rank 1 differs by 5.0e-01, limit 1e-04"
+        in page
+    )
     assert all(name in page for name in TOLERANCES)
 
 
 def test_a_line_of_the_terminal_fits_it_and_stands_under_its_header():
     longest = max((layout for layout in all_layouts()), key=lambda layout: len(str(layout)))
-    assert len(table.HEADER) <= 100 and len(table.line(longest, Verdict())) <= 100 + len(str(longest)) - table.NAMES
+    assert (
+        len(table.HEADER) <= 100
+        and len(table.line(longest, Verdict())) <= 100 + len(str(longest)) - table.NAMES
+    )
     ordinary = [layout for layout in all_layouts() if len(str(layout)) <= table.NAMES]
     assert len(ordinary) > 0.9 * len(list(all_layouts()))
 
 
 def parity(*words: str, timeout: float = 120) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "tools/parity.py", *words], cwd=ROOT, env=unstarted_environment(), capture_output=True,
-        text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+        [sys.executable, "tools/parity.py", *words],
+        cwd=ROOT,
+        env=unstarted_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 @pytest.mark.long
 def test_the_tool_certifies_a_recipe_and_leaves_its_table(tmp_path):
-    done = parity("+recipe=mixtral_8x7b_tp2_pp4_ep4", "--sample", "3", f"run_dir={tmp_path}", "model.num_layers=2")
+    done = parity(
+        "+recipe=mixtral_8x7b_tp2_pp4_ep4",
+        "--sample",
+        "3",
+        f"run_dir={tmp_path}",
+        "model.num_layers=2",
+    )
     assert done.returncode == 0, done.stderr
-    assert "smallest top-k margin" in done.stdout and "every layout computes what one rank computes" in done.stdout
+    assert (
+        "smallest top-k margin" in done.stdout
+        and "every layout computes what one rank computes" in done.stdout
+    )
     assert all(len(line) <= 100 for line in done.stdout.splitlines() if str(tmp_path) not in line)
     record = json.loads((tmp_path / "parity.json").read_text())
     assert len(record["layouts"]) == 3 and record["one_rank"]["margin"] > 1e-4
-    assert all(layout["outside"] == [] and layout["differences"]["parameter"] > 0 for layout in record["layouts"])
-    assert (tmp_path / "parity.md").read_text().startswith("# Layout parity of mixtral_8x7b_tp2_pp4_ep4\n")
+    assert all(
+        layout["outside"] == [] and layout["differences"]["parameter"] > 0
+        for layout in record["layouts"]
+    )
+    assert (
+        (tmp_path / "parity.md")
+        .read_text()
+        .startswith("# Layout parity of mixtral_8x7b_tp2_pp4_ep4\n")
+    )
 
 
 @pytest.mark.parametrize(
@@ -221,15 +302,28 @@ def test_the_tool_certifies_a_recipe_and_leaves_its_table(tmp_path):
         (["--smaple", "3"], "unrecognized arguments: --smaple"),
         (["model.init_method_std=-1"], "model.init_method_std = -1"),
         (["model.transformer_impl=transformer_engine"], "transformer-engine is not installed"),
-        (["trainer.micro_batch_size=2"], "trainer.micro_batch_size = 2 must be 1 for the certificate"),
+        (
+            ["trainer.micro_batch_size=2"],
+            "trainer.micro_batch_size = 2 must be 1 for the certificate",
+        ),
         (["trainer.precision=bf16"], "the certificate is for trainer.precision=fp32"),
-        (["parallel=ep1"], "parallel=ep1: the certificate runs every layout and sets this itself; take it out"),
-        (["run_dir=/proc/nowhere/run", "--sample", "1"], "run_dir = /proc/nowhere/run: No such file or directory"),
+        (
+            ["parallel=ep1"],
+            "parallel=ep1: the certificate runs every layout and sets this itself; take it out",
+        ),
+        (
+            ["run_dir=/proc/nowhere/run", "--sample", "1"],
+            "run_dir = /proc/nowhere/run: No such file or directory",
+        ),
     ],
 )
 def test_what_is_wrong_with_the_words_ends_in_exit_code_2(words, says):
     done = parity(*words)
-    assert done.returncode == 2 and says in done.stderr.replace("\n", " ") and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and says in done.stderr.replace("\n", " ")
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_layout_that_differs_ends_in_exit_code_1_and_is_named(tmp_path, monkeypatch, capsys):
@@ -260,11 +354,19 @@ def test_every_limit_and_every_fault_is_in_the_docs():
 
 def test_the_certificate_in_the_docs_is_whole_and_within_the_limits():
     page = (ROOT / "docs" / "parity_mixtral_8x7b_tp2_pp4_ep4.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in page.splitlines()
+        if line.startswith("|")
+    ]
     assert rows[0] == ["split", "layouts", *TOLERANCES]
     assert rows[2][2:] == [f"{limit:.0e}" for limit in TOLERANCES.values()]
     plans, left_out = comparable(shrunk("+recipe=mixtral_8x7b_tp2_pp4_ep4"))
-    assert {row[0]: int(row[1]) for row in rows[3:]} == Counter(", ".join(layout.axes) or "nothing" for layout in plans)
+    assert {row[0]: int(row[1]) for row in rows[3:]} == Counter(
+        ", ".join(layout.axes) or "nothing" for layout in plans
+    )
     assert not left_out and f"layouts within the limits: {len(plans)} of {len(plans)}" in page
     for row in rows[3:]:
-        assert all(float(value) <= limit for value, limit in zip(row[2:], TOLERANCES.values(), strict=True)), row
+        assert all(
+            float(value) <= limit for value, limit in zip(row[2:], TOLERANCES.values(), strict=True)
+        ), row

@@ -1,4 +1,6 @@
-"""A shortened drill: real runs are broken and resumed, and a run that is not as it should be fails it."""
+"""A shortened drill: real runs are broken and resumed, and a run that is not as it should be fails
+it.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def test_a_shortened_drill_passes(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("3 of 3 as expected\n") and done.stdout.count("pass  ") == 3
     assert done.stdout.count("expected  ") == done.stdout.count("seen      ") == 3
-    # the same runs, held against a reference that one number was changed in, are not as they should be
+    # the same runs, held against a reference that one number was changed in, are not as they should
+    # be
     metrics = tmp_path / "reference" / "run" / "metrics.jsonl"
     arena = scenarios.Arena(tmp_path / "flipped_byte", metrics.parent, seed=0, kills=2)
     assert arena.same(20) and len(records(arena.run_dir)) == 20
@@ -43,12 +46,20 @@ def test_a_shortened_drill_passes(tmp_path):
 def test_every_scenario_says_in_a_line_what_is_expected():
     names = [scenario.__name__ for scenario in scenarios.SCENARIOS]
     assert len(set(names)) == len(names) and set(SHORT) <= set(names)
-    assert all(scenario.__doc__ and "\n" not in scenario.__doc__ for scenario in scenarios.SCENARIOS)
+    assert all(
+        scenario.__doc__ and "\n" not in scenario.__doc__ for scenario in scenarios.SCENARIOS
+    )
     shown = drill("--list")
-    assert shown.returncode == 0 and [line.split()[0] for line in shown.stdout.splitlines()] == names
+    assert (
+        shown.returncode == 0 and [line.split()[0] for line in shown.stdout.splitlines()] == names
+    )
 
 
 @pytest.mark.parametrize("words", [["no_such_scenario"], ["sigterm", "sigtrem"]])
 def test_a_scenario_that_is_not_there_is_named(words):
     done = drill(*words)
-    assert done.returncode == 2 and f"{words[-1]} is not a scenario" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and f"{words[-1]} is not a scenario" in done.stderr
+        and "Traceback" not in done.stderr
+    )

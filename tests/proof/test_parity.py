@@ -1,8 +1,9 @@
-"""The layout does not change the mathematics: the same seed and global batch, the same loss and gradient norm.
+"""The layout does not change the mathematics: the same seed and global batch, the same loss and
+gradient norm.
 
-fp32 on real gloo ranks against one rank. Tolerances: sums of a few hundred fp32 terms in another order differ by some
-1e-7 relative; 1e-5 leaves room for that and for nothing else. After three Adam steps the difference has gone through
-1/sqrt(v) of entries near zero, hence 1e-4.
+fp32 on real gloo ranks against one rank. Tolerances: sums of a few hundred fp32 terms in another
+order differ by some 1e-7 relative; 1e-5 leaves room for that and for nothing else. After three Adam
+steps the difference has gone through 1/sqrt(v) of entries near zero, hence 1e-4.
 """
 
 from __future__ import annotations
@@ -93,34 +94,54 @@ LAYOUTS = {
 
 
 def three_steps(plan: Plan, me: Identity) -> dict:
-    """Three training steps on one random global batch: losses, norms, loads, balance, and a held-out loss."""
+    """Three training steps on one random global batch: losses, norms, loads, balance, and a
+    held-out loss.
+    """
     with process_groups.start(plan, me) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         load = ExpertLoad(plan, training.chunks, here.device)
         streams = [iter(random_batches(plan)) for _ in training.chunks]
-        losses, norms, loads, balances = [], [], [], []
+        losses = []
+        norms = []
+        loads = []
+        balances = []
         batch = plan.config.trainer.global_batch_size
         for step in range(1, 4):
             load.clear()
-            loss, norm, _ = loop.train_step(plan, here, training, streams, StopRequest(), step, batch)
+            loss, norm, _ = loop.train_step(
+                plan, here, training, streams, StopRequest(), step, batch
+            )
             losses.append(loss)
             norms.append(norm)
             loads.append(load.collect())
             balances.append(collect_balancing_loss(plan, plan.num_microbatches, here.device))
         unseen = random_batches(plan, plan.config.trainer.limit_val_batches)
         held_out = loop.evaluate(plan, here, training, unseen, step)
-    return {"losses": losses, "norms": norms, "loads": loads, "balances": balances, "held_out": held_out}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "loads": loads,
+        "balances": balances,
+        "held_out": held_out,
+    }
 
 
 def random_batches(plan: Plan, steps: int = 3) -> list[dict[str, torch.Tensor]]:
-    """This rank's microbatches in the order of mixtrain.data.batches; every step has the same samples."""
+    """This rank's microbatches in the order of mixtrain.data.batches; every step has the same
+    samples.
+    """
     from megatron.core import parallel_state
 
-    dp, rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
-    length, batch = plan.config.data.seq_length, plan.config.trainer.global_batch_size
-    micro, made = plan.config.trainer.micro_batch_size, []
+    dp = parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
+    length = plan.config.data.seq_length
+    batch = plan.config.trainer.global_batch_size
+    micro = plan.config.trainer.micro_batch_size
+    made = []
     for first in range(rank * micro, steps * batch, dp * micro):
-        tokens = torch.stack([random_tokens(plan, number % batch) for number in range(first, first + micro)])
+        tokens = torch.stack(
+            [random_tokens(plan, number % batch) for number in range(first, first + micro)]
+        )
         made.append(
             {
                 "tokens": tokens[:, :-1].contiguous(),
@@ -134,7 +155,9 @@ def random_batches(plan: Plan, steps: int = 3) -> list[dict[str, torch.Tensor]]:
 
 def random_tokens(plan: Plan, number: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1000 + number)
-    return torch.randint(0, plan.config.model.vocab_size, (plan.config.data.seq_length + 1,), generator=generator)
+    return torch.randint(
+        0, plan.config.model.vocab_size, (plan.config.data.seq_length + 1,), generator=generator
+    )
 
 
 def measure(overrides: list[str], folder) -> dict:
@@ -165,7 +188,8 @@ def test_the_loss_falls_and_every_token_is_sent_to_two_experts(one_rank):
 
 SHARED = "model.moe_shared_expert_intermediate_size=64"
 GROUPED = ["router.moe_router_num_groups=4", "router.moe_router_group_topk=2"]
-# Switches that leave the mathematics alone at every layout: each is held against one rank with the same switch.
+# Switches that leave the mathematics alone at every layout: each is held against one rank with the
+# same switch.
 SWITCHES = {
     "seq_aux_loss": ["router=seq_aux_loss"],
     "aux_loss and seq_aux_loss": [
@@ -176,7 +200,10 @@ SWITCHES = {
     "none": ["router=none"],
     "z-loss": ["router.moe_z_loss_coeff=0.001"],
     "expert_bias": ["router=expert_bias", "router.moe_router_bias_update_rate=0.1"],
-    "sigmoid": ["router.moe_router_score_function=sigmoid", "router.moe_router_topk_scaling_factor=2.5"],
+    "sigmoid": [
+        "router.moe_router_score_function=sigmoid",
+        "router.moe_router_topk_scaling_factor=2.5",
+    ],
     "pre-softmax": ["router.moe_router_pre_softmax=true"],
     "router in fp64": ["router.moe_router_dtype=fp64"],
     "group-limited": GROUPED,
@@ -202,7 +229,10 @@ SPLITS = {
     ],
     "layout": ["parallel.pipeline_model_parallel_layout='Ettt|tL'"],
     "layout with chunks": ["parallel.pipeline_model_parallel_layout='Et|t|t|tL'"],
-    "layout with a stage of the embedding alone, TP2": ["parallel.pipeline_model_parallel_layout='E|t*4L'", *TP],
+    "layout with a stage of the embedding alone, TP2": [
+        "parallel.pipeline_model_parallel_layout='E|t*4L'",
+        *TP,
+    ],
     "layout with a stage of the embedding alone, DP2": [
         "parallel.pipeline_model_parallel_layout='E|t*4L'",
         "trainer.devices=4",
@@ -253,13 +283,18 @@ SPLIT_TOO = {
         "router.moe_z_loss_coeff=0.001",
         *SWITCHES["aux_loss and seq_aux_loss"],
     ],
-    "expert bias, overlapped shared expert": [*SWITCHES["expert_bias"], *SWITCHES["shared expert, overlapped"]],
+    "expert bias, overlapped shared expert": [
+        *SWITCHES["expert_bias"],
+        *SWITCHES["shared expert, overlapped"],
+    ],
 }
 
 
 @pytest.mark.parametrize("layout", [[EP + "2", *TP], [EP + "1", CP]], ids=["TP2xEP2", "CP2"])
 @pytest.mark.parametrize("switches", SPLIT_TOO)
-def test_a_switch_computes_the_same_over_tensor_and_context_ranks(switches, layout, alone, tmp_path):
+def test_a_switch_computes_the_same_over_tensor_and_context_ranks(
+    switches, layout, alone, tmp_path
+):
     assert_same(measure([*layout, *SPLIT_TOO[switches]], tmp_path), alone(SPLIT_TOO[switches]))
 
 
@@ -282,7 +317,9 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses(alone, tmp_path):
     assert_same(measure([EP + "2", *IMPLEMENTATIONS["local"], *tied], tmp_path), alone(tied))
 
 
-@pytest.mark.parametrize("words", [[], ["trainer.recompute_granularity=selective", MOE_ACT]], ids=["", "moe_act"])
+@pytest.mark.parametrize(
+    "words", [[], ["trainer.recompute_granularity=selective", MOE_ACT]], ids=["", "moe_act"]
+)
 def test_a_gpus_path_computes_what_the_cpus_computes(words, one_rank, tmp_path, monkeypatch):
     """On the CPU: grouped_mm, its activation made anew, PyTorch's attention and norm."""
     for layer in (Experts, CoreAttention, RMSNorm):

@@ -1,6 +1,7 @@
 """Faults of the kind that ruin runs, made on purpose: the certificate sees each and says where.
 
-Each rank of a layout is sabotaged before it measures; the one-rank run is right. The same layouts pass unharmed.
+Each rank of a layout is sabotaged before it measures; the one-rank run is right. The same layouts
+pass unharmed.
 """
 
 from __future__ import annotations
@@ -23,15 +24,21 @@ from mixtrain.training.compare_steps import Verdict
 
 pytestmark = pytest.mark.long
 SMALL = ["+shrink=parity", "model.num_layers=2", "checkpoint=none"]
-EP2, TP2, CP2 = Layout(2, ep=2), Layout(2, tp=2), Layout(2, cp=2)
+EP2 = Layout(2, ep=2)
+TP2 = Layout(2, tp=2)
+CP2 = Layout(2, cp=2)
 
 
 class Bench:
     """The one-rank run, and any layout beside it."""
 
     def __init__(self, folder: Path):
-        self.config, self.folder, self.count = Config.from_hydra(quick_tree_of(*SMALL)), folder, 0
-        self.one = certificate.one_rank(make_plan(Layout().of(self.config)), folder / "wholes.pt", folder)
+        self.config = Config.from_hydra(quick_tree_of(*SMALL))
+        self.folder = folder
+        self.count = 0
+        self.one = certificate.one_rank(
+            make_plan(Layout().of(self.config)), folder / "wholes.pt", folder
+        )
 
     def at(self, layout: Layout, sabotage=lambda me: None) -> Verdict:
         def work(plan, me, wholes):
@@ -40,7 +47,9 @@ class Bench:
 
         self.count += 1
         plan = make_plan(layout.of(self.config))
-        return certificate.at_layout(plan, self.one, self.folder / "wholes.pt", self.folder / str(self.count), work)
+        return certificate.at_layout(
+            plan, self.one, self.folder / "wholes.pt", self.folder / str(self.count), work
+        )
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +83,18 @@ def test_without_a_fault_the_layout_is_within_the_limits(bench, layout):
 def test_the_gradient_of_the_experts_doubled_on_one_rank(bench):
     def sabotage(me) -> None:
         if me.rank == 1:
-            with_built_model(lambda chunk: [weight.register_hook(lambda g: 2 * g) for weight in experts_of(chunk)])
+            with_built_model(
+                lambda chunk: [
+                    weight.register_hook(lambda g: 2 * g) for weight in experts_of(chunk)
+                ]
+            )
 
     verdict = bench.at(EP2, sabotage)
     assert verdict.tensors[0] == "decoder.layers.0.mlp.experts.experts.linear_fc1.weight"
-    assert any("gradient of decoder.layers.0.mlp.experts" in line and "on rank 1" in line for line in verdict.outside)
+    assert any(
+        "gradient of decoder.layers.0.mlp.experts" in line and "on rank 1" in line
+        for line in verdict.outside
+    )
     assert not any("gradient" in line and "on rank 0" in line for line in verdict.outside)
 
 
@@ -120,7 +136,10 @@ def test_the_auxiliary_loss_scaled_by_the_tensor_ranks(bench):
         )
 
     verdict = bench.at(TP2, sabotage)
-    assert "balance of step 1" not in str(verdict.outside) and "decoder.layers.1.mlp.router.weight" in verdict.tensors
+    assert (
+        "balance of step 1" not in str(verdict.outside)
+        and "decoder.layers.1.mlp.router.weight" in verdict.tensors
+    )
 
 
 def test_rotary_positions_shifted_on_one_rank_under_context_parallelism(bench):
@@ -129,7 +148,9 @@ def test_rotary_positions_shifted_on_one_rank_under_context_parallelism(bench):
 
         right = rotary_pos_embedding.get_pos_emb_on_this_cp_rank
         if me.rank == 1:
-            rotary_pos_embedding.get_pos_emb_on_this_cp_rank = lambda *given: right(*given).roll(1, dims=0)
+            rotary_pos_embedding.get_pos_emb_on_this_cp_rank = lambda *given: right(*given).roll(
+                1, dims=0
+            )
 
     verdict = bench.at(CP2, sabotage)
     assert verdict.outside[0].startswith("lm_loss of step 1")
@@ -153,12 +174,15 @@ def test_a_norm_that_is_not_added_up_over_the_sequence(bench):
 
 def test_a_part_that_no_rank_holds(bench):
     def sabotage(me) -> None:
-        every, train = shards.shards, measured_step.two_steps
+        every = shards.shards
+        train = measured_step.two_steps
 
         def train_then_lose(*arguments):
             trained = train(*arguments)
             shards.shards = lambda chunk: (
-                shard for shard in every(chunk) if shard.key != "output_layer.weight" or me.rank == 0
+                shard
+                for shard in every(chunk)
+                if shard.key != "output_layer.weight" or me.rank == 0
             )
             return trained
 
@@ -167,7 +191,8 @@ def test_a_part_that_no_rank_holds(bench):
     verdict = bench.at(TP2, sabotage)
     rows = tensor_schema.shapes(bench.config)["output_layer.weight"]
     assert verdict.outside == [
-        f"output_layer.weight: the ranks hold {rows[0] * rows[1] // 2} of {rows[0] * rows[1]} elements"
+        f"output_layer.weight: the ranks hold {rows[0] * rows[1] // 2} of {rows[0] * rows[1]}"
+        " elements"
     ]
 
 

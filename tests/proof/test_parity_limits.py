@@ -1,4 +1,7 @@
-"""Where another layout is another run, and that this is the only reason. docs/parity.md has the table."""
+"""Where another layout is another run, and that this is the only reason.
+
+docs/parity.md has the table.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,20 @@ def test_the_global_auxiliary_loss_counts_over_the_microbatches_of_a_step(tmp_pa
     one = measure([EP + "1", *GLOBAL], tmp_path / "one")
     two = measure([EP + "1", DP2, *GLOBAL], tmp_path / "two")
     assert one["losses"][0] == pytest.approx(two["losses"][0], rel=1e-6)  # forward: the same
-    assert differs(one["balances"][0], two["balances"][0]) and differs(one["norms"][0], two["norms"][0])
+    assert differs(one["balances"][0], two["balances"][0]) and differs(
+        one["norms"][0], two["norms"][0]
+    )
 
 
 @pytest.mark.parametrize("layout", SPLIT_BY_DATA)
 @pytest.mark.parametrize("router", ["global_aux_loss", "combined"])
-def test_the_global_auxiliary_loss_weighs_the_same_at_every_data_parallel_size(router, layout, tmp_path):
-    """Where a step has as many microbatches. A coefficient of 1: the norm is the auxiliary loss's above all."""
+def test_the_global_auxiliary_loss_weighs_the_same_at_every_data_parallel_size(
+    router, layout, tmp_path
+):
+    """Where a step has as many microbatches.
+
+    A coefficient of 1: the norm is the auxiliary loss's above all.
+    """
     coefficient = "1" if router == "global_aux_loss" else "[1,0.5]"
     words = [f"router={router}", f"router.moe_aux_loss_coeff={coefficient}"]
     split, parts = SPLIT_BY_DATA[layout]
@@ -48,7 +58,10 @@ def test_the_global_auxiliary_loss_weighs_the_same_at_every_data_parallel_size(r
 @pytest.mark.long
 def test_the_global_auxiliary_loss_is_the_same_at_the_same_data_parallel_size(tmp_path):
     plain = measure([EP + "1", DP2, *GLOBAL], tmp_path / "plain")
-    for name, layout in {"EP2": [EP + "2"], "PP2": [EP + "1", PP + "2", "trainer.devices=4"]}.items():
+    for name, layout in {
+        "EP2": [EP + "2"],
+        "PP2": [EP + "1", PP + "2", "trainer.devices=4"],
+    }.items():
         here = measure([*layout, *GLOBAL], tmp_path / name)
         assert here["losses"] == pytest.approx(plain["losses"], rel=1e-5)
         assert here["norms"] == pytest.approx(plain["norms"], rel=1e-4)
@@ -65,7 +78,9 @@ def test_nothing_but_its_coefficient_makes_the_global_auxiliary_loss_depend_on_t
 
 
 def test_jitter_draws_a_number_a_rank(tmp_path):
-    """Each rank has a random stream: other data-parallel sizes draw other numbers, expert parallelism does not."""
+    """Each rank has a random stream: other data-parallel sizes draw other numbers, expert
+    parallelism does not.
+    """
     one = measure([EP + "1", *JITTER], tmp_path / "one")
     two = measure([EP + "1", DP2, *JITTER], tmp_path / "two")
     experts = measure([EP + "2", *JITTER], tmp_path / "experts")
@@ -86,10 +101,13 @@ def test_forced_balance_draws_experts_by_rank_and_evenly(tmp_path):
 @pytest.mark.parametrize("layout", [[EP + "1"], [EP + "2"]])
 @pytest.mark.long
 def test_forced_balance_is_the_same_again_at_the_same_layout(layout, tmp_path):
-    assert measure([*layout, *FORCED], tmp_path / "a") == measure([*layout, *FORCED], tmp_path / "b")
+    assert measure([*layout, *FORCED], tmp_path / "a") == measure(
+        [*layout, *FORCED], tmp_path / "b"
+    )
 
 
-# What one rank sees of a sequence: under tensor parallelism (its router's part of it) and context parallelism, a half.
+# What one rank sees of a sequence: under tensor parallelism (its router's part of it) and context
+# parallelism, a half.
 HALVES = {"TP2": [EP + "1", *TP], "CP2": [EP + "1", CP]}
 CAPACITY = ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.75"]
 
@@ -100,8 +118,11 @@ CAPACITY = ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.75"]
 def test_what_balances_or_drops_looks_at_the_tokens_of_one_rank(switch, layout, tmp_path):
     one = measure([EP + "1", *switch], tmp_path / "one")
     here = measure([*HALVES[layout], *switch], tmp_path / "here")
-    assert one["loads"][0] != here["loads"][0] and one["losses"][0] != pytest.approx(here["losses"][0], rel=5e-7)
-    assert one["losses"][0] == pytest.approx(here["losses"][0], rel=1e-2)  # another choice of experts, no more
+    assert one["loads"][0] != here["loads"][0] and one["losses"][0] != pytest.approx(
+        here["losses"][0], rel=5e-7
+    )
+    # another choice of experts, no more
+    assert one["losses"][0] == pytest.approx(here["losses"][0], rel=1e-2)
     assert layout_sensitive.broken(plan_of(*TINY, *HALVES[layout], *switch).config, 1)
 
 
@@ -119,10 +140,21 @@ def test_the_plan_tells_what_depends_on_its_layout_and_only_that():
         return [text for text in plan_of(*TINY, *words).warnings if "another run" in text]
 
     (text,) = told(*HALVES["TP2"], "router=sinkhorn")
-    assert "sinkhorn: it balances the tokens of one rank, so with TP 2 it is another run than with 1" in text
+    assert (
+        "sinkhorn: it balances the tokens of one rank, so with TP 2 it is another run than with 1"
+        in text
+    )
     (text,) = told(*HALVES["CP2"], *CAPACITY)
-    assert "dispatcher.moe_expert_capacity_factor: it drops among the tokens of one rank, so with CP 2" in text
-    assert told(*HALVES["TP2"]) == told(EP + "2", "router=sinkhorn") == told(EP + "2", DP2, *JITTER) == []
+    assert (
+        "dispatcher.moe_expert_capacity_factor: it drops among the tokens of one rank, so with CP 2"
+        in text
+    )
+    assert (
+        told(*HALVES["TP2"])
+        == told(EP + "2", "router=sinkhorn")
+        == told(EP + "2", DP2, *JITTER)
+        == []
+    )
 
 
 @pytest.mark.parametrize("limit", layout_sensitive.LIMITS, ids=lambda limit: limit.name)
@@ -139,5 +171,7 @@ def test_a_limit_is_for_its_switch_alone(limit):
     }[limit.name]
     assert not limit.applies(plan_of(*TINY, EP + "1").config)
     config = plan_of(*TINY, EP + "1", *words).config
-    assert [other.name for other in layout_sensitive.LIMITS if other.applies(config)] == [limit.name]
+    assert [other.name for other in layout_sensitive.LIMITS if other.applies(config)] == [
+        limit.name
+    ]
     assert layout_sensitive.broken(config, 1) == []  # one rank is within every limit

@@ -1,4 +1,6 @@
-"""No control character comes into a configuration, and none that somebody else has written reaches a terminal."""
+"""No control character comes into a configuration, and none that somebody else has written reaches
+a terminal.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,11 @@ FORBIDDEN = ["\n", "\r", "\t", "\0", "\x1b[31m", "\x7f", "\x9b", "\u2028", "\u20
 def texts() -> list[str]:
     """The keys that take a text, or several."""
     kinds = {key: {kind, *get_args(kind)} for key, kind in legal_keys().items()}
-    return [key for key, kind in kinds.items() if str in kind and get_origin(legal_keys()[key]) is not dict]
+    return [
+        key
+        for key, kind in kinds.items()
+        if str in kind and get_origin(legal_keys()[key]) is not dict
+    ]
 
 
 def test_a_word_with_a_control_character_is_refused_before_it_composes():
@@ -40,25 +46,45 @@ def test_every_key_that_takes_text_refuses_every_control_character():
     assert {"name", "run_dir", "launcher.env_file", "launcher.container_mounts"} <= set(chosen)
     found = problems_in(quick_tree_of(), {key: f"a{sign}" for key, sign in chosen.items()})
     for key, sign in chosen.items():
-        assert f"{key} = a{escaped(sign)} has the control character {escaped(sign[0])}; take it out" in found
+        assert (
+            f"{key} = a{escaped(sign)} has the control character {escaped(sign[0])}; take it out"
+            in found
+        )
     for sign in FORBIDDEN:
         assert list(problems("name", f"a{sign}"))
 
 
-@pytest.mark.parametrize("values, said", [
-    ({"launcher.sbatch_args": {"comment": LINE}}, "launcher.sbatch_args.comment = x\\n#SBATCH --wrap=id has"),
-    ({"launcher.sbatch_args": {"a\nb": 1}}, "the key launcher.sbatch_args.a\\nb has the control character \\n"),
-    ({"launcher.sbatch_args": {"mail_type": ["END", "a\x1b"]}}, "launcher.sbatch_args.mail_type = a\\x1b has"),
-    ({"model.extra": {"a": {"b": [{"c": "\r"}]}}}, "model.extra.a.b.c = \\r has the control character \\r"),
-    ({"launcher.container_mounts": ["/a", "/b\n"]}, "launcher.container_mounts = /b\\n has"),
-    ({"na\x1bme": 1}, "the key na\\x1bme has the control character \\x1b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        (
+            {"launcher.sbatch_args": {"comment": LINE}},
+            "launcher.sbatch_args.comment = x\\n#SBATCH --wrap=id has",
+        ),
+        (
+            {"launcher.sbatch_args": {"a\nb": 1}},
+            "the key launcher.sbatch_args.a\\nb has the control character \\n",
+        ),
+        (
+            {"launcher.sbatch_args": {"mail_type": ["END", "a\x1b"]}},
+            "launcher.sbatch_args.mail_type = a\\x1b has",
+        ),
+        (
+            {"model.extra": {"a": {"b": [{"c": "\r"}]}}},
+            "model.extra.a.b.c = \\r has the control character \\r",
+        ),
+        ({"launcher.container_mounts": ["/a", "/b\n"]}, "launcher.container_mounts = /b\\n has"),
+        ({"na\x1bme": 1}, "the key na\\x1bme has the control character \\x1b"),
+    ],
+)
 def test_what_a_free_mapping_or_a_list_holds_is_looked_at_too(values, said):
     (problem,) = problems_in(quick_tree_of(), values)
     assert problem.startswith(said)
 
 
-@pytest.mark.parametrize("text", ['name: "x\\n#SBATCH --wrap=id"', "name: |\n  x\n  y\n", 'run_dir: "a\\e[2Jb"'])
+@pytest.mark.parametrize(
+    "text", ['name: "x\\n#SBATCH --wrap=id"', "name: |\n  x\n  y\n", 'run_dir: "a\\e[2Jb"']
+)
 def test_a_recipe_cannot_put_a_line_or_an_escape_code_into_a_name(conf, text):  # noqa: F811
     problem, *more = problems_of(recipe(conf, f"# @package _global_\n{text}\n"), conf=conf)
     assert "has the control character" in problem and not CONTROL.search(problem)
@@ -75,7 +101,14 @@ def test_an_environment_variable_cannot_put_a_line_into_a_name(monkeypatch):
 
 
 @settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(st.one_of(st.text(max_size=20), st.lists(st.text(max_size=5), max_size=3), st.integers(), st.just(LINE)))
+@given(
+    st.one_of(
+        st.text(max_size=20),
+        st.lists(st.text(max_size=5), max_size=3),
+        st.integers(),
+        st.just(LINE),
+    )
+)
 def test_a_directive_is_read_back_as_it_was_given_or_refused(value):
     text = ",".join(value) if isinstance(value, list) else str(value)
     try:
@@ -94,7 +127,9 @@ def test_what_no_directive_can_hold_is_refused_in_the_plan(value):
 
 
 def test_a_folder_whose_name_is_a_line_of_its_own_gives_no_script():
-    with pytest.raises(UserError, match=r"^the folder and run_dir = /home/me\\n#SBATCH --wrap=id/runs/"):
+    with pytest.raises(
+        UserError, match=r"^the folder and run_dir = /home/me\\n#SBATCH --wrap=id/runs/"
+    ):
         script.render(plan_of(), [], Path("/home/me\n#SBATCH --wrap=id"))
 
 

@@ -1,4 +1,6 @@
-"""Whoever stops reading a command's output gets no traceback, and the command ends as other tools of Unix do."""
+"""Whoever stops reading a command's output gets no traceback, and the command ends as other tools
+of Unix do.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,19 @@ COMMANDS = {
 
 
 def code_of(call, closed=(1,)) -> tuple[int, str]:
-    """(how a process that makes the call ends, as subprocess has it, its stderr); the `closed` files nobody reads."""
-    unread, errors = os.pipe(), os.pipe()
+    """(how a process that makes the call ends, as subprocess has it, its stderr); the `closed`
+    files nobody reads.
+    """
+    unread = os.pipe()
+    errors = os.pipe()
     os.close(unread[0])
     if not (child := os.fork()):
         code = 99
         try:
             for stream in (1, 2):
                 os.dup2(unread[1] if stream in closed else errors[1], stream)
-            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)
+            sys.stdout = open(1, "w", closefd=False)
+            sys.stderr = open(2, "w", buffering=1, closefd=False)
             code = call()
             sys.stdout.flush()
         except SystemExit as ended:
@@ -63,11 +69,15 @@ def run_script(name: str, words: list[str], monkeypatch) -> int:
 
 def test_every_command_is_listed():
     developers = {"tools/mutants.py", "tools/mutations.py", "tools/watching.py"}
-    assert set(COMMANDS) | developers == {"train.py"} | {f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")}
+    assert set(COMMANDS) | developers == {"train.py"} | {
+        f"tools/{path.name}" for path in (ROOT / "tools").glob("*.py")
+    }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_whose_reader_has_gone_ends_by_sigpipe_without_a_word(name, tmp_path, monkeypatch):
+def test_a_command_whose_reader_has_gone_ends_by_sigpipe_without_a_word(
+    name, tmp_path, monkeypatch
+):
     (tmp_path / "iter_0000001").mkdir()
     words = [str(tmp_path) if word == "RUN" else word for word in COMMANDS[name]]
     code, said = code_of(lambda: run_script(name, words, monkeypatch))

@@ -1,4 +1,6 @@
-"""What is copied out of a directory that somebody else made lies in it: no link leads to a file of the reader's own."""
+"""What is copied out of a directory that somebody else made lies in it: no link leads to a file of
+the reader's own.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,20 @@ def test_a_file_and_a_link_within_the_directory_are_copied(tmp_path):
     (folder / "more").mkdir()
     (folder / "tokenizer.json").rename(folder / "more" / "t.json")
     (folder / "tokenizer.json").symlink_to("more/t.json")
-    (tmp_path / "alias").symlink_to(folder)  # the directory may be a link: it is what the user named
-    assert copy_tokenizer(tmp_path / "alias", tmp_path / "out") == ["tokenizer.json", "tokenizer_config.json"]
+    # the directory may be a link: it is what the user named
+    (tmp_path / "alias").symlink_to(folder)
+    assert copy_tokenizer(tmp_path / "alias", tmp_path / "out") == [
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
     assert (tmp_path / "out" / "tokenizer.json").read_text() == WORDS
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
 
 
 def test_the_hubs_cache_is_copied_and_what_lies_beside_its_blobs_is_not(tmp_path):
     hub = tmp_path / "models--x--y"
-    snapshot, blobs = hub / "snapshots" / "abc", hub / "blobs"
+    snapshot = hub / "snapshots" / "abc"
+    blobs = hub / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     (blobs / "d1").write_text(WORDS)
@@ -57,7 +64,9 @@ def test_the_hubs_cache_is_copied_and_what_lies_beside_its_blobs_is_not(tmp_path
     assert copy_tokenizer(snapshot, tmp_path / "out") == ["tokenizer.json"]
     assert (tmp_path / "out" / "tokenizer.json").read_text() == WORDS
     (snapshot / "vocab.json").symlink_to("../../token")
-    with pytest.raises(UserError, match="vocab.json is a link that leads out of its directory, to .*/token; put"):
+    with pytest.raises(
+        UserError, match="vocab.json is a link that leads out of its directory, to .*/token; put"
+    ):
         copy_tokenizer(snapshot, tmp_path / "out")
     (snapshot / "vocab.json").unlink()
     (blobs / "d2").symlink_to(hub / "token")  # by two links
@@ -72,8 +81,12 @@ def loop(path: Path) -> None:
 
 
 OTHERS = {
-    "is a link that leads out of its directory, to": lambda path: path.symlink_to(path.parents[1] / "home/secret.json"),
-    "is a link that leads out of its directory, to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
+    "is a link that leads out of its directory, to": lambda path: path.symlink_to(
+        path.parents[1] / "home/secret.json"
+    ),
+    "is a link that leads out of its directory, to /dev/zero": lambda path: path.symlink_to(
+        "/dev/zero"
+    ),
     "is a link to nowhere, which is no file": lambda path: path.symlink_to("nowhere"),
     "is a link to other, which is no file": loop,
     "is a named pipe; a file was expected": os.mkfifo,
@@ -83,7 +96,9 @@ OTHERS = {
 
 @pytest.mark.parametrize("problem", OTHERS)
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json"])
-def test_what_is_no_file_of_the_directory_is_refused_by_name_and_nothing_is_copied(name, problem, secret, tmp_path):
+def test_what_is_no_file_of_the_directory_is_refused_by_name_and_nothing_is_copied(
+    name, problem, secret, tmp_path
+):
     folder = tokenizer_in(tmp_path / "model")
     (folder / name).unlink(missing_ok=True)
     (folder / "vocab.json").write_text("{}")
@@ -94,19 +109,24 @@ def test_what_is_no_file_of_the_directory_is_refused_by_name_and_nothing_is_copi
 
 
 def test_a_place_where_nothing_lies_is_no_file_and_no_directory(tmp_path):
-    assert file_in(tmp_path, "tokenizer.json") is None and directory_in(tmp_path, "tokenizer") is None
+    assert (
+        file_in(tmp_path, "tokenizer.json") is None and directory_in(tmp_path, "tokenizer") is None
+    )
     assert copy_tokenizer(tmp_path, tmp_path / "out") == [] and len(TOKENIZER_FILES) > 5
 
 
 def test_nothing_is_written_through_a_link_that_lies_where_a_copy_goes(secret, tmp_path):
-    folder, out = tokenizer_in(tmp_path / "model"), tmp_path / "run" / "tokenizer"
+    folder = tokenizer_in(tmp_path / "model")
+    out = tmp_path / "run" / "tokenizer"
     out.mkdir(parents=True)
     secret.write_text("mine")
     (out / "tokenizer.json").symlink_to(secret)
     copy_tokenizer(folder, out)
     assert secret.read_text() == "mine" and (out / "tokenizer.json").read_text() == WORDS
     (tmp_path / "run" / "b").symlink_to(secret.parent)
-    with pytest.raises(UserError, match="is a link or a file, where the tokenizer is to be copied to"):
+    with pytest.raises(
+        UserError, match="is a link or a file, where the tokenizer is to be copied to"
+    ):
         copy_tokenizer(folder, tmp_path / "run" / "b")
     assert os.listdir(secret.parent) == ["secret.json"]
 
@@ -122,19 +142,26 @@ def test_a_run_is_refused_for_its_tokenizer_before_it_is_started(secret, tmp_pat
     folder = tokenizer_in(tmp_path / "model")
     (folder / "merges.txt").symlink_to(secret)
     found = check_files(["nothing"], folder, 512, "1,0,0", (1, 0, 0))
-    assert any(f"data.tokenizer: {folder / 'merges.txt'} is a link that leads out" in line for line in found)
+    assert any(
+        f"data.tokenizer: {folder / 'merges.txt'} is a link that leads out" in line
+        for line in found
+    )
 
 
 def test_a_conversion_gives_no_file_of_the_readers_own_away(hub, secret, tmp_path):
     """Neither as a tokenizer nor as weights: another model's file would be read through the link."""
     there = hf_models.copied(hub, tmp_path / "there")
     (there / "tokenizer.json").symlink_to(secret)
-    with pytest.raises(UserError, match=f"tokenizer.json is a link that leads out of its directory, to {secret}"):
+    with pytest.raises(
+        UserError, match=f"tokenizer.json is a link that leads out of its directory, to {secret}"
+    ):
         to_megatron.convert(there, tmp_path / "out")
     weights = sorted(there.glob("*.safetensors"))[1]
     weights.rename(tmp_path / "home" / "other.safetensors")
     weights.symlink_to(tmp_path / "home" / "other.safetensors")
-    with pytest.raises(UserError, match=f"{weights.name} is a link that leads out of its directory, to .*/other"):
+    with pytest.raises(
+        UserError, match=f"{weights.name} is a link that leads out of its directory, to .*/other"
+    ):
         hf_files.read_tensors(there)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "there"]
 
@@ -144,7 +171,9 @@ def test_an_export_takes_no_tokenizer_through_a_link_of_the_run(converted, secre
     run.mkdir()
     hf_models.copied(converted / "release", run / "release")
     (run / "tokenizer").symlink_to(tokenizer_in(tmp_path / "private"))
-    with pytest.raises(UserError, match="tokenizer is a link that leads out of its directory, to .*private"):
+    with pytest.raises(
+        UserError, match="tokenizer is a link that leads out of its directory, to .*private"
+    ):
         source_config.tokenizer_of(run / "release", source_config.config_of(run / "release"))
     (run / "tokenizer").unlink()
     (tokenizer_in(run / "tokenizer") / "merges.txt").symlink_to(secret)
@@ -155,13 +184,18 @@ def test_an_export_takes_no_tokenizer_through_a_link_of_the_run(converted, secre
 
 def test_a_tokenizer_that_a_checkpoint_only_names_is_not_given_away(converted, tmp_path):
     (tmp_path / "there").mkdir()
-    there, private = tmp_path / "there" / "release", tokenizer_in(tmp_path / "private")
+    there = tmp_path / "there" / "release"
+    private = tokenizer_in(tmp_path / "private")
     hf_models.copied(converted / "release", there)
     state = json.loads((there / "run_state.json").read_text())
     state["config"]["data"]["tokenizer"] = str(private)
     (there / "run_state.json").write_text(json.dumps(state))
-    integrity.write_manifest(there, integrity.describe(p for p in there.iterdir() if p.name != integrity.MANIFEST))
-    with pytest.raises(UserError, match=f"there is no tokenizer beside {there}, .* --tokenizer {private}"):
+    integrity.write_manifest(
+        there, integrity.describe(p for p in there.iterdir() if p.name != integrity.MANIFEST)
+    )
+    with pytest.raises(
+        UserError, match=f"there is no tokenizer beside {there}, .* --tokenizer {private}"
+    ):
         to_hf.convert(there, tmp_path / "out")
     to_hf.convert(there, tmp_path / "out", tokenizer=private)
     assert (tmp_path / "out" / "tokenizer.json").is_file()

@@ -64,20 +64,29 @@ def test_a_run_directorys_lock_is_its_users_alone_also_one_that_a_former_run_lef
 
 def test_who_holds_a_lock_is_named_and_not_who_signed_it_last(tmp_path, holder):
     said = refused(tmp_path)
-    assert f"in use by process {holder} on {HERE} (the last one that signed it: {OLD.strip()}); wait for it" in said
+    assert (
+        f"in use by process {holder} on {HERE} (the last one that signed it: {OLD.strip()}); wait"
+        " for it" in said
+    )
 
 
 def test_a_holder_that_cannot_be_seen_is_not_guessed(tmp_path, holder, monkeypatch):
-    monkeypatch.setattr(locks, "_holders", lambda descriptor: [])  # on another host, or another user's
+    # on another host, or another user's
+    monkeypatch.setattr(locks, "_holders", lambda descriptor: [])
     said = refused(tmp_path)
-    assert f"in use by a process that cannot be seen from {HERE} (the last one that signed it: process 1 on" in said
-    (tmp_path / LOCK).write_text("process 1 on \x1b[31mred since never\n")  # is not repeated on a terminal
+    assert (
+        f"in use by a process that cannot be seen from {HERE} (the last one that signed it:"
+        " process 1 on" in said
+    )
+    # is not repeated on a terminal
+    (tmp_path / LOCK).write_text("process 1 on \x1b[31mred since never\n")
     assert "\x1b" not in (said := refused(tmp_path)) and "(nobody has signed it)" in said
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
 def test_what_is_no_file_of_its_own_is_no_lock_and_what_it_leads_to_is_left_alone(tmp_path, kind):
-    run_dir, other = tmp_path / "run", tmp_path / "other"
+    run_dir = tmp_path / "run"
+    other = tmp_path / "other"
     run_dir.mkdir()
     other.write_text("kept")
     {
@@ -85,7 +94,10 @@ def test_what_is_no_file_of_its_own_is_no_lock_and_what_it_leads_to_is_left_alon
         "folder": lambda path: path.mkdir(),
         "pipe": os.mkfifo,
     }[kind](run_dir / LOCK)
-    assert re.search(rf"run_dir = {run_dir} cannot be made or written \(\.lock: .+\); give another", refused(run_dir))
+    assert re.search(
+        rf"run_dir = {run_dir} cannot be made or written \(\.lock: .+\); give another",
+        refused(run_dir),
+    )
     assert other.read_text() == "kept"
 
 
@@ -104,7 +116,9 @@ def test_another_users_lock_can_neither_be_held_nor_is_its_run_said_to_have_ende
                 os.setuid(NOBODY)
                 with pytest.raises(PermissionError):
                     os.open(folder / LOCK, os.O_RDONLY)
-                with pytest.raises(UserError, match=r"\.lock: it is user root's, who alone can say whether"):
+                with pytest.raises(
+                    UserError, match=r"\.lock: it is user root's, who alone can say whether"
+                ):
                     with claimed(plan):
                         pass
                 assert is_in_use(str(folder))

@@ -37,7 +37,9 @@ def killed_with(folder) -> str:
 
 def test_a_folder_is_this_users_alone_and_goes_with_the_block(temporary):
     with scratch.folder("some-") as path:
-        assert Path(path).parent == temporary and os.path.basename(path).startswith("mixtrain-some-")
+        assert Path(path).parent == temporary and os.path.basename(path).startswith(
+            "mixtrain-some-"
+        )
         assert os.stat(path).st_mode & 0o777 == 0o700
     assert os.listdir(temporary) == []
 
@@ -54,16 +56,22 @@ def test_a_folder_in_use_stays_and_so_does_what_is_not_known_to_be_left(temporar
     (temporary / "mixtrain-file").write_text("")
     (temporary / "mixtrain-link").symlink_to("/usr")
     elsewhere = killed_with(scratch.folder("elsewhere-"))
-    Path(elsewhere, scratch.OWNER).write_text(socket.gethostname() + "-2")  # its locks may not be seen here
+    # its locks may not be seen here
+    Path(elsewhere, scratch.OWNER).write_text(socket.gethostname() + "-2")
     kept = killed_with(scratch.folder("kept-"))
     scratch.keep(kept)
     with scratch.folder() as used:
         assert scratch.remove_left_behind() == []
-        assert all(os.path.isdir(path) for path in (used, elsewhere, kept, temporary / "mixtrain-link"))
+        assert all(
+            os.path.isdir(path) for path in (used, elsewhere, kept, temporary / "mixtrain-link")
+        )
         assert len(os.listdir(temporary)) == 6
 
 
 def test_a_temporary_directory_that_cannot_be_written_is_refused_in_a_line(temporary, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(temporary / "gone"))
-    with pytest.raises(UserError, match="gone.*: No such file or directory; set TMPDIR"), scratch.folder():
+    with (
+        pytest.raises(UserError, match="gone.*: No such file or directory; set TMPDIR"),
+        scratch.folder(),
+    ):
         pass

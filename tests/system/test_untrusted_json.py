@@ -1,4 +1,6 @@
-"""One reader for JSON of others: bounded, checked, and every file that the package reads goes through it."""
+"""One reader for JSON of others: bounded, checked, and every file that the package reads goes
+through it.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,13 @@ from mixtrain.training.run_directory import attempts_problem, former
 STATE = {"step": 20, "consumed_samples": 0, "schedule_steps": 0, "optimizer_steps": 0}
 # where a process reads what it has made itself, or a child of its own
 OWN = {
-    "mixtrain/engine/forked_ranks.py", "mixtrain/proof/bench/interleaved.py", "mixtrain/proof/drill/runs.py",
+    "mixtrain/engine/forked_ranks.py",
+    "mixtrain/proof/bench/interleaved.py",
+    "mixtrain/proof/drill/runs.py",
     "mixtrain/proof/drill/scenarios.py",
-    "tools/mutants.py", "mixtrain/checkpoint/same_tokenizer.py",
-}  # fmt: skip
+    "tools/mutants.py",
+    "mixtrain/checkpoint/same_tokenizer.py",
+}
 
 
 class Inner(TypedDict):
@@ -40,29 +45,36 @@ class Inner(TypedDict):
     note: NotRequired[str | None]
 
 
-@pytest.mark.parametrize("text, schema, said", [
-    ("[" * 100_000, Any, "nested more than 64 deep"),
-    ('{"a":' * 100_000 + "1" + "}" * 100_000, Any, "nested more than 64 deep"),
-    ("[" * 65 + "]" * 65, Any, "nested more than 64 deep"),
-    ("NaN", Any, "NaN is no number of JSON"),
-    ("[-Infinity]", Any, "-Infinity is no number of JSON"),
-    ("[1e999]", Any, "the number 1e999 is too large"),
-    ("9" * 100_000, Any, "a number of 100,000 digits; 40 are read at most"),
-    ('{"a": {"b": 1, "b": 2}}', Any, 'the key "b" stands in it twice'),
-    (b'{"a": "\xff"}', Any, "not UTF-8 at byte 7"),
-    ("", Any, "not valid JSON (Expecting value: line 1 column 1 (char 0))"),
-    ("5", dict[str, Any], "5 is not an object"),
-    ('{"a": {"size": -1}}', dict[Name, Inner], "a.size = -1 is not a whole number from 0"),
-    ('{"a": {"size": true}}', dict[Name, Inner], "a.size = true is not a whole number"),
-    ('{"a": {"size": 20.0}}', dict[Name, Inner], "a.size = 20.0 is not a whole number"),
-    ('{"a": {"size": 1, "note": 5}}', dict[Name, Inner], "a.note = 5 is not text or null"),
-    ('{"a": {}}', dict[Name, Inner], "a.size is missing"),
-    ('{"a\\u001b": {"size": 1}}', dict[Name, Inner], 'the key "a\\u001b" is not text without control characters'),
-    ('{"a": [1, "x"]}', dict[str, list[int] | str], 'a[1] = "x" is not a whole number'),
-    ("[1, 2, 3]", tuple[Count, Count], "a list of 3 is not a list of 2"),
-    ("9", whole(0, 8), "9 is not a whole number from 0 to 8"),
-    (json.dumps("x" * 10_000), int, f'"{"x" * 59} ... is not a whole number'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, schema, said",
+    [
+        ("[" * 100_000, Any, "nested more than 64 deep"),
+        ('{"a":' * 100_000 + "1" + "}" * 100_000, Any, "nested more than 64 deep"),
+        ("[" * 65 + "]" * 65, Any, "nested more than 64 deep"),
+        ("NaN", Any, "NaN is no number of JSON"),
+        ("[-Infinity]", Any, "-Infinity is no number of JSON"),
+        ("[1e999]", Any, "the number 1e999 is too large"),
+        ("9" * 100_000, Any, "a number of 100,000 digits; 40 are read at most"),
+        ('{"a": {"b": 1, "b": 2}}', Any, 'the key "b" stands in it twice'),
+        (b'{"a": "\xff"}', Any, "not UTF-8 at byte 7"),
+        ("", Any, "not valid JSON (Expecting value: line 1 column 1 (char 0))"),
+        ("5", dict[str, Any], "5 is not an object"),
+        ('{"a": {"size": -1}}', dict[Name, Inner], "a.size = -1 is not a whole number from 0"),
+        ('{"a": {"size": true}}', dict[Name, Inner], "a.size = true is not a whole number"),
+        ('{"a": {"size": 20.0}}', dict[Name, Inner], "a.size = 20.0 is not a whole number"),
+        ('{"a": {"size": 1, "note": 5}}', dict[Name, Inner], "a.note = 5 is not text or null"),
+        ('{"a": {}}', dict[Name, Inner], "a.size is missing"),
+        (
+            '{"a\\u001b": {"size": 1}}',
+            dict[Name, Inner],
+            'the key "a\\u001b" is not text without control characters',
+        ),
+        ('{"a": [1, "x"]}', dict[str, list[int] | str], 'a[1] = "x" is not a whole number'),
+        ("[1, 2, 3]", tuple[Count, Count], "a list of 3 is not a list of 2"),
+        ("9", whole(0, 8), "9 is not a whole number from 0 to 8"),
+        (json.dumps("x" * 10_000), int, f'"{"x" * 59} ... is not a whole number'),
+    ],
+)
 def test_what_is_wrong_with_a_text_is_said_in_one_short_line(text, schema, said):
     with pytest.raises(InvalidJson) as refused:
         untrusted_json.parse(text, schema)
@@ -70,7 +82,9 @@ def test_what_is_wrong_with_a_text_is_said_in_one_short_line(text, schema, said)
 
 
 def test_what_fits_is_given_as_it_is():
-    assert untrusted_json.parse('{"a": {"size": 1, "note": null, "new": [1]}}', dict[Name, Inner])["a"]["new"] == [1]
+    assert untrusted_json.parse('{"a": {"size": 1, "note": null, "new": [1]}}', dict[Name, Inner])[
+        "a"
+    ]["new"] == [1]
     assert untrusted_json.parse("[" * 64 + "]" * 64, Any)
     assert (
         untrusted_json.parse('{"most": 1000000000000000019884624838656}')["most"] > 10**30
@@ -89,9 +103,12 @@ def test_a_file_is_read_only_if_it_is_one_and_of_a_size_that_is_read(tmp_path):
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "large").write_text('"' + "x" * 100 + '"')
     for name, said in {
-        "pipe": "is refused: no regular file", "zero": "is refused: no regular file",
-        "large": "is refused: more than 100 bytes", "none": "is missing: why", ".": "cannot be read (Is a directory)",
-    }.items():  # fmt: skip
+        "pipe": "is refused: no regular file",
+        "zero": "is refused: no regular file",
+        "large": "is refused: more than 100 bytes",
+        "none": "is missing: why",
+        ".": "cannot be read (Is a directory)",
+    }.items():
         with pytest.raises(InvalidJson) as refused:
             untrusted_json.read(tmp_path / name, most=100, missing="why")
         assert str(refused.value).startswith(f"{tmp_path / name} {said}"), name
@@ -100,12 +117,20 @@ def test_a_file_is_read_only_if_it_is_one_and_of_a_size_that_is_read(tmp_path):
 def test_a_line_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(untrusted_json, "LINE", 8)
     (tmp_path / "lines").write_bytes(b"12345678901234567890\r\n12345678\nab")
-    assert list(untrusted_json.lines(tmp_path / "lines")) == [(1, b"12345678"), (2, b"12345678"), (3, b"ab")]
+    assert list(untrusted_json.lines(tmp_path / "lines")) == [
+        (1, b"12345678"),
+        (2, b"12345678"),
+        (3, b"ab"),
+    ]
 
 
 def test_json_of_others_is_read_in_one_place():
     found = set()
-    for path in [*(ROOT / "mixtrain").rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "train.py"]:
+    for path in [
+        *(ROOT / "mixtrain").rglob("*.py"),
+        *(ROOT / "tools").glob("*.py"),
+        ROOT / "train.py",
+    ]:
         if re.search(r"\bjson\.loads?\(|JSONDecoder|from json import", path.read_text()):
             found.add(path.relative_to(ROOT).as_posix())
     assert found == OWN | {"mixtrain/system/untrusted_json.py"}
@@ -114,15 +139,18 @@ def test_json_of_others_is_read_in_one_place():
 # Those who read
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"step": "20"}, 'step = "20" is not a whole number'),
-    ({"step": -1}, "step = -1 is not a whole number from 0"),
-    ({"step": None}, "step = null is not a whole number"),
-    ({"config": {"run_dir": "${oc.env:SECRET}"}}, "config = an object of 1 is not a resolved"),
-    ({"config": []}, "config = a list of 0 is not an object"),
-    ({"layout": {"world_size": "8"}}, 'layout.world_size = "8" is not a whole number'),
-    ({"data": {"corpus": 5}}, "data.corpus = 5 is not text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"step": "20"}, 'step = "20" is not a whole number'),
+        ({"step": -1}, "step = -1 is not a whole number from 0"),
+        ({"step": None}, "step = null is not a whole number"),
+        ({"config": {"run_dir": "${oc.env:SECRET}"}}, "config = an object of 1 is not a resolved"),
+        ({"config": []}, "config = a list of 0 is not an object"),
+        ({"layout": {"world_size": "8"}}, 'layout.world_size = "8" is not a whole number'),
+        ({"data": {"corpus": 5}}, "data.corpus = 5 is not text"),
+    ],
+)
 def test_a_state_of_a_run_with_another_type_is_refused_by_its_key(tmp_path, change, said):
     (tmp_path / state.NAME).write_text(json.dumps(STATE | change))
     with pytest.raises(ValueError) as refused:
@@ -130,21 +158,38 @@ def test_a_state_of_a_run_with_another_type_is_refused_by_its_key(tmp_path, chan
     assert str(refused.value).startswith(f"{tmp_path / state.NAME} is damaged: {said}")
 
 
-@pytest.mark.parametrize("text", [
-    '{"files":' * 50_000, '{"files": {"a": {"size": "1", "sha256": "0"}}}', '{"files": {"../a": {}}}', '{"files": {}}',
-    '{"files": {"": {}}}', "5", "null", '{"files": []}', '{"files": {"a": {"size": 1e30, "sha256": 5}}}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"files":' * 50_000,
+        '{"files": {"a": {"size": "1", "sha256": "0"}}}',
+        '{"files": {"../a": {}}}',
+        '{"files": {}}',
+        '{"files": {"": {}}}',
+        "5",
+        "null",
+        '{"files": []}',
+        '{"files": {"a": {"size": 1e30, "sha256": 5}}}',
+    ],
+)
 def test_a_broken_manifest_is_a_damage_of_its_checkpoint_and_no_more(tmp_path, text):
     (tmp_path / integrity.MANIFEST).write_text(text)
-    assert integrity.problem(tmp_path, full=True).startswith(f"{tmp_path / integrity.MANIFEST} is damaged: ")
+    assert integrity.problem(tmp_path, full=True).startswith(
+        f"{tmp_path / integrity.MANIFEST} is damaged: "
+    )
 
 
-@pytest.mark.parametrize("text", ["5", "[]", '{"step": "1"}', '{"before": 5}', "{" * 100_000, "[" * 100_000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["5", "[]", '{"step": "1"}', '{"before": 5}', "{" * 100_000, "[" * 100_000, "\x00"]
+)
 def test_a_status_that_is_none_is_as_if_there_were_no_run(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     assert former(str(tmp_path)) == {}
-    (tmp_path / "attempts.jsonl").write_text(f'{{"step": 0}}\n{text}\n{{"step": 0, "before": null}}\n')
-    assert attempts_problem(str(tmp_path), 0, 1).startswith("1 runs in a row")  # the last line alone
+    (tmp_path / "attempts.jsonl").write_text(
+        f'{{"step": 0}}\n{text}\n{{"step": 0, "before": null}}\n'
+    )
+    # the last line alone
+    assert attempts_problem(str(tmp_path), 0, 1).startswith("1 runs in a row")
 
 
 def test_a_run_goes_on_beside_a_line_that_is_no_record_and_the_file_is_kept(tmp_path):
@@ -165,16 +210,21 @@ def test_half_of_a_line_that_a_killed_run_has_left_goes_without_a_word(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
-@pytest.mark.parametrize("vocab, added, said", [
-    ([["a", 0.0]], [{"content": "b"}], "added_tokens[0].id is missing"),
-    ([["a", 0.0]], 5, "added_tokens = 5 is not a list or null"),
-    ({"a": "0"}, [], 'model.vocab.a = "0" is not a whole number'),
-    ({"a": -1}, [], "model.vocab.a = -1 is not a whole number from 0 to 2,147,483,647"),
-    ([["a"]], [], "model.vocab[0] = a list of 1 is not a list of 2"),
-    ([[["a"], 0.0]], [], "model.vocab[0][0] = a list of 1 is not text"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "vocab, added, said",
+    [
+        ([["a", 0.0]], [{"content": "b"}], "added_tokens[0].id is missing"),
+        ([["a", 0.0]], 5, "added_tokens = 5 is not a list or null"),
+        ({"a": "0"}, [], 'model.vocab.a = "0" is not a whole number'),
+        ({"a": -1}, [], "model.vocab.a = -1 is not a whole number from 0 to 2,147,483,647"),
+        ([["a"]], [], "model.vocab[0] = a list of 1 is not a list of 2"),
+        ([[["a"], 0.0]], [], "model.vocab[0][0] = a list of 1 is not text"),
+    ],
+)
 def test_a_vocabulary_of_other_types_is_refused_by_its_place(tmp_path, vocab, added, said):
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocab}, "added_tokens": added}))
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps({"model": {"vocab": vocab}, "added_tokens": added})
+    )
     with pytest.raises(UserError) as refused:
         tokenizer.tokenizer_vocab_size(tmp_path)
     assert str(refused.value) == f"{tmp_path / 'tokenizer.json'} is damaged: {said}"
@@ -184,23 +234,39 @@ def test_a_special_token_that_is_a_list_is_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"a": 0}}}')
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["a"]}')
     for ask in (tokenizer.tokenizer_eod_id, tokenizer.special_ids):
-        with pytest.raises(UserError, match="eos_token = a list of 1 is not text or an object or null"):
+        with pytest.raises(
+            UserError, match="eos_token = a list of 1 is not text or an object or null"
+        ):
             ask(tmp_path)
 
 
 # Whatever stands in a file, its readers end with what they promise
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from([10**30, "${a}"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from([10**30, "${a}"]),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4)
+    ),
     max_leaves=12,
-)  # fmt: skip
+)
 SHA = "0" * 64
 # What the readers know: a valid file, of which the fuzzer changes a part.
 VALID = {
     "integrity.json": {"format": 1, "files": {"a": {"size": 1, "sha256": SHA}}},
-    "run_state.json": STATE | {"config": {"seed": 1}, "layout": {"world_size": 1}, "data": {"train": "x"}},
-    "status.json": {"state": "stopped", "step": 1, "max_steps": 2, "reason": "", "before": {"state": None}},
+    "run_state.json": STATE
+    | {"config": {"seed": 1}, "layout": {"world_size": 1}, "data": {"train": "x"}},
+    "status.json": {
+        "state": "stopped",
+        "step": 1,
+        "max_steps": 2,
+        "reason": "",
+        "before": {"state": None},
+    },
     "metrics.jsonl": {"step": 1, "lm_loss": 1.0, "tokens_per_expert": [[1, 2], [3, 4]]},
     "attempts.jsonl": {"step": 0, "before": {"state": "failed", "reason": "x"}},
     "tokenizer.json": {"model": {"vocab": {"a": 0}}, "added_tokens": [{"content": "b", "id": 1}]},
@@ -208,21 +274,35 @@ VALID = {
     "data.json": {"max_token_id": 1, "tokenizer_sha256": SHA, "tokenizer": "x"},
     "prompts.jsonl": {"prompt": "x"},
     "config.json": {
-        "model_type": "mixtral", "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_experts_per_tok": 2, "vocab_size": 128, "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5, "num_local_experts": 4, "intermediate_size": 64, "rope_theta": 1e6,
+        "model_type": "mixtral",
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "vocab_size": 128,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "num_local_experts": 4,
+        "intermediate_size": 64,
+        "rope_theta": 1e6,
     },
-}  # fmt: skip
+}
 
 
 @st.composite
 def damaged(draw) -> tuple[str, bytes]:
-    """(name of a file, what stands in it): a valid one with a value changed, another value, or broken bytes."""
+    """(name of a file, what stands in it): a valid one with a value changed, another value, or
+    broken bytes.
+    """
     name = draw(st.sampled_from(sorted(VALID)))
     value: Any = json.loads(json.dumps(VALID[name]))
-    place, path = value, []
+    place = value
+    path = []
     while isinstance(place, (dict, list)) and place and (not path or draw(st.booleans())):
-        path.append(draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place)))))
+        path.append(
+            draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
+        )
         place = place[path[-1]]
     inside = value
     for part in path[:-1]:
@@ -231,7 +311,11 @@ def damaged(draw) -> tuple[str, bytes]:
     data = json.dumps(draw(st.sampled_from([value, value, value, place]))).encode()
     if draw(st.integers(0, 4)) == 0:
         cut = draw(st.integers(0, len(data)))
-        data = data[:cut] + draw(st.binary(max_size=6) | st.just(b"[" * 5000)) + data[cut + draw(st.integers(0, 3)) :]
+        data = (
+            data[:cut]
+            + draw(st.binary(max_size=6) | st.just(b"[" * 5000))
+            + data[cut + draw(st.integers(0, 3)) :]
+        )
     return name, data
 
 
@@ -254,7 +338,11 @@ def read_all(folder: Path, name: str) -> None:
     elif name == "attempts.jsonl":
         attempts_problem(str(folder), 0, 1)
     elif name.startswith("tokenizer"):
-        for ask in (tokenizer.tokenizer_vocab_size, tokenizer.tokenizer_eod_id, tokenizer.special_ids):
+        for ask in (
+            tokenizer.tokenizer_vocab_size,
+            tokenizer.tokenizer_eod_id,
+            tokenizer.special_ids,
+        ):
             with contextlib.suppress(UserError):
                 ask(folder)
     elif name == "data.json":

@@ -1,4 +1,6 @@
-"""An error in a recipe or an option is said in one line, with its place, and a small file cannot become a large one."""
+"""An error in a recipe or an option is said in one line, with its place, and a small file cannot
+become a large one.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +24,15 @@ WRONG = {
     "line 4, column 1: did not find expected ',' or ']', while parsing a flow sequence": "a: [1, 2\n",
     "line 3, column 4: found undefined alias": "a: *b\n",
     "line 3, column 1: found a tab character that violates indentation": "\tseed: 1\n",
-    "line 3, column 4: could not determine a constructor for the tag 'tag:yaml.org,2002:python/object:os.x'": (
-        "a: !!python/object:os.x {}\n"
-    ),
+    "line 3, column 4: could not determine a constructor for the tag"
+    " 'tag:yaml.org,2002:python/object:os.x'": ("a: !!python/object:os.x {}\n"),
     "line 3, column 8: *a stands inside what it means": "a: &a [*a]\n",
     "line 8, column 58: written out without aliases it is larger than 4,194,304 bytes": LAUGHS,
     "line 3, column 66: nested more than 64 deep": "a: " + "[" * 100_000,
     "the character 0x1b cannot stand in it": 'a: "\x1b"\n',
     "keys with values are expected, as in seed: 1": None,
     "more than 1,048,576 bytes, and no such file has them": "a: " + "x" * 2_000_000,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("said", WRONG)
@@ -41,7 +42,9 @@ def test_what_is_wrong_with_a_file_is_one_line_with_its_place(said, tmp_path):
     with pytest.raises(UserError) as refused:
         yaml_file.read(tmp_path / "mine.yaml")
     (problem,) = refused.value.problems
-    assert problem.startswith(f"{tmp_path / 'mine.yaml'}") and said in problem and "\n" not in problem
+    assert (
+        problem.startswith(f"{tmp_path / 'mine.yaml'}") and said in problem and "\n" not in problem
+    )
 
 
 def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
@@ -52,7 +55,12 @@ def test_bytes_that_are_no_text_are_named_by_their_line(tmp_path):
 
 def test_an_alias_that_multiplies_nothing_is_read_as_ever(tmp_path):
     (tmp_path / "mine.yaml").write_text("a: &a {x: 1}\nb: *a\nc: [*a, *a]\nd: '${a.x}'\n")
-    assert yaml_file.read(tmp_path / "mine.yaml") == {"a": {"x": 1}, "b": {"x": 1}, "c": [{"x": 1}] * 2, "d": 1}
+    assert yaml_file.read(tmp_path / "mine.yaml") == {
+        "a": {"x": 1},
+        "b": {"x": 1},
+        "c": [{"x": 1}] * 2,
+        "d": 1,
+    }
 
 
 def test_a_broken_recipe_is_refused_before_hydra_prints_anything(conf, capfd):  # noqa: F811
@@ -61,17 +69,29 @@ def test_a_broken_recipe_is_refused_before_hydra_prints_anything(conf, capfd):  
 
 
 def test_a_recipe_of_billion_laughs_is_refused_at_once(conf, capfd):  # noqa: F811
-    (problem,) = problems_of(recipe(conf, HEAD + f"model:\n  extra:\n{LAUGHS.replace('a', '    a', 1)}"), conf=conf)
+    (problem,) = problems_of(
+        recipe(conf, HEAD + f"model:\n  extra:\n{LAUGHS.replace('a', '    a', 1)}"), conf=conf
+    )
     assert "line" in problem and capfd.readouterr() == ("", "")
 
 
 def test_every_file_that_is_composed_is_looked_at_and_no_other(conf):  # noqa: F811
-    for name in ("config", "model/mixtral_8x7b", "router/sinkhorn", "router/none", "recipe/mixtral_8x22b_tp2_pp8_ep8"):
+    for name in (
+        "config",
+        "model/mixtral_8x7b",
+        "router/sinkhorn",
+        "router/none",
+        "recipe/mixtral_8x22b_tp2_pp8_ep8",
+    ):
         (conf / f"{name}.yaml").write_text("a: [\n")
-    assert [problem.split(", line")[0] for problem in file_problems([], conf)] == [f"{conf}/config.yaml"]
+    assert [problem.split(", line")[0] for problem in file_problems([], conf)] == [
+        f"{conf}/config.yaml"
+    ]
     found = " ".join(file_problems(["+recipe=mixtral_8x7b_ep8", "router=sinkhorn"], conf))
     assert "model/mixtral_8x7b.yaml" in found  # the recipe's own choice
-    assert "router/sinkhorn.yaml" in found and "router/none.yaml" not in found and "8x22b" not in found
+    assert (
+        "router/sinkhorn.yaml" in found and "router/none.yaml" not in found and "8x22b" not in found
+    )
     assert "router/none.yaml" in " ".join(file_problems(["router=glob(*)"], conf))
 
 
@@ -85,14 +105,21 @@ def test_where_in_hydras_code_an_error_was_is_not_shown(conf, capfd):  # noqa: F
 
 def test_interpolations_that_multiply_are_refused_before_they_are_resolved(conf, capfd):  # noqa: F811
     laughs = "".join(f"    a{at}: {f'${{model.extra.a{at + 1}}}' * 10}\n" for at in range(12))
-    assert problems_of(recipe(conf, f"{HEAD}model:\n  extra:\n{laughs}    a12: lol\n"), conf=conf) == [
+    assert problems_of(
+        recipe(conf, f"{HEAD}model:\n  extra:\n{laughs}    a12: lol\n"), conf=conf
+    ) == [
         "model.extra.a0 becomes larger than 4,194,304 bytes when its interpolations are written out"
     ]
     assert capfd.readouterr().err == ""
 
 
 def test_interpolations_of_sections_and_of_names_beside_them_are_counted():
-    lines = {"a": {"b": "${.c}", "c": "${oc.select:d}"}, "d": "${e}" * 1000, "e": "${f}" * 1000, "f": "${x}" * 1000}
+    lines = {
+        "a": {"b": "${.c}", "c": "${oc.select:d}"},
+        "d": "${e}" * 1000,
+        "e": "${f}" * 1000,
+        "f": "${x}" * 1000,
+    }
     assert yaml_file.growth(OmegaConf.create(lines)).startswith("a.b becomes larger")
     assert yaml_file.growth(OmegaConf.create({"a": {"b": "${x}"}, "c": "${a}", "x": 1})) == ""
 

@@ -29,7 +29,8 @@ def poisoned_losses(steps: set[int], rank: int = 1):
 
     def before(me) -> None:
         calls = {"step": 0}
-        train_step, run_microbatches = loop.train_step, loop.run_microbatches
+        train_step = loop.train_step
+        run_microbatches = loop.run_microbatches
 
         def counted(plan, ranks, training, microbatches, stop, step, batch):
             calls["step"] = step
@@ -39,13 +40,15 @@ def poisoned_losses(steps: set[int], rank: int = 1):
             loss, tokens = run_microbatches(*arguments, **more)
             return (math.nan if me.rank == rank and calls["step"] in steps else loss), tokens
 
-        loop.train_step, loop.run_microbatches = counted, poisoned
+        loop.train_step = counted
+        loop.run_microbatches = poisoned
 
     return before
 
 
 def poisoned_gradients(steps: set[int], value: float = math.inf, rank: int = 1):
-    """A `before` after which one entry of a gradient on one rank has this value in these steps, before the norm.
+    """A `before` after which one entry of a gradient on one rank has this value in these steps,
+    before the norm.
 
     It is in the second half of the buffer, which is rank 1's to step where two ranks share it.
     """
@@ -81,7 +84,9 @@ def test_a_loss_that_is_not_a_number_stops_all_ranks_with_a_record(layout, tmp_p
     run_dir, codes, log = start(tmp_path, *layout, *words, before=poisoned_losses({3}, last))
     assert codes == {FAULT}, log
     reason = read_status(run_dir)["reason"]
-    assert reason.startswith(f"step 3: lm_loss is not finite on rank {last}; its 8 samples are in bad_steps.jsonl")
+    assert reason.startswith(
+        f"step 3: lm_loss is not finite on rank {last}; its 8 samples are in bad_steps.jsonl"
+    )
     (record,) = bad_steps(run_dir)
     assert (record["step"], record["what"], record["ranks"]) == (3, "lm_loss", [last])
     assert len(record["samples"]) == 8 and len({tuple(sample) for sample in record["samples"]}) == 8
@@ -101,26 +106,45 @@ def test_a_loss_that_is_not_a_number_stops_all_ranks_with_a_record(layout, tmp_p
     ids=["plain", "without the distributed optimizer", "unclipped", "overlapped", "bf16", "sgd"],
 )
 def test_a_skipped_step_changes_nothing_and_is_counted(words, tmp_path):
-    """Skipped in its last step, a run has the state of the one that ended before it, to the last bit."""
+    """Skipped in its last step, a run has the state of the one that ended before it, to the last
+    bit.
+    """
     once, codes, log = start(tmp_path / "once", *TWO, *words, SKIP, "trainer.max_steps=2")
     assert codes == {FINISHED}, log
     both, codes, log = start(
         tmp_path / "both", *TWO, *words, SKIP, "trainer.max_steps=3", before=poisoned_gradients({3})
     )
     assert codes == {FINISHED}, log
-    assert "warning: step 3: grad_norm is not finite on rank 1; " in log and "skipped, 1 so far" in log
+    assert (
+        "warning: step 3: grad_norm is not finite on rank 1; " in log and "skipped, 1 so far" in log
+    )
     assert unequal(path_of(once, 2), path_of(both, 3)) == []
-    states = [json.loads((path_of(run, at) / "run_state.json").read_text()) for run, at in ((once, 2), (both, 3))]
+    states = [
+        json.loads((path_of(run, at) / "run_state.json").read_text())
+        for run, at in ((once, 2), (both, 3))
+    ]
     assert [state["schedule_steps"] for state in states] == [2, 2]
-    assert [state["optimizer_steps"] for state in states] == [0, 0] if "sgd" in str(words) else [2, 2]
-    assert (states[1]["step"], states[1]["skipped_steps"], states[1]["consumed_samples"]) == (3, 1, 24)
+    assert (
+        [state["optimizer_steps"] for state in states] == [0, 0] if "sgd" in str(words) else [2, 2]
+    )
+    assert (states[1]["step"], states[1]["skipped_steps"], states[1]["consumed_samples"]) == (
+        3,
+        1,
+        24,
+    )
     last = records(both)[-1]
     assert (last["lm_loss"], last["grad_norm"], last["skipped_steps"]) == (None, None, 1)
     assert records(both)[:2] == records(once)[:2]
 
 
 def test_a_run_goes_on_after_a_skipped_step_and_a_resumed_one_knows_of_it(tmp_path):
-    words = [*TWO, SKIP, "trainer.max_steps=3", "checkpoint.save_interval=2", "checkpoint.keep_last=null"]
+    words = [
+        *TWO,
+        SKIP,
+        "trainer.max_steps=3",
+        "checkpoint.save_interval=2",
+        "checkpoint.keep_last=null",
+    ]
     run_dir, codes, log = start(tmp_path, *words, before=poisoned_losses({2}))
     assert codes == {FINISHED}, log
     assert [record["skipped_steps"] for record in records(run_dir)] == [0, 1, 1]
@@ -148,7 +172,9 @@ def test_a_gradient_larger_than_it_may_be_is_bad(tmp_path):
 
 
 def test_a_gradient_that_is_not_finite_names_its_rank(tmp_path):
-    run_dir, codes, _ = start(tmp_path, *TWO, "trainer.max_steps=3", before=poisoned_gradients({2}, math.nan))
+    run_dir, codes, _ = start(
+        tmp_path, *TWO, "trainer.max_steps=3", before=poisoned_gradients({2}, math.nan)
+    )
     assert codes == {FAULT}
     assert "step 2: grad_norm is not finite on rank 1" in read_status(run_dir)["reason"]
     assert bad_steps(run_dir)[0]["ranks"] == [1]
@@ -159,13 +185,19 @@ SPOILED = {
     "PP2xVPP2": [EP + "1", PP + "2", VPP],
     "TP2": [EP + "1", *TP],
     "DP2 without the distributed optimizer": [EP + "1", "trainer.devices=2", PLAIN],
-    "two optimizer instances": [EP + "2", "trainer.devices=4", "parallel.num_distributed_optimizer_instances=2"],
+    "two optimizer instances": [
+        EP + "2",
+        "trainer.devices=4",
+        "parallel.num_distributed_optimizer_instances=2",
+    ],
 }
 
 
 @pytest.mark.parametrize("layout", SPOILED)
 def test_a_gradient_that_backward_makes_infinite_on_one_rank_is_bad_on_all(layout, tmp_path):
-    """Of a weight of the experts, so that it goes through the reductions and into one rank's part of the norm."""
+    """Of a weight of the experts, so that it goes through the reductions and into one rank's part
+    of the norm.
+    """
 
     def before(me) -> None:
         build = model.build
@@ -173,7 +205,9 @@ def test_a_gradient_that_backward_makes_infinite_on_one_rank_is_bad_on_all(layou
         def spoiled(*arguments):
             models = build(*arguments)
             if me.rank == 1:
-                weights = [p for name, p in models[0].named_parameters() if "experts.weight2" in name]
+                weights = [
+                    p for name, p in models[0].named_parameters() if "experts.weight2" in name
+                ]
                 weights[0].register_hook(lambda gradient: gradient * math.inf)
             return models
 
@@ -182,14 +216,18 @@ def test_a_gradient_that_backward_makes_infinite_on_one_rank_is_bad_on_all(layou
     words = [*SPOILED[layout], *TWO[1:], SKIP, "trainer.max_steps=2"]
     run_dir, codes, log = start(tmp_path, *words, before=before)
     assert codes == {FINISHED}, log
-    assert [(record["what"], 1 in record["ranks"]) for record in bad_steps(run_dir)] == [("grad_norm", True)] * 2
+    assert [(record["what"], 1 in record["ranks"]) for record in bad_steps(run_dir)] == [
+        ("grad_norm", True)
+    ] * 2
     assert [record["skipped_steps"] for record in records(run_dir)] == [1, 2]
 
 
 def test_an_expert_bias_is_what_it_was_before_a_skipped_step(tmp_path):
     words = [*TWO, SKIP, "router=expert_bias", "router.moe_router_bias_update_rate=0.1"]
     once, _, _ = start(tmp_path / "once", *words, "trainer.max_steps=1")
-    both, codes, log = start(tmp_path / "both", *words, "trainer.max_steps=2", before=poisoned_losses({2}))
+    both, codes, log = start(
+        tmp_path / "both", *words, "trainer.max_steps=2", before=poisoned_losses({2})
+    )
     assert codes == {FINISHED}, log
     assert unequal(path_of(once, 1), path_of(both, 2)) == []
     assert records(both)[0]["expert_bias"] != [[0.0] * 8] * 4
@@ -220,13 +258,20 @@ def test_router_weights_that_are_not_finite_are_named_by_layer_and_rank(router, 
     words = [*TWO, f"router={router}", "trainer.max_steps=2"]
     run_dir, codes, log = start(tmp_path, *words, before=lambda me: rigged_routers(me, spoil))
     assert codes == {FAULT}, log
-    assert "the router of layer 3 on rank 1 was the first that was not finite" in read_status(run_dir)["reason"]
+    assert (
+        "the router of layer 3 on rank 1 was the first that was not finite"
+        in read_status(run_dir)["reason"]
+    )
     assert bad_steps(run_dir)[0]["routers"] == [[3, 1]]
 
 
 def test_routers_that_were_given_what_is_not_finite_are_not_named(tmp_path):
-    """Layer 4 is given it on both tensor ranks, which share their sequences; and all layers, by the embedding."""
-    tensor, _, _ = start(tmp_path / "TP2", EP + "1", *TP, *TWO[1:], before=lambda me: rigged_routers(me, spoil))
+    """Layer 4 is given it on both tensor ranks, which share their sequences; and all layers, by the
+    embedding.
+    """
+    tensor, _, _ = start(
+        tmp_path / "TP2", EP + "1", *TP, *TWO[1:], before=lambda me: rigged_routers(me, spoil)
+    )
     assert bad_steps(tensor)[0]["routers"] == [[3, 1]] and bad_steps(tensor)[0]["ranks"] == [0, 1]
 
     def before(me) -> None:
@@ -250,7 +295,8 @@ def test_a_run_whose_every_step_is_skipped_for_a_router_ends_with_its_report(tmp
     run_dir, codes, log = start(tmp_path, *words, before=lambda me: rigged_routers(me, spoil))
     assert codes == {FINISHED}, log
     values = [
-        (record["lm_loss"], record["load_balancing_loss"], record["skipped_steps"]) for record in records(run_dir)
+        (record["lm_loss"], record["load_balancing_loss"], record["skipped_steps"])
+        for record in records(run_dir)
     ]
     assert values == [(None, None, 1), (None, None, 2)]
     assert (run_dir / "report.png").exists()
@@ -273,8 +319,14 @@ def test_all_tokens_to_two_experts_is_a_warning_and_the_others_learn_nothing(tmp
 
         def looked(plan, ranks, training, *rest):
             outcome = train_step(plan, ranks, training, *rest)
-            weights = [p for name, p in training.chunks[0].named_parameters() if "layers.1.mlp.experts.weight1" in name]
-            gradients.extend(expert.abs().max().item() for weight in weights for expert in weight.main_grad)
+            weights = [
+                p
+                for name, p in training.chunks[0].named_parameters()
+                if "layers.1.mlp.experts.weight1" in name
+            ]
+            gradients.extend(
+                expert.abs().max().item() for weight in weights for expert in weight.main_grad
+            )
             print("GRADIENTS", json.dumps(gradients[:4]))
             return outcome
 
@@ -285,7 +337,10 @@ def test_all_tokens_to_two_experts_is_a_warning_and_the_others_learn_nothing(tmp
     assert codes == {FINISHED}, log
     load = records(run_dir)[0]["tokens_per_expert"][1]
     assert load == [0, 256, 0, 0, 0, 256, 0, 0]
-    assert "warning: step 1: layer 2 sends 100% of its tokens to experts 1, 5: 0 256 0 0 0 256 0 0" in log
+    assert (
+        "warning: step 1: layer 2 sends 100% of its tokens to experts 1, 5: 0 256 0 0 0 256 0 0"
+        in log
+    )
     assert log.count("warning: ") == 1
     assert [record["collapsed_layers"] for record in records(run_dir)] == [[2], [2]]
     none, some, *rest = json.loads(re.search(r"GRADIENTS (.*)", log)[1])

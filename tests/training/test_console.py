@@ -1,4 +1,6 @@
-"""A run goes on without its console, and Ctrl-C stops it as ever, whatever its output is piped into."""
+"""A run goes on without its console, and Ctrl-C stops it as ever, whatever its output is piped
+into.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,10 @@ def test_what_standard_output_does_not_take_is_in_the_log_and_said_once(name, tm
 def test_a_log_that_nobody_reads_asks_no_run_to_stop(tmp_path):
     def call() -> int:
         streams.forgive(tmp_path / "run" / "logs" / "console.log")
-        with StopRequest() as stop, Logs(plan_of(f"run_dir={tmp_path}/run"), writes=True, config_yaml="") as log:
+        with (
+            StopRequest() as stop,
+            Logs(plan_of(f"run_dir={tmp_path}/run"), writes=True, config_yaml="") as log,
+        ):
             log.say("x" * 100_000)
             log.say("y")
             return 6 if stop.signals else 5
@@ -94,7 +99,9 @@ def train(folder: Path, *words: str) -> str:
 
 
 def step_of(folder: Path) -> int:
-    return (read_status(folder / "run") or {"step": -1})["step"] if (folder / "run").exists() else -1
+    return (
+        (read_status(folder / "run") or {"step": -1})["step"] if (folder / "run").exists() else -1
+    )
 
 
 def console_log(folder: Path) -> str:
@@ -104,7 +111,9 @@ def console_log(folder: Path) -> str:
 some = [(name, pytest.mark.long) for name in ("closed", "a full disk", "both closed")]
 
 
-@pytest.mark.parametrize("rest", ["| grep -m1 step", *[pytest.param(LOST[name], marks=mark) for name, mark in some]])
+@pytest.mark.parametrize(
+    "rest", ["| grep -m1 step", *[pytest.param(LOST[name], marks=mark) for name, mark in some]]
+)
 def test_a_run_goes_on_to_its_end_without_its_console(rest, tmp_path):
     with Terminal(train(tmp_path, "trainer.max_steps=4"), rest, tmp_path) as shell:
         assert shell.exit_code() == 0, shell.text
@@ -117,9 +126,12 @@ def test_a_run_goes_on_to_its_end_without_its_console(rest, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("rest", ["| tee LOG", "2>&1 | tee LOG"])
-def test_ctrl_c_of_a_run_that_is_piped_into_tee_stops_it_with_a_checkpoint_that_goes_on(rest, tmp_path):
+def test_ctrl_c_of_a_run_that_is_piped_into_tee_stops_it_with_a_checkpoint_that_goes_on(
+    rest, tmp_path
+):
     """In a terminal it goes to all of a pipeline: tee dies of it."""
-    words, (here, whole) = ["trainer.max_steps=60", "trainer.val_check_interval=60"], (tmp_path / "a", tmp_path / "b")
+    words = ["trainer.max_steps=60", "trainer.val_check_interval=60"]
+    (here, whole) = (tmp_path / "a", tmp_path / "b")
     for folder in (here, whole):
         folder.mkdir()
     with Terminal(train(here, *words), rest.replace("LOG", f"{here}/log"), here) as shell:
@@ -131,7 +143,13 @@ def test_ctrl_c_of_a_run_that_is_piped_into_tee_stops_it_with_a_checkpoint_that_
     assert 3 <= status["step"] < 60 and (here / "run" / f"iter_{status['step']:07d}").is_dir()
     assert f"stopped after {status['step']} of 60 steps" in console_log(here)
     for folder in (here, whole):
-        subprocess.run(["bash", "-c", train(folder, *words)], cwd=ROOT, capture_output=True, timeout=200, check=True)
+        subprocess.run(
+            ["bash", "-c", train(folder, *words)],
+            cwd=ROOT,
+            capture_output=True,
+            timeout=200,
+            check=True,
+        )
     assert lm_losses(here) == lm_losses(whole) and len(lm_losses(whole)) == 60
 
 
@@ -161,7 +179,9 @@ def test_a_bar_is_not_drawn_into_the_log_of_a_terminal_that_has_gone(tmp_path):
     )
     (tmp_path / "code.py").write_text(code)
     path = f"PYTHONPATH={ROOT}:{ROOT}/tests TERM=xterm"
-    with Terminal(f"trap '' HUP; {path} {sys.executable} {tmp_path}/code.py", "", tmp_path) as shell:
+    with Terminal(
+        f"trap '' HUP; {path} {sys.executable} {tmp_path}/code.py", "", tmp_path
+    ) as shell:
         shell.wait_until(lambda: "training" in shell.text, 60)
         shell.hang_up()
         (tmp_path / "go").touch()
@@ -169,14 +189,18 @@ def test_a_bar_is_not_drawn_into_the_log_of_a_terminal_that_has_gone(tmp_path):
     text = log.read_text()
     assert text.startswith("warning: standard output is lost (Input/output error)")
     assert [f"line {number}" in text for number in range(20)] == [True] * 20
-    assert "\x1b" not in text and text.count("training") <= 2  # of what was being written as it was lost
+    # of what was being written as it was lost
+    assert "\x1b" not in text and text.count("training") <= 2
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-"])
 def test_a_refusal_that_cannot_be_said_is_one_all_the_same(closed):
     command = f"{sys.executable} train.py trainer.max_stepz=5 {closed}"
     assert (
-        subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=60, check=False).returncode == 2
+        subprocess.run(
+            ["bash", "-c", command], cwd=ROOT, capture_output=True, timeout=60, check=False
+        ).returncode
+        == 2
     )
 
 

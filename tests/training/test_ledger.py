@@ -1,4 +1,6 @@
-"""The digest of the samples of a step says what was read, whatever the layout and the number of readers."""
+"""The digest of the samples of a step says what was read, whatever the layout and the number of
+readers.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ class Part:
 
 
 class Blend:
-    """What a BlendedDataset of Megatron-Core has: which part a sample is of, and which of its samples."""
+    """What a BlendedDataset of Megatron-Core has: which part a sample is of, and which of its
+    samples.
+    """
 
     datasets = [Part([3, 1, 2, 0]), Part([0, 1])]
     dataset_index = numpy.array([0, 1, 0])

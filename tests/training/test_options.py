@@ -1,4 +1,6 @@
-"""Every option of every group trains two steps on CPU ranks, or is refused with a message that says what to do."""
+"""Every option of every group trains two steps on CPU ranks, or is refused with a message that says
+what to do.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from mixtrain.training.worker import run
 
 pytestmark = pytest.mark.long
 RATES = ["optimizer.lr=1e-3", "optimizer.min_lr=1e-4", "optimizer.lr_warmup_steps=0"]
-GROUPS = ("router", "dispatcher", "parallel", "model", "optimizer")  # which change what a step computes
+# which change what a step computes
+GROUPS = ("router", "dispatcher", "parallel", "model", "optimizer")
 
 # What an option needs beside itself to run at the size of the tests.
 # fmt: off
@@ -50,12 +53,15 @@ ELSEWHERE = {
 }
 # fmt: on
 TRAINED = [
-    (group, name) for group in ("router", "dispatcher", "parallel", "model", "optimizer") for name in options(group)
+    (group, name)
+    for group in ("router", "dispatcher", "parallel", "model", "optimizer")
+    for name in options(group)
 ]
 RECORDED = [(group, name) for group in ("checkpoint", "logging") for name in options(group)]
 ON_GPUS = [("trainer", name) for name in options("trainer") if name != "laptop"]
 RECIPES = options("recipe")
-LARGE = [recipe for recipe in RECIPES if "pp" in recipe]  # eight ranks, and as many microbatches as a pipeline wants
+# eight ranks, and as many microbatches as a pipeline wants
+LARGE = [recipe for recipe in RECIPES if "pp" in recipe]
 SHARED = ["parallel=ep2", "model.num_layers=2", "model.moe_shared_expert_intermediate_size=32"]
 
 
@@ -77,15 +83,21 @@ def test_an_option_trains_on_cpu_ranks(group, name, tmp_path):
 @pytest.mark.parametrize("group, name", REFUSED)
 def test_an_option_that_cannot_run_here_is_refused_by_name(group, name):
     words = [word for word in TINY if group != "data" or not word.startswith("data")]
-    assert any(REFUSED[group, name] in problem for problem in problems_of(*words, f"{group}={name}"))
+    assert any(
+        REFUSED[group, name] in problem for problem in problems_of(*words, f"{group}={name}")
+    )
 
 
 @pytest.mark.parametrize("group, name", ON_GPUS)
 def test_an_option_for_gpus_says_so_where_there_are_none(group, name, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    plan = plan_of(f"{group}={name}", "parallel=ep1", "data=mock", "model.max_position_embeddings=4096")
+    plan = plan_of(
+        f"{group}={name}", "parallel=ep1", "data=mock", "model.max_position_embeddings=4096"
+    )
     problems = machine_problems(plan, None, [])
-    assert any("trainer.accelerator = gpu" in problem and "0 GPUs" in problem for problem in problems)
+    assert any(
+        "trainer.accelerator = gpu" in problem and "0 GPUs" in problem for problem in problems
+    )
 
 
 @pytest.mark.parametrize("group, name", RECORDED)
@@ -103,11 +115,17 @@ def cache(tmp_path_factory) -> str:
 
 
 @pytest.mark.parametrize(
-    "recipe", [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in RECIPES]
+    "recipe",
+    [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in RECIPES],
 )
 def test_a_shrunk_recipe_trains_two_steps_at_its_layout_or_the_nearest(recipe, cache, tmp_path):
     """What the refusal offers is what is typed next."""
-    words = [f"+recipe={recipe}", "+shrink=laptop", "trainer.max_steps=2", "trainer.limit_val_batches=0"]
+    words = [
+        f"+recipe={recipe}",
+        "+shrink=laptop",
+        "trainer.max_steps=2",
+        "trainer.limit_val_batches=0",
+    ]
     words += ["checkpoint=none", "logging=files", f"run_dir={tmp_path}/run", cache]
     for problem in problems_of(*words):
         if "The nearest layout: " in problem:
@@ -124,7 +142,9 @@ def plain(tmp_path_factory) -> dict:
     return measure(SHARED, tmp_path_factory.mktemp("plain"))
 
 
-@pytest.mark.parametrize("kind", ["full", "core_attn", "layernorm", "moe", "moe_act", "shared_experts"])
+@pytest.mark.parametrize(
+    "kind", ["full", "core_attn", "layernorm", "moe", "moe_act", "shared_experts"]
+)
 def test_recompute_changes_nothing_but_memory(kind, plain, tmp_path):
     how = (
         ["recompute_granularity=full", "recompute_method=block", "recompute_num_layers=2"]

@@ -1,4 +1,6 @@
-"""Overlapping reductions and gathers with computing leaves the same weights; validation in between changes nothing."""
+"""Overlapping reductions and gathers with computing leaves the same weights; validation in between
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,26 @@ from mixtrain.errors import FINISHED
 from mixtrain.training.worker import run
 
 OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"]
-UNSEEN = ["trainer.limit_val_batches=0"]  # no validation or test that would gather what a save needs
+# no validation or test that would gather what a save needs
+UNSEEN = ["trainer.limit_val_batches=0"]
 SEEN = ["trainer.limit_val_batches=1", "trainer.val_check_interval=1"]
 # Without clipping: the norm is a sum over shards, whose bounds the buckets move.
 # Two data-parallel ranks: the sum of two numbers is the same in either order.
-COMMON = ["optimizer.clip_grad=0", "optimizer.bucket_size=20000", "checkpoint=last", "logging=files"]
+COMMON = [
+    "optimizer.clip_grad=0",
+    "optimizer.bucket_size=20000",
+    "checkpoint=last",
+    "logging=files",
+]
 TIED = "model.untie_embeddings_and_output_weights=false"
 LAYOUTS = {
     "DP2, tied embeddings": [EP + "1", "trainer.devices=2", TIED],
-    "DP2xPP2xVPP2": [EP + "1", PP + "2", "parallel.virtual_pipeline_model_parallel_size=2", "trainer.devices=4"],
+    "DP2xPP2xVPP2": [
+        EP + "1",
+        PP + "2",
+        "parallel.virtual_pipeline_model_parallel_size=2",
+        "trainer.devices=4",
+    ],
 }
 
 
@@ -35,9 +48,15 @@ def trained(tmp_path_factory):
     @cache
     def start(*overrides: str) -> Path:
         folder = tmp_path_factory.mktemp("run")
-        paths = [f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", "trainer.log_every_n_steps=1"]
+        paths = [
+            f"run_dir={folder}/run",
+            f"data.path_to_cache={folder}/cache",
+            "trainer.log_every_n_steps=1",
+        ]
         plan = plan_of(*TINY, *COMMON, *paths, *overrides)
-        assert set(run_ranks(plan.world_size, lambda me: run(plan, me), folder / "ranks")) == {FINISHED}
+        assert set(run_ranks(plan.world_size, lambda me: run(plan, me), folder / "ranks")) == {
+            FINISHED
+        }
         return folder / "run"
 
     return start
@@ -50,9 +69,16 @@ def logged(directory: Path, key: str) -> list[float]:
 
 def differing(here: Path, there: Path) -> list[str]:
     """Tensors of two checkpoints after step 3 that are not equal bit for bit, the optimizer's too."""
-    a, b = here / "iter_0000003", there / "iter_0000003"
-    layout = [EP + "1", TIED] if "untie_embeddings_and_output_weights: false" in _config(here) else [EP + "1"]
-    parameters = sum(tensor.numel() for key, tensor in tensors_of(a).items() if not key.startswith("optimizer."))
+    a = here / "iter_0000003"
+    b = there / "iter_0000003"
+    layout = (
+        [EP + "1", TIED]
+        if "untie_embeddings_and_output_weights: false" in _config(here)
+        else [EP + "1"]
+    )
+    parameters = sum(
+        tensor.numel() for key, tensor in tensors_of(a).items() if not key.startswith("optimizer.")
+    )
     assert parameters == plan_of(*TINY, *layout).total_parameters
     return unequal(a, b)
 
@@ -62,8 +88,11 @@ def _config(run_dir: Path) -> str:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_a_checkpoint_after_overlapped_steps_has_the_weights_of_steps_one_after_the_other(name, trained):
-    plain, overlapped = trained(*LAYOUTS[name], *UNSEEN), trained(*LAYOUTS[name], *UNSEEN, *OVERLAPPED)
+def test_a_checkpoint_after_overlapped_steps_has_the_weights_of_steps_one_after_the_other(
+    name, trained
+):
+    plain = trained(*LAYOUTS[name], *UNSEEN)
+    overlapped = trained(*LAYOUTS[name], *UNSEEN, *OVERLAPPED)
     assert logged(plain, "lm_loss") == logged(overlapped, "lm_loss")
     assert differing(plain, overlapped) == []
 
@@ -71,11 +100,16 @@ def test_a_checkpoint_after_overlapped_steps_has_the_weights_of_steps_one_after_
 @pytest.mark.long
 def test_validation_between_overlapped_steps_sees_the_same_weights_and_changes_none(trained):
     layout = LAYOUTS["DP2, tied embeddings"]
-    plain, overlapped = trained(*layout, *SEEN), trained(*layout, *SEEN, *OVERLAPPED)
+    plain = trained(*layout, *SEEN)
+    overlapped = trained(*layout, *SEEN, *OVERLAPPED)
     never = trained(*layout, *UNSEEN, *OVERLAPPED)
-    assert logged(overlapped, "val_loss") == logged(plain, "val_loss") and len(logged(plain, "val_loss")) == 3
+    assert (
+        logged(overlapped, "val_loss") == logged(plain, "val_loss")
+        and len(logged(plain, "val_loss")) == 3
+    )
     assert logged(overlapped, "test_loss") == logged(plain, "test_loss") != []
     assert logged(overlapped, "lm_loss") == logged(plain, "lm_loss") == logged(never, "lm_loss")
     assert logged(never, "val_loss") == logged(never, "test_loss") == []
-    assert len(set(logged(plain, "val_loss"))) == 3  # every step moves the weights far enough to be seen
+    # every step moves the weights far enough to be seen
+    assert len(set(logged(plain, "val_loss"))) == 3
     assert differing(overlapped, never) == []

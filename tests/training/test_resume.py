@@ -1,4 +1,6 @@
-"""A run that goes on is the run that was never interrupted; at another layout, to the last bit of its state."""
+"""A run that goes on is the run that was never interrupted; at another layout, to the last bit of
+its state.
+"""
 
 from __future__ import annotations
 
@@ -23,15 +25,25 @@ from mixtrain.training.worker import run
 TIMING = ("tokens_per_second", "step_seconds")
 # what is left to the run's length by default, so that runs of different lengths are the same run
 SHORT = [
-    *TINY, "trainer.micro_batch_size=2", "trainer.log_every_n_steps=1", "trainer.val_check_interval=2",
-    "optimizer.lr_decay_steps=8", "logging=files", "checkpoint.keep_last=null", "data.num_workers=0",
-]  # fmt: skip
+    *TINY,
+    "trainer.micro_batch_size=2",
+    "trainer.log_every_n_steps=1",
+    "trainer.val_check_interval=2",
+    "optimizer.lr_decay_steps=8",
+    "logging=files",
+    "checkpoint.keep_last=null",
+    "data.num_workers=0",
+]
 INTERVAL = "checkpoint.save_interval=2"
 
 
 def start(folder: Path, *overrides: str, before=None) -> tuple[Path, set[int], str]:
-    """Run on forked ranks in folder/run, going on with what is there: (run_dir, exit codes, what rank 0 said)."""
-    plan = plan_of(*SHORT, f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", *overrides)
+    """Run on forked ranks in folder/run, going on with what is there: (run_dir, exit codes, what
+    rank 0 said).
+    """
+    plan = plan_of(
+        *SHORT, f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", *overrides
+    )
 
     def one_rank(me) -> int:
         if before:
@@ -56,7 +68,9 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The directory of a run of four steps that saves after the second, with the given words; each run once."""
+    """The directory of a run of four steps that saves after the second, with the given words; each
+    run once.
+    """
 
     @cache
     def trained(*overrides: str) -> Path:
@@ -69,7 +83,9 @@ def whole(tmp_path_factory):
 
 
 def interrupted(run_dir: Path, folder: Path, step: int = 2) -> Path:
-    """A copy of a run as it was when it had saved after `step`, in folder/run; its metrics go on beyond it."""
+    """A copy of a run as it was when it had saved after `step`, in folder/run; its metrics go on
+    beyond it.
+    """
     shutil.copytree(run_dir, folder / "run")
     for later in (folder / "run").glob("iter_*"):
         if int(later.name[5:]) > step:
@@ -88,7 +104,11 @@ LAYOUTS = {
     "DP2 without the distributed optimizer": [EP + "1", "trainer.devices=2", PLAIN],
     "PP2xVPP2": [EP + "1", PP + "2", VPP],
     "CP2xEP2": [EP + "2", CP],
-    "two optimizer instances": [EP + "2", "trainer.devices=4", "parallel.num_distributed_optimizer_instances=2"],
+    "two optimizer instances": [
+        EP + "2",
+        "trainer.devices=4",
+        "parallel.num_distributed_optimizer_instances=2",
+    ],
     "local": [EP + "2", "model.transformer_impl=local", "model.moe_grouped_gemm=false"],
 }
 BF16 = ["trainer.precision=bf16", "optimizer.grad_reduce_in_fp32=false"]
@@ -109,9 +129,16 @@ SAME = {  # the same words before and after
 
 # one of each kind; the others are for make test-long
 QUICK = {
-    "EP2", "DP2, overlapped", "PP2xVPP2", "CP2xEP2", "DP2 without the distributed optimizer", "expert bias", "ramp-up",
-    "read ahead", "async",
-}  # fmt: skip
+    "EP2",
+    "DP2, overlapped",
+    "PP2xVPP2",
+    "CP2xEP2",
+    "DP2 without the distributed optimizer",
+    "expert bias",
+    "ramp-up",
+    "read ahead",
+    "async",
+}
 
 
 def some_long(names) -> list:
@@ -130,7 +157,9 @@ def test_a_resumed_run_is_bitwise_the_one_that_was_not_interrupted(name, whole, 
 
 
 @pytest.mark.parametrize("name", some_long(LAYOUTS))
-def test_another_layout_has_bitwise_what_was_saved_and_goes_on_with_the_same_loss(name, whole, tmp_path):
+def test_another_layout_has_bitwise_what_was_saved_and_goes_on_with_the_same_loss(
+    name, whole, tmp_path
+):
     run_dir = whole(*LAYOUTS["EP1"])
     interrupted(run_dir, tmp_path)
 
@@ -149,7 +178,9 @@ def test_another_layout_has_bitwise_what_was_saved_and_goes_on_with_the_same_los
     _, codes, log = start(tmp_path, "trainer.max_steps=4", *LAYOUTS[name], before=save_again)
     assert codes == {FINISHED}, log
     assert unequal(path_of(tmp_path / "again", 2), path_of(run_dir, 2)) == []
-    losses, wanted = ([r["lm_loss"] for r in records(d) if "lm_loss" in r] for d in (tmp_path / "run", run_dir))
+    losses, wanted = (
+        [r["lm_loss"] for r in records(d) if "lm_loss" in r] for d in (tmp_path / "run", run_dir)
+    )
     assert losses == pytest.approx(wanted, rel=1e-5)
 
 
@@ -161,15 +192,21 @@ def test_what_another_layout_has_saved_comes_back_to_one_rank(name, whole, tmp_p
     _, codes, log = start(tmp_path, "trainer.max_steps=4", *LAYOUTS["EP1"])
     assert codes == {FINISHED}, log
     alone = [r["lm_loss"] for r in records(whole(*LAYOUTS["EP1"])) if "lm_loss" in r]
-    assert [r["lm_loss"] for r in records(there) if "lm_loss" in r] == pytest.approx(alone, rel=1e-5)
+    assert [r["lm_loss"] for r in records(there) if "lm_loss" in r] == pytest.approx(
+        alone, rel=1e-5
+    )
 
 
-def test_a_checkpoint_has_the_keys_and_shapes_of_the_contract_and_three_of_them_for_the_optimizer(whole):
+def test_a_checkpoint_has_the_keys_and_shapes_of_the_contract_and_three_of_them_for_the_optimizer(
+    whole,
+):
     run_dir = whole(*LAYOUTS["EP2"])
     config = plan_of(*SHORT, *LAYOUTS["EP2"]).config
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors_of(path_of(run_dir, 4)).items()}
     model = tensor_schema.shapes(config)
     states = {
-        f"optimizer.state.{name}.{key}": model[key] for name in ("param", "exp_avg", "exp_avg_sq") for key in model
+        f"optimizer.state.{name}.{key}": model[key]
+        for name in ("param", "exp_avg", "exp_avg_sq")
+        for key in model
     }
     assert shapes == model | states

@@ -24,9 +24,18 @@ from mixtrain.system.status import read_status
 from mixtrain.training.worker import run
 
 KEYS = {
-    "step", "lm_loss", "load_balancing_loss", "grad_norm", "learning_rate", "tokens_per_second", "step_seconds",
-    "consumed_samples", "tokens_per_expert", "skipped_steps", "ledger",
-}  # fmt: skip
+    "step",
+    "lm_loss",
+    "load_balancing_loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_second",
+    "step_seconds",
+    "consumed_samples",
+    "tokens_per_expert",
+    "skipped_steps",
+    "ledger",
+}
 RUN = [
     *TINY,
     "trainer.micro_batch_size=2",
@@ -38,7 +47,9 @@ RUN = [
 
 
 def start(folder: Path, *overrides: str, before=None, world: int = 2) -> tuple[Path, list[int]]:
-    """Run on forked ranks; the run directory and every rank's exit code. `before` is called on each rank first."""
+    """Run on forked ranks; the run directory and every rank's exit code. `before` is called on each
+    rank first.
+    """
     plan = plan_of(*RUN, f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", *overrides)
 
     def one_rank(me) -> int:
@@ -62,7 +73,12 @@ def records(directory: Path) -> list[dict]:
 
 
 def test_a_finished_run_says_so(finished):
-    assert read_status(finished) == {"state": "finished", "step": 4, "max_steps": 4, "reason": "trainer.max_steps"}
+    assert read_status(finished) == {
+        "state": "finished",
+        "step": 4,
+        "max_steps": 4,
+        "reason": "trainer.max_steps",
+    }
 
 
 def test_a_logged_step_has_every_metric(finished):
@@ -73,7 +89,10 @@ def test_a_logged_step_has_every_metric(finished):
     assert all(math.isfinite(record["lm_loss"]) and record["step_seconds"] > 0 for record in steps)
     assert steps[0]["tokens_per_second"] == pytest.approx(8 * 32 / steps[0]["step_seconds"])
     # a token counts once for each of its two experts, in each of four layers
-    assert all([sum(layer) for layer in record["tokens_per_expert"]] == [8 * 32 * 2] * 4 for record in steps)
+    assert all(
+        [sum(layer) for layer in record["tokens_per_expert"]] == [8 * 32 * 2] * 4
+        for record in steps
+    )
 
 
 def test_validation_comes_at_its_interval_and_a_test_loss_at_the_end(finished):
@@ -91,7 +110,11 @@ def test_the_resolved_configuration_reads_back(finished):
     from omegaconf import OmegaConf
 
     config = Config.from_hydra(OmegaConf.load(finished / "config.yaml"))
-    assert (config.trainer.devices, config.optimizer.lr_decay_steps, config.trainer.max_steps) == (2, 4, 4)
+    assert (config.trainer.devices, config.optimizer.lr_decay_steps, config.trainer.max_steps) == (
+        2,
+        4,
+        4,
+    )
 
 
 def test_the_report_and_the_tensorboard_files_are_there(finished):
@@ -101,7 +124,11 @@ def test_the_report_and_the_tensorboard_files_are_there(finished):
 
 def test_the_lines_of_the_terminal_fit_100_columns(finished):
     lines = (finished.parent / "ranks" / "rank_0.log").read_text().splitlines()
-    table = lines[next(number for number, line in enumerate(lines) if line.split()[:2] == ["step", "lm_loss"]) :]
+    table = lines[
+        next(
+            number for number, line in enumerate(lines) if line.split()[:2] == ["step", "lm_loss"]
+        ) :
+    ]
     assert len([line for line in table if line.split()[0].isdigit()]) == 4 + 2 + 1
     assert all(len(line) <= 100 for line in table if not line.startswith("finished"))
 
@@ -115,11 +142,18 @@ def test_the_weights_load_at_another_layout(finished, tmp_path):
         with process_groups.start(plan, me) as here:
             (chunk,) = model.build(plan, here.device)
             before = [shard.data.detach().clone() for shard in places.shards(chunk)]
-            state = {"model": {k: v for k, v in chunk.sharded_state_dict().items() if "_extra_state" not in k}}
+            state = {
+                "model": {
+                    k: v for k, v in chunk.sharded_state_dict().items() if "_extra_state" not in k
+                }
+            }
             loaded = dist_checkpointing.load(state, str(finished / "iter_0000004"))
             chunk.load_state_dict(loaded["model"], strict=False)
             shards = list(places.shards(chunk))
-            return [(shard.data - old).abs().max().item() for shard, old in zip(shards, before, strict=True)]
+            return [
+                (shard.data - old).abs().max().item()
+                for shard, old in zip(shards, before, strict=True)
+            ]
 
     (moved,) = run_ranks(1, load, tmp_path)
     assert len(moved) == 3 + 4 * 5 + 4 * 8 * 3 and all(0 < distance < 0.1 for distance in moved)
@@ -135,7 +169,11 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_and_saves(tmp_path):
 
     directory, codes = start(tmp_path, "trainer.max_steps=100000", before=signal_soon)
     status = read_status(directory)
-    assert codes == [FINISHED, FINISHED] and status["state"] == "stopped" and 0 < status["step"] < 100000
+    assert (
+        codes == [FINISHED, FINISHED]
+        and status["state"] == "stopped"
+        and 0 < status["step"] < 100000
+    )
     assert (directory / f"iter_{status['step']:07d}" / "metadata.json").exists()
     assert records(directory)[-1]["step"] == status["step"]
 
@@ -167,7 +205,9 @@ def test_a_held_out_loss_that_is_not_a_number_stops_all_ranks_and_is_not_written
 
         def poisoned(*arguments):
             models = build(*arguments)
-            models[0].register_forward_hook(lambda module, _, output: output if module.training else output * math.nan)
+            models[0].register_forward_hook(
+                lambda module, _, output: output if module.training else output * math.nan
+            )
             return models
 
         model.build = poisoned
@@ -182,14 +222,19 @@ def test_a_held_out_loss_that_is_not_a_number_stops_all_ranks_and_is_not_written
 def test_a_gradient_norm_that_is_not_a_number_stops_the_run(tmp_path):
     directory, codes = start(tmp_path, "optimizer.lr=1e30", "optimizer.clip_grad=0")
     assert codes == [FAULT, FAULT]
-    assert "is not finite" in read_status(directory)["reason"] or "grad_norm is" in read_status(directory)["reason"]
+    assert (
+        "is not finite" in read_status(directory)["reason"]
+        or "grad_norm is" in read_status(directory)["reason"]
+    )
 
 
 def test_the_same_seed_gives_the_same_numbers_again_to_the_last_bit(tmp_path):
     curves = []
     for name in ("a", "b"):
         directory, _ = start(tmp_path / name, "trainer.deterministic=true", "checkpoint=none")
-        curves.append([(r["lm_loss"], r["grad_norm"]) for r in records(directory) if "lm_loss" in r])
+        curves.append(
+            [(r["lm_loss"], r["grad_norm"]) for r in records(directory) if "lm_loss" in r]
+        )
         assert not list(directory.glob("iter_*"))
     assert curves[0] == curves[1]
 
@@ -203,7 +248,12 @@ def test_bf16_trains(tmp_path):
 
 
 def test_the_expert_bias_moves_against_the_load_and_is_logged(tmp_path):
-    words = ["router=expert_bias", "router.moe_router_bias_update_rate=0.1", "checkpoint=none", "data.seq_length=32"]
+    words = [
+        "router=expert_bias",
+        "router.moe_router_bias_update_rate=0.1",
+        "checkpoint=none",
+        "data.seq_length=32",
+    ]
     directory, codes = start(tmp_path, *words, "parallel.pipeline_model_parallel_size=2", world=4)
     assert codes == [FINISHED] * 4
     first = next(record for record in records(directory) if record["step"] == 1)
@@ -214,7 +264,9 @@ def test_the_expert_bias_moves_against_the_load_and_is_logged(tmp_path):
 
 
 def test_forced_balance_is_said_in_plan_metrics_and_log(tmp_path):
-    directory, codes = start(tmp_path, "router=forced_balance", "checkpoint=none", "trainer.max_steps=1")
+    directory, codes = start(
+        tmp_path, "router=forced_balance", "checkpoint=none", "trainer.max_steps=1"
+    )
     assert codes == [FINISHED, FINISHED]
     assert "FORCED" in (directory / "plan.txt").read_text()
     assert all(record["tags"] == ["MOCK", "FORCED"] for record in records(directory))
@@ -237,24 +289,38 @@ def test_dropped_tokens_are_not_counted_padded_or_not(tmp_path):
         directory, _ = start(tmp_path / name, *words, *DROPPED)
         (record,) = [record for record in records(directory) if "lm_loss" in record]
         counts.append(record["tokens_per_expert"])
-        routed, left = 4 * 8 * 32 * 2, sum(map(sum, counts[-1]))  # layers, sequences, their tokens, experts of each
-        assert record["token_drop_rate"] == pytest.approx((routed - left) / routed) and left < routed
-        head, *lines = (tmp_path / name / "ranks" / "rank_0.log").read_text().split("lm_loss")[1].splitlines()
+        # layers, sequences, their tokens, experts of each
+        routed = 4 * 8 * 32 * 2
+        left = sum(map(sum, counts[-1]))
+        assert (
+            record["token_drop_rate"] == pytest.approx((routed - left) / routed) and left < routed
+        )
+        head, *lines = (
+            (tmp_path / name / "ranks" / "rank_0.log").read_text().split("lm_loss")[1].splitlines()
+        )
         assert head.endswith(" dropped") and lines[0].endswith(f" {(routed - left) / routed:.2%}")
     assert counts[0] == counts[1]
     assert all(sum(layer) < 8 * 32 * 2 for layer in counts[0])
 
 
 def test_the_part_that_is_dropped_is_of_all_ranks_and_of_the_batch_of_the_step(tmp_path):
-    """Of room for one token an expert each rank's microbatch keeps eight rows at most; of room for all, all."""
+    """Of room for one token an expert each rank's microbatch keeps eight rows at most; of room for
+    all, all.
+    """
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
     ramp = ["trainer.rampup_batch_size=[4,4,4]", "trainer.max_steps=2", "checkpoint=none"]
     least = ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.1", *layout, *ramp]
     directory, _ = start(tmp_path / "least", *least)
     steps = [record for record in records(directory) if "lm_loss" in record]
     for record, sequences in zip(steps, (4, 8), strict=True):
-        routed, left = 4 * sequences * 32 * 2, sum(map(sum, record["tokens_per_expert"]))
-        assert record["token_drop_rate"] == pytest.approx(1 - left / routed) and 0.85 < record["token_drop_rate"] < 1
-    directory, _ = start(tmp_path / "all", "dispatcher=drop", "dispatcher.moe_expert_capacity_factor=4", *DROPPED)
+        routed = 4 * sequences * 32 * 2
+        left = sum(map(sum, record["tokens_per_expert"]))
+        assert (
+            record["token_drop_rate"] == pytest.approx(1 - left / routed)
+            and 0.85 < record["token_drop_rate"] < 1
+        )
+    directory, _ = start(
+        tmp_path / "all", "dispatcher=drop", "dispatcher.moe_expert_capacity_factor=4", *DROPPED
+    )
     (record,) = [record for record in records(directory) if "lm_loss" in record]
     assert record["token_drop_rate"] == 0

@@ -1,4 +1,6 @@
-"""A run directory is one job's at a time, goes on with its own run alone, and is not tried for ever."""
+"""A run directory is one job's at a time, goes on with its own run alone, and is not tried for
+ever.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def plan(directory: Path, *words: str):
 def left_by(directory: Path, state: str, step: int, *words: str) -> None:
     """What a run of these words leaves behind."""
     directory.mkdir(exist_ok=True)
-    (directory / "config.yaml").write_text("# a comment\n" + to_yaml(plan(directory, *words).config))
+    (directory / "config.yaml").write_text(
+        "# a comment\n" + to_yaml(plan(directory, *words).config)
+    )
     write_status(directory, state=state, step=step, max_steps=300, reason="")
 
 
@@ -43,7 +47,10 @@ def test_never_refuses_a_directory_that_holds_a_run_with_the_next_free_name(tmp_
         each.mkdir()
     (directory / name).mkdir()
     (problem,) = directory_problems(plan(directory, "checkpoint.resume=never"))
-    assert problem == f"run_dir = {directory} holds a run already; the next free name: run_dir={directory}-3"
+    assert (
+        problem
+        == f"run_dir = {directory} holds a run already; the next free name: run_dir={directory}-3"
+    )
     assert list(directory_problems(plan(f"{directory}-3", "checkpoint.resume=never"))) == []
 
 
@@ -56,7 +63,9 @@ def test_auto_goes_on_with_a_run_that_has_not_finished(tmp_path, state):
 
 def test_must_without_any_checkpoint_is_refused_before_anything_starts(tmp_path):
     (problem,) = directory_problems(plan(tmp_path, "checkpoint.resume=must"))
-    assert problem.startswith(f"checkpoint.resume = must, but run_dir = {tmp_path} holds no checkpoint")
+    assert problem.startswith(
+        f"checkpoint.resume = must, but run_dir = {tmp_path} holds no checkpoint"
+    )
     (tmp_path / "iter_0000001").mkdir()
     assert list(directory_problems(plan(tmp_path, "checkpoint.resume=must"))) == []
 
@@ -66,8 +75,8 @@ def test_a_finished_run_is_not_started_again_and_a_longer_one_is(tmp_path):
     (tmp_path / "run" / "iter_0000300").mkdir()
     line = finished_already(plan(tmp_path / "run"))
     assert (
-        f"finished after 300 of 300 steps; a longer one: trainer.max_steps=..., a new one: run_dir={tmp_path}/run-2"
-        in line
+        "finished after 300 of 300 steps; a longer one: trainer.max_steps=..., a new one:"
+        f" run_dir={tmp_path}/run-2" in line
     )
     assert finished_already(plan(tmp_path / "run", "trainer.max_steps=400")) is None
     assert list(directory_problems(plan(tmp_path / "run", "trainer.max_steps=400"))) == []
@@ -89,7 +98,12 @@ def test_another_warm_up_is_another_run(tmp_path):
 def test_a_finished_run_may_go_on_with_more_steps_and_other_settings(tmp_path):
     left_by(tmp_path / "run", "finished", 300)
     (tmp_path / "run" / "iter_0000300").mkdir()
-    assert list(directory_problems(plan(tmp_path / "run", "trainer.max_steps=400", "optimizer.lr=1e-3"))) == []
+    assert (
+        list(
+            directory_problems(plan(tmp_path / "run", "trainer.max_steps=400", "optimizer.lr=1e-3"))
+        )
+        == []
+    )
 
 
 def test_another_run_than_the_finished_one_is_refused_by_the_keys_that_differ(tmp_path):
@@ -99,7 +113,9 @@ def test_another_run_than_the_finished_one_is_refused_by_the_keys_that_differ(tm
 
 
 @pytest.mark.parametrize("name", ["status.json", "config.yaml"])
-@pytest.mark.parametrize("garbage", [b"", b"{", b"\xff\xfe", b"[1]", b"- x: {", b'{"state": "finished", "step": "x"}'])
+@pytest.mark.parametrize(
+    "garbage", [b"", b"{", b"\xff\xfe", b"[1]", b"- x: {", b'{"state": "finished", "step": "x"}']
+)
 def test_garbage_in_what_a_run_left_is_no_traceback(tmp_path, name, garbage):
     left_by(tmp_path / "run", "finished", 300)
     (tmp_path / "run" / name).write_bytes(garbage)
@@ -113,7 +129,9 @@ def test_of_two_processes_one_has_the_directory_and_the_other_is_told_which(tmp_
     run = plan(tmp_path / "run")
     with claimed(run, "logs"):
         assert (tmp_path / "run" / "logs").is_dir()
-        with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*run_dir={tmp_path}/run-2"):
+        with pytest.raises(
+            UserError, match=f"in use by process {os.getpid()} on .*run_dir={tmp_path}/run-2"
+        ):
             with claimed(run):
                 pass
     with claimed(run):
@@ -126,7 +144,9 @@ def test_a_lock_left_by_a_killed_process_is_not_in_the_way(tmp_path):
         f"with claimed(composing.plan_of('run_dir={tmp_path}/run')): print('has it', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    ) as other:
         assert other.stdout.readline() == "has it\n"
         with pytest.raises(UserError, match=f"in use by process {other.pid} on"):
             with claimed(plan(tmp_path / "run")):
@@ -140,7 +160,9 @@ def test_a_lock_left_by_a_killed_process_is_not_in_the_way(tmp_path):
 def test_a_claim_keeps_the_step_and_the_end_of_the_run_before(tmp_path):
     directory = tmp_path / "run"
     directory.mkdir()
-    write_status(directory, state="failed", step=137, max_steps=300, reason="rank 1 was ended by SIGKILL")
+    write_status(
+        directory, state="failed", step=137, max_steps=300, reason="rank 1 was ended by SIGKILL"
+    )
     with claimed(plan(directory)):
         status = read_status(directory)
     assert (status["state"], status["step"]) == ("running", 137)
@@ -160,7 +182,9 @@ def run_once(directory: Path, step: int, most: int | None, state: str, reason: s
 
 def test_a_run_that_dies_again_and_again_at_one_step_is_stopped_with_a_diagnosis(tmp_path):
     for number in range(3):
-        assert run_once(tmp_path, 100, 3, "failed", f"step 13{number}: lm_loss is not finite") is None
+        assert (
+            run_once(tmp_path, 100, 3, "failed", f"step 13{number}: lm_loss is not finite") is None
+        )
     problem = run_once(tmp_path, 100, 3, "failed", "")
     assert problem.startswith(
         "3 runs in a row started at step 100 and none saved a later one; the last ended: step 132:"
@@ -173,7 +197,14 @@ def test_a_run_that_dies_again_and_again_at_one_step_is_stopped_with_a_diagnosis
 def test_a_diagnosis_does_not_quote_the_one_before_it(tmp_path):
     assert run_once(tmp_path, 7, 1, "failed", "out of memory") is None
     first = run_once(tmp_path, 7, 1, "", "")
-    write_status(tmp_path, state="failed", step=7, max_steps=300, reason=first, before=read_status(tmp_path)["before"])
+    write_status(
+        tmp_path,
+        state="failed",
+        step=7,
+        max_steps=300,
+        reason=first,
+        before=read_status(tmp_path)["before"],
+    )
     assert run_once(tmp_path, 7, 1, "", "") == first and first.count("in a row") == 1
 
 
@@ -185,7 +216,9 @@ def test_a_child_that_outlives_the_process_does_not_keep_the_lock(tmp_path):
         "    print(child, flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    ) as other:
         child = int(other.stdout.readline())
         other.send_signal(signal.SIGKILL)
         other.wait(10)

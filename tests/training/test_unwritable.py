@@ -1,4 +1,6 @@
-"""Where nothing can be written, the last line says what has happened, which checkpoint is whole and what to type."""
+"""Where nothing can be written, the last line says what has happened, which checkpoint is whole and
+what to type.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,15 @@ def from_the_checkout(monkeypatch):
 
 
 def run_of(folder: Path, *words: str) -> Plan:
-    """The plan of a run in folder/run, which has a whole checkpoint of step 2 and half a one of step 4."""
-    plan = plan_of(f"run_dir={folder}/run", "trainer.devices=1", "parallel.expert_model_parallel_size=1", *words)
+    """The plan of a run in folder/run, which has a whole checkpoint of step 2 and half a one of
+    step 4.
+    """
+    plan = plan_of(
+        f"run_dir={folder}/run",
+        "trainer.devices=1",
+        "parallel.expert_model_parallel_size=1",
+        *words,
+    )
     written = directory.saving(directory.path_of(plan.config.run_dir, 2))
     written.mkdir(parents=True)
     (written / "__0_0.distcp").write_text("weights")
@@ -45,7 +54,9 @@ def run_of(folder: Path, *words: str) -> Plan:
 
 
 def launched(plan: Plan, rank: str, capfd) -> tuple[int, list[str]]:
-    """(exit code, the lines on the terminal) of a launcher whose one rank runs this code, then says SAID and fails."""
+    """(exit code, the lines on the terminal) of a launcher whose one rank runs this code, then says
+    SAID and fails.
+    """
     code = f"import os, sys\nrun = {plan.config.run_dir!r}\n{rank}\nprint({SAID!r}, file=sys.stderr)\nsys.exit(1)"
     exit_code = local.start(plan, (sys.executable, "-c", code))
     lines = capfd.readouterr().err.splitlines()
@@ -56,20 +67,27 @@ def launched(plan: Plan, rank: str, capfd) -> tuple[int, list[str]]:
 def test_a_log_on_a_full_disk_loses_no_word_and_the_status_is_told_all_the_same(tmp_path, capfd):
     with tiny_disk(tmp_path, "200k") as disk:
         plan = run_of(disk)
-        rank = "from mixtrain.system.streams import forgive; from tiny_disks import fill; forgive(); fill(run)"
+        rank = (
+            "from mixtrain.system.streams import forgive; from tiny_disks import fill;"
+            " forgive(); fill(run)"
+        )
         code, lines = launched(plan, rank, capfd)
         assert (code, lines) == (FAULT, [SAID])
         assert (disk / "run" / "logs" / "rank_0.log").read_text() == ""
         status = read_status(disk / "run")
         assert (status["state"], status["reason"]) == ("failed", SAID.removeprefix("mixtrain: "))
-        assert not list((disk / "run").glob("*.saving"))  # half a checkpoint is not what keeps the disk full
+        # half a checkpoint is not what keeps the disk full
+        assert not list((disk / "run").glob("*.saving"))
 
 
 def test_a_status_that_a_read_only_disk_does_not_take_is_said_with_what_to_type(tmp_path, capfd):
     plan = run_of(tmp_path)
     with tiny_disk(tmp_path, "4k"):  # may this process mount at all?
         pass
-    rank = "from tiny_disks import mount; mount('--bind', run, run); mount('-o', 'remount,ro,bind', run)"
+    rank = (
+        "from tiny_disks import mount; mount('--bind', run, run); mount('-o',"
+        " 'remount,ro,bind', run)"
+    )
     try:
         code, (line,) = launched(plan, rank, capfd)
     finally:
@@ -79,20 +97,31 @@ def test_a_status_that_a_read_only_disk_does_not_take_is_said_with_what_to_type(
     assert line == f"{SAID}; {unwritten}; iter_0000002 is whole: make it writable and {GO_ON}"
 
 
-def test_a_run_directory_that_is_deleted_while_it_runs_is_said_and_that_its_checkpoints_are_gone(tmp_path, capfd):
+def test_a_run_directory_that_is_deleted_while_it_runs_is_said_and_that_its_checkpoints_are_gone(
+    tmp_path, capfd
+):
     plan = run_of(tmp_path)
     code, (line,) = launched(plan, "import shutil; shutil.rmtree(run)", capfd)
-    assert code == FAULT and line.startswith(f"{SAID}; status.json cannot be written (No such file or directory)")
-    assert line.endswith(f"{tmp_path}/run is gone, with every checkpoint in it; the same command begins anew")
+    assert code == FAULT and line.startswith(
+        f"{SAID}; status.json cannot be written (No such file or directory)"
+    )
+    assert line.endswith(
+        f"{tmp_path}/run is gone, with every checkpoint in it; the same command begins anew"
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_stop_on_request_that_cannot_be_written_down_is_no_success(tmp_path, capfd):
     plan = run_of(tmp_path)
-    rank = "import shutil, signal, time; shutil.rmtree(run); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    rank = (
+        "import shutil, signal, time; shutil.rmtree(run); os.kill(os.getppid(),"
+        " signal.SIGTERM); time.sleep(60)"
+    )
     code, lines = launched(plan, rank, capfd)
     assert code == FAULT
-    assert lines[-1].startswith("mixtrain: stopped before the first step; status.json cannot be written (No such")
+    assert lines[-1].startswith(
+        "mixtrain: stopped before the first step; status.json cannot be written (No such"
+    )
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"step": "x"}'])
@@ -101,8 +130,11 @@ def test_a_status_that_cannot_be_read_is_replaced(tmp_path, capfd, text):
     code, lines = launched(plan, f"open(run + '/status.json', 'w').write({text!r})", capfd)
     assert (code, lines) == (FAULT, [SAID])
     assert read_status(tmp_path / "run") == {
-        "state": "failed", "step": 0, "max_steps": 300, "reason": SAID.removeprefix("mixtrain: ")
-    }  # fmt: skip
+        "state": "failed",
+        "step": 0,
+        "max_steps": 300,
+        "reason": SAID.removeprefix("mixtrain: "),
+    }
 
 
 def test_ranks_that_cannot_be_started_are_a_line_and_the_run_has_failed(tmp_path, capfd):
@@ -133,17 +165,25 @@ def test_a_full_disk_takes_another_status_in_the_place_of_the_last_one(tmp_path)
         write_status(disk, state="failed", step=8, max_steps=300, reason="y" * 2000)
         assert read_status(disk)["reason"] == "y" * 2000
         with pytest.raises(OSError, match="No space left"):
-            write_status(disk, state="failed", step=9, max_steps=300, reason="z" * 5000)  # more than a block
-        assert read_status(disk)["step"] == 8 and sorted(os.listdir(disk)) == ["filler", "status.json"]
+            # more than a block
+            write_status(disk, state="failed", step=9, max_steps=300, reason="z" * 5000)
+        assert read_status(disk)["step"] == 8 and sorted(os.listdir(disk)) == [
+            "filler",
+            "status.json",
+        ]
 
 
-def test_a_record_that_cannot_be_written_is_named_and_closing_it_is_no_other_error(tmp_path, monkeypatch):
+def test_a_record_that_cannot_be_written_is_named_and_closing_it_is_no_other_error(
+    tmp_path, monkeypatch
+):
     plan = plan_of(f"run_dir={tmp_path}/run", "logging=files")
     with Logs(plan, True, "") as logs:
         logs.begin(0)
         logs.metrics.close()
         logs.metrics = open("/dev/full", "w", buffering=1)
-        with pytest.raises(Unwritable, match=r"run/metrics.jsonl cannot be written \(No space left on device\)"):
+        with pytest.raises(
+            Unwritable, match=r"run/metrics.jsonl cannot be written \(No space left on device\)"
+        ):
             logs.validation(1, val_loss=2.5)
         (tmp_path / "run").rename(tmp_path / "moved")
         said = f"{tmp_path}/run/status.json.tmp cannot be written (No such file or directory)"
@@ -156,15 +196,21 @@ def test_what_to_type_follows_from_what_is_there(tmp_path):
     def said(number: int, *words: str) -> str:
         return outlook(plan_of(f"run_dir={tmp_path}/run", *words), number)
 
-    full, read_only, large = 28, 30, 27
+    full = 28
+    read_only = 30
+    large = 27
     assert "run is gone" in said(full)
     run_of(tmp_path)
     assert said(full) == f"iter_0000002 is whole: free some space and {GO_ON}"
     assert said(read_only) == f"iter_0000002 is whole: make it writable and {GO_ON}"
     assert "raise the limit of a file's size (ulimit -f) and type" in said(large)
-    assert "type the same command with checkpoint.resume=auto, and" in said(full, "checkpoint.resume=never")
+    assert "type the same command with checkpoint.resume=auto, and" in said(
+        full, "checkpoint.resume=never"
+    )
     (tmp_path / "run" / "iter_0000002" / "__0_0.distcp").write_text("half")
-    assert said(0) == "there is no whole checkpoint: type the same command again, and it begins anew"
+    assert (
+        said(0) == "there is no whole checkpoint: type the same command again, and it begins anew"
+    )
 
 
 def test_a_print_that_a_full_disk_does_not_take_ends_nothing(tmp_path):
@@ -174,5 +220,10 @@ def test_a_print_that_a_full_disk_does_not_take_ends_nothing(tmp_path):
         f"open({str(tmp_path / 'went_on')!r}, 'w')"
     )
     with open("/dev/full", "w") as full:
-        assert subprocess.run([sys.executable, "-c", code], stdout=full, stderr=full, check=False).returncode == 0
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", code], stdout=full, stderr=full, check=False
+            ).returncode
+            == 0
+        )
     assert (tmp_path / "went_on").exists()

@@ -39,14 +39,19 @@ def run(folder: Path, body: str) -> subprocess.CompletedProcess:
 
 def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path):
     full = "    from mixtrain.training import watchdog; watchdog._active.file = open('/dev/full', 'w')\n"
-    done = run(tmp_path / "gone", "    beat('start', 1)\n" + full + "    beat('forward', 1); print('goes on')\n")
+    done = run(
+        tmp_path / "gone",
+        "    beat('start', 1)\n" + full + "    beat('forward', 1); print('goes on')\n",
+    )
     assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
 
 
 def test_a_main_thread_that_stands_still_is_shown_and_ended(tmp_path):
     done = run(tmp_path, "    beat('forward', 12)\n    time.sleep(20)\n")
     assert done.returncode == 1
-    assert done.stderr.startswith("mixtrain: rank 3 stands still in step 12 (forward) for 0 s; its stacks:\n")
+    assert done.stderr.startswith(
+        "mixtrain: rank 3 stands still in step 12 (forward) for 0 s; its stacks:\n"
+    )
     assert 'File "<string>", line 8 in <module>' in done.stderr
     assert (tmp_path / "words").read_text() == "rank 3 stands still in step 12 (forward) for 0 s"
     assert read_beat(beat_file(tmp_path, 3)) == Beat(12, "forward")
@@ -55,12 +60,18 @@ def test_a_main_thread_that_stands_still_is_shown_and_ended(tmp_path):
 def test_a_main_thread_that_lets_no_other_run_is_ended_as_well(tmp_path):
     """A call into C that keeps Python's lock: the thread that watches cannot run."""
     done = run(tmp_path, "    beat('forward', 12)\n    import re; re.match('(a*)*b', 'a' * 40)\n")
-    assert done.returncode == 1 and "Timeout" in done.stderr and "most recent call first" in done.stderr
+    assert (
+        done.returncode == 1
+        and "Timeout" in done.stderr
+        and "most recent call first" in done.stderr
+    )
 
 
 @dataclass
 class Looks:
-    """The watchdog's event on a clock of its own: each look of its thread comes a tenth of the timeout later."""
+    """The watchdog's event on a clock of its own: each look of its thread comes a tenth of the
+    timeout later.
+    """
 
     clock: float = 100.0
     seen: int = 0
@@ -80,7 +91,9 @@ def looks(monkeypatch) -> Iterator[tuple[Looks, Watchdog]]:
     """A watchdog of half a second whose thread is this one, and the event that it waits for."""
     found = Looks()
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: found.clock)
-    monkeypatch.setattr(Watchdog, "_end", lambda self: setattr(self.done, "ended_at", self.done.seen))
+    monkeypatch.setattr(
+        Watchdog, "_end", lambda self: setattr(self.done, "ended_at", self.done.seen)
+    )
     dog = Watchdog(3, 0.5 / 60, None, print)
     dog.done = found
     yield found, dog
@@ -111,7 +124,10 @@ def test_who_has_stopped_moving_is_ended_at_the_first_look_after_the_timeout(loo
 def test_after_the_block_nobody_watches(tmp_path):
     """Neither the thread nor the backstop, which would end the process after 1.75 s."""
     ended = "[thread.join(20) for thread in threading.enumerate() if thread.name == 'watchdog']"
-    done = run(tmp_path, f"    beat('x', 1)\nimport threading; {ended}\ntime.sleep(2)\nbeat('nobody')\nprint('done')\n")
+    done = run(
+        tmp_path,
+        f"    beat('x', 1)\nimport threading; {ended}\ntime.sleep(2)\nbeat('nobody')\nprint('done')\n",
+    )
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 
@@ -135,7 +151,9 @@ def test_it_shows_its_stacks_when_it_is_asked_and_goes_on(tmp_path):
     body = "    import os, signal; os.kill(os.getpid(), signal.SIGUSR2); print('on')\n"
     done = run(tmp_path, body)
     assert (done.returncode, done.stdout) == (0, "on\n")
-    assert main_stack((tmp_path / "stacks_3").read_text()) == ['File "<string>", line 7 in <module>']
+    assert main_stack((tmp_path / "stacks_3").read_text()) == [
+        'File "<string>", line 7 in <module>'
+    ]
 
 
 def test_the_main_thread_is_found_in_a_dump():

@@ -1,4 +1,6 @@
-"""Continue prompts with MLX (the package mlx-lm): python with_mlx.py MODEL_DIR REQUEST.json ANSWER.json"""
+"""Continue prompts with MLX (the package mlx-lm): python with_mlx.py MODEL_DIR REQUEST.json
+ANSWER.json
+"""
 
 import json
 import sys
@@ -12,7 +14,12 @@ def main(directory: str, request: str, answer: str) -> None:
     asked = json.loads(Path(request).read_text())
     model, tokenizer = load(directory)
     found = [
-        [each.token for each in stream_generate(model, tokenizer, prompt, max_tokens=asked["max_new_tokens"])]
+        [
+            each.token
+            for each in stream_generate(
+                model, tokenizer, prompt, max_tokens=asked["max_new_tokens"]
+            )
+        ]
         for prompt in asked["prompts"]
     ]
     Path(answer).write_text(json.dumps({"version": version("mlx-lm"), "tokens": found}))

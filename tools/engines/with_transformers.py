@@ -1,4 +1,6 @@
-"""Continue prompts with transformers: python with_transformers.py MODEL_DIR REQUEST.json ANSWER.json"""
+"""Continue prompts with transformers: python with_transformers.py MODEL_DIR REQUEST.json
+ANSWER.json
+"""
 
 import json
 import sys

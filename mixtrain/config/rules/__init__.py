@@ -22,7 +22,19 @@ from mixtrain.config.rules import (
     upstream,
 )
 
-PARTS = (paths, layout, memory, implementation, experts, unread, training, extra, data, upstream, launcher)
+PARTS = (
+    paths,
+    layout,
+    memory,
+    implementation,
+    experts,
+    unread,
+    training,
+    extra,
+    data,
+    upstream,
+    launcher,
+)
 RULES = [rule for part in PARTS for rule in part.RULES]
 
 

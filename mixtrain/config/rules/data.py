@@ -12,9 +12,13 @@ from mixtrain.errors import UserError
 
 
 def sequence_within_positions(plan: Plan) -> Problems:
-    length, positions = plan.config.data.seq_length, plan.config.model.max_position_embeddings
+    length = plan.config.data.seq_length
+    positions = plan.config.model.max_position_embeddings
     if length > positions:
-        yield f"data.seq_length = {length} must be at most model.max_position_embeddings = {positions}"
+        yield (
+            f"data.seq_length = {length} must be at most model.max_position_embeddings ="
+            f" {positions}"
+        )
 
 
 def data_has_its_source(plan: Plan) -> Problems:
@@ -24,7 +28,10 @@ def data_has_its_source(plan: Plan) -> Problems:
     if data.kind is DataKind.indexed and not data.tokenizer:
         yield "data.kind = indexed needs data.tokenizer=DIRECTORY; it is null"
     if data.kind is not DataKind.indexed and data.data_path:
-        yield f"data.data_path is set, but data.kind = {data.kind.name} reads no files; type data=indexed"
+        yield (
+            f"data.data_path is set, but data.kind = {data.kind.name} reads no files; type"
+            " data=indexed"
+        )
 
 
 def split_has_three_parts(plan: Plan) -> Problems:
@@ -35,7 +42,10 @@ def split_has_three_parts(plan: Plan) -> Problems:
         yield from error.problems
         return
     if validation == 0 and plan.config.trainer.limit_val_batches:
-        yield f'data.split = "{split}" leaves nothing to validate on; use trainer.limit_val_batches=0 or a second part'
+        yield (
+            f'data.split = "{split}" leaves nothing to validate on; use'
+            " trainer.limit_val_batches=0 or a second part"
+        )
 
 
 def data_is_named_once(plan: Plan) -> Problems:

@@ -6,35 +6,51 @@ from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems, must_divide
 from mixtrain.config.schema import Accelerator, Balancing, Dispatcher, FlexBackend, ScoreFunction
 
-ALONE = (Balancing.sinkhorn, Balancing.none)  # have no auxiliary loss, so nothing to add up with another
+# have no auxiliary loss, so nothing to add up with another
+ALONE = (Balancing.sinkhorn, Balancing.none)
 
 
 def topk_within_experts(plan: Plan) -> Problems:
-    topk, experts = plan.config.model.moe_router_topk, plan.config.model.num_moe_experts
+    topk = plan.config.model.moe_router_topk
+    experts = plan.config.model.num_moe_experts
     if topk > experts:
         yield f"model.moe_router_topk = {topk} must be at most model.num_moe_experts = {experts}"
 
 
 def one_expert_needs_pre_softmax(plan: Plan) -> Problems:
-    router, topk = plan.config.router, plan.config.model.moe_router_topk
+    router = plan.config.router
+    topk = plan.config.model.moe_router_topk
     softmax = router.moe_router_score_function is ScoreFunction.softmax
-    if topk == 1 and softmax and not router.moe_router_pre_softmax and Balancing.sinkhorn not in _types(plan):
+    if (
+        topk == 1
+        and softmax
+        and not router.moe_router_pre_softmax
+        and Balancing.sinkhorn not in _types(plan)
+    ):
         yield (
-            "model.moe_router_topk = 1 with router.moe_router_pre_softmax = false gives every token the weight 1 and"
-            " the router no gradient; use router.moe_router_pre_softmax=true, or 2 or more experts a token"
+            "model.moe_router_topk = 1 with router.moe_router_pre_softmax = false gives every"
+            " token the weight 1 and the router no gradient; use"
+            " router.moe_router_pre_softmax=true, or 2 or more experts a token"
         )
 
 
 def balancing_types_can_be_combined(plan: Plan) -> Problems:
-    types, coefficients = _types(plan), plan.config.router.moe_aux_loss_coeff
+    types = _types(plan)
+    coefficients = plan.config.router.moe_aux_loss_coeff
     key = "router.moe_router_load_balancing_type"
     if not types:
         yield f"{key} is empty; use none"
     if len(types) != len(coefficients):
-        yield f"{key} has {len(types)} types, router.moe_aux_loss_coeff {len(coefficients)} numbers; give one for each"
+        yield (
+            f"{key} has {len(types)} types, router.moe_aux_loss_coeff {len(coefficients)}"
+            " numbers; give one for each"
+        )
     alone = [kind.name for kind in types if kind in ALONE]
     if alone and len(types) > 1:
-        yield f"{key}: {alone[0]} cannot be combined with another; use {alone[0]} alone, or only auxiliary losses"
+        yield (
+            f"{key}: {alone[0]} cannot be combined with another; use {alone[0]} alone, or only"
+            " auxiliary losses"
+        )
     if len(set(types)) < len(types):
         yield f"{key} names a type twice: {', '.join(kind.name for kind in types)}"
 
@@ -52,8 +68,9 @@ def sinkhorn_drops_nothing(plan: Plan) -> Problems:
     capacity = plan.config.dispatcher.moe_expert_capacity_factor
     if Balancing.sinkhorn in _types(plan) and capacity is not None:
         yield (
-            "router.moe_router_load_balancing_type = sinkhorn takes no dispatcher.moe_expert_capacity_factor"
-            f" = {capacity}; use dispatcher.moe_expert_capacity_factor=null"
+            "router.moe_router_load_balancing_type = sinkhorn takes no"
+            f" dispatcher.moe_expert_capacity_factor = {capacity}; use"
+            " dispatcher.moe_expert_capacity_factor=null"
         )
 
 
@@ -61,53 +78,76 @@ def expert_bias_has_sigmoid(plan: Plan) -> Problems:
     router = plan.config.router
     if Balancing.sinkhorn in _types(plan):  # reads neither: unread.py
         return
-    if router.moe_router_enable_expert_bias and router.moe_router_score_function is not ScoreFunction.sigmoid:
+    if (
+        router.moe_router_enable_expert_bias
+        and router.moe_router_score_function is not ScoreFunction.sigmoid
+    ):
         yield (
-            "router.moe_router_enable_expert_bias = true needs router.moe_router_score_function = sigmoid,"
-            f" not {router.moe_router_score_function.name}"
+            "router.moe_router_enable_expert_bias = true needs router.moe_router_score_function ="
+            f" sigmoid, not {router.moe_router_score_function.name}"
         )
 
 
 def groups_of_experts(plan: Plan) -> Problems:
-    router, model = plan.config.router, plan.config.model
-    groups, chosen, topk = router.moe_router_num_groups, router.moe_router_group_topk, model.moe_router_topk
+    router = plan.config.router
+    model = plan.config.model
+    groups = router.moe_router_num_groups
+    chosen = router.moe_router_group_topk
+    topk = model.moe_router_topk
     if (groups is None) != (chosen is None):
-        there, absent = ("num_groups", "group_topk") if chosen is None else ("group_topk", "num_groups")
-        yield f"router.moe_router_{there} = {groups or chosen} needs router.moe_router_{absent} too; it is null"
+        there, absent = (
+            ("num_groups", "group_topk") if chosen is None else ("group_topk", "num_groups")
+        )
+        yield (
+            f"router.moe_router_{there} = {groups or chosen} needs router.moe_router_{absent}"
+            " too; it is null"
+        )
     if groups is None or chosen is None:
         return
-    yield from must_divide("router.moe_router_num_groups", groups, "model.num_moe_experts", model.num_moe_experts)
+    yield from must_divide(
+        "router.moe_router_num_groups", groups, "model.num_moe_experts", model.num_moe_experts
+    )
     if chosen > groups:
-        yield f"router.moe_router_group_topk = {chosen} must be at most router.moe_router_num_groups = {groups}"
+        yield (
+            f"router.moe_router_group_topk = {chosen} must be at most"
+            f" router.moe_router_num_groups = {groups}"
+        )
     yield from must_divide("router.moe_router_group_topk", chosen, "model.moe_router_topk", topk)
     if topk > chosen * (model.num_moe_experts // groups):
         yield (
-            f"model.moe_router_topk = {topk}, but router.moe_router_group_topk = {chosen} groups have only"
-            f" {chosen * (model.num_moe_experts // groups)} experts"
+            f"model.moe_router_topk = {topk}, but router.moe_router_group_topk = {chosen} groups"
+            f" have only {chosen * (model.num_moe_experts // groups)} experts"
         )
 
 
 def padding_has_capacity(plan: Plan) -> Problems:
     dispatcher = plan.config.dispatcher
-    if dispatcher.moe_pad_expert_input_to_capacity and dispatcher.moe_expert_capacity_factor is None:
+    if (
+        dispatcher.moe_pad_expert_input_to_capacity
+        and dispatcher.moe_expert_capacity_factor is None
+    ):
         yield (
-            "dispatcher.moe_pad_expert_input_to_capacity = true needs a dispatcher.moe_expert_capacity_factor;"
-            " it is null"
+            "dispatcher.moe_pad_expert_input_to_capacity = true needs a"
+            " dispatcher.moe_expert_capacity_factor; it is null"
         )
 
 
 def flex_has_its_ranks(plan: Plan) -> Problems:
-    dispatcher, parallel = plan.config.dispatcher, plan.config.parallel
+    dispatcher = plan.config.dispatcher
+    parallel = plan.config.parallel
     if dispatcher.moe_token_dispatcher_type is not Dispatcher.flex:
         return
     if plan.config.trainer.accelerator is Accelerator.cpu:
         yield (
-            "dispatcher.moe_token_dispatcher_type = flex needs CUDA and the package deep_ep, but trainer.accelerator"
-            " = cpu; use dispatcher=alltoall"
+            "dispatcher.moe_token_dispatcher_type = flex needs CUDA and the package deep_ep, but"
+            " trainer.accelerator = cpu; use dispatcher=alltoall"
         )
     ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     if ranks == 1:
-        yield "dispatcher.moe_token_dispatcher_type = flex needs ETP*EP of 2 or more, not 1; use dispatcher=alltoall"
+        yield (
+            "dispatcher.moe_token_dispatcher_type = flex needs ETP*EP of 2 or more, not 1; use"
+            " dispatcher=alltoall"
+        )
     padded = dispatcher.moe_pad_expert_input_to_capacity
     if padded and dispatcher.moe_flex_dispatcher_backend is FlexBackend.deepep:
         yield (
@@ -117,17 +157,22 @@ def flex_has_its_ranks(plan: Plan) -> Problems:
 
 
 def shared_expert_overlap_has_one(plan: Plan) -> Problems:
-    dispatcher, size = plan.config.dispatcher, plan.config.model.moe_shared_expert_intermediate_size
+    dispatcher = plan.config.dispatcher
+    size = plan.config.model.moe_shared_expert_intermediate_size
     if not dispatcher.moe_shared_expert_overlap:
         return
     if size is None:
         yield (
-            "dispatcher.moe_shared_expert_overlap = true needs a model.moe_shared_expert_intermediate_size; it is null"
+            "dispatcher.moe_shared_expert_overlap = true needs a"
+            " model.moe_shared_expert_intermediate_size; it is null"
         )
     if dispatcher.moe_token_dispatcher_type is Dispatcher.allgather:
         yield "dispatcher.moe_shared_expert_overlap = true needs dispatcher=alltoall, not allgather"
     if "shared_experts" in (plan.config.trainer.recompute_modules or []):
-        yield "dispatcher.moe_shared_expert_overlap = true cannot go with shared_experts in trainer.recompute_modules"
+        yield (
+            "dispatcher.moe_shared_expert_overlap = true cannot go with shared_experts in"
+            " trainer.recompute_modules"
+        )
 
 
 def _types(plan: Plan) -> list[Balancing]:

@@ -8,7 +8,12 @@ from mixtrain.config.extra_fields import CLASS_OF, NEEDS, VALUES, keys_of_their_
 from mixtrain.config.key_effects import show
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems
-from mixtrain.config.transformer_fields import UNKNOWN, takes, transformer_config_defaults, transformer_fields
+from mixtrain.config.transformer_fields import (
+    UNKNOWN,
+    takes,
+    transformer_config_defaults,
+    transformer_fields,
+)
 
 GROUP = "microbatch_group_size_per_vp_stage"
 
@@ -21,7 +26,8 @@ def extra_fields_are_fields(plan: Plan) -> Problems:
 
 def _no_field(plan: Plan, name: str, value: object) -> str | None:
     """Why a field cannot be one of model.extra with that value, whatever it would do."""
-    own, installed = keys_of_their_own(plan), transformer_config_defaults()
+    own = keys_of_their_own(plan)
+    installed = transformer_config_defaults()
     if name in own:
         return f"has a key of its own; set {own[name]}"
     if name not in CLASS_OF:
@@ -39,10 +45,14 @@ def extra_fields_do_something(plan: Plan) -> Problems:
     for name, value in plan.config.model.extra.items():
         if _no_field(plan, name, value):
             continue  # said above
-        (kind, why), given = CLASS_OF[name], f"model.extra.{name} = {show(value)}"
+        (kind, why) = CLASS_OF[name]
+        given = f"model.extra.{name} = {show(value)}"
         if kind == "set" or name in itself:
             to = f", to {show(itself[name])}" if name in itself else ""
-            yield f"model.extra.{name}: mixtrain sets this field itself{to} ({why if kind == 'set' else 'the layout'})"
+            yield (
+                f"model.extra.{name}: mixtrain sets this field itself{to}"
+                f" ({why if kind == 'set' else 'the layout'})"
+            )
         elif value == _default(name):
             continue
         elif kind == "unread":
@@ -60,7 +70,11 @@ def _missing(plan: Plan, needs: list[str]) -> str:
     extra = plan.config.model.extra
     wanted = [NEEDS[need].words for need in needs if need in NEEDS and not NEEDS[need].holds(plan)]
     others = [need for need in needs if need not in NEEDS]
-    wanted += [f"model.extra.{other}" for other in others if extra.get(other, _default(other)) == _default(other)]
+    wanted += [
+        f"model.extra.{other}"
+        for other in others
+        if extra.get(other, _default(other)) == _default(other)
+    ]
     return " and ".join(wanted)
 
 
@@ -74,14 +88,16 @@ def _instead(name: str) -> str:
 
 def groups_of_microbatches_fit(plan: Plan) -> Problems:
     """As Megatron-Core's interleaved schedule wants them, in every step of a ramp-up."""
-    stages, each = plan.config.parallel.pipeline_model_parallel_size, plan.config.model.extra.get(GROUP)
+    stages = plan.config.parallel.pipeline_model_parallel_size
+    each = plan.config.model.extra.get(GROUP)
     if type(each) is not int or not NEEDS["virtual"].holds(plan):
         return  # another rule's, or there are no chunks
     for count in sorted({plan.microbatches_of(batch) for batch in _batches(plan)}):
         if not stages <= each <= count or 0 < count % each < stages:
             yield (
-                f"model.extra.{GROUP} = {each} must be from PP = {stages} to the {count} microbatches of a step, and"
-                f" leave none or at least {stages} of them over; leave it out"
+                f"model.extra.{GROUP} = {each} must be from PP = {stages} to the {count}"
+                f" microbatches of a step, and leave none or at least {stages} of them over; leave"
+                " it out"
             )
             return
 

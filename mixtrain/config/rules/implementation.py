@@ -18,20 +18,22 @@ def local_has_its_limits(plan: Plan) -> Problems:
         "tensor_model_parallel_size": "the norm of model.transformer_impl = local refuses it",
         "context_parallel_size": "the attention of model.transformer_impl = local refuses it",
         # 0.16: expert gradients are never reduced over TP, silently
-        "expert_tensor_parallel_size": "the experts of model.transformer_impl = local compute wrong gradients with it",
+        "expert_tensor_parallel_size": "the experts of model.transformer_impl = local compute"
+        " wrong gradients with it",
     }
     for key, why in refused.items():
         if (size := getattr(plan.config.parallel, key)) > 1:
             yield f"parallel.{key} = {size}: {why}; use 1, or model.transformer_impl=torch"
     if plan.config.model.moe_grouped_gemm:
         yield (
-            "model.moe_grouped_gemm = true needs model.transformer_impl = torch or transformer_engine, not local;"
-            " use model.moe_grouped_gemm=false"
+            "model.moe_grouped_gemm = true needs model.transformer_impl = torch or"
+            " transformer_engine, not local; use model.moe_grouped_gemm=false"
         )
 
 
 def grouped_gemm_reads_aligned_rows(plan: Plan) -> Problems:
-    model, etp = plan.config.model, plan.config.parallel.expert_tensor_parallel_size
+    model = plan.config.model
+    etp = plan.config.parallel.expert_tensor_parallel_size
     if model.transformer_impl is not TransformerImpl.torch or not model.moe_grouped_gemm:
         return
     unit = ALIGNMENT_BYTES // BYTES[plan.config.trainer.precision]
@@ -43,27 +45,37 @@ def grouped_gemm_reads_aligned_rows(plan: Plan) -> Problems:
             over = f" / ETP = {size}/{parts} = {size // parts}" if parts > 1 else f" = {size}"
             yield (
                 f"model.{key}{over} must be a multiple of {unit} ({ALIGNMENT_BYTES} bytes of"
-                f" {plan.config.trainer.precision.name}) for model.moe_grouped_gemm = true (false takes any);"
-                f" use {near_multiples(size, unit * parts)}"
+                f" {plan.config.trainer.precision.name}) for model.moe_grouped_gemm = true (false"
+                f" takes any); use {near_multiples(size, unit * parts)}"
             )
 
 
 def attention_backend_is_there(plan: Plan) -> Problems:
-    model, cpu = plan.config.model, plan.config.trainer.accelerator is Accelerator.cpu
+    model = plan.config.model
+    cpu = plan.config.trainer.accelerator is Accelerator.cpu
     backend = model.attention_backend
     if backend is AttnBackend.fused and cpu:
-        yield "model.attention_backend = fused is cuDNN's and needs trainer.accelerator = gpu, not cpu; use auto"
-    if model.transformer_impl is TransformerImpl.local and backend in (AttnBackend.flash, AttnBackend.fused):
         yield (
-            f"model.attention_backend = {backend.name}: model.transformer_impl = local has only its own; use auto, or"
-            " model.transformer_impl=torch"
+            "model.attention_backend = fused is cuDNN's and needs trainer.accelerator = gpu,"
+            " not cpu; use auto"
+        )
+    if model.transformer_impl is TransformerImpl.local and backend in (
+        AttnBackend.flash,
+        AttnBackend.fused,
+    ):
+        yield (
+            f"model.attention_backend = {backend.name}: model.transformer_impl = local has only"
+            " its own; use auto, or model.transformer_impl=torch"
         )
     if (
         plan.config.trainer.precision is Precision.fp32
         and backend in (AttnBackend.flash, AttnBackend.fused)
         and not cpu
     ):
-        yield f"model.attention_backend = {backend.name} takes bf16 on a GPU, not trainer.precision = fp32; use auto"
+        yield (
+            f"model.attention_backend = {backend.name} takes bf16 on a GPU, not"
+            " trainer.precision = fp32; use auto"
+        )
 
 
 RULES = [

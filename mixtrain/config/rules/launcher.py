@@ -21,10 +21,13 @@ OWN = {
     "partition": "launcher.partition", "account": "launcher.account", "time": "launcher.time",
     "gpus-per-node": "launcher.gpus_per_node", "nodes": "trainer.num_nodes", "ntasks": "trainer.devices",
     "ntasks-per-node": "trainer.devices", "container-image": "launcher.container_image",
-    "container-mounts": "launcher.container_mounts", "output": "run_dir, whose logs/ the job's log goes to",
-    "error": "run_dir, whose logs/ the job's log goes to", "chdir": "run_dir and other paths, or submit from there",
+    "container-mounts": "launcher.container_mounts", "output": "run_dir, whose logs/ the job's log"
+                                                               " goes to",
+    "error": "run_dir, whose logs/ the job's log goes to", "chdir": "run_dir and other paths, or"
+                                                                    " submit from there",
 }  # fmt: skip
-NEVER = ("wrap", "test-only", "parsable", "wait", "help", "version")  # another program than ours, or another answer
+# another program than ours, or another answer
+NEVER = ("wrap", "test-only", "parsable", "wait", "help", "version")
 
 
 def seconds_of(time: str) -> float | None:
@@ -45,18 +48,27 @@ def seconds_of(time: str) -> float | None:
 def time_is_slurms(plan: Plan) -> Problems:
     time = plan.config.launcher.time
     if time is not None and seconds_of(time) is None:
-        yield f"launcher.time = {time} is no time of Slurm's; use minutes (90), 12:00:00 (hours), or 2-00:00:00 (days)"
+        yield (
+            f"launcher.time = {time} is no time of Slurm's; use minutes (90), 12:00:00 (hours),"
+            " or 2-00:00:00 (days)"
+        )
 
 
 def time_leaves_some_to_train(plan: Plan) -> Problems:
     """The run is asked to stop that many seconds before its limit: it would do a step, stop, return, and do a step."""
-    time, warning = plan.config.launcher.time, warning_seconds(plan)
+    time = plan.config.launcher.time
+    warning = warning_seconds(plan)
     seconds = seconds_of(time) if time is not None else None
-    if seconds is None or plan.config.trainer.mode is Mode.preflight or seconds >= warning + TO_START_S:
+    if (
+        seconds is None
+        or plan.config.trainer.mode is Mode.preflight
+        or seconds >= warning + TO_START_S
+    ):
         return
     yield (
-        f"launcher.time = {time} is {seconds:.0f} s, but the run is asked to stop {warning} s before the limit; use at"
-        f" least {math.ceil((warning + TO_START_S) / 60)} (minutes), or later: launcher.sbatch_args.signal=USR1@60"
+        f"launcher.time = {time} is {seconds:.0f} s, but the run is asked to stop {warning} s"
+        f" before the limit; use at least {math.ceil((warning + TO_START_S) / 60)} (minutes), or"
+        " later: launcher.sbatch_args.signal=USR1@60"
     )
 
 
@@ -67,24 +79,39 @@ def warning_seconds(plan: Plan) -> int:
 
 
 def gpus_are_those_of_the_ranks(plan: Plan) -> Problems:
-    asked, trainer = plan.config.launcher.gpus_per_node, plan.config.trainer
+    asked = plan.config.launcher.gpus_per_node
+    trainer = plan.config.trainer
     if trainer.accelerator is Accelerator.gpu and asked is not None and asked < trainer.devices:
-        yield f"launcher.gpus_per_node = {asked} must be at least trainer.devices = {trainer.devices}; null is that"
+        yield (
+            f"launcher.gpus_per_node = {asked} must be at least trainer.devices ="
+            f" {trainer.devices}; null is that"
+        )
 
 
 def flags_are_not_ours(plan: Plan) -> Problems:
     for flag, value in plan.config.launcher.sbatch_args.items():
         name = str(flag).replace("_", "-")
         if name.startswith("-") or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            yield f"launcher.sbatch_args.{flag} must be the long name of a flag of sbatch, without dashes before it"
+            yield (
+                f"launcher.sbatch_args.{flag} must be the long name of a flag of sbatch,"
+                " without dashes before it"
+            )
         elif name in OWN:
             yield f"launcher.sbatch_args.{flag} has a key of its own; set {OWN[name]}"
         elif name in NEVER:
             yield f"launcher.sbatch_args.{flag} would make another job of it; take it out"
-        elif any(isinstance(part, float) for part in (value if isinstance(value, list) else [value])):
-            yield f"launcher.sbatch_args.{flag} = {value} is a number where sbatch reads a text; quote it"
+        elif any(
+            isinstance(part, float) for part in (value if isinstance(value, list) else [value])
+        ):
+            yield (
+                f"launcher.sbatch_args.{flag} = {value} is a number where sbatch reads a text;"
+                " quote it"
+            )
         elif has := unquotable(value):
-            yield f"launcher.sbatch_args.{flag} has {has}, which no #SBATCH line can hold; take it out"
+            yield (
+                f"launcher.sbatch_args.{flag} has {has}, which no #SBATCH line can hold; take"
+                " it out"
+            )
 
 
 def names_are_names(plan: Plan) -> Problems:
@@ -98,8 +125,8 @@ def mounts_need_an_image(plan: Plan) -> Problems:
     launcher = plan.config.launcher
     if launcher.container_mounts and not launcher.container_image:
         yield (
-            f"launcher.container_mounts = [{','.join(launcher.container_mounts)}], but launcher.container_image = null;"
-            " set the image, or take them out"
+            f"launcher.container_mounts = [{','.join(launcher.container_mounts)}], but"
+            " launcher.container_image = null; set the image, or take them out"
         )
 
 

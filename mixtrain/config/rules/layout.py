@@ -37,27 +37,36 @@ def expert_ranks(plan: Plan) -> Problems:
 
 
 def experts_over_ranks(plan: Plan) -> Problems:
-    size, experts = plan.config.parallel.expert_model_parallel_size, plan.config.model.num_moe_experts
-    yield from must_divide("parallel.expert_model_parallel_size", size, "model.num_moe_experts", experts)
+    size = plan.config.parallel.expert_model_parallel_size
+    experts = plan.config.model.num_moe_experts
+    yield from must_divide(
+        "parallel.expert_model_parallel_size", size, "model.num_moe_experts", experts
+    )
 
 
 def heads_over_tensor_ranks(plan: Plan) -> Problems:
-    tp, model = plan.config.parallel.tensor_model_parallel_size, plan.config.model
+    tp = plan.config.parallel.tensor_model_parallel_size
+    model = plan.config.model
     key = "parallel.tensor_model_parallel_size"
     yield from must_divide_each(
         key,
         tp,
-        {"model.num_attention_heads": model.num_attention_heads, "model.num_query_groups": model.num_query_groups},
+        {
+            "model.num_attention_heads": model.num_attention_heads,
+            "model.num_query_groups": model.num_query_groups,
+        },
     )
 
 
 def vocabulary_over_tensor_ranks(plan: Plan) -> Problems:
-    tp, vocab = plan.config.parallel.tensor_model_parallel_size, plan.config.model.vocab_size
+    tp = plan.config.parallel.tensor_model_parallel_size
+    vocab = plan.config.model.vocab_size
     if vocab % tp:
         yield (
-            f"model.vocab_size = {vocab} must be a multiple of parallel.tensor_model_parallel_size = {tp}"
-            f" (tools/convert_hf_to_megatron.py --make-vocab-size-divisible-by {tp} adds rows to a converted model);"
-            f" it is never padded silently: use {near_multiples(vocab, tp)}"
+            f"model.vocab_size = {vocab} must be a multiple of parallel.tensor_model_parallel_size"
+            f" = {tp} (tools/convert_hf_to_megatron.py --make-vocab-size-divisible-by {tp} adds"
+            " rows to a converted model); it is never padded silently: use"
+            f" {near_multiples(vocab, tp)}"
         )
 
 
@@ -66,19 +75,30 @@ def layers_over_stages(plan: Plan) -> Problems:
 
 
 def sequence_over_ranks(plan: Plan) -> Problems:
-    parallel, length = plan.config.parallel, plan.config.data.seq_length
-    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    parallel = plan.config.parallel
+    length = plan.config.data.seq_length
+    tp = parallel.tensor_model_parallel_size
+    cp = parallel.context_parallel_size
     if length % tp:
-        yield f"data.seq_length = {length} must be a multiple of TP = {tp}; use {near_multiples(length, tp)}"
+        yield (
+            f"data.seq_length = {length} must be a multiple of TP = {tp}; use"
+            f" {near_multiples(length, tp)}"
+        )
     if cp > 1 and length % (2 * cp * tp):
         part = 2 * cp * tp
-        yield f"data.seq_length = {length} must be a multiple of 2*CP*TP = {part}; use {near_multiples(length, part)}"
+        yield (
+            f"data.seq_length = {length} must be a multiple of 2*CP*TP = {part}; use"
+            f" {near_multiples(length, part)}"
+        )
 
 
 def expert_ffn_over_tensor_ranks(plan: Plan) -> Problems:
-    etp, model = plan.config.parallel.expert_tensor_parallel_size, plan.config.model
+    etp = plan.config.parallel.expert_tensor_parallel_size
+    model = plan.config.model
     ffn = model.moe_ffn_hidden_size
-    yield from must_divide("parallel.expert_tensor_parallel_size", etp, "model.moe_ffn_hidden_size", ffn)
+    yield from must_divide(
+        "parallel.expert_tensor_parallel_size", etp, "model.moe_ffn_hidden_size", ffn
+    )
     if shared := model.moe_shared_expert_intermediate_size:
         tp = plan.config.parallel.tensor_model_parallel_size
         name = "model.moe_shared_expert_intermediate_size"
@@ -89,8 +109,9 @@ def batch_over_ranks(plan: Plan) -> Problems:
     batch, micro, dp = batch_sizes(plan)
     if dense_ranks_fit(plan) and batch % (micro * dp):
         yield (
-            f"trainer.global_batch_size = {batch} must be a multiple of trainer.micro_batch_size * data parallel size"
-            f" = {micro}*{dp} = {micro * dp}; use {near_multiples(batch, micro * dp)}"
+            f"trainer.global_batch_size = {batch} must be a multiple of trainer.micro_batch_size *"
+            f" data parallel size = {micro}*{dp} = {micro * dp}; use"
+            f" {near_multiples(batch, micro * dp)}"
         )
 
 
@@ -98,26 +119,31 @@ def tensor_parallel_experts_need_sequence_parallel(plan: Plan) -> Problems:
     parallel = plan.config.parallel
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         yield (
-            f"parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} with experts needs"
-            " parallel.sequence_parallel = true (Megatron-Core refuses it in the first forward pass)"
+            f"parallel.tensor_model_parallel_size = {parallel.tensor_model_parallel_size} with"
+            " experts needs parallel.sequence_parallel = true (Megatron-Core refuses it in the"
+            " first forward pass)"
         )
 
 
 def sequence_parallel_needs_tensor_parallel(plan: Plan) -> Problems:
     parallel = plan.config.parallel
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
-        yield "parallel.sequence_parallel = true does nothing at parallel.tensor_model_parallel_size = 1; use false"
+        yield (
+            "parallel.sequence_parallel = true does nothing at"
+            " parallel.tensor_model_parallel_size = 1; use false"
+        )
 
 
 def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
     parallel = plan.config.parallel
-    vpp, pp = parallel.virtual_pipeline_model_parallel_size, parallel.pipeline_model_parallel_size
+    vpp = parallel.virtual_pipeline_model_parallel_size
+    pp = parallel.pipeline_model_parallel_size
     if not vpp:
         return
     if pp == 1:
         yield (
-            f"parallel.virtual_pipeline_model_parallel_size = {vpp} needs parallel.pipeline_model_parallel_size"
-            " of 2 or more, not 1; use null"
+            f"parallel.virtual_pipeline_model_parallel_size = {vpp} needs"
+            " parallel.pipeline_model_parallel_size of 2 or more, not 1; use null"
         )
     elif dense_ranks_fit(plan) and plan.num_microbatches % pp:
         yield (
@@ -128,21 +154,25 @@ def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
 
 
 def optimizer_instances_divide(plan: Plan) -> Problems:
-    parallel, key = plan.config.parallel, "parallel.num_distributed_optimizer_instances"
+    parallel = plan.config.parallel
+    key = "parallel.num_distributed_optimizer_instances"
     instances = parallel.num_distributed_optimizer_instances
     if instances == 1 or not ranks_fit(plan):
         return
     if not plan.config.optimizer.use_distributed_optimizer:
         yield f"{key} = {instances} needs optimizer.use_distributed_optimizer = true; it is false"
-    edp, dense = plan.expert_data_parallel_size, plan.data_parallel_size * parallel.context_parallel_size
-    yield from must_divide_each(key, instances, {"expert data parallel size": edp, "data parallel size * CP": dense})
+    edp = plan.expert_data_parallel_size
+    dense = plan.data_parallel_size * parallel.context_parallel_size
+    yield from must_divide_each(
+        key, instances, {"expert data parallel size": edp, "data parallel size * CP": dense}
+    )
 
 
 def cpu_run_fits_a_laptop(plan: Plan) -> Problems:
     if plan.config.trainer.accelerator is Accelerator.cpu and plan.world_size > LAPTOP_RANKS:
         yield (
-            f"this layout takes {plan.world_size} ranks; on the CPU mixtrain starts at most {LAPTOP_RANKS}."
-            f" The nearest layout: {nearest_layout(plan.config)}"
+            f"this layout takes {plan.world_size} ranks; on the CPU mixtrain starts at most"
+            f" {LAPTOP_RANKS}. The nearest layout: {nearest_layout(plan.config)}"
         )
 
 

@@ -12,22 +12,27 @@ from mixtrain.config.plan import Plan, derive
 from mixtrain.config.rules.nearest import Problems, ranks_fit
 from mixtrain.config.schema import Granularity, RecomputeMethod, TrainerConfig
 
-FULL = "trainer.recompute_granularity=full and trainer.recompute_method=uniform and trainer.recompute_num_layers=1"
+FULL = (
+    "trainer.recompute_granularity=full and trainer.recompute_method=uniform and"
+    " trainer.recompute_num_layers=1"
+)
 
 
 def state_fits_the_device(plan: Plan) -> Problems:
     memory = plan.config.trainer.device_memory_gib
     if memory is not None and plan.state_bytes > memory * GIB:
         yield (
-            f"a rank of pipeline stage {plan.heaviest_stage} holds {plan.state_bytes / GIB:.1f} GiB of weights,"
-            f" gradients and optimizer state, more than trainer.device_memory_gib = {memory:g}; use more nodes or a"
-            " larger pipeline, or trainer.device_memory_gib=null to try all the same"
+            f"a rank of pipeline stage {plan.heaviest_stage} holds {plan.state_bytes / GIB:.1f}"
+            " GiB of weights, gradients and optimizer state, more than trainer.device_memory_gib ="
+            f" {memory:g}; use more nodes or a larger pipeline, or trainer.device_memory_gib=null"
+            " to try all the same"
         )
 
 
 def activations_fit_the_device(plan: Plan) -> Problems:
     """Beside a state that fits, of a layout that does: else all this follows from what is said already."""
-    memory, parallel = plan.config.trainer.device_memory_gib, plan.config.parallel
+    memory = plan.config.trainer.device_memory_gib
+    parallel = plan.config.parallel
     if memory is None or plan.state_bytes > memory * GIB or plan.least_bytes <= memory * GIB:
         return
     if not ranks_fit(plan) or pipeline_split.problems(parallel, plan.config.model.num_layers):
@@ -35,11 +40,13 @@ def activations_fit_the_device(plan: Plan) -> Problems:
     stage = plan.fullest_stage
     passes = len(in_flight(len(plan.layers), stage, len(plan.layers[stage]), plan.num_microbatches))
     use = [*_that_fit(plan), "more TP or CP", "trainer.device_memory_gib=null to try all the same"]
-    state, kept = plan.stage_state_bytes[stage] / GIB, plan.stage_activation_bytes[stage] / GIB
+    state = plan.stage_state_bytes[stage] / GIB
+    kept = plan.stage_activation_bytes[stage] / GIB
     yield (
-        f"a rank of pipeline stage {stage} holds {state:.1f} GiB of weights, gradients and optimizer state and at least"
-        f" {kept:.1f} GiB of activations (forward passes in flight: {passes}), together more than"
-        f" trainer.device_memory_gib = {memory:g}; use {', or '.join(use)}"
+        f"a rank of pipeline stage {stage} holds {state:.1f} GiB of weights, gradients and"
+        f" optimizer state and at least {kept:.1f} GiB of activations (forward passes in flight:"
+        f" {passes}), together more than trainer.device_memory_gib = {memory:g}; use"
+        f" {', or '.join(use)}"
     )
 
 
@@ -65,11 +72,15 @@ def _largest_that_fits(plan: Plan, trainer: TrainerConfig) -> int | None:
     """The largest smaller micro batch, of those that divide it: the batch can be made of them too."""
     micro = trainer.micro_batch_size
     sizes = (size for size in range(micro - 1, 0, -1) if micro % size == 0)
-    return next((size for size in sizes if _fits(plan, replace(trainer, micro_batch_size=size))), None)
+    return next(
+        (size for size in sizes if _fits(plan, replace(trainer, micro_batch_size=size))), None
+    )
 
 
 def _fits(plan: Plan, trainer: TrainerConfig) -> bool:
-    return derive(replace(plan.config, trainer=trainer)).least_bytes <= trainer.device_memory_gib * GIB
+    return (
+        derive(replace(plan.config, trainer=trainer)).least_bytes <= trainer.device_memory_gib * GIB
+    )
 
 
 RULES = [state_fits_the_device, activations_fit_the_device]

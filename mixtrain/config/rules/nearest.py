@@ -13,7 +13,8 @@ Problems = Iterator[str]
 def nearest(size: int, legal: Iterable[int]) -> str:
     """The legal numbers next to `size`, as in `4 or 8`; never itself."""
     numbers = sorted(set(legal))
-    below, above = [n for n in numbers if n < size][-1:], [n for n in numbers if n > size][:1]
+    below = [n for n in numbers if n < size][-1:]
+    above = [n for n in numbers if n > size][:1]
     return " or ".join(str(number) for number in below + above)
 
 
@@ -42,11 +43,18 @@ def must_divide_each(key: str, size: int, totals: dict[str, int]) -> Problems:
 
 def world_words(plan: Plan) -> str:
     trainer = plan.config.trainer
-    return f"trainer.devices * trainer.num_nodes = {trainer.devices}*{trainer.num_nodes} = {plan.world_size}"
+    return (
+        f"trainer.devices * trainer.num_nodes = {trainer.devices}*{trainer.num_nodes} ="
+        f" {plan.world_size}"
+    )
 
 
 def batch_sizes(plan: Plan) -> tuple[int, int, int]:
-    return plan.config.trainer.global_batch_size, plan.config.trainer.micro_batch_size, plan.data_parallel_size
+    return (
+        plan.config.trainer.global_batch_size,
+        plan.config.trainer.micro_batch_size,
+        plan.data_parallel_size,
+    )
 
 
 def dense_ranks_fit(plan: Plan) -> bool:

@@ -17,19 +17,30 @@ PATHS = (*OWN, WEIGHED, "data.tokenizer", "checkpoint.load_weights", "launcher.c
 
 def texts_are_not_empty(plan: Plan) -> Problems:
     """What `run_dir=$UNSET` gives: the directory "" is the current one."""
-    for key, text in _texts(plan, [key for key in legal_keys() if holds_text(key) or key == WEIGHED]):
+    for key, text in _texts(
+        plan, [key for key in legal_keys() if holds_text(key) or key == WEIGHED]
+    ):
         if not text.strip():
             null = " or null" if type(None) in getattr(legal_keys()[key], "__args__", ()) else ""
-            yield f"{key} is empty, as a variable of the shell that is not set leaves it; give a text{null}"
+            yield (
+                f"{key} is empty, as a variable of the shell that is not set leaves it; give a"
+                f" text{null}"
+            )
 
 
 def paths_are_where_they_say(plan: Plan) -> Problems:
     for key, path in _texts(plan, PATHS):
         if path == "~" or path.startswith("~/"):
-            yield f"{key} = {path}: nothing expands ~ here; use the whole path, in a shell $HOME{path[1:]}"
+            yield (
+                f"{key} = {path}: nothing expands ~ here; use the whole path, in a shell"
+                f" $HOME{path[1:]}"
+            )
     for key, path in _texts(plan, OWN):
         if path.strip() and not os.path.abspath(path).strip("/"):
-            yield f"{key} = {path} is the root of the file system, as $UNSET/ leaves it; give a directory of its own"
+            yield (
+                f"{key} = {path} is the root of the file system, as $UNSET/ leaves it; give a"
+                " directory of its own"
+            )
 
 
 def _texts(plan: Plan, keys: list[str] | tuple[str, ...]) -> Iterator[tuple[str, str]]:

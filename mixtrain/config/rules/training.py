@@ -28,27 +28,40 @@ from mixtrain.config.schema import (
     TransformerImpl,
 )
 
-OFFLOAD_MODULES = ("attn_norm", "attn_proj", "core_attn", "expert_fc1", "mlp_norm", "moe_act", "qkv_linear")
+OFFLOAD_MODULES = (
+    "attn_norm",
+    "attn_proj",
+    "core_attn",
+    "expert_fc1",
+    "mlp_norm",
+    "moe_act",
+    "qkv_linear",
+)
 SELECTIVE_MODULES = ("core_attn", "layernorm", "moe", "moe_act", "shared_experts")
 
 
 def groups_of_heads(plan: Plan) -> Problems:
     model = plan.config.model
-    groups, heads = model.num_query_groups, model.num_attention_heads
+    groups = model.num_query_groups
+    heads = model.num_attention_heads
     yield from must_divide("model.num_query_groups", groups, "model.num_attention_heads", heads)
 
 
 def heads_can_rotate(plan: Plan) -> Problems:
     if (size := plan.config.model.kv_channels) % 2:
-        yield f"model.kv_channels = {size} must be even: rotary positions turn pairs; use {near_multiples(size, 2)}"
+        yield (
+            f"model.kv_channels = {size} must be even: rotary positions turn pairs; use"
+            f" {near_multiples(size, 2)}"
+        )
 
 
 def acknowledged_differences_are_keys(plan: Plan) -> Problems:
     for key in model_differences.unknown(plan.config):
         near = get_close_matches(key, [*FORWARD, model_differences.TOKENIZER], n=1, cutoff=0.3)
         yield (
-            f"{model_differences.KEY} has {key}; {f'did you mean {near[0]}? ' if near else ''}the keys are"
-            f" {model_differences.EXTRA}FIELD, {', '.join(FORWARD)}, {model_differences.TOKENIZER}"
+            f"{model_differences.KEY} has {key}; {f'did you mean {near[0]}? ' if near else ''}the"
+            f" keys are {model_differences.EXTRA}FIELD, {', '.join(FORWARD)},"
+            f" {model_differences.TOKENIZER}"
         )
 
 
@@ -57,15 +70,18 @@ def overlap_needs_its_parts(plan: Plan) -> Problems:
     if optimizer.overlap_param_gather:
         for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
             if not getattr(optimizer, key):
-                yield f"optimizer.overlap_param_gather = true needs optimizer.{key} = true; it is false"
+                yield (
+                    f"optimizer.overlap_param_gather = true needs optimizer.{key} = true; it is"
+                    " false"
+                )
 
 
 def distributed_optimizer_is_adam(plan: Plan) -> Problems:
     optimizer = plan.config.optimizer
     if optimizer.use_distributed_optimizer and optimizer.optimizer is not OptimizerName.adam:
         yield (
-            f"optimizer.optimizer = {optimizer.optimizer.name} needs optimizer.use_distributed_optimizer = false:"
-            " Megatron-Core's is for adam"
+            f"optimizer.optimizer = {optimizer.optimizer.name} needs"
+            " optimizer.use_distributed_optimizer = false: Megatron-Core's is for adam"
         )
 
 
@@ -75,9 +91,15 @@ def full_recompute_is_complete(plan: Plan) -> Problems:
     for key in ("recompute_method", "recompute_num_layers"):
         value = getattr(trainer, key)
         if full and value is None:
-            yield f"trainer.recompute_granularity = full needs trainer.{key}; it is null, uniform and 1 recompute all"
+            yield (
+                f"trainer.recompute_granularity = full needs trainer.{key}; it is null, uniform"
+                " and 1 recompute all"
+            )
         if not full and value is not None:
-            yield f"trainer.{key} is set, but only trainer.recompute_granularity = full uses it; use null"
+            yield (
+                f"trainer.{key} is set, but only trainer.recompute_granularity = full uses it;"
+                " use null"
+            )
 
 
 def full_recompute_fits_every_chunk(plan: Plan) -> Problems:
@@ -85,14 +107,18 @@ def full_recompute_fits_every_chunk(plan: Plan) -> Problems:
 
     Block counts layers of each chunk. A chunk without layers recomputes none.
     """
-    trainer, each = plan.config.trainer, plan.config.trainer.recompute_num_layers
+    trainer = plan.config.trainer
+    each = plan.config.trainer.recompute_num_layers
     if pipeline_split.problems(plan.config.parallel, plan.config.model.num_layers):
         return
     if trainer.recompute_granularity is not Granularity.full or not each:
         return
     uniform = trainer.recompute_method is RecomputeMethod.uniform
     chunks = [
-        (count, stage, chunk) for stage, row in enumerate(plan.layers) for chunk, count in enumerate(row) if count
+        (count, stage, chunk)
+        for stage, row in enumerate(plan.layers)
+        for chunk, count in enumerate(row)
+        if count
     ]
     wrong = [place for place in chunks if (place[0] % each if uniform else each > place[0])]
     if not wrong:
@@ -109,23 +135,35 @@ def full_recompute_fits_every_chunk(plan: Plan) -> Problems:
 
 
 def selective_recompute_names_modules(plan: Plan) -> Problems:
-    trainer, selective = plan.config.trainer, plan.config.trainer.recompute_granularity is Granularity.selective
+    trainer = plan.config.trainer
+    selective = plan.config.trainer.recompute_granularity is Granularity.selective
     modules = trainer.recompute_modules
     if bool(modules) != selective:
         yield (
-            f"trainer.recompute_modules = {modules or 'null'} goes with trainer.recompute_granularity = selective, and"
-            f" it with a list of {', '.join(SELECTIVE_MODULES)}"
+            f"trainer.recompute_modules = {modules or 'null'} goes with"
+            " trainer.recompute_granularity = selective, and it with a list of"
+            f" {', '.join(SELECTIVE_MODULES)}"
         )
     for name in modules or []:
         if name not in SELECTIVE_MODULES:
-            yield f"trainer.recompute_modules has {name}; the modules are {', '.join(SELECTIVE_MODULES)}"
+            yield (
+                f"trainer.recompute_modules has {name}; the modules are"
+                f" {', '.join(SELECTIVE_MODULES)}"
+            )
     if "moe_act" in (modules or []) and not plan.config.model.moe_grouped_gemm:
-        yield "trainer.recompute_modules has moe_act, which needs model.moe_grouped_gemm = true; it is false"
+        yield (
+            "trainer.recompute_modules has moe_act, which needs model.moe_grouped_gemm = true;"
+            " it is false"
+        )
 
 
 def fp8_needs_transformer_engine(plan: Plan) -> Problems:
-    model, precision = plan.config.model, plan.config.trainer.precision
-    if precision is Precision.fp8 and model.transformer_impl is not TransformerImpl.transformer_engine:
+    model = plan.config.model
+    precision = plan.config.trainer.precision
+    if (
+        precision is Precision.fp8
+        and model.transformer_impl is not TransformerImpl.transformer_engine
+    ):
         yield (
             "trainer.precision = fp8 needs model.transformer_impl = transformer_engine,"
             f" not {model.transformer_impl.name}"
@@ -135,26 +173,34 @@ def fp8_needs_transformer_engine(plan: Plan) -> Problems:
 
 
 def offload_needs_transformer_engine(plan: Plan) -> Problems:
-    trainer, optimizer, model = plan.config.trainer, plan.config.optimizer, plan.config.model
+    trainer = plan.config.trainer
+    optimizer = plan.config.optimizer
+    model = plan.config.model
     modules = trainer.offload_modules
     if trainer.fine_grained_activation_offloading != bool(modules):
         yield (
-            f"trainer.offload_modules = {modules or 'null'} goes with trainer.fine_grained_activation_offloading ="
-            f" true, and it with a list of {', '.join(OFFLOAD_MODULES)}"
+            f"trainer.offload_modules = {modules or 'null'} goes with"
+            " trainer.fine_grained_activation_offloading = true, and it with a list of"
+            f" {', '.join(OFFLOAD_MODULES)}"
         )
     for name in modules or []:
         if name not in OFFLOAD_MODULES:
-            yield f"trainer.offload_modules has {name}; the modules are {', '.join(OFFLOAD_MODULES)}"
+            yield (
+                f"trainer.offload_modules has {name}; the modules are {', '.join(OFFLOAD_MODULES)}"
+            )
     if "attn_proj" in (modules or []) and "core_attn" not in modules:
         yield "trainer.offload_modules has attn_proj, whose input core_attn makes; give both"
     if modules and model.transformer_impl is not TransformerImpl.transformer_engine:
         yield (
-            "trainer.fine_grained_activation_offloading = true needs model.transformer_impl = transformer_engine,"
-            f" not {model.transformer_impl.name}"
+            "trainer.fine_grained_activation_offloading = true needs model.transformer_impl ="
+            f" transformer_engine, not {model.transformer_impl.name}"
         )
     offloads = trainer.fine_grained_activation_offloading
     if offloads and trainer.recompute_granularity is Granularity.full:
-        yield "trainer.fine_grained_activation_offloading = true has nothing to offload under full recompute; use false"
+        yield (
+            "trainer.fine_grained_activation_offloading = true has nothing to offload under"
+            " full recompute; use false"
+        )
     for key, on in (
         ("trainer.fine_grained_activation_offloading", offloads),
         ("optimizer.optimizer_cpu_offload", optimizer.optimizer_cpu_offload),
@@ -174,51 +220,79 @@ def optimizer_offload_is_whole(plan: Plan) -> Problems:
             f" optimizer.optimizer_offload_fraction = {fraction} contradict; use both or neither"
         )
     if optimizer.optimizer_cpu_offload and not optimizer.use_distributed_optimizer:
-        yield "optimizer.optimizer_cpu_offload = true needs optimizer.use_distributed_optimizer = true; it is false"
+        yield (
+            "optimizer.optimizer_cpu_offload = true needs optimizer.use_distributed_optimizer ="
+            " true; it is false"
+        )
 
 
 def fsdp_has_what_it_needs(plan: Plan) -> Problems:
-    key, parallel = "parallel.data_parallel_sharding_strategy", plan.config.parallel
+    key = "parallel.data_parallel_sharding_strategy"
+    parallel = plan.config.parallel
     if not (strategy := parallel.data_parallel_sharding_strategy):
         return
     if plan.config.trainer.accelerator is Accelerator.cpu:
-        yield f"{key} = {strategy.name}: Megatron-FSDP does not run on the CPU (trainer.accelerator = cpu); use null"
+        yield (
+            f"{key} = {strategy.name}: Megatron-FSDP does not run on the CPU"
+            " (trainer.accelerator = cpu); use null"
+        )
     if not plan.config.optimizer.use_distributed_optimizer:
-        yield f"{key} = {strategy.name} needs optimizer.use_distributed_optimizer = true; it is false"
+        yield (
+            f"{key} = {strategy.name} needs optimizer.use_distributed_optimizer = true; it is false"
+        )
     if parallel.pipeline_model_parallel_size > 1:
         size = parallel.pipeline_model_parallel_size
-        yield f"{key} = {strategy.name} is for parallel.pipeline_model_parallel_size = 1, not {size}"
-    if parallel.num_distributed_optimizer_instances > 1 and strategy is not Sharding.optim_grads_params:
-        yield f"{key} = {strategy.name}: hybrid sharding needs optim_grads_params; or one optimizer instance"
+        yield (
+            f"{key} = {strategy.name} is for parallel.pipeline_model_parallel_size = 1, not {size}"
+        )
+    if (
+        parallel.num_distributed_optimizer_instances > 1
+        and strategy is not Sharding.optim_grads_params
+    ):
+        yield (
+            f"{key} = {strategy.name}: hybrid sharding needs optim_grads_params; or one"
+            " optimizer instance"
+        )
 
 
 def fsdp_saves_nothing_yet(plan: Plan) -> Problems:
     sharding = plan.config.parallel.data_parallel_sharding_strategy
     if sharding and (plan.saves or plan.config.checkpoint.load_weights):
         yield (
-            f"parallel.data_parallel_sharding_strategy = {sharding.name}: checkpoints of Megatron-FSDP have a format of"
-            " their own, which mixtrain does not write or read; use checkpoint=none, or null"
+            f"parallel.data_parallel_sharding_strategy = {sharding.name}: checkpoints of"
+            " Megatron-FSDP have a format of their own, which mixtrain does not write or read; use"
+            " checkpoint=none, or null"
         )
 
 
 def rampup_reaches_the_batch(plan: Plan) -> Problems:
     """Every batch of the ramp must be what the whole one must: batch_over_ranks, virtual_pipeline_needs_pipeline."""
-    trainer, key = plan.config.trainer, "trainer.rampup_batch_size"
+    trainer = plan.config.trainer
+    key = "trainer.rampup_batch_size"
     if trainer.rampup_batch_size is None:
         return
     if len(trainer.rampup_batch_size) != 3 or min(trainer.rampup_batch_size) < 1:
-        yield f"{key} = {list(trainer.rampup_batch_size)} must be [first batch, increment, samples], all 1 or more"
+        yield (
+            f"{key} = {list(trainer.rampup_batch_size)} must be [first batch, increment,"
+            " samples], all 1 or more"
+        )
         return
-    (first, increment, _), (whole, micro, dp) = trainer.rampup_batch_size, batch_sizes(plan)
-    unit, name = micro * dp, "trainer.micro_batch_size * data parallel size"
+    (first, increment, _) = trainer.rampup_batch_size
+    (whole, micro, dp) = batch_sizes(plan)
+    unit = micro * dp
+    name = "trainer.micro_batch_size * data parallel size"
     if plan.config.parallel.virtual_pipeline_model_parallel_size:
         unit *= plan.config.parallel.pipeline_model_parallel_size
         name += " * PP of a virtual pipeline"
-    if whole % unit or not dense_ranks_fit(plan):  # said already, and there is no ramp to a batch that cannot be
+    # said already, and there is no ramp to a batch that cannot be
+    if whole % unit or not dense_ranks_fit(plan):
         return
     use = nearest(first, range(unit, whole, unit)) or "null"
     if first >= whole:
-        yield f"{key}: its first batch {first} must be below trainer.global_batch_size = {whole}; use {use}"
+        yield (
+            f"{key}: its first batch {first} must be below trainer.global_batch_size = {whole};"
+            f" use {use}"
+        )
     elif first % unit:
         yield f"{key}: its first batch {first} must be a multiple of {name} = {unit}; use {use}"
     elif (rest := whole - first) % increment or increment % unit:
@@ -233,13 +307,20 @@ def rampup_reaches_the_batch(plan: Plan) -> Problems:
 
 def schedule_is_complete(plan: Plan) -> Problems:
     optimizer = plan.config.optimizer
-    fraction, wsd = optimizer.lr_warmup_fraction, optimizer.lr_decay_style is DecayStyle.WSD
+    fraction = optimizer.lr_warmup_fraction
+    wsd = optimizer.lr_decay_style is DecayStyle.WSD
     if fraction is not None and not 0 <= fraction < 1:
         yield f"optimizer.lr_warmup_fraction = {fraction} must be from 0 to below 1"
     if wsd and optimizer.lr_wsd_decay_steps is None:
-        yield "optimizer.lr_decay_style = WSD needs optimizer.lr_wsd_decay_steps, how long it decays; it is null"
+        yield (
+            "optimizer.lr_decay_style = WSD needs optimizer.lr_wsd_decay_steps, how long it"
+            " decays; it is null"
+        )
     if not wsd and optimizer.lr_wsd_decay_steps is not None:
-        yield f"optimizer.lr_wsd_decay_steps = {optimizer.lr_wsd_decay_steps}, but only WSD reads it; use null"
+        yield (
+            f"optimizer.lr_wsd_decay_steps = {optimizer.lr_wsd_decay_steps}, but only WSD reads"
+            " it; use null"
+        )
     stable = optimizer.lr_decay_steps - optimizer.lr_warmup_steps
     if wsd and (optimizer.lr_wsd_decay_steps or 0) > stable:
         yield (
@@ -252,8 +333,8 @@ def warmup_ends_before_decay(plan: Plan) -> Problems:
     optimizer = plan.config.optimizer
     if optimizer.lr_warmup_steps >= optimizer.lr_decay_steps:
         yield (
-            f"optimizer.lr_warmup_steps = {optimizer.lr_warmup_steps} must be below optimizer.lr_decay_steps"
-            f" = {optimizer.lr_decay_steps}"
+            f"optimizer.lr_warmup_steps = {optimizer.lr_warmup_steps} must be below"
+            f" optimizer.lr_decay_steps = {optimizer.lr_decay_steps}"
         )
     if optimizer.min_lr > optimizer.lr:
         yield f"optimizer.min_lr = {optimizer.min_lr} must be at most optimizer.lr = {optimizer.lr}"

@@ -30,7 +30,8 @@ def _sinkhorn(config: Config) -> bool:
 # fmt: off
 UNREAD = [
     Unread("router.moe_router_load_balancing_type = sinkhorn", _sinkhorn, {
-        "router.moe_router_score_function": "softmax",  # its weights are softmax, or sigmoid for one expert a token
+        # its weights are softmax, or sigmoid for one expert a token
+        "router.moe_router_score_function": "softmax",
         "router.moe_router_pre_softmax": False,  # over all experts, whatever this says
         "router.moe_router_enable_expert_bias": False,
         "router.moe_router_bias_update_rate": 0.001,

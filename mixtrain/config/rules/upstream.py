@@ -30,16 +30,22 @@ class Fault(NamedTuple):
 
 def _experts_beside_tensor_ranks(plan: Plan) -> bool:
     parallel = plan.config.parallel
-    tensor, expert = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+    tensor = parallel.tensor_model_parallel_size
+    expert = parallel.expert_tensor_parallel_size
     engine = plan.config.model.transformer_impl is TransformerImpl.transformer_engine
     return engine and tensor > 1 and expert != tensor and parallel.expert_model_parallel_size == 1
 
 
 def _per_token_auxiliary_loss(plan: Plan) -> bool:
-    parallel, router = plan.config.parallel, plan.config.router
-    coefficients = dict(zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False))
+    parallel = plan.config.parallel
+    router = plan.config.router
+    coefficients = dict(
+        zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False)
+    )
     split = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
-    by_sequence = coefficients.get(Balancing.seq_aux_loss) and plan.config.trainer.micro_batch_size > 1
+    by_sequence = (
+        coefficients.get(Balancing.seq_aux_loss) and plan.config.trainer.micro_batch_size > 1
+    )
     weighed = by_sequence or (split and (any(coefficients.values()) or router.moe_z_loss_coeff))
     return bool(plan.config.model.extra.get("calculate_per_token_loss") and weighed)
 
@@ -47,10 +53,12 @@ def _per_token_auxiliary_loss(plan: Plan) -> bool:
 # fmt: off
 FAULTS = [
     Fault("expert_gradients_over_tp", (0, 19), "megatron/core/transformer/moe/experts.py",
-          "with TP above 1, EP = 1 and another ETP the experts' gradients are never added up over the tensor ranks",
+          "with TP above 1, EP = 1 and another ETP the experts' gradients are never added up over"
+          " the tensor ranks",
           "model.transformer_impl=torch, EP of 2 or more, or ETP = TP", _experts_beside_tensor_ranks),
     Fault("per_token_auxiliary_loss", (0, 19), "megatron/core/transformer/moe/router.py",
-          "calculate_per_token_loss divides auxiliary losses and the z-loss by TP*CP, seq_aux_loss by the micro batch",
+          "calculate_per_token_loss divides auxiliary losses and the z-loss by TP*CP, seq_aux_loss"
+          " by the micro batch",
           "model.extra.calculate_per_token_loss=false", _per_token_auxiliary_loss),
 ]
 # fmt: on
@@ -67,11 +75,14 @@ def megatron_version() -> tuple[int, ...] | None:
 def present(plan: Plan) -> list[Fault]:
     """The faults of the installed version that the plan would meet."""
     installed = megatron_version()
-    return [fault for fault in FAULTS if installed and installed < fault.before and fault.applies(plan)]
+    return [
+        fault for fault in FAULTS if installed and installed < fault.before and fault.applies(plan)
+    ]
 
 
 def upstream_faults_are_acknowledged(plan: Plan) -> Problems:
-    met, acknowledged = {fault.name: fault for fault in present(plan)}, plan.config.parallel.acknowledged_faults
+    met = {fault.name: fault for fault in present(plan)}
+    acknowledged = plan.config.parallel.acknowledged_faults
     for fault in met.values():
         if fault.name not in acknowledged:
             installed = ".".join(map(str, megatron_version()))
@@ -83,7 +94,10 @@ def upstream_faults_are_acknowledged(plan: Plan) -> Problems:
     for name in acknowledged:
         if name not in names:
             near = get_close_matches(name, names, n=1)
-            yield f"{KEY} has {name}; {f'did you mean {near[0]}? ' if near else ''}the names are {', '.join(names)}"
+            yield (
+                f"{KEY} has {name}; {f'did you mean {near[0]}? ' if near else ''}the names are"
+                f" {', '.join(names)}"
+            )
 
 
 RULES = [upstream_faults_are_acknowledged]

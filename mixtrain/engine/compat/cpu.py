@@ -1,9 +1,10 @@
 """Megatron-Core without CUDA: the one module that knows that Megatron-Core expects a GPU.
 
-Rule: torch itself is not patched. A Megatron module that says `torch.cuda` gets a `torch` of its own whose `cuda`
-answers with the CPU; a function with a CUDA literal in it gets the CPU's literal; a few functions are replaced.
-Every site is in a table below and must still be there: an upgrade that moved one stops here, by name.
-training/worker.py applies it where trainer.accelerator is cpu, and on a GPU run nothing of it happens.
+Rule: torch itself is not patched. A Megatron module that says `torch.cuda` gets a `torch` of its
+own whose `cuda` answers with the CPU; a function with a CUDA literal in it gets the CPU's literal;
+a few functions are replaced. Every site is in a table below and must still be there: an upgrade
+that moved one stops here, by name. training/worker.py applies it where trainer.accelerator is cpu,
+and on a GPU run nothing of it happens.
 """
 
 from __future__ import annotations
@@ -20,52 +21,53 @@ import torch
 
 from mixtrain.engine.compat import gloo
 
-# Modules that call torch.cuda functions on the way of a training step (current_device, streams, RNG states).
-# fmt: off
+# Modules that call torch.cuda functions on the way of a training step (current_device, streams, RNG
+# states). fmt: off
 NAMESPACES = {
-    "tensor_parallel.layers":                       "devices of weights and of gathered activations",
-    "tensor_parallel.mappings":                     "devices of collectives' outputs",
-    "tensor_parallel.random":                       "CUDA RNG states of the tracker",
-    "tensor_parallel.utils":                        "devices of split and gathered tensors",
-    "transformer.dot_product_attention":            "device of the softmax offset",
-    "transformer.moe.router":                       "device of the weight and the expert-bias buffers",
-    "transformer.moe.token_dispatcher":             "a stream for device-to-host copies",
-    "transformer.moe.shared_experts":               "a stream for the overlap",
+    "tensor_parallel.layers": "devices of weights and of gathered activations",
+    "tensor_parallel.mappings": "devices of collectives' outputs",
+    "tensor_parallel.random": "CUDA RNG states of the tracker",
+    "tensor_parallel.utils": "devices of split and gathered tensors",
+    "transformer.dot_product_attention": "device of the softmax offset",
+    "transformer.moe.router": "device of the weight and the expert-bias buffers",
+    "transformer.moe.token_dispatcher": "a stream for device-to-host copies",
+    "transformer.moe.shared_experts": "a stream for the overlap",
     "models.common.embeddings.rotary_pos_embedding": "device of inv_freq",
-    "distributed.distributed_data_parallel":        "a communication stream",
-    "distributed.param_and_grad_buffer":            "devices of the buffers, streams",
-    "optimizer.optimizer":                          "device of the loss scale",
-    "optimizer.distrib_optimizer":                  "device of the sharded parameter buffers",
-    "pipeline_parallel.p2p_communication":          "devices of received activations, synchronize",
-    "dist_checkpointing.strategies.filesystem_async":   "synchronize before a save",
-    "dist_checkpointing.strategies.state_dict_saver":   "device of the verdict that ranks exchange",
-    "utils":                                        "device of the global memory buffer",
+    "distributed.distributed_data_parallel": "a communication stream",
+    "distributed.param_and_grad_buffer": "devices of the buffers, streams",
+    "optimizer.optimizer": "device of the loss scale",
+    "optimizer.distrib_optimizer": "device of the sharded parameter buffers",
+    "pipeline_parallel.p2p_communication": "devices of received activations, synchronize",
+    "dist_checkpointing.strategies.filesystem_async": "synchronize before a save",
+    "dist_checkpointing.strategies.state_dict_saver": "device of the verdict that ranks exchange",
+    "utils": "device of the global memory buffer",
 }
 
-# Functions with a CUDA literal among their constants: device="cuda", param.type() == "torch.cuda.FloatTensor".
+# Functions with a CUDA literal among their constants: device="cuda", param.type() ==
+# "torch.cuda.FloatTensor".
 LITERALS = [
-    ("optimizer.optimizer",          "MixedPrecisionOptimizer.__init__"),
-    ("optimizer.optimizer",          "FP32Optimizer.__init__"),
-    ("optimizer.optimizer",          "Float16OptimizerWithFloat16Params.__init__"),
-    ("optimizer.distrib_optimizer",  "DistributedOptimizer.__init__"),
-    ("optimizer.distrib_optimizer",  "DistributedOptimizer._build_model_and_main_param_groups"),
-    ("optimizer.clip_grads",         "get_grad_norm_fp32"),
-    ("optimizer.clip_grads",         "clip_grad_by_total_norm_fp32"),
-    ("optimizer.clip_grads",         "count_zeros_fp32"),
-    ("pipeline_parallel.schedules",  "forward_backward_no_pipelining"),
-    ("pipeline_parallel.schedules",  "forward_backward_pipelining_without_interleaving"),
-    ("pipeline_parallel.schedules",  "forward_backward_pipelining_with_interleaving"),
-    ("transformer.utils",            "get_default_causal_mask"),
-    ("utils",                        "local_multi_tensor_l2_norm"),
+    ("optimizer.optimizer", "MixedPrecisionOptimizer.__init__"),
+    ("optimizer.optimizer", "FP32Optimizer.__init__"),
+    ("optimizer.optimizer", "Float16OptimizerWithFloat16Params.__init__"),
+    ("optimizer.distrib_optimizer", "DistributedOptimizer.__init__"),
+    ("optimizer.distrib_optimizer", "DistributedOptimizer._build_model_and_main_param_groups"),
+    ("optimizer.clip_grads", "get_grad_norm_fp32"),
+    ("optimizer.clip_grads", "clip_grad_by_total_norm_fp32"),
+    ("optimizer.clip_grads", "count_zeros_fp32"),
+    ("pipeline_parallel.schedules", "forward_backward_no_pipelining"),
+    ("pipeline_parallel.schedules", "forward_backward_pipelining_without_interleaving"),
+    ("pipeline_parallel.schedules", "forward_backward_pipelining_with_interleaving"),
+    ("transformer.utils", "get_default_causal_mask"),
+    ("utils", "local_multi_tensor_l2_norm"),
 ]
 # Literals that only one of the supported versions has.
 LITERALS_019 = [
-    ("optimizer.optimizer",          "MegatronOptimizer.has_grad_norm_group"),
+    ("optimizer.optimizer", "MegatronOptimizer.has_grad_norm_group"),
 ]
 CPU_LITERALS = {
-    "cuda":                      "cpu",
-    "torch.cuda.FloatTensor":    "torch.FloatTensor",
-    "torch.cuda.HalfTensor":     "torch.HalfTensor",
+    "cuda": "cpu",
+    "torch.cuda.FloatTensor": "torch.FloatTensor",
+    "torch.cuda.HalfTensor": "torch.HalfTensor",
     "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
 }
 # fmt: on
@@ -78,8 +80,8 @@ def apply() -> None:
 
     if isinstance(vars(token_dispatcher).get("torch"), _Torch):
         return
-    # Megatron's fuser is torch.compile, which needs a C++ compiler and takes up to minutes for one small kernel:
-    # off for what is decorated from here on, and eager for what is decorated already
+    # Megatron's fuser is torch.compile, which needs a C++ compiler and takes up to minutes for one
+    # small kernel: off for what is decorated from here on, and eager for what is decorated already
     jit.disable_jit_fuser()
     torch.compiler.set_stance("force_eager")
     for name in NAMESPACES:
@@ -102,7 +104,8 @@ class _Stream:
     def synchronize(self) -> None: ...
 
     def record_event(self, _: Any = None) -> _Stream:
-        return self  # an event that has happened: it can be synchronised with, and that is all it is for
+        # an event that has happened: it can be synchronised with, and that is all it is for
+        return self
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Stream)
@@ -137,7 +140,9 @@ class _Torch:
         return getattr(torch, name)
 
 
-def _get_rng_state(device: Any = "cpu", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+def _get_rng_state(
+    device: Any = "cpu", clone: bool = False, graph_safe: bool = False
+) -> torch.Tensor:
     return torch.get_rng_state()
 
 
@@ -153,7 +158,9 @@ def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -
 def _positions_on_this_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
     """Rotary positions of this context-parallel rank's two chunks; upstream takes the way over pinned memory."""
     chunks = pos_emb.chunk(2 * cp_group.size(), dim=seq_dim)
-    return torch.cat([chunks[cp_group.rank()], chunks[2 * cp_group.size() - 1 - cp_group.rank()]], dim=seq_dim)
+    return torch.cat(
+        [chunks[cp_group.rank()], chunks[2 * cp_group.size() - 1 - cp_group.rank()]], dim=seq_dim
+    )
 
 
 REPLACEMENTS = [
@@ -182,7 +189,8 @@ def _give_namespace(name: str) -> None:
     module = _module(name)
     if "torch.cuda" not in inspect.getsource(module) or vars(module).get("torch") is not torch:
         raise RuntimeError(
-            f"megatron.core.{name} no longer says torch.cuda: mend mixtrain/engine/compat/cpu.py, NAMESPACES"
+            f"megatron.core.{name} no longer says torch.cuda: mend mixtrain/engine/compat/cpu.py,"
+            " NAMESPACES"
         )
     module.torch = _Torch()
 
@@ -214,8 +222,12 @@ def _replace_function(module_name: str, name: str, function: Callable) -> None:
     old = getattr(_module(module_name), name, None)
     if old is None:
         raise RuntimeError(
-            f"megatron.core.{module_name}.{name} is gone: mend mixtrain/engine/compat/cpu.py, REPLACEMENTS"
+            f"megatron.core.{module_name}.{name} is gone: mend mixtrain/engine/compat/cpu.py,"
+            " REPLACEMENTS"
         )
     for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("megatron.core") and vars(module).get(name) is old:
+        if (
+            getattr(module, "__name__", "").startswith("megatron.core")
+            and vars(module).get(name) is old
+        ):
             setattr(module, name, function)

@@ -21,14 +21,17 @@ class _NoFP8:
 
 def apply() -> None:
     """Mend the installed Megatron-Core, in this process, and let it import in silence."""
-    # on import Megatron-Core says once a module that Apex and Transformer Engine are absent: the plan says what is used
+    # on import Megatron-Core says once a module that Apex and Transformer Engine are absent: the
+    # plan says what is used
     warnings.filterwarnings("ignore", message=".*not installed. Falling back")
     # torch 2.13 renames collectives that Megatron-Core calls in every step
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
-    warnings.filterwarnings("ignore", message="Please use DTensor")  # of its own shards, in every save
+    # of its own shards, in every save
+    warnings.filterwarnings("ignore", message="Please use DTensor")
     # of the distributed optimizer's shards, views of the model's parameters, in every step
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    warnings.filterwarnings("ignore", message="full scope is deprecated")  # of CUDA graphs, which nobody asked for
+    # of CUDA graphs, which nobody asked for
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.router import TopKRouter
@@ -57,18 +60,23 @@ def _copy_storage(output: Any, recomputed: Any) -> None:
 def _make_global_aux_loss_whole(router_class: type) -> None:
     """Have global_aux_loss attached as what data parallelism averages.
 
-    A data-parallel rank computes its own tokens' part of that loss, and the ranks' gradients are averaged: the mean of
-    the parts is the whole divided by the number of ranks. Megatron-LM's pull request 3769 multiplies by it, too.
+    A data-parallel rank computes its own tokens' part of that loss, and the ranks' gradients are
+    averaged: the mean of the parts is the whole divided by the number of ranks. Megatron-LM's pull
+    request 3769 multiplies by it, too.
     """
     attach = router_class.attach_and_log_load_balancing_loss
     if hasattr(attach, "__wrapped__"):
         return
 
     @functools.wraps(attach)
-    def attach_whole(router: Any, probs: Any, coeff: float, loss: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    def attach_whole(
+        router: Any, probs: Any, coeff: float, loss: Any, name: str, *args: Any, **kwargs: Any
+    ) -> Any:
         if name == "global_load_balancing_loss":
             ranks = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
-            coeff, loss = coeff * ranks, loss * ranks  # what is logged is the one divided by the other
+            # what is logged is the one divided by the other
+            coeff = coeff * ranks
+            loss = loss * ranks
         return attach(router, probs, coeff, loss, name, *args, **kwargs)
 
     router_class.attach_and_log_load_balancing_loss = attach_whole
@@ -81,10 +89,18 @@ def mark_tensor_parallel(model: Any) -> None:
     """
     from megatron.core.tensor_parallel import layers
 
-    axes = {layers.VocabParallelEmbedding: 0, layers.ColumnParallelLinear: 0, layers.RowParallelLinear: 1}
+    axes = {
+        layers.VocabParallelEmbedding: 0,
+        layers.ColumnParallelLinear: 0,
+        layers.RowParallelLinear: 1,
+    }
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if type(module) in axes and weight is not None and not hasattr(weight, "tensor_model_parallel"):
+        if (
+            type(module) in axes
+            and weight is not None
+            and not hasattr(weight, "tensor_model_parallel")
+        ):
             layers.set_tensor_model_parallel_attributes(weight, True, axes[type(module)], 1)
 
 

@@ -1,7 +1,8 @@
 """Context parallelism: which part of a sequence a rank holds.
 
-Rule: rank r of n holds the chunks r and 2n-1-r of 2n, so that causal attention costs every rank the same. Rotary
-positions in Megatron-Core (and engine/compat/cpu.py's copy of that function) are cut the same way.
+Rule: rank r of n holds the chunks r and 2n-1-r of 2n, so that causal attention costs every rank the
+same. Rotary positions in Megatron-Core (and engine/compat/cpu.py's copy of that function) are cut
+the same way.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The experts of a layer: one grouped matrix product each for fc1 and fc2, SwiGLU between.
 
-Legend of shapes: T tokens sent to this rank, sorted by expert; E experts here; H hidden; F the part of the FFN here.
+Legend of shapes: T tokens sent to this rank, sorted by expert; E experts here; H hidden; F the part
+of the FFN here.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ class Experts(MegatronModule):
     not what: one grouped_mm for all experts, or a loop over them.
     """
 
-    def __init__(self, num_local_experts: int, config: TransformerConfig, pg_collection=None, **_: object):
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection=None, **_: object
+    ):
         super().__init__(config=config)
-        self.ep, self.etp, self.edp = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        self.ep = pg_collection.ep
+        self.etp = pg_collection.expt_tp
+        self.edp = pg_collection.expt_dp
         ffn = config.moe_ffn_hidden_size // self.etp.size()
         self.weight1 = self._weight(num_local_experts, 2 * ffn, config.hidden_size, split=1)
         self.weight2 = self._weight(num_local_experts, config.hidden_size, ffn, split=2)
@@ -34,11 +39,15 @@ class Experts(MegatronModule):
     def _weight(self, *shape: int, split: int) -> torch.nn.Parameter:
         """A weight with the marks by which Megatron-Core reduces its gradient and adds it to the norm."""
         weight = torch.nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype))
-        weight.tensor_model_parallel, weight.partition_dim, weight.partition_stride = True, split, 1
-        # false: reduced over the ranks that share these experts, not over those that share dense weights. Upstream's
-        # experts (0.16) look at the first condition alone and are left unreduced over TP where ETP is less
+        weight.tensor_model_parallel = True
+        weight.partition_dim = split
+        weight.partition_stride = 1
+        # false: reduced over the ranks that share these experts, not over those that share dense
+        # weights. Upstream's experts (0.16) look at the first condition alone and are left
+        # unreduced over TP where ETP is less
         dense = (
-            self.config.expert_model_parallel_size == 1 and self.etp.size() == self.config.tensor_model_parallel_size
+            self.config.expert_model_parallel_size == 1
+            and self.etp.size() == self.config.tensor_model_parallel_size
         )
         weight.allreduce = dense
         return weight
@@ -49,8 +58,14 @@ class Experts(MegatronModule):
         """[T, H], [E], the router's weights [T] -> ([T, H], no bias)."""
         counts = tokens_per_expert
         if self.config.moe_grouped_gemm and self._is_cpu(tokens):
-            return ExpertByExpert.apply(tokens, probs, self.weight1, self.weight2, counts.tolist()), None
-        multiply = self._grouped(counts, tokens.device) if self.config.moe_grouped_gemm else self._loop(counts)
+            return ExpertByExpert.apply(
+                tokens, probs, self.weight1, self.weight2, counts.tolist()
+            ), None
+        multiply = (
+            self._grouped(counts, tokens.device)
+            if self.config.moe_grouped_gemm
+            else self._loop(counts)
+        )
         hidden = multiply(tokens, self.weight1)
         if not self.recompute_act:
             return multiply(_swiglu(hidden, probs), self.weight2), None
@@ -84,18 +99,28 @@ class Experts(MegatronModule):
         counts = tokens_per_expert.tolist()
 
         def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return torch.cat([F.linear(part, matrix) for part, matrix in zip(rows.split(counts), weight, strict=True)])
+            return torch.cat(
+                [
+                    F.linear(part, matrix)
+                    for part, matrix in zip(rows.split(counts), weight, strict=True)
+                ]
+            )
 
         return multiply
 
     def backward_dw(self) -> None:
         """Nothing is left over: Megatron-Core asks for delayed weight gradients where it has delayed them."""
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
         """As Megatron-LM with Transformer Engine writes experts: [.., expert, 2F, H] and [.., expert, H, F]."""
         axes = len(sharded_offsets)  # before the expert's: the layer
-        rank, ranks, replica = self.etp.rank(), self.etp.size(), (0, 0, self.edp.rank())
-        first, total = self.ep.rank() * len(self.weight1), self.ep.size() * len(self.weight1)
+        rank = self.etp.rank()
+        ranks = self.etp.size()
+        replica = (0, 0, self.edp.rank())
+        first = self.ep.rank() * len(self.weight1)
+        total = self.ep.size() * len(self.weight1)
 
         def pieces(key: str, weight: torch.Tensor, replica_id: tuple, cut) -> list[ShardedTensor]:
             """Expert by expert: `cut` gives its parts and their places along the axis that tensor ranks split."""
@@ -121,13 +146,20 @@ class Experts(MegatronModule):
             return ((expert, 1, rank, ranks),)
 
         def factory(name: str, weight: torch.Tensor, cut) -> ShardedTensorFactory:
-            def build(key: str, data: torch.Tensor, replica_id: tuple, flattened_range: slice | None = None):
+            def build(
+                key: str,
+                data: torch.Tensor,
+                replica_id: tuple,
+                flattened_range: slice | None = None,
+            ):
                 return pieces(key, data, replica_id, cut)
 
             def merge(parts: list[torch.Tensor]) -> torch.Tensor:
                 return torch.cat(parts).view(weight.shape)
 
-            return ShardedTensorFactory(f"{prefix}experts.{name}.weight", weight, build, merge, replica)
+            return ShardedTensorFactory(
+                f"{prefix}experts.{name}.weight", weight, build, merge, replica
+            )
 
         return {
             f"{prefix}weight1": factory("linear_fc1", self.weight1, gate_and_up),
@@ -143,7 +175,8 @@ def _contiguous(gradient: torch.Tensor) -> torch.Tensor:
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up * weight, keeping nothing for the backward pass but what it was given.
 
-    PyTorch would keep silu(gate), its product with up and more: as much again, in every layer and microbatch.
+    PyTorch would keep silu(gate), its product with up and more: as much again, in every layer and
+    microbatch.
     """
 
     @staticmethod
@@ -167,6 +200,7 @@ class _SwiGLU(torch.autograd.Function):
 def _swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up times the router's weight of the token: [T, 2F], [T] -> [T, F].
 
-    The weight goes in before the second matrix, where a pass is made anyway, in the router's precision.
+    The weight goes in before the second matrix, where a pass is made anyway, in the router's
+    precision.
     """
     return _SwiGLU.apply(hidden, probs)

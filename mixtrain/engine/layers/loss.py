@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-# Tokens whose logits are in fp32 at a time: on the CPU as many as its cache holds, on a GPU as many as keep it busy.
+# Tokens whose logits are in fp32 at a time: on the CPU as many as its cache holds, on a GPU as many
+# as keep it busy.
 ROWS = {"cpu": 64, "cuda": 4096}
 
 
@@ -21,7 +22,8 @@ class TokenLosses(torch.autograd.Function):
     def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         losses = torch.empty(len(logits), 1, dtype=torch.float32, device=logits.device)
         for part, label, loss in _parts(logits, labels.unsqueeze(1), losses):
-            highest, of_label = part.amax(dim=1, keepdim=True).float(), part.gather(1, label).float()
+            highest = part.amax(dim=1, keepdim=True).float()
+            of_label = part.gather(1, label).float()
             softmax = torch.softmax(part, dim=1, dtype=torch.float32)
             # the highest score's softmax is one over the sum of all exponentials less the highest
             loss.copy_(highest - of_label - softmax.amax(dim=1, keepdim=True).log())

@@ -40,7 +40,8 @@ class CpuNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        normed, given = x.float() * scale, gradient.float()
+        normed = x.float() * scale
+        given = gradient.float()
         to_weight = (given * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
         given = given * weight
         along = (given * normed).mean(dim=-1, keepdim=True)

@@ -11,7 +11,10 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
@@ -19,7 +22,8 @@ from mixtrain.engine.layers.attention import CoreAttention
 from mixtrain.engine.layers.experts import Experts
 from mixtrain.engine.layers.norm import RMSNorm
 
-# Transformer Engine fuses the first norm with the matrix after it and stores it there: so do we, on disk.
+# Transformer Engine fuses the first norm with the matrix after it and stores it there: so do we, on
+# disk.
 KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
@@ -40,7 +44,9 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
         k_layernorm=head_norm,
     )
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    moe = MoESubmodules(experts=ModuleSpec(Experts), shared_experts=ModuleSpec(SharedExpertMLP, submodules=shared))
+    moe = MoESubmodules(
+        experts=ModuleSpec(Experts), shared_experts=ModuleSpec(SharedExpertMLP, submodules=shared)
+    )
     return ModuleSpec(
         TransformerLayer,
         submodules=TransformerLayerSubmodules(

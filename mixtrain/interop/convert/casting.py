@@ -19,7 +19,8 @@ class Casting:
     """To `dtype`. With `allow_nonfinite` NaN and infinite numbers are kept, and `nonfinite` has the tensors' names."""
 
     def __init__(self, dtype: torch.dtype, allow_nonfinite: bool = False):
-        self.dtype, self.allow_nonfinite = dtype, allow_nonfinite
+        self.dtype = dtype
+        self.allow_nonfinite = allow_nonfinite
         self.nonfinite: set[str] = set()
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -37,12 +38,20 @@ class Casting:
         if not before.all():
             if not self.allow_nonfinite:
                 what = "NaN" if tensor.isnan().any() else "an infinite number"
-                raise UserError(f"{name} has {what} in it: a damaged or diverged model? --allow-nonfinite converts it")
+                raise UserError(
+                    f"{name} has {what} in it: a damaged or diverged model? --allow-nonfinite"
+                    " converts it"
+                )
             self.nonfinite.add(name)
         if not found[before].isfinite().all():
-            largest, most = tensor[before].abs().max().item(), torch.finfo(self.dtype).max
-            others = " or ".join(other for other in DTYPES if other not in ("fp16", NAMES[self.dtype]))
-            raise UserError(f"{name} has {largest:g}, and {NAMES[self.dtype]} ends at {most:g}: use {others}")
+            largest = tensor[before].abs().max().item()
+            most = torch.finfo(self.dtype).max
+            others = " or ".join(
+                other for other in DTYPES if other not in ("fp16", NAMES[self.dtype])
+            )
+            raise UserError(
+                f"{name} has {largest:g}, and {NAMES[self.dtype]} ends at {most:g}: use {others}"
+            )
 
 
 def _finite(tensor: torch.Tensor) -> bool:
@@ -54,4 +63,7 @@ def warn(names: set[str]) -> None:
     """Say which tensors have been converted although they hold what is no number."""
     if names:
         more = f" and {len(names) - SHOWN} more tensors" if len(names) > SHOWN else ""
-        print(f"warning: NaN or infinite numbers are in {', '.join(sorted(names)[:SHOWN])}{more}", file=sys.stderr)
+        print(
+            f"warning: NaN or infinite numbers are in {', '.join(sorted(names)[:SHOWN])}{more}",
+            file=sys.stderr,
+        )

@@ -21,7 +21,9 @@ from mixtrain.system.links import file_in
 from mixtrain.system.mmap_tensor import window
 from mixtrain.system.untrusted_json import LARGE, Count, InvalidJson, Name
 
-SINGLE, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # safetensors' names of what weights are kept in
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -59,24 +61,34 @@ class Stored(NamedTuple):
 
     def part(self, start: int, stop: int) -> torch.Tensor:
         """The elements start..stop of the flat tensor: a window on the file."""
-        return window(self.path, self.offset + start * self.dtype.itemsize, (stop - start,), self.dtype)
+        return window(
+            self.path, self.offset + start * self.dtype.itemsize, (stop - start,), self.dtype
+        )
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json. UserError if there is none, or the directory is of another kind than a model of Hugging Face."""
     strangers.refuse(directory)
-    return untrusted_json.read(directory / CONFIG, most=MOST_CONFIG, missing="a Hugging Face model has one")
+    return untrusted_json.read(
+        directory / CONFIG, most=MOST_CONFIG, missing="a Hugging Face model has one"
+    )
 
 
 def read_tensors(directory: Path) -> dict[str, Stored]:
     """Name -> where it lies, of every tensor of the model. UserError naming the file that is wrong."""
     weight_map = _weight_map(directory)
-    if missing := [name for name in sorted(set(weight_map.values())) if not file_in(directory, name)]:
+    if missing := [
+        name for name in sorted(set(weight_map.values())) if not file_in(directory, name)
+    ]:
         said = [f"{directory / name} is missing, and {INDEX} names it" for name in missing[:SHOWN]]
-        raise UserError(*said, *([f"... and {len(missing) - SHOWN} more files"] if len(missing) > SHOWN else []))
+        raise UserError(
+            *said, *([f"... and {len(missing) - SHOWN} more files"] if len(missing) > SHOWN else [])
+        )
     found: dict[str, Stored] = {}
     for name in sorted(set(weight_map.values())):
-        found |= _file(directory / name, {tensor for tensor, file in weight_map.items() if file == name})
+        found |= _file(
+            directory / name, {tensor for tensor, file in weight_map.items() if file == name}
+        )
     return found
 
 
@@ -88,7 +100,9 @@ def _weight_map(directory: Path) -> dict[str, str]:
     index = directory / INDEX
     whole = file_in(directory, SINGLE)
     if whole and index.is_file():
-        raise UserError(f"{directory} has both {SINGLE} and {INDEX}: which is the model? take one away")
+        raise UserError(
+            f"{directory} has both {SINGLE} and {INDEX}: which is the model? take one away"
+        )
     if not index.is_file():
         name = SINGLE if whole else _only_file(directory)
         return dict.fromkeys(_header(directory / name), name)
@@ -107,10 +121,16 @@ def _only_file(directory: Path) -> str:
     if not found:
         pickles = sorted(path.name for path in directory.iterdir() if path.suffix in PICKLES)
         if pickles:
-            raise UserError(f"{directory / pickles[0]} is a pickle, which could run anything: give safetensors files")
+            raise UserError(
+                f"{directory / pickles[0]} is a pickle, which could run anything: give safetensors"
+                " files"
+            )
         raise UserError(f"{directory} has neither {SINGLE} nor {INDEX}")
     if len(found) > 1 or SHARD.search(found[0]):
-        raise UserError(f"{directory} has {found[0]}{_more(found)}, but no {INDEX}, which says what is in each file")
+        raise UserError(
+            f"{directory} has {found[0]}{_more(found)}, but no {INDEX}, which says what is in each"
+            " file"
+        )
     if file_in(directory, found[0]) is None:
         raise UserError(f"{directory / found[0]} is missing")
     return found[0]
@@ -133,7 +153,8 @@ def _more(names: list[str]) -> str:
 def _header(path: Path) -> dict[str, Stored]:
     """Name -> where it lies, of the tensors of one file."""
     try:
-        with safe_open(path, "pt"):  # the library's own checks: the header, the sizes, no overlap and no gap
+        # the library's own checks: the header, the sizes, no overlap and no gap
+        with safe_open(path, "pt"):
             pass
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -151,6 +172,11 @@ def _header(path: Path) -> dict[str, Stored]:
         if entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {name} is {entry['dtype']}; weights are {', '.join(DTYPES)}")
     return {
-        name: Stored(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]])
+        name: Stored(
+            path,
+            8 + length + entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            DTYPES[entry["dtype"]],
+        )
         for name, entry in entries.items()
     }

@@ -22,7 +22,8 @@ from mixtrain.system import untrusted_json
 from mixtrain.system.links import file_in
 
 GENERATION = "generation_config.json"
-VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")  # the first that is there decides the ids
+# the first that is there decides the ids
+VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def of_directory(directory: Path, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
@@ -37,7 +38,9 @@ def of_directory(directory: Path, values: Mapping[str, Any], vocab_size: int) ->
     try:
         untrusted_json.parse(state.to_json(RunState(hf_source=found)), state.Written)
     except untrusted_json.InvalidJson as error:
-        raise UserError(f"{directory / CONFIG} or {GENERATION} cannot be kept in a checkpoint: {error}") from None
+        raise UserError(
+            f"{directory / CONFIG} or {GENERATION} cannot be kept in a checkpoint: {error}"
+        ) from None
     return found
 
 
@@ -56,11 +59,17 @@ def rows(run_state: RunState, config: Config, tokenizer: Path | None) -> int:
     size = config.model.vocab_size
     if run_state.hf_source is None or run_state.hf_source["vocab_size"] >= size:
         return size
-    tokens = tokenizer_vocab_size(tokenizer) if tokenizer and (tokenizer / "tokenizer.json").is_file() else 0
+    tokens = (
+        tokenizer_vocab_size(tokenizer)
+        if tokenizer and (tokenizer / "tokenizer.json").is_file()
+        else 0
+    )
     return min(max(run_state.hf_source["vocab_size"], tokens), size)
 
 
-def to_export(run_state: RunState, config: Config, tokenizer: Path | None) -> tuple[dict[str, Any], dict | None]:
+def to_export(
+    run_state: RunState, config: Config, tokenizer: Path | None
+) -> tuple[dict[str, Any], dict | None]:
     """(what config.json has beside the architecture, generation_config.json if the tokenizer has none)."""
     source = run_state.hf_source or {"config": {}, "tokenizer": ""}
     # filtered once more: whoever has written the checkpoint may have added to it
@@ -69,13 +78,21 @@ def to_export(run_state: RunState, config: Config, tokenizer: Path | None) -> tu
     )
     of_source = {name: kept[name] for name in SPECIAL_IDS if name in kept}
     generation = source.get("generation_config")
-    if tokenizer is None or (run_state.hf_source and vocabulary_sha256(tokenizer) == source["tokenizer"]):
+    if tokenizer is None or (
+        run_state.hf_source and vocabulary_sha256(tokenizer) == source["tokenizer"]
+    ):
         ids = _of_tokenizer(tokenizer) | of_source
-    elif run_state.hf_source and not source["tokenizer"]:  # the source had none: this may be its own
-        ids = of_source | {name: _either(of_source.get(name), own) for name, own in _of_tokenizer(tokenizer).items()}
+    # the source had none: this may be its own
+    elif run_state.hf_source and not source["tokenizer"]:
+        ids = of_source | {
+            name: _either(of_source.get(name), own)
+            for name, own in _of_tokenizer(tokenizer).items()
+        }
     else:
-        ids, generation = dict.fromkeys(SPECIAL_IDS) | _of_tokenizer(tokenizer), None
-    if run_state.hf_source is None:  # transformers would take Mixtral's own for a key that is not there
+        ids = dict.fromkeys(SPECIAL_IDS) | _of_tokenizer(tokenizer)
+        generation = None
+    # transformers would take Mixtral's own for a key that is not there
+    if run_state.hf_source is None:
         ids = dict.fromkeys(SPECIAL_IDS) | ids
     if tokenizer and GENERATION in tokenizer_files(tokenizer):
         generation = None
@@ -100,9 +117,13 @@ def _either(source: Any, own: Any) -> Any:
 def _trained(config: Config) -> dict[str, float]:
     """What the router was trained with, in transformers' words."""
     router = config.router
-    weights = dict(zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False))
+    weights = dict(
+        zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False)
+    )
     kinds = (Balancing.aux_loss, Balancing.global_aux_loss, Balancing.seq_aux_loss)
-    found = {"router_aux_loss_coef": next((weights[kind] for kind in kinds if kind in weights), 0.0)}
+    found = {
+        "router_aux_loss_coef": next((weights[kind] for kind in kinds if kind in weights), 0.0)
+    }
     if settings.architecture_of(config) is settings.MIXTRAL:
         found["router_jitter_noise"] = router.moe_input_jitter_eps or 0.0
     return found

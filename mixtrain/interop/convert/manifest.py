@@ -28,19 +28,25 @@ def entries(
     """
     index = spans.index(config, layout_of(config, tensors), vocabulary)
     for name, shape in index.names.items():
-        stored, own, there = tensors[name], hashlib.sha256(), hashlib.sha256()
+        stored = tensors[name]
+        own = hashlib.sha256()
+        there = hashlib.sha256()
         equal = True
         for start in range(0, math.prod(shape), BLOCK):
             stop = min(start + BLOCK, math.prod(shape))
             theirs = stored.part(start, stop)
             ours = [
                 parts.flat(run.key, run.place + low, run.place + high)
-                for run, low, high in spans.overlapping(index.by_name[name], start, stop, spans.START)
+                for run, low, high in spans.overlapping(
+                    index.by_name[name], start, stop, spans.START
+                )
             ]
             mine = torch.cat(ours) if len(ours) > 1 else ours[0]
             there.update(_bytes(theirs))
             own.update(_bytes(mine))
-            equal &= bool(torch.equal(theirs.view(torch.uint8), mine.to(stored.dtype).view(torch.uint8)))
+            equal &= bool(
+                torch.equal(theirs.view(torch.uint8), mine.to(stored.dtype).view(torch.uint8))
+            )
             advance((stop - start) * stored.dtype.itemsize)
         key = index.by_name[name][0].key
         yield {

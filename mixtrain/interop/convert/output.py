@@ -20,7 +20,14 @@ from typing import Any, TypeVar
 
 import torch
 from rich.filesize import decimal
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from mixtrain.checkpoint.directory import sync
 from mixtrain.errors import Fault, UserError
@@ -29,7 +36,8 @@ from mixtrain.system.console import Console
 from mixtrain.system.rank_identity import die_with
 
 MARGIN = 1 << 22  # bytes that small files may take
-HEADER = 1 << 11  # bytes that a tensor or a chunk may take beside its data: in a header, an index, a manifest
+# bytes that a tensor or a chunk may take beside its data: in a header, an index, a manifest
+HEADER = 1 << 11
 QUIET = 5  # seconds before a log is told how far it is
 
 
@@ -40,7 +48,8 @@ def written_whole(out: Path, size: int, parts: int) -> Iterator[Path]:
     UserError if there is something at `out`, if it is being written, or if its disk has no room. An OSError within the
     block is a Fault: what could not be written or read, and of a full disk how much was wanted and is there.
     """
-    out, margin = Path(os.path.abspath(out)), MARGIN + HEADER * parts
+    out = Path(os.path.abspath(out))
+    margin = MARGIN + HEADER * parts
     if out.exists() and not (out.is_dir() and not os.listdir(out)):
         raise UserError(f"{out} is there already: give a new directory, or remove it")
     writing = out.with_name(out.name + ".writing")
@@ -50,14 +59,17 @@ def written_whole(out: Path, size: int, parts: int) -> Iterator[Path]:
             for path in writing.iterdir():  # of a conversion that was killed
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             if (free := partial.free(writing)) < size + margin:
-                raise UserError(f"{out} takes {_takes(size, margin)}, but {free:,} are free on its disk")
+                raise UserError(
+                    f"{out} takes {_takes(size, margin)}, but {free:,} are free on its disk"
+                )
             yield writing
             sync(writing)
             writing.chmod(0o777 & ~_umask())
             os.rename(writing, out)
             sync(out.parent)
         except OSError as error:
-            words = partial.words(out, writing, error, _takes(size, margin))  # measured before it is removed
+            # measured before it is removed
+            words = partial.words(out, writing, error, _takes(size, margin))
             partial.remove(made or [writing])
             raise Fault(words) from None
         except BaseException:
@@ -88,21 +100,26 @@ T = TypeVar("T")
 
 def dealt(parts: Sequence[T], shares: int, size: Callable[[T], int]) -> list[list[T]]:
     """The parts in their order, in as many shares of about as many bytes."""
-    whole, done, found = sum(map(size, parts)), 0, [[] for _ in range(shares)]
+    whole = sum(map(size, parts))
+    done = 0
+    found = [[] for _ in range(shares)]
     for part in parts:
         found[min(shares * done // max(whole, 1), shares - 1)].append(part)
         done += size(part)
     return found
 
 
-def in_processes(what: str, jobs: Sequence[Job], size: int, beside: Sequence[Job] = ()) -> list[Any]:
+def in_processes(
+    what: str, jobs: Sequence[Job], size: int, beside: Sequence[Job] = ()
+) -> list[Any]:
     """The results of the jobs, each run in a process of its own (one alone: in this one), with a bar of `size` bytes.
 
     Those `beside` them have processes of their own and no result; they too must end well. A UserError, Fault or OSError
     of one is raised here as soon as it is known, and the others are ended.
     """
     context = multiprocessing.get_context("fork")
-    done, alone = context.Value("q", 0), len(jobs) == 1
+    done = context.Value("q", 0)
+    alone = len(jobs) == 1
 
     def advance(count: int) -> None:
         with done.get_lock():
@@ -119,7 +136,9 @@ class Workers:
     """Processes of jobs. Within the block they live."""
 
     def __init__(self, context, advance: Advance):
-        self.context, self.advance, self.parent = context, advance, os.getpid()
+        self.context = context
+        self.advance = advance
+        self.parent = os.getpid()
         self.processes: list[Any] = []
         self.waiting: dict[Any, int] = {}  # pipe: the job's number
         self.results: dict[int, Any] = {}
@@ -134,7 +153,9 @@ class Workers:
 
     def start(self, job: Job) -> None:
         mine, theirs = self.context.Pipe(duplex=False)
-        worker = self.context.Process(target=_live, args=(self.parent, job, self.advance, theirs), daemon=True)
+        worker = self.context.Process(
+            target=_live, args=(self.parent, job, self.advance, theirs), daemon=True
+        )
         worker.start()
         theirs.close()  # so that a dead worker is the end of its pipe
         self.waiting[mine] = len(self.processes)
@@ -155,7 +176,8 @@ class Workers:
 
 def _live(parent: int, job: Job, advance: Advance, pipe) -> None:
     die_with(parent)
-    torch.set_num_threads(1)  # a forked process has none of the threads that its parent made for such work
+    # a forked process has none of the threads that its parent made for such work
+    torch.set_num_threads(1)
     try:
         pipe.send((None, job(advance)))
     except (UserError, Fault, OSError) as error:
@@ -167,7 +189,9 @@ def _result(worker, pipe) -> Any:
         error, result = pipe.recv()
     except EOFError:
         worker.join()
-        raise Fault(f"a process of the conversion ended with exit code {worker.exitcode}; its log is above") from None
+        raise Fault(
+            f"a process of the conversion ended with exit code {worker.exitcode}; its log is above"
+        ) from None
     if error:
         raise error
     return result
@@ -176,7 +200,8 @@ def _result(worker, pipe) -> Any:
 @contextlib.contextmanager
 def bar(what: str, size: int, done: Callable[[], int]) -> Iterator[None]:
     """Show how far a copy is: a bar on a terminal, elsewhere a line for each tenth."""
-    ending, started = threading.Event(), time.monotonic()
+    ending = threading.Event()
+    started = time.monotonic()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -187,13 +212,20 @@ def bar(what: str, size: int, done: Callable[[], int]) -> Iterator[None]:
     console = Console(stderr=True)
 
     def watch(progress: Progress) -> None:
-        task, tenth = progress.add_task(what, total=size), 0
+        task = progress.add_task(what, total=size)
+        tenth = 0
         while not ending.wait(0.2):
             progress.update(task, completed=done())
-            spent, reached = time.monotonic() - started, 10 * done() // max(size, 1)
+            spent = time.monotonic() - started
+            reached = 10 * done() // max(size, 1)
             if not console.is_terminal and reached > tenth and spent > QUIET:
-                tenth, left = reached, spent * (size / done() - 1)
-                print(f"{what}: {decimal(done())} of {decimal(size)}, {left:.0f} s left", file=sys.stderr, flush=True)
+                tenth = reached
+                left = spent * (size / done() - 1)
+                print(
+                    f"{what}: {decimal(done())} of {decimal(size)}, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
         progress.update(task, completed=done())
 
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:

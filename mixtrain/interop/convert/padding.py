@@ -27,7 +27,9 @@ class Padding(NamedTuple):
     def part(self, key: str, start: int, stop: int) -> torch.Tensor:
         """The elements start..stop of the flat tensor `key`, all of them of these rows: as a new model has them."""
         model = self.plan.config.model
-        rows = weight_init.draw(self.plan, key, (), (model.vocab_size - self.vocabulary, model.hidden_size)).flatten()
+        rows = weight_init.draw(
+            self.plan, key, (), (model.vocab_size - self.vocabulary, model.hidden_size)
+        ).flatten()
         first = self.vocabulary * model.hidden_size
         return rows[start - first : stop - first]
 
@@ -38,7 +40,7 @@ class Padding(NamedTuple):
             return []
         added = size - self.vocabulary
         return [
-            f"model.vocab_size = {size}: {added} {'rows' if added > 1 else 'row'} as a new model has them, beside the"
-            f" {self.vocabulary} of config.json; they are in the softmax of the training loss, generation never chooses"
-            " them, and an export leaves them out"
+            f"model.vocab_size = {size}: {added} {'rows' if added > 1 else 'row'} as a new model"
+            f" has them, beside the {self.vocabulary} of config.json; they are in the softmax of"
+            " the training loss, generation never chooses them, and an export leaves them out"
         ]

@@ -12,7 +12,8 @@ from typing import Any
 from mixtrain.config.key_effects import show
 
 MOST_THETA = 2**53  # whole numbers in a double
-# What a mapping of the rotary embedding may have beside its base, with the values that change nothing.
+# What a mapping of the rotary embedding may have beside its base, with the values that change
+# nothing.
 PLAIN = {
     "rope_type": ["default", None],
     "type": ["default", None],
@@ -31,7 +32,8 @@ KEYS = (
 
 def rope(values: Mapping[str, Any], name: str, absent: float) -> tuple[float, list[str]]:
     """(the base, what stands against it): of transformers 5's key, or transformers 4's two. `absent`: the default."""
-    bases, wrong = {}, []
+    bases = {}
+    wrong = []
     if "rope_theta" in values:
         bases["rope_theta"] = values["rope_theta"]
     for key in ("rope_parameters", "rope_scaling"):
@@ -43,18 +45,30 @@ def rope(values: Mapping[str, Any], name: str, absent: float) -> tuple[float, li
             bases[f"{key}.rope_theta"] = there["rope_theta"]
         wrong += _more_than_plain(key, there, name)
     if values.get("partial_rotary_factor", 1) not in PLAIN["partial_rotary_factor"]:
-        wrong.append(f"partial_rotary_factor = {show(values['partial_rotary_factor'])}: mixtrain's {name} has 1.0")
+        wrong.append(
+            f"partial_rotary_factor = {show(values['partial_rotary_factor'])}: mixtrain's {name}"
+            " has 1.0"
+        )
     for key, theta in bases.items():
-        if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta <= MOST_THETA:
-            return 0.0, [*wrong, f"{key} = {show(theta)} is not a number above 0, up to {MOST_THETA:,}"]
+        if (
+            isinstance(theta, bool)
+            or not isinstance(theta, (int, float))
+            or not 0 < theta <= MOST_THETA
+        ):
+            return 0.0, [
+                *wrong,
+                f"{key} = {show(theta)} is not a number above 0, up to {MOST_THETA:,}",
+            ]
     if values.get("rope_scaling") and "rope_parameters.rope_theta" in bases:
         others = [theta for key, theta in bases.items() if key != "rope_parameters.rope_theta"]
-        there, instead = bases["rope_parameters.rope_theta"], (others or [absent])[-1]
+        there = bases["rope_parameters.rope_theta"]
+        instead = (others or [absent])[-1]
         if there != instead:
             return 0.0, [
                 *wrong,
-                f"rope_parameters.rope_theta = {there}, but rope_scaling takes the place of rope_parameters in"
-                f" transformers, with rope_theta = {instead}; leave rope_scaling out",
+                f"rope_parameters.rope_theta = {there}, but rope_scaling takes the place of"
+                f" rope_parameters in transformers, with rope_theta = {instead}; leave"
+                " rope_scaling out",
             ]
     (first, theta), *others = [*bases.items()] or [("", absent)]
     wrong += [f"{first} = {theta}, but {key} = {other}" for key, other in others if other != theta]
@@ -77,7 +91,10 @@ def _more_than_plain(key: str, there: Mapping[str, Any], name: str) -> Iterator[
         if key == "rope_scaling":
             yield f"rope_scaling = {show(there)}: mixtrain's {name} has null"
             return
-        yield f"{key}.{part} = {show(value)}: mixtrain's {name} has {show(PLAIN.get(part, ['none'])[0])}"
+        yield (
+            f"{key}.{part} = {show(value)}: mixtrain's {name} has"
+            f" {show(PLAIN.get(part, ['none'])[0])}"
+        )
 
 
 def window(values: Mapping[str, Any], name: str, switched: bool) -> list[str]:
@@ -88,9 +105,15 @@ def window(values: Mapping[str, Any], name: str, switched: bool) -> list[str]:
     switch = values.get("use_sliding_window", False)
     if switched and not isinstance(switch, bool):
         return [f"use_sliding_window = {show(switch)} is not true or false"]
-    size, longest = values["sliding_window"], values["max_position_embeddings"]
+    size = values["sliding_window"]
+    longest = values["max_position_embeddings"]
     if size is None or (switched and not switch):
         return []
-    if isinstance(size, int) and not isinstance(size, bool) and isinstance(longest, int) and size >= longest:
+    if (
+        isinstance(size, int)
+        and not isinstance(size, bool)
+        and isinstance(longest, int)
+        and size >= longest
+    ):
         return []
     return [f"sliding_window = {show(size)}: mixtrain's {name} has null"]

@@ -39,7 +39,9 @@ class Output(NamedTuple):
 
 def plain(source: Source) -> dict[str, Any]:
     """config.json without the dtype, which is another here, and with null where transformers 5 does not take it."""
-    values = {name: value for name, value in source.values.items() if name not in ("dtype", "torch_dtype")}
+    values = {
+        name: value for name, value in source.values.items() if name not in ("dtype", "torch_dtype")
+    }
     if values.get("num_key_value_heads", ...) is None:
         values["num_key_value_heads"] = source.facts["model.num_query_groups"]
     return copy.deepcopy(values)
@@ -52,8 +54,12 @@ class HuggingFace:
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         source = read(directory)
-        self.dtype, self.stored, self.directory = dtype, source.tensors, directory
-        self.kind = getattr(transformers, settings.ARCHITECTURES[source.values["model_type"]].class_name)
+        self.dtype = dtype
+        self.stored = source.tensors
+        self.directory = directory
+        self.kind = getattr(
+            transformers, settings.ARCHITECTURES[source.values["model_type"]].class_name
+        )
         self.config = self._of_transformers(lambda: self.kind.config_class.from_dict(plain(source)))
         self.config._attn_implementation = "eager"
         ends = [name for name in self.stored if not name.startswith("model.layers.")]
@@ -63,13 +69,17 @@ class HuggingFace:
         stored = self.stored[name]
         return stored.part(0, stored.nbytes // stored.dtype.itemsize).view(stored.shape)
 
-    def _model(self, layers: int, tensors: dict[str, torch.Tensor], **sizes: int) -> torch.nn.Module:
+    def _model(
+        self, layers: int, tensors: dict[str, torch.Tensor], **sizes: int
+    ) -> torch.nn.Module:
         """A model of so many layers, loaded as transformers loads it."""
         config = copy.deepcopy(self.config)
         for name, value in (sizes | {"num_hidden_layers": layers}).items():
             setattr(config, name, value)
         found = self._of_transformers(
-            lambda: self.kind.from_pretrained(None, config=config, state_dict=tensors, dtype=self.dtype)
+            lambda: self.kind.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=self.dtype
+            )
         )
         return found.eval()
 
@@ -91,18 +101,25 @@ class HuggingFace:
     @torch.no_grad()
     def layer(self, number: int, hidden: torch.Tensor) -> Output:
         """What layer `number` makes of hidden states [sequence, token, hidden]."""
-        prefix, width = f"model.layers.{number}.", self.config.hidden_size
+        prefix = f"model.layers.{number}."
+        width = self.config.hidden_size
         tensors = {
             name.replace(prefix, "model.layers.0."): self._tensor(name)
             for name in self.stored
             if name.startswith(prefix)
         }
         few = torch.zeros(FEW, width)
-        tensors |= {"model.embed_tokens.weight": few, "lm_head.weight": few, "model.norm.weight": torch.ones(width)}
+        tensors |= {
+            "model.embed_tokens.weight": few,
+            "lm_head.weight": few,
+            "model.norm.weight": torch.ones(width),
+        }
         one = self._model(1, tensors, vocab_size=FEW, pad_token_id=None)
         one.model.norm = torch.nn.Identity()
         found: list[torch.Tensor] = []
-        one.model.layers[0].mlp.gate.register_forward_hook(lambda module, given, output: found.append(output))
+        one.model.layers[0].mlp.gate.register_forward_hook(
+            lambda module, given, output: found.append(output)
+        )
         after = one.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
         logits, _, chosen = found[0]
         return Output(after, torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True))
@@ -112,14 +129,16 @@ class HuggingFace:
         return self.ends.lm_head(self.ends.model.norm(hidden)).float()
 
 
-Change = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]  # of a tensor's key, layer and expert, and itself
+# of a tensor's key, layer and expert, and itself
+Change = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]
 
 
 class Megatron:
     """The Megatron-Core model of a checkpoint, on this rank."""
 
     def __init__(self, config: Config, parts: Parts, here: Ranks, change: Change | None = None):
-        self.parts, self.change = parts, change
+        self.parts = parts
+        self.change = change
         few = {"num_layers": 1, "moe_ffn_hidden_size": 2 * FEW, "ffn_hidden_size": 2 * FEW}
         self.ends = self._model(config, here, **few)
         self.one = self._model(config, here, num_layers=1, vocab_size=FEW)
@@ -157,8 +176,11 @@ class Megatron:
         """What layer `number` makes of hidden states [sequence, token, hidden]."""
         self._fill(self.one, lambda key: key.startswith(tensor_schema.LAYER), number)
         sequences, tokens, _ = hidden.shape
-        none, positions = torch.zeros(sequences, tokens, dtype=torch.long), torch.arange(tokens).expand(sequences, -1)
-        self.one(none, positions, attention_mask=None, decoder_input=hidden.transpose(0, 1).contiguous())
+        none = torch.zeros(sequences, tokens, dtype=torch.long)
+        positions = torch.arange(tokens).expand(sequences, -1)
+        self.one(
+            none, positions, attention_mask=None, decoder_input=hidden.transpose(0, 1).contiguous()
+        )
         output = self.found["hidden"]
         after = (output[0] if isinstance(output, tuple) else output).transpose(0, 1)
         routing = self.found["router"][1].bool()  # [token * sequence, expert]
@@ -170,5 +192,9 @@ class Megatron:
         """Their last part, [sequence, token, vocabulary]."""
         ends = shards.unwrap(self.ends)
         normed = ends.decoder.final_layernorm(hidden.transpose(0, 1).contiguous())
-        tied = ends.shared_embedding_or_output_weight() if ends.share_embeddings_and_output_weights else None
+        tied = (
+            ends.shared_embedding_or_output_weight()
+            if ends.share_embeddings_and_output_weights
+            else None
+        )
         return ends.output_layer(normed, weight=tied)[0].transpose(0, 1).float()

@@ -14,10 +14,20 @@ from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import positions
 
-# The largest sizes that are looked into, far beyond every model: with larger ones names are made for minutes, and the
-# shapes of tensors are beyond what a number holds.
-MOST = {"num_hidden_layers": 2**14, "head_dim": 2**16, "num_attention_heads": 2**16, "hidden_size": 2**20}
-MOST |= {"num_local_experts": 2**16, "num_experts": 2**16, "moe_intermediate_size": 2**24, "intermediate_size": 2**24}
+# The largest sizes that are looked into, far beyond every model: with larger ones names are made
+# for minutes, and the shapes of tensors are beyond what a number holds.
+MOST = {
+    "num_hidden_layers": 2**14,
+    "head_dim": 2**16,
+    "num_attention_heads": 2**16,
+    "hidden_size": 2**20,
+}
+MOST |= {
+    "num_local_experts": 2**16,
+    "num_experts": 2**16,
+    "moe_intermediate_size": 2**24,
+    "intermediate_size": 2**24,
+}
 MOST_OF_OTHERS = 2**31 - 1
 MOST_NAMES = 2**18  # layers times experts, and layers times key/value heads
 
@@ -30,9 +40,11 @@ class Architecture(NamedTuple):
     class_name: str
     same: list[tuple[str, str]]  # a key of config.json, and ours
     defaults: dict[str, Any]  # what transformers takes where config.json has no such key
-    fixed: dict[str, list[Any]]  # what such a model must have, where config.json has it at all: spellings of one value
+    # what such a model must have, where config.json has it at all: spellings of one value
+    fixed: dict[str, list[Any]]
     also: dict[str, str]  # other names of keys, old or new
-    normalised: str | None  # the key that says whether a token's weights are divided by their sum; None: they are
+    # the key that says whether a token's weights are divided by their sum; None: they are
+    normalised: str | None
     qk_layernorm: bool
 
 
@@ -67,7 +79,8 @@ QWEN3_MOE = Architecture(
     [*SAME,
         ("num_experts",           "model.num_moe_experts"),
         ("moe_intermediate_size", "model.moe_ffn_hidden_size"),
-        ("intermediate_size",     "model.ffn_hidden_size")],  # of a dense layer, which there is none of
+        # of a dense layer, which there is none of
+        ("intermediate_size",     "model.ffn_hidden_size")],
     {
         "num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
         "head_dim": None, "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 32768,
@@ -95,7 +108,12 @@ WANTED = [
 ]
 # fmt: on
 # Fields of TransformerConfig that change how something is computed and not what.
-HARMLESS = ("attention_backend", "attention_softmax_in_fp32", "moe_permute_fusion", "moe_router_fusion")
+HARMLESS = (
+    "attention_backend",
+    "attention_softmax_in_fp32",
+    "moe_permute_fusion",
+    "moe_router_fusion",
+)
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -116,17 +134,21 @@ def problems(config: Config) -> list[str]:
 
 def _router(config: Config) -> Iterator[str]:
     """What the weights of the chosen experts are made of."""
-    architecture, pre_softmax = architecture_of(config), config.router.moe_router_pre_softmax
+    architecture = architecture_of(config)
+    pre_softmax = config.router.moe_router_pre_softmax
     name = architecture.name
-    whole = f"its weights are softmax scores over all experts, {name}'s are divided by their sum over the chosen"
+    whole = (
+        f"its weights are softmax scores over all experts, {name}'s are divided by their sum"
+        " over the chosen"
+    )
     if "sinkhorn" in value_of(config, "router.moe_router_load_balancing_type"):
         yield f"router.moe_router_load_balancing_type = sinkhorn: {whole}; use another"
     elif pre_softmax and architecture.normalised:
         return  # config.json says so
     if config.model.moe_router_topk == 1:
         yield (
-            f"model.moe_router_topk = 1: Megatron-Core weighs a token's only expert by its score, {name} always by 1;"
-            " use 2 or more"
+            "model.moe_router_topk = 1: Megatron-Core weighs a token's only expert by its score,"
+            f" {name} always by 1; use 2 or more"
         )
     elif pre_softmax:
         yield f"router.moe_router_pre_softmax = true: {whole}; use false"
@@ -136,7 +158,10 @@ def _extra(config: Config) -> Iterator[str]:
     name = architecture_of(config).name
     for key, value in config.model.extra.items():
         if key not in HARMLESS:
-            yield f"model.extra.{key} = {show(value)}: it is not known that a {name} with it is still one; leave it out"
+            yield (
+                f"model.extra.{key} = {show(value)}: it is not known that a {name} with it is"
+                " still one; leave it out"
+            )
 
 
 def to_hugging_face(config: Config) -> dict[str, Any]:
@@ -146,8 +171,13 @@ def to_hugging_face(config: Config) -> dict[str, Any]:
     """
     if found := problems(config):
         raise UserError(*found)
-    architecture, theta = architecture_of(config), float(config.model.rotary_base)
-    normalised = {architecture.normalised: not config.router.moe_router_pre_softmax} if architecture.normalised else {}
+    architecture = architecture_of(config)
+    theta = float(config.model.rotary_base)
+    normalised = (
+        {architecture.normalised: not config.router.moe_router_pre_softmax}
+        if architecture.normalised
+        else {}
+    )
     sizes = {theirs: value_of(config, ours) for theirs, ours in architecture.same}
     if wrong := _sizes(sizes, architecture):
         raise UserError(*[f"config.json: {problem}" for problem in wrong])
@@ -177,8 +207,11 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
         if other in values and name in values and values[other] != values[name]
     ]
     given = _by_its_names(values, architecture)
-    values = {name: value for name, value in architecture.defaults.items() if name != "rope_theta"} | given
-    if architecture is MIXTRAL and values["num_key_value_heads"] is None:  # as transformers reads it
+    values = {
+        name: value for name, value in architecture.defaults.items() if name != "rope_theta"
+    } | given
+    # as transformers reads it
+    if architecture is MIXTRAL and values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
     wrong += [
         f"{name} = {show(values[name])}: mixtrain's {architecture.name} has {show(spellings[0])}"
@@ -191,10 +224,14 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(values.get(name, False), bool)
     ]
     if "auto_map" in values:
-        wrong.append("auto_map: the model wants code of its own, and none but transformers' is known or run")
+        wrong.append(
+            "auto_map: the model wants code of its own, and none but transformers' is known or run"
+        )
     wrong += _sizes(values, architecture)
     wrong += positions.window(values, architecture.name, switched=architecture is QWEN3_MOE)
-    theta, wrong_rope = positions.rope(values, architecture.name, architecture.defaults["rope_theta"])
+    theta, wrong_rope = positions.rope(
+        values, architecture.name, architecture.defaults["rope_theta"]
+    )
     if wrong + wrong_rope:
         raise UserError(*[f"config.json: {problem}" for problem in wrong + wrong_rope])
     found = {ours: values[theirs] for theirs, ours in architecture.same}
@@ -226,8 +263,21 @@ def absent(values: Mapping[str, Any]) -> list[str]:
 def beside_the_architecture(values: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config.json from_hugging_face has no use for, and to_hugging_face no value of its own."""
     architecture = _of_model_type(values)
-    own = {"architectures", "model_type", "torch_dtype", "dtype", *architecture.defaults, *architecture.fixed}
-    own |= {*architecture.also, *positions.KEYS, "auto_map", "quantization_config", "compression_config"}
+    own = {
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        *architecture.defaults,
+        *architecture.fixed,
+    }
+    own |= {
+        *architecture.also,
+        *positions.KEYS,
+        "auto_map",
+        "quantization_config",
+        "compression_config",
+    }
     return {name: value for name, value in values.items() if name not in own}
 
 
@@ -235,7 +285,9 @@ def _of_model_type(values: Mapping[str, Any]) -> Architecture:
     architecture = ARCHITECTURES.get(str(values.get("model_type")))
     if architecture is None:
         known = " and ".join(ARCHITECTURES)
-        raise UserError(f"config.json: model_type = {show(values.get('model_type'))}: mixtrain converts {known}")
+        raise UserError(
+            f"config.json: model_type = {show(values.get('model_type'))}: mixtrain converts {known}"
+        )
     return architecture
 
 
@@ -245,14 +297,17 @@ def _by_its_names(values: Mapping[str, Any], architecture: Architecture) -> dict
 
 def _among(value: Any, spellings: list[Any]) -> bool:
     """1 is not true and 0 not false."""
-    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in spellings)
+    return any(
+        value == each and isinstance(value, bool) == isinstance(each, bool) for each in spellings
+    )
 
 
 def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
     """What is wrong with the numbers of a config.json, each alone and one against another."""
     wrong = []
     for theirs, _ in architecture.same:
-        value, most = values[theirs], MOST.get(theirs, MOST_OF_OTHERS)
+        value = values[theirs]
+        most = MOST.get(theirs, MOST_OF_OTHERS)
         if value is None and theirs == "head_dim":
             continue
         elif theirs == "rms_norm_eps":
@@ -264,9 +319,13 @@ def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
         return wrong
     (experts,) = (theirs for theirs, ours in architecture.same if ours == "model.num_moe_experts")
     if values["num_experts_per_tok"] > values[experts]:
-        wrong.append(f"num_experts_per_tok = {values['num_experts_per_tok']}, but {experts} = {values[experts]}")
+        wrong.append(
+            f"num_experts_per_tok = {values['num_experts_per_tok']}, but {experts} ="
+            f" {values[experts]}"
+        )
     wrong += [
-        f"num_hidden_layers = {values['num_hidden_layers']} with {name} = {values[name]} is beyond every model"
+        f"num_hidden_layers = {values['num_hidden_layers']} with {name} = {values[name]} is beyond"
+        " every model"
         for name in (experts, "num_key_value_heads")
         if values["num_hidden_layers"] * values[name] > MOST_NAMES
     ]

@@ -20,9 +20,11 @@ from mixtrain.interop.convert import hf_files, settings, strangers
 from mixtrain.interop.convert.hf_files import CONFIG, INDEX, SINGLE, Stored
 
 BLOCK = 1 << 24  # elements
-WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")  # peft's, DistributedDataParallel's, torch.compile's
+# peft's, DistributedDataParallel's, torch.compile's
+WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
 ADAPTED = (".lora_A.", ".lora_B.", ".base_layer.", ".modules_to_save.")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
@@ -36,7 +38,8 @@ class Source(NamedTuple):
 
     def vocabulary(self, run_state: RunState, config: Config) -> int:
         """The rows of a checkpoint's vocabulary that are to be compared with the directory's."""
-        here, there = self.facts["model.vocab_size"], config.model.vocab_size
+        here = self.facts["model.vocab_size"]
+        there = config.model.vocab_size
         source = run_state.hf_source
         return here if source and source["vocab_size"] <= here <= there else there
 
@@ -53,12 +56,15 @@ def read(directory: Path) -> Source:
         raise
     if quantised:
         raise UserError(
-            f"{directory / CONFIG} has {quantised}, but no tensor is quantised: take the key out if these are the"
-            f" plain weights, or {strangers.GIVE}"
+            f"{directory / CONFIG} has {quantised}, but no tensor is quantised: take the key out"
+            f" if these are the plain weights, or {strangers.GIVE}"
         )
-    facts, notes = settings.from_hugging_face(values), []
+    facts = settings.from_hugging_face(values)
+    notes = []
     if absent := settings.absent(values):
-        notes.append(f"{CONFIG} says nothing of {', '.join(absent)}: transformers' default is taken")
+        notes.append(
+            f"{CONFIG} says nothing of {', '.join(absent)}: transformers' default is taken"
+        )
     if not (directory / INDEX).exists() and not (directory / SINGLE).exists():
         notes.append(f"{next(iter(tensors.values())).path.name} is taken for {SINGLE}")
     for step in (_unwrapped, _without_frequencies, _without_a_tied_head):
@@ -72,40 +78,59 @@ Say = Callable[[str], None]
 def _unwrapped(tensors: dict[str, Stored], facts: dict[str, Any], say: Say) -> dict[str, Stored]:
     """The names without what wrappers put before all of them."""
     if adapted := next((name for name in tensors if any(part in name for part in ADAPTED)), None):
-        raise UserError(f"{adapted} is of an adapter of peft that is not merged: merge_and_unload() merges it")
-    while prefix := next((each for each in WRAPPERS if tensors and all(name.startswith(each) for name in tensors)), ""):
+        raise UserError(
+            f"{adapted} is of an adapter of peft that is not merged: merge_and_unload() merges it"
+        )
+    while prefix := next(
+        (each for each in WRAPPERS if tensors and all(name.startswith(each) for name in tensors)),
+        "",
+    ):
         tensors = {name.removeprefix(prefix): stored for name, stored in tensors.items()}
         say(f"{prefix} is taken off the names of all {len(tensors)} tensors")
     return tensors
 
 
-def _without_frequencies(tensors: dict[str, Stored], facts: dict[str, Any], say: Say) -> dict[str, Stored]:
+def _without_frequencies(
+    tensors: dict[str, Stored], facts: dict[str, Any], say: Say
+) -> dict[str, Stored]:
     """Without buffers of the rotary embedding, which follow from its base."""
     names = [name for name in tensors if FREQUENCIES.fullmatch(name)]
-    size, base = facts["model.kv_channels"], facts["model.rotary_base"]
+    size = facts["model.kv_channels"]
+    base = facts["model.rotary_base"]
     expected = base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     for name in names:
         stored = tensors[name]
         # as computed in this dtype, and the smallest number that it has
-        close = {"rtol": 8 * torch.finfo(stored.dtype).eps, "atol": torch.finfo(stored.dtype).smallest_normal}
-        if stored.shape != (len(expected),) or not torch.allclose(whole(stored).double(), expected, **close):
+        close = {
+            "rtol": 8 * torch.finfo(stored.dtype).eps,
+            "atol": torch.finfo(stored.dtype).smallest_normal,
+        }
+        if stored.shape != (len(expected),) or not torch.allclose(
+            whole(stored).double(), expected, **close
+        ):
             raise UserError(
                 f"{name} is not what head_dim = {size} and rope_theta = {base} make of it"
-                " (transformers computes it and does not read it): is rope_theta right? else take the tensor away"
+                " (transformers computes it and does not read it): is rope_theta right? else take"
+                " the tensor away"
             )
     if names:
         say(f"{names[0]}{_more(names)} is left out: it is what rope_theta = {base} makes")
     return {name: stored for name, stored in tensors.items() if name not in names}
 
 
-def _without_a_tied_head(tensors: dict[str, Stored], facts: dict[str, Any], say: Say) -> dict[str, Stored]:
+def _without_a_tied_head(
+    tensors: dict[str, Stored], facts: dict[str, Any], say: Say
+) -> dict[str, Stored]:
     """Without an output layer that is the embedding, where config.json says so."""
-    if facts["model.untie_embeddings_and_output_weights"] or not {EMBEDDING, HEAD} <= tensors.keys():
+    if (
+        facts["model.untie_embeddings_and_output_weights"]
+        or not {EMBEDDING, HEAD} <= tensors.keys()
+    ):
         return tensors
     if not equal(tensors[EMBEDDING], tensors[HEAD]):
         raise UserError(
-            f"{HEAD} and {EMBEDDING} are not equal, but config.json has tie_word_embeddings = true: with false both"
-            f" are converted; without {HEAD} the embedding is used twice"
+            f"{HEAD} and {EMBEDDING} are not equal, but config.json has tie_word_embeddings ="
+            f" true: with false both are converted; without {HEAD} the embedding is used twice"
         )
     say(f"{HEAD} is left out: it is equal to {EMBEDDING}, and tie_word_embeddings = true")
     return {name: stored for name, stored in tensors.items() if name != HEAD}
@@ -121,7 +146,12 @@ def equal(one: Stored, other: Stored) -> bool:
         return False
     count = one.nbytes // one.dtype.itemsize
     return all(
-        torch.equal(*(each.part(start, min(start + BLOCK, count)).view(torch.uint8) for each in (one, other)))
+        torch.equal(
+            *(
+                each.part(start, min(start + BLOCK, count)).view(torch.uint8)
+                for each in (one, other)
+            )
+        )
         for start in range(0, count, BLOCK)
     )
 

@@ -1,7 +1,7 @@
 """What belongs to weights beside the tensors: the configuration they are of, and the tokenizer.
 
-Rule: a checkpoint's configuration is in its run_state.json; its tokenizer lies beside it, in `tokenizer/` of the
-directory that holds the checkpoint, whoever wrote it.
+Rule: a checkpoint's configuration is in its run_state.json; its tokenizer lies beside it, in
+`tokenizer/` of the directory that holds the checkpoint, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ from mixtrain.system.links import directory_in
 
 def configuration(values: Mapping[str, Any]) -> Config:
     """The resolved Config of a model of which the keys in `values` are known; the rest is the default's."""
-    jobs, problems = compose(["data=mock", "parallel=ep1", *(f"{key}={show(value)}" for key, value in values.items())])
+    jobs, problems = compose(
+        ["data=mock", "parallel=ep1", *(f"{key}={show(value)}" for key, value in values.items())]
+    )
     config = resolve(Config.from_hydra(jobs[0].tree, problems))
     return config
 
@@ -42,7 +44,11 @@ def checkpoint_at(path: Path) -> Path:
     """
     found = directory.newest(path)
     if found is None:
-        what = "no checkpoint (iter_NNNNNNN, release) and no directory of some" if path.is_dir() else "no directory"
+        what = (
+            "no checkpoint (iter_NNNNNNN, release) and no directory of some"
+            if path.is_dir()
+            else "no directory"
+        )
         raise UserError(f"{path} is {what}")
     if wrong := integrity.problem(found, full=False):
         raise UserError(wrong)
@@ -56,8 +62,12 @@ class Hashes:
         """UserError if a name is not in the manifest."""
         manifest = integrity.read_manifest(checkpoint)
         if missing := sorted(names - manifest.keys()):
-            raise UserError(f"{checkpoint / missing[0]} holds weights, and {integrity.MANIFEST} does not have it")
-        self.checkpoint, self.files = checkpoint, [(name, manifest[name].size) for name in sorted(names)]
+            raise UserError(
+                f"{checkpoint / missing[0]} holds weights, and {integrity.MANIFEST} does not have"
+                " it"
+            )
+        self.checkpoint = checkpoint
+        self.files = [(name, manifest[name].size) for name in sorted(names)]
         self.size = sum(size for _, size in self.files)  # bytes
 
     def jobs(self, processes: int) -> list[Job]:
@@ -67,14 +77,18 @@ class Hashes:
 
     def _compare(self, names: set[str], advance: Advance) -> None:
         beat = partial(advance, integrity.BLOCK)
-        if wrong := integrity.problem(self.checkpoint, full=True, beat=beat, only=names.__contains__):
+        if wrong := integrity.problem(
+            self.checkpoint, full=True, beat=beat, only=names.__contains__
+        ):
             raise UserError(wrong)
 
 
 def config_of(checkpoint: Path) -> Config:
     """The resolved Config of the run that wrote a checkpoint; keys it did not know yet have the default's value."""
     (job,), _ = compose([])
-    return Config.from_hydra(OmegaConf.merge(job.tree, OmegaConf.create(state_of(checkpoint).config)))
+    return Config.from_hydra(
+        OmegaConf.merge(job.tree, OmegaConf.create(state_of(checkpoint).config))
+    )
 
 
 def state_of(checkpoint: Path) -> RunState:
@@ -89,27 +103,32 @@ def for_one_rank(config: Config, precision: str) -> Config:
     """The same model on one rank of a CPU, computing as transformers does: no jitter, no forced routing."""
     own = configuration({"trainer.precision": precision})
     model = replace(config.model, transformer_impl=TransformerImpl.torch)
-    router = replace(config.router, moe_input_jitter_eps=None, moe_router_force_load_balancing=False)
+    router = replace(
+        config.router, moe_input_jitter_eps=None, moe_router_force_load_balancing=False
+    )
     return replace(own, model=model, router=router)
 
 
 def run_state(config: Config, hf_source: dict[str, Any] | None = None) -> RunState:
     """The state of weights of no run: nothing has been trained yet."""
-    return RunState(config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))), hf_source=hf_source)
+    return RunState(
+        config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))), hf_source=hf_source
+    )
 
 
 def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
     """The directory of a checkpoint's tokenizer, which lies beside it; None if none.
 
-    UserError if it is a link to another place, or if the checkpoint only names one: the path in its run_state.json may
-    be anybody's, and what lies there would be given away with the export.
+    UserError if it is a link to another place, or if the checkpoint only names one: the path in its
+    run_state.json may be anybody's, and what lies there would be given away with the export.
     """
     if beside := directory_in(checkpoint.resolve().parent, TOKENIZER):
         return beside
     named = config.data.tokenizer
     if named and Path(named).is_dir():
         raise UserError(
-            f"there is no tokenizer beside {checkpoint}, which names {named}; if it is that, type --tokenizer {named}"
+            f"there is no tokenizer beside {checkpoint}, which names {named}; if it is that, type"
+            f" --tokenizer {named}"
         )
     return None
 

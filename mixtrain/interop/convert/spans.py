@@ -36,13 +36,15 @@ class Index(NamedTuple):
     by_key: dict[str, list[Run]]
     by_name: dict[str, list[Run]]
     shapes: dict[str, tuple[int, ...]]  # of Megatron's tensors
-    names: dict[str, tuple[int, ...]]  # shapes of Hugging Face's, in the order in which the model uses them
+    # shapes of Hugging Face's, in the order in which the model uses them
+    names: dict[str, tuple[int, ...]]
 
 
 def index(config: Config, layout: str, vocabulary: int | None = None) -> Index:
     """The runs of a resolved Config's model in a layout, `hub` or `fused`.
 
-    `vocabulary`: the rows that Hugging Face's tensors have, if not all. No run has the elements of the others.
+    `vocabulary`: the rows that Hugging Face's tensors have, if not all. No run has the elements of
+    the others.
     """
     shapes = tensor_schema.shapes(config)
     found = Index({key: [] for key in shapes}, {}, shapes, {})
@@ -64,7 +66,10 @@ def _position(keys: list[str]):
     last = {key for key in keys[keys.index("decoder.final_layernorm.weight") :]}
 
     def position(piece: Piece) -> tuple:
-        return (piece.key in last, piece.numbers[:1] if piece.key.startswith(tensor_schema.LAYER) else ())
+        return (
+            piece.key in last,
+            piece.numbers[:1] if piece.key.startswith(tensor_schema.LAYER) else (),
+        )
 
     return position
 
@@ -76,7 +81,8 @@ def runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Run]:
         base = base * size + number
     base *= math.prod(piece.shape)
     for name, view in piece.views(torch.empty(piece.shape, device="meta")).items():
-        axes, count = view.dim(), 1
+        axes = view.dim()
+        count = 1
         while axes and view.stride(axes - 1) == count:
             axes -= 1
             count *= view.shape[axes]
@@ -85,7 +91,9 @@ def runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Run]:
             yield Run(name, number * count, piece.key, base + view.storage_offset() + offset, count)
 
 
-def overlapping(several: list[Run], start: int, stop: int, first: int) -> Iterable[tuple[Run, int, int]]:
+def overlapping(
+    several: list[Run], start: int, stop: int, first: int
+) -> Iterable[tuple[Run, int, int]]:
     """(run, its first element, its last + 1) of those that have some of the elements start..stop of a side.
 
     `first` is the number of the field that is the beginning of a run on that side; several is sorted by it, and has
@@ -93,10 +101,12 @@ def overlapping(several: list[Run], start: int, stop: int, first: int) -> Iterab
     """
     at = bisect_right(several, start, key=lambda run: run[first]) - 1
     for run in several[at:]:
-        low, high = max(start - run[first], 0), min(stop - run[first], run.count)
+        low = max(start - run[first], 0)
+        high = min(stop - run[first], run.count)
         if low >= high:
             return
         yield run, low, high
 
 
-PLACE, START = Run._fields.index("place"), Run._fields.index("start")
+PLACE = Run._fields.index("place")
+START = Run._fields.index("start")

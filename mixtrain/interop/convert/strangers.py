@@ -33,7 +33,12 @@ ENDS = {
     ".weight_scale_inv": "fp8 with scales of blocks",
     ".weight_scale": "fp8 with scales",
 }
-KINDS = {"F8_E4M3": "fp8", "F8_E5M2": "fp8", "U8": "packing several numbers in a byte", "I8": "8-bit whole numbers"}
+KINDS = {
+    "F8_E4M3": "fp8",
+    "F8_E5M2": "fp8",
+    "U8": "packing several numbers in a byte",
+    "I8": "8-bit whole numbers",
+}
 KINDS |= {"I32": "packing several numbers in an integer"}
 
 
@@ -42,15 +47,19 @@ def refuse(directory: Path) -> None:
     if (directory / "adapter_config.json").exists():
         call = shlex.quote(MERGE.format(str(directory).rstrip("/").replace("'", r"\'")))
         raise UserError(
-            f"{directory} has adapter_config.json: an adapter of peft, not a model; merge it first: python -c {call};"
-            " if these weights are merged already, take adapter_config.json away"
+            f"{directory} has adapter_config.json: an adapter of peft, not a model; merge it"
+            f" first: python -c {call}; if these weights are merged already, take"
+            " adapter_config.json away"
         )
     if directory.is_dir() and not any((directory / name).exists() for name in USUAL):
-        own = sorted(path.name for path in directory.iterdir() if path.name.startswith("consolidated."))
+        own = sorted(
+            path.name for path in directory.iterdir() if path.name.startswith("consolidated.")
+        )
         if own:
             raise UserError(
-                f"{directory / own[0]} is in Mistral's own format: give the files of the same model on the hub that"
-                f" have Hugging Face's names ({USUAL[1]} and model-00001-of-....safetensors, config.json)"
+                f"{directory / own[0]} is in Mistral's own format: give the files of the same"
+                f" model on the hub that have Hugging Face's names ({USUAL[1]} and"
+                " model-00001-of-....safetensors, config.json)"
             )
 
 
@@ -69,6 +78,10 @@ def quantisation(values: Mapping[str, Any]) -> str:
     """The key of a config.json that says how its model is quantised, with the method; "" if none does."""
     for key in ("quantization_config", "compression_config"):
         if (there := values.get(key)) is not None:
-            method = there.get("quant_method", "an unknown method") if isinstance(there, Mapping) else there
+            method = (
+                there.get("quant_method", "an unknown method")
+                if isinstance(there, Mapping)
+                else there
+            )
             return f"{key} (quantised by {show(method)})"
     return ""

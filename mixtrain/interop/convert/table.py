@@ -34,34 +34,77 @@ LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
 MOE = LAYER + "block_sparse_moe."
 
-# fmt: off
-# The names in files: those on the hub, of transformers 4, and of transformers 5 unless told otherwise.
-HUB = [Row(*row) for row in [
-    ("embedding.word_embeddings.weight",                       "rows",    "model.embed_tokens.weight"),
-    (MEGATRON + "self_attention.linear_qkv.layer_norm_weight", "whole",   LAYER + "input_layernorm.weight"),
-    (MEGATRON + "self_attention.linear_qkv.weight",            "qkv",     f"{ATTENTION}q_proj.weight {ATTENTION}k_proj.weight {ATTENTION}v_proj.weight"),  # noqa: E501
-    (MEGATRON + "self_attention.linear_proj.weight",           "whole",   ATTENTION + "o_proj.weight"),
-    (MEGATRON + "pre_mlp_layernorm.weight",                    "whole",   LAYER + "post_attention_layernorm.weight"),
-    (MEGATRON + "mlp.router.weight",                           "whole",   MOE + "gate.weight"),
-    (MEGATRON + "mlp.experts.experts.linear_fc1.weight",       "gate_up", f"{MOE}experts.{{expert}}.w1.weight {MOE}experts.{{expert}}.w3.weight"),  # noqa: E501
-    (MEGATRON + "mlp.experts.experts.linear_fc2.weight",       "whole",   MOE + "experts.{expert}.w2.weight"),
-    ("decoder.final_layernorm.weight",                         "whole",   "model.norm.weight"),
-    ("output_layer.weight",                                    "rows",    "lm_head.weight"),
-]]
-# What is another in transformers 5's memory, and in files that it saves with save_original_format=False.
-FUSED = [Row(*row) for row in [
-    (MEGATRON + "mlp.router.weight",                           "whole",   LAYER + "mlp.gate.weight"),
-    (MEGATRON + "mlp.experts.experts.linear_fc1.weight",       "whole",   LAYER + "mlp.experts.gate_up_proj"),
-    (MEGATRON + "mlp.experts.experts.linear_fc2.weight",       "whole",   LAYER + "mlp.experts.down_proj"),
-]]
+# fmt: off The names in files: those on the hub, of transformers 4, and of transformers 5 unless
+# told otherwise.
+HUB = [
+    Row(*row)
+    for row in [
+        ("embedding.word_embeddings.weight", "rows", "model.embed_tokens.weight"),
+        (
+            MEGATRON + "self_attention.linear_qkv.layer_norm_weight",
+            "whole",
+            LAYER + "input_layernorm.weight",
+        ),
+        (
+            MEGATRON + "self_attention.linear_qkv.weight",
+            "qkv",
+            f"{ATTENTION}q_proj.weight {ATTENTION}k_proj.weight {ATTENTION}v_proj.weight",
+        ),  # noqa: E501
+        (MEGATRON + "self_attention.linear_proj.weight", "whole", ATTENTION + "o_proj.weight"),
+        (MEGATRON + "pre_mlp_layernorm.weight", "whole", LAYER + "post_attention_layernorm.weight"),
+        (MEGATRON + "mlp.router.weight", "whole", MOE + "gate.weight"),
+        (
+            MEGATRON + "mlp.experts.experts.linear_fc1.weight",
+            "gate_up",
+            f"{MOE}experts.{{expert}}.w1.weight {MOE}experts.{{expert}}.w3.weight",
+        ),  # noqa: E501
+        (
+            MEGATRON + "mlp.experts.experts.linear_fc2.weight",
+            "whole",
+            MOE + "experts.{expert}.w2.weight",
+        ),
+        ("decoder.final_layernorm.weight", "whole", "model.norm.weight"),
+        ("output_layer.weight", "rows", "lm_head.weight"),
+    ]
+]
+# What is another in transformers 5's memory, and in files that it saves with
+# save_original_format=False.
+FUSED = [
+    Row(*row)
+    for row in [
+        (MEGATRON + "mlp.router.weight", "whole", LAYER + "mlp.gate.weight"),
+        (
+            MEGATRON + "mlp.experts.experts.linear_fc1.weight",
+            "whole",
+            LAYER + "mlp.experts.gate_up_proj",
+        ),
+        (
+            MEGATRON + "mlp.experts.experts.linear_fc2.weight",
+            "whole",
+            LAYER + "mlp.experts.down_proj",
+        ),
+    ]
+]
 # What is another, or more, in the files of Qwen3-MoE. In memory it is called as Mixtral is.
-QWEN3_MOE = [Row(*row) for row in [
-    (MEGATRON + "self_attention.q_layernorm.weight",           "whole",   ATTENTION + "q_norm.weight"),
-    (MEGATRON + "self_attention.k_layernorm.weight",           "whole",   ATTENTION + "k_norm.weight"),
-    (MEGATRON + "mlp.router.weight",                           "whole",   LAYER + "mlp.gate.weight"),
-    (MEGATRON + "mlp.experts.experts.linear_fc1.weight",       "gate_up", f"{LAYER}mlp.experts.{{expert}}.gate_proj.weight {LAYER}mlp.experts.{{expert}}.up_proj.weight"),  # noqa: E501
-    (MEGATRON + "mlp.experts.experts.linear_fc2.weight",       "whole",   LAYER + "mlp.experts.{expert}.down_proj.weight"),  # noqa: E501
-]]
+QWEN3_MOE = [
+    Row(*row)
+    for row in [
+        (MEGATRON + "self_attention.q_layernorm.weight", "whole", ATTENTION + "q_norm.weight"),
+        (MEGATRON + "self_attention.k_layernorm.weight", "whole", ATTENTION + "k_norm.weight"),
+        (MEGATRON + "mlp.router.weight", "whole", LAYER + "mlp.gate.weight"),
+        (
+            MEGATRON + "mlp.experts.experts.linear_fc1.weight",
+            "gate_up",
+            f"{LAYER}mlp.experts.{{expert}}.gate_proj.weight"
+            f" {LAYER}mlp.experts.{{expert}}.up_proj.weight",
+        ),  # noqa: E501
+        (
+            MEGATRON + "mlp.experts.experts.linear_fc2.weight",
+            "whole",
+            LAYER + "mlp.experts.{expert}.down_proj.weight",
+        ),  # noqa: E501
+    ]
+]
 # fmt: on
 LAYOUTS = ("hub", "fused")
 
@@ -95,8 +138,8 @@ def cut_qkv(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
     return list(by_group.split([heads.queries, 1, 1], dim=1))
 
 
-# Each gives views, in the order of the row's names. The axes that a view has more than the tensor, its first ones, are
-# one in Hugging Face's.
+# Each gives views, in the order of the row's names. The axes that a view has more than the tensor,
+# its first ones, are one in Hugging Face's.
 CUTS = {"whole": cut_whole, "rows": cut_rows, "gate_up": cut_gate_up, "qkv": cut_qkv}
 
 
@@ -124,11 +167,17 @@ class Piece(NamedTuple):
 
     def read(self, part: torch.Tensor) -> dict[str, torch.Tensor]:
         """The Hugging Face tensors of a Megatron part: views of it, but for q, k and v of several groups."""
-        return {name: view.flatten(0, view.dim() - part.dim()) for name, view in self.views(part).items()}
+        return {
+            name: view.flatten(0, view.dim() - part.dim())
+            for name, view in self.views(part).items()
+        }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the Hugging Face tensors."""
-        return {name: tuple(view.shape) for name, view in self.read(torch.empty(self.shape, device="meta")).items()}
+        return {
+            name: tuple(view.shape)
+            for name, view in self.read(torch.empty(self.shape, device="meta")).items()
+        }
 
 
 def rows(architecture: Architecture, layout: str) -> dict[str, Row]:
@@ -144,14 +193,25 @@ def pieces(config: Config, layout: str, vocabulary: int | None = None) -> Iterat
 
     `vocabulary`: how many rows of the vocabulary Hugging Face's tensors have, if not all.
     """
-    model, shapes, table = config.model, tensor_schema.shapes(config), rows(settings.architecture_of(config), layout)
+    model = config.model
+    shapes = tensor_schema.shapes(config)
+    table = rows(settings.architecture_of(config), layout)
     heads = Heads(
-        model.num_query_groups, model.num_attention_heads // model.num_query_groups, model.kv_channels, vocabulary
+        model.num_query_groups,
+        model.num_attention_heads // model.num_query_groups,
+        model.kv_channels,
+        vocabulary,
     )
     if uncovered := [key for key in shapes if key not in table]:
-        raise RuntimeError(f"no row of mixtrain/interop/convert/table.py covers {', '.join(uncovered)}")
-    if spare := [key for key in table if key not in shapes and tensor_schema.condition(key) != "untied"]:
-        raise RuntimeError(f"rows of mixtrain/interop/convert/table.py are of no tensor: {', '.join(spare)}")
+        raise RuntimeError(
+            f"no row of mixtrain/interop/convert/table.py covers {', '.join(uncovered)}"
+        )
+    if spare := [
+        key for key in table if key not in shapes and tensor_schema.condition(key) != "untied"
+    ]:
+        raise RuntimeError(
+            f"rows of mixtrain/interop/convert/table.py are of no tensor: {', '.join(spare)}"
+        )
     for key in shapes:
         templates = table[key].names.split()
         axes = templates[0].count("{")

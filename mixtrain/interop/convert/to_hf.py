@@ -27,7 +27,13 @@ from mixtrain.interop.convert.casting import Casting, warn
 from mixtrain.interop.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
 from mixtrain.interop.convert.output import Advance, dealt, in_processes, write_text, written_whole
 from mixtrain.interop.convert.settings import to_hugging_face
-from mixtrain.interop.convert.source_config import Hashes, checkpoint_at, config_of, state_of, tokenizer_of
+from mixtrain.interop.convert.source_config import (
+    Hashes,
+    checkpoint_at,
+    config_of,
+    state_of,
+    tokenizer_of,
+)
 from mixtrain.interop.convert.spans import Index
 from mixtrain.interop.convert.weights import check
 from mixtrain.system.links import directory_in
@@ -54,7 +60,8 @@ class Origin(NamedTuple):
         """The elements of a tensor in their order, as they lie together, in blocks of at most BLOCK bytes."""
         most = BLOCK // self.cast.dtype.itemsize
         for run in self.index.by_name[name]:
-            at, end = run.place, run.place + run.count
+            at = run.place
+            end = run.place + run.count
             while at < end:
                 stop = min(end, self.parts.together(run.key, at, most))
                 yield self.cast(name, self.parts.flat(run.key, at, stop))
@@ -83,7 +90,8 @@ def convert(
     weights are numbers. UserError with everything that is wrong, a Fault if the disk is full: then there is no out_dir.
     """
     checkpoint = checkpoint_at(ckpt_dir)
-    run, config = state_of(checkpoint), config_of(checkpoint)
+    run = state_of(checkpoint)
+    config = config_of(checkpoint)
     values = to_hugging_face(config)
     parts = Parts(checkpoint)
     tokenizer = _tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
@@ -97,7 +105,10 @@ def convert(
     hashes = Hashes(checkpoint, parts.files(origin.index.shapes)) if verify else None
     with written_whole(out_dir, size, len(origin.index.names)) as out:
         shards = shards_of(out, origin, max_shard_size)
-        jobs = [partial(_write_shards, share, origin) for share in dealt(shards, processes, lambda shard: shard.size)]
+        jobs = [
+            partial(_write_shards, share, origin)
+            for share in dealt(shards, processes, lambda shard: shard.size)
+        ]
         beside = hashes.jobs(processes) if hashes else []
         found = in_processes("to Hugging Face", jobs, size + (hashes.size if hashes else 0), beside)
         if len(shards) > 1:
@@ -111,7 +122,9 @@ def convert(
     return checkpoint
 
 
-def _tokenizer(given: Path | None, checkpoint: Path, config: Config, allow_other: bool) -> Path | None:
+def _tokenizer(
+    given: Path | None, checkpoint: Path, config: Config, allow_other: bool
+) -> Path | None:
     """The tokenizer that goes with the model. What is wrong with its files is said before anything is copied."""
     found = given or tokenizer_of(checkpoint, config)
     if found and not tokenizer_files(found) and given:
@@ -135,7 +148,9 @@ def _origin(parts: Parts, index: Index, dtype: torch.dtype | None, allow_nonfini
         check(index.shapes, stored, NAMES, mixed=dtype is not None)
     except UserError as error:
         raise UserError(*(f"{parts.directory}: {problem}" for problem in error.problems)) from None
-    return Origin(parts, index, Casting(dtype or next(iter(stored.values())).dtype, allow_nonfinite))
+    return Origin(
+        parts, index, Casting(dtype or next(iter(stored.values())).dtype, allow_nonfinite)
+    )
 
 
 def shards_of(out: Path, origin: Origin, most: int) -> list[Shard]:
@@ -178,7 +193,8 @@ def header(shard: Shard, origin: Origin) -> bytes:
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in shard.names:
-        begin, end = end, end + origin.size(name)
+        begin = end
+        end = end + origin.size(name)
         entries[name] = {
             "dtype": NAMES[origin.cast.dtype],
             "shape": list(origin.index.names[name]),

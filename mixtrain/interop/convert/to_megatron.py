@@ -1,7 +1,8 @@
 """From a directory of Hugging Face to a Megatron-Core checkpoint that any layout reads.
 
-Rule: the chunks on the disk follow from the model alone, so that every layout of Hugging Face's files gives the same
-checkpoint, byte for byte. No chunk is larger than BLOCK, and no more than a few are in memory.
+Rule: the chunks on the disk follow from the model alone, so that every layout of Hugging Face's
+files gives the same checkpoint, byte for byte. No chunk is larger than BLOCK, and no more than a
+few are in memory.
 """
 
 from __future__ import annotations
@@ -77,8 +78,11 @@ def convert(
     Config of the model.
     """
     found = source.read(hf_dir)
-    tensors, vocabulary = found.tensors, found.facts["model.vocab_size"]
-    config = configuration(found.facts | {"model.vocab_size": padding.padded(vocabulary, divisible_by)})
+    tensors = found.tensors
+    vocabulary = found.facts["model.vocab_size"]
+    config = configuration(
+        found.facts | {"model.vocab_size": padding.padded(vocabulary, divisible_by)}
+    )
     mixtral(config)
     index = spans.index(config, layout_of(config, tensors), vocabulary)
     check(index.names, tensors, DTYPES.values(), mixed=dtype is not None)
@@ -112,10 +116,14 @@ class Origin(NamedTuple):
 
     def read(self, part: Part) -> torch.Tensor:
         """A chunk: a window on a file where it lies together in one, else a copy."""
-        found = list(spans.overlapping(self.index.by_key[part.key], part.start, part.stop, spans.PLACE))
+        found = list(
+            spans.overlapping(self.index.by_key[part.key], part.start, part.stop, spans.PLACE)
+        )
         pieces = [self.cast(run.name, self._part(run, low, high)) for run, low, high in found]
         if rest := part.stop - part.start - sum(piece.numel() for piece in pieces):
-            pieces.append(self.padding.part(part.key, part.stop - rest, part.stop).to(self.cast.dtype))
+            pieces.append(
+                self.padding.part(part.key, part.stop - rest, part.stop).to(self.cast.dtype)
+            )
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.size)
 
     def _part(self, run: spans.Run, low: int, high: int) -> torch.Tensor:
@@ -125,18 +133,31 @@ class Origin(NamedTuple):
 def parts_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Part]:
     """A tensor's chunks: a layer and an expert each, in even shares of rows where that is more than BLOCK."""
     axes = tensor_schema.stacked(key)
-    inner, rows = math.prod(shape[axes + 1 :]), shape[axes]
+    inner = math.prod(shape[axes + 1 :])
+    rows = shape[axes]
     shares = -(-rows * inner * dtype.itemsize // BLOCK)
     step = -(-rows // shares)
     for number, place in enumerate(product(*map(range, shape[:axes]))):
         for first in range(0, rows, step):
-            count, start = min(step, rows - first), (number * rows + first) * inner
+            count = min(step, rows - first)
+            start = (number * rows + first) * inner
             offset = (*place, first, *(0 for _ in shape[axes + 1 :]))
-            yield Part(key, offset, (*(1 for _ in place), count, *shape[axes + 1 :]), start, start + count * inner)
+            yield Part(
+                key,
+                offset,
+                (*(1 for _ in place), count, *shape[axes + 1 :]),
+                start,
+                start + count * inner,
+            )
 
 
 def _write(
-    release: Path, run: RunState, origin: Origin, parts: list[Part], objects: dict[str, Item], processes: int
+    release: Path,
+    run: RunState,
+    origin: Origin,
+    parts: list[Part],
+    objects: dict[str, Item],
+    processes: int,
 ) -> set[str]:
     """Write the chunks, then what says where they lie, then the manifest, the last file of a checkpoint.
 
@@ -144,11 +165,21 @@ def _write(
     """
     shares = dealt(parts, processes * writing.FILES, Part.count)
     jobs = [
-        partial(_write_share, release, rank, shares[rank * writing.FILES : (rank + 1) * writing.FILES], origin)
+        partial(
+            _write_share,
+            release,
+            rank,
+            shares[rank * writing.FILES : (rank + 1) * writing.FILES],
+            origin,
+        )
         for rank in range(processes)
     ]
-    done = in_processes("to Megatron-Core", jobs, sum(map(Part.count, parts)) * origin.cast.dtype.itemsize)
-    written = [share for share, _ in done] + [writing.write(release, processes, list(objects.values()))]
+    done = in_processes(
+        "to Megatron-Core", jobs, sum(map(Part.count, parts)) * origin.cast.dtype.itemsize
+    )
+    written = [share for share, _ in done] + [
+        writing.write(release, processes, list(objects.values()))
+    ]
     if wrong := next((share for share in written if share.error), None):
         raise OSError(wrong.number or errno.EIO, wrong.error)
     small = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
@@ -160,7 +191,9 @@ def _write(
     for path in small:
         with open(path) as file:
             os.fsync(file.fileno())
-    write_manifest(release, {name: file for share in written for name, file in share.files} | describe(small))
+    write_manifest(
+        release, {name: file for share in written for name, file in share.files} | describe(small)
+    )
     directory.sync(release)
     return set().union(*(names for _, names in done))
 
@@ -169,7 +202,9 @@ def _write_share(
     release: Path, rank: int, shares: list[list[Part]], origin: Origin, advance: Advance
 ) -> tuple[Written, set[str]]:
     """Write one process's files, side by side."""
-    written = writing.write_files(release, rank, [_items(share, origin, advance) for share in shares])
+    written = writing.write_files(
+        release, rank, [_items(share, origin, advance) for share in shares]
+    )
     return written, origin.cast.nonfinite
 
 
@@ -190,7 +225,8 @@ def _extra_states(index: Index) -> Iterator[tuple[str, Item]]:
         if extra := tensor_schema.extra_state(key):
             sizes = shape[: tensor_schema.stacked(key)] or (1,)
             for place in product(*map(range, sizes)):
-                name = f"{extra}/shard_{_dotted(place)}_{_dotted(sizes)}"  # as ShardedObject.unique_key
+                # as ShardedObject.unique_key
+                name = f"{extra}/shard_{_dotted(place)}_{_dotted(sizes)}"
                 empty = io.BytesIO()
                 torch.save([None], empty)  # Megatron-Core reads a list of the objects of one key
                 yield name, (WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), empty)
@@ -204,7 +240,9 @@ def _metadata(origin: Origin, parts: list[Part], objects: list[str]) -> Metadata
     """The index of the checkpoint: every tensor and its chunks, every object."""
     chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in origin.index.shapes}
     for part in parts:
-        chunks[part.key].append(ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size)))
+        chunks[part.key].append(
+            ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size))
+        )
     properties = TensorProperties(dtype=origin.cast.dtype)
     tensors = {
         key: TensorStorageMetadata(properties, torch.Size(shape), chunks[key])

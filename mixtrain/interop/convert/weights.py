@@ -1,7 +1,7 @@
 """A whole model's tensors from Hugging Face's names to Megatron-Core's and back, in memory.
 
-Rule: every tensor that the configuration implies is there, with its shape and one dtype, and no other; else a UserError
-says what differs. Nothing is cast, padded, transposed or left out.
+Rule: every tensor that the configuration implies is there, with its shape and one dtype, and no
+other; else a UserError says what differs. Nothing is cast, padded, transposed or left out.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def to_megatron(config: Config, tensors: dict[str, torch.Tensor]) -> dict[str, t
     return wholes
 
 
-def to_hugging_face(config: Config, wholes: dict[str, torch.Tensor], layout: str = "hub") -> dict[str, torch.Tensor]:
+def to_hugging_face(
+    config: Config, wholes: dict[str, torch.Tensor], layout: str = "hub"
+) -> dict[str, torch.Tensor]:
     """Megatron-Core's whole tensors under Hugging Face's names: views of them, but for q, k and v of several groups."""
     mixtral(config)
     check(tensor_schema.shapes(config), wholes)
@@ -52,26 +54,41 @@ def mixtral(config: Config) -> None:
 def layout_of(config: Config, names: Iterable[str]) -> str:
     """Which layout the names are of: `hub` or `fused`. UserError if of both or neither."""
     given = set(names)
-    every = {layout: {name for part in pieces(config, layout) for name in part.names} for layout in LAYOUTS}
+    every = {
+        layout: {name for part in pieces(config, layout) for name in part.names}
+        for layout in LAYOUTS
+    }
     common = set.intersection(*every.values())
     of = {layout: sorted(given & every[layout] - common) for layout in LAYOUTS}
     if all(of.values()):
-        raise UserError(f"two layouts at once: {of['hub'][0]} (files) and {of['fused'][0]} (transformers 5 in memory)")
+        raise UserError(
+            f"two layouts at once: {of['hub'][0]} (files) and {of['fused'][0]} (transformers 5 in"
+            " memory)"
+        )
     if not any(of.values()):
         either = " nor ".join(min(every[layout] - common) for layout in LAYOUTS)
-        raise UserError(f"no router or expert of a Mixtral is among the {len(given)} tensors: neither {either}")
+        raise UserError(
+            f"no router or expert of a Mixtral is among the {len(given)} tensors: neither {either}"
+        )
     return "hub" if of["hub"] else "fused"
 
 
-def check(shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], dtypes=DTYPES, mixed=False) -> None:
+def check(
+    shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Any], dtypes=DTYPES, mixed=False
+) -> None:
     """UserError if the tensors are not those of `shapes`, by name, shape and dtype: one for all, unless `mixed`."""
     there = [name for name in shapes if name in tensors]
     usual = tensors[there[0]].dtype if there else DTYPES[0]
     found = [
-        *first(f"{name} is missing, of shape {shape}" for name, shape in shapes.items() if name not in tensors),
+        *first(
+            f"{name} is missing, of shape {shape}"
+            for name, shape in shapes.items()
+            if name not in tensors
+        ),
         *first(f"{name} is not a tensor of this model" for name in tensors if name not in shapes),
         *first(
-            f"{name} has shape {tuple(tensors[name].shape)}; the configuration makes it {shapes[name]}"
+            f"{name} has shape {tuple(tensors[name].shape)}; the configuration makes it"
+            f" {shapes[name]}"
             for name in there
             if tuple(tensors[name].shape) != shapes[name]
         ),

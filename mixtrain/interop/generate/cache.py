@@ -30,11 +30,15 @@ class Row:
     lengths: list[int]  # tokens of each sequence; only 1, or all of a prompt
 
     @staticmethod
-    def of(sequences: list[list[int]], starts: list[int], multiple: int, device: torch.device) -> Row:
+    def of(
+        sequences: list[list[int]], starts: list[int], multiple: int, device: torch.device
+    ) -> Row:
         """The tokens of sequences from their position `starts` on, filled up to a multiple that is not zero."""
         tokens = [token for sequence in sequences for token in sequence]
         positions = [
-            start + number for start, part in zip(starts, sequences, strict=True) for number in range(len(part))
+            start + number
+            for start, part in zip(starts, sequences, strict=True)
+            for number in range(len(part))
         ]
         filling = [0] * (-len(tokens) % multiple if tokens else multiple)
         row = torch.tensor([tokens + filling, positions + filling], device=device)
@@ -68,29 +72,41 @@ class CachedAttention(torch.nn.Module):
         row = self.cache.row
         if self.keys.numel() == 0:
             shape = (self.cache.sequences, key.shape[2], self.cache.length, key.shape[3])
-            self.keys, self.values = key.new_zeros(shape), value.new_zeros(shape)
+            self.keys = key.new_zeros(shape)
+            self.values = value.new_zeros(shape)
         parts = (tensor[:, 0] for tensor in (query, key, value))
         attended = query.new_zeros(len(query), 1, query.shape[2] * query.shape[3])
         used = self._latest(row, *parts) if row.is_decoding else self._prompts(row, *parts)
         attended[: len(used), 0] = used
         return attended
 
-    def _prompts(self, row: Row, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _prompts(
+        self, row: Row, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """Whole prompts, each attending to itself: no token of another is touched, and no mask is made."""
-        found, start = [], 0
+        found = []
+        start = 0
         for sequence, length in enumerate(row.lengths):
             here = slice(start, start := start + length)
             q, k, v = (tensor[here].transpose(0, 1) for tensor in (query, key, value))
-            self.keys[sequence, :, :length], self.values[sequence, :, :length] = k, v
-            found.append(self._attend(q[None], k[None], v[None], is_causal=True)[0].transpose(0, 1).flatten(1))
+            self.keys[sequence, :, :length] = k
+            self.values[sequence, :, :length] = v
+            found.append(
+                self._attend(q[None], k[None], v[None], is_causal=True)[0]
+                .transpose(0, 1)
+                .flatten(1)
+            )
         return torch.cat(found)
 
-    def _latest(self, row: Row, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _latest(
+        self, row: Row, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         """The latest token of each sequence, attending to all before it."""
         number = len(row.lengths)
         positions = row.positions[:number]
         each = torch.arange(number, device=positions.device)
-        self.keys[each, :, positions], self.values[each, :, positions] = key[:number], value[:number]
+        self.keys[each, :, positions] = key[:number]
+        self.values[each, :, positions] = value[:number]
         longest = int(positions.max()) + 1 if number else 0
         seen = torch.arange(longest, device=positions.device) <= positions[:, None]
         attended = self._attend(
@@ -99,7 +115,9 @@ class CachedAttention(torch.nn.Module):
         )  # fmt: skip
         return attended.flatten(1)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **mask
+    ) -> torch.Tensor:
         if not query.numel():
             return query
         return F.scaled_dot_product_attention(
@@ -112,7 +130,8 @@ class Rotation(torch.nn.Module):
 
     def __init__(self, rotary: torch.nn.Module, cache: Cache):
         super().__init__()
-        self.rotary, self.cache = rotary, cache
+        self.rotary = rotary
+        self.cache = cache
 
     def get_rotary_seq_len(self, *_: object, **__: object) -> int:
         return len(self.cache.row.positions)
@@ -128,9 +147,9 @@ class Cache:
     def __init__(self, model: torch.nn.Module):
         """`model` is the GPTModel itself; from now on it answers for the tokens of `row`, and gives the logits of the
         last token of each sequence alone."""
-        self.sequence_parallel, self.tensor_ranks = (
-            model.config.sequence_parallel, model.config.tensor_model_parallel_size
-        )  # fmt: skip
+        # fmt: skip
+        self.sequence_parallel = model.config.sequence_parallel
+        self.tensor_ranks = model.config.tensor_model_parallel_size
         self.row: Row | None = None
         self.sequences = self.length = 0
         self.layers: list[CachedAttention] = []
@@ -144,7 +163,8 @@ class Cache:
 
     def begin(self, sequences: int, length: int) -> None:
         """Forget everything: from here on so many sequences, none with more positions than `length`."""
-        self.sequences, self.length = sequences, length
+        self.sequences = sequences
+        self.length = length
         for layer in self.layers:
             layer.keys = layer.values = torch.empty(0)
 
@@ -152,7 +172,8 @@ class Cache:
         """Go on with some of the sequences, in this order."""
         self.sequences = len(sequences)
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[sequences], layer.values[sequences]
+            layer.keys = layer.keys[sequences]
+            layer.values = layer.values[sequences]
 
     def _last_rows(self, _: torch.nn.Module, arguments: tuple) -> tuple:
         """Before the output layer: of a prompt's tokens only the last one's logits are wanted."""
@@ -162,4 +183,7 @@ class Cache:
         if self.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden)
         hidden = hidden[self.row.last(self.tensor_ranks)]
-        return (scatter_to_sequence_parallel_region(hidden) if self.sequence_parallel else hidden, *others)
+        return (
+            scatter_to_sequence_parallel_region(hidden) if self.sequence_parallel else hidden,
+            *others,
+        )

@@ -54,26 +54,41 @@ class Watch:
     """Whoever looks on: both are called on every rank after each pass."""
 
     asked_to_stop: Callable[[], bool] = lambda: False
-    progress: Callable[[int, int], None] = lambda tokens, unfinished: None  # of all replicas: in this pass; sequences
+    # of all replicas: in this pass; sequences
+    progress: Callable[[int, int], None] = lambda tokens, unfinished: None
 
 
 class Generator:
     """The model of this rank, with a cache, and its part in choosing tokens."""
 
-    def __init__(self, chunk: torch.nn.Module, device: torch.device, sampling: Sampling, limits: Limits, watch: Watch):
-        self.chunk, self.device, self.sampling = chunk.eval(), device, sampling
-        self.limits, self.watch = limits, watch
+    def __init__(
+        self,
+        chunk: torch.nn.Module,
+        device: torch.device,
+        sampling: Sampling,
+        limits: Limits,
+        watch: Watch,
+    ):
+        self.chunk = chunk.eval()
+        self.device = device
+        self.sampling = sampling
+        self.limits = limits
+        self.watch = watch
         self.cache = Cache(unwrap(chunk))
-        self.multiple = chunk.config.tensor_model_parallel_size  # sequence parallelism cuts a row in so many
+        # sequence parallelism cuts a row in so many
+        self.multiple = chunk.config.tensor_model_parallel_size
 
     def continue_all(self, batch: list[Sequence]) -> bool:
         """Continue a batch, dealt out to the replicas, and bring what came of it to every rank; `run` for the rest."""
-        replica, replicas = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+        replica = parallel_state.get_data_parallel_rank()
+        replicas = parallel_state.get_data_parallel_world_size()
         stopping = self.run(batch[replica::replicas])
         mine = [(each.tokens, each.reason) for each in batch[replica::replicas]]
         if replicas > 1:
             found: list = [None] * replicas
-            torch.distributed.all_gather_object(found, mine, group=parallel_state.get_data_parallel_group())
+            torch.distributed.all_gather_object(
+                found, mine, group=parallel_state.get_data_parallel_group()
+            )
             for place, sequence in enumerate(batch):
                 sequence.tokens, sequence.reason = found[place % replicas][place // replicas]
         return stopping
@@ -84,13 +99,20 @@ class Generator:
 
         All ranks must call, whether they have sequences or not.
         """
-        longest = max((len(sequence.prompt) for sequence in sequences), default=0) + self.limits.max_new_tokens
+        longest = (
+            max((len(sequence.prompt) for sequence in sequences), default=0)
+            + self.limits.max_new_tokens
+        )
         self.cache.begin(len(sequences), longest)
         streams = {each.number: stream(self.sampling.seed, each.number) for each in sequences}
-        going, latest, starts = sequences, [each.prompt for each in sequences], [0] * len(sequences)
+        going = sequences
+        latest = [each.prompt for each in sequences]
+        starts = [0] * len(sequences)
         while True:
             logits = self.forward(Row.of(latest, starts, self.multiple, self.device))
-            self.share(going, [self.choice(*pair, streams) for pair in zip(going, logits, strict=False)])
+            self.share(
+                going, [self.choice(*pair, streams) for pair in zip(going, logits, strict=False)]
+            )
             kept = [place for place, sequence in enumerate(going) if not sequence.reason]
             if (stopping := self.stopping(len(going), len(kept))) is not None:
                 break
@@ -125,7 +147,9 @@ class Generator:
             return torch.empty(0)
         return gather_from_tensor_model_parallel_region(results[0])[0, : len(row.lengths)]
 
-    def choice(self, sequence: Sequence, logits: torch.Tensor, streams: dict[int, torch.Generator]) -> tuple[int, int]:
+    def choice(
+        self, sequence: Sequence, logits: torch.Tensor, streams: dict[int, torch.Generator]
+    ) -> tuple[int, int]:
         """(the next token, the number of the reason to end with it), decided on one rank of the replica."""
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             return 0, 0
@@ -139,9 +163,13 @@ class Generator:
         chosen = torch.tensor(choices or [(0, 0)] * len(going), device=self.device)
         if parallel_state.is_pipeline_last_stage():
             source = parallel_state.get_tensor_model_parallel_src_rank()
-            torch.distributed.broadcast(chosen, source, group=parallel_state.get_tensor_model_parallel_group())
+            torch.distributed.broadcast(
+                chosen, source, group=parallel_state.get_tensor_model_parallel_group()
+            )
         source = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast(chosen, source, group=parallel_state.get_pipeline_model_parallel_group())
+        torch.distributed.broadcast(
+            chosen, source, group=parallel_state.get_pipeline_model_parallel_group()
+        )
         for sequence, (token, reason) in zip(going, chosen.tolist(), strict=True):
             sequence.tokens.append(token)
             sequence.reason = REASONS[reason]
@@ -152,7 +180,9 @@ class Generator:
         `produced` tokens in this pass and `left` sequences, of this replica.
         """
         first = parallel_state.get_model_parallel_group().rank() == 0  # speaks for its replica
-        facts = torch.tensor([produced * first, left * first, self.watch.asked_to_stop()], device=self.device)
+        facts = torch.tensor(
+            [produced * first, left * first, self.watch.asked_to_stop()], device=self.device
+        )
         torch.distributed.all_reduce(facts)
         produced, left, asked = facts.tolist()
         self.watch.progress(produced, left)

@@ -24,13 +24,18 @@ class Sampling:
 
     temperature: float = 0.0  # divides the logits; 0 takes the likeliest token
     top_k: int | None = None  # only the so many likeliest
-    top_p: float | None = None  # only the likeliest that together have this probability (Holtzman et al. 2020)
+    # only the likeliest that together have this probability (Holtzman et al. 2020)
+    top_p: float | None = None
     seed: int = 0
-    vocabulary: int | None = None  # the ids below it alone: those after it are of rows that were added; None: all
+    # the ids below it alone: those after it are of rows that were added; None: all
+    vocabulary: int | None = None
 
     def problems(self) -> Iterator[str]:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            yield f"--temperature {self.temperature:g} must be 0, which takes the likeliest token, or above"
+            yield (
+                f"--temperature {self.temperature:g} must be 0, which takes the likeliest"
+                " token, or above"
+            )
         if self.top_k is not None and self.top_k < 1:
             yield f"--top-k {self.top_k} must be at least 1"
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -40,7 +45,9 @@ class Sampling:
         if self.temperature == 0:
             for name, value in (("--top-k", self.top_k), ("--top-p", self.top_p)):
                 if value is not None:
-                    yield f"{name} {value:g} chooses nothing at --temperature 0; add --temperature 1"
+                    yield (
+                        f"{name} {value:g} chooses nothing at --temperature 0; add --temperature 1"
+                    )
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,9 @@ class Request:
 
     def of_model(self, tokenizer: str, vocabulary: int | None) -> Request:
         """The same for a model with so many tokens of its own, and its tokenizer."""
-        return replace(self, tokenizer=tokenizer, sampling=replace(self.sampling, vocabulary=vocabulary))
+        return replace(
+            self, tokenizer=tokenizer, sampling=replace(self.sampling, vocabulary=vocabulary)
+        )
 
     def write(self, folder: str | Path) -> None:
         Path(folder, NAME).write_text(json.dumps(asdict(self)))

@@ -36,7 +36,10 @@ def run(plan: Plan, request: Request, me: Identity) -> int:
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints
     streams.forgive()
-    with StopRequest() as stop, Watchdog(me.rank, plan.config.trainer.timeout_minutes, folder, lambda words: None):
+    with (
+        StopRequest() as stop,
+        Watchdog(me.rank, plan.config.trainer.timeout_minutes, folder, lambda words: None),
+    ):
         try:
             return _run(plan, request, me, stop, results)
         except UserError as error:
@@ -63,16 +66,22 @@ def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results:
     refuse_lengths(prompts, request.max_new_tokens, plan.config.model.max_position_embeddings)
     with process_groups.start(plan, me) as here:
         beat("load")
-        load.refuse_another_model(plan, Path(plan.config.checkpoint.load_weights))  # sizes that a file says
+        # sizes that a file says
+        load.refuse_another_model(plan, Path(plan.config.checkpoint.load_weights))
         chunks = model.build(plan, here.device, drawn=False)
         load.load_model(plan, here, chunks, Path(plan.config.checkpoint.load_weights))
         progress = Progress(len(prompts), say if here.is_first else lambda words: None)
         watch = Watch(lambda: stop.signal is not None, progress.passed)
         limits = Limits(request.max_new_tokens, text.ends(), text.stops)
         generator = Generator(chunks[0], here.device, request.sampling, limits, watch)
-        stopping, unread, size = False, False, request.batch_size * plan.data_parallel_size
+        stopping = False
+        unread = False
+        size = request.batch_size * plan.data_parallel_size
         for first in range(0, len(prompts), size):
-            batch = [Sequence(first + place, ids) for place, ids in enumerate(prompts[first : first + size])]
+            batch = [
+                Sequence(first + place, ids)
+                for place, ids in enumerate(prompts[first : first + size])
+            ]
             stopping = generator.continue_all(batch)
             if here.is_first and not unread:
                 unread = not write(results, request, text, batch)
@@ -81,7 +90,9 @@ def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results:
                 break
     progress.end(sum(map(len, prompts)))
     if (stopping or unread) and me.is_ours and me.rank == 0:
-        write_status(plan.config.run_dir, state="stopped", step=0, max_steps=1, reason="stopped on request")
+        write_status(
+            plan.config.run_dir, state="stopped", step=0, max_steps=1, reason="stopped on request"
+        )
     return FINISHED
 
 
@@ -94,8 +105,8 @@ def refuse_lengths(prompts: list[list[int]], new: int, positions: int) -> None:
         if len(prompt) + new > positions:
             left = positions - len(prompt)
             problems.append(
-                f"prompt {number} has {count(len(prompt), 'token')}, with --max-new-tokens {new} more than"
-                f" model.max_position_embeddings = {positions:,}; "
+                f"prompt {number} has {count(len(prompt), 'token')}, with --max-new-tokens {new}"
+                f" more than model.max_position_embeddings = {positions:,}; "
                 + (f"use --max-new-tokens {left}" if left > 0 else "use a shorter one")
             )
     if problems:
@@ -116,7 +127,11 @@ def _print(results: TextIO, request: Request, text, batch: list) -> None:
     for sequence in batch:
         words = text.continuation(sequence.prompt, sequence.tokens)
         if request.as_json:
-            line = {"prompt": request.prompts[sequence.number], "text": words, "tokens": sequence.tokens}
+            line = {
+                "prompt": request.prompts[sequence.number],
+                "text": words,
+                "tokens": sequence.tokens,
+            }
             words = json.dumps({**line, "reason": sequence.reason}, ensure_ascii=False)
         print(words, file=results)
     results.flush()
@@ -130,7 +145,8 @@ class Progress:
     """How far a generation is, for who waits for it."""
 
     def __init__(self, prompts: int, say: Callable[[str], None]):
-        self.prompts, self.say = prompts, say
+        self.prompts = prompts
+        self.say = say
         self.tokens = self.passes = 0
         self.first = 0.0  # s until the first tokens
         self.started = self.said = time.perf_counter()
@@ -138,11 +154,16 @@ class Progress:
     def passed(self, tokens: int, unfinished: int) -> None:
         """A pass has given so many tokens; of the prompts in it so many go on."""
         now = time.perf_counter()
-        self.tokens, self.passes, self.first = self.tokens + tokens, self.passes + 1, self.first or now - self.started
+        self.tokens = self.tokens + tokens
+        self.passes = self.passes + 1
+        self.first = self.first or now - self.started
         beat("token", self.passes)
         if now - self.said > SECONDS:
             self.said = now
-            self.say(f"{count(self.tokens, 'token')}, {self.rate(now):,.1f} tokens/s; {unfinished} unfinished")
+            self.say(
+                f"{count(self.tokens, 'token')}, {self.rate(now):,.1f} tokens/s; {unfinished}"
+                " unfinished"
+            )
 
     def rate(self, now: float) -> float:
         return self.tokens / (now - self.started)
@@ -150,6 +171,7 @@ class Progress:
     def end(self, prompt_tokens: int) -> None:
         now = time.perf_counter()
         self.say(
-            f"{count(self.prompts, 'prompt')} with {count(prompt_tokens, 'token')} continued with {self.tokens:,} in"
-            f" {now - self.started:.2f} s: {self.rate(now):,.1f} tokens/s, the first after {self.first:.2f} s"
+            f"{count(self.prompts, 'prompt')} with {count(prompt_tokens, 'token')} continued with"
+            f" {self.tokens:,} in {now - self.started:.2f} s: {self.rate(now):,.1f} tokens/s, the"
+            f" first after {self.first:.2f} s"
         )

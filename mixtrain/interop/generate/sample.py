@@ -1,7 +1,7 @@
 """Which token comes next, from the logits of one position.
 
-Rule: a token takes one draw from its prompt's own random stream, and rounding in another layout's logits moves no
-boundary by more than itself: the same seed gives the same text at every layout.
+Rule: a token takes one draw from its prompt's own random stream, and rounding in another layout's
+logits moves no boundary by more than itself: the same seed gives the same text at every layout.
 """
 
 from __future__ import annotations
@@ -24,11 +24,16 @@ def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     logits = logits[: sampling.vocabulary]
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = kept(logits.double().cpu() / sampling.temperature, sampling.top_k, sampling.top_p)
-    # in the order of the vocabulary: by size, two tokens as good as equal would change places from layout to layout
+    probabilities = kept(
+        logits.double().cpu() / sampling.temperature, sampling.top_k, sampling.top_p
+    )
+    # in the order of the vocabulary: by size, two tokens as good as equal would change places from
+    # layout to layout
     ends = probabilities.cumsum(0)
     draw = torch.rand((), dtype=torch.float64, generator=generator) * ends[-1]
-    return int(torch.searchsorted(ends, draw, right=True).clamp(max=int(probabilities.nonzero()[-1])))
+    return int(
+        torch.searchsorted(ends, draw, right=True).clamp(max=int(probabilities.nonzero()[-1]))
+    )
 
 
 def kept(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:

@@ -26,37 +26,55 @@ from mixtrain.launch.machine_checks import gpu_count, started_ranks
 from mixtrain.system.rank_identity import Identity
 
 SECTIONS = ("model", "router", "dispatcher")  # of the run, whole
-KEYS = ("name", "trainer.accelerator", "trainer.precision", "trainer.deterministic", "trainer.timeout_minutes")
-GROUPS = {"parallel": "ep1", "data": "mock", "checkpoint": "none", "logging": "files"}  # where the words name no other
+KEYS = (
+    "name",
+    "trainer.accelerator",
+    "trainer.precision",
+    "trainer.deterministic",
+    "trainer.timeout_minutes",
+)
+# where the words name no other
+GROUPS = {"parallel": "ep1", "data": "mock", "checkpoint": "none", "logging": "files"}
 
-# fmt: off
-# What generation sets itself. Dispatchers and implementations compute the same; the jitter is a noise of training.
+# fmt: off What generation sets itself. Dispatchers and implementations compute the same; the jitter
+# is a noise of training.
 FORCED = {
-    "model.transformer_impl":                    "torch",     # whose attention can be given a cache
-    "model.attention_backend":                   "auto",
-    "router.moe_input_jitter_eps":               None,
-    "dispatcher.moe_token_dispatcher_type":      "alltoall",  # takes another number of tokens from each rank
+    "model.transformer_impl": "torch",  # whose attention can be given a cache
+    "model.attention_backend": "auto",
+    "router.moe_input_jitter_eps": None,
+    # takes another number of tokens from each rank
+    "dispatcher.moe_token_dispatcher_type": "alltoall",
     "dispatcher.moe_pad_expert_input_to_capacity": False,
-    "dispatcher.moe_shared_expert_overlap":      False,
-    "trainer.mode":                              "train",
-    "trainer.micro_batch_size":                  1,
-    "trainer.rampup_batch_size":                 None,
-    "trainer.device_memory_gib":                 None,        # would count gradients and optimizer
+    "dispatcher.moe_shared_expert_overlap": False,
+    "trainer.mode": "train",
+    "trainer.micro_batch_size": 1,
+    "trainer.rampup_batch_size": None,
+    "trainer.device_memory_gib": None,  # would count gradients and optimizer
 }
 # Key, the values that there is generation for, and why not for others.
 REFUSED = [
-    ("parallel.context_parallel_size",                [1],
-        "no sequence is split in generation"),
-    ("parallel.virtual_pipeline_model_parallel_size", [None],
-        "a token goes through the stages once"),
-    ("parallel.data_parallel_sharding_strategy",      [None],
-        "there are no gradients and no optimizer to shard"),
-    ("dispatcher.moe_expert_capacity_factor",         [None],
-        "which tokens an expert drops depends on the prompts beside them, and so would the text"),
-    ("router.moe_router_force_load_balancing",        [False],
-        "the router chooses experts at random"),
-    ("trainer.precision",                             ["bf16", "fp32"],
-        "it needs Transformer Engine's layers, which have no cache here"),
+    ("parallel.context_parallel_size", [1], "no sequence is split in generation"),
+    (
+        "parallel.virtual_pipeline_model_parallel_size",
+        [None],
+        "a token goes through the stages once",
+    ),
+    (
+        "parallel.data_parallel_sharding_strategy",
+        [None],
+        "there are no gradients and no optimizer to shard",
+    ),
+    (
+        "dispatcher.moe_expert_capacity_factor",
+        [None],
+        "which tokens an expert drops depends on the prompts beside them, and so would the text",
+    ),
+    ("router.moe_router_force_load_balancing", [False], "the router chooses experts at random"),
+    (
+        "trainer.precision",
+        ["bf16", "fp32"],
+        "it needs Transformer Engine's layers, which have no cache here",
+    ),
 ]
 # fmt: on
 
@@ -64,7 +82,12 @@ REFUSED = [
 def composed(words: list[str]) -> tuple[DictConfig, list[str]]:
     """(what the words of the command line compose to, what is wrong with them); the model in it is not the run's."""
     if added := [word for word in words if key_of(word) in ADDED_GROUPS]:
-        raise UserError(*[f"{word}: the model is the checkpoint's; give keys of the layout alone" for word in added])
+        raise UserError(
+            *[
+                f"{word}: the model is the checkpoint's; give keys of the layout alone"
+                for word in added
+            ]
+        )
     named = {key_of(word) for word in words}
     groups = [f"{group}={option}" for group, option in GROUPS.items() if group not in named]
     jobs, problems = compose([*groups, *words])
@@ -74,13 +97,21 @@ def composed(words: list[str]) -> tuple[DictConfig, list[str]]:
 
 
 def plan_of(
-    tree: DictConfig, words: list[str], run: RunState, checkpoint: Path, folder: str, me: Identity | None, known=()
+    tree: DictConfig,
+    words: list[str],
+    run: RunState,
+    checkpoint: Path,
+    folder: str,
+    me: Identity | None,
+    known=(),
 ) -> Plan:
     """The plan of ranks that generate from a checkpoint of `run`; `folder` takes what they leave behind.
 
     UserError with every problem, after those that are `known`.
     """
-    tree = OmegaConf.merge(tree, {"run_dir": folder, "checkpoint": {"load_weights": str(checkpoint)}})
+    tree = OmegaConf.merge(
+        tree, {"run_dir": folder, "checkpoint": {"load_weights": str(checkpoint)}}
+    )
     for key, value in leaves(run.config):
         if (key.split(".")[0] in SECTIONS or key in KEYS) and not is_named(key, words):
             _set(tree, key, value)
@@ -88,20 +119,26 @@ def plan_of(
         if key not in map(key_of, words):
             _set(tree, key, value)
     config = sized(Config.from_hydra(tree, list(known)), me)
-    plan = make_plan(config, me and me.world_size, [*known, *_set_by_itself(config, words), *refused(config)])
+    plan = make_plan(
+        config, me and me.world_size, [*known, *_set_by_itself(config, words), *refused(config)]
+    )
     if lacking := [*machine(plan, me)]:
         raise UserError(*lacking)
     return plan
 
 
 def _set(tree: DictConfig, key: str, value: Any) -> None:
-    kept = dict(OmegaConf.select(tree, key) or {}) if key == "model.extra" else {}  # words may have added to it
-    OmegaConf.update(tree, key, {**value, **kept} if key == "model.extra" else value, merge=False, force_add=True)
+    # words may have added to it
+    kept = dict(OmegaConf.select(tree, key) or {}) if key == "model.extra" else {}
+    OmegaConf.update(
+        tree, key, {**value, **kept} if key == "model.extra" else value, merge=False, force_add=True
+    )
 
 
 def sized(config: Config, me: Identity | None) -> Config:
     """The sizes that rules ask for and generation has no use for: they fit the layout and mean nothing."""
-    parallel, positions = config.parallel, config.model.max_position_embeddings
+    parallel = config.parallel
+    positions = config.model.max_position_embeddings
     tensor = parallel.tensor_model_parallel_size
     resolved = resolve(config, me and me.world_size)
     return replace(
@@ -113,11 +150,17 @@ def sized(config: Config, me: Identity | None) -> Config:
 
 
 def _set_by_itself(config: Config, words: list[str]) -> Iterator[str]:
-    wanted = {**FORCED, "parallel.sequence_parallel": config.parallel.tensor_model_parallel_size > 1}
+    wanted = {
+        **FORCED,
+        "parallel.sequence_parallel": config.parallel.tensor_model_parallel_size > 1,
+    }
     for word in words:
         key, _, value = word.partition("=")
         if key_of(word) in wanted and value != show(wanted[key_of(word)]):
-            yield f"{key} = {value}: generation sets this itself, to {show(wanted[key_of(word)])}; leave it out"
+            yield (
+                f"{key} = {value}: generation sets this itself, to"
+                f" {show(wanted[key_of(word)])}; leave it out"
+            )
 
 
 def refused(config: Config) -> Iterator[str]:
@@ -132,15 +175,15 @@ def machine(plan: Plan, me: Identity | None) -> Iterator[str]:
     trainer = plan.config.trainer
     if trainer.accelerator is Accelerator.gpu and (found := gpu_count()) < trainer.devices:
         yield (
-            f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine has {found} GPUs;"
-            " use trainer.accelerator=cpu, or another layout"
+            f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine"
+            f" has {found} GPUs; use trainer.accelerator=cpu, or another layout"
         )
     if me is not None:
         yield from started_ranks(plan, me)
     elif trainer.num_nodes > 1:
         yield (
-            f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the other nodes; start"
-            " tools/generate.py on each of them with torchrun or srun"
+            f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the"
+            " other nodes; start tools/generate.py on each of them with torchrun or srun"
         )
 
 
@@ -171,7 +214,8 @@ def heading(plan: Plan, run: RunState, checkpoint: Path, damaged: list[str]) -> 
     """What is generated from, and how: lines for whoever waits."""
     for problem in damaged:
         yield f"warning: {problem}; passed over"
-    parallel, trainer = plan.config.parallel, plan.config.trainer
+    parallel = plan.config.parallel
+    trainer = plan.config.trainer
     sizes = {
         "TP": parallel.tensor_model_parallel_size,
         "PP": parallel.pipeline_model_parallel_size,
@@ -195,13 +239,20 @@ def find(given: str, full: bool) -> tuple[Path, list[str]]:
         return path, []
     damaged = []
     saved = [directory.path_of(path, step) for step in directory.steps_in(path)]
-    for newest in [*saved, *([path / directory.RELEASE] if (path / directory.RELEASE).is_dir() else [])]:
+    for newest in [
+        *saved,
+        *([path / directory.RELEASE] if (path / directory.RELEASE).is_dir() else []),
+    ]:
         if not (wrong := integrity.problem(newest, full)):
             return newest, damaged
         damaged.append(wrong)
     if damaged:
         raise UserError(*damaged, f"{given} holds no valid checkpoint")
-    what = "no checkpoint (iter_NNNNNNN, release) and no directory that holds one" if path.is_dir() else "no directory"
+    what = (
+        "no checkpoint (iter_NNNNNNN, release) and no directory that holds one"
+        if path.is_dir()
+        else "no directory"
+    )
     raise UserError(f"{given} is {what}")
 
 

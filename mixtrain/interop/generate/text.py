@@ -1,6 +1,7 @@
 """Between texts and token ids, by the same tokenizer.json as training and an exported model.
 
-Rule: nothing is fetched, and of what lies beside a tokenizer only a chat template is run, in transformers' sandbox.
+Rule: nothing is fetched, and of what lies beside a tokenizer only a chat template is run, in
+transformers' sandbox.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Text:
 
     def __init__(self, directory: str, stop: list[str]):
         """UserError if the directory holds no tokenizer, or a damaged one."""
-        self.directory, self.stop = Path(directory), stop
+        self.directory = Path(directory)
+        self.stop = stop
         self.tokenizer = load_tokenizer(self.directory, parse_special_tokens=True)
         self.named = special_tokens(self.directory)
         self.tail = TOKENS_OF_A_CHARACTER * (max(map(len, stop), default=0) + 1)
@@ -41,12 +43,18 @@ class Text:
         """A prompt as a user's first words in the chat template."""
         template = chat_template(self.directory)
         if not template:
-            raise UserError(f"--chat: the tokenizer {self.directory} has no chat template; leave it out")
+            raise UserError(
+                f"--chat: the tokenizer {self.directory} has no chat template; leave it out"
+            )
         said = [{"role": "user", "content": prompt}]
         try:
-            (text,), _ = render_jinja_template([said], chat_template=template, add_generation_prompt=True, **self.named)
+            (text,), _ = render_jinja_template(
+                [said], chat_template=template, add_generation_prompt=True, **self.named
+            )
         except TemplateError as error:
-            raise UserError(f"--chat: the chat template of {self.directory} fails: {error}") from None
+            raise UserError(
+                f"--chat: the chat template of {self.directory} fails: {error}"
+            ) from None
         return text
 
     def stops(self, tokens: list[int]) -> bool:
@@ -58,10 +66,15 @@ class Text:
 
     def continuation(self, prompt: list[int], tokens: list[int]) -> str:
         """The text of the new tokens, up to the first stop text."""
-        before, whole = self._decode(prompt), self._decode(prompt + tokens)
+        before = self._decode(prompt)
+        whole = self._decode(prompt + tokens)
         # after the prompt's: a tokenizer may drop the space before a text's first word
         text = whole.removeprefix(before) if whole.startswith(before) else self._decode(tokens)
-        return text[: min((place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text))]
+        return text[
+            : min(
+                (place for stop in self.stop if (place := text.find(stop)) >= 0), default=len(text)
+            )
+        ]
 
     def _decode(self, tokens: list[int]) -> str:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)

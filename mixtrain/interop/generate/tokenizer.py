@@ -1,6 +1,7 @@
 """Where the tokenizer of a checkpoint lies. No torch.
 
-Rule: it is the one that the run was trained with, or the one that was given; never one that only happens to be there.
+Rule: it is the one that the run was trained with, or the one that was given; never one that only
+happens to be there.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from mixtrain.errors import UserError
 GIVE = "give --tokenizer DIRECTORY"
 
 
-def directory_of(given: str | None, checkpoint: Path, run: RunState, vocab_size: int, allow_other: bool = False) -> str:
+def directory_of(
+    given: str | None, checkpoint: Path, run: RunState, vocab_size: int, allow_other: bool = False
+) -> str:
     """The tokenizer's directory; UserError if there is none, it is not the run's, or has more tokens than the model."""
     found = Path(given) if given else _of_run(checkpoint, run)
     if given and not allow_other:
@@ -27,7 +30,10 @@ def directory_of(given: str | None, checkpoint: Path, run: RunState, vocab_size:
         refuse_other(found, own, checkpoint)
     tokens = tokenizer_vocab_size(found)
     if tokens > vocab_size:
-        raise UserError(f"{found} has {tokens} tokens, more than model.vocab_size = {vocab_size}; {GIVE} of this model")
+        raise UserError(
+            f"{found} has {tokens} tokens, more than model.vocab_size = {vocab_size}; {GIVE} of"
+            " this model"
+        )
     return str(found)
 
 
@@ -42,7 +48,9 @@ def _of_run(checkpoint: Path, run: RunState) -> Path:
         return beside
     data = run.config.get("data", {})
     if not (named := data.get("tokenizer")):
-        raise UserError(f"there is no tokenizer beside {checkpoint} (data.kind = {data.get('kind')}); {GIVE}")
+        raise UserError(
+            f"there is no tokenizer beside {checkpoint} (data.kind = {data.get('kind')}); {GIVE}"
+        )
     for base in _bases(checkpoint, run):
         if (base / named / "tokenizer.json").is_file():
             return base / named
@@ -52,6 +60,7 @@ def _of_run(checkpoint: Path, run: RunState) -> Path:
 def _bases(checkpoint: Path, run: RunState) -> Iterator[Path]:
     """What the relative paths of the run start from: here, or where it was started, which its run_dir tells."""
     yield Path()
-    parts, tail = checkpoint.resolve().parent.parts, Path(run.config.get("run_dir", "")).parts
+    parts = checkpoint.resolve().parent.parts
+    tail = Path(run.config.get("run_dir", "")).parts
     if tail and parts[-len(tail) :] == tail:
         yield Path(*parts[: -len(tail)])

@@ -21,7 +21,9 @@ class Follower:
     """Repeats the lines of a log that are for the terminal. Use as a context manager."""
 
     def __init__(self, log: Path):
-        self.log, self.read, self.ending = log, 0, threading.Event()
+        self.log = log
+        self.read = 0
+        self.ending = threading.Event()
         self.thread = threading.Thread(target=self._follow, daemon=True)
 
     def __enter__(self) -> Follower:

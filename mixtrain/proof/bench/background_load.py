@@ -19,7 +19,9 @@ def busy_seconds() -> float:
     Linux says so; elsewhere it is always 0.
     """
     try:
-        ticks = [int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        ticks = [
+            int(number) for number in Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        ]
     except (OSError, ValueError):
         return 0.0
     user, nice, system, _, _, interrupts, soft, stolen = ticks[:8]
@@ -30,11 +32,13 @@ class Others:
     """Within the block something of ours works."""
 
     def __enter__(self) -> Others:
-        self.busy_before, self.began = busy_seconds(), time.monotonic()
+        self.busy_before = busy_seconds()
+        self.began = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.seconds, self.all = time.monotonic() - self.began, busy_seconds() - self.busy_before
+        self.seconds = time.monotonic() - self.began
+        self.all = busy_seconds() - self.busy_before
 
     def busy(self, own: float = 0.0) -> float:
         """CPUs that others kept busy on average; `own`: CPU seconds of ours."""

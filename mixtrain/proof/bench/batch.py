@@ -12,7 +12,8 @@ from mixtrain.data.batches import IDS
 
 def microbatches(plan: Plan, rank: int = 0, size: int = 1) -> Iterator[dict[str, torch.Tensor]]:
     """The microbatches of data-parallel rank `rank` of `size`: together they are the same batch at every size."""
-    trainer, length = plan.config.trainer, plan.config.data.seq_length
+    trainer = plan.config.trainer
+    length = plan.config.data.seq_length
     generator = torch.Generator().manual_seed(plan.config.seed)
     shape = (trainer.global_batch_size, length + 1)
     tokens = torch.randint(0, plan.config.model.vocab_size, shape, generator=generator)

@@ -31,7 +31,8 @@ class Taken:
 
     seconds: float  # to the end, or to the line
     cpu_seconds: float
-    peak_bytes: int | None  # resident, of the fullest process; null where it was less than this one's
+    # resident, of the fullest process; null where it was less than this one's
+    peak_bytes: int | None
 
 
 def filled(line: str, shared: Path, folder: Path) -> str:
@@ -70,9 +71,12 @@ def run(name: str, line: str, shared: Path, folder: Path, until: str | None, cwd
     return Taken(seen if until else ended, usage.ru_utime + usage.ru_stime, _peak(usage))
 
 
-def _watched(child: subprocess.Popen, until: str | None, began: float) -> tuple[float | None, list[str]]:
+def _watched(
+    child: subprocess.Popen, until: str | None, began: float
+) -> tuple[float | None, list[str]]:
     """(when `until` was found, all lines), when the child's output has ended; after MINUTES it is killed."""
-    seen, printed = None, []
+    seen = None
+    printed = []
     patience = threading.Timer(60 * MINUTES, os.killpg, (child.pid, signal.SIGKILL))
     patience.daemon = True
     patience.start()

@@ -1,8 +1,9 @@
 """From readings to figures: medians, ratios pair by pair, and how sure a median is. No torch.
 
-Rule: a ratio is taken within a round, of two turns one shortly after the other, and then the median over rounds: on a
-machine that others use too, two medians of the whole time would compare two different machines. Where ENOUGH rounds
-were quiet, the figures are theirs alone; how many they were is said.
+Rule: a ratio is taken within a round, of two turns one shortly after the other, and then the median
+over rounds: on a machine that others use too, two medians of the whole time would compare two
+different machines. Where ENOUGH rounds were quiet, the figures are theirs alone; how many they were
+is said.
 """
 
 from __future__ import annotations
@@ -74,9 +75,12 @@ def _row(readings: list[Reading]) -> Iterator[Figures]:
 
 
 def _figures(name: str, variants: dict[str, list[Reading]], rounds: int, quiet: int) -> Figures:
-    first, own = next(iter(variants.values())), variants[name]
+    first = next(iter(variants.values()))
+    own = variants[name]
     peaks = [reading.peak_bytes for reading in own if reading.peak_bytes is not None]
-    same = {key: getattr(own[0], key) for key in ("unit", "ranks", "held_bytes", "state_bytes", *FLOPS)}
+    same = {
+        key: getattr(own[0], key) for key in ("unit", "ranks", "held_bytes", "state_bytes", *FLOPS)
+    }
     return Figures(
         own[0].row,
         name,
@@ -85,7 +89,9 @@ def _figures(name: str, variants: dict[str, list[Reading]], rounds: int, quiet: 
         rate=median(rate(reading) for reading in own),
         seconds=median(reading.seconds for reading in own),
         ratio=None if own is first else ratio([rate(a) / rate(b) for a, b in pairs(first, own)]),
-        cpu_ratio=None if own is first else ratio([cpu_rate(a) / cpu_rate(b) for a, b in pairs(first, own)]),
+        cpu_ratio=None
+        if own is first
+        else ratio([cpu_rate(a) / cpu_rate(b) for a, b in pairs(first, own)]),
         peak_bytes=max(peaks) if peaks else None,
         **same,
     )
@@ -110,11 +116,14 @@ def ratio(values: list[float]) -> Ratio:
 
     With fewer than six values there is none so sure, and it is all of them.
     """
-    ordered, count = sorted(values), len(values)
+    ordered = sorted(values)
+    count = len(values)
 
     def left_out(cut: int) -> float:
         """How often the true median lies outside of the values that are left when `cut` are cut off at each end."""
         return 2 * sum(math.comb(count, number) for number in range(cut + 1)) / 2**count
 
-    cut = max((cut for cut in range((count + 1) // 2) if left_out(cut) <= 1 - CONFIDENCE), default=0)
+    cut = max(
+        (cut for cut in range((count + 1) // 2) if left_out(cut) <= 1 - CONFIDENCE), default=0
+    )
     return Ratio(median(ordered), ordered[cut], ordered[count - 1 - cut])

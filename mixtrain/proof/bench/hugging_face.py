@@ -58,4 +58,6 @@ def built(plan: Plan, chosen: dict[str, str], device: torch.device) -> PreTraine
 
 
 def gradient_norm(model: torch.nn.Module) -> float:
-    return sum(parameter.grad.double().pow(2).sum().item() for parameter in model.parameters()) ** 0.5
+    return (
+        sum(parameter.grad.double().pow(2).sum().item() for parameter in model.parameters()) ** 0.5
+    )

@@ -1,7 +1,7 @@
 """The processes of variants and their turns: A B C D A B C D. No torch.
 
-Rule: one variant works at a time and all others wait; every wait for a process is bounded, and a process that fails
-ends the benchmark with its last words.
+Rule: one variant works at a time and all others wait; every wait for a process is bounded, and a
+process that fails ends the benchmark with its last words.
 """
 
 from __future__ import annotations
@@ -55,13 +55,18 @@ class Processes:
 
     def __init__(self, variant: Variant, scenario: Scenario, folder: Path):
         folder.mkdir(parents=True)
-        self.variant, self.folder, self.children = variant, folder, []
+        self.variant = variant
+        self.folder = folder
+        self.children = []
         threads = scenario.threads and max(1, scenario.threads // variant.ranks)
         for rank in range(variant.ranks):
             me = Identity(rank, variant.ranks, rank, variant.ranks, f"file://{folder}/rendezvous")
-            spec, own = folder / f"spec_{rank}", folder / f"rank_{rank}"
+            spec = folder / f"spec_{rank}"
+            own = folder / f"rank_{rank}"
             own.mkdir()
-            spec.write_bytes(pickle.dumps(Spec(variant, me, scenario.repeats, scenario.warmup, threads, own)))
+            spec.write_bytes(
+                pickle.dumps(Spec(variant, me, scenario.repeats, scenario.warmup, threads, own))
+            )
             self.children.append(self._start(spec, own, threads))
 
     def ready(self) -> Computed:
@@ -92,7 +97,10 @@ class Processes:
                 child.stdin.write("\n")
                 child.stdin.flush()
         answers = self._answers()
-        slowest = {key: max(answer[key] for answer in answers) for key in ("seconds", "amount", "peak_bytes")}
+        slowest = {
+            key: max(answer[key] for answer in answers)
+            for key in ("seconds", "amount", "peak_bytes")
+        }
         return slowest | {"cpu_seconds": sum(answer["cpu_seconds"] for answer in answers)}
 
     def _answers(self) -> list[dict[str, Any]]:
@@ -105,7 +113,10 @@ class Processes:
                 ready = selector.select(60 * MINUTES)
                 if not ready:
                     silent = sorted(set(range(len(self.children))) - set(answers))
-                    raise Fault(f"{self.variant.name}: rank {silent[0]} has not answered for {MINUTES} minutes")
+                    raise Fault(
+                        f"{self.variant.name}: rank {silent[0]} has not answered for {MINUTES}"
+                        " minutes"
+                    )
                 for key, _ in ready:
                     answers[key.data] = self._answer(key.data)
                     selector.unregister(key.fileobj)
@@ -115,7 +126,9 @@ class Processes:
         child = self.children[rank]
         if not (line := child.stdout.readline()):
             words = (self.folder / f"rank_{rank}" / "log").read_text().strip()[-2000:]
-            raise Fault(f"{self.variant.name}: rank {rank} ended with exit code {child.wait()}:\n{words}")
+            raise Fault(
+                f"{self.variant.name}: rank {rank} ended with exit code {child.wait()}:\n{words}"
+            )
         return json.loads(line)
 
     def close(self) -> None:

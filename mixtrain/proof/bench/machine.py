@@ -20,7 +20,9 @@ def facts() -> dict[str, str]:
         "machine": _cpu(),
         **({"gpu": gpu} if (gpu := _gpu()) else {}),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(f"{name} {version}" for name in PACKAGES if (version := _version(name))),
+        "versions": ", ".join(
+            f"{name} {version}" for name in PACKAGES if (version := _version(name))
+        ),
         "commit": _commit(),
     }
 
@@ -41,8 +43,14 @@ def _cpu() -> str:
 
 def _gpu() -> str | None:
     try:
-        asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-        return subprocess.run(asked, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()[0]
+        asked = [
+            "nvidia-smi",
+            "--query-gpu=name,memory.total,driver_version",
+            "--format=csv,noheader",
+        ]
+        return subprocess.run(
+            asked, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
@@ -57,6 +65,8 @@ def _version(package: str) -> str | None:
 def _commit() -> str:
     asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+        return subprocess.run(
+            asked, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "not a git checkout"

@@ -14,7 +14,8 @@ class Memory:
     """`begin` is called when everything is imported and before anything is built."""
 
     def __init__(self, gpu: bool):
-        self.gpu, self.base = gpu, 0
+        self.gpu = gpu
+        self.base = 0
 
     def begin(self) -> None:
         self.base = 0 if self.gpu else resident()
@@ -26,7 +27,8 @@ class Memory:
 
             torch.cuda.reset_peak_memory_stats()
         else:
-            with contextlib.suppress(OSError):  # a container may forbid it: then the peak is that of the process's life
+            # a container may forbid it: then the peak is that of the process's life
+            with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:

@@ -41,7 +41,8 @@ def trains(plan: Plan, me: Identity, measure: Measure, memory: Memory) -> Iterat
     """A rank's work. Each repeat takes the whole global batch, always the same."""
     with started(plan, me, memory) as here:
         if measure is Measure.step:
-            (_, once), norm = steps(plan, here), None
+            (_, once) = steps(plan, here)
+            norm = None
         else:
             once, norm = passes(plan, here)
 
@@ -69,7 +70,9 @@ def steps(plan: Plan, here: Any):
     def once() -> dict[str, float]:
         facts, _ = run.take(run.state.step + 1, stop)
         if facts["lm_loss"] is None:
-            raise RuntimeError(f"step {facts['step']} was skipped: this benchmark is of steps that are taken")
+            raise RuntimeError(
+                f"step {facts['step']} was skipped: this benchmark is of steps that are taken"
+            )
         return {"sum": facts["lm_loss"], "tokens": 1, "norm": facts["grad_norm"]}
 
     return training, once
@@ -108,7 +111,11 @@ class Forever:
         from megatron.core import parallel_state
 
         self.batch = list(
-            microbatches(plan, parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size())
+            microbatches(
+                plan,
+                parallel_state.get_data_parallel_rank(),
+                parallel_state.get_data_parallel_world_size(),
+            )
         )
 
     def __iter__(self):

@@ -24,8 +24,10 @@ def write(folder: Path, layers: int) -> None:
     facts = published()["mistralai/Mixtral-8x7B-v0.1"] | {"model.num_layers": layers}
     config = source_config.configuration(facts)
     whole = to_hf.Origin(None, spans.index(config, "hub"), Casting(torch.bfloat16))
-    shards, noise = to_hf.shards_of(folder, whole, 5 * 10**9), bytearray(os.urandom(BLOCK))
-    noise[1::2] = bytes(byte & 0xBF for byte in noise[1::2])  # numbers below 2: else one in 256 would be none
+    shards = to_hf.shards_of(folder, whole, 5 * 10**9)
+    noise = bytearray(os.urandom(BLOCK))
+    # numbers below 2: else one in 256 would be none
+    noise[1::2] = bytes(byte & 0xBF for byte in noise[1::2])
     for shard in shards:
         with open(shard.path, "wb") as file:
             file.write(to_hf.header(shard, whole))

@@ -1,7 +1,7 @@
 """One turn of one variant, as a line of a CSV file. No torch.
 
-Rule: a line has all that its figures need; what is the same for all lines (machine, versions, commit) stands above them
-as `# name: value`.
+Rule: a line has all that its figures need; what is the same for all lines (machine, versions,
+commit) stands above them as `# name: value`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class Reading:
     round: int
     variant: str
     seconds: float  # of the slowest rank
-    cpu_seconds: float  # of all ranks and their threads together: what it costs where others use the machine too
+    # of all ranks and their threads together: what it costs where others use the machine too
+    cpu_seconds: float
     amount: float
     unit: str  # of the amount: tokens, bytes, runs
     others: float  # CPUs that other processes of the machine kept busy meanwhile
@@ -39,9 +40,13 @@ def write(path: Path, facts: dict[str, str], readings: Iterable[Reading]) -> Non
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
-        writer = csv.DictWriter(file, [field.name for field in fields(Reading)], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, [field.name for field in fields(Reading)], lineterminator="\n"
+        )
         writer.writeheader()
-        writer.writerows({name: _text(value) for name, value in asdict(reading).items()} for reading in readings)
+        writer.writerows(
+            {name: _text(value) for name, value in asdict(reading).items()} for reading in readings
+        )
 
 
 def _text(value: object) -> object:

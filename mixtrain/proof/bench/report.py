@@ -14,7 +14,11 @@ from mixtrain.system.console import Console
 
 GIB = 2**30
 WIDTH = 100
-UNITS = {"tokens": ("tokens/s", 1, ",.0f"), "bytes": ("GB/s", 1e-9, ".2f"), "runs": ("s", None, ".2f")}
+UNITS = {
+    "tokens": ("tokens/s", 1, ",.0f"),
+    "bytes": ("GB/s", 1e-9, ".2f"),
+    "runs": ("s", None, ".2f"),
+}
 
 
 def show(facts: dict[str, str], readings: Iterable[Reading]) -> None:
@@ -39,7 +43,9 @@ def _table(found: list[Figures], gpu: str | None) -> Table:
     columns = {
         unit: [f"{figure.rate * scale if scale else figure.seconds:{form}}" for figure in found],
         f"{first} / this": [str(figure.ratio or "") for figure in found],
-        "CPU time": [f"{figure.cpu_ratio.median:.2f}" if figure.cpu_ratio else "" for figure in found],
+        "CPU time": [
+            f"{figure.cpu_ratio.median:.2f}" if figure.cpu_ratio else "" for figure in found
+        ],
         "peak": [_gib(figure.peak_bytes) for figure in found],
         "state": [_gib(figure.held_bytes) for figure in found],
         "planned": [_gib(figure.state_bytes) for figure in found],
@@ -61,7 +67,10 @@ def _table(found: list[Figures], gpu: str | None) -> Table:
 
 
 def _rounds(figure: Figures) -> str:
-    rounds = f"{figure.rounds} round{'s' * (figure.rounds > 1)}, {figure.quiet_rounds} of them on a quiet machine"
+    rounds = (
+        f"{figure.rounds} round{'s' * (figure.rounds > 1)}, {figure.quiet_rounds} of them on"
+        " a quiet machine"
+    )
     return f"{rounds}: {'these' if figure.quiet_rounds >= ENOUGH else 'all'} count"
 
 
@@ -85,13 +94,25 @@ def _mfu(figure: Figures, peak: int | None) -> str:
 
 def legend(facts: dict[str, str], found: list[Figures]) -> Iterator[str]:
     """What the columns mean, in lines of a terminal."""
-    yield "speed: median over rounds; ratio: median of those within a round (95% interval); CPU time: that"
+    yield (
+        "speed: median over rounds; ratio: median of those within a round (95% interval); CPU"
+        " time: that"
+    )
     yield "of work per second of CPU time, which others on the machine disturb less"
     if any(figure.held_bytes for figure in found):
-        yield "peak, state: GiB on the fullest rank within steps and of what lives on between them; planned:"
+        yield (
+            "peak, state: GiB on the fullest rank within steps and of what lives on between"
+            " them; planned:"
+        )
         yield "that state by the plan"
     if "gpu" in facts:
-        yield "TF/s: TFLOP/s a GPU, 6 a weight and token and the causal half of attention's scores; whole: all of"
-        yield "the scores, as in Megatron-Core's published figures. What is recomputed is not counted."
+        yield (
+            "TF/s: TFLOP/s a GPU, 6 a weight and token and the causal half of attention's"
+            " scores; whole: all of"
+        )
+        yield (
+            "the scores, as in Megatron-Core's published figures. What is recomputed is not"
+            " counted."
+        )
         if peak := peak_tflops(facts["gpu"]):
             yield f"MFU: whole over the dense bf16 peak of {peak} TFLOP/s"

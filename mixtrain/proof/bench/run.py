@@ -1,7 +1,7 @@
 """A benchmark from its variants to its readings. No torch.
 
-Rule: no ratio is given of variants that have not been seen to compute the same, before the first of them is timed where
-their processes live side by side.
+Rule: no ratio is given of variants that have not been seen to compute the same, before the first of
+them is timed where their processes live side by side.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ from mixtrain.proof.bench.reading import Reading
 from mixtrain.proof.bench.scenario import Measure, Row, Scenario
 from mixtrain.proof.bench.variants import Variant
 
-# How far LM losses and norms of gradients may differ, relatively. fp32: sums in another order. bf16: every product is
-# rounded to 3 digits, in another order, and the choice of experts nearest to a tie may fall the other way.
-TOLERANCE = {Precision.fp32: (1e-5, 1e-3), Precision.bf16: (5e-3, 5e-2), Precision.fp8: (5e-2, 5e-1)}
+# How far LM losses and norms of gradients may differ, relatively. fp32: sums in another order.
+# bf16: every product is rounded to 3 digits, in another order, and the choice of experts nearest to
+# a tie may fall the other way.
+TOLERANCE = {
+    Precision.fp32: (1e-5, 1e-3),
+    Precision.bf16: (5e-3, 5e-2),
+    Precision.fp8: (5e-2, 5e-1),
+}
 
 Say = Callable[[str], None]
 
@@ -43,11 +48,15 @@ def readings_of(
 
         def started(variant: Variant, turn: int) -> Processes:
             found = Processes(variant, scenario, folder / str(turn) / variant.name)
-            stack.push(lambda kind, *_: found.end() if kind else None)  # after an error nobody is waited for
+            # after an error nobody is waited for
+            stack.push(lambda kind, *_: found.end() if kind else None)
             stack.callback(found.close)
             return found
 
-        say(f"{name}: {', '.join(variant.name for variant in variants)} build their models and warm up ...")
+        say(
+            f"{name}: {', '.join(variant.name for variant in variants)} build their models and"
+            " warm up ..."
+        )
         if scenario.resident:
             resident = {variant.name: started(variant, 0) for variant in variants}  # all at once
             same(name, variants, {own: processes.ready() for own, processes in resident.items()})
@@ -62,7 +71,14 @@ def readings_of(
                 with Others() as others:
                     taken = mine.turn()
                 busy = others.busy(taken["cpu_seconds"])
-                yield Reading(label, number, variant.name, others=busy, **taken, **facts_of(variant, mine.computed))
+                yield Reading(
+                    label,
+                    number,
+                    variant.name,
+                    others=busy,
+                    **taken,
+                    **facts_of(variant, mine.computed),
+                )
                 if not scenario.resident:
                     mine.close()
 
@@ -76,7 +92,8 @@ def facts_of(variant: Variant, computed: Computed) -> dict[str, Any]:
         name: memory.training_flops(config.model, config.data.seq_length, name == "flops_causal")
         for name in ("flops_causal", "flops_whole")
     }
-    whole_state = variant.measure is Measure.step  # without an optimizer there is less than the plan says
+    # without an optimizer there is less than the plan says
+    whole_state = variant.measure is Measure.step
     return {
         "unit": "tokens",
         "ranks": variant.ranks,
@@ -91,19 +108,23 @@ def same(row: str, variants: list[Variant], computed: dict[str, Computed]) -> No
     first, *others = variants
     for other in others:
         of_loss, of_norm = TOLERANCE[other.plan.config.trainer.precision]
-        one, two = computed[first.name], computed[other.name]
+        one = computed[first.name]
+        two = computed[other.name]
         pairs = [("LM loss", a, b, of_loss) for a, b in zip(one.losses, two.losses, strict=True)]
         if one.norm is not None and two.norm is not None:
             pairs.append(("gradient norm", one.norm, two.norm, of_norm))
         for what, a, b, tolerance in pairs:
             if not abs(a - b) <= tolerance * abs(a):
                 raise Fault(
-                    f"{row}: {other.name} does not compute what {first.name} does: {what} {b:.6g} against {a:.6g}, on"
-                    f" the same weights and batch (limit {tolerance:g} of it); there is nothing to compare"
+                    f"{row}: {other.name} does not compute what {first.name} does: {what} {b:.6g}"
+                    f" against {a:.6g}, on the same weights and batch (limit {tolerance:g} of it);"
+                    " there is nothing to compare"
                 )
 
 
-def _commands(name: str, row: Row, variants: list[Variant], scenario: Scenario, folder: Path) -> Iterator[Reading]:
+def _commands(
+    name: str, row: Row, variants: list[Variant], scenario: Scenario, folder: Path
+) -> Iterator[Reading]:
     shared = folder / "shared"
     shared.mkdir(parents=True)
     if row.prepare:
@@ -116,5 +137,7 @@ def _commands(name: str, row: Row, variants: list[Variant], scenario: Scenario, 
                 taken = command.run(variant.name, variant.line, shared, turn, row.until, ROOT)
             if number > 0:
                 busy = others.busy(taken.cpu_seconds)
-                yield Reading(name, number, variant.name, amount=1, unit="runs", others=busy, **asdict(taken))
+                yield Reading(
+                    name, number, variant.name, amount=1, unit="runs", others=busy, **asdict(taken)
+                )
     shutil.rmtree(shared)

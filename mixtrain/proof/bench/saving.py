@@ -30,7 +30,8 @@ def saves(plan: Plan, me: Identity, folder: Path, memory) -> Iterator[Work]:
         from mixtrain.checkpoint.state import RunState
 
         step()
-        saver, number = Saver(plan, here, training, lambda _: None), 0
+        saver = Saver(plan, here, training, lambda _: None)
+        number = 0
 
         def once() -> dict[str, float]:
             nonlocal number
@@ -51,7 +52,8 @@ def saves(plan: Plan, me: Identity, folder: Path, memory) -> Iterator[Work]:
 
 def plain_writes(plan: Plan, folder: Path, files: int) -> Work:
     """As many bytes as a checkpoint of the plan has, in a few files, two at a time as a rank writes its own."""
-    data, sizes = memoryview(os.urandom(1 << 26)), [plan.checkpoint_bytes // files] * files
+    data = memoryview(os.urandom(1 << 26))
+    sizes = [plan.checkpoint_bytes // files] * files
 
     def write(number: int) -> None:
         with open(folder / f"plain_{number}", "wb", buffering=0) as file:

@@ -17,7 +17,8 @@ from mixtrain.interop.convert.settings import problems as not_mixtral
 from mixtrain.launch.machine_checks import gpu_count, installed
 from mixtrain.proof.bench.scenario import Measure, Request, Row
 
-# Prefixes of words that are not train.py's: transformers' model, plain files, what processes get from this machine.
+# Prefixes of words that are not train.py's: transformers' model, plain files, what processes get
+# from this machine.
 FOREIGN = ("hf", "plain", "host")
 OWN_MEMORY = {"memory_settings": "false"}  # all that can be said of the machine
 
@@ -34,7 +35,9 @@ class Variant:
 
     @property
     def ranks(self) -> int:
-        return 1 if self.plan is None or {"hf", "plain"} & set(self.foreign) else self.plan.world_size
+        return (
+            1 if self.plan is None or {"hf", "plain"} & set(self.foreign) else self.plan.world_size
+        )
 
     @property
     def has_memory_settings(self) -> bool:
@@ -48,7 +51,9 @@ class Variant:
 
 def variants_of(request: Request) -> tuple[dict[str, list[Variant]], list[str]]:
     """Row -> its variants, and those left out, with the reason. UserError with every problem of all of them."""
-    found, left_out, problems = {}, [], {}
+    found = {}
+    left_out = []
+    problems = {}
     wanted = 0
     for name, row in request.scenario.rows.items():
         found[name] = []
@@ -66,7 +71,12 @@ def variants_of(request: Request) -> tuple[dict[str, list[Variant]], list[str]]:
                 wanted += 1
                 found[name].append(made)
     if problems:
-        raise UserError(*[text if len(of) == wanted else f"{'; '.join(of)}: {text}" for text, of in problems.items()])
+        raise UserError(
+            *[
+                text if len(of) == wanted else f"{'; '.join(of)}: {text}"
+                for text, of in problems.items()
+            ]
+        )
     return {name: row for name, row in found.items() if row}, list(dict.fromkeys(left_out))
 
 
@@ -74,7 +84,9 @@ def _variant(name: str, row: Row, request: Request, words: list[str]) -> Variant
     """The variant, or why this machine has none."""
     if row.measure is Measure.command:
         if request.words:
-            raise UserError(f"{request.words[0]}: this row runs commands, which take no words of train.py")
+            raise UserError(
+                f"{request.words[0]}: this row runs commands, which take no words of train.py"
+            )
         return Variant(name, row.measure, None, {}, " ".join(words))
     foreign: dict[str, dict[str, str]] = {}
     for prefix, key, value in (_cut(word) for word in words):
@@ -82,7 +94,8 @@ def _variant(name: str, row: Row, request: Request, words: list[str]) -> Variant
             foreign.setdefault(prefix, {})[key] = value
     if foreign.get("host", OWN_MEMORY) != OWN_MEMORY:
         raise UserError(
-            "host. has one word: host.memory_settings=false, without mixtrain/system/host_memory.py's settings"
+            "host. has one word: host.memory_settings=false, without"
+            " mixtrain/system/host_memory.py's settings"
         )
     own = [word for word in words if _cut(word)[0] not in FOREIGN]
     config, problems = _config(_merged(request.scenario.words, row.words, own, request.words))
@@ -120,7 +133,8 @@ def _config(words: list[str]) -> tuple[Config, list[str]]:
 
 def _lacks(config: Config, request: Request) -> str | None:
     """Why this machine cannot run an optional implementation; UserError where it cannot run the scenario at all."""
-    trainer, model = config.trainer, config.model
+    trainer = config.trainer
+    model = config.model
     if model.transformer_impl is TransformerImpl.transformer_engine:
         if not installed("transformer_engine"):
             return "the package transformer-engine is not installed"
@@ -130,7 +144,8 @@ def _lacks(config: Config, request: Request) -> str | None:
         return "cuDNN's attention needs a GPU"
     if trainer.accelerator is Accelerator.gpu and gpu_count() < (trainer.devices or 1):
         raise UserError(
-            f"scenario={request.name} is for {trainer.devices or 1} GPU, and this machine has {gpu_count()}; to run it"
-            f" to its end on this CPU, at tiny sizes: python tools/bench.py scenario={request.name} +shrink=laptop"
+            f"scenario={request.name} is for {trainer.devices or 1} GPU, and this machine has"
+            f" {gpu_count()}; to run it to its end on this CPU, at tiny sizes: python"
+            f" tools/bench.py scenario={request.name} +shrink=laptop"
         )
     return None

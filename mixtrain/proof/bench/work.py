@@ -12,5 +12,7 @@ class Work:
 
     once: Callable[[], dict[str, float]]  # with "seconds" where that is not the time that it takes
     amount: float
-    wait: Callable[[], None] = lambda: None  # until everything before has happened, here and on other ranks
-    norm: Callable[[], float] | None = None  # of the gradients that `once` has left, where it does not say so itself
+    # until everything before has happened, here and on other ranks
+    wait: Callable[[], None] = lambda: None
+    # of the gradients that `once` has left, where it does not say so itself
+    norm: Callable[[], float] | None = None

@@ -2,8 +2,8 @@
 
     python -m mixtrain.proof.bench.worker SPEC
 
-Rule: answers are lines of JSON on standard output, and nothing else is written there; whatever libraries print goes
-where standard error goes. The time of a turn is that of the work alone.
+Rule: answers are lines of JSON on standard output, and nothing else is written there; whatever
+libraries print goes where standard error goes. The time of a turn is that of the work alone.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def work_of(spec: Spec, memory: Memory) -> Iterator[Work]:
 def turn(work: Work, memory: Memory, repeats: int) -> dict[str, Any]:
     """One turn: seconds, amount, peak memory."""
     memory.forget_peak()
-    seconds, cpu_began = 0.0, time.process_time()
+    seconds = 0.0
+    cpu_began = time.process_time()
     for _ in range(repeats):
         work.wait()
         started = time.perf_counter()
@@ -75,7 +76,12 @@ def turn(work: Work, memory: Memory, repeats: int) -> dict[str, Any]:
         seconds += result.get("seconds", time.perf_counter() - started)
     cpu_seconds = time.process_time() - cpu_began
     amount = work.amount * repeats
-    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "amount": amount, "peak_bytes": memory.peak()}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "amount": amount,
+        "peak_bytes": memory.peak(),
+    }
 
 
 def serve(spec: Spec, answer: Callable[[dict], None]) -> None:
@@ -105,6 +111,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from mixtrain.proof.bench import worker  # the spec was pickled with classes of this name, not of __main__
+    # the spec was pickled with classes of this name, not of __main__
+    from mixtrain.proof.bench import worker
 
     worker.main()

@@ -55,12 +55,18 @@ def put_in(fault: Callable[[Any, int], None], rank: int) -> None:
 def routers(training: Any) -> list[Any]:
     from megatron.core.transformer.moe.router import TopKRouter
 
-    return [module for chunk in training.chunks for module in chunk.modules() if isinstance(module, TopKRouter)]
+    return [
+        module
+        for chunk in training.chunks
+        for module in chunk.modules()
+        if isinstance(module, TopKRouter)
+    ]
 
 
 def in_step(training: Any, act: Callable[[], None]) -> None:
     """Call `act` before the forward passes of step AT and of no other."""
-    chunk, steps = training.chunks[0], []
+    chunk = training.chunks[0]
+    steps = []
     zero = chunk.zero_grad_buffer
 
     def counted() -> None:

@@ -20,7 +20,8 @@ from mixtrain.checkpoint.directory import steps_in
 from mixtrain.launch.local import TRAIN
 
 FAULTY = (sys.executable, "-m", "mixtrain.proof.drill.faulty_rank")
-# A model for which a step takes some 50 ms, on two ranks that share the experts; runs of any length are one run.
+# A model for which a step takes some 50 ms, on two ranks that share the experts; runs of any length
+# are one run.
 SMALL = [
     "model.num_layers=2", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_query_groups=2",
     "model.kv_channels=16", "model.moe_ffn_hidden_size=64", "model.vocab_size=256", "data=mock", "data.seq_length=32",
@@ -43,7 +44,8 @@ class Run:
         command = FAULTY if fault else TRAIN
         path = os.pathsep.join([str(Path(TRAIN[1]).parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "COLUMNS": "100", "PYTHONPATH": path, "MIXTRAIN_FAULT": fault}
-        cache = f"data.path_to_cache={run_dir.parent.parent}/cache"  # one for all scenarios: it takes seconds to make
+        # one for all scenarios: it takes seconds to make
+        cache = f"data.path_to_cache={run_dir.parent.parent}/cache"
         with open(self.output, "w") as stream:
             self.process = subprocess.Popen(
                 [*command, f"run_dir={run_dir}", cache, *SMALL, *words],
@@ -83,7 +85,11 @@ class Run:
 
     def wait_for_a_save(self) -> None:
         """Until this run, not one that was killed before it, is writing a checkpoint."""
-        wait(lambda: set(self.run_dir.glob("iter_*.saving")) - self.left or self.ended(), 120, pause=0.001)
+        wait(
+            lambda: set(self.run_dir.glob("iter_*.saving")) - self.left or self.ended(),
+            120,
+            pause=0.001,
+        )
 
     def ended(self) -> bool:
         return self.process.poll() is not None
@@ -105,8 +111,14 @@ def processes(variable: str, run_dir: str) -> dict[int, str]:
     found = {}
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and os.readlink(entry / "fd" / "2").startswith(f"{run_dir}/logs/"):
-                variables = dict(line.split(b"=", 1) for line in (entry / "environ").read_bytes().split(b"\0") if line)
+            if entry.name.isdigit() and os.readlink(entry / "fd" / "2").startswith(
+                f"{run_dir}/logs/"
+            ):
+                variables = dict(
+                    line.split(b"=", 1)
+                    for line in (entry / "environ").read_bytes().split(b"\0")
+                    if line
+                )
                 found[int(entry.name)] = variables[variable.encode()].decode()
         except (OSError, KeyError, ValueError):
             continue  # it has ended, or is another's
@@ -124,7 +136,8 @@ def wait(until: Callable[[], object], seconds: float, pause: float = 0.02) -> No
 
 def records(run_dir: Path) -> list[dict]:
     """The lines of metrics.jsonl without what the clock decides; a line that is not whole yet is left out."""
-    path, found = run_dir / "metrics.jsonl", []
+    path = run_dir / "metrics.jsonl"
+    found = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)

@@ -38,7 +38,9 @@ class Arena:
     """Where a scenario happens: a folder, the reference, and random numbers that can be had again."""
 
     def __init__(self, folder: Path, reference: Path, seed: int, kills: int):
-        self.run_dir, self.reference, self.kills = folder / "run", reference, kills
+        self.run_dir = folder / "run"
+        self.reference = reference
+        self.kills = kills
         self.random = random.Random(seed)
 
     def run(self, *words: str, fault: str = "") -> Run:
@@ -78,8 +80,17 @@ def stopped_by(arena: Arena, number: int, who: int | None = None) -> Seen:
     status = read_status(arena.run_dir)
     saved = newest_step(arena.run_dir) == status["step"]
     again = arena.resumed(arena.finish(SHORT))
-    ok = code == FINISHED and status["state"] == "stopped" and signal.Signals(number).name in status["reason"] and saved
-    return Seen(ok and again.ok, f"{status['state']} in step {status['step']}, saved; resumed: {again.words}", 0)
+    ok = (
+        code == FINISHED
+        and status["state"] == "stopped"
+        and signal.Signals(number).name in status["reason"]
+        and saved
+    )
+    return Seen(
+        ok and again.ok,
+        f"{status['state']} in step {status['step']}, saved; resumed: {again.words}",
+        0,
+    )
 
 
 def sigterm(arena: Arena) -> Seen:
@@ -124,7 +135,9 @@ def killed(arena: Arena, run: Run, in_save: bool) -> tuple[int, int]:
 
 def sigkill_at_random(arena: Arena) -> Seen:
     """SIGKILL at random moments of training and of saves: each time it goes on from the newest save; nothing differs"""
-    words, lost, start = [f"trainer.max_steps={15 * arena.kills + 20}", "checkpoint.max_attempts=null"], [], 0
+    words = [f"trainer.max_steps={15 * arena.kills + 20}", "checkpoint.max_attempts=null"]
+    lost = []
+    start = 0
     for number in range(arena.kills):
         with arena.run(*words) as run:
             step, saved = killed(arena, run, in_save=number % 2 == 1)
@@ -135,7 +148,11 @@ def sigkill_at_random(arena: Arena) -> Seen:
     run = arena.finish(*words)
     same = arena.same(15 * arena.kills + 20)
     ok = run.code == FINISHED and same and max(lost) <= 5
-    return Seen(ok, f"{arena.kills} kills, exit {run.code}, {'metrics identical' if same else 'DIFFER'}", max(lost))
+    return Seen(
+        ok,
+        f"{arena.kills} kills, exit {run.code}, {'metrics identical' if same else 'DIFFER'}",
+        max(lost),
+    )
 
 
 def sigkill_in_a_save(arena: Arena) -> Seen:
@@ -146,12 +163,15 @@ def sigkill_in_a_save(arena: Arena) -> Seen:
         run.kill(0)
         run.wait(60)
     half = [path.name for path in arena.run_dir.glob("iter_*.saving")]
-    step, saved = run.step(), newest_step(arena.run_dir)
+    step = run.step()
+    saved = newest_step(arena.run_dir)
     again = arena.finish(SHORT)
     gone = not list(arena.run_dir.glob("iter_*.saving"))
     seen = arena.resumed(again)
     return Seen(
-        seen.ok and gone and saved > 0, f"left {', '.join(half) or 'nothing'}; resumed: {seen.words}", step - saved
+        seen.ok and gone and saved > 0,
+        f"left {', '.join(half) or 'nothing'}; resumed: {seen.words}",
+        step - saved,
     )
 
 
@@ -162,10 +182,13 @@ def killed_rank(arena: Arena) -> Seen:
         run.kill(1)
         started = time.monotonic()
         code = run.wait(60)
-    seconds, reason = time.monotonic() - started, read_status(arena.run_dir)["reason"]
+    seconds = time.monotonic() - started
+    reason = read_status(arena.run_dir)["reason"]
     seen = arena.resumed(arena.finish(SHORT))
     ok = code == FAULT and reason.startswith("rank 1 was ended by SIGKILL in step") and seconds < 30
-    return Seen(ok and seen.ok, f"exit {code} after {seconds:.0f} s: {reason}; resumed: {seen.words}", 7 - 5)
+    return Seen(
+        ok and seen.ok, f"exit {code} after {seconds:.0f} s: {reason}; resumed: {seen.words}", 7 - 5
+    )
 
 
 def stopped_rank(arena: Arena) -> Seen:
@@ -175,11 +198,21 @@ def stopped_rank(arena: Arena) -> Seen:
         run.kill(1, signal.SIGSTOP)
         started = time.monotonic()
         code = run.wait(90)
-    seconds, reason = time.monotonic() - started, read_status(arena.run_dir)["reason"]
+    seconds = time.monotonic() - started
+    reason = read_status(arena.run_dir)["reason"]
     stacks = run.text().count("innermost first")
     seen = arena.resumed(arena.finish(SHORT))
-    ok = code == FAULT and reason.startswith("rank 1 did not answer in step") and stacks == 2 and seconds < 60
-    return Seen(ok and seen.ok, f"exit {code} after {seconds:.0f} s: {reason[:60]}; {stacks} stacks; {seen.words}", 2)
+    ok = (
+        code == FAULT
+        and reason.startswith("rank 1 did not answer in step")
+        and stacks == 2
+        and seconds < 60
+    )
+    return Seen(
+        ok and seen.ok,
+        f"exit {code} after {seconds:.0f} s: {reason[:60]}; {stacks} stacks; {seen.words}",
+        2,
+    )
 
 
 def damaged(arena: Arena, damage: Callable[[Path], object], word: str) -> Seen:
@@ -189,7 +222,11 @@ def damaged(arena: Arena, damage: Callable[[Path], object], word: str) -> Seen:
     run = arena.finish(SHORT)
     seen = arena.resumed(run)
     named = word in run.text() and "after 10 steps" in run.text()
-    return Seen(seen.ok and named, f"{'named, went on from step 10' if named else 'NOT NAMED'}; {seen.words}", 5)
+    return Seen(
+        seen.ok and named,
+        f"{'named, went on from step 10' if named else 'NOT NAMED'}; {seen.words}",
+        5,
+    )
 
 
 def shard(checkpoint: Path) -> Path:
@@ -228,7 +265,11 @@ def garbage_pointer(arena: Arena) -> Seen:
     (arena.run_dir / directory.TRACKER).write_text("\0rubbish")
     run = arena.finish(SHORT)
     seen = arena.resumed(run)
-    return Seen(seen.ok and "after 15 steps" in run.text() and "names no checkpoint" in run.text(), seen.words, 0)
+    return Seen(
+        seen.ok and "after 15 steps" in run.text() and "names no checkpoint" in run.text(),
+        seen.words,
+        0,
+    )
 
 
 def nothing_valid(arena: Arena) -> Seen:
@@ -237,7 +278,11 @@ def nothing_valid(arena: Arena) -> Seen:
     flip(shard(directory.path_of(arena.run_dir, 10)))
     before = (arena.run_dir / "metrics.jsonl").read_text()
     run = arena.finish(SHORT)
-    ok = run.code == REFUSED and "holds no valid checkpoint" in run.text() and "Traceback" not in run.text()
+    ok = (
+        run.code == REFUSED
+        and "holds no valid checkpoint" in run.text()
+        and "Traceback" not in run.text()
+    )
     kept = (arena.run_dir / "metrics.jsonl").read_text() == before
     return Seen(ok and kept, f"exit {run.code}, metrics {'kept' if kept else 'LOST'}")
 
@@ -252,7 +297,8 @@ def full_disk(arena: Arena) -> Seen:
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))  # the run's, which inherits it
+    # the run's, which inherits it
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     try:
         run = arena.finish(*words)
     finally:
@@ -261,7 +307,11 @@ def full_disk(arena: Arena) -> Seen:
     whole = integrity.problem(directory.path_of(arena.run_dir, 10), full=True) == ""
     seen = arena.resumed(arena.finish(*words))
     ok = run.code == FAULT and said and whole
-    return Seen(ok and seen.ok, f"exit {run.code}, {'both numbers said' if said else 'NOT SAID'}; {seen.words}", 5)
+    return Seen(
+        ok and seen.ok,
+        f"exit {run.code}, {'both numbers said' if said else 'NOT SAID'}; {seen.words}",
+        5,
+    )
 
 
 def kill_all(children: Path) -> bool:
@@ -274,14 +324,16 @@ def kill_all(children: Path) -> bool:
 
 def dead_writer(arena: Arena) -> Seen:
     """A process that writes an async save dies: an error soon; resumed from the save before, nothing differs"""
-    words = [SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1"]  # many, each of a few milliseconds
+    # many, each of a few milliseconds
+    words = [SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1"]
     with arena.run(*words) as run:
         run.wait_for_step(6)
         children = Path("/proc/{0}/task/{0}/children".format(run.ranks()[1]))
         wait(lambda: run.ended() or kill_all(children), 60, pause=0)
         code = run.wait(60)
     reason = read_status(arena.run_dir)["reason"]
-    step, saved = run.step(), newest_step(arena.run_dir)
+    step = run.step()
+    saved = newest_step(arena.run_dir)
     seen = arena.resumed(arena.finish(*words))
     ok = code == FAULT and "the writer of rank 1 was ended by SIGKILL" in reason
     return Seen(ok and seen.ok, f"exit {code}: {reason[:90]}; {seen.words}", step - saved)
@@ -291,12 +343,21 @@ def async_saves(arena: Arena) -> Seen:
     """A save a step, written beside training: in order, the last one whole at the end"""
     words = [SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1"]
     run = arena.finish(*words)
-    names = [line.split()[1].rstrip(":") for line in run.text().splitlines() if line.startswith("saved iter_")]
+    names = [
+        line.split()[1].rstrip(":")
+        for line in run.text().splitlines()
+        if line.startswith("saved iter_")
+    ]
     ordered = names == [f"iter_{step:07d}" for step in range(1, 21)]
     whole = all(
-        not integrity.problem(directory.path_of(arena.run_dir, at), True) for at in directory.steps_in(arena.run_dir)
+        not integrity.problem(directory.path_of(arena.run_dir, at), True)
+        for at in directory.steps_in(arena.run_dir)
     )
-    return Seen(run.code == FINISHED and ordered and whole and arena.same(20), f"{len(names)} saves, whole: {whole}", 0)
+    return Seen(
+        run.code == FINISHED and ordered and whole and arena.same(20),
+        f"{len(names)} saves, whole: {whole}",
+        0,
+    )
 
 
 def two_jobs(arena: Arena) -> Seen:
@@ -305,7 +366,12 @@ def two_jobs(arena: Arena) -> Seen:
         first.wait_for_step(3)
         second = arena.finish(SHORT)
         code = first.wait(60)
-    ok = second.code == REFUSED and "is in use by process" in second.text() and code == FINISHED and arena.same(20)
+    ok = (
+        second.code == REFUSED
+        and "is in use by process" in second.text()
+        and code == FINISHED
+        and arena.same(20)
+    )
     return Seen(ok, f"exit {second.code} and {code}")
 
 
@@ -329,8 +395,14 @@ def crash_loop(arena: Arena) -> Seen:
     for _ in range(4):
         with arena.run(*words, fault="nan_router") as run:
             codes.append(run.wait(90))
-    said = "3 runs in a row started at step 5" in run.text() and "lm_loss is not finite on rank 1" in run.text()
-    return Seen(codes == [FAULT] * 3 + [REFUSED] and said, f"exits {codes}, {'diagnosis' if said else 'NO diagnosis'}")
+    said = (
+        "3 runs in a row started at step 5" in run.text()
+        and "lm_loss is not finite on rank 1" in run.text()
+    )
+    return Seen(
+        codes == [FAULT] * 3 + [REFUSED] and said,
+        f"exits {codes}, {'diagnosis' if said else 'NO diagnosis'}",
+    )
 
 
 def other_layout(arena: Arena) -> Seen:
@@ -340,9 +412,18 @@ def other_layout(arena: Arena) -> Seen:
     four = arena.finish(SHORT, "parallel.expert_model_parallel_size=4")
     pairs = zip(records(arena.run_dir), records(arena.reference), strict=False)
     worst = max(abs(a["lm_loss"] / b["lm_loss"] - 1) for a, b in pairs)
-    read = [a["ledger"] for a in records(arena.run_dir)] == [b["ledger"] for b in records(arena.reference)[:20]]
-    ok = one.code == four.code == FINISHED and worst < 1e-5 and read and len(records(arena.run_dir)) == 20
-    return Seen(ok, f"exits {one.code}, {four.code}; losses within {worst:.0e}, the same samples: {read}", 0)
+    read = [a["ledger"] for a in records(arena.run_dir)] == [
+        b["ledger"] for b in records(arena.reference)[:20]
+    ]
+    ok = (
+        one.code == four.code == FINISHED
+        and worst < 1e-5
+        and read
+        and len(records(arena.run_dir)) == 20
+    )
+    return Seen(
+        ok, f"exits {one.code}, {four.code}; losses within {worst:.0e}, the same samples: {read}", 0
+    )
 
 
 def other_architecture(arena: Arena) -> Seen:
@@ -351,7 +432,9 @@ def other_architecture(arena: Arena) -> Seen:
     run = arena.finish(SHORT, "model.moe_ffn_hidden_size=96")
     named = "weight is [2, 8, 128, 64] there, [2, 8, 192, 64] here" in run.text()
     seen = arena.resumed(arena.finish(SHORT))
-    return Seen(run.code == REFUSED and named and seen.ok, f"exit {run.code}; afterwards: {seen.words}", 0)
+    return Seen(
+        run.code == REFUSED and named and seen.ok, f"exit {run.code}; afterwards: {seen.words}", 0
+    )
 
 
 def other_batch(arena: Arena) -> Seen:
@@ -361,7 +444,9 @@ def other_batch(arena: Arena) -> Seen:
     consumed = [record["consumed_samples"] for record in records(arena.run_dir)]
     ok = run.code == FINISHED and consumed == [*range(4, 44, 4), *range(48, 88, 8)]
     return Seen(
-        ok and "global_batch_size = 8 (was 4)" in run.text(), f"exit {run.code}, {consumed[-1]} samples read", 0
+        ok and "global_batch_size = 8 (was 4)" in run.text(),
+        f"exit {run.code}, {consumed[-1]} samples read",
+        0,
     )
 
 
@@ -379,9 +464,16 @@ def nan_loss(arena: Arena) -> Seen:
         code = run.wait(90)
     reason = read_status(arena.run_dir)["reason"]
     record = json.loads((arena.run_dir / "bad_steps.jsonl").read_text().splitlines()[0])
-    ok = code == FAULT and "step 8: lm_loss is not finite on rank 1; the router of layer 2 on rank 1" in reason
+    ok = (
+        code == FAULT
+        and "step 8: lm_loss is not finite on rank 1; the router of layer 2 on rank 1" in reason
+    )
     seen = arena.resumed(arena.finish(SHORT))
-    return Seen(ok and len(record["samples"]) == 4 and seen.ok, f"exit {code}: {reason[:70]}; {seen.words}", 2)
+    return Seen(
+        ok and len(record["samples"]) == 4 and seen.ok,
+        f"exit {code}: {reason[:70]}; {seen.words}",
+        2,
+    )
 
 
 def huge_gradient(arena: Arena) -> Seen:
@@ -407,9 +499,12 @@ def deterministic(arena: Arena) -> Seen:
     runs = []
     for _ in range(2):
         shutil.rmtree(arena.run_dir, ignore_errors=True)
-        runs.append((arena.finish(SHORT, "trainer.deterministic=true").code, records(arena.run_dir)))
+        runs.append(
+            (arena.finish(SHORT, "trainer.deterministic=true").code, records(arena.run_dir))
+        )
     return Seen(
-        runs[0] == runs[1] and runs[0][0] == FINISHED, f"{len(runs[0][1])} steps, the same: {runs[0] == runs[1]}"
+        runs[0] == runs[1] and runs[0][0] == FINISHED,
+        f"{len(runs[0][1])} steps, the same: {runs[0] == runs[1]}",
     )
 
 
@@ -422,7 +517,9 @@ def preempted(arena: Arena) -> Seen:
         code = run.wait(5)
         seconds = time.monotonic() - started
     seen = arena.resumed(arena.finish(SHORT))
-    return Seen(seen.ok and code == FINISHED, f"exit {code} after {seconds:.1f} s; resumed: {seen.words}", 0)
+    return Seen(
+        seen.ok and code == FINISHED, f"exit {code} after {seconds:.1f} s; resumed: {seen.words}", 0
+    )
 
 
 SCENARIOS = [

@@ -26,25 +26,33 @@ from mixtrain.system import scratch
 from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import LIMITS, Verdict, judge
 
-EXPERTS = 8  # at most, or twice as many as a token goes to: more of them need more tokens, and show no more
-MICROBATCHES = 4  # a step, where they must be as many at every layout: of virtual stages four take them by four
+# at most, or twice as many as a token goes to: more of them need more tokens, and show no more
+EXPERTS = 8
+# a step, where they must be as many at every layout: of virtual stages four take them by four
+MICROBATCHES = 4
 PATIENCE_S = 300  # for one layout; the slowest take some 10 s on two cores
 
 
 class Certificate:
     """A configuration's runs at its layouts, held against its one-rank run.
 
-    `plans` has every layout that is compared, one rank first; `left_out` how many another run is expected of, and why.
+    `plans` has every layout that is compared, one rank first; `left_out` how many another run is
+    expected of, and why.
     """
 
     def __init__(self, name: str, config: Config, folder: Path, say: Callable[[str], None] = print):
-        self.name, self.folder, self.say = name, folder, say
+        self.name = name
+        self.folder = folder
+        self.say = say
         experts = min(config.model.num_moe_experts, max(EXPERTS, 2 * config.model.moe_router_topk))
         self.config = replace(config, model=replace(config.model, num_moe_experts=experts))
         self.plans, self.left_out = comparable(self.config)
         self.verdicts: dict[Layout, Verdict] = {}
         if not self.plans:
-            raise UserError("no layout is legal with these switches; trainer.mode=plan with +shrink=parity says why")
+            raise UserError(
+                "no layout is legal with these switches; trainer.mode=plan with +shrink=parity"
+                " says why"
+            )
 
     def run(self, sample: int | None = None, seed: int = 0) -> bool:
         """Run the layouts, or `sample` of them drawn at random; whether all are within the limits."""
@@ -57,8 +65,13 @@ class Certificate:
                 (self.folder / name).unlink(missing_ok=True)
                 (self.folder / f"{name}.tmp").write_text("")
         except OSError as error:
-            raise UserError(f"run_dir = {self.folder}: {error.strerror}; parity.json and parity.md go there") from None
-        self.say(f"{self.name}: {len(layouts)} of {len(self.plans)} layouts of up to 8 ranks, {_versions()}")
+            raise UserError(
+                f"run_dir = {self.folder}: {error.strerror}; parity.json and parity.md go there"
+            ) from None
+        self.say(
+            f"{self.name}: {len(layouts)} of {len(self.plans)} layouts of up to 8 ranks,"
+            f" {_versions()}"
+        )
         for reason, count in self.left_out.items():
             self.say(f"left out: {count} layouts, {reason}")
         with scratch.folder("parity-") as folder:
@@ -66,22 +79,25 @@ class Certificate:
         return not any(verdict.outside for verdict in self.verdicts.values())
 
     def _run(self, layouts: list[Layout], folder: Path) -> None:
-        wholes, started = folder / "one_rank.pt", time.monotonic()
+        wholes = folder / "one_rank.pt"
+        started = time.monotonic()
         self.one = one_rank(next(iter(self.plans.values())), wholes, folder)
         self.say(
             f"one rank: seed {self.one['seed']} ({self.one['tried']} tried), smallest top-k margin"
-            f" {self.one['margin']:.1e}, lm_loss {' '.join(f'{loss:.4f}' for loss in self.one['lm_loss'])}"
+            f" {self.one['margin']:.1e}, lm_loss"
+            f" {' '.join(f'{loss:.4f}' for loss in self.one['lm_loss'])}"
         )
         if self.one["margin"] == math.inf:
             raise UserError(
-                f"model.num_moe_experts = {self.config.model.num_moe_experts} with model.moe_router_topk ="
-                f" {self.config.model.moe_router_topk}: the router has no choice, so there is nothing to certify of it"
+                f"model.num_moe_experts = {self.config.model.num_moe_experts} with"
+                f" model.moe_router_topk = {self.config.model.moe_router_topk}: the router has no"
+                " choice, so there is nothing to certify of it"
             )
         if self.one["margin"] <= measured_step.MARGIN:
             raise UserError(
-                f"no seed of {measured_step.SEEDS} has a top-k margin above {measured_step.MARGIN:.0e}: a choice of"
-                f" experts is too near a tie to compare; use a larger model.init_method_std than"
-                f" {self.config.model.init_method_std}"
+                f"no seed of {measured_step.SEEDS} has a top-k margin above"
+                f" {measured_step.MARGIN:.0e}: a choice of experts is too near a tie to compare;"
+                f" use a larger model.init_method_std than {self.config.model.init_method_std}"
             )
         self.say(f"\n{table.HEADER}")
         for number, layout in enumerate(layouts, start=1):
@@ -100,7 +116,9 @@ class Certificate:
         record = {
             "name": self.name,
             "versions": _versions(),
-            "one_rank": {key: value for key, value in self.one.items() if key != "largest_gradients"},
+            "one_rank": {
+                key: value for key, value in self.one.items() if key != "largest_gradients"
+            },
             "left_out": self.left_out,
             "layouts": [
                 {
@@ -112,7 +130,10 @@ class Certificate:
                 for layout, verdict in self.verdicts.items()
             ],
         }
-        for name, text in (("parity.json", json.dumps(record, indent=1) + "\n"), ("parity.md", self.page())):
+        for name, text in (
+            ("parity.json", json.dumps(record, indent=1) + "\n"),
+            ("parity.md", self.page()),
+        ):
             temporary = self.folder / f"{name}.tmp"
             temporary.write_text(text)
             temporary.replace(self.folder / name)
@@ -123,16 +144,27 @@ class Certificate:
         facts = [
             ("made with", _versions()),
             ("layouts within the limits", f"{inside} of {len(self.verdicts)}"),
-            ("one rank", f"seed {self.one['seed']}, smallest top-k margin {self.one['margin']:.1e}"),
+            (
+                "one rank",
+                f"seed {self.one['seed']}, smallest top-k margin {self.one['margin']:.1e}",
+            ),
             *self._microbatches(),
-            *(("left out", f"{count} layouts, {reason}") for reason, count in self.left_out.items()),
+            *(
+                ("left out", f"{count} layouts, {reason}")
+                for reason, count in self.left_out.items()
+            ),
         ]
         return table.markdown(f"Layout parity of {self.name}", facts, self.verdicts)
 
     def _microbatches(self) -> list[tuple[str, str]]:
         if not layout_sensitive.counts_over_a_step(self.config):
             return []
-        return [("microbatches a step", f"{MICROBATCHES} at every layout, as global_aux_loss counts over them")]
+        return [
+            (
+                "microbatches a step",
+                f"{MICROBATCHES} at every layout, as global_aux_loss counts over them",
+            )
+        ]
 
 
 def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
@@ -140,11 +172,14 @@ def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
 
     A layout at which Megatron-Core is known to be wrong is one of the others, with the upstream file.
     """
-    plans, left_out = {}, Counter()
+    plans = {}
+    left_out = Counter()
     for layout in all_layouts():
         at = resolve(_with_its_microbatches(layout.of(config), layout.dp))
         if beyond := layout_sensitive.broken(at, layout.dp):
-            left_out.update(f"another run by design: {limit.name}, {limit.why}" for limit, _ in beyond[:1])
+            left_out.update(
+                f"another run by design: {limit.name}, {limit.why}" for limit, _ in beyond[:1]
+            )
         elif faults := present(derive(at)):
             left_out.update(f"refused: {fault.file}, {fault.wrong}" for fault in faults[:1])
         elif (plan := legal_plan(at)) is not None:
@@ -161,7 +196,8 @@ def _with_its_microbatches(config: Config, data_parallel_size: int) -> Config:
         micro_batch_size=LAPTOP_RANKS // data_parallel_size,
         global_batch_size=LAPTOP_RANKS * MICROBATCHES,
     )
-    data = replace(config.data, seq_length=LAPTOP_RANKS * 2)  # 2*CP*TP at most: few choices, so that none is near a tie
+    # 2*CP*TP at most: few choices, so that none is near a tie
+    data = replace(config.data, seq_length=LAPTOP_RANKS * 2)
     return replace(config, data=data, trainer=trainer)
 
 
@@ -176,11 +212,15 @@ def _reference(plan: Plan, wholes: Path, me) -> dict:
     return measured_step.reference(plan, me, wholes)
 
 
-def at_layout(plan: Plan, one: dict, wholes: Path, folder: Path, work: Callable = measured_step.measure) -> Verdict:
+def at_layout(
+    plan: Plan, one: dict, wholes: Path, folder: Path, work: Callable = measured_step.measure
+) -> Verdict:
     """The verdict on a plan's layout; ranks that fail are outside, with what the one at fault said last."""
     seeded = replace(plan, config=replace(plan.config, seed=one["seed"]))
     try:
-        results = run_ranks(plan.world_size, lambda me: work(seeded, me, wholes), folder, PATIENCE_S)
+        results = run_ranks(
+            plan.world_size, lambda me: work(seeded, me, wholes), folder, PATIENCE_S
+        )
     except RankFailure as failure:
         return Verdict(dict.fromkeys(LIMITS, math.inf), [failure.reason])
     return judge(one, results, tensor_schema.shapes(plan.config))

@@ -75,7 +75,9 @@ def all_layouts() -> Iterator[Layout]:
                 continue
             copies = ranks // (ep * etp * pp)
             for vpp, instances, dispatcher in product(
-                (1, 2) if pp > 1 else (1,), (1, 2) if copies > 1 else (1,), (Dispatcher.alltoall, Dispatcher.allgather)
+                (1, 2) if pp > 1 else (1,),
+                (1, 2) if copies > 1 else (1,),
+                (Dispatcher.alltoall, Dispatcher.allgather),
             ):
                 yield Layout(ranks, tp, cp, pp, vpp, ep, etp, instances, dispatcher)
 

@@ -13,16 +13,25 @@ HEADER = f"{'layout':<{NAMES}} ranks " + " ".join(f"{kind:>9}" for kind in LIMIT
 
 def line(layout: Layout, verdict: Verdict) -> str:
     """A layout's largest differences under HEADER."""
-    return f"{layout!s:<{NAMES}} {layout.ranks:>5} " + " ".join(f"{verdict.differences[kind]:>9.0e}" for kind in LIMITS)
+    return f"{layout!s:<{NAMES}} {layout.ranks:>5} " + " ".join(
+        f"{verdict.differences[kind]:>9.0e}" for kind in LIMITS
+    )
 
 
 def markdown(title: str, facts: Iterable[tuple[str, str]], verdicts: dict[Layout, Verdict]) -> str:
     """The certificate as a page: facts, then the largest differences for each set of axes that are split."""
     lines = [f"# {title}", "", *[f"* {name}: {value}" for name, value in facts], ""]
-    lines += ["| split | layouts | " + " | ".join(LIMITS) + " |", "|---|---|" + "---|" * len(LIMITS)]
+    lines += [
+        "| split | layouts | " + " | ".join(LIMITS) + " |",
+        "|---|---|" + "---|" * len(LIMITS),
+    ]
     lines += [f"| limit | | {' | '.join(f'{limit:.0e}' for limit in LIMITS.values())} |"]
     lines += list(_rows(verdicts))
-    outside = [f"* OUTSIDE at {layout}: {verdict}" for layout, verdict in verdicts.items() if verdict.outside]
+    outside = [
+        f"* OUTSIDE at {layout}: {verdict}"
+        for layout, verdict in verdicts.items()
+        if verdict.outside
+    ]
     lines += ["", *outside] if outside else []
     return "\n".join(lines) + "\n"
 
@@ -33,4 +42,7 @@ def _rows(verdicts: dict[Layout, Verdict]) -> Iterator[str]:
         groups.setdefault(layout.axes, []).append(verdict)
     for axes, members in sorted(groups.items(), key=lambda group: (len(group[0]), group[0])):
         worst = [max(member.differences[kind] for member in members) for kind in LIMITS]
-        yield f"| {', '.join(axes) or 'nothing'} | {len(members)} | {' | '.join(f'{value:.1e}' for value in worst)} |"
+        yield (
+            f"| {', '.join(axes) or 'nothing'} | {len(members)} |"
+            f" {' | '.join(f'{value:.1e}' for value in worst)} |"
+        )

@@ -28,8 +28,12 @@ def recorded(plan: Plan) -> Plan:
     if plan.config.trainer.mode is not Mode.preflight:
         return plan
     config = plan.config
-    checkpoint = replace(config.checkpoint, resume=Resume.auto)  # what is there are older preflights
-    return replace(plan, config=replace(config, run_dir=str(Path(config.run_dir) / FOLDER), checkpoint=checkpoint))
+    # what is there are older preflights
+    checkpoint = replace(config.checkpoint, resume=Resume.auto)
+    return replace(
+        plan,
+        config=replace(config, run_dir=str(Path(config.run_dir) / FOLDER), checkpoint=checkpoint),
+    )
 
 
 def run_dir_of(plan: Plan) -> Path:

@@ -23,7 +23,8 @@ from mixtrain.training.preflight import FOLDER, network, node_info, parity, run_
 from mixtrain.training.preflight.node_info import Facts
 from mixtrain.training.preflight.shrink import Shrunk, shrunk
 
-PATIENCE = timedelta(seconds=parity.PATIENCE_S + 60)  # of one exchange: the first rank may wait for the CPU's result
+# of one exchange: the first rank may wait for the CPU's result
+PATIENCE = timedelta(seconds=parity.PATIENCE_S + 60)
 RECORD = "preflight.json"
 
 
@@ -31,7 +32,10 @@ class Preflight:
     """One preflight. Every rank makes one, and calls `run`."""
 
     def __init__(self, plan: Plan, me: Identity, here: Ranks, say: Callable[[str], None]):
-        self.plan, self.me, self.here, self.say = plan, me, here, say
+        self.plan = plan
+        self.me = me
+        self.here = here
+        self.say = say
         self.run_dir = run_dir_of(plan)
         # words go over gloo: what NCCL cannot do must still be told
         self.words = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
@@ -39,7 +43,8 @@ class Preflight:
 
     def run(self) -> None:
         """UserError with all that is wrong with the nodes; a Fault where the wires or the numbers are."""
-        started, plans = time.monotonic(), shrunk(self.plan)
+        started = time.monotonic()
+        plans = shrunk(self.plan)
         self.say(f"preflight of {self.plan.world_size} ranks")
         reference = None
         try:
@@ -71,7 +76,11 @@ class Preflight:
                 said = f"run_dir = {self.run_dir} cannot be written: {error.strerror or error}"
         if said := self.gather(said)[0]:
             raise UserError(said)
-        found = self.gather(node_info.gather(self.plan, self.me, self.run_dir, token, network.device_facts(self.here)))
+        found = self.gather(
+            node_info.gather(
+                self.plan, self.me, self.run_dir, token, network.device_facts(self.here)
+            )
+        )
         if self.here.is_first:
             (self.run_dir / token).unlink(missing_ok=True)
         problems = verdict.problems(self.plan, found)
@@ -82,53 +91,74 @@ class Preflight:
         return found
 
     def _say_facts(self, found: list[Facts]) -> None:
-        first, nodes = found[0], list(dict.fromkeys(fact.node for fact in found))
+        first = found[0]
+        nodes = list(dict.fromkeys(fact.node for fact in found))
         shown = ", ".join(nodes[:6]) + (f" and {len(nodes) - 6} more" if len(nodes) > 6 else "")
         self._row("nodes", f"{len(nodes)}: {shown}")
-        self._row("  code", f"commit {first.commit[:10] or 'unknown'}, source {first.source[:10]}, on all")
+        self._row(
+            "  code", f"commit {first.commit[:10] or 'unknown'}, source {first.source[:10]}, on all"
+        )
         names = [f"{name} {first.versions[name]}" for name in ("python", "torch", "megatron-core")]
         self._row("  libraries", f"{', '.join(names)}, on all")
         if first.gpus:
-            self._row("  GPUs", f"{first.gpus} of {first.gpu_name}, {first.gpu_memory / 2**30:.0f} GiB")
+            self._row(
+                "  GPUs", f"{first.gpus} of {first.gpu_name}, {first.gpu_memory / 2**30:.0f} GiB"
+            )
         disk = min(fact.disk_free for fact in found) / 2**30
         self._row("  run_dir", f"seen and written by all, {disk:,.0f} GiB free")
 
     def _wires(self, nodes: list[str]) -> None:
-        speeds, fault = [], None
+        speeds = []
+        fault = None
         try:
             speeds = network.measure(self.here)
         except Fault as wrong:
             fault = str(wrong)
         self._all_or_none(fault)
         for row in (table := network.rows(self.gather(speeds), nodes)):
-            (slow, middle), (slow_all, middle_all) = row.all_reduce, row.all_to_all
+            (slow, middle) = row.all_reduce
+            (slow_all, middle_all) = row.all_to_all
             uneven = f"; SLOW: {', '.join(row.slowest)}" if row.is_uneven else ""
             self._row(
                 f"  {row.kind} of {row.ranks}",
-                f"all-reduce {middle:.2f} GB/s (slowest {slow:.2f}), all-to-all {middle_all:.2f} ({slow_all:.2f})"
-                f", {row.groups} group{'s' * (row.groups > 1)}{uneven}",
+                f"all-reduce {middle:.2f} GB/s (slowest {slow:.2f}), all-to-all {middle_all:.2f}"
+                f" ({slow_all:.2f}), {row.groups} group{'s' * (row.groups > 1)}{uneven}",
             )
         self._write({"wires": [row._asdict() for row in table]})
 
-    def _parity(self, plans: Shrunk | str, reference: parity.Reference | None, nodes: list[str]) -> None:
+    def _parity(
+        self, plans: Shrunk | str, reference: parity.Reference | None, nodes: list[str]
+    ) -> None:
         if isinstance(plans, str):
             self._row("parity", f"not asked: {plans}")
             return
-        out, wrong = self.gather((reference.out, reference.wait()) if reference else (None, None))[0]
+        out, wrong = self.gather((reference.out, reference.wait()) if reference else (None, None))[
+            0
+        ]
         if wrong:
             raise Fault(f"node {nodes[0]}: {wrong}")
         fault = result = None
         try:
             result = parity.differences(self.plan, plans, self.here, Path(out))
         except Exception as error:  # the others must not wait for this rank
-            fault = f"node {nodes[self.here.rank]}, rank {self.here.rank}: {type(error).__name__}: {error}"
+            fault = (
+                f"node {nodes[self.here.rank]}, rank {self.here.rank}:"
+                f" {type(error).__name__}: {error}"
+            )
         self._all_or_none(fault)
         found, figures = parity.verdict(plans, Path(out), self.gather(result))
         self._write({"parity": {"differences": found.differences, "outside": found.outside[:20]}})
         if found.outside:
-            raise Fault(f"the shrunk recipe is not what the CPU computes: {parity.first_outside(found, nodes)}")
+            raise Fault(
+                "the shrunk recipe is not what the CPU computes:"
+                f" {parity.first_outside(found, nodes)}"
+            )
         worst = max(found.differences["lm_loss"], found.differences["grad_norm"])
-        self._row("parity", f"lm_loss {figures['lm_loss'][0]:.4f} and all gradients are the CPU's, within {worst:.0e}")
+        self._row(
+            "parity",
+            f"lm_loss {figures['lm_loss'][0]:.4f} and all gradients are the CPU's, within"
+            f" {worst:.0e}",
+        )
 
     def _all_or_none(self, fault: str | None) -> None:
         """A Fault on all ranks if there is one on any."""

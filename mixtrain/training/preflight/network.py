@@ -19,7 +19,8 @@ from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault
 from mixtrain.system.rank_identity import node_name
 
-BYTES = {"cpu": 2**20, "cuda": 2**26}  # of the tensor: large enough for the wire to count and not the start
+# of the tensor: large enough for the wire to count and not the start
+BYTES = {"cpu": 2**20, "cuda": 2**26}
 REPEATS = 3  # the best counts: the first one opens connections
 PATIENCE = timedelta(seconds=60)
 GB = 1e9
@@ -54,7 +55,12 @@ def device_facts(here: Ranks) -> dict:
         return {"gpus": 0, "gpu_name": "", "gpu_memory": 0, "gpu_free": 0}
     free, total = torch.cuda.mem_get_info(here.device)
     name = torch.cuda.get_device_name(here.device)
-    return {"gpus": torch.cuda.device_count(), "gpu_name": name, "gpu_memory": total, "gpu_free": free}
+    return {
+        "gpus": torch.cuda.device_count(),
+        "gpu_name": name,
+        "gpu_memory": total,
+        "gpu_free": free,
+    }
 
 
 def measure(here: Ranks) -> list[Speed]:
@@ -63,17 +69,29 @@ def measure(here: Ranks) -> list[Speed]:
     for kind, group_of in GROUPS.items():
         group = group_of()
         if group.size() > 1:
-            found.append(Speed(kind, torch.distributed.get_process_group_ranks(group), *_speeds(here, kind, group)))
+            found.append(
+                Speed(
+                    kind,
+                    torch.distributed.get_process_group_ranks(group),
+                    *_speeds(here, kind, group),
+                )
+            )
     return found
 
 
 def _speeds(here: Ranks, kind: str, group: ProcessGroup) -> tuple[float, float]:
-    size, mine = group.size(), group.rank()
+    size = group.size()
+    mine = group.rank()
     count = max(1, BYTES[here.device.type] // 4 // size) * size
     ones = torch.full((count,), mine + 1.0, device=here.device)
     # to the j-th rank goes mine * size + j, so that from the i-th comes i * size + mine
-    parts = (mine * size + torch.arange(size, device=here.device)).float().repeat_interleave(count // size)
-    total, received = torch.empty_like(ones), torch.empty_like(parts)
+    parts = (
+        (mine * size + torch.arange(size, device=here.device))
+        .float()
+        .repeat_interleave(count // size)
+    )
+    total = torch.empty_like(ones)
+    received = torch.empty_like(parts)
 
     def all_reduce():
         total.copy_(ones)
@@ -82,11 +100,24 @@ def _speeds(here: Ranks, kind: str, group: ProcessGroup) -> tuple[float, float]:
     def all_to_all():
         return torch.distributed.all_to_all_single(received, parts, group=group, async_op=True)
 
-    seconds = [_best(here, kind, name, work) for name, work in (("all-reduce", all_reduce), ("all-to-all", all_to_all))]
-    expected = (torch.arange(size, device=here.device) * size + mine).float().repeat_interleave(count // size)
-    for name, result, right in (("all-reduce", total, size * (size + 1) / 2), ("all-to-all", received, expected)):
+    seconds = [
+        _best(here, kind, name, work)
+        for name, work in (("all-reduce", all_reduce), ("all-to-all", all_to_all))
+    ]
+    expected = (
+        (torch.arange(size, device=here.device) * size + mine)
+        .float()
+        .repeat_interleave(count // size)
+    )
+    for name, result, right in (
+        ("all-reduce", total, size * (size + 1) / 2),
+        ("all-to-all", received, expected),
+    ):
         if wrong := int((result != right).sum()):
-            raise Fault(f"node {node_name()}: the {name} of the {kind} group gave {wrong} wrong numbers of {count}")
+            raise Fault(
+                f"node {node_name()}: the {name} of the {kind} group gave {wrong} wrong numbers of"
+                f" {count}"
+            )
     share = (size - 1) / size * 4 * count / GB
     return 2 * share / seconds[0], share / seconds[1]
 
@@ -102,7 +133,9 @@ def _best(here: Ranks, kind: str, name: str, work: Callable) -> float:
                 torch.cuda.synchronize(here.device)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            raise Fault(f"node {node_name()}: the {name} of the {kind} group has failed: {reason}") from error
+            raise Fault(
+                f"node {node_name()}: the {name} of the {kind} group has failed: {reason}"
+            ) from error
         taken.append(time.perf_counter() - started)
     return max(min(taken), 1e-9)
 
@@ -119,7 +152,9 @@ class Row(NamedTuple):
 
     @property
     def is_uneven(self) -> bool:
-        return self.groups > 1 and any(slow < SLOW * middle for slow, middle in (self.all_reduce, self.all_to_all))
+        return self.groups > 1 and any(
+            slow < SLOW * middle for slow, middle in (self.all_reduce, self.all_to_all)
+        )
 
 
 def rows(speeds: list[list[Speed]], nodes: list[str]) -> list[Row]:

@@ -31,7 +31,15 @@ SOURCES = (
     "conf/**/*.yaml",
     "recipes/*.yaml",
 )
-LIBRARIES = ("torch", "megatron-core", "transformer-engine", "numpy", "hydra-core", "omegaconf", "transformers")
+LIBRARIES = (
+    "torch",
+    "megatron-core",
+    "transformer-engine",
+    "numpy",
+    "hydra-core",
+    "omegaconf",
+    "transformers",
+)
 SEEN_WITHIN_S = 20  # how long a network file system may take to show a file to another node
 
 
@@ -83,7 +91,9 @@ def commit() -> str:
     """The commit that is checked out; "" without git or outside of a checkout, as in a container's image."""
     command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return ""
 
@@ -92,7 +102,9 @@ def source_digest(root: Path = ROOT) -> str:
     """SHA-256 of the files that make a run: the same commit with a change in it is another source."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in SOURCES for path in root.glob(pattern)}):
-        digest.update(f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+        digest.update(
+            f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
+        )
     return digest.hexdigest()
 
 
@@ -114,13 +126,20 @@ def leave_token(run_dir: Path, token: str) -> None:
 
 def directory_problems(plan: Plan, run_dir: Path, token: str) -> list[str]:
     """What is wrong with the directories that this node writes to."""
-    deadline, found = time.monotonic() + SEEN_WITHIN_S, []
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    found = []
     while not (run_dir / token).exists() and time.monotonic() < deadline:
         os.listdir(run_dir) if run_dir.is_dir() else None  # has a network file system look again
         time.sleep(0.1)
     if not (run_dir / token).exists():
-        found.append(f"run_dir = {run_dir} is not the directory that the first rank writes to: it must be shared")
-    for key, directory in (("run_dir", run_dir), ("data.path_to_cache", Path(plan.config.data.path_to_cache))):
+        found.append(
+            f"run_dir = {run_dir} is not the directory that the first rank writes to: it must be"
+            " shared"
+        )
+    for key, directory in (
+        ("run_dir", run_dir),
+        ("data.path_to_cache", Path(plan.config.data.path_to_cache)),
+    ):
         if problem := unwritable(directory):
             found.append(f"{key} = {directory} cannot be written: {problem}")
     return found
@@ -143,6 +162,8 @@ def data_sizes(plan: Plan) -> dict[str, int]:
     data = plan.config.data
     if data.kind is not DataKind.indexed:
         return {}
-    paths = [f"{prefix}{end}" for prefix in parse_blend(data.data_path)[0] for end in (".bin", ".idx")]
+    paths = [
+        f"{prefix}{end}" for prefix in parse_blend(data.data_path)[0] for end in (".bin", ".idx")
+    ]
     paths += [str(path) for path in sorted(Path(data.tokenizer).glob("*")) if path.is_file()]
     return {path: os.path.getsize(path) if os.access(path, os.R_OK) else -1 for path in paths}

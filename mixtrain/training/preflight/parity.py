@@ -40,7 +40,9 @@ class Reference:
 
     def __init__(self, plan: Plan, folder: Path):
         text = to_yaml(plan.config)
-        key = hashlib.sha256(json.dumps([text, source_digest(), versions()]).encode()).hexdigest()[:16]
+        key = hashlib.sha256(json.dumps([text, source_digest(), versions()]).encode()).hexdigest()[
+            :16
+        ]
         self.out = folder / f"reference_{key}"
         self.process = None
         if self.out.with_suffix(".json").exists():
@@ -49,11 +51,22 @@ class Reference:
         config = self.out.with_suffix(".yaml")
         config.write_text(text)
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        kept = {name: value for name, value in os.environ.items() if name not in STARTED and "SLURM" not in name}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in STARTED and "SLURM" not in name
+        }
         with open(self.out.with_suffix(".log"), "w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mixtrain.training.preflight.reference", str(config), str(self.out)],
-                env=kept | {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
+                [
+                    sys.executable,
+                    "-m",
+                    "mixtrain.training.preflight.reference",
+                    str(config),
+                    str(self.out),
+                ],
+                env=kept
+                | {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
@@ -67,7 +80,10 @@ class Reference:
             code = self.process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             self.end()
-            return f"the CPU's result took more than {PATIENCE_S} s; the log is {self.out.with_suffix('.log')}"
+            return (
+                f"the CPU's result took more than {PATIENCE_S} s; the log is"
+                f" {self.out.with_suffix('.log')}"
+            )
         lines = self.out.with_suffix(".log").read_text(errors="replace").strip().splitlines()
         return f"the CPU's result failed: {lines[-1] if lines else code}" if code else None
 
@@ -105,8 +121,12 @@ def figures_in(out: Path) -> dict:
 
 def first_outside(found: Verdict, nodes: list[str]) -> str:
     """What is outside first, with its node: a gradient, as that of an expert is a rank's own; a norm is everybody's."""
-    words = next((line for line in found.outside if line.startswith("gradient of")), found.outside[0])
-    return re.sub(r"on rank (\d+)", lambda found: f"on rank {found[1]}, node {nodes[int(found[1])]},", words)
+    words = next(
+        (line for line in found.outside if line.startswith("gradient of")), found.outside[0]
+    )
+    return re.sub(
+        r"on rank (\d+)", lambda found: f"on rank {found[1]}, node {nodes[int(found[1])]},", words
+    )
 
 
 def seen_within(path: Path, seconds: float = 20) -> None:

@@ -33,7 +33,9 @@ def is_loopback(host: str) -> bool:
         found = {info[4][0] for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    return bool(found) and all(ipaddress.ip_address(address.split("%")[0]).is_loopback for address in found)
+    return bool(found) and all(
+        ipaddress.ip_address(address.split("%")[0]).is_loopback for address in found
+    )
 
 
 def check(me: Identity, patience: float = PATIENCE_S) -> None:
@@ -51,7 +53,7 @@ def check(me: Identity, patience: float = PATIENCE_S) -> None:
         except OSError:
             time.sleep(0.2)
     raise UserError(
-        f"node {node_name()}: the ranks are to meet at {address[0]}:{address[1]}, which is this node itself, and the"
-        f" first rank is not here (nobody has answered for {patience:.0f} s); MASTER_ADDR must be the first node's"
-        " address, and no localhost in /etc/hosts"
+        f"node {node_name()}: the ranks are to meet at {address[0]}:{address[1]}, which is this"
+        f" node itself, and the first rank is not here (nobody has answered for {patience:.0f} s);"
+        " MASTER_ADDR must be the first node's address, and no localhost in /etc/hosts"
     )

@@ -19,7 +19,8 @@ from mixtrain.config.rules.upstream import present
 from mixtrain.config.schema import Accelerator, AttnBackend, Config, Dispatcher, TransformerImpl
 from mixtrain.errors import UserError
 
-SIZES = ("model", "data", "trainer", "optimizer")  # of conf/shrink/parity.yaml; its layout is the certificate's own
+# of conf/shrink/parity.yaml; its layout is the certificate's own
+SIZES = ("model", "data", "trainer", "optimizer")
 TOKENS = 8  # of a sequence: few choices of experts, so that none is near a tie
 LEAST = 8  # experts, or twice as many as a token goes to
 
@@ -61,8 +62,11 @@ def _sizes(plan: Plan) -> Config:
     tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     small = OmegaConf.to_container(OmegaConf.load(CONF / "shrink" / "parity.yaml"))
     for section in SIZES:
-        tree[section] |= {key: value for key, value in small[section].items() if key in tree[section]}
-    tree |= {"name": "preflight", "run_dir": "preflight"}  # the same result for every run of these switches
+        tree[section] |= {
+            key: value for key, value in small[section].items() if key in tree[section]
+        }
+    # the same result for every run of these switches
+    tree |= {"name": "preflight", "run_dir": "preflight"}
     trainer = config.trainer
     tree["trainer"] |= {
         "mode": "train",
@@ -71,7 +75,10 @@ def _sizes(plan: Plan) -> Config:
         "num_nodes": trainer.num_nodes,
         "global_batch_size": _sequences(plan),
     }
-    tokens = max(TOKENS, 2 * config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size)
+    tokens = max(
+        TOKENS,
+        2 * config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size,
+    )
     tree["data"] |= {"seq_length": tokens, "data_path": None, "tokenizer": None}
     tree["model"] |= _layers_and_experts(config, tree["model"], tokens)
     if config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex:  # its kernels take no fp32
@@ -82,13 +89,18 @@ def _sizes(plan: Plan) -> Config:
 def _sequences(plan: Plan) -> int:
     """The fewest of a step: one a rank, and for virtual stages as many microbatches as stages."""
     parallel = plan.config.parallel
-    stages = parallel.pipeline_model_parallel_size if parallel.virtual_pipeline_model_parallel_size else 1
+    stages = (
+        parallel.pipeline_model_parallel_size
+        if parallel.virtual_pipeline_model_parallel_size
+        else 1
+    )
     return plan.data_parallel_size * stages
 
 
 def _layers_and_experts(config: Config, small: dict, tokens: int) -> dict:
     """As few layers as the pipeline needs, as few experts as the layout lets be split."""
-    tp, ep = config.parallel.tensor_model_parallel_size, config.parallel.expert_model_parallel_size
+    tp = config.parallel.tensor_model_parallel_size
+    ep = config.parallel.expert_model_parallel_size
     fewest = max(LEAST, 2 * config.model.moe_router_topk)
     sizes = {
         "num_layers": None,
@@ -101,7 +113,9 @@ def _layers_and_experts(config: Config, small: dict, tokens: int) -> dict:
 
 
 def _on_one_rank(config: Config, data_parallel_size: int) -> Config:
-    sizes = [name for name in vars(config.parallel) if name.endswith(("_parallel_size", "_instances"))]
+    sizes = [
+        name for name in vars(config.parallel) if name.endswith(("_parallel_size", "_instances"))
+    ]
     parallel = replace(config.parallel, **dict.fromkeys(sizes, 1))
     model = replace(
         config.model,

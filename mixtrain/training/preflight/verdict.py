@@ -1,6 +1,7 @@
 """From the facts of all ranks to what is wrong, each with its node. No torch.
 
-Rule: pure; a node is held against what most of the others have, the first rank's where there is no majority.
+Rule: pure; a node is held against what most of the others have, the first rank's where there is no
+majority.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ TO_SPARE = 0.97  # of what was promised: drivers keep some
 def problems(plan: Plan, facts: list[Facts]) -> list[str]:
     """Every problem of every node, one sentence each."""
     found = [*same_code(facts), *same_libraries(facts), *directories(facts), *same_data(facts)]
-    return found + [*enough_disk(plan, facts), *enough_gpus(plan, facts), *enough_memory(plan, facts)]
+    return found + [
+        *enough_disk(plan, facts),
+        *enough_gpus(plan, facts),
+        *enough_memory(plan, facts),
+    ]
 
 
 def same_code(facts: list[Facts]) -> Problems:
@@ -29,7 +34,9 @@ def same_code(facts: list[Facts]) -> Problems:
         return f"commit {fact.commit[:10] or 'unknown'}, source {fact.source[:10]}"
 
     for node, here, common in odd(first_ranks(facts), lambda fact: (fact.commit, fact.source)):
-        yield f"node {node} has another mixtrain ({words(here)}) than {common.node} ({words(common)})"
+        yield (
+            f"node {node} has another mixtrain ({words(here)}) than {common.node} ({words(common)})"
+        )
 
 
 def same_libraries(facts: list[Facts]) -> Problems:
@@ -54,7 +61,8 @@ def same_data(facts: list[Facts]) -> Problems:
     nodes = first_ranks(facts)
     for path in sorted({path for fact in nodes for path in fact.data}):
         for node, here, common in odd(nodes, lambda fact, path=path: fact.data.get(path, -1)):
-            size, others = here.data.get(path, -1), common.data.get(path, -1)
+            size = here.data.get(path, -1)
+            others = common.data.get(path, -1)
             has = "cannot be read" if size < 0 else f"has {size:,} bytes"
             than = "it cannot be read" if others < 0 else f"it has {others:,} bytes"
             yield f"node {node}: {path} {has}, on {common.node} {than}"
@@ -65,8 +73,8 @@ def enough_disk(plan: Plan, facts: list[Facts]) -> Problems:
     for fact in first_ranks(facts):
         if plan.saves and fact.disk_free < needed + MARGIN and not fact.directories:
             yield (
-                f"node {fact.node}: a checkpoint takes {needed:,} bytes and a margin of {MARGIN:,}, but"
-                f" {fact.disk_free:,} are free on the disk of run_dir"
+                f"node {fact.node}: a checkpoint takes {needed:,} bytes and a margin of"
+                f" {MARGIN:,}, but {fact.disk_free:,} are free on the disk of run_dir"
             )
 
 
@@ -88,8 +96,9 @@ def enough_gpus(plan: Plan, facts: list[Facts]) -> Problems:
             )
         elif fact.gpus and fact.gpu_free < plan.state_bytes:
             yield (
-                f"{where} has {fact.gpu_free / GIB:.1f} GiB free of {fact.gpu_memory / GIB:.1f}, but the state of a"
-                f" rank is {plan.state_bytes / GIB:.1f} GiB; is somebody else on it?"
+                f"{where} has {fact.gpu_free / GIB:.1f} GiB free of {fact.gpu_memory / GIB:.1f},"
+                f" but the state of a rank is {plan.state_bytes / GIB:.1f} GiB; is somebody else"
+                " on it?"
             )
 
 
@@ -102,8 +111,8 @@ def enough_memory(plan: Plan, facts: list[Facts]) -> Problems:
         needed = ranks[fact.node] * plan.state_bytes
         if fact.memory_free < needed:
             yield (
-                f"node {fact.node} has {fact.memory_free / GIB:.1f} GiB of memory free, but the state of its"
-                f" {ranks[fact.node]} ranks is {needed / GIB:.1f} GiB"
+                f"node {fact.node} has {fact.memory_free / GIB:.1f} GiB of memory free, but the"
+                f" state of its {ranks[fact.node]} ranks is {needed / GIB:.1f} GiB"
             )
 
 

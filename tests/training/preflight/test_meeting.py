@@ -1,4 +1,6 @@
-"""A node that is sent to itself to meet the others says so; where the first rank is there too, it is right."""
+"""A node that is sent to itself to meet the others says so; where the first rank is there too, it
+is right.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,17 @@ def on_the_second_node(address: str) -> Identity:
     return Identity(2, 4, 0, 2, address)
 
 
-@pytest.mark.parametrize("host, loopback", [
-    ("localhost", True), ("127.0.0.1", True), ("127.1.2.3", True), ("::1", True), ("10.0.0.7", False),
-    ("no-such-host.invalid", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "host, loopback",
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("::1", True),
+        ("10.0.0.7", False),
+        ("no-such-host.invalid", False),
+    ],
+)
 def test_an_address_that_means_whoever_asks_is_known(host, loopback):
     assert rendezvous.is_loopback(host) is loopback
 
@@ -42,14 +51,19 @@ def test_two_nodes_on_one_machine_meet_there():
     with socket.socket() as first:
         first.bind(("127.0.0.1", 0))
         first.listen()
-        rendezvous.check(on_the_second_node(f"tcp://127.0.0.1:{first.getsockname()[1]}"), patience=5)
+        rendezvous.check(
+            on_the_second_node(f"tcp://127.0.0.1:{first.getsockname()[1]}"), patience=5
+        )
 
 
-@pytest.mark.parametrize("me", [
-    Identity(1, 4, 1, 2, "tcp://127.0.0.1:9"),  # on the node of the first rank
-    Identity(1, 2, 1, 2, "file:///somewhere/rendezvous"),
-    Identity(2, 4, 0, 2, "tcp://10.0.0.7:9"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "me",
+    [
+        Identity(1, 4, 1, 2, "tcp://127.0.0.1:9"),  # on the node of the first rank
+        Identity(1, 2, 1, 2, "file:///somewhere/rendezvous"),
+        Identity(2, 4, 0, 2, "tcp://10.0.0.7:9"),
+    ],
+)
 def test_nobody_else_is_asked_to_wait(me):
     started = time.monotonic()
     rendezvous.check(me, patience=20)

@@ -1,4 +1,6 @@
-"""The preflight on real ranks that pass for two nodes: it passes, names the node at fault, and changes nothing."""
+"""The preflight on real ranks that pass for two nodes: it passes, names the node at fault, and
+changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def fly(plan: Plan, me: Identity, sabotage: Callable[[Identity, Plan], Plan | No
     """The preflight as one of two nodes' only rank: what it said, or why it ended."""
     os.environ["SLURMD_NODENAME"] = f"n{me.rank}"
     me = replace(me, local_rank=0, local_world_size=1)
-    plan, said = sabotage(me, plan) or plan, []
+    plan = sabotage(me, plan) or plan
+    said = []
     with process_groups.start(plan, me) as here:
         try:
             Preflight(plan, me, here, said.append).run()
@@ -48,7 +51,8 @@ class Field:
     """Where preflights begin; the CPU's result is made once."""
 
     def __init__(self, folder: Path):
-        self.folder, self.count = folder, 0
+        self.folder = folder
+        self.count = 0
 
     def fly(self, sabotage=lambda me, plan: None, *words: str) -> tuple[list[dict], Path]:
         self.count += 1
@@ -57,8 +61,12 @@ class Field:
         if made.is_dir() and self.count > 1:
             shutil.copytree(made, run_dir / preflight.FOLDER)
         run_dir.mkdir(exist_ok=True)
-        plan = plan_of(*WORDS, *words, f"run_dir={run_dir}", f"data.path_to_cache={self.folder}/cache")
-        return run_ranks(2, lambda me: fly(plan, me, sabotage), self.folder / f"ranks_{self.count}"), run_dir
+        plan = plan_of(
+            *WORDS, *words, f"run_dir={run_dir}", f"data.path_to_cache={self.folder}/cache"
+        )
+        return run_ranks(
+            2, lambda me: fly(plan, me, sabotage), self.folder / f"ranks_{self.count}"
+        ), run_dir
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +80,13 @@ def test_two_sound_nodes_pass_and_are_told_what_was_seen(field):
     (first, second), run_dir = field.first
     text = "\n".join(first["said"])
     assert second["said"] and "2: n0, n1" in text
-    for fragment in ("libraries", "EP of 2", "GB/s", "all gradients are the CPU's, within", "ready"):
+    for fragment in (
+        "libraries",
+        "EP of 2",
+        "GB/s",
+        "all gradients are the CPU's, within",
+        "ready",
+    ):
         assert fragment in text
     record = json.loads((run_dir / RECORD).read_text())
     assert [rank["node"] for rank in record["ranks"]] == ["n0", "n1"] and record["problems"] == []
@@ -88,17 +102,24 @@ def test_a_node_with_other_code_is_refused_on_all_ranks(field):
     results, _ = field.fly(sabotage)
     for result in results:
         (problem,) = result["refused"]
-        assert problem.startswith("node n1 has another mixtrain (commit ") and "source another)" in problem
+        assert (
+            problem.startswith("node n1 has another mixtrain (commit ")
+            and "source another)" in problem
+        )
 
 
 def test_a_node_that_sees_another_directory_is_refused(field, monkeypatch):
     def sabotage(me, plan):
         node_info.SEEN_WITHIN_S = 1
         if me.rank == 1:
-            return replace(plan, config=replace(plan.config, run_dir=f"{plan.config.run_dir}-elsewhere"))
+            return replace(
+                plan, config=replace(plan.config, run_dir=f"{plan.config.run_dir}-elsewhere")
+            )
 
     results, run_dir = field.fly(sabotage)
-    shared = f"node n1: run_dir = {run_dir}-elsewhere is not the directory that the first rank writes to"
+    shared = (
+        f"node n1: run_dir = {run_dir}-elsewhere is not the directory that the first rank writes to"
+    )
     assert all(result["refused"][0].startswith(shared) for result in results)
 
 
@@ -112,7 +133,11 @@ def test_a_cache_that_cannot_be_written_is_refused_with_its_key(field):
     results, run_dir = field.fly(sabotage)
     for result in results:
         (problem,) = result["refused"]
-        assert problem == f"node n1: data.path_to_cache = {run_dir}-file/cache cannot be written: Not a directory"
+        assert (
+            problem
+            == f"node n1: data.path_to_cache = {run_dir}-file/cache cannot be written: Not a"
+            " directory"
+        )
 
 
 def test_a_wire_that_gives_wrong_numbers_is_a_fault_with_the_node(field):
@@ -122,7 +147,9 @@ def test_a_wire_that_gives_wrong_numbers_is_a_fault_with_the_node(field):
             network.torch.full = lambda size, value, **more: full(size, value + 1, **more)
 
     results, _ = field.fly(sabotage)
-    assert all("node n0: the all-reduce of the all group gave" in result["fault"] for result in results)
+    assert all(
+        "node n0: the all-reduce of the all group gave" in result["fault"] for result in results
+    )
 
 
 def test_a_rank_that_computes_something_else_is_a_fault_with_its_node(field):
@@ -147,20 +174,34 @@ def test_a_rank_that_computes_something_else_is_a_fault_with_its_node(field):
 
 @pytest.mark.long
 def test_a_run_with_a_preflight_has_the_numbers_of_one_without(field, tmp_path):
-    words = [*SMALL, "parallel=ep2", "trainer.max_steps=3", f"data.path_to_cache={field.folder}/cache"]
-    words += ["model.num_layers=3"]  # Megatron-Core remembers the number of layers of what it has seen first
+    words = [
+        *SMALL,
+        "parallel=ep2",
+        "trainer.max_steps=3",
+        f"data.path_to_cache={field.folder}/cache",
+    ]
+    # Megatron-Core remembers the number of layers of what it has seen first
+    words += ["model.num_layers=3"]
     for asked in ("always", "never"):
         folder = tmp_path / asked
         shutil.copytree(field.folder / "1" / preflight.FOLDER, folder / preflight.FOLDER)
         plan = plan_of(*words, f"run_dir={folder}", f"trainer.preflight={asked}", "checkpoint=last")
-        assert run_ranks(2, lambda me, plan=plan: worker.run(plan, me), tmp_path / f"ranks_{asked}") == [FINISHED] * 2
+        assert (
+            run_ranks(2, lambda me, plan=plan: worker.run(plan, me), tmp_path / f"ranks_{asked}")
+            == [FINISHED] * 2
+        )
     assert (tmp_path / "always" / RECORD).exists() and not (tmp_path / "never" / RECORD).exists()
-    assert records(tmp_path / "always") == records(tmp_path / "never") and len(records(tmp_path / "always")) == 3
+    assert (
+        records(tmp_path / "always") == records(tmp_path / "never")
+        and len(records(tmp_path / "always")) == 3
+    )
 
 
 @pytest.mark.long
 def test_a_preflight_alone_leaves_the_run_as_it_was(field, tmp_path):
-    (tmp_path / "status.json").write_text('{"state": "stopped", "step": 7, "max_steps": 9, "reason": ""}')
+    (tmp_path / "status.json").write_text(
+        '{"state": "stopped", "step": 7, "max_steps": 9, "reason": ""}'
+    )
     shutil.copytree(field.folder / "1" / preflight.FOLDER, tmp_path / preflight.FOLDER)
     words = [*SMALL, "parallel=ep2", "trainer.mode=preflight", f"run_dir={tmp_path}"]
     plan = preflight.recorded(plan_of(*words, f"data.path_to_cache={field.folder}/cache"))
@@ -190,12 +231,19 @@ def test_every_recipe_is_shrunk_at_its_own_layout_or_the_reason_is_said(name):
     plan = plan_of(f"+recipe={name}")
     plans = shrunk(plan)
     if isinstance(plans, str):
-        assert any(beyond.name in plans for beyond, _ in layout_sensitive.broken(plan.config, plan.data_parallel_size))
+        assert any(
+            beyond.name in plans
+            for beyond, _ in layout_sensitive.broken(plan.config, plan.data_parallel_size)
+        )
         return
     assert isinstance(plans, Shrunk) and plans.one.world_size == 1
-    here, theirs = plans.here.config, plan.config
+    here = plans.here.config
+    theirs = plan.config
     assert plans.here.world_size == plan.world_size and here.parallel == theirs.parallel
-    assert (here.router, here.model.transformer_impl) == (theirs.router, theirs.model.transformer_impl)
+    assert (here.router, here.model.transformer_impl) == (
+        theirs.router,
+        theirs.model.transformer_impl,
+    )
     assert plans.here.total_parameters == plans.one.total_parameters < 10_000_000
     assert here.trainer.global_batch_size == plans.one.config.trainer.global_batch_size
 

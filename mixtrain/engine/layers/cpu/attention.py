@@ -27,11 +27,15 @@ class BlockAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(
+        ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale = scale
         q, k, v = (_by_group(tensor, key.shape[2]) for tensor in (query, key, value))
-        scaled, wide, attended = q.float() * scale, k.float(), torch.empty_like(q)
+        scaled = q.float() * scale
+        wide = k.float()
+        attended = torch.empty_like(q)
         blocks = _blocks(query, key)
         for group in range(len(k)):
             for rows, seen, hidden in blocks:
@@ -43,15 +47,22 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         q, k, v, g = (_by_group(tensor, key.shape[2]) for tensor in (query, key, value, gradient))
-        scaled, wide_k, wide_v, wide_g = q.float() * ctx.scale, k.float(), v.float(), g.float() * ctx.scale
-        to_q, to_k, to_v = torch.empty_like(q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+        scaled = q.float() * ctx.scale
+        wide_k = k.float()
+        wide_v = v.float()
+        wide_g = g.float() * ctx.scale
+        to_q = torch.empty_like(q)
+        to_k = torch.zeros_like(wide_k)
+        to_v = torch.zeros_like(wide_v)
         blocks = _blocks(query, key)
         for group in range(len(k)):
             for rows, seen, hidden in blocks:
                 weights = _softmax(scaled[group, rows], wide_k[group, :seen], hidden)
                 to_v[group, :seen].add_(_product(weights.to(v.dtype).t(), g[group, rows]))
                 to_weights = _product(wide_g[group, rows], wide_v[group, :seen].t())
-                to_scores = torch._softmax_backward_data(to_weights, weights, 1, torch.float32).to(q.dtype)
+                to_scores = torch._softmax_backward_data(to_weights, weights, 1, torch.float32).to(
+                    q.dtype
+                )
                 to_q[group, rows] = _product(to_scores, k[group, :seen])
                 to_k[group, :seen].add_(_product(to_scores.t(), q[group, rows]))
         pairs = ((to_q, query), (to_k, key), (to_v, value))
@@ -69,7 +80,11 @@ def _from_groups(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """And back to that shape."""
     length, batch, heads, size = shape
     groups = len(rows) // batch
-    return rows.view(batch, groups, length, heads // groups, size).permute(2, 0, 1, 3, 4).reshape(shape)
+    return (
+        rows.view(batch, groups, length, heads // groups, size)
+        .permute(2, 0, 1, 3, 4)
+        .reshape(shape)
+    )
 
 
 def _blocks(query: torch.Tensor, key: torch.Tensor) -> list[tuple[slice, int, torch.Tensor]]:
@@ -80,7 +95,8 @@ def _blocks(query: torch.Tensor, key: torch.Tensor) -> list[tuple[slice, int, to
     blocks = []
     for start in range(0, len(query), length):
         end = min(start + length, len(query))
-        rows, seen = slice(start * heads, end * heads), len(key) - len(query) + end
+        rows = slice(start * heads, end * heads)
+        seen = len(key) - len(query) + end
         blocks.append((rows, seen, after[: (end - start) * heads, : end - start]))
     return blocks
 

@@ -24,7 +24,9 @@ class Lookup(torch.autograd.Function):
         tokens, table = ctx.saved_tensors
         buffer = buffer_of(table)
         if buffer is None:
-            return None, torch.ops.aten.embedding_dense_backward(gradient, tokens, len(table), -1, False)
+            return None, torch.ops.aten.embedding_dense_backward(
+                gradient, tokens, len(table), -1, False
+            )
         buffer.index_add_(0, tokens.flatten(), gradient.flatten(0, -2).to(buffer.dtype))
         table.grad_added_to_main_grad = True
         return None, torch.empty_like(table)  # nobody reads it

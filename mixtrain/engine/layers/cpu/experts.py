@@ -22,7 +22,8 @@ class ExpertByExpert(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, tokens, probs, weight1, weight2, counts: list[int]) -> torch.Tensor:
-        results, hiddens = torch.empty_like(tokens), []
+        results = torch.empty_like(tokens)
+        hiddens = []
         parts = zip(tokens.split(counts), results.split(counts), weight1, weight2, strict=True)
         for x, result, w1, w2 in parts:
             hidden = product(x, w1.t())
@@ -36,10 +37,14 @@ class ExpertByExpert(torch.autograd.Function):
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tokens, probs, results, weight1, weight2, *hiddens = ctx.saved_tensors
         to_probs = gradient.to(probs.dtype).mul(results).sum(dim=1)
-        weighted, to_tokens = gradient.mul(probs[:, None]).to(gradient.dtype), torch.empty_like(tokens)
-        to_weight1, to_weight2 = WeightGradient(weight1), WeightGradient(weight2)
+        weighted = gradient.mul(probs[:, None]).to(gradient.dtype)
+        to_tokens = torch.empty_like(tokens)
+        to_weight1 = WeightGradient(weight1)
+        to_weight2 = WeightGradient(weight2)
         rows = [tensor.split(ctx.counts) for tensor in (weighted, tokens, to_tokens)]
-        for expert, (g, x, to_x, hidden, w1, w2) in enumerate(zip(*rows, hiddens, weight1, weight2, strict=True)):
+        for expert, (g, x, to_x, hidden, w1, w2) in enumerate(
+            zip(*rows, hiddens, weight1, weight2, strict=True)
+        ):
             activated, to_hidden = swiglu_backward(hidden, product(g, w2))
             to_weight2.give(expert, product(g.t(), activated))
             to_weight1.give(expert, product(to_hidden.t(), x))
@@ -51,7 +56,9 @@ class WeightGradient:
     """The gradient of a weight [E, ...], expert by expert: added to Megatron-Core's buffer where there is one."""
 
     def __init__(self, weight: torch.nn.Parameter):
-        self.weight, self.whole, self.buffer = weight, torch.empty_like(weight), buffer_of(weight)
+        self.weight = weight
+        self.whole = torch.empty_like(weight)
+        self.buffer = buffer_of(weight)
 
     def give(self, expert: int, gradient: torch.Tensor) -> None:
         if self.buffer is None:
@@ -71,9 +78,12 @@ def swiglu(hidden: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
 
 
-def swiglu_backward(hidden: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_backward(
+    hidden: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What swiglu gave, the gradient of `hidden`. That of what it gave is overwritten."""
-    (gate, up), to_hidden = hidden.chunk(2, dim=1), torch.empty_like(hidden)
+    (gate, up) = hidden.chunk(2, dim=1)
+    to_hidden = torch.empty_like(hidden)
     to_gate, to_up = to_hidden.chunk(2, dim=1)
     silu = F.silu(gate)
     torch.mul(gradient, silu, out=to_up)

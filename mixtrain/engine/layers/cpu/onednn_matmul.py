@@ -1,9 +1,10 @@
 """Matrix products of the CPU: oneDNN's where they are faster than those that PyTorch takes.
 
-PyTorch multiplies fp32 matrices on the CPU by MKL, which leaves AVX-512 to Intel's processors; the oneDNN that PyTorch
-carries takes it wherever it is: on an AMD EPYC of 2024 the products of a training step are 2.2 times as fast
-(docs/benchmarks.md). Elsewhere, and for bf16, which goes through oneDNN already, PyTorch's own choice stays; but for
-sums of many terms. Rule: the same sums, in another order.
+PyTorch multiplies fp32 matrices on the CPU by MKL, which leaves AVX-512 to Intel's processors; the
+oneDNN that PyTorch carries takes it wherever it is: on an AMD EPYC of 2024 the products of a
+training step are 2.2 times as fast (docs/benchmarks.md). Elsewhere, and for bf16, which goes
+through oneDNN already, PyTorch's own choice stays; but for sums of many terms. Rule: the same sums,
+in another order.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from functools import partial
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-# Multiplications below which preparing oneDNN's kernel, which is made anew for every shape, costs more than it saves;
-# and where the same few shapes come again and again.
-WORTHWHILE, WORTHWHILE_AGAIN = 3e7, 1e6
-# Terms of a sum, as many as a vocabulary has words, from which on a bf16 product is quicker by its transpose.
+# Multiplications below which preparing oneDNN's kernel, which is made anew for every shape, costs
+# more than it saves; and where the same few shapes come again and again.
+WORTHWHILE = 3e7
+WORTHWHILE_AGAIN = 1e6
+# Terms of a sum, as many as a vocabulary has words, from which on a bf16 product is quicker by its
+# transpose.
 LONG = 16000
 
 
@@ -32,7 +35,9 @@ def product(a: torch.Tensor, b: torch.Tensor, again: bool = False) -> torch.Tens
 
 
 def _is_onednns(a: torch.Tensor, b: torch.Tensor, worthwhile: float = WORTHWHILE) -> bool:
-    large = a.dtype is torch.float32 and a.shape[0] * b.numel() >= worthwhile and a.device.type == "cpu"
+    large = (
+        a.dtype is torch.float32 and a.shape[0] * b.numel() >= worthwhile and a.device.type == "cpu"
+    )
     return large and by_onednn() and _is_whole(a) and _is_whole(b)
 
 
@@ -76,9 +81,18 @@ def use(model: torch.nn.Module) -> None:
             module._forward_impl = partial(_linear, module._forward_impl)
 
 
-def _linear(upstream: Callable, input: torch.Tensor, weight: torch.Tensor, **options) -> torch.Tensor:
+def _linear(
+    upstream: Callable, input: torch.Tensor, weight: torch.Tensor, **options
+) -> torch.Tensor:
     """Stands in for the method of both layers that multiplies."""
-    plain = {"bias": None, "gradient_accumulation_fusion": False, "allreduce_dgrad": False, "sequence_parallel": False}
-    if options.get("grad_output_buffer") is None and all(options[name] is value for name, value in plain.items()):
+    plain = {
+        "bias": None,
+        "gradient_accumulation_fusion": False,
+        "allreduce_dgrad": False,
+        "sequence_parallel": False,
+    }
+    if options.get("grad_output_buffer") is None and all(
+        options[name] is value for name, value in plain.items()
+    ):
         return Linear.apply(input, weight)
     return upstream(input=input, weight=weight, **options)
