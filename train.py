@@ -15,7 +15,7 @@ import sys
 from contextlib import nullcontext
 
 from mixtrain.system import streams
-from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, identity, is_started
+from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, is_started, read_identity
 from mixtrain.training.signals import exit_on_request, note_requests
 
 if __name__ == "__main__":  # before the other imports, which take half a second
@@ -26,11 +26,11 @@ if __name__ == "__main__":  # before the other imports, which take half a second
     elif LAUNCHER not in os.environ:
         note_requests()
 
+from mixtrain.config.choices import LauncherType, Mode
 from mixtrain.config.compose import Composed, compose
 from mixtrain.config.jobs import plan_of
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import render
-from mixtrain.config.schema import LauncherType, Mode
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems
 from mixtrain.launch.choose import launch, place, starts_ranks
 from mixtrain.launch.local import handed_plan
@@ -53,25 +53,25 @@ SWEEP = (
 
 def main(argv: list[str]) -> int:
     """Compose, check all jobs (a sweep has several), then run them; the first exit code that is not 0."""
-    me = None
+    identity = None
     try:
-        me = identity()
-        if me and me.is_ours:
+        identity = read_identity()
+        if identity and identity.is_ours:
             die_with(int(os.environ[LAUNCHER]))
-            return train(handed_plan(), me)
-        if starts_ranks(me, argv):
-            me = None
+            return train(handed_plan(), identity)
+        if starts_ranks(identity, argv):
+            identity = None
         jobs, problems = compose(argv)
-        return run_jobs(checked_plans(jobs, problems, me), me)
+        return run_jobs(checked_plans(jobs, problems, identity), identity)
     except UserError as error:
         # of every node: what is missing may be missing on one of them
-        if me is None or me.local_rank == 0:
-            print_problems(error.problems, me.node if me else "")
+        if identity is None or identity.local_rank == 0:
+            print_problems(error.problems, identity.node if identity else "")
         return REFUSED
 
 
 def checked_plans(
-    jobs: list[Composed], problems: list[str], me: Identity | None
+    jobs: list[Composed], problems: list[str], identity: Identity | None
 ) -> list[tuple[Plan, list[str]]]:
     """The plans of the jobs that are to be run, each with its overrides, all printed.
 
@@ -80,38 +80,40 @@ def checked_plans(
     plans = []
     lacking = []
     for job in jobs:
-        plan = plan_of(job, problems, me)
+        plan = plan_of(job, problems, identity)
         if plan.config.trainer.mode is not Mode.plan:
             streams.forgive()  # what it prints is not what it is for
-        if me is None or me.rank == 0:
+        if identity is None or identity.rank == 0:
             print(render(plan), end="\n\n", flush=True)
         if plan.config.trainer.mode is not Mode.plan:
-            lacking += machine_problems(plan, me, job.overrides)
+            lacking += machine_problems(plan, identity, job.overrides)
             plans.append((plan, job.overrides))
     # ranks have one place to meet, and one life of process groups
-    if me is not None and len(plans) > 1:
+    if identity is not None and len(plans) > 1:
         lacking = [f"these are {len(plans)} jobs, but {SWEEP}", *lacking]
     if lacking := [*dict.fromkeys(lacking), *shared_directories([plan for plan, _ in plans])]:
         raise UserError(*lacking)
     return plans
 
 
-def run_jobs(plans: list[tuple[Plan, list[str]]], me: Identity | None) -> int:
+def run_jobs(plans: list[tuple[Plan, list[str]]], identity: Identity | None) -> int:
     """One after the other, until somebody asks to stop."""
     codes = []
     for number, (plan, overrides) in enumerate(plans, start=1):
-        if len(plans) > 1 and (me is None or me.rank == 0):
+        if len(plans) > 1 and (identity is None or identity.rank == 0):
             print(f"job {number} of {len(plans)}, in {plan.config.run_dir}", flush=True)
         line = finished_already(plan) if plan.config.trainer.mode is Mode.train else None
         if line:
             print(
-                line if me is None or me.rank == 0 else "",
-                end="\n" * (me is None or me.rank == 0),
+                line if identity is None or identity.rank == 0 else "",
+                end="\n" * (identity is None or identity.rank == 0),
                 flush=True,
             )
             continue
-        codes.append(launch(plan, overrides) if me is None else train(recorded(plan), me))
-        if me is None and was_stopped(plan):
+        codes.append(
+            launch(plan, overrides) if identity is None else train(recorded(plan), identity)
+        )
+        if identity is None and was_stopped(plan):
             break
     return next((code for code in codes if code), FINISHED)
 
@@ -124,15 +126,15 @@ def was_stopped(plan: Plan) -> bool:
     )
 
 
-def train(plan: Plan, me: Identity) -> int:
+def train(plan: Plan, identity: Identity) -> int:
     """This process is a rank."""
     # before torch is imported, whose loggers keep standard error
-    streams.forgive(console_log(plan, me.rank))
+    streams.forgive(console_log(plan, identity.rank))
     # our own launcher has claimed it before it started this rank
-    with claimed(plan) if me.rank == 0 and not me.is_ours else nullcontext():
+    with claimed(plan) if identity.rank == 0 and not identity.is_ours else nullcontext():
         from mixtrain.training.worker import run  # the first import of torch
 
-        return run(plan, me)
+        return run(plan, identity)
 
 
 if __name__ == "__main__":

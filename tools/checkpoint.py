@@ -124,7 +124,7 @@ def verify(paths: list[Path]) -> int:
             total = sum(entry.stat().st_size for entry in path.iterdir())
             task = progress.add_task(path.name, total=total)
             wrong = integrity.problem(
-                path, full=True, beat=lambda p=progress, t=task: p.advance(t, integrity.BLOCK)
+                path, full=True, heartbeat=lambda p=progress, t=task: p.advance(t, integrity.BLOCK)
             )
         damaged |= bool(wrong)
         print(f"{path}: {wrong or 'valid'}")

@@ -35,7 +35,7 @@ from mixtrain.interop.generate.words import Follower, say  # noqa: E402
 from mixtrain.launch import local  # noqa: E402
 from mixtrain.system import scratch  # noqa: E402
 from mixtrain.system.closed_pipe import ended, reader_has_gone  # noqa: E402
-from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, identity  # noqa: E402
+from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, read_identity  # noqa: E402
 from mixtrain.training.run_directory import former  # noqa: E402
 
 
@@ -105,7 +105,7 @@ def asked(options: argparse.Namespace) -> Request:
     return request
 
 
-def generate(options: argparse.Namespace, words: list[str], me: Identity | None) -> int:
+def generate(options: argparse.Namespace, words: list[str], identity: Identity | None) -> int:
     """As the process that starts the ranks, or as a rank that somebody else has started."""
     request = asked(options)
     tree, problems = settings.composed(words)
@@ -116,19 +116,19 @@ def generate(options: argparse.Namespace, words: list[str], me: Identity | None)
     code = FINISHED
     (folder, _) = scratch.make("generate-")
     try:
-        plan = settings.plan_of(tree, words, run, checkpoint, folder, me, problems)
+        plan = settings.plan_of(tree, words, run, checkpoint, folder, identity, problems)
         given = options.tokenizer or tree.data.tokenizer  # which only a word has set
         size = plan.config.model.vocab_size
         other = options.allow_other_tokenizer
         found = tokenizer.directory_of(given, checkpoint, run, size, other)
         request = request.of_model(found, tokenizer.rows(found, run))
-        if me is None or me.rank == 0:
+        if identity is None or identity.rank == 0:
             for line in settings.heading(plan, run, checkpoint, damaged):
                 say(line)
-        code = start(plan, request, folder) if me is None else rank(plan, request, me)
+        code = start(plan, request, folder) if identity is None else rank(plan, request, identity)
         return code
     finally:
-        if code == FAULT and me is None:
+        if code == FAULT and identity is None:
             scratch.keep(folder)  # what is said of the fault names a log in there
         else:
             shutil.rmtree(folder, ignore_errors=True)
@@ -146,23 +146,23 @@ def start(plan: Plan, request: Request, folder: str) -> int:
     return INTERRUPTED
 
 
-def rank(plan: Plan, request: Request, me: Identity) -> int:
+def rank(plan: Plan, request: Request, identity: Identity) -> int:
     from mixtrain.interop.generate.run import run  # the first import of torch
 
-    return run(plan, request, me)
+    return run(plan, request, identity)
 
 
 def main() -> int:
-    me = None
+    identity = None
     try:
-        me = identity()
-        if me and me.is_ours:
+        identity = read_identity()
+        if identity and identity.is_ours:
             die_with(int(os.environ[LAUNCHER]))
             plan = local.handed_plan()
-            return rank(plan, Request.read(plan.config.run_dir), me)
-        return generate(*parse_arguments(), me)
+            return rank(plan, Request.read(plan.config.run_dir), identity)
+        return generate(*parse_arguments(), identity)
     except UserError as error:
-        if me is None or me.local_rank == 0:
+        if identity is None or identity.local_rank == 0:
             print_problems(error.problems)
         return REFUSED
     except KeyboardInterrupt:  # before the ranks are started, who note it

@@ -21,9 +21,10 @@ from pathlib import Path
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mixtrain.config.choices import Accelerator, Precision  # noqa: E402
 from mixtrain.config.compose import compose  # noqa: E402
 from mixtrain.config.planner import make_plan  # noqa: E402
-from mixtrain.config.schema import Accelerator, Config, Precision  # noqa: E402
+from mixtrain.config.schema import Config  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.launch.machine_checks import machine_problems  # noqa: E402
 from mixtrain.system.closed_pipe import ended  # noqa: E402

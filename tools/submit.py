@@ -20,10 +20,10 @@ from pathlib import Path
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mixtrain.config.choices import LauncherType, Mode  # noqa: E402
 from mixtrain.config.compose import compose  # noqa: E402
 from mixtrain.config.jobs import plan_of  # noqa: E402
 from mixtrain.config.plan import Plan  # noqa: E402
-from mixtrain.config.schema import LauncherType, Mode  # noqa: E402
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.launch import submit  # noqa: E402
 from mixtrain.launch.machine_checks import job_problems  # noqa: E402

@@ -73,7 +73,7 @@ def problem(
     full: bool,
     part: int = 0,
     of: int = 1,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
     only: Callable[[str], bool] = lambda name: True,
 ) -> str:
     """What is wrong with a checkpoint, naming the file; "" if nothing is. `part` of `of` looks at a share of the files.
@@ -86,12 +86,14 @@ def problem(
     except ValueError as error:
         return str(error)
     for name, file in sorted(files.items(), key=lambda item: -item[1].size)[part::of]:
-        if only(name) and (wrong := _file_problem(directory / name, file, full, beat)):
+        if only(name) and (wrong := _file_problem(directory / name, file, full, heartbeat)):
             return wrong
     return ""
 
 
-def _file_problem(path: Path, expected: File, full: bool, beat: Callable[[], None]) -> str | None:
+def _file_problem(
+    path: Path, expected: File, full: bool, heartbeat: Callable[[], None]
+) -> str | None:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device has no end
@@ -100,7 +102,7 @@ def _file_problem(path: Path, expected: File, full: bool, beat: Callable[[], Non
             return (
                 f"{path} has {found.st_size:,} bytes, not the {expected.size:,} that were written"
             )
-        if (full or path.suffix != TENSORS) and sha256(path, beat) != expected.sha256:
+        if (full or path.suffix != TENSORS) and sha256(path, heartbeat) != expected.sha256:
             return f"{path} is damaged: its SHA-256 is not that of what was written"
     except FileNotFoundError:
         return f"{path} is missing"
@@ -113,10 +115,10 @@ def describe(paths: Iterable[Path]) -> dict[str, File]:
     return {path.name: File(path.stat().st_size, sha256(path)) for path in paths}
 
 
-def sha256(path: Path, beat: Callable[[], None] = lambda: None) -> str:
+def sha256(path: Path, heartbeat: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
-            beat()
+            heartbeat()
     return digest.hexdigest()

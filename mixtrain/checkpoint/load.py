@@ -28,8 +28,9 @@ from mixtrain.checkpoint import (
 )
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config import tensor_schema
+from mixtrain.config.choices import Resume, Verify
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Config, Resume, Verify, plain
+from mixtrain.config.schema import Config, plain
 from mixtrain.engine.optimizer import Training
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.engine.shards import unwrap
@@ -39,7 +40,9 @@ SHOWN = 8  # tensors that differ
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the last of published weights alone
 
 
-def find(plan: Plan, ranks: Ranks, say: Callable[[str], None], beat=lambda: None) -> Path | None:
+def find(
+    plan: Plan, ranks: Ranks, say: Callable[[str], None], heartbeat=lambda: None
+) -> Path | None:
     """The newest valid checkpoint of run_dir, or None for a new run. Every rank must call; each verifies a share.
 
     A damaged one is said and passed over. UserError where checkpoint.resume = must finds none, and where auto finds
@@ -59,7 +62,7 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None], beat=lambda: None
     damage = []
     for step in steps:
         path = directory.path_of(run_dir, step)
-        if not (wrong := problem(plan, ranks, path, beat)):
+        if not (wrong := problem(plan, ranks, path, heartbeat)):
             return path
         damage.append(wrong)
         say(f"warning: {wrong}; {path.name} is passed over")
@@ -73,10 +76,10 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None], beat=lambda: None
     return None
 
 
-def problem(plan: Plan, ranks: Ranks, path: Path, beat=lambda: None) -> str:
+def problem(plan: Plan, ranks: Ranks, path: Path, heartbeat=lambda: None) -> str:
     """What is wrong with a checkpoint, as all ranks together see it; "" if nothing is."""
     full = plan.config.checkpoint.verify is Verify.full
-    mine = integrity.problem(path, full, ranks.rank, ranks.world_size, beat)
+    mine = integrity.problem(path, full, ranks.rank, ranks.world_size, heartbeat)
     found: list[Any] = [None] * ranks.world_size
     torch.distributed.all_gather_object(found, mine)
     return next((text for text in found if text), "")
@@ -174,11 +177,11 @@ def refuse_another_model(plan: Plan, path: Path, absent: Collection[str] = ()) -
     refuse_other_tensors(path, wanted, safe.read_metadata(path))
 
 
-def weights_at(plan: Plan, ranks: Ranks, beat=lambda: None) -> Path:
+def weights_at(plan: Plan, ranks: Ranks, heartbeat=lambda: None) -> Path:
     """The valid checkpoint that checkpoint.load_weights names: itself, or the newest in a directory of some."""
     given = Path(plan.config.checkpoint.load_weights)
     path = _from_first(ranks, lambda: directory.newest(given)) or given
-    if wrong := problem(plan, ranks, path, beat):
+    if wrong := problem(plan, ranks, path, heartbeat):
         raise UserError(f"checkpoint.load_weights = {given}: {wrong}")
     return path
 
@@ -199,7 +202,9 @@ def layout(plan: Plan) -> dict[str, int]:
 def expected(config: Config, states: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """Key -> whole shape of every tensor that a run of this configuration reads."""
     shapes = tensor_schema.shapes(config)
-    trained = {key: shape for key, shape in shapes.items() if tensor_schema.starts(key) != "buffer"}
+    trained = {
+        key: shape for key, shape in shapes.items() if tensor_schema.init_kind(key) != "buffer"
+    }
     names = ("param", *states) if states else ()
     return shapes | {
         f"optimizer.state.{name}.{key}": shape for name in names for key, shape in trained.items()

@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 from mixtrain.checkpoint.state import RunState
+from mixtrain.config.choices import Accelerator, DataKind, OptimizerName, Precision
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator, DataKind, OptimizerName, Precision, plain
+from mixtrain.config.schema import plain
 from mixtrain.config.transformer_fields import transformer_fields
 
 FORMAT = {  # Megatron-LM asks of a checkpoint how its optimizer was sharded

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mixtrain.checkpoint import integrity
 from mixtrain.checkpoint.directory import path_of, steps_in
+from mixtrain.config.choices import Resume
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Resume
 from mixtrain.errors import Fault
 from mixtrain.system.status import DISK_FULL
 

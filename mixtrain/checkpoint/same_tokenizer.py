@@ -10,7 +10,8 @@ from pathlib import Path
 
 from mixtrain.checkpoint import directory
 from mixtrain.config import model_differences
-from mixtrain.config.schema import Config, Resume
+from mixtrain.config.choices import Resume
+from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import TOKENIZER, load_tokenizer, tokenizer_sha256
 from mixtrain.errors import UserError
 

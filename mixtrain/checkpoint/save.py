@@ -60,13 +60,13 @@ class Saver:
         ranks: Ranks,
         training: Training,
         say: Callable[[str], None],
-        beat=lambda: None,
+        heartbeat=lambda: None,
     ):
         self.plan = plan
         self.ranks = ranks
         self.training = training
         self.say = say
-        self.beat = beat
+        self.heartbeat = heartbeat
         self.run_dir = Path(plan.config.run_dir)
         self.pending: Pending | None = None
         self.checked = False  # the shards of all ranks have been seen to make whole tensors
@@ -95,7 +95,7 @@ class Saver:
         self._agree("", lambda: self._prepare(path, size, run_state), size)
         pending = Pending(run_state.step, path, size, metadata, None, time.monotonic())
         if not self.plan.config.checkpoint.async_save:
-            self._finish(pending, writing.write(path, self.ranks.rank, items, self.beat))
+            self._finish(pending, writing.write(path, self.ranks.rank, items, self.heartbeat))
             return
         timeout = 60 * self.plan.config.trainer.timeout_minutes
         snapshot = [
@@ -121,7 +121,7 @@ class Saver:
                 self.say(line)
             self.pruned = []
         if self.pending is not None:
-            self.written = self.written or self.pending.writer.wait(self.beat)
+            self.written = self.written or self.pending.writer.wait(self.heartbeat)
             self._conclude()
 
     def _conclude(self) -> None:

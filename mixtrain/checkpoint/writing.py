@@ -43,17 +43,17 @@ class Written(NamedTuple):
 
 
 def write(
-    directory: Path, rank: int, items: list[Item], beat: Callable[[], None] = lambda: None
+    directory: Path, rank: int, items: list[Item], heartbeat: Callable[[], None] = lambda: None
 ) -> Written:
     """Write a rank's items, in Megatron-Core's files __RANK_N.distcp. What goes wrong is in the result, not raised."""
-    return write_files(directory, rank, [share for share in _shares(items) if share], beat)
+    return write_files(directory, rank, [share for share in _shares(items) if share], heartbeat)
 
 
 def write_files(
     directory: Path,
     rank: int,
     shares: Sequence[Iterable[Item]],
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Written:
     """The same with a file for each of the shares, whose items may come one by one. A UserError of theirs is raised."""
     checksums = get_crc32_options()
@@ -64,7 +64,7 @@ def write_files(
         with ThreadPoolExecutor(max(1, len(shares))) as threads:
             names = [f"__{rank}_{number}.distcp" for number in range(len(shares))]
             jobs = [
-                threads.submit(_write_file, directory / name, share, beat)
+                threads.submit(_write_file, directory / name, share, heartbeat)
                 for name, share in zip(names, shares, strict=True)
             ]
             done = [job.result() for job in jobs]
@@ -100,12 +100,14 @@ def _shares(items: list[Item]) -> list[list[Item]]:
 
 
 def _write_file(
-    path: Path, items: Iterable[Item], beat: Callable[[], None]
+    path: Path, items: Iterable[Item], heartbeat: Callable[[], None]
 ) -> tuple[list[WriteResult], File]:
     with ThreadPoolExecutor(1) as hasher, open(path, "wb", buffering=0) as file:
         stream = _HashedStream(file, hasher)
         try:
-            results = [_write_item(path.name, item, data, stream, beat) for item, data in items]
+            results = [
+                _write_item(path.name, item, data, stream, heartbeat) for item, data in items
+            ]
         except RuntimeError:  # torch.save's own words for a stream that fails
             raise stream.error or sys.exception() from None
         os.fsync(file.fileno())
@@ -117,7 +119,7 @@ def _write_item(
     item: WriteItem,
     data: torch.Tensor | io.BytesIO,
     stream: _HashedStream,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> WriteResult:
     """One tensor or object, as PyTorch's own writer of checkpoints writes it."""
     offset = stream.position
@@ -125,7 +127,7 @@ def _write_item(
         torch.save(_alone(data), stream)
     else:
         stream.write(data.getbuffer())
-    beat()
+    heartbeat()
     length = stream.position - offset
     return WriteResult(item.index, length, _StorageInfo(name, offset, length))
 
@@ -231,8 +233,8 @@ class Writer:
         with self.answer:
             return pickle.load(self.answer)
 
-    def wait(self, beat: Callable[[], None] = lambda: None) -> Written:
+    def wait(self, heartbeat: Callable[[], None] = lambda: None) -> Written:
         while (written := self.poll()) is None:
-            beat()
+            heartbeat()
             time.sleep(0.01)
         return written

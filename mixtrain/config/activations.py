@@ -6,15 +6,15 @@ each layer's count with what autograd saves. Rows of experts are the mean over r
 
 from __future__ import annotations
 
-from mixtrain.config.pipeline_split import Stages
-from mixtrain.config.schema import (
+from mixtrain.config.choices import (
     Accelerator,
-    Config,
     Granularity,
     Precision,
     RecomputeMethod,
     TransformerImpl,
 )
+from mixtrain.config.pipeline_split import Stages
+from mixtrain.config.schema import Config
 
 # of a number that a matrix product keeps
 BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 1}

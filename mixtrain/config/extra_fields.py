@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mixtrain.config.choices import Accelerator, Dispatcher, Precision, TransformerImpl
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator, Dispatcher, Precision, TransformerImpl
 from mixtrain.config.transformer_fields import ARCHITECTURE, SECTIONS
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from mixtrain.config.choices import Mode
 from mixtrain.config.compose import Composed
 from mixtrain.config.contradictions import contradictions
 from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
-from mixtrain.config.schema import Config, Mode
+from mixtrain.config.schema import Config
 from mixtrain.system.rank_identity import Identity
 
 
-def plan_of(job: Composed, problems: list[str], me: Identity | None = None) -> Plan:
+def plan_of(job: Composed, problems: list[str], identity: Identity | None = None) -> Plan:
     """The plan, with what was changed of the recipe; a UserError after the `problems` of the words.
 
     A plan that is only printed is that of any machine: how many ranks somebody has started here is
@@ -19,5 +20,5 @@ def plan_of(job: Composed, problems: list[str], me: Identity | None = None) -> P
     problems = [*problems, *contradictions(job)]
     config = Config.from_hydra(job.tree, problems)
     recipe = job.recipe and (job.recipe.name, Config.from_hydra(job.recipe.tree))
-    started = me.world_size if me and config.trainer.mode is not Mode.plan else None
+    started = identity.world_size if identity and config.trainer.mode is not Mode.plan else None
     return make_plan(config, started, problems, recipe)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mixtrain.config.schema import Balancing, Config
+from mixtrain.config.choices import Balancing
+from mixtrain.config.schema import Config
 
 
 class Limit(NamedTuple):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from mixtrain.config.schema import Config, DecayStyle, OptimizerConfig
+from mixtrain.config.choices import DecayStyle
+from mixtrain.config.schema import Config, OptimizerConfig
 
 LEFT = {  # of the rate above the lowest, by the part of the decay that is done
     "linear": lambda done: 1 - done,

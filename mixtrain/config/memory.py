@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mixtrain.config import pipeline_split
-from mixtrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, Precision, Sharding
+from mixtrain.config.choices import Precision, Sharding
+from mixtrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 
 GIB = 2**30
 MOMENTS = {"adam": 2, "sgd": 1}  # fp32 tensors beside each parameter

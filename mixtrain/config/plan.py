@@ -17,9 +17,10 @@ from mixtrain.config import (
     pipeline_split,
     published_models,
 )
+from mixtrain.config.choices import DataKind
 from mixtrain.config.data_blend import split_weights
 from mixtrain.config.key_effects import Change
-from mixtrain.config.schema import Config, DataKind, OptimizerConfig, TrainerConfig
+from mixtrain.config.schema import Config, OptimizerConfig, TrainerConfig
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from textwrap import wrap
 
 from mixtrain.config import lr_schedule
 from mixtrain.config.activations import in_flight
+from mixtrain.config.choices import DecayStyle
 from mixtrain.config.memory import GIB
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import DecayStyle
 from mixtrain.config.transformer_fields import differences
 
 WIDTH = 100  # columns

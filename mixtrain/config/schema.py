@@ -20,35 +20,33 @@ from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from mixtrain import characters
+from mixtrain.config.choices import (
+    Accelerator,
+    AttnBackend,
+    BadStep,
+    Balancing,
+    DataKind,
+    DecayStyle,
+    Dispatcher,
+    DropPolicy,
+    FlexBackend,
+    Fp8Recipe,
+    Granularity,
+    LauncherType,
+    Mode,
+    OptimizerName,
+    Precision,
+    Preflight,
+    RecomputeMethod,
+    Resume,
+    RouterDtype,
+    ScoreFunction,
+    Sharding,
+    TransformerImpl,
+    Verify,
+    WsdDecayStyle,
+)
 from mixtrain.errors import UserError
-
-# fmt: off
-Accelerator     = Enum("Accelerator", ["cpu", "gpu"])
-Mode            = Enum("Mode", ["train", "plan", "preflight"])
-Preflight       = Enum("Preflight", ["auto", "always", "never"])
-LauncherType    = Enum("LauncherType", ["auto", "local", "slurm"])
-Precision       = Enum("Precision", ["fp32", "bf16", "fp8"])
-TransformerImpl = Enum("TransformerImpl", ["torch", "local", "transformer_engine"])
-AttnBackend     = Enum("AttnBackend", ["auto", "flash", "fused", "unfused"])
-Balancing       = Enum("Balancing", ["aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn", "none"])
-ScoreFunction   = Enum("ScoreFunction", ["softmax", "sigmoid"])
-RouterDtype     = Enum("RouterDtype", ["fp32", "fp64"])
-Dispatcher      = Enum("Dispatcher", ["alltoall", "allgather", "flex"])
-FlexBackend     = Enum("FlexBackend", ["deepep", "hybridep"])
-DropPolicy      = Enum("DropPolicy", ["probs", "position"])
-OptimizerName   = Enum("OptimizerName", ["adam", "sgd"])
-DecayStyle      = Enum("DecayStyle", ["constant", "linear", "cosine", "inverse-square-root", "WSD"])
-WsdDecayStyle   = Enum("WsdDecayStyle", ["linear", "cosine", "exponential", "minus_sqrt"])
-Sharding        = Enum("Sharding", ["optim", "optim_grads", "optim_grads_params"])
-Fp8Recipe       = Enum("Fp8Recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
-DataKind        = Enum("DataKind", ["stdlib", "indexed", "mock"])
-Granularity     = Enum("Granularity", ["full", "selective"])
-RecomputeMethod = Enum("RecomputeMethod", ["uniform", "block"])
-BadStep         = Enum("BadStep", ["stop", "skip"])
-Resume          = Enum("Resume", ["auto", "must", "never"])
-Verify          = Enum("Verify", ["full", "size"])
-# fmt: on
-
 
 # mappings whose keys are others': Megatron-Core's, Slurm's
 FREE = ("model.extra", "launcher.sbatch_args")

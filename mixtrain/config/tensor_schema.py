@@ -17,12 +17,12 @@ LAYER = "decoder.layers."
 
 
 class Tensor(NamedTuple):
-    """A row: `shape` in letters, `when` a condition of CONDITIONS, `starts` a way of mixtrain/engine/weight_init.py."""
+    """A row: `shape` in letters, `when` a condition of CONDITIONS, `init_kind` a way of mixtrain/engine/weight_init.py."""
 
     key: str
     shape: str
     when: str
-    starts: str
+    init_kind: str
 
 
 # fmt: off
@@ -80,11 +80,11 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def starts(key: str) -> str:
+def init_kind(key: str) -> str:
     """How the tensor `key` starts: normal, scaled, ones, or buffer (its module has filled it)."""
     for row in TENSORS:
         if row.key == key:
-            return row.starts
+            return row.init_kind
     raise RuntimeError(f"no row of TENSORS in mixtrain/config/tensor_schema.py describes {key}")
 
 

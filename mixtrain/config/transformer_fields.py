@@ -12,8 +12,9 @@ import math
 from functools import cache
 from pathlib import Path
 
+from mixtrain.config.choices import Precision
 from mixtrain.config.key_effects import show
-from mixtrain.config.schema import Config, Precision, plain
+from mixtrain.config.schema import Config, plain
 
 SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
 CLASSES = ("ModelParallelConfig", "TransformerConfig")

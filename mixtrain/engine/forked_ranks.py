@@ -70,12 +70,12 @@ def _reason(folder: Path, failed: list[int]) -> str:
     return f"ranks {failed} ended without a word"
 
 
-def _rank(me: Identity, function: Callable[[Identity], Any], folder: Path) -> None:
+def _rank(identity: Identity, function: Callable[[Identity], Any], folder: Path) -> None:
     """The life of one forked rank; it never returns."""
     code = 1
     try:
         os.setsid()
-        log = os.open(folder / f"rank_{me.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        log = os.open(folder / f"rank_{identity.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
         # pytest's are its own
@@ -83,10 +83,10 @@ def _rank(me: Identity, function: Callable[[Identity], Any], folder: Path) -> No
         sys.stderr = open(2, "w", closefd=False)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         torch.set_num_threads(1)
-        result = function(me)
-        temporary = folder / f"rank_{me.rank}.tmp"
+        result = function(identity)
+        temporary = folder / f"rank_{identity.rank}.tmp"
         temporary.write_text(json.dumps(result))
-        temporary.rename(folder / f"rank_{me.rank}.json")
+        temporary.rename(folder / f"rank_{identity.rank}.json")
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -17,8 +17,8 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from mixtrain.config.choices import TransformerImpl
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import TransformerImpl
 from mixtrain.config.transformer_fields import transformer_fields
 from mixtrain.engine import weight_init
 from mixtrain.engine.compat import megatron_fixes
@@ -74,8 +74,8 @@ def build_chunk(
         model = gpt_model(plan, config, vp_stage)
         megatron_fixes.mark_tensor_parallel(model)
         if device.type == "cpu" and plan.config.model.transformer_impl is TransformerImpl.torch:
-            onednn_matmul.use(model)
-            embedding.use(model)
+            onednn_matmul.install(model)
+            embedding.install(model)
         if config.bf16:
             model = in_bf16(config, model)
     weight_init.materialise(model, device)

@@ -16,8 +16,8 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator
 from mixtrain.errors import UserError
 from mixtrain.system.rank_identity import INTERFACES, Identity, interface_problem
 
@@ -49,7 +49,7 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
+def start(plan: Plan, identity: Identity) -> Iterator[Ranks]:
     """torch.distributed and Megatron-Core's groups for the plan's layout, until the block ends."""
     if (names := os.environ.get(INTERFACES)) and (wrong := interface_problem(names)):
         raise UserError(wrong)  # gloo's own words for it come after 40 s, and are a traceback
@@ -57,24 +57,24 @@ def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
         be_deterministic()
     device = torch.device("cpu")
     if plan.config.trainer.accelerator is Accelerator.gpu:
-        device = torch.device("cuda", me.local_rank)
+        device = torch.device("cuda", identity.local_rank)
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=patience(plan))
     store = None
-    if me.rendezvous.startswith("tcp://"):
-        store = meeting_store(me, timeout)
+    if identity.rendezvous.startswith("tcp://"):
+        store = meeting_store(identity, timeout)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        init_method=None if store else me.rendezvous,
+        init_method=None if store else identity.rendezvous,
         store=store,
-        rank=me.rank,
-        world_size=me.world_size,
+        rank=identity.rank,
+        world_size=identity.world_size,
         timeout=timeout,
     )
     try:
         initialise_model_parallel(plan)
         seed_everything(plan)
-        yield Ranks(me.rank, me.world_size, me.local_rank, device)
+        yield Ranks(identity.rank, identity.world_size, identity.local_rank, device)
         torch.distributed.barrier()  # nobody leaves while another still talks to it
     finally:
         # after a fault a peer may be gone for good: leave without asking anybody
@@ -84,14 +84,14 @@ def start(plan: Plan, me: Identity) -> Iterator[Ranks]:
             torch.distributed.destroy_process_group()
 
 
-def meeting_store(me: Identity, timeout: timedelta) -> torch.distributed.TCPStore:
+def meeting_store(identity: Identity, timeout: timedelta) -> torch.distributed.TCPStore:
     """The store that the ranks meet at; the first rank listens at that address alone: who reaches it may write to it.
 
     PyTorch's own tcp:// listens on every interface of the node.
     """
-    address = urlparse(me.rendezvous)
+    address = urlparse(identity.rendezvous)
     listening = None
-    if me.rank == 0:
+    if identity.rank == 0:
         found = socket.getaddrinfo(address.hostname, address.port, type=socket.SOCK_STREAM)
         family, kind, _, _, where = found[0]
         with socket.socket(family, kind) as listener:
@@ -101,8 +101,8 @@ def meeting_store(me: Identity, timeout: timedelta) -> torch.distributed.TCPStor
     return torch.distributed.TCPStore(
         address.hostname,
         address.port,
-        me.world_size,
-        is_master=me.rank == 0,
+        identity.world_size,
+        is_master=identity.rank == 0,
         timeout=timeout,
         master_listen_fd=listening,
     )

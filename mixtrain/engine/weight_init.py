@@ -51,7 +51,7 @@ def initialise(model: torch.nn.Module, plan: Plan) -> None:
     """Draw every parameter of this rank's part of the model (one pipeline chunk) in place."""
     shapes = tensor_schema.shapes(plan.config)
     # a buffer has been filled by its module; gate and up are two parts of one tensor: draw it once
-    parts = [shard for shard in shards(model) if tensor_schema.starts(shard.key) != "buffer"]
+    parts = [shard for shard in shards(model) if tensor_schema.init_kind(shard.key) != "buffer"]
     tensors = [
         list(those)
         for _, those in itertools.groupby(parts, lambda shard: (shard.key, shard.numbers))
@@ -81,7 +81,7 @@ def wholes(plan: Plan, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
     shapes = {
         key: shape
         for key, shape in tensor_schema.shapes(plan.config).items()
-        if tensor_schema.starts(key) != "buffer"
+        if tensor_schema.init_kind(key) != "buffer"
     }
     drawn = {key: torch.empty(shape, dtype=dtype) for key, shape in shapes.items()}
 
@@ -106,7 +106,7 @@ def draw(plan: Plan, key: str, numbers: tuple[int, ...], shape: tuple[int, ...])
     Megatron-Core's defaults for a GPT model: normal with init_method_std, and with std / sqrt(2 * layers) for what
     writes into the residual stream.
     """
-    how = tensor_schema.starts(key)
+    how = tensor_schema.init_kind(key)
     if how == "ones":
         return torch.ones(shape)
     std = plan.config.model.init_method_std

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from pathlib import Path
 
+from mixtrain.config.choices import Mode, Resume
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.launcher import seconds_of
-from mixtrain.config.schema import Mode, Resume
 from mixtrain.errors import UserError
 from mixtrain.launch import cluster, containers
 from mixtrain.launch.cluster import Node

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 
+from mixtrain.config.choices import LauncherType
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import LauncherType
 from mixtrain.launch import local, submit
 from mixtrain.system import streams
 from mixtrain.system.rank_identity import Identity
@@ -20,14 +20,14 @@ from mixtrain.training.run_directory import console_log
 LOCAL = ("launcher=local", "launcher.type=local")
 
 
-def starts_ranks(me: Identity | None, words: list[str]) -> bool:
+def starts_ranks(identity: Identity | None, words: list[str]) -> bool:
     """Nobody has started this process as a rank, or only as the one task of a shell, with `launcher=local` typed there.
 
     `srun --pty bash` is a task too: without the word, train.py is taken for the only rank there is.
     """
-    if me is None:
+    if identity is None:
         return True
-    alone = me.world_size == 1 and "RANK" not in os.environ
+    alone = identity.world_size == 1 and "RANK" not in os.environ
     return alone and any(word in LOCAL for word in words)
 
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from mixtrain.config.choices import DataKind
 from mixtrain.config.data_blend import parse_blend
-from mixtrain.config.schema import Config, DataKind
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 
 

@@ -21,10 +21,10 @@ from typing import TypedDict
 
 from mixtrain.characters import escaped
 from mixtrain.checkpoint.outlook import outlook
+from mixtrain.config.choices import Mode
 from mixtrain.config.compose import compose
 from mixtrain.config.jobs import plan_of
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Mode
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
 from mixtrain.launch import containers
 from mixtrain.launch.local import last_words, read_text

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from mixtrain.checkpoint.directory import remove_leftovers
 from mixtrain.checkpoint.outlook import outlook
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
 from mixtrain.launch.rank_process import RankProcess
 from mixtrain.system import host_memory, scratch, streams
@@ -27,10 +27,10 @@ from mixtrain.training.run_directory import claimed, former
 from mixtrain.training.signals import StopRequest
 from mixtrain.training.watchdog import (
     STANDS_STILL,
-    Beat,
-    beat_file,
+    Heartbeat,
+    heartbeat_file,
     main_stack,
-    read_beat,
+    read_heartbeat,
     stacks_file,
 )
 
@@ -82,15 +82,17 @@ def _verdict(
     # it had not come as far as to note the request
     if stop.signal and -signal.SIGTERM in codes.values():
         return _stopped(plan, "stopped before the first step")
-    beats = {rank: read_beat(beat_file(folder, rank)) for rank in range(plan.world_size)}
+    heartbeats = {
+        rank: read_heartbeat(heartbeat_file(folder, rank)) for rank in range(plan.world_size)
+    }
     return _report(
         plan,
         ranks,
         codes,
         running,
         hung,
-        beats,
-        {rank: _stack(ranks, rank, folder) for rank in beats},
+        heartbeats,
+        {rank: _stack(ranks, rank, folder) for rank in heartbeats},
     )
 
 
@@ -154,7 +156,9 @@ def _wait(ranks: list[RankProcess], stop: StopRequest, folder: str) -> tuple[lis
         codes = [rank.poll() for rank in ranks]
         new = [rank for rank, code in enumerate(codes) if code and rank not in failed]
         if new and not failed:
-            early = not any(read_beat(beat_file(folder, rank)) for rank in range(len(ranks)))
+            early = not any(
+                read_heartbeat(heartbeat_file(folder, rank)) for rank in range(len(ranks))
+            )
             soon = early or STANDS_STILL in ranks[new[0]].text()
             deadline = time.monotonic() + (SHORT_GRACE_SECONDS if soon else GRACE_SECONDS)
         failed += new
@@ -255,13 +259,13 @@ def _report(
     codes: dict[int, int],
     running: list[int],
     stopped: list[int],
-    beats: dict[int, Beat | None],
+    heartbeats: dict[int, Heartbeat | None],
     stacks: dict[int, list[str]],
 ) -> int:
     """Say which rank failed, in which step and why, here and in status.json; the exit code for it."""
     remove_leftovers(plan.config.run_dir)  # half a checkpoint may be what has filled the disk
     said = {
-        rank: last_words(rank, code, ranks[rank].log, beats[rank], ranks[rank].text())
+        rank: last_words(rank, code, ranks[rank].log, heartbeats[rank], ranks[rank].text())
         for rank, code in codes.items()
     }
     # a refused input or a killed process is a cause; a fault may be that of losing a peer, without
@@ -275,40 +279,45 @@ def _report(
         reason = status["reason"]  # as rank 0 put it
     still = any(STANDS_STILL in text for _, text in said.values())
     if not causes and (running or still):  # it may be these that the others have waited for
-        guilty = stopped or running or [_behind(beats, stacks)]
+        guilty = stopped or running or [_behind(heartbeats, stacks)]
         silent = (
             f"rank{'s' * (len(guilty) > 1)} {', '.join(map(str, guilty))} did not"
-            f" answer{_in(beats[guilty[0]])}"
+            f" answer{_in(heartbeats[guilty[0]])}"
         )
         if stopped:
             silent += ": stopped by SIGSTOP"
-        words = [f"mixtrain: {silent}", *_stacks(plan, beats, stacks), *words[:1]]
+        words = [f"mixtrain: {silent}", *_stacks(plan, heartbeats, stacks), *words[:1]]
         reason = f"{silent}; {reason}"
     _conclude(plan, words, "failed", reason)
     return REFUSED if codes[rank] == REFUSED else FAULT
 
 
-def _in(beat: Beat | None) -> str:
-    return f" in {beat}" if beat else ""
+def _in(heartbeat: Heartbeat | None) -> str:
+    return f" in {heartbeat}" if heartbeat else ""
 
 
-def _behind(beats: dict[int, Beat | None], stacks: dict[int, list[str]]) -> int:
+def _behind(heartbeats: dict[int, Heartbeat | None], stacks: dict[int, list[str]]) -> int:
     """The rank that the others waited for: the one whose main thread is not in a collective, else the one behind."""
     busy = [
         rank
         for rank, frames in stacks.items()
         if frames and not any(path in frame for frame in frames[:8] for path in WAITING)
     ]
-    return (busy or sorted(beats, key=lambda rank: beats[rank].step if beats[rank] else -1))[0]
+    return (
+        busy
+        or sorted(heartbeats, key=lambda rank: heartbeats[rank].step if heartbeats[rank] else -1)
+    )[0]
 
 
-def _stacks(plan: Plan, beats: dict[int, Beat | None], stacks: dict[int, list[str]]) -> list[str]:
+def _stacks(
+    plan: Plan, heartbeats: dict[int, Heartbeat | None], stacks: dict[int, list[str]]
+) -> list[str]:
     """Where the main thread of each rank was."""
     lines = []
     for rank, frames in stacks.items():
         if frames:
             lines += [
-                f"  rank {rank}{_in(beats[rank])}, innermost first; all threads in"
+                f"  rank {rank}{_in(heartbeats[rank])}, innermost first; all threads in"
                 f" {_log(plan, rank)}:"
             ]
             lines += [f"    {frame}" for frame in frames[:FRAMES]]
@@ -323,7 +332,7 @@ def read_text(path: Path) -> str:
 
 
 def last_words(
-    rank: int, code: int, log: Path, beat: Beat | None, text: str
+    rank: int, code: int, log: Path, heartbeat: Heartbeat | None, text: str
 ) -> tuple[list[str], str]:
     """(what the terminal is told of a failed rank, whose log has this text; the same in one line)."""
     lines = [line for line in text.splitlines() if line.strip()]
@@ -331,7 +340,7 @@ def last_words(
         (number for number, line in enumerate(lines) if line.startswith("mixtrain: ")), default=None
     )
     if code < 0:
-        reason = f"rank {rank} was ended by {signal.Signals(-code).name}{_in(beat)}"
+        reason = f"rank {rank} was ended by {signal.Signals(-code).name}{_in(heartbeat)}"
         return [f"mixtrain: {reason}; its log is {log}"], reason
     if own_words is not None and STANDS_STILL in lines[own_words]:
         return [lines[own_words]], lines[own_words].removeprefix("mixtrain: ").removesuffix(
@@ -339,7 +348,9 @@ def last_words(
         )
     if own_words is not None:
         return lines[own_words:], " ".join(lines[own_words:]).removeprefix("mixtrain: ")
-    reason = f"rank {rank} failed{_in(beat)}: {lines[-1].strip() if lines else 'without a word'}"
+    reason = (
+        f"rank {rank} failed{_in(heartbeat)}: {lines[-1].strip() if lines else 'without a word'}"
+    )
     return [
         f"mixtrain: rank {rank} failed; its log, {log}, ends in:",
         *[f"  {line}" for line in lines[-12:]],

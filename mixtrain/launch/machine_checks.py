@@ -17,9 +17,7 @@ from pathlib import Path
 
 from mixtrain.checkpoint import same_model, same_tokenizer
 from mixtrain.checkpoint.directory import MARGIN, newest, steps_in
-from mixtrain.config.contradictions import settled
-from mixtrain.config.plan import Plan
-from mixtrain.config.schema import (
+from mixtrain.config.choices import (
     Accelerator,
     DataKind,
     Dispatcher,
@@ -27,6 +25,8 @@ from mixtrain.config.schema import (
     Resume,
     TransformerImpl,
 )
+from mixtrain.config.contradictions import settled
+from mixtrain.config.plan import Plan
 from mixtrain.data.check import check_files
 from mixtrain.errors import UserError
 from mixtrain.launch.checks import submission_problems
@@ -39,22 +39,22 @@ from mixtrain.training.run_directory import directory_problems
 Problems = Iterator[str]
 
 
-def machine_problems(plan: Plan, me: Identity | None, overrides: list[str]) -> list[str]:
+def machine_problems(plan: Plan, identity: Identity | None, overrides: list[str]) -> list[str]:
     """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
-    if me is None and place(plan) is LauncherType.slurm:
+    if identity is None and place(plan) is LauncherType.slurm:
         return job_problems(plan, overrides)
     problems = [*packages(plan), *flex_packages(plan)]
     problems += [
         *gpus(plan, overrides),
-        *data_files(plan, me is None),
+        *data_files(plan, identity is None),
         *cache(plan),
         *weights_to_load(plan),
     ]
-    if me is None:
+    if identity is None:
         problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
     else:
-        problems += started_ranks(plan, me)
-        problems += directory_problems(plan) if me.rank == 0 else []
+        problems += started_ranks(plan, identity)
+        problems += directory_problems(plan) if identity.rank == 0 else []
     # the disk of a machine that cannot run it is not the one
     return problems or [*room_for_checkpoints(plan)]
 
@@ -234,17 +234,17 @@ def weights_to_load(plan: Plan) -> Problems:
     yield f"checkpoint.load_weights = {given} {what}"
 
 
-def started_ranks(plan: Plan, me: Identity) -> Problems:
+def started_ranks(plan: Plan, identity: Identity) -> Problems:
     """The launcher's world size and the configuration's must be one number, and torchrun's must say where to meet."""
-    if me.world_size != plan.world_size:
+    if identity.world_size != plan.world_size:
         yield (
-            f"{me.world_size} ranks were started, but trainer.devices * trainer.num_nodes ="
+            f"{identity.world_size} ranks were started, but trainer.devices * trainer.num_nodes ="
             f" {plan.world_size}; start {plan.world_size}, or change trainer.devices"
         )
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if me.rendezvous == "env://" and missing:
+    if identity.rendezvous == "env://" and missing:
         yield (
-            f"the environment has RANK = {me.rank}, but no {' and no '.join(missing)} for the"
+            f"the environment has RANK = {identity.rank}, but no {' and no '.join(missing)} for the"
             " ranks to meet at; set them as torchrun does, or unset RANK and train.py starts its"
             " ranks itself"
         )

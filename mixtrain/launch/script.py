@@ -10,10 +10,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.key_effects import show, value_of
 from mixtrain.config.plan import Plan
 from mixtrain.config.sbatch_directive import MARK, directive
-from mixtrain.config.schema import Accelerator, Config, legal_keys
+from mixtrain.config.schema import Config, legal_keys
 from mixtrain.launch.containers import mounts_of
 
 ROOT = Path(__file__).resolve().parents[2]

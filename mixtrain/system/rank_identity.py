@@ -60,18 +60,18 @@ def is_started() -> bool:
     return "RANK" in os.environ or "SLURM_PROCID" in os.environ
 
 
-def identity() -> Identity | None:
+def read_identity() -> Identity | None:
     """This process's rank from torchrun's or Slurm's environment; None where nobody has started ranks."""
     if not is_started():
         return None
-    me = _torchrun() if "RANK" in os.environ else _slurm()
-    if me.rank >= me.world_size:
+    identity = _torchrun() if "RANK" in os.environ else _slurm()
+    if identity.rank >= identity.world_size:
         names = TORCHRUN[:2] if "RANK" in os.environ else SLURM[:2]
         raise UserError(
-            f"the environment has {names[0]} = {me.rank}, but {names[1]} = {me.world_size}; unset"
+            f"the environment has {names[0]} = {identity.rank}, but {names[1]} = {identity.world_size}; unset"
             " both where no torchrun or srun has started this process"
         )
-    return me
+    return identity
 
 
 def _torchrun() -> Identity:

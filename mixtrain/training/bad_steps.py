@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
+from mixtrain.config.choices import BadStep as Policy
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import BadStep as Policy
 from mixtrain.engine.optimizer import Training
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault

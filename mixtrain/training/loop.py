@@ -40,9 +40,9 @@ from mixtrain.training.bad_steps import (
     ranks_with_bad_gradients,
 )
 from mixtrain.training.logs import Logs
-from mixtrain.training.sample_digest import Ledger, digest
+from mixtrain.training.sample_digest import SampleIds, digest
 from mixtrain.training.signals import StopRequest
-from mixtrain.training.watchdog import beat
+from mixtrain.training.watchdog import heartbeat
 
 
 class Loop:
@@ -64,9 +64,11 @@ class Loop:
         self.logs = logs
         self.state = begun
         self.load = ExpertLoad(plan, training.chunks, ranks.device)
-        self.ledger = Ledger()
+        self.sample_ids = SampleIds()
         self.microbatches = [iter(data["train"]) for _ in training.chunks]
-        self.microbatches[0] = self.ledger.watch(self.microbatches[0])  # every chunk reads the same
+        self.microbatches[0] = self.sample_ids.watch(
+            self.microbatches[0]
+        )  # every chunk reads the same
         self.bad_steps = BadSteps(
             plan, ranks, logs.say, begun.skipped_steps, begun.skipped_in_a_row
         )
@@ -78,7 +80,7 @@ class Loop:
         if self.state.validation_due:
             self.validate(self.state.step)
         for step in range(self.state.step + 1, trainer.max_steps + 1):
-            beat("start", step)
+            heartbeat("start", step)
             facts, stopping = self.take(step, stop)
             finished = step == trainer.max_steps
             due = step == 1 or step % trainer.log_every_n_steps == 0
@@ -97,7 +99,7 @@ class Loop:
     def take(self, step: int, stop: StopRequest) -> tuple[dict[str, Any], bool]:
         """Take a step, or skip a bad one: (what is known of it without asking other ranks, whether to stop)."""
         self.load.clear()
-        self.ledger.clear()
+        self.sample_ids.clear()
         batch = batch_size_at(self.plan.config.trainer, self.state.consumed_samples)
         learning_rate = self.training.optimizer.param_groups[0]["lr"]
         started = time.perf_counter()
@@ -109,7 +111,7 @@ class Loop:
             self.bad_steps.good()
         except BadStep as bad:
             self.bad_steps.meet(
-                bad, self.ledger.gather(self.ranks.device), self.load.not_finite(self.ranks)
+                bad, self.sample_ids.gather(self.ranks.device), self.load.not_finite(self.ranks)
             )
             stopping = bad.stopping
         seconds = time.perf_counter() - started
@@ -145,7 +147,7 @@ class Loop:
             ),
             consumed_samples=self.state.consumed_samples,
             skipped_steps=self.state.skipped_steps,
-            ledger=digest(self.ledger.gather(self.ranks.device)),
+            sample_digest=digest(self.sample_ids.gather(self.ranks.device)),
             tokens_per_expert=counts,
             **token_drop_rate(self.plan, counts, batch),
             **expert_bias(self.plan, self.training.chunks, self.ranks.device),
@@ -273,7 +275,7 @@ def forward_step(
     iterator: Iterator, model: torch.nn.Module, device: torch.device
 ) -> tuple[torch.Tensor, Any]:
     """One microbatch: the model's output and the function that makes a loss of it, as the schedules want them."""
-    beat("forward")
+    heartbeat("forward")
     microbatch = next(iterator)
     batch = {name: microbatch[name].to(device, non_blocking=True) for name in KEYS}
     rank = parallel_state.get_context_parallel_rank()

@@ -56,12 +56,12 @@ class ChoiceMargin(TorchFunctionMode):
             self.smallest = min(self.smallest, differences.min().item())
 
 
-def reference(plan: Plan, me: Identity, file: Path) -> dict:
+def reference(plan: Plan, identity: Identity, file: Path) -> dict:
     """The one-rank run: its figures, with the first seed whose choices all have MARGIN; its tensors go to `file`.
 
     Gives {seed, margin, tried, largest_gradients, lm_loss, balance, grad_norm}, the last three a number a step.
     """
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         for tried in range(SEEDS):
             seeded = replace(plan, config=replace(plan.config, seed=plan.config.seed + tried))
             with ChoiceMargin() as margin:
@@ -90,10 +90,10 @@ def _largest(key: str, whole: torch.Tensor) -> list[float]:
     return layers.flatten(1).abs().amax(dim=1).tolist()
 
 
-def measure(plan: Plan, me: Identity, file: Path) -> dict:
+def measure(plan: Plan, identity: Identity, file: Path) -> dict:
     """The run at the plan's layout, on one of its ranks: `differences` from the one-rank run's tensors in `file`."""
     wholes = torch.load(file, mmap=True, weights_only=True)
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         return differences(plan, here, wholes)
 
 

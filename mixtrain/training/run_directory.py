@@ -16,9 +16,10 @@ from typing import NotRequired, TypedDict
 from omegaconf.errors import OmegaConfBaseException
 
 from mixtrain.checkpoint.directory import steps_in
+from mixtrain.config.choices import Resume
 from mixtrain.config.key_effects import MATHEMATICS, changes
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Config, Resume
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 from mixtrain.system import locks, untrusted_json, yaml_file
 from mixtrain.system.status import Ending, read_status, write_status

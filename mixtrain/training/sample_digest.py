@@ -16,7 +16,7 @@ from mixtrain.data.batches import IDS
 DIGITS = 16
 
 
-class Ledger:
+class SampleIds:
     """The ids of the samples that this rank has read in the running step."""
 
     def __init__(self) -> None:

@@ -27,7 +27,7 @@ STANDS_STILL = "stands still"  # in the line of a watchdog that has ended its ra
 BACKSTOP = 1.5  # times the timeout: for a main thread that never lets another run
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """The last sign of life: the step it was in, and what it was doing."""
 
     step: int
@@ -52,11 +52,11 @@ class Watchdog:
         self.file = self.stacks = None
         # a full disk: the launcher will say less of a rank that fails
         with contextlib.suppress(OSError):
-            self.file = open(beat_file(folder, rank), "w") if folder else None
+            self.file = open(heartbeat_file(folder, rank), "w") if folder else None
             # a file of its own: a process that goes on after SIGCONT has several timers that write
             # to stderr at once
             self.stacks = open(stacks_file(folder, rank), "w") if folder else None
-        self.last = Beat(0, "start")
+        self.last = Heartbeat(0, "start")
         self.at = None
         self.armed = 0.0
         self.done = threading.Event()
@@ -80,9 +80,9 @@ class Watchdog:
             if file:
                 file.close()
 
-    def beat(self, doing: str, step: int | None = None) -> None:
+    def heartbeat(self, doing: str, step: int | None = None) -> None:
         """The main thread is alive, and doing this."""
-        self.last = Beat(self.last.step if step is None else step, doing)
+        self.last = Heartbeat(self.last.step if step is None else step, doing)
         self.at = time.monotonic()
         if self.file:
             with contextlib.suppress(OSError):
@@ -114,15 +114,15 @@ class Watchdog:
 _active: Watchdog | None = None
 
 
-def beat(doing: str, step: int | None = None) -> None:
+def heartbeat(doing: str, step: int | None = None) -> None:
     """A sign of life from wherever the main thread is; nothing where nobody watches."""
     if _active is not None:
-        _active.beat(doing, step)
+        _active.heartbeat(doing, step)
 
 
-def beat_file(folder: str | Path, rank: int) -> Path:
+def heartbeat_file(folder: str | Path, rank: int) -> Path:
     """Where a rank of our own launcher leaves its beats."""
-    return Path(folder) / f"beat_{rank}"
+    return Path(folder) / f"heartbeat_{rank}"
 
 
 def stacks_file(folder: str | Path, rank: int) -> Path:
@@ -130,11 +130,11 @@ def stacks_file(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"stacks_{rank}"
 
 
-def read_beat(path: Path) -> Beat | None:
+def read_heartbeat(path: Path) -> Heartbeat | None:
     """The last sign of life that a rank has left; None if there was none."""
     try:
         step, _, doing = path.read_text().strip().partition(" ")
-        return Beat(int(step), doing)
+        return Heartbeat(int(step), doing)
     except (OSError, ValueError):
         return None
 

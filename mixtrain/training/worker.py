@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from mixtrain.checkpoint.outlook import Unwritable, explains_itself, outlook
+from mixtrain.config.choices import Accelerator, DataKind, Mode
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator, DataKind, Mode, to_yaml
+from mixtrain.config.schema import to_yaml
 from mixtrain.engine.compat import cpu, megatron_fixes
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
 from mixtrain.system import streams
@@ -22,59 +23,59 @@ from mixtrain.training.logs import Logs
 from mixtrain.training.preflight import rendezvous
 from mixtrain.training.run_directory import console_log
 from mixtrain.training.signals import StopRequest
-from mixtrain.training.watchdog import Watchdog, beat
+from mixtrain.training.watchdog import Watchdog, heartbeat
 
 
-def run(plan: Plan, me: Identity) -> int:
+def run(plan: Plan, identity: Identity) -> int:
     """Train the plan as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
-    streams.forgive(console_log(plan, me.rank))
-    folder = os.environ.get(FOLDER) if me.is_ours else None
+    streams.forgive(console_log(plan, identity.rank))
+    folder = os.environ.get(FOLDER) if identity.is_ours else None
     with (
         StopRequest() as stop,
-        Logs(plan, writes=me.rank == 0, config_yaml=to_yaml(plan.config)) as logs,
+        Logs(plan, writes=identity.rank == 0, config_yaml=to_yaml(plan.config)) as logs,
         Watchdog(
-            me.rank,
+            identity.rank,
             plan.config.trainer.timeout_minutes,
             folder,
             logs.failed,
         ),
     ):
         try:
-            _run(plan, me, logs, stop)
+            _run(plan, identity, logs, stop)
             return FINISHED
         except UserError as error:
             logs.failed(" | ".join(error.problems))
-            print_problems(error.problems, me.node)
+            print_problems(error.problems, identity.node)
             return REFUSED
         except Exception as error:
-            return _fault(plan, me, logs, error)
+            return _fault(plan, identity, logs, error)
 
 
-def _fault(plan: Plan, me: Identity, logs: Logs, error: Exception) -> int:
+def _fault(plan: Plan, identity: Identity, logs: Logs, error: Exception) -> int:
     """Say what has gone wrong, in one line if it explains itself, in status.json too if that can be written."""
     words = (
         str(error)
         if isinstance(error, Fault)
-        else f"rank {me.rank}: {type(error).__name__}: {error}"
+        else f"rank {identity.rank}: {type(error).__name__}: {error}"
     )
     unwritten = isinstance(error, Unwritable)
     if plain := not unwritten and explains_itself(plan, error):
-        words = f"rank {me.rank}: {error.filename or plan.config.run_dir}: {error.strerror}"
+        words = f"rank {identity.rank}: {error.filename or plan.config.run_dir}: {error.strerror}"
         unwritten = True
     if unwritten:
         words = f"{words}; {outlook(plan, error.errno)}"
     # our launcher says it itself
-    if (wrong := logs.failed(words)) and wrong not in words and not me.is_ours:
+    if (wrong := logs.failed(words)) and wrong not in words and not identity.is_ours:
         words = f"{words}; {wrong}"
     if plain or isinstance(error, Fault):
         print(f"mixtrain: {words}", file=sys.stderr)
     else:
-        print(f"rank {me.rank}:", file=sys.stderr)
+        print(f"rank {identity.rank}:", file=sys.stderr)
         traceback.print_exc()
     return FAULT
 
 
-def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
+def _run(plan: Plan, identity: Identity, logs: Logs, stop: StopRequest) -> None:
     megatron_fixes.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
@@ -84,31 +85,31 @@ def _run(plan: Plan, me: Identity, logs: Logs, stop: StopRequest) -> None:
     from mixtrain.training import loop, resume
     from mixtrain.training.preflight.check import Preflight
 
-    rendezvous.check(me)
-    with process_groups.start(plan, me) as here:
+    rendezvous.check(identity)
+    with process_groups.start(plan, identity) as ranks:
         if preflight.wanted(plan):
-            Preflight(plan, me, here, logs.say).run()
+            Preflight(plan, identity, ranks, logs.say).run()
         if plan.config.trainer.mode is Mode.preflight:
             logs.status("finished", "preflight")
             return
-        start = resume.find(plan, here, logs.say)
-        resume.refuse_a_crash_loop(plan, here, start)
-        data, entropy, found = build_data(plan, here, logs, start.state)
-        training = optimizer.build(plan, model.build(plan, here.device))
-        state = resume.enter(plan, here, training, start, found, logs.say)
+        start = resume.find(plan, ranks, logs.say)
+        resume.refuse_a_crash_loop(plan, ranks, start)
+        data, entropy, found = build_data(plan, ranks, logs, start.state)
+        training = optimizer.build(plan, model.build(plan, ranks.device))
+        state = resume.enter(plan, ranks, training, start, found, logs.say)
         logs.begin(state.step)
-        saver = Saver(plan, here, training, logs.say, lambda: beat("save"))
-        state = loop.Loop(plan, here, training, data, logs, state).run(stop, saver)
+        saver = Saver(plan, ranks, training, logs.say, lambda: heartbeat("save"))
+        state = loop.Loop(plan, ranks, training, data, logs, state).run(stop, saver)
         stopped = state.step < plan.config.trainer.max_steps
         if "test" in data and not stopped:
-            loss = loop.evaluate(plan, here, training, data["test"], state.step)
+            loss = loop.evaluate(plan, ranks, training, data["test"], state.step)
             logs.validation(step=state.step, test_loss=loss, last=True)
         saver.drain()
     logs.finish(state.step, stop.signal if stopped else None, stopped, entropy)
 
 
 def build_data(
-    plan: Plan, here, logs: Logs, state
+    plan: Plan, ranks, logs: Logs, state
 ) -> tuple[dict[str, object], float | None, dict[str, str]]:
     """This rank's microbatches by part, from where the run is in the training data.
 
@@ -125,12 +126,12 @@ def build_data(
 
     config = plan.config
     train, validation, test = plan.samples_from(state.step, state.consumed_samples)
-    prefixes, tokenizer = data_source(plan, here, logs)
+    prefixes, tokenizer = data_source(plan, ranks, logs)
     # the others would see the copy
-    other = problem(config, tokenizer) if tokenizer and here.is_first else None
+    other = problem(config, tokenizer) if tokenizer and ranks.is_first else None
     if problems := first_of_all_ranks([other] if other else []):
         raise UserError(*problems)
-    if tokenizer and here.is_first and plan.saves:
+    if tokenizer and ranks.is_first and plan.saves:
         # beside the checkpoints, where it is looked for
         copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)
     parts = build(
@@ -164,7 +165,7 @@ def build_data(
         num_workers=config.data.num_workers,
     )
     found = (
-        unigram_entropy(named["validation"]) if here.is_first and "validation" in named else None
+        unigram_entropy(named["validation"]) if ranks.is_first and "validation" in named else None
     )
     if found:
         logs.say(f"validation: {found[1]:,} tokens with a unigram entropy of {found[0]:.4f} nats")
@@ -172,10 +173,10 @@ def build_data(
     streams = {
         name: batches(part, name=name, start=starts.get(name, 0)) for name, part in named.items()
     }
-    return streams, found and found[0], fingerprint(named["train"]) if here.is_first else {}
+    return streams, found and found[0], fingerprint(named["train"]) if ranks.is_first else {}
 
 
-def data_source(plan: Plan, here, logs: Logs) -> tuple[list[str] | None, Path | None]:
+def data_source(plan: Plan, ranks, logs: Logs) -> tuple[list[str] | None, Path | None]:
     """(Megatron's data_path, tokenizer directory); the standard library's text is made ready once a node."""
     data = plan.config.data
     if data.kind is not DataKind.stdlib:
@@ -184,7 +185,7 @@ def data_source(plan: Plan, here, logs: Logs) -> tuple[list[str] | None, Path | 
 
     vocabulary = plan.config.model.vocab_size
     cache = Path(data.path_to_cache)
-    if here.local_rank == 0:
+    if ranks.local_rank == 0:
         stdlib.prepare(cache, vocabulary, log=logs.say)
     torch.distributed.barrier()
     prefix, tokenizer = stdlib.prepare(cache, vocabulary, log=lambda _: None)

@@ -319,9 +319,9 @@ def test_whoever_asks_for_no_share_is_told_of_damage_in_any_file(tmp_path):
 def test_a_watchdog_hears_of_every_block_that_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(integrity, "BLOCK", 2)
     path = checkpoint(tmp_path, 1)
-    beats = []
-    assert integrity.problem(path, full=True, beat=lambda: beats.append(1)) == ""
-    assert len(beats) == 4  # of 7 bytes
+    heartbeats = []
+    assert integrity.problem(path, full=True, heartbeat=lambda: heartbeats.append(1)) == ""
+    assert len(heartbeats) == 4  # of 7 bytes
 
 
 def test_a_manifest_says_what_format_it_has_and_its_files_by_name(tmp_path):

@@ -118,9 +118,9 @@ def found(trained, tmp_path_factory) -> dict:
         damage(folder / f"{number}")
         plans[name] = plan_of(*SHORT, *TWO, "trainer.max_steps=4", f"run_dir={folder}/{number}")
 
-    def look(me) -> dict:
+    def look(identity) -> dict:
         answers = {}
-        with process_groups.start(plans["nothing"], me) as here:
+        with process_groups.start(plans["nothing"], identity) as here:
             for name, plan in plans.items():
                 lines: list[str] = []
                 try:
@@ -293,7 +293,7 @@ def test_only_the_newest_are_kept(tmp_path):
 # A save that fails
 
 
-def small_files(me) -> None:
+def small_files(identity) -> None:
     """From the third step on, no file of rank 1 may grow beyond 100,000 bytes."""
     write = writing.write
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -318,7 +318,7 @@ def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_
     assert integrity.problem(path_of(run_dir, 2), full=True) == ""
 
 
-def full_disk(me) -> None:
+def full_disk(identity) -> None:
     """Every writer of the second save finds not a byte free on the disk."""
     write = writing.write
 
@@ -378,12 +378,12 @@ def test_what_was_written_is_counted_before_it_is_removed(tmp_path):
 def writer_that(what: int):
     """A `before` after which every writer of rank 1 gets a signal as soon as it is there."""
 
-    def before(me) -> None:
+    def before(identity) -> None:
         fork = os.fork
 
         def forked() -> int:
             child = fork()
-            if child and me.rank == 1:
+            if child and identity.rank == 1:
                 os.kill(child, what)
             return child
 

@@ -224,8 +224,8 @@ def test_upstream_loads_what_was_saved_and_saves_the_same_keys_shapes_and_bits(n
     plan = plan_of(*SHORT, "seed=4321", *ELSEWHERE.get(name, LAYOUTS[name]))
     theirs.mkdir()
 
-    def load_and_save(me) -> list[str]:
-        with process_groups.start(plan, me) as here:
+    def load_and_save(identity) -> list[str]:
+        with process_groups.start(plan, identity) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             for_want_of_fused_adam(training)
             unlike = [*wrong(training, ours)]

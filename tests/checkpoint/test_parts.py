@@ -134,8 +134,8 @@ def checkpoint(tmp_path_factory):
     )
     (folder / "run").mkdir()
 
-    def save(me) -> None:
-        with process_groups.start(plan, me) as here:
+    def save(identity) -> None:
+        with process_groups.start(plan, identity) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             Saver(plan, here, training, print).save(RunState(step=1))
 

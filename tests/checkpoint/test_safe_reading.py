@@ -111,7 +111,7 @@ def test_a_run_refuses_a_malicious_checkpoint_and_nothing_in_it_runs(place, trai
     assert not sentinel.exists()
 
 
-def no_unpickler(me) -> None:
+def no_unpickler(identity) -> None:
     """What opens a file of a checkpoint through PyTorch or pickle fails."""
     torch.load = torch.serialization.load = pickle.load = None
 

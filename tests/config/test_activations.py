@@ -111,11 +111,11 @@ def losses_that_keep(kept: Kept, losses: Callable) -> Callable:
     return counted
 
 
-def most_kept(plan: Plan, me) -> tuple[int, int]:
+def most_kept(plan: Plan, identity) -> tuple[int, int]:
     """(pipeline stage, bytes) of a rank in a training step."""
     from megatron.core import parallel_state
 
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         weights = [p for chunk in training.chunks for p in chunk.parameters()]
         kept = Kept({parameter.untyped_storage().data_ptr() for parameter in weights})
@@ -145,7 +145,7 @@ def test_a_stage_keeps_at_least_what_the_plan_says_and_at_most_twice_that(
         said = derived(*words, "trainer.accelerator=gpu").stage_activation_bytes
         for layer in (CoreAttention, Experts, RMSNorm):
             monkeypatch.setattr(layer, "_is_cpu", staticmethod(lambda _: False))
-    found = run_ranks(plan.world_size, lambda me: most_kept(plan, me), tmp_path)
+    found = run_ranks(plan.world_size, lambda identity: most_kept(plan, identity), tmp_path)
     for stage, least in enumerate(said):
         measured = [most for number, most in found if number == stage]
         mean = sum(measured) / len(measured)  # of the experts' rows a rank has more, another less

@@ -150,7 +150,10 @@ def test_a_run_leaves_the_changed_mathematics_in_status_configuration_and_log(tm
         f"run_dir={tmp_path}/run",
         f"data.path_to_cache={tmp_path}/cache",
     )
-    assert run_ranks(2, lambda me: run(plan, me), tmp_path / "ranks") == [FINISHED, FINISHED]
+    assert run_ranks(2, lambda identity: run(plan, identity), tmp_path / "ranks") == [
+        FINISHED,
+        FINISHED,
+    ]
     written = "optimizer.lr = 0.001 (recipe: 0.0001)"
     status = read_status(tmp_path / "run")
     assert status["state"] == "finished" and written in status["changed_mathematics"]

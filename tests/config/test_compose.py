@@ -10,8 +10,9 @@ import pytest
 from composing import problems_of, quick_tree_of, run_train, tree_of
 from omegaconf import OmegaConf
 
+from mixtrain.config.choices import Mode
 from mixtrain.config.compose import CONF, check_overrides, compose
-from mixtrain.config.schema import Config, Mode
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"

@@ -13,9 +13,9 @@ from megatron.core import parallel_state
 from rank_workers import run_ranks
 from test_parity import EP, PLAIN, PP, SHARED, TINY
 
+from mixtrain.config.choices import Precision, Sharding
 from mixtrain.config.memory import bytes_per_parameter, stage_parameters
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Precision, Sharding
 from mixtrain.engine import model, optimizer, process_groups
 from mixtrain.system.rank_identity import Identity
 from mixtrain.training import loop
@@ -37,11 +37,11 @@ MODELS = {
 }
 
 
-def counted(plan: Plan, me: Identity) -> tuple[int, list[int]]:
+def counted(plan: Plan, identity: Identity) -> tuple[int, list[int]]:
     """(pipeline stage, [parameters that are no expert's, parameters of experts]) of the real model
     on this rank.
     """
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         found = [0, 0]
         for chunk in model.build(plan, here.device):
             for name, parameter in chunk.named_parameters():
@@ -52,7 +52,7 @@ def counted(plan: Plan, me: Identity) -> tuple[int, list[int]]:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_rank_has_the_parameters_that_the_plan_counts(name, tmp_path):
     plan = plan_of(*TINY, *MODELS[name])
-    parts = run_ranks(plan.world_size, lambda me: counted(plan, me), tmp_path)
+    parts = run_ranks(plan.world_size, lambda identity: counted(plan, identity), tmp_path)
     assert sorted({stage for stage, _ in parts}) == list(range(len(plan.rank_parameters)))
     for stage, found in parts:
         assert tuple(found) == plan.rank_parameters[stage]
@@ -123,13 +123,15 @@ def test_megatron_fsdp_divides_the_optimizer_then_gradients_then_weights(
     assert bytes_per_parameter(Precision.bf16, settings, shard, sharding) == whole + divided / shard
 
 
-def step_of_bytes(plan: Plan, me: Identity) -> dict[str, int]:
+def step_of_bytes(plan: Plan, identity: Identity) -> dict[str, int]:
     """Bytes of weights, gradients and optimizer on this rank after one step; the parameters of a
     padding.
     """
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
-        tokens = torch.randint(0, 256, (1, 33), generator=torch.Generator().manual_seed(me.rank))
+        tokens = torch.randint(
+            0, 256, (1, 33), generator=torch.Generator().manual_seed(identity.rank)
+        )
         batch = {"tokens": tokens[:, :-1], "labels": tokens[:, 1:], "loss_mask": torch.ones(1, 32)}
         batch["position_ids"] = torch.arange(32)[None]
         loop.train_step(
@@ -181,7 +183,7 @@ def test_weights_gradients_and_optimizer_have_the_bytes_that_the_plan_says(name,
     plan = plan_of(*TINY, EP + "1", *STATES[name])
     settings = plan.config.optimizer
     precision = plan.config.trainer.precision
-    found = run_ranks(plan.world_size, lambda me: step_of_bytes(plan, me), tmp_path)
+    found = run_ranks(plan.world_size, lambda identity: step_of_bytes(plan, identity), tmp_path)
     whole = sum(plan.rank_parameters[0])
     weight = 4 if precision is Precision.fp32 else 2
     gradient = 4 if precision is Precision.fp32 or settings.grad_reduce_in_fp32 else 2

@@ -169,7 +169,9 @@ def outcome(folder: Path, words: list[str], extra: dict) -> dict | str:
     plan = derived(*TINY, *MODEL, *words)
     plan = replace(plan, config=replace(plan.config, model=replace(plan.config.model, extra=extra)))
     try:
-        return run_ranks(plan.world_size, lambda me: three_steps(plan, me), folder, timeout=60)[0]
+        return run_ranks(
+            plan.world_size, lambda identity: three_steps(plan, identity), folder, timeout=60
+        )[0]
     except RankFailure:
         return "fails"
 

@@ -10,10 +10,11 @@ import pytest
 from composing import RECIPES, ROOT, config_of, derived, plan_of, problems_of, tree_of
 from omegaconf import OmegaConf
 
+from mixtrain.config.choices import DataKind, TransformerImpl
 from mixtrain.config.compose import ADDED_GROUPS, CONF, SCENARIOS, options
 from mixtrain.config.laptop_layout import LAPTOP_RANKS
 from mixtrain.config.memory import GIB
-from mixtrain.config.schema import DataKind, TransformerImpl, leaves, legal_keys
+from mixtrain.config.schema import leaves, legal_keys
 from mixtrain.launch.machine_checks import packages
 
 GROUPS = sorted(

@@ -10,10 +10,11 @@ from dataclasses import replace
 import pytest
 from composing import config_of
 
+from mixtrain.config.choices import DataKind
 from mixtrain.config.plan import derive, resolve
 from mixtrain.config.rules import RULES, launcher, training, upstream
 from mixtrain.config.rules.nearest import near_divisors, near_multiples, nearest
-from mixtrain.config.schema import DataKind, legal_keys
+from mixtrain.config.schema import legal_keys
 
 RULE = {rule.__name__: rule for rule in RULES}
 TE = ("model.transformer_impl=transformer_engine", "trainer.accelerator=gpu")

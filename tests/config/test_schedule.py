@@ -249,9 +249,9 @@ def test_a_schedule_in_a_checkpoint_that_is_none_is_said_and_ends_nothing():
     )
 
 
-def decays(plan: Plan, me) -> dict[str, float]:
+def decays(plan: Plan, identity) -> dict[str, float]:
     """The weight decay of every parameter, by name."""
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         of = {}
         for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
@@ -263,7 +263,7 @@ def decays(plan: Plan, me) -> dict[str, float]:
 
 def test_weight_decay_reaches_every_parameter_but_the_norms(tmp_path):
     plan = plan_of(*TINY, EP + "1", PLAIN, "optimizer.weight_decay=0.37", "model.qk_layernorm=true")
-    (found,) = run_ranks(1, lambda me: decays(plan, me), tmp_path)
+    (found,) = run_ranks(1, lambda identity: decays(plan, identity), tmp_path)
     assert {name for name, decay in found.items() if decay == 0} == {
         name for name in found if "norm" in name
     }
@@ -356,7 +356,10 @@ def records(folder: Path, *overrides: str) -> list[dict]:
         "trainer.log_every_n_steps=1",
     ]
     plan = plan_of(*TINY, EP + "2", *words, *paths, *overrides)
-    assert run_ranks(2, lambda me: run(plan, me), folder / "ranks") == [FINISHED, FINISHED]
+    assert run_ranks(2, lambda identity: run(plan, identity), folder / "ranks") == [
+        FINISHED,
+        FINISHED,
+    ]
     return [
         json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -89,8 +89,9 @@ def test_what_may_be_null_switched_or_a_weight_is_taken():
 
 @pytest.mark.parametrize("written", IN_FILES)
 def test_a_line_of_a_file_for_a_text_that_is_read_as_something_else_is_refused_with_its_place(
-    conf, written
-):  # noqa: F811
+    conf,  # noqa: F811
+    written,
+):
     word = recipe(
         conf,
         f"# @package _global_\nlauncher:\n  time: {written}\n  container_mounts: [{written}]\n",

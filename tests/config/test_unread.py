@@ -107,7 +107,7 @@ def trained(here: process_groups.Ranks, *overrides: str) -> list[torch.Tensor]:
     return [torch.tensor(step[0]) for step in steps]
 
 
-def compare(me) -> list[tuple[str, str, bool]]:
+def compare(identity) -> list[tuple[str, str, bool]]:
     """Of each pair of PAIRS, whether both ways compute the same to the bit."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
@@ -117,7 +117,7 @@ def compare(me) -> list[tuple[str, str, bool]]:
         return trained(here, *words) if key in RATE else routed(*words)
 
     found = []
-    with process_groups.start(derived(*ALONE), me) as here:
+    with process_groups.start(derived(*ALONE), identity) as here:
         streams = get_cuda_rng_tracker().get_states()
         # steps first: a router alone would leave Megatron-Core's scale of auxiliary losses in
         # another shape

@@ -42,8 +42,8 @@ LAYOUTS = {
 def test_the_keys_and_shapes_on_disk_are_those_of_the_contract(name, tmp_path):
     plan = plan_of(*TINY, *LAYOUTS[name])
 
-    def on_disk(me) -> dict[str, list[int]]:
-        with process_groups.start(plan, me) as here:
+    def on_disk(identity) -> dict[str, list[int]]:
+        with process_groups.start(plan, identity) as here:
             found = {}
             for chunk in model.build(plan, here.device):
                 state = chunk.sharded_state_dict()
@@ -69,10 +69,10 @@ def test_the_keys_and_shapes_on_disk_are_those_of_the_contract(name, tmp_path):
 )
 def test_the_contract_counts_the_parameters_that_the_costs_count(words):
     config = derived(*words).config
-    starts = {row.key: row.starts for row in tensor_schema.TENSORS}
+    kinds = {row.key: row.init_kind for row in tensor_schema.TENSORS}
     sizes = {key: torch.Size(shape).numel() for key, shape in tensor_schema.shapes(config).items()}
     assert sum(
-        size for key, size in sizes.items() if starts[key] != "buffer"
+        size for key, size in sizes.items() if kinds[key] != "buffer"
     ) == memory.total_parameters(config.model)
 
 
@@ -99,11 +99,11 @@ def test_what_is_filled_in_by_place_is_read_back_by_place(name, tmp_path):
         for key, shape in tensor_schema.shapes(plan.config).items()
     }
 
-    def fill_and_read(me) -> bool:
-        with process_groups.start(plan, me) as here:
+    def fill_and_read(identity) -> bool:
+        with process_groups.start(plan, identity) as here:
             chunks = model.build(plan, here.device)
             shards.fill(chunks, wholes)
-            if me.world_size == 1:
+            if identity.world_size == 1:
                 again = shards.read(plan, chunks)
                 return again.keys() == wholes.keys() and all(
                     torch.equal(again[key], wholes[key]) for key in wholes
@@ -118,8 +118,8 @@ def test_what_is_filled_in_by_place_is_read_back_by_place(name, tmp_path):
 def test_a_rank_that_holds_only_a_part_cannot_be_read_as_the_whole(tmp_path):
     plan = plan_of(*TINY, EP + "2")
 
-    def read(me) -> str:
-        with process_groups.start(plan, me) as here:
+    def read(identity) -> str:
+        with process_groups.start(plan, identity) as here:
             with pytest.raises(RuntimeError) as stopped:
                 shards.read(plan, model.build(plan, here.device))
             return str(stopped.value)

@@ -119,10 +119,10 @@ def test_the_random_tracker_of_megatron_gives_the_same_numbers_again(tmp_path):
 
     plan = plan_of("parallel.expert_model_parallel_size=1")
 
-    def draws(me) -> list[float]:
+    def draws(identity) -> list[float]:
         from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-        with process_groups.start(plan, me):
+        with process_groups.start(plan, identity):
             outside = torch.get_rng_state()
             with get_cuda_rng_tracker().fork():
                 inside = torch.rand(3).tolist()

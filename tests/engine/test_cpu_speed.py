@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -217,25 +218,31 @@ def test_parts_of_a_buffer_go_from_rank_to_rank_as_gloos_own_collectives_send_th
 ):
     monkeypatch.setattr(gloo, "PIECE", 3)  # of the 4 numbers of a part
 
-    def same_on_this_rank(me) -> list[bool]:
-        dist.init_process_group("gloo", init_method=me.rendezvous, rank=me.rank, world_size=size)
-        whole = torch.randn(4 * size, generator=torch.Generator().manual_seed(me.rank))
+    def same_on_this_rank(identity) -> list[bool]:
+        dist.init_process_group(
+            "gloo", init_method=identity.rendezvous, rank=identity.rank, world_size=size
+        )
+        whole = torch.randn(4 * size, generator=torch.Generator().manual_seed(identity.rank))
         ours = torch.empty(4)
         theirs = torch.empty(4)
         gloo.reduce_scatter(ours, whole.clone(), group=dist.group.WORLD)
         dist.reduce_scatter_tensor(theirs, whole.clone())
         in_place = whole.clone()
         # as Megatron-Core's buffers are
-        gloo.reduce_scatter(in_place.view(size, -1)[me.rank], in_place)
+        gloo.reduce_scatter(in_place.view(size, -1)[identity.rank], in_place)
         gathered = torch.empty(4 * size)
         expected = torch.empty(4 * size)
         gloo.all_gather(gathered, ours)
         dist.all_gather_into_tensor(expected, theirs)
         there = torch.zeros(size, 4)
-        there[me.rank] = theirs
-        gloo.all_gather(there, there[me.rank], group=dist.group.WORLD)
+        there[identity.rank] = theirs
+        gloo.all_gather(there, there[identity.rank], group=dist.group.WORLD)
         dist.barrier()
-        pairs = [(ours, theirs), (in_place.view(size, -1)[me.rank], theirs), (gathered, expected)]
+        pairs = [
+            (ours, theirs),
+            (in_place.view(size, -1)[identity.rank], theirs),
+            (gathered, expected),
+        ]
         return [torch.allclose(a, b, atol=1e-6) for a, b in [*pairs, (there.view(-1), expected)]]
 
     assert all(all(same) for same in run_ranks(size, same_on_this_rank, tmp_path))
@@ -260,7 +267,7 @@ STEP = [
 
 
 def test_a_step_takes_all_of_it(tmp_path):
-    def taken(me) -> dict[str, list[str]]:
+    def taken(identity) -> dict[str, list[str]]:
         from mixtrain.training import loop
         from mixtrain.training.signals import StopRequest
 
@@ -271,12 +278,11 @@ def test_a_step_takes_all_of_it(tmp_path):
                 f"model.moe_grouped_gemm={str(kind == 'torch').lower()}",
             ]
             plan = plan_of(*STEP, *words)
-            with process_groups.start(plan, me) as here:
-                training = optimizer.build(plan, model.build(plan, here.device))
+            with process_groups.start(plan, identity) as ranks:
+                training = optimizer.build(plan, model.build(plan, ranks.device))
                 stream = batches(plan)
-                seen = kernels(
-                    lambda: loop.train_step(plan, here, training, [stream], StopRequest(), 1, 4)
-                )  # noqa: B023
+                step = partial(loop.train_step, plan, ranks, training, [stream], StopRequest())
+                seen = kernels(partial(step, 1, 4))
             found[kind] = sorted(seen)
             (tmp_path / "0" / "rendezvous").unlink(missing_ok=True)
         return found

@@ -20,10 +20,10 @@ from mixtrain.system.rank_identity import Identity
 VPP = "parallel.virtual_pipeline_model_parallel_size="
 
 
-def fingerprints(plan: Plan, me: Identity) -> dict[str, str]:
+def fingerprints(plan: Plan, identity: Identity) -> dict[str, str]:
     """A hash of every shard that this rank holds, by global name, place and part."""
     found = {}
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         for chunk in model.build(plan, here.device):
             for shard in shards.shards(chunk):
                 found[str((shard.key, shard.numbers, shard.cut))] = hashlib.sha256(
@@ -36,7 +36,7 @@ def all_fingerprints(folder, *overrides: str) -> dict[str, str]:
     """The shards of all ranks; ranks that hold the same shard must hold the same numbers."""
     plan = plan_of(*TINY, *overrides)
     together = {}
-    for found in run_ranks(plan.world_size, lambda me: fingerprints(plan, me), folder):
+    for found in run_ranks(plan.world_size, lambda identity: fingerprints(plan, identity), folder):
         for place, digest in found.items():
             assert together.setdefault(place, digest) == digest, place
     return together
@@ -67,11 +67,11 @@ def test_no_two_tensors_are_alike_but_the_norms(one_rank):
     assert len(set(drawn)) == len(drawn) > 4 * (2 + 4 * 3)
 
 
-def statistics(plan: Plan, me: Identity) -> dict[str, list[float]]:
+def statistics(plan: Plan, identity: Identity) -> dict[str, list[float]]:
     """Mean and standard deviation by name; parameters of the real model as config/memory.py counts
     them.
     """
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         (chunk,) = model.build(plan, here.device)
         assert sum(parameter.numel() for parameter in chunk.parameters()) == sum(
             stage_parameters(plan.config.model, plan.config.parallel, stage=0)
@@ -84,7 +84,7 @@ def statistics(plan: Plan, me: Identity) -> dict[str, list[float]]:
 
 def test_weights_are_normal_with_the_std_that_megatron_gives_them(tmp_path):
     plan = plan_of(*TINY, EP + "1", "model.init_method_std=0.02")
-    (found,) = run_ranks(1, lambda me: statistics(plan, me), tmp_path)
+    (found,) = run_ranks(1, lambda identity: statistics(plan, identity), tmp_path)
     assert found["embedding.word_embeddings.weight"] == pytest.approx([0, 0.02], abs=1e-3)
     assert found["decoder.layers.mlp.experts.experts.linear_fc2.weight"] == pytest.approx(
         [0, 0.02 / 8**0.5], abs=1e-3
@@ -92,9 +92,9 @@ def test_weights_are_normal_with_the_std_that_megatron_gives_them(tmp_path):
     assert found["decoder.final_layernorm.weight"] == [1, 0]
 
 
-def attributes(plan: Plan, me: Identity) -> list[bool]:
+def attributes(plan: Plan, identity: Identity) -> list[bool]:
     """Marks that Megatron-Core puts on parameters and its optimizer reads."""
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         (chunk,) = model.build(plan, here.device)
         marks = {
             name: getattr(parameter, "allreduce", True)
@@ -107,7 +107,9 @@ def attributes(plan: Plan, me: Identity) -> list[bool]:
 
 def test_experts_keep_the_mark_that_keeps_them_out_of_the_dense_reduction(tmp_path):
     plan = plan_of(*TINY, EP + "2")
-    assert all(all(marks) for marks in run_ranks(2, lambda me: attributes(plan, me), tmp_path))
+    assert all(
+        all(marks) for marks in run_ranks(2, lambda identity: attributes(plan, identity), tmp_path)
+    )
 
 
 def test_a_tensor_that_no_row_describes_is_an_error():

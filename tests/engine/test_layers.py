@@ -194,18 +194,21 @@ def test_attention_over_context_ranks_is_attention_over_the_sequence(
 ):
     monkeypatch.setattr(attention.CoreAttention, "_is_cpu", staticmethod(lambda _: path == "cpu"))
 
-    def part_of_the_whole(me) -> float:
+    def part_of_the_whole(identity) -> float:
         import torch.distributed as dist
 
         dist.init_process_group(
-            "gloo", init_method=me.rendezvous, rank=me.rank, world_size=me.world_size
+            "gloo",
+            init_method=identity.rendezvous,
+            rank=identity.rank,
+            world_size=identity.world_size,
         )
         torch.manual_seed(1)
         query = leaf(32, 2, 4, 8)
         key = leaf(32, 2, 2, 8)
         value = leaf(32, 2, 2, 8)
         mine = [
-            context.local_part(tensor.transpose(0, 1), me.rank, size)
+            context.local_part(tensor.transpose(0, 1), identity.rank, size)
             for tensor in (query, key, value)
         ]
         mine = [tensor.transpose(0, 1).detach().requires_grad_() for tensor in mine]
@@ -215,12 +218,12 @@ def test_attention_over_context_ranks_is_attention_over_the_sequence(
         got = made(*mine)
         weight = torch.randn(32, 2, 32)
         exact = exact_attention(query, key, value, 8**-0.5).flatten(2)
-        here = context.local_part(weight.transpose(0, 1), me.rank, size).transpose(0, 1)
+        here = context.local_part(weight.transpose(0, 1), identity.rank, size).transpose(0, 1)
         ours = torch.autograd.grad((got * here).sum(), mine)
         theirs = torch.autograd.grad((exact * weight).sum(), (query, key, value))
         pairs = [(got, exact), *zip(ours, theirs, strict=True)]
         return max(
-            (a - context.local_part(b.transpose(0, 1), me.rank, size).transpose(0, 1))
+            (a - context.local_part(b.transpose(0, 1), identity.rank, size).transpose(0, 1))
             .abs()
             .max()
             .item()

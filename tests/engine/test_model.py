@@ -138,8 +138,8 @@ def test_building_takes_no_memory_before_materialise(tmp_path):
         "trainer.device_memory_gib=null",
     )
 
-    def count(me) -> int:
-        with process_groups.start(plan, me), torch.device("meta"):
+    def count(identity) -> int:
+        with process_groups.start(plan, identity), torch.device("meta"):
             built = model.gpt_model(big, model.transformer_config(big), None)
             assert all(parameter.is_meta for parameter in built.parameters())
             return sum(parameter.numel() for parameter in built.parameters())

@@ -49,13 +49,13 @@ def test_every_buffer_of_the_model_is_fp32_or_whole_numbers(
     ]
     words += ["model.moe_grouped_gemm=false"] if implementation == "local" else []
     plan = plan_of(*TINY, EP + "1", *words)
-    (buffers,) = run_ranks(1, lambda me: buffers_of(plan, me), tmp_path)
+    (buffers,) = run_ranks(1, lambda identity: buffers_of(plan, identity), tmp_path)
     assert {name.rpartition(".")[2] for name in buffers} == BUFFERS.get(router, set())
     assert {*buffers.values()} <= {"torch.float32", "torch.int64"}
 
 
-def buffers_of(plan, me) -> dict[str, str]:
-    with process_groups.start(plan, me) as here:
+def buffers_of(plan, identity) -> dict[str, str]:
+    with process_groups.start(plan, identity) as here:
         (chunk,) = model.build(plan, here.device)
         return {name: str(buffer.dtype) for name, buffer in chunk.named_buffers()}
 
@@ -67,7 +67,7 @@ def test_in_bf16_a_router_counts_every_token_over_twenty_steps(router, experts, 
     comparison.
     """
     plan = plan_of(*TINY, *WORDS, EP + experts, f"router={router}", f"trainer.max_steps={STEPS}")
-    results = run_ranks(plan.world_size, lambda me: counted(plan, me), tmp_path)
+    results = run_ranks(plan.world_size, lambda identity: counted(plan, identity), tmp_path)
     assert all(result == results[0] for result in results) and len(results[0]) == STEPS
     for step in results[0]:
         if router == "expert_bias":
@@ -77,13 +77,13 @@ def test_in_bf16_a_router_counts_every_token_over_twenty_steps(router, experts, 
     assert any(max(max(layer) for layer in step["loads"]) > 256 for step in results[0])
 
 
-def counted(plan, me) -> list[dict]:
+def counted(plan, identity) -> list[dict]:
     """Of each step what the routers counted, or how their biases moved, and what that is by counts
     of whole numbers.
     """
     from test_parity import random_batches
 
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         routers = [
             m

@@ -38,11 +38,11 @@ def test_batched_messages_mix_up_the_interleaved_schedule_on_two_stages(tmp_path
     plan = derive(resolve(config_of(*TINY, *words)))
     own = transformer_fields.transformer_fields
 
-    def batched(me):
+    def batched(identity):
         from mixtrain.engine import model
 
         model.transformer_fields = lambda config: own(config) | {"batch_p2p_comm": True}
-        return three_steps(plan, me)
+        return three_steps(plan, identity)
 
     wrong = run_ranks(2, batched, tmp_path / "wrong")[0]
     assert wrong["norms"][0] != pytest.approx(right["norms"][0], rel=1e-2)
@@ -53,7 +53,7 @@ def test_expert_tensor_parallelism_over_the_local_layers_is_wrong(tmp_path):
     local = ["model.transformer_impl=local", "model.moe_grouped_gemm=false"]
     plan = unchecked([EP + "1", ETP, "trainer.devices=2", *local])
     right = measure([EP + "1", *local], tmp_path / "right")
-    here = run_ranks(2, lambda me: three_steps(plan, me), tmp_path / "here")[0]
+    here = run_ranks(2, lambda identity: three_steps(plan, identity), tmp_path / "here")[0]
     assert here["losses"][0] == pytest.approx(right["losses"][0], rel=1e-5)
     if OLD:
         assert here["norms"][1] != pytest.approx(right["norms"][1], rel=1e-3)
@@ -81,7 +81,9 @@ def test_per_token_losses_weigh_what_a_router_adds_otherwise(name, tmp_path):
         assert_same(measure([*PER_TOKEN, *words, *other], tmp_path / "here"), right)
         return
     plan = unchecked([*PER_TOKEN, *words, *other])
-    here = run_ranks(plan.world_size, lambda me: three_steps(plan, me), tmp_path / "here")[0]
+    here = run_ranks(
+        plan.world_size, lambda identity: three_steps(plan, identity), tmp_path / "here"
+    )[0]
     assert here["losses"][0] == pytest.approx(right["losses"][0], rel=1e-5)
     assert here["norms"][0] < 0.9 * right["norms"][0]
 
@@ -92,12 +94,12 @@ def test_the_global_auxiliary_loss_is_divided_by_the_data_parallel_size(tmp_path
     right = measure([*words, "trainer.micro_batch_size=8"], tmp_path / "right")
     plan = plan_of(*TINY, *words, "trainer.devices=4", "trainer.micro_batch_size=2")
 
-    def unmended(me):
+    def unmended(identity):
         from megatron.core.transformer.moe.router import TopKRouter
 
         attach = TopKRouter.attach_and_log_load_balancing_loss
         TopKRouter.attach_and_log_load_balancing_loss = attach.__wrapped__
-        return three_steps(plan, me)
+        return three_steps(plan, identity)
 
     wrong = run_ranks(4, unmended, tmp_path / "wrong")[0]
     assert wrong["balances"][0] == pytest.approx(right["balances"][0], rel=1e-5)
@@ -113,9 +115,9 @@ def test_the_norm_forgets_split_weights_that_megatron_did_not_draw_itself(tmp_pa
     right = measure(words, tmp_path / "right")
     plan = plan_of(*TINY, *words)
 
-    def unmarked(me):
+    def unmarked(identity):
         megatron_fixes.mark_tensor_parallel = lambda model: None
-        return three_steps(plan, me)
+        return three_steps(plan, identity)
 
     here = run_ranks(2, unmarked, tmp_path / "here")[0]
     assert here["losses"][0] == pytest.approx(right["losses"][0], rel=1e-6)
@@ -133,7 +135,7 @@ def test_the_norm_forgets_split_weights_that_megatron_did_not_draw_itself(tmp_pa
 def test_what_a_rule_refuses_would_end_in_a_traceback_of_a_rank(overrides, says, tmp_path):
     plan = unchecked(overrides)
     with pytest.raises(RankFailure) as stopped:
-        run_ranks(plan.world_size, lambda me: three_steps(plan, me), tmp_path)
+        run_ranks(plan.world_size, lambda identity: three_steps(plan, identity), tmp_path)
     assert says.lower() in str(stopped.value).lower()
 
 

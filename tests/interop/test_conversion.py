@@ -179,8 +179,8 @@ def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(
     plan = plan_of(*words, "trainer.devices=2", "parallel=ep1", *LAYOUTS[layout])
     (tmp_path / "run").mkdir()
 
-    def load_and_save(me) -> None:
-        with process_groups.start(plan, me) as here:
+    def load_and_save(identity) -> None:
+        with process_groups.start(plan, identity) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             load.load_weights(plan, here, training, load.weights_at(plan, here), print)
             values = source_config.run_state(plan.config).config
@@ -213,9 +213,9 @@ def test_weights_without_biases_are_taken_by_a_router_with_them_which_start_at_z
         *LAYOUTS["EP2"],
     )
 
-    def load_weights(me) -> tuple[list[str], list[float], bool]:
+    def load_weights(identity) -> tuple[list[str], list[float], bool]:
         said: list[str] = []
-        with process_groups.start(plan, me) as here:
+        with process_groups.start(plan, identity) as here:
             training = optimizer.build(plan, model.build(plan, here.device, drawn=False))
             load.load_weights(plan, here, training, converted / "release", said.append)
             routers = {
@@ -252,8 +252,8 @@ def test_megatron_cores_own_loader_takes_it(converted, tmp_path):
     release = str(converted / "release")
     wholes = tensors_of(converted / "release")
 
-    def load_with_upstream(me) -> list[str]:
-        with process_groups.start(plan, me) as here:
+    def load_with_upstream(identity) -> list[str]:
+        with process_groups.start(plan, identity) as here:
             (chunk,) = model.build(plan, here.device)
             common = dist_checkpointing.load_common_state_dict(release)
             assert (
@@ -284,8 +284,8 @@ def test_weights_of_a_bf16_run_come_out_in_bf16_or_as_asked(tmp_path):
     plan = plan_of(*config, f"run_dir={tmp_path / 'run'}", "trainer.timeout_minutes=1")
     (tmp_path / "run").mkdir()
 
-    def save(me) -> None:
-        with process_groups.start(plan, me) as here:
+    def save(identity) -> None:
+        with process_groups.start(plan, identity) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             places_of = shards.read(plan, training.chunks)
             torch.save(places_of, tmp_path / "wholes.pt")

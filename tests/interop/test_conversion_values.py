@@ -117,9 +117,9 @@ def test_what_training_changed_is_the_runs_and_the_rest_the_sources(tmp_path):
     ]
     for steps in (2, 3):  # a new run from the weights, and one that goes on from its checkpoint
         plan = plan_of(*words, f"trainer.max_steps={steps}")
-        assert run_ranks(1, lambda me, plan=plan: run(plan, me), tmp_path / f"ranks{steps}") == [
-            FINISHED
-        ]
+        assert run_ranks(
+            1, lambda identity, plan=plan: run(plan, identity), tmp_path / f"ranks{steps}"
+        ) == [FINISHED]
         assert state.read(directory.newest(tmp_path / "run")).step == steps
         back = tmp_path / f"back{steps}"
         to_hf.convert(tmp_path / "run", back)

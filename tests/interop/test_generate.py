@@ -82,7 +82,7 @@ def hugging_face(folder: Path) -> dict:
 def there(tmp_path_factory) -> tuple[Path, list[list[int]]]:
     """(the folder of Hugging Face's files, the greedy tokens after each prompt)."""
     folder = tmp_path_factory.mktemp("there")
-    (found,) = run_ranks(1, lambda me: hugging_face(folder), folder)
+    (found,) = run_ranks(1, lambda identity: hugging_face(folder), folder)
     assert found["margin"] > 1e-4 and len(set(sum(found["tokens"], []))) > 15
     return folder, found["tokens"]
 
@@ -114,8 +114,10 @@ def until(length: int, eod: int | None = None, stops=lambda tokens: False) -> Li
     return Limits(length, {eod}, stops)
 
 
-def on_layout(plan: Plan, me: Identity, folder: Path | None, samplings: list[Sampling]) -> list:
-    with process_groups.start(plan, me) as here:
+def on_layout(
+    plan: Plan, identity: Identity, folder: Path | None, samplings: list[Sampling]
+) -> list:
+    with process_groups.start(plan, identity) as here:
         found = []
         for sampling in samplings:  # a model each: a second cache would be put on the first
             found.append(Rank(plan, here, folder).continued(PROMPTS, sampling, until(NEW)))
@@ -126,7 +128,9 @@ def on_layout(plan: Plan, me: Identity, folder: Path | None, samplings: list[Sam
 def sampled(there, tmp_path_factory) -> list[list]:
     """What one rank draws."""
     folder = tmp_path_factory.mktemp("sampled")
-    ((found,),) = run_ranks(1, lambda me: on_layout(plan_at([]), me, there[0], [SAMPLED]), folder)
+    ((found,),) = run_ranks(
+        1, lambda identity: on_layout(plan_at([]), identity, there[0], [SAMPLED]), folder
+    )
     assert [tokens for tokens, _ in found] != there[1]
     return found
 
@@ -138,7 +142,9 @@ def test_greedy_tokens_are_transformers_and_sampled_ones_those_of_one_rank(
     plan = plan_at(LAYOUTS[layout])
     folder, greedy = there
     for found in run_ranks(
-        plan.world_size, lambda me: on_layout(plan, me, folder, [Sampling(), SAMPLED]), tmp_path
+        plan.world_size,
+        lambda identity: on_layout(plan, identity, folder, [Sampling(), SAMPLED]),
+        tmp_path,
     ):
         assert found[0] == [[tokens, "length"] for tokens in greedy]
         assert found[1] == sampled
@@ -149,8 +155,8 @@ def test_a_pass_takes_the_new_tokens_alone_and_none_of_a_text_that_has_ended(the
     ends = [0, 1, 2, 3, 4]  # the place of the token at which each prompt's text ends
     last = [tokens[place] for tokens, place in zip(greedy, ends, strict=True)]
 
-    def one_rank(me: Identity) -> list:
-        with process_groups.start(plan_at([]), me) as here:
+    def one_rank(identity: Identity) -> list:
+        with process_groups.start(plan_at([]), identity) as here:
             rank = Rank(plan_at([]), here, folder)
             stops = [tokens[: place + 1] for tokens, place in zip(greedy, ends, strict=True)]
             found = rank.continued(
@@ -177,8 +183,8 @@ def test_at_the_token_that_ends_a_document_a_text_ends_and_the_replicas_beside_i
     assert 1 <= sum(eod in tokens for tokens in greedy) < len(greedy)
     plan = plan_at([EP2])  # two replicas: of three prompts, and of two
 
-    def one_rank(me: Identity) -> list:
-        with process_groups.start(plan, me) as here:
+    def one_rank(identity: Identity) -> list:
+        with process_groups.start(plan, identity) as here:
             return Rank(plan, here, folder).continued(PROMPTS, Sampling(), until(NEW, eod))
 
     for found in run_ranks(2, one_rank, tmp_path):
@@ -193,8 +199,8 @@ def test_a_text_does_not_depend_on_the_prompts_beside_it_and_a_replica_may_have_
 ):
     plan = plan_at([EP2])
 
-    def one_rank(me: Identity) -> list:
-        with process_groups.start(plan, me) as here:
+    def one_rank(identity: Identity) -> list:
+        with process_groups.start(plan, identity) as here:
             return Rank(plan, here, there[0]).continued(PROMPTS[:1], SAMPLED, until(NEW))
 
     for found in run_ranks(2, one_rank, tmp_path):
@@ -204,11 +210,12 @@ def test_a_text_does_not_depend_on_the_prompts_beside_it_and_a_replica_may_have_
 def test_whoever_is_asked_to_stop_stops_all_ranks_after_that_token(there, tmp_path):
     plan = plan_at([EP2])
 
-    def one_rank(me: Identity) -> list:
-        with process_groups.start(plan, me) as here:
+    def one_rank(identity: Identity) -> list:
+        with process_groups.start(plan, identity) as here:
             passes: list[int] = []
             watch = Watch(
-                lambda: me.rank == 1 and len(passes) == 2, lambda tokens, _: passes.append(tokens)
+                lambda: identity.rank == 1 and len(passes) == 2,
+                lambda tokens, _: passes.append(tokens),
             )
             batch = [Sequence(number, prompt) for number, prompt in enumerate(PROMPTS)]
             rank = Rank(plan, here, there[0])
@@ -254,8 +261,8 @@ def test_with_a_cache_each_model_gives_what_it_gives_without(other, tmp_path):
     there_plan = plan_at([*words, *layout])
 
     @torch.no_grad()
-    def without(me: Identity) -> list[list[int]]:
-        with process_groups.start(here_plan, me) as here:
+    def without(identity: Identity) -> list[list[int]]:
+        with process_groups.start(here_plan, identity) as here:
             (chunk,) = model.build(here_plan, here.device)
             chunk.eval()
             texts = [list(prompt) for prompt in PROMPTS]
@@ -274,6 +281,6 @@ def test_with_a_cache_each_model_gives_what_it_gives_without(other, tmp_path):
     (want,) = run_ranks(1, without, tmp_path / "without")
     assert len(set(sum(want, []))) > 3
     ((found,), *_) = run_ranks(
-        2, lambda me: on_layout(there_plan, me, None, [Sampling()]), tmp_path / "with"
+        2, lambda identity: on_layout(there_plan, identity, None, [Sampling()]), tmp_path / "with"
     )
     assert [tokens for tokens, _ in found] == want

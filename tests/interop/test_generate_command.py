@@ -100,7 +100,7 @@ def test_the_commands_of_the_docs_run_and_give_transformers_tokens(trained, tmp_
     assert [line["tokens"] for line in lines] == expected
     at_tp2 = asked(trained, *prompts, new=new)
     plan = plan_of(trained, TP2, folder=tmp_path / "tp2")
-    run_ranks(2, lambda me: run(plan, at_tp2, me), tmp_path / "ranks")
+    run_ranks(2, lambda identity: run(plan, at_tp2, identity), tmp_path / "ranks")
     log = (tmp_path / "ranks" / "rank_0.log").read_text()
     assert [
         json.loads(line)["tokens"] for line in log.splitlines() if line.startswith("{")
@@ -131,7 +131,7 @@ def asked(run_dir: Path, *prompts: str, new: int = 12, **more) -> Request:
 def generated(run_dir: Path, request: Request, folder: Path) -> tuple[int, list[dict], str]:
     """(exit code, lines of JSON, all that was printed) of one rank."""
     plan = plan_of(run_dir, folder=folder)
-    (code,) = run_ranks(1, lambda me: run(plan, request, me), folder / "ranks")
+    (code,) = run_ranks(1, lambda identity: run(plan, request, identity), folder / "ranks")
     log = (folder / "ranks" / "rank_0.log").read_text()
     return code, [json.loads(line) for line in log.splitlines() if line.startswith("{")], log
 
@@ -164,11 +164,11 @@ def test_a_text_ends_before_the_first_stop_text(trained, text, tmp_path):
 def test_a_generation_whose_reader_has_gone_stops_after_its_batch(trained, tmp_path):
     request = asked(trained, "generate", "x", "y", new=40, batch_size=1)
 
-    def unread(me) -> int:
+    def unread(identity) -> int:
         gone, here = os.pipe()
         os.close(gone)
         os.dup2(here, 1)
-        return run(plan_of(trained, folder=tmp_path), request, me)
+        return run(plan_of(trained, folder=tmp_path), request, identity)
 
     (code,) = run_ranks(1, unread, tmp_path / "ranks")
     log = (tmp_path / "ranks" / "rank_0.log").read_text()

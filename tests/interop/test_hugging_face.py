@@ -163,14 +163,14 @@ def hugging_face(config: Config, folder: Path, values: dict) -> list[float]:
     return margins
 
 
-def here_and_there(plan: Plan, config: Config, folder: Path, me: Identity) -> dict:
+def here_and_there(plan: Plan, config: Config, folder: Path, identity: Identity) -> dict:
     """What the plan's model on one rank makes of Hugging Face's weights, as differences from
     Hugging Face.
 
     `config` is that of the weights; `plan` may differ from it by a fault.
     """
     there = torch.load(folder / "reference.pt", weights_only=True)
-    with process_groups.start(plan, me) as rank:
+    with process_groups.start(plan, identity) as rank:
         (chunk,) = model.build(plan, rank.device)
         shards.fill([chunk], to_megatron(config, load_file(folder / "model.safetensors")))
         chunk.eval()
@@ -247,7 +247,7 @@ def reference(tmp_path_factory):
         if key not in known:
             config = resolve(config_of(*SMALL, *words))
             folder = tmp_path_factory.mktemp("there")
-            (margins,) = run_ranks(1, lambda me: hugging_face(config, folder, values), folder)
+            (margins,) = run_ranks(1, lambda identity: hugging_face(config, folder, values), folder)
             assert min(margins) > 1e-4  # no choice that rounding could turn
             known[key] = config, folder
         return known[key]
@@ -257,7 +257,7 @@ def reference(tmp_path_factory):
 
 def compare(reference: tuple[Config, Path], words: list[str], folder: Path) -> dict:
     plan = plan_of(*SMALL, "parallel.expert_model_parallel_size=1", *words)
-    (found,) = run_ranks(1, lambda me: here_and_there(plan, *reference, me), folder)
+    (found,) = run_ranks(1, lambda identity: here_and_there(plan, *reference, identity), folder)
     worst = max(found["gradients"], key=found["gradients"].get)
     print(
         f"logits {found['logits']:.1e}, loss {found['loss']:.1e}, gradient"
@@ -333,11 +333,11 @@ def test_top_1_is_another_model_there(reference, tmp_path):
     assert found[0] == f"the forward passes part at {ROUTER}"
 
 
-def loss_and_norm(plan: Plan, config: Config, folder: Path, me: Identity) -> list[float]:
+def loss_and_norm(plan: Plan, config: Config, folder: Path, identity: Identity) -> list[float]:
     """LM loss and gradient norm of one training step, from Hugging Face's weights, at the plan's
     layout.
     """
-    with process_groups.start(plan, me) as rank:
+    with process_groups.start(plan, identity) as rank:
         chunks = model.build(plan, rank.device)
         shards.fill(chunks, to_megatron(config, load_file(folder / "model.safetensors")))
         training = optimizer.build(plan, chunks)
@@ -380,5 +380,7 @@ def test_a_layout_of_four_ranks_computes_hugging_faces_loss_and_gradient_norm(
     )
     words = ["parallel.expert_model_parallel_size=2", "trainer.devices=4", *LAYOUTS[layout]]
     plan = plan_of(*SMALL, *words)
-    for found in run_ranks(4, lambda me: loss_and_norm(plan, config, folder, me), tmp_path):
+    for found in run_ranks(
+        4, lambda identity: loss_and_norm(plan, config, folder, identity), tmp_path
+    ):
         assert found == pytest.approx([there["loss"], norm], rel=1e-5)

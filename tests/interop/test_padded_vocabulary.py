@@ -169,7 +169,7 @@ def test_tensor_parallelism_that_does_not_divide_it_is_refused_with_the_command_
         "data.split='1,0,0'",
     ]
     plan = plan_of(*words)
-    assert run_ranks(2, lambda me: run(plan, me), tmp_path / "ranks") == [FINISHED] * 2
+    assert run_ranks(2, lambda identity: run(plan, identity), tmp_path / "ranks") == [FINISHED] * 2
     to_hf.convert(tmp_path / "run", tmp_path / "back")
     assert values_of(tmp_path / "back")["vocab_size"] == OWN
     assert {len(hf_models.tensors_of(tmp_path / "back")[name]) for name in ("lm_head.weight",)} == {

@@ -42,12 +42,12 @@ def found_by(
 ) -> list[dict]:
     """What the proof finds with each of the damages, in one rank."""
 
-    def find(me) -> list[dict]:
+    def find(identity) -> list[dict]:
         config = source_config.config_of(checkpoint)
         parts = Parts(checkpoint)
         own = source_config.for_one_rank(config, precision)
         tokens = proof.random_tokens(config.model.vocab_size, 2, 48)
-        with process_groups.start(derive(own), me) as here:
+        with process_groups.start(derive(own), identity) as here:
             theirs = reference_models.HuggingFace(
                 there, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
             )

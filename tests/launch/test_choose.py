@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from composing import path_without_slurm, plan_of, problems_of, run_train
 
-from mixtrain.config.schema import LauncherType
+from mixtrain.config.choices import LauncherType
 from mixtrain.launch.choose import place, starts_ranks
 from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.rank_identity import Identity
@@ -82,10 +82,10 @@ ALONE = Identity(0, 1, 0, 1, "tcp://127.0.0.1:20000")
     (Identity(0, 2, 0, 2, "tcp://127.0.0.1:20000"), ["launcher=local"], False),
 ])  # fmt: skip
 def test_the_one_task_of_a_shell_starts_ranks_only_where_it_is_told_to(
-    monkeypatch, me, words, starts
+    monkeypatch, identity, words, starts
 ):
     monkeypatch.delenv("RANK", raising=False)
-    assert starts_ranks(me, words) is starts
+    assert starts_ranks(identity, words) is starts
 
 
 def test_a_rank_of_torchrun_is_a_rank_whatever_is_typed(monkeypatch):

@@ -16,7 +16,7 @@ from composing import path_without_slurm, plan_of
 from mixtrain.data.index import HEADER, MAGIC
 from mixtrain.errors import FINISHED, REFUSED
 from mixtrain.launch.machine_checks import gpu_count, installed, machine_problems
-from mixtrain.system.rank_identity import Identity, identity
+from mixtrain.system.rank_identity import Identity, read_identity
 from train import main
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
@@ -57,8 +57,8 @@ def bare(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def refused(*overrides: str, me: Identity | None = None) -> list[str]:
-    return machine_problems(plan_of(*overrides), me, list(overrides))
+def refused(*overrides: str, identity: Identity | None = None) -> list[str]:
+    return machine_problems(plan_of(*overrides), identity, list(overrides))
 
 
 def rank(number: int, world: int) -> Identity:
@@ -67,7 +67,7 @@ def rank(number: int, world: int) -> Identity:
 
 def test_the_default_runs_on_a_bare_machine():
     assert refused() == []
-    assert refused(me=rank(0, 2)) == refused(me=rank(1, 2)) == []
+    assert refused(identity=rank(0, 2)) == refused(identity=rank(1, 2)) == []
 
 
 def test_missing_gpus_are_counted_with_both_ways_to_go_on():
@@ -256,8 +256,8 @@ def test_ranks_that_somebody_has_started_are_for_one_job(tmp_path, capsys, monke
 def test_only_the_first_rank_looks_for_an_older_run(tmp_path):
     (tmp_path / "status.json").write_text("")
     here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
-    assert len(refused(*here, me=rank(0, 2))) == 1
-    assert refused(*here, me=rank(1, 2)) == []  # the first rank may have begun to write
+    assert len(refused(*here, identity=rank(0, 2))) == 1
+    assert refused(*here, identity=rank(1, 2)) == []  # the first rank may have begun to write
 
 
 def test_several_nodes_outside_slurm_are_refused_with_the_line_to_type_on_each():
@@ -273,11 +273,11 @@ def test_several_nodes_outside_slurm_are_refused_with_the_line_to_type_on_each()
 
 def test_several_nodes_whose_ranks_a_launcher_started_are_accepted():
     overrides = ["trainer.num_nodes=2", "parallel.expert_model_parallel_size=4"]
-    assert refused(*overrides, me=rank(0, 4)) == []
+    assert refused(*overrides, identity=rank(0, 4)) == []
 
 
 def test_ranks_that_were_started_must_be_those_of_the_plan():
-    (problem,) = refused(me=rank(0, 3))
+    (problem,) = refused(identity=rank(0, 3))
     assert problem.startswith(
         "3 ranks were started, but trainer.devices * trainer.num_nodes = 2; start 2"
     )
@@ -307,7 +307,7 @@ def test_every_entry_of_an_index_is_looked_at_before_ranks_are_started(tmp_path)
         f"{prefix}.idx: sequence 1 of document 1 has -2 tokens (byte {HEADER.size + 4})"
     )
     # rank 0 looks, once
-    assert not any("sequence 1" in problem for problem in refused(*words, me=rank(1, 2)))
+    assert not any("sequence 1" in problem for problem in refused(*words, identity=rank(1, 2)))
 
 
 def test_all_that_a_machine_lacks_is_reported_together(tmp_path):
@@ -407,7 +407,7 @@ def test_one_rank_of_every_node_says_what_is_wrong(monkeypatch, capsys, local_ra
 
 
 def test_a_process_that_nobody_started_as_a_rank_has_no_identity():
-    assert identity() is None
+    assert read_identity() is None
 
 
 def test_torchrun_tells_a_process_its_rank(monkeypatch):
@@ -418,8 +418,8 @@ def test_torchrun_tells_a_process_its_rank(monkeypatch):
         "LOCAL_WORLD_SIZE": 8,
     }.items():
         monkeypatch.setenv(name, str(value))
-    assert identity() == Identity(11, 16, 3, 8, "env://")
-    assert not identity().is_ours
+    assert read_identity() == Identity(11, 16, 3, 8, "env://")
+    assert not read_identity().is_ours
 
 
 @pytest.mark.parametrize(
@@ -427,14 +427,14 @@ def test_torchrun_tells_a_process_its_rank(monkeypatch):
 )
 def test_a_rank_that_is_told_nothing_else_is_alone(monkeypatch, name, rendezvous):
     monkeypatch.setenv(name, "0")
-    assert identity() == Identity(0, 1, 0, 1, rendezvous)
+    assert read_identity() == Identity(0, 1, 0, 1, rendezvous)
 
 
 def test_the_projects_own_launcher_is_known_by_its_rendezvous(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("MIXTRAIN_FOLDER", "/somewhere")
-    assert identity().is_ours
-    assert identity().rendezvous == "file:///somewhere/rendezvous"
+    assert read_identity().is_ours
+    assert read_identity().rendezvous == "file:///somewhere/rendezvous"
 
 
 SLURM = {
@@ -465,4 +465,4 @@ SLURM = {
 def test_slurm_tells_a_process_its_rank_and_the_first_node(monkeypatch, more, rendezvous):
     for name, value in {**SLURM, **more}.items():
         monkeypatch.setenv(name, str(value))
-    assert identity() == Identity(11, 16, 3, 8, rendezvous)
+    assert read_identity() == Identity(11, 16, 3, 8, rendezvous)

@@ -12,9 +12,10 @@ from collections import Counter
 import pytest
 from composing import ROOT, config_of, quick_tree_of, unstarted_environment
 
+from mixtrain.config.choices import Dispatcher
 from mixtrain.config.layout_sensitive import LIMITS
 from mixtrain.config.rules import upstream
-from mixtrain.config.schema import Config, Dispatcher
+from mixtrain.config.schema import Config
 from mixtrain.proof.parity import table
 from mixtrain.proof.parity.certificate import (
     MICROBATCHES,

@@ -93,11 +93,11 @@ LAYOUTS = {
 }
 
 
-def three_steps(plan: Plan, me: Identity) -> dict:
+def three_steps(plan: Plan, identity: Identity) -> dict:
     """Three training steps on one random global batch: losses, norms, loads, balance, and a
     held-out loss.
     """
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         load = ExpertLoad(plan, training.chunks, here.device)
         streams = [iter(random_batches(plan)) for _ in training.chunks]
@@ -163,7 +163,7 @@ def random_tokens(plan: Plan, number: int) -> torch.Tensor:
 def measure(overrides: list[str], folder) -> dict:
     """The figures of a layout; every rank must report the same ones."""
     plan = plan_of(*TINY, *overrides)
-    results = run_ranks(plan.world_size, lambda me: three_steps(plan, me), folder)
+    results = run_ranks(plan.world_size, lambda identity: three_steps(plan, identity), folder)
     assert all(result == results[0] for result in results)
     return results[0]
 

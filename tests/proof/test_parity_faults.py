@@ -40,10 +40,10 @@ class Bench:
             make_plan(Layout().of(self.config)), folder / "wholes.pt", folder
         )
 
-    def at(self, layout: Layout, sabotage=lambda me: None) -> Verdict:
-        def work(plan, me, wholes):
-            sabotage(me)
-            return measured_step.measure(plan, me, wholes)
+    def at(self, layout: Layout, sabotage=lambda identity: None) -> Verdict:
+        def work(plan, identity, wholes):
+            sabotage(identity)
+            return measured_step.measure(plan, identity, wholes)
 
         self.count += 1
         plan = make_plan(layout.of(self.config))
@@ -81,8 +81,8 @@ def test_without_a_fault_the_layout_is_within_the_limits(bench, layout):
 
 
 def test_the_gradient_of_the_experts_doubled_on_one_rank(bench):
-    def sabotage(me) -> None:
-        if me.rank == 1:
+    def sabotage(identity) -> None:
+        if identity.rank == 1:
             with_built_model(
                 lambda chunk: [
                     weight.register_hook(lambda g: 2 * g) for weight in experts_of(chunk)
@@ -101,11 +101,11 @@ def test_the_gradient_of_the_experts_doubled_on_one_rank(bench):
 def test_one_expert_forgotten_in_the_norm(bench):
     """Clipping then moves every weight too far, though every gradient is right."""
 
-    def sabotage(me) -> None:
+    def sabotage(identity) -> None:
         def forget(chunk) -> None:
             experts_of(chunk)[0].shared = True  # Megatron-Core's mark for what another stage counts
 
-        if me.rank == 1:
+        if identity.rank == 1:
             with_built_model(forget)
 
     verdict = bench.at(EP2, sabotage)
@@ -114,7 +114,7 @@ def test_one_expert_forgotten_in_the_norm(bench):
 
 
 def test_the_auxiliary_loss_dropped_under_tensor_parallelism(bench):
-    def sabotage(me) -> None:
+    def sabotage(identity) -> None:
         from megatron.core.transformer.moe.router import TopKRouter
 
         TopKRouter._apply_aux_loss = lambda self, probs, *_, **__: probs
@@ -127,7 +127,7 @@ def test_the_auxiliary_loss_dropped_under_tensor_parallelism(bench):
 def test_the_auxiliary_loss_scaled_by_the_tensor_ranks(bench):
     """It reads right in the log; only gradients tell."""
 
-    def sabotage(me) -> None:
+    def sabotage(identity) -> None:
         from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
 
         scale = MoEAuxLossAutoScaler.set_loss_scale
@@ -143,11 +143,11 @@ def test_the_auxiliary_loss_scaled_by_the_tensor_ranks(bench):
 
 
 def test_rotary_positions_shifted_on_one_rank_under_context_parallelism(bench):
-    def sabotage(me) -> None:
+    def sabotage(identity) -> None:
         from megatron.core.models.common.embeddings import rotary_pos_embedding
 
         right = rotary_pos_embedding.get_pos_emb_on_this_cp_rank
-        if me.rank == 1:
+        if identity.rank == 1:
             rotary_pos_embedding.get_pos_emb_on_this_cp_rank = lambda *given: right(*given).roll(
                 1, dims=0
             )
@@ -160,7 +160,7 @@ def test_rotary_positions_shifted_on_one_rank_under_context_parallelism(bench):
 def test_a_norm_that_is_not_added_up_over_the_sequence(bench):
     """The mark that sequence parallelism needs, lost: the first of the norms is named."""
 
-    def sabotage(me) -> None:
+    def sabotage(identity) -> None:
         def lose(chunk) -> None:
             for name, parameter in chunk.named_parameters():
                 if "layernorm" in name:
@@ -173,7 +173,7 @@ def test_a_norm_that_is_not_added_up_over_the_sequence(bench):
 
 
 def test_a_part_that_no_rank_holds(bench):
-    def sabotage(me) -> None:
+    def sabotage(identity) -> None:
         every = shards.shards
         train = measured_step.two_steps
 
@@ -182,7 +182,7 @@ def test_a_part_that_no_rank_holds(bench):
             shards.shards = lambda chunk: (
                 shard
                 for shard in every(chunk)
-                if shard.key != "output_layer.weight" or me.rank == 0
+                if shard.key != "output_layer.weight" or identity.rank == 0
             )
             return trained
 
@@ -198,8 +198,8 @@ def test_a_part_that_no_rank_holds(bench):
 
 @pytest.mark.parametrize("at_fault", [0, 1])
 def test_ranks_that_fail_are_outside_with_what_the_one_at_fault_said(bench, at_fault):
-    def sabotage(me) -> None:
-        if me.rank == at_fault:
+    def sabotage(identity) -> None:
+        if identity.rank == at_fault:
             raise ValueError("no such thing")
 
     verdict = bench.at(EP2, sabotage)

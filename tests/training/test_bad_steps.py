@@ -27,7 +27,7 @@ SKIP = "trainer.bad_step_policy=skip"
 def poisoned_losses(steps: set[int], rank: int = 1):
     """A `before` after which the loss of one rank is not a number in these steps."""
 
-    def before(me) -> None:
+    def before(identity) -> None:
         calls = {"step": 0}
         train_step = loop.train_step
         run_microbatches = loop.run_microbatches
@@ -38,7 +38,7 @@ def poisoned_losses(steps: set[int], rank: int = 1):
 
         def poisoned(*arguments, **more):
             loss, tokens = run_microbatches(*arguments, **more)
-            return (math.nan if me.rank == rank and calls["step"] in steps else loss), tokens
+            return (math.nan if identity.rank == rank and calls["step"] in steps else loss), tokens
 
         loop.train_step = counted
         loop.run_microbatches = poisoned
@@ -53,14 +53,14 @@ def poisoned_gradients(steps: set[int], value: float = math.inf, rank: int = 1):
     It is in the second half of the buffer, which is rank 1's to step where two ranks share it.
     """
 
-    def before(me) -> None:
+    def before(identity) -> None:
         train_step = loop.train_step
 
         def poisoned(plan, ranks, training, microbatches, stop, step, batch):
             prepare = type(training.optimizer).prepare_grads
 
             def prepare_grads():
-                if step in steps and me.rank == rank:
+                if step in steps and identity.rank == rank:
                     gradients = training.chunks[0].buffers[0].grad_data
                     gradients[len(gradients) // 2 + 10] = value
                 return prepare(training.optimizer)
@@ -199,12 +199,12 @@ def test_a_gradient_that_backward_makes_infinite_on_one_rank_is_bad_on_all(layou
     of the norm.
     """
 
-    def before(me) -> None:
+    def before(identity) -> None:
         build = model.build
 
         def spoiled(*arguments):
             models = build(*arguments)
-            if me.rank == 1:
+            if identity.rank == 1:
                 weights = [
                     p for name, p in models[0].named_parameters() if "experts.weight2" in name
                 ]
@@ -233,7 +233,7 @@ def test_an_expert_bias_is_what_it_was_before_a_skipped_step(tmp_path):
     assert records(both)[0]["expert_bias"] != [[0.0] * 8] * 4
 
 
-def rigged_routers(me, change) -> None:
+def rigged_routers(identity, change) -> None:
     """Before a run: `change(router, rank)` for every router of the model."""
     build = model.build
 
@@ -242,7 +242,7 @@ def rigged_routers(me, change) -> None:
         with torch.no_grad():
             for module in models[0].modules():
                 if isinstance(module, TopKRouter):
-                    change(module, me.rank)
+                    change(module, identity.rank)
         return models
 
     model.build = rigged
@@ -256,7 +256,9 @@ def spoil(router, rank) -> None:
 @pytest.mark.parametrize("router", ["aux_loss", "sinkhorn", "expert_bias"])
 def test_router_weights_that_are_not_finite_are_named_by_layer_and_rank(router, tmp_path):
     words = [*TWO, f"router={router}", "trainer.max_steps=2"]
-    run_dir, codes, log = start(tmp_path, *words, before=lambda me: rigged_routers(me, spoil))
+    run_dir, codes, log = start(
+        tmp_path, *words, before=lambda identity: rigged_routers(identity, spoil)
+    )
     assert codes == {FAULT}, log
     assert (
         "the router of layer 3 on rank 1 was the first that was not finite"
@@ -270,11 +272,15 @@ def test_routers_that_were_given_what_is_not_finite_are_not_named(tmp_path):
     embedding.
     """
     tensor, _, _ = start(
-        tmp_path / "TP2", EP + "1", *TP, *TWO[1:], before=lambda me: rigged_routers(me, spoil)
+        tmp_path / "TP2",
+        EP + "1",
+        *TP,
+        *TWO[1:],
+        before=lambda identity: rigged_routers(identity, spoil),
     )
     assert bad_steps(tensor)[0]["routers"] == [[3, 1]] and bad_steps(tensor)[0]["ranks"] == [0, 1]
 
-    def before(me) -> None:
+    def before(identity) -> None:
         build = model.build
 
         def spoiled(*arguments):
@@ -292,7 +298,9 @@ def test_routers_that_were_given_what_is_not_finite_are_not_named(tmp_path):
 def test_a_run_whose_every_step_is_skipped_for_a_router_ends_with_its_report(tmp_path):
     """Not even the balancing loss is a number then, and there is none in metrics.jsonl."""
     words = [*TWO, SKIP, "trainer.max_steps=2"]
-    run_dir, codes, log = start(tmp_path, *words, before=lambda me: rigged_routers(me, spoil))
+    run_dir, codes, log = start(
+        tmp_path, *words, before=lambda identity: rigged_routers(identity, spoil)
+    )
     assert codes == {FINISHED}, log
     values = [
         (record["lm_loss"], record["load_balancing_loss"], record["skipped_steps"])
@@ -313,8 +321,8 @@ def test_all_tokens_to_two_experts_is_a_warning_and_the_others_learn_nothing(tmp
 
     gradients: list[float] = []
 
-    def before(me) -> None:
-        rigged_routers(me, collapse)
+    def before(identity) -> None:
+        rigged_routers(identity, collapse)
         train_step = loop.train_step
 
         def looked(plan, ranks, training, *rest):

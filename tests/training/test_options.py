@@ -132,7 +132,7 @@ def test_a_shrunk_recipe_trains_two_steps_at_its_layout_or_the_nearest(recipe, c
             words += problem.split("The nearest layout: ")[1].split()
     plan = plan_of(*words)
     assert not machine_problems(plan, None, words)
-    codes = run_ranks(plan.world_size, lambda me: run(plan, me), tmp_path / "ranks")
+    codes = run_ranks(plan.world_size, lambda identity: run(plan, identity), tmp_path / "ranks")
     assert codes == [0] * plan.world_size
     assert read_status(tmp_path / "run")["step"] == 2
 

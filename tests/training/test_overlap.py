@@ -54,9 +54,9 @@ def trained(tmp_path_factory):
             "trainer.log_every_n_steps=1",
         ]
         plan = plan_of(*TINY, *COMMON, *paths, *overrides)
-        assert set(run_ranks(plan.world_size, lambda me: run(plan, me), folder / "ranks")) == {
-            FINISHED
-        }
+        assert set(
+            run_ranks(plan.world_size, lambda identity: run(plan, identity), folder / "ranks")
+        ) == {FINISHED}
         return folder / "run"
 
     return start

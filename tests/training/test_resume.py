@@ -45,10 +45,10 @@ def start(folder: Path, *overrides: str, before=None) -> tuple[Path, set[int], s
         *SHORT, f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", *overrides
     )
 
-    def one_rank(me) -> int:
+    def one_rank(identity) -> int:
         if before:
-            before(me)
-        return run(plan, me)
+            before(identity)
+        return run(plan, identity)
 
     codes = set(run_ranks(plan.world_size, one_rank, folder / "ranks"))
     shutil.rmtree(folder / "cache", ignore_errors=True)
@@ -163,7 +163,7 @@ def test_another_layout_has_bitwise_what_was_saved_and_goes_on_with_the_same_los
     run_dir = whole(*LAYOUTS["EP1"])
     interrupted(run_dir, tmp_path)
 
-    def save_again(me) -> None:
+    def save_again(identity) -> None:
         enter = resume.enter
 
         def entered(plan, ranks, training, *rest):

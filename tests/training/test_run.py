@@ -34,7 +34,7 @@ KEYS = {
     "consumed_samples",
     "tokens_per_expert",
     "skipped_steps",
-    "ledger",
+    "sample_digest",
 }
 RUN = [
     *TINY,
@@ -52,10 +52,10 @@ def start(folder: Path, *overrides: str, before=None, world: int = 2) -> tuple[P
     """
     plan = plan_of(*RUN, f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", *overrides)
 
-    def one_rank(me) -> int:
+    def one_rank(identity) -> int:
         if before:
-            before(me)
-        return run(plan, me)
+            before(identity)
+        return run(plan, identity)
 
     return folder / "run", run_ranks(world, one_rank, folder / "ranks")
 
@@ -138,8 +138,8 @@ def test_the_weights_load_at_another_layout(finished, tmp_path):
     assert (finished / "latest_checkpointed_iteration.txt").read_text() == "4\n"
     plan = plan_of(*TINY, EP + "1")
 
-    def load(me) -> list[float]:
-        with process_groups.start(plan, me) as here:
+    def load(identity) -> list[float]:
+        with process_groups.start(plan, identity) as here:
             (chunk,) = model.build(plan, here.device)
             before = [shard.data.detach().clone() for shard in places.shards(chunk)]
             state = {
@@ -162,8 +162,8 @@ def test_the_weights_load_at_another_layout(finished, tmp_path):
 def test_a_run_that_is_asked_to_stop_ends_its_step_and_saves(tmp_path):
     """One rank of two gets the signal; both stop after the same step."""
 
-    def signal_soon(me) -> None:
-        if me.rank == 1:
+    def signal_soon(identity) -> None:
+        if identity.rank == 1:
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
             signal.setitimer(signal.ITIMER_REAL, 3.0)
 
@@ -179,13 +179,13 @@ def test_a_run_that_is_asked_to_stop_ends_its_step_and_saves(tmp_path):
 
 
 def test_a_loss_that_is_not_a_number_stops_all_ranks_and_names_step_and_rank(tmp_path):
-    def poison(me) -> None:
+    def poison(identity) -> None:
         build = model.build
 
         def poisoned(*arguments):
             models = build(*arguments)
             with torch.no_grad():
-                if me.rank == 1:
+                if identity.rank == 1:
                     models[0].output_layer.weight.fill_(math.nan)
             return models
 
@@ -200,7 +200,7 @@ def test_a_loss_that_is_not_a_number_stops_all_ranks_and_names_step_and_rank(tmp
 
 
 def test_a_held_out_loss_that_is_not_a_number_stops_all_ranks_and_is_not_written(tmp_path):
-    def poison(me) -> None:
+    def poison(identity) -> None:
         build = model.build
 
         def poisoned(*arguments):

@@ -14,7 +14,13 @@ import pytest
 from composing import ROOT
 
 from mixtrain.training import watchdog
-from mixtrain.training.watchdog import Beat, Watchdog, beat_file, main_stack, read_beat
+from mixtrain.training.watchdog import (
+    Heartbeat,
+    Watchdog,
+    heartbeat_file,
+    main_stack,
+    read_heartbeat,
+)
 
 BEGIN = """
 import sys, time
@@ -54,7 +60,7 @@ def test_a_main_thread_that_stands_still_is_shown_and_ended(tmp_path):
     )
     assert 'File "<string>", line 8 in <module>' in done.stderr
     assert (tmp_path / "words").read_text() == "rank 3 stands still in step 12 (forward) for 0 s"
-    assert read_beat(beat_file(tmp_path, 3)) == Beat(12, "forward")
+    assert read_heartbeat(heartbeat_file(tmp_path, 3)) == Heartbeat(12, "forward")
 
 
 def test_a_main_thread_that_lets_no_other_run_is_ended_as_well(tmp_path):
@@ -108,15 +114,15 @@ def test_who_has_not_begun_is_left_alone(looks):
 
 def test_who_moves_is_left_alone(looks):
     found, dog = looks
-    found.at_look = lambda number: number % 9 == 0 and dog.beat("x", number)
-    dog.beat("x", 0)
+    found.at_look = lambda number: number % 9 == 0 and dog.heartbeat("x", number)
+    dog.heartbeat("x", 0)
     dog._watch()
     assert (found.seen, found.ended_at) == (100, None)
 
 
 def test_who_has_stopped_moving_is_ended_at_the_first_look_after_the_timeout(looks):
     found, dog = looks
-    dog.beat("x", 0)
+    dog.heartbeat("x", 0)
     dog._watch()
     assert found.ended_at == 11
 
@@ -132,9 +138,9 @@ def test_after_the_block_nobody_watches(tmp_path):
 
 
 def test_a_beat_that_was_never_left_is_none(tmp_path):
-    assert read_beat(tmp_path / "beat_0") is None
-    (tmp_path / "beat_0").write_text("")
-    assert read_beat(tmp_path / "beat_0") is None
+    assert read_heartbeat(tmp_path / "heartbeat_0") is None
+    (tmp_path / "heartbeat_0").write_text("")
+    assert read_heartbeat(tmp_path / "heartbeat_0") is None
 
 
 DUMP = """Thread 0x1 (most recent call first):

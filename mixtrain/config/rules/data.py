@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 
+from mixtrain.config.choices import DataKind
 from mixtrain.config.data_blend import named_twice, parse_blend, split_weights
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems
-from mixtrain.config.schema import DataKind
 from mixtrain.errors import UserError
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mixtrain.config.choices import Accelerator, Balancing, Dispatcher, FlexBackend, ScoreFunction
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems, must_divide
-from mixtrain.config.schema import Accelerator, Balancing, Dispatcher, FlexBackend, ScoreFunction
 
 # have no auxiliary loss, so nothing to add up with another
 ALONE = (Balancing.sinkhorn, Balancing.none)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mixtrain.config.choices import Accelerator, AttnBackend, Precision, TransformerImpl
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems, near_multiples
-from mixtrain.config.schema import Accelerator, AttnBackend, Precision, TransformerImpl
 
 ALIGNMENT_BYTES = 16  # of a row, where torch.nn.functional.grouped_mm reads it
 BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 2}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 
+from mixtrain.config.choices import Accelerator, Mode
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems
 from mixtrain.config.sbatch_directive import unquotable
-from mixtrain.config.schema import Accelerator, Mode
 
 # Slurm's six forms of a time, and UNLIMITED
 TIME = re.compile(

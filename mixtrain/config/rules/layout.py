@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mixtrain.config import pipeline_split
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.laptop_layout import LAPTOP_RANKS, nearest_layout
 from mixtrain.config.plan import Plan, dense_grid, expert_grid
 from mixtrain.config.rules.nearest import (
@@ -15,7 +16,6 @@ from mixtrain.config.rules.nearest import (
     ranks_fit,
     world_words,
 )
-from mixtrain.config.schema import Accelerator
 
 
 def dense_ranks(plan: Plan) -> Problems:

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from mixtrain.config import pipeline_split
 from mixtrain.config.activations import in_flight
+from mixtrain.config.choices import Granularity, RecomputeMethod
 from mixtrain.config.memory import GIB
 from mixtrain.config.plan import Plan, derive
 from mixtrain.config.rules.nearest import Problems, ranks_fit
-from mixtrain.config.schema import Granularity, RecomputeMethod, TrainerConfig
+from mixtrain.config.schema import TrainerConfig
 
 FULL = (
     "trainer.recompute_granularity=full and trainer.recompute_method=uniform and"

@@ -6,6 +6,16 @@ import math
 from difflib import get_close_matches
 
 from mixtrain.config import model_differences, pipeline_split
+from mixtrain.config.choices import (
+    Accelerator,
+    DecayStyle,
+    Granularity,
+    OptimizerName,
+    Precision,
+    RecomputeMethod,
+    Sharding,
+    TransformerImpl,
+)
 from mixtrain.config.key_effects import FORWARD
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import (
@@ -16,16 +26,6 @@ from mixtrain.config.rules.nearest import (
     near_divisors,
     near_multiples,
     nearest,
-)
-from mixtrain.config.schema import (
-    Accelerator,
-    DecayStyle,
-    Granularity,
-    OptimizerName,
-    Precision,
-    RecomputeMethod,
-    Sharding,
-    TransformerImpl,
 )
 
 OFFLOAD_MODULES = (

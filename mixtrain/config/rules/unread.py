@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mixtrain.config.choices import Balancing, ScoreFunction
 from mixtrain.config.key_effects import show, value_of
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems
-from mixtrain.config.schema import Balancing, Config, ScoreFunction
+from mixtrain.config.schema import Config
 
 
 class Unread(NamedTuple):

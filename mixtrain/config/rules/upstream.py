@@ -10,9 +10,9 @@ from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
+from mixtrain.config.choices import Balancing, TransformerImpl
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems
-from mixtrain.config.schema import Balancing, TransformerImpl
 
 KEY = "parallel.acknowledged_faults"
 

@@ -58,10 +58,12 @@ def reduce_scatter(
     received = {other: own.new_empty(min(PIECE, len(own))) for other in others}
     for start in range(0, len(own), PIECE):
         mine = own[start : start + PIECE]
-        here = slice(start, start + PIECE)
+        piece = slice(start, start + PIECE)
         _exchange(
-            group, lambda other: parts[other, here], lambda other: received[other][: len(mine)]
-        )  # noqa: B023
+            group,
+            lambda other, piece=piece: parts[other, piece],
+            lambda other, mine=mine: received[other][: len(mine)],
+        )
         for other in others:
             mine.add_(received[other][: len(mine)])
     return Done() if async_op else None

@@ -13,7 +13,8 @@ from typing import Any
 
 from mixtrain.checkpoint import state
 from mixtrain.checkpoint.state import RunState
-from mixtrain.config.schema import Balancing, Config
+from mixtrain.config.choices import Balancing
+from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import SPECIAL_IDS, special_ids, tokenizer_files, tokenizer_vocab_size
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import settings

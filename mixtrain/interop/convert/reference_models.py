@@ -136,12 +136,12 @@ Change = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]
 class Megatron:
     """The Megatron-Core model of a checkpoint, on this rank."""
 
-    def __init__(self, config: Config, parts: Parts, here: Ranks, change: Change | None = None):
+    def __init__(self, config: Config, parts: Parts, ranks: Ranks, change: Change | None = None):
         self.parts = parts
         self.change = change
         few = {"num_layers": 1, "moe_ffn_hidden_size": 2 * FEW, "ffn_hidden_size": 2 * FEW}
-        self.ends = self._model(config, here, **few)
-        self.one = self._model(config, here, num_layers=1, vocab_size=FEW)
+        self.ends = self._model(config, ranks, **few)
+        self.one = self._model(config, ranks, num_layers=1, vocab_size=FEW)
         self._fill(self.ends, lambda key: not key.startswith(tensor_schema.LAYER), 0)
         self.found: dict[str, object] = {}
         layer = shards.unwrap(self.one).decoder.layers[0]
@@ -150,9 +150,9 @@ class Megatron:
                 lambda module, given, output, name=name: self.found.__setitem__(name, output)
             )  # fmt: skip
 
-    def _model(self, config: Config, here: Ranks, **sizes: int) -> torch.nn.Module:
+    def _model(self, config: Config, ranks: Ranks, **sizes: int) -> torch.nn.Module:
         config = replace(config, model=replace(config.model, **sizes))
-        (chunk,) = model.build(derive(resolve(config)), here.device)
+        (chunk,) = model.build(derive(resolve(config)), ranks.device)
         return chunk.eval()
 
     @torch.no_grad()

@@ -18,10 +18,11 @@ from mixtrain.checkpoint import directory, integrity, state
 from mixtrain.checkpoint.state import RunState
 from mixtrain.checkpoint.writing import FILES
 from mixtrain.config import published_models
+from mixtrain.config.choices import TransformerImpl
 from mixtrain.config.compose import CONF, compose
 from mixtrain.config.key_effects import show
 from mixtrain.config.plan import resolve
-from mixtrain.config.schema import Config, TransformerImpl, to_yaml
+from mixtrain.config.schema import Config, to_yaml
 from mixtrain.data.tokenizer import TOKENIZER
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.output import Advance, Job, dealt
@@ -76,9 +77,9 @@ class Hashes:
         return [partial(self._compare, {name for name, _ in share}) for share in shares if share]
 
     def _compare(self, names: set[str], advance: Advance) -> None:
-        beat = partial(advance, integrity.BLOCK)
+        heartbeat = partial(advance, integrity.BLOCK)
         if wrong := integrity.problem(
-            self.checkpoint, full=True, beat=beat, only=names.__contains__
+            self.checkpoint, full=True, heartbeat=heartbeat, only=names.__contains__
         ):
             raise UserError(wrong)
 

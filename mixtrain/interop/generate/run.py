@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator
 from mixtrain.engine.compat import cpu, megatron_fixes
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
 from mixtrain.interop.generate.request import Request
@@ -25,33 +25,35 @@ from mixtrain.system import streams
 from mixtrain.system.rank_identity import FOLDER, Identity
 from mixtrain.system.status import write_status
 from mixtrain.training.signals import StopRequest
-from mixtrain.training.watchdog import Watchdog, beat
+from mixtrain.training.watchdog import Watchdog, heartbeat
 
 SECONDS = 2.0  # between two lines of progress
 
 
-def run(plan: Plan, request: Request, me: Identity) -> int:
+def run(plan: Plan, request: Request, identity: Identity) -> int:
     """Generate as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
-    folder = os.environ.get(FOLDER) if me.is_ours else None
+    folder = os.environ.get(FOLDER) if identity.is_ours else None
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints
     streams.forgive()
     with (
         StopRequest() as stop,
-        Watchdog(me.rank, plan.config.trainer.timeout_minutes, folder, lambda words: None),
+        Watchdog(identity.rank, plan.config.trainer.timeout_minutes, folder, lambda words: None),
     ):
         try:
-            return _run(plan, request, me, stop, results)
+            return _run(plan, request, identity, stop, results)
         except UserError as error:
             print_problems(error.problems)
             return REFUSED
         except Exception:
-            print(f"rank {me.rank}:", file=sys.stderr)
+            print(f"rank {identity.rank}:", file=sys.stderr)
             traceback.print_exc()
             return FAULT
 
 
-def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results: TextIO) -> int:
+def _run(
+    plan: Plan, request: Request, identity: Identity, stop: StopRequest, results: TextIO
+) -> int:
     megatron_fixes.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
@@ -64,16 +66,16 @@ def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results:
     text = Text(request.tokenizer, request.stop)
     prompts = [text.encode(prompt, request.chat) for prompt in request.prompts]
     refuse_lengths(prompts, request.max_new_tokens, plan.config.model.max_position_embeddings)
-    with process_groups.start(plan, me) as here:
-        beat("load")
+    with process_groups.start(plan, identity) as ranks:
+        heartbeat("load")
         # sizes that a file says
         load.refuse_another_model(plan, Path(plan.config.checkpoint.load_weights))
-        chunks = model.build(plan, here.device, drawn=False)
-        load.load_model(plan, here, chunks, Path(plan.config.checkpoint.load_weights))
-        progress = Progress(len(prompts), say if here.is_first else lambda words: None)
+        chunks = model.build(plan, ranks.device, drawn=False)
+        load.load_model(plan, ranks, chunks, Path(plan.config.checkpoint.load_weights))
+        progress = Progress(len(prompts), say if ranks.is_first else lambda words: None)
         watch = Watch(lambda: stop.signal is not None, progress.passed)
         limits = Limits(request.max_new_tokens, text.ends(), text.stops)
-        generator = Generator(chunks[0], here.device, request.sampling, limits, watch)
+        generator = Generator(chunks[0], ranks.device, request.sampling, limits, watch)
         stopping = False
         unread = False
         size = request.batch_size * plan.data_parallel_size
@@ -83,13 +85,13 @@ def _run(plan: Plan, request: Request, me: Identity, stop: StopRequest, results:
                 for place, ids in enumerate(prompts[first : first + size])
             ]
             stopping = generator.continue_all(batch)
-            if here.is_first and not unread:
+            if ranks.is_first and not unread:
                 unread = not write(results, request, text, batch)
                 stop.signals += [signal.SIGPIPE] * unread
             if stopping:
                 break
     progress.end(sum(map(len, prompts)))
-    if (stopping or unread) and me.is_ours and me.rank == 0:
+    if (stopping or unread) and identity.is_ours and identity.rank == 0:
         write_status(
             plan.config.run_dir, state="stopped", step=0, max_steps=1, reason="stopped on request"
         )
@@ -157,7 +159,7 @@ class Progress:
         self.tokens = self.tokens + tokens
         self.passes = self.passes + 1
         self.first = self.first or now - self.started
-        beat("token", self.passes)
+        heartbeat("token", self.passes)
         if now - self.said > SECONDS:
             self.said = now
             self.say(

@@ -16,11 +16,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from mixtrain.checkpoint import directory, integrity, state
 from mixtrain.checkpoint.state import RunState
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.compose import ADDED_GROUPS, CONF, compose
 from mixtrain.config.key_effects import CLASS_OF, MATHEMATICS, show, value_of
 from mixtrain.config.plan import Plan, resolve, world_size
 from mixtrain.config.planner import make_plan
-from mixtrain.config.schema import Accelerator, Config, leaves
+from mixtrain.config.schema import Config, leaves
 from mixtrain.errors import UserError
 from mixtrain.launch.machine_checks import gpu_count, started_ranks
 from mixtrain.system.rank_identity import Identity
@@ -102,7 +103,7 @@ def plan_of(
     run: RunState,
     checkpoint: Path,
     folder: str,
-    me: Identity | None,
+    identity: Identity | None,
     known=(),
 ) -> Plan:
     """The plan of ranks that generate from a checkpoint of `run`; `folder` takes what they leave behind.
@@ -118,11 +119,13 @@ def plan_of(
     for key, value in FORCED.items():
         if key not in map(key_of, words):
             _set(tree, key, value)
-    config = sized(Config.from_hydra(tree, list(known)), me)
+    config = sized(Config.from_hydra(tree, list(known)), identity)
     plan = make_plan(
-        config, me and me.world_size, [*known, *_set_by_itself(config, words), *refused(config)]
+        config,
+        identity and identity.world_size,
+        [*known, *_set_by_itself(config, words), *refused(config)],
     )
-    if lacking := [*machine(plan, me)]:
+    if lacking := [*machine(plan, identity)]:
         raise UserError(*lacking)
     return plan
 
@@ -135,12 +138,12 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
     )
 
 
-def sized(config: Config, me: Identity | None) -> Config:
+def sized(config: Config, identity: Identity | None) -> Config:
     """The sizes that rules ask for and generation has no use for: they fit the layout and mean nothing."""
     parallel = config.parallel
     positions = config.model.max_position_embeddings
     tensor = parallel.tensor_model_parallel_size
-    resolved = resolve(config, me and me.world_size)
+    resolved = resolve(config, identity and identity.world_size)
     return replace(
         config,
         parallel=replace(parallel, sequence_parallel=tensor > 1),
@@ -170,7 +173,7 @@ def refused(config: Config) -> Iterator[str]:
             yield f"{key} = {show(value)}: {why}; use {key}={show(values[0])}"
 
 
-def machine(plan: Plan, me: Identity | None) -> Iterator[str]:
+def machine(plan: Plan, identity: Identity | None) -> Iterator[str]:
     """What this machine lacks."""
     trainer = plan.config.trainer
     if trainer.accelerator is Accelerator.gpu and (found := gpu_count()) < trainer.devices:
@@ -178,8 +181,8 @@ def machine(plan: Plan, me: Identity | None) -> Iterator[str]:
             f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine"
             f" has {found} GPUs; use trainer.accelerator=cpu, or another layout"
         )
-    if me is not None:
-        yield from started_ranks(plan, me)
+    if identity is not None:
+        yield from started_ranks(plan, identity)
     elif trainer.num_nodes > 1:
         yield (
             f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the"

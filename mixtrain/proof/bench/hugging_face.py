@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from mixtrain.config.choices import Accelerator, Precision
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator, Precision
 from mixtrain.engine import weight_init
 from mixtrain.interop.convert import settings
 from mixtrain.interop.convert.weights import to_hugging_face

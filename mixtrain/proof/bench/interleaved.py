@@ -60,12 +60,16 @@ class Processes:
         self.children = []
         threads = scenario.threads and max(1, scenario.threads // variant.ranks)
         for rank in range(variant.ranks):
-            me = Identity(rank, variant.ranks, rank, variant.ranks, f"file://{folder}/rendezvous")
+            identity = Identity(
+                rank, variant.ranks, rank, variant.ranks, f"file://{folder}/rendezvous"
+            )
             spec = folder / f"spec_{rank}"
             own = folder / f"rank_{rank}"
             own.mkdir()
             spec.write_bytes(
-                pickle.dumps(Spec(variant, me, scenario.repeats, scenario.warmup, threads, own))
+                pickle.dumps(
+                    Spec(variant, identity, scenario.repeats, scenario.warmup, threads, own)
+                )
             )
             self.children.append(self._start(spec, own, threads))
 

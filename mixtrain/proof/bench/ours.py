@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator
 from mixtrain.engine.compat import cpu, megatron_fixes
 from mixtrain.proof.bench.batch import microbatches
 from mixtrain.proof.bench.memory import Memory
@@ -23,7 +23,7 @@ from mixtrain.system.rank_identity import Identity
 
 
 @contextlib.contextmanager
-def started(plan: Plan, me: Identity, memory: Memory) -> Iterator[Any]:
+def started(plan: Plan, identity: Identity, memory: Memory) -> Iterator[Any]:
     """This rank, with Megatron-Core ready for the plan's device."""
     megatron_fixes.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
@@ -32,39 +32,39 @@ def started(plan: Plan, me: Identity, memory: Memory) -> Iterator[Any]:
     from mixtrain.training import loop  # noqa: F401  (all of Megatron-Core that a step needs)
 
     memory.begin()
-    with process_groups.start(plan, me) as here:
-        yield here
+    with process_groups.start(plan, identity) as ranks:
+        yield ranks
 
 
 @contextlib.contextmanager
-def trains(plan: Plan, me: Identity, measure: Measure, memory: Memory) -> Iterator[Work]:
+def trains(plan: Plan, identity: Identity, measure: Measure, memory: Memory) -> Iterator[Work]:
     """A rank's work. Each repeat takes the whole global batch, always the same."""
-    with started(plan, me, memory) as here:
+    with started(plan, identity, memory) as ranks:
         if measure is Measure.step:
-            (_, once) = steps(plan, here)
+            (_, once) = steps(plan, ranks)
             norm = None
         else:
-            once, norm = passes(plan, here)
+            once, norm = passes(plan, ranks)
 
         def wait() -> None:
-            if here.device.type == "cuda":
+            if ranks.device.type == "cuda":
                 torch.cuda.synchronize()
-            if me.world_size > 1:
+            if identity.world_size > 1:
                 torch.distributed.barrier()
 
         yield Work(once, plan.tokens_per_step, wait, norm)
 
 
-def steps(plan: Plan, here: Any):
+def steps(plan: Plan, ranks: Any):
     """(what is trained, a function that takes a whole optimizer step as the loop does)."""
     from mixtrain.checkpoint.state import RunState
     from mixtrain.engine import model, optimizer
     from mixtrain.training import loop
     from mixtrain.training.signals import StopRequest
 
-    training = optimizer.build(plan, model.build(plan, here.device))
+    training = optimizer.build(plan, model.build(plan, ranks.device))
     logs = SimpleNamespace(say=print)
-    run = loop.Loop(plan, here, training, {"train": Forever(plan)}, logs, RunState())
+    run = loop.Loop(plan, ranks, training, {"train": Forever(plan)}, logs, RunState())
     stop = StopRequest()
 
     def once() -> dict[str, float]:
@@ -78,13 +78,13 @@ def steps(plan: Plan, here: Any):
     return training, once
 
 
-def passes(plan: Plan, here: Any):
+def passes(plan: Plan, ranks: Any):
     """(a function that passes forward and backward into zeroed gradient buffers, the norm of what is in them)."""
     from mixtrain.engine import model, optimizer
     from mixtrain.engine.optimizer import Training
     from mixtrain.training import loop
 
-    chunks = optimizer.reduced(plan, model.build(plan, here.device))
+    chunks = optimizer.reduced(plan, model.build(plan, ranks.device))
     training = Training(chunks, optimizer=None, scheduler=None)
     data = [iter(Forever(plan)) for _ in chunks]
 
@@ -92,7 +92,9 @@ def passes(plan: Plan, here: Any):
         for chunk in chunks:
             chunk.zero_grad_buffer()
         batch = plan.config.trainer.global_batch_size
-        total, tokens = loop.run_microbatches(plan, here, training, data, batch, forward_only=False)
+        total, tokens = loop.run_microbatches(
+            plan, ranks, training, data, batch, forward_only=False
+        )
         return {"sum": total, "tokens": tokens}
 
     return once, (lambda: gradient_norm(chunks)) if plan.world_size == 1 else None

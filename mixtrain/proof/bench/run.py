@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mixtrain.config import memory
-from mixtrain.config.schema import Precision
+from mixtrain.config.choices import Precision
 from mixtrain.errors import Fault
 from mixtrain.proof.bench import command
 from mixtrain.proof.bench.background_load import Others, wait_for_quiet

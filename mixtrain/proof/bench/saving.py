@@ -19,18 +19,18 @@ from mixtrain.system.rank_identity import Identity
 
 
 @contextlib.contextmanager
-def saves(plan: Plan, me: Identity, folder: Path, memory) -> Iterator[Work]:
+def saves(plan: Plan, identity: Identity, folder: Path, memory) -> Iterator[Work]:
     """Checkpoints of a model that has taken a step. With checkpoint.async_save the time is what training is held up."""
     from mixtrain.proof.bench.ours import started, steps
 
     plan = replace(plan, config=replace(plan.config, run_dir=str(folder)))
-    with started(plan, me, memory) as here:
-        training, step = steps(plan, here)
+    with started(plan, identity, memory) as ranks:
+        training, step = steps(plan, ranks)
         from mixtrain.checkpoint.save import Saver
         from mixtrain.checkpoint.state import RunState
 
         step()
-        saver = Saver(plan, here, training, lambda _: None)
+        saver = Saver(plan, ranks, training, lambda _: None)
         number = 0
 
         def once() -> dict[str, float]:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mixtrain.config.choices import Accelerator, AttnBackend, TransformerImpl
 from mixtrain.config.compose import compose
 from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
-from mixtrain.config.schema import Accelerator, AttnBackend, Config, TransformerImpl
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.settings import problems as not_mixtral
 from mixtrain.launch.machine_checks import gpu_count, installed

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixtrain.config.schema import Accelerator
+from mixtrain.config.choices import Accelerator
 from mixtrain.proof.bench.memory import Memory
 from mixtrain.proof.bench.scenario import Measure
 from mixtrain.proof.bench.variants import Variant
@@ -32,7 +32,7 @@ class Spec:
     """What a worker is told."""
 
     variant: Variant
-    me: Identity
+    identity: Identity
     repeats: int
     warmup: int
     threads: int | None  # of this process
@@ -54,12 +54,12 @@ def work_of(spec: Spec, memory: Memory) -> Iterator[Work]:
     elif variant.measure is Measure.save:
         from mixtrain.proof.bench.saving import saves
 
-        with saves(variant.plan, spec.me, spec.folder, memory) as work:
+        with saves(variant.plan, spec.identity, spec.folder, memory) as work:
             yield work
     else:
         from mixtrain.proof.bench.ours import trains
 
-        with trains(variant.plan, spec.me, variant.measure, memory) as work:
+        with trains(variant.plan, spec.identity, variant.measure, memory) as work:
             yield work
 
 

@@ -208,8 +208,8 @@ def one_rank(plan: Plan, wholes: Path, folder: Path) -> dict:
     return figures
 
 
-def _reference(plan: Plan, wholes: Path, me) -> dict:
-    return measured_step.reference(plan, me, wholes)
+def _reference(plan: Plan, wholes: Path, identity) -> dict:
+    return measured_step.reference(plan, identity, wholes)
 
 
 def at_layout(
@@ -219,7 +219,7 @@ def at_layout(
     seeded = replace(plan, config=replace(plan.config, seed=one["seed"]))
     try:
         results = run_ranks(
-            plan.world_size, lambda me: work(seeded, me, wholes), folder, PATIENCE_S
+            plan.world_size, lambda identity: work(seeded, identity, wholes), folder, PATIENCE_S
         )
     except RankFailure as failure:
         return Verdict(dict.fromkeys(LIMITS, math.inf), [failure.reason])

@@ -7,10 +7,11 @@ from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
+from mixtrain.config.choices import Dispatcher
 from mixtrain.config.laptop_layout import LAPTOP_RANKS
 from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
-from mixtrain.config.schema import Config, Dispatcher
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 
 SIZES = [2**power for power in range(LAPTOP_RANKS.bit_length())]  # 1, 2, 4, 8

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from mixtrain.config.choices import Accelerator, Mode, Preflight, Resume
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator, Mode, Preflight, Resume
 
 FOLDER = "preflight"  # in run_dir
 

@@ -31,10 +31,10 @@ RECORD = "preflight.json"
 class Preflight:
     """One preflight. Every rank makes one, and calls `run`."""
 
-    def __init__(self, plan: Plan, me: Identity, here: Ranks, say: Callable[[str], None]):
+    def __init__(self, plan: Plan, identity: Identity, ranks: Ranks, say: Callable[[str], None]):
         self.plan = plan
-        self.me = me
-        self.here = here
+        self.identity = identity
+        self.ranks = ranks
         self.say = say
         self.run_dir = run_dir_of(plan)
         # words go over gloo: what NCCL cannot do must still be told
@@ -49,7 +49,7 @@ class Preflight:
         reference = None
         try:
             gathered = self._facts()
-            if isinstance(plans, Shrunk) and self.here.is_first:
+            if isinstance(plans, Shrunk) and self.ranks.is_first:
                 reference = parity.Reference(plans.one, self.run_dir / FOLDER)
             self._wires([fact.node for fact in gathered])
             self._parity(plans, reference, [fact.node for fact in gathered])
@@ -62,14 +62,14 @@ class Preflight:
 
     def gather(self, mine: Any) -> list:
         """Every rank's object, on every rank."""
-        found: list = [None] * self.here.world_size
+        found: list = [None] * self.ranks.world_size
         torch.distributed.all_gather_object(found, mine, group=self.words)
         return found
 
     def _facts(self) -> list[Facts]:
         token = self.gather(f".preflight_{secrets.token_hex(8)}")[0]
         said = None
-        if self.here.is_first:
+        if self.ranks.is_first:
             try:
                 node_info.leave_token(self.run_dir, token)
             except OSError as error:
@@ -78,10 +78,10 @@ class Preflight:
             raise UserError(said)
         found = self.gather(
             node_info.gather(
-                self.plan, self.me, self.run_dir, token, network.device_facts(self.here)
+                self.plan, self.identity, self.run_dir, token, network.device_facts(self.ranks)
             )
         )
-        if self.here.is_first:
+        if self.ranks.is_first:
             (self.run_dir / token).unlink(missing_ok=True)
         problems = verdict.problems(self.plan, found)
         self._write({"ranks": [fact._asdict() for fact in found], "problems": problems})
@@ -111,7 +111,7 @@ class Preflight:
         speeds = []
         fault = None
         try:
-            speeds = network.measure(self.here)
+            speeds = network.measure(self.ranks)
         except Fault as wrong:
             fault = str(wrong)
         self._all_or_none(fault)
@@ -139,10 +139,10 @@ class Preflight:
             raise Fault(f"node {nodes[0]}: {wrong}")
         fault = result = None
         try:
-            result = parity.differences(self.plan, plans, self.here, Path(out))
+            result = parity.differences(self.plan, plans, self.ranks, Path(out))
         except Exception as error:  # the others must not wait for this rank
             fault = (
-                f"node {nodes[self.here.rank]}, rank {self.here.rank}:"
+                f"node {nodes[self.ranks.rank]}, rank {self.ranks.rank}:"
                 f" {type(error).__name__}: {error}"
             )
         self._all_or_none(fault)
@@ -170,6 +170,6 @@ class Preflight:
 
     def _write(self, more: dict[str, Any]) -> None:
         self.record |= more
-        if self.here.is_first:
+        if self.ranks.is_first:
             text = json.dumps(self.record, indent=1) + "\n"
             (Path(self.plan.config.run_dir) / RECORD).write_text(text)

@@ -49,12 +49,12 @@ class Speed(NamedTuple):
     all_to_all: float
 
 
-def device_facts(here: Ranks) -> dict:
+def device_facts(ranks: Ranks) -> dict:
     """What there is to say of this rank's GPU, by the names of Facts."""
-    if here.device.type != "cuda":
+    if ranks.device.type != "cuda":
         return {"gpus": 0, "gpu_name": "", "gpu_memory": 0, "gpu_free": 0}
-    free, total = torch.cuda.mem_get_info(here.device)
-    name = torch.cuda.get_device_name(here.device)
+    free, total = torch.cuda.mem_get_info(ranks.device)
+    name = torch.cuda.get_device_name(ranks.device)
     return {
         "gpus": torch.cuda.device_count(),
         "gpu_name": name,
@@ -63,7 +63,7 @@ def device_facts(here: Ranks) -> dict:
     }
 
 
-def measure(here: Ranks) -> list[Speed]:
+def measure(ranks: Ranks) -> list[Speed]:
     """This rank's groups of more than one rank. Every rank must call. A Fault names the group and this node."""
     found = []
     for kind, group_of in GROUPS.items():
@@ -73,20 +73,20 @@ def measure(here: Ranks) -> list[Speed]:
                 Speed(
                     kind,
                     torch.distributed.get_process_group_ranks(group),
-                    *_speeds(here, kind, group),
+                    *_speeds(ranks, kind, group),
                 )
             )
     return found
 
 
-def _speeds(here: Ranks, kind: str, group: ProcessGroup) -> tuple[float, float]:
+def _speeds(ranks: Ranks, kind: str, group: ProcessGroup) -> tuple[float, float]:
     size = group.size()
     mine = group.rank()
-    count = max(1, BYTES[here.device.type] // 4 // size) * size
-    ones = torch.full((count,), mine + 1.0, device=here.device)
+    count = max(1, BYTES[ranks.device.type] // 4 // size) * size
+    ones = torch.full((count,), mine + 1.0, device=ranks.device)
     # to the j-th rank goes mine * size + j, so that from the i-th comes i * size + mine
     parts = (
-        (mine * size + torch.arange(size, device=here.device))
+        (mine * size + torch.arange(size, device=ranks.device))
         .float()
         .repeat_interleave(count // size)
     )
@@ -101,11 +101,11 @@ def _speeds(here: Ranks, kind: str, group: ProcessGroup) -> tuple[float, float]:
         return torch.distributed.all_to_all_single(received, parts, group=group, async_op=True)
 
     seconds = [
-        _best(here, kind, name, work)
+        _best(ranks, kind, name, work)
         for name, work in (("all-reduce", all_reduce), ("all-to-all", all_to_all))
     ]
     expected = (
-        (torch.arange(size, device=here.device) * size + mine)
+        (torch.arange(size, device=ranks.device) * size + mine)
         .float()
         .repeat_interleave(count // size)
     )
@@ -122,15 +122,15 @@ def _speeds(here: Ranks, kind: str, group: ProcessGroup) -> tuple[float, float]:
     return 2 * share / seconds[0], share / seconds[1]
 
 
-def _best(here: Ranks, kind: str, name: str, work: Callable) -> float:
+def _best(ranks: Ranks, kind: str, name: str, work: Callable) -> float:
     """Seconds of the quickest of REPEATS + 1 calls."""
     taken = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         try:
             work().wait(PATIENCE)
-            if here.device.type == "cuda":
-                torch.cuda.synchronize(here.device)
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize(ranks.device)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise Fault(

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import psutil
 
+from mixtrain.config.choices import DataKind
 from mixtrain.config.data_blend import parse_blend
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import DataKind
 from mixtrain.system.rank_identity import Identity, node_name
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -63,12 +63,12 @@ class Facts(NamedTuple):
     data: dict[str, int]  # path -> size, -1 where it is not there
 
 
-def gather(plan: Plan, me: Identity, run_dir: Path, token: str, device: dict) -> Facts:
+def gather(plan: Plan, identity: Identity, run_dir: Path, token: str, device: dict) -> Facts:
     """The facts of this rank. `token`: what the first rank has left in run_dir; `device`: fabric.device_facts."""
-    first_here = me.local_rank == 0
+    first_here = identity.local_rank == 0
     return Facts(
-        rank=me.rank,
-        local_rank=me.local_rank,
+        rank=identity.rank,
+        local_rank=identity.local_rank,
         node=node_name(),
         machine=machine(),
         commit=commit(),

@@ -17,12 +17,12 @@ from mixtrain.system.rank_identity import Identity, node_name
 PATIENCE_S = 120.0  # for the first rank to come to the meeting: it imports as long as the others
 
 
-def address_of(me: Identity) -> tuple[str, int] | None:
+def address_of(identity: Identity) -> tuple[str, int] | None:
     """(host, port) of the meeting; None where it is a file."""
-    if me.rendezvous.startswith("tcp://"):
-        parts = urlparse(me.rendezvous)
+    if identity.rendezvous.startswith("tcp://"):
+        parts = urlparse(identity.rendezvous)
         return parts.hostname, parts.port
-    if me.rendezvous == "env://":
+    if identity.rendezvous == "env://":
         return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return None
 
@@ -38,10 +38,10 @@ def is_loopback(host: str) -> bool:
     )
 
 
-def check(me: Identity, patience: float = PATIENCE_S) -> None:
+def check(identity: Identity, patience: float = PATIENCE_S) -> None:
     """UserError on a node that is sent to itself, where no first rank is. Quick everywhere else."""
-    address = address_of(me)
-    if address is None or me.rank < me.local_world_size or not is_loopback(address[0]):
+    address = address_of(identity)
+    if address is None or identity.rank < identity.local_world_size or not is_loopback(address[0]):
         return
     deadline = (
         time.monotonic() + patience

@@ -12,11 +12,12 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 
 from mixtrain.config import layout_sensitive
+from mixtrain.config.choices import Accelerator, AttnBackend, Dispatcher, TransformerImpl
 from mixtrain.config.compose import CONF
 from mixtrain.config.plan import Plan, derive, resolve
 from mixtrain.config.planner import make_plan
 from mixtrain.config.rules.upstream import present
-from mixtrain.config.schema import Accelerator, AttnBackend, Config, Dispatcher, TransformerImpl
+from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 
 # of conf/shrink/parity.yaml; its layout is the certificate's own

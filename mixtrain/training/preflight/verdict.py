@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from mixtrain.checkpoint.directory import MARGIN
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.memory import GIB
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Accelerator
 from mixtrain.training.preflight.node_info import Facts
 
 Problems = Iterator[str]

@@ -64,9 +64,9 @@ def test_two_nodes_on_one_machine_meet_there():
         Identity(2, 4, 0, 2, "tcp://10.0.0.7:9"),
     ],
 )
-def test_nobody_else_is_asked_to_wait(me):
+def test_nobody_else_is_asked_to_wait(identity):
     started = time.monotonic()
-    rendezvous.check(me, patience=20)
+    rendezvous.check(identity, patience=20)
     assert time.monotonic() - started < 5
 
 

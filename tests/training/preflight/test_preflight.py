@@ -31,15 +31,15 @@ from mixtrain.training.preflight.shrink import Shrunk, shrunk
 WORDS = [*SMALL, "parallel=ep2", "trainer.num_nodes=2", "trainer.devices=1", "checkpoint=none"]
 
 
-def fly(plan: Plan, me: Identity, sabotage: Callable[[Identity, Plan], Plan | None]) -> dict:
+def fly(plan: Plan, identity: Identity, sabotage: Callable[[Identity, Plan], Plan | None]) -> dict:
     """The preflight as one of two nodes' only rank: what it said, or why it ended."""
-    os.environ["SLURMD_NODENAME"] = f"n{me.rank}"
-    me = replace(me, local_rank=0, local_world_size=1)
-    plan = sabotage(me, plan) or plan
+    os.environ["SLURMD_NODENAME"] = f"n{identity.rank}"
+    identity = replace(identity, local_rank=0, local_world_size=1)
+    plan = sabotage(identity, plan) or plan
     said = []
-    with process_groups.start(plan, me) as here:
+    with process_groups.start(plan, identity) as here:
         try:
-            Preflight(plan, me, here, said.append).run()
+            Preflight(plan, identity, here, said.append).run()
         except UserError as error:
             return {"refused": list(error.problems)}
         except Fault as fault:
@@ -54,7 +54,7 @@ class Field:
         self.folder = folder
         self.count = 0
 
-    def fly(self, sabotage=lambda me, plan: None, *words: str) -> tuple[list[dict], Path]:
+    def fly(self, sabotage=lambda identity, plan: None, *words: str) -> tuple[list[dict], Path]:
         self.count += 1
         run_dir = self.folder / str(self.count)
         made = self.folder / "1" / preflight.FOLDER
@@ -65,7 +65,7 @@ class Field:
             *WORDS, *words, f"run_dir={run_dir}", f"data.path_to_cache={self.folder}/cache"
         )
         return run_ranks(
-            2, lambda me: fly(plan, me, sabotage), self.folder / f"ranks_{self.count}"
+            2, lambda identity: fly(plan, identity, sabotage), self.folder / f"ranks_{self.count}"
         ), run_dir
 
 
@@ -95,9 +95,9 @@ def test_two_sound_nodes_pass_and_are_told_what_was_seen(field):
 
 
 def test_a_node_with_other_code_is_refused_on_all_ranks(field):
-    def sabotage(me, plan):
+    def sabotage(identity, plan):
         digest = node_info.source_digest()
-        node_info.source_digest = lambda: digest if me.rank == 0 else "another"
+        node_info.source_digest = lambda: digest if identity.rank == 0 else "another"
 
     results, _ = field.fly(sabotage)
     for result in results:
@@ -109,9 +109,9 @@ def test_a_node_with_other_code_is_refused_on_all_ranks(field):
 
 
 def test_a_node_that_sees_another_directory_is_refused(field, monkeypatch):
-    def sabotage(me, plan):
+    def sabotage(identity, plan):
         node_info.SEEN_WITHIN_S = 1
-        if me.rank == 1:
+        if identity.rank == 1:
             return replace(
                 plan, config=replace(plan.config, run_dir=f"{plan.config.run_dir}-elsewhere")
             )
@@ -124,8 +124,8 @@ def test_a_node_that_sees_another_directory_is_refused(field, monkeypatch):
 
 
 def test_a_cache_that_cannot_be_written_is_refused_with_its_key(field):
-    def sabotage(me, plan):
-        if me.rank == 1:
+    def sabotage(identity, plan):
+        if identity.rank == 1:
             Path(f"{plan.config.run_dir}-file").write_text("")
             data = replace(plan.config.data, path_to_cache=f"{plan.config.run_dir}-file/cache")
             return replace(plan, config=replace(plan.config, data=data))
@@ -141,8 +141,8 @@ def test_a_cache_that_cannot_be_written_is_refused_with_its_key(field):
 
 
 def test_a_wire_that_gives_wrong_numbers_is_a_fault_with_the_node(field):
-    def sabotage(me, plan):
-        if me.rank == 1:
+    def sabotage(identity, plan):
+        if identity.rank == 1:
             full = torch.full
             network.torch.full = lambda size, value, **more: full(size, value + 1, **more)
 
@@ -153,12 +153,12 @@ def test_a_wire_that_gives_wrong_numbers_is_a_fault_with_the_node(field):
 
 
 def test_a_rank_that_computes_something_else_is_a_fault_with_its_node(field):
-    def sabotage(me, plan):
+    def sabotage(identity, plan):
         build = model.build_chunk
 
         def changed(*arguments):
             chunk = build(*arguments)
-            if me.rank == 1:
+            if identity.rank == 1:
                 for name, parameter in chunk.named_parameters():
                     if "experts" in name:
                         parameter.register_hook(lambda gradient: gradient * 1.01)
@@ -187,7 +187,11 @@ def test_a_run_with_a_preflight_has_the_numbers_of_one_without(field, tmp_path):
         shutil.copytree(field.folder / "1" / preflight.FOLDER, folder / preflight.FOLDER)
         plan = plan_of(*words, f"run_dir={folder}", f"trainer.preflight={asked}", "checkpoint=last")
         assert (
-            run_ranks(2, lambda me, plan=plan: worker.run(plan, me), tmp_path / f"ranks_{asked}")
+            run_ranks(
+                2,
+                lambda identity, plan=plan: worker.run(plan, identity),
+                tmp_path / f"ranks_{asked}",
+            )
             == [FINISHED] * 2
         )
     assert (tmp_path / "always" / RECORD).exists() and not (tmp_path / "never" / RECORD).exists()
@@ -205,7 +209,10 @@ def test_a_preflight_alone_leaves_the_run_as_it_was(field, tmp_path):
     shutil.copytree(field.folder / "1" / preflight.FOLDER, tmp_path / preflight.FOLDER)
     words = [*SMALL, "parallel=ep2", "trainer.mode=preflight", f"run_dir={tmp_path}"]
     plan = preflight.recorded(plan_of(*words, f"data.path_to_cache={field.folder}/cache"))
-    assert run_ranks(2, lambda me: worker.run(plan, me), tmp_path / "ranks") == [FINISHED] * 2
+    assert (
+        run_ranks(2, lambda identity: worker.run(plan, identity), tmp_path / "ranks")
+        == [FINISHED] * 2
+    )
     assert read_status(tmp_path)["step"] == 7 and not list(tmp_path.glob("iter_*"))
     alone = tmp_path / preflight.FOLDER
     assert read_status(alone)["state"] == "finished" and (alone / RECORD).exists()

@@ -32,7 +32,7 @@ class Lookup(torch.autograd.Function):
         return None, torch.empty_like(table)  # nobody reads it
 
 
-def use(model: torch.nn.Module) -> None:
+def install(model: torch.nn.Module) -> None:
     """From now on `model` looks up by this, where its table is whole on this rank."""
     for module in model.modules():
         is_table = isinstance(module, VocabParallelEmbedding)

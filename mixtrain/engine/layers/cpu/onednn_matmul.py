@@ -74,7 +74,7 @@ def _weight_gradient(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return product(x.t(), rows).t() if _is_onednns(x.t(), rows) else rows.t() @ x
 
 
-def use(model: torch.nn.Module) -> None:
+def install(model: torch.nn.Module) -> None:
     """From now on Megatron-Core's linear layers in `model` take Linear where no tensor ranks exchange anything."""
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):

@@ -26,24 +26,24 @@ LAYOUTS = {
 }
 
 
-def ledger(folder: Path, *words: str) -> list[str]:
+def digests(folder: Path, *words: str) -> list[str]:
     run_dir, codes, log = start(folder, "trainer.max_steps=2", "checkpoint=none", *words)
     assert codes == {FINISHED}, log
-    return [record["ledger"] for record in records(run_dir) if "ledger" in record]
+    return [record["sample_digest"] for record in records(run_dir) if "sample_digest" in record]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> list[str]:
-    return ledger(tmp_path_factory.mktemp("alone"), EP + "1")
+    return digests(tmp_path_factory.mktemp("alone"), EP + "1")
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_digests_are_those_of_one_rank(name, alone, tmp_path):
-    assert ledger(tmp_path, *LAYOUTS[name]) == alone
+    assert digests(tmp_path, *LAYOUTS[name]) == alone
 
 
 def test_every_step_has_another_digest_and_another_order_of_samples_too(alone, tmp_path):
-    other = ledger(tmp_path, EP + "1", "seed=99")
+    other = digests(tmp_path, EP + "1", "seed=99")
     assert len(set(alone + other)) == 4
 
 
