@@ -179,7 +179,7 @@ def _chosen(override: Override) -> list[str]:
 
 def options(group: str, conf: Path = CONF) -> list[str]:
     """The options of a group: `options("router")` is the file names in conf/router."""
-    return sorted(path.stem for path in (conf / group).glob("*.yaml"))
+    return sorted(path.stem for path in (conf / group).glob("[!_]*.yaml"))
 
 
 def _problem(override: Override, conf: Path) -> str | None:
@@ -281,8 +281,9 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
         before = sys.argv
         sys.argv = [sys.argv[0], *words, f"hydra.sweep.dir='{folder}'"]
         said = io.StringIO()
+        page = io.StringIO()
         try:
-            with contextlib.redirect_stderr(said):
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(page):
                 collect()
         except SystemExit as stop:
             if stop.code:
@@ -291,6 +292,7 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
                 ) from None
         finally:
             sys.argv = before
+            print(page.getvalue().replace(" _base,", ""), end="")  # --help, --cfg job
             print(_without_traceback(said.getvalue()), end="", file=sys.stderr)
     if refused:
         raise UserError(*known, *dict.fromkeys(refused))

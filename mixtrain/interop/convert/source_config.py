@@ -142,8 +142,12 @@ def model_config(values: Mapping[str, Any], source: str) -> str:
         if all(values.get(key) == there[key] for key in there)
     ]
     known = min(same, key=len, default=None)  # that of an -Instruct are the same
-    lines = [f"# {source}, config.json"]
-    for name, value in OmegaConf.load(CONF / "model" / "mixtral_8x7b.yaml").items():
-        mine = values.get(f"model.{name}", known if name == "hf_model" else value)
-        lines.append(f"{name}: {show(mine) if not OmegaConf.is_config(mine) else '{}'}")
+    base = OmegaConf.load(CONF / "model" / "_base.yaml")
+    example = OmegaConf.load(CONF / "model" / "mixtral_8x7b.yaml")
+    lines = [f"# {source}, config.json", "defaults: [_base]"]
+    for name in base:
+        default = OmegaConf.to_container(base)[name]
+        value = values.get(f"model.{name}", known if name == "hf_model" else example.get(name))
+        if value is not None and value != default:
+            lines.append(f"{name}: {show(value)}")
     return "\n".join(lines) + "\n"
