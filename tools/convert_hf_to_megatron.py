@@ -65,8 +65,8 @@ def main(words: list[str]) -> int:
     megatron_fixes.apply()
     from mixtrain.config.key_effects import value_of
     from mixtrain.data.tokenizer import instead
-    from mixtrain.interop.convert import hf_files, settings, source_config, to_megatron
-    from mixtrain.interop.convert.casting import DTYPES
+    from mixtrain.interop.convert import checkpoint_config, hf_config, hf_files, to_megatron
+    from mixtrain.interop.convert.dtype_cast import DTYPES
 
     started = time.monotonic()
     config_file = model_file(given.write_model_config) if given.write_model_config else None
@@ -88,9 +88,11 @@ def main(words: list[str]) -> int:
     if not usable:
         print(f"its tokenizer: {instead(given.hf_dir)}")
     if config_file:
-        keys = settings.from_hugging_face(hf_files.read_config(given.hf_dir))
+        keys = hf_config.from_hugging_face(hf_files.read_config(given.hf_dir))
         values = {key: value_of(config, key) for key in keys}
-        config_file.write_text(source_config.model_config(values, f"{given.hf_dir.resolve().name}"))
+        config_file.write_text(
+            checkpoint_config.model_config(values, f"{given.hf_dir.resolve().name}")
+        )
         softmax = " router.moe_router_pre_softmax=true" * values["router.moe_router_pre_softmax"]
         print(f"its sizes are in {config_file}: model={config_file.stem}{softmax}")
     return 0

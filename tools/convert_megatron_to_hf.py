@@ -79,7 +79,7 @@ def main(words: list[str]) -> int:
 
     megatron_fixes.apply()
     from mixtrain.interop.convert import to_hf
-    from mixtrain.interop.convert.casting import DTYPES
+    from mixtrain.interop.convert.dtype_cast import DTYPES
 
     if given.layout == "fused":
         print(

@@ -74,8 +74,8 @@ MODULES = {
         f"checkpoint/{name}": [f"tests/checkpoint/test_{file}.py" for file in READING]
         for name in ("safe", "pickles", "metadata", "archive")
     },
-    "interop/convert/table": CONVERSION,
-    "interop/convert/spans": CONVERSION,
+    "interop/convert/tensor_mapping": CONVERSION,
+    "interop/convert/flat_ranges": CONVERSION,
 }
 MEMORY = 8 << 30  # bytes that a fault may ask for
 # that a fault may take to be imported, and beyond ten times what its tests take without it

@@ -79,18 +79,18 @@ def main(words: list[str]) -> int:
     megatron_fixes.apply()
     cpu.apply()
     from mixtrain.checkpoint.parts import Parts
-    from mixtrain.interop.convert import source, source_config
+    from mixtrain.interop.convert import checkpoint_config, hf_checkpoint
 
-    checkpoint = source_config.checkpoint_at(given.ckpt_dir)
-    config = source_config.config_of(checkpoint)
+    checkpoint = checkpoint_config.checkpoint_at(given.ckpt_dir)
+    config = checkpoint_config.config_of(checkpoint)
     parts = Parts(checkpoint)
-    found = source.read(given.hf_dir)
+    found = hf_checkpoint.read(given.hf_dir)
     for note in found.notes:
         print(note, file=sys.stderr)
-    vocabulary = found.vocabulary(source_config.state_of(checkpoint), config)
+    vocabulary = found.vocabulary(checkpoint_config.state_of(checkpoint), config)
     keys = check_tensors(found, config, parts, vocabulary)
     if given.verify == "full":
-        hashed(source_config.Hashes(checkpoint, parts.files(keys)))
+        hashed(checkpoint_config.Hashes(checkpoint, parts.files(keys)))
     if given.manifest:
         write_manifest(given.manifest, found.tensors, config, parts, vocabulary)
     with one_rank(config, given.precision) as (own, here):
@@ -108,13 +108,19 @@ def hashed(hashes) -> None:
 
 def check_tensors(found, config, parts, vocabulary: int) -> list[str]:
     """The keys of the model in the checkpoint. UserError if the two are not of the same tensors."""
-    from mixtrain.interop.convert import hf_files, settings, source_config, spans, weights
+    from mixtrain.interop.convert import (
+        checkpoint_config,
+        flat_ranges,
+        hf_config,
+        hf_files,
+        weights,
+    )
 
-    settings.to_hugging_face(config)
-    own = source_config.configuration(found.facts)
+    hf_config.to_hugging_face(config)
+    own = checkpoint_config.configuration(found.facts)
     layout = weights.layout_of(own, found.tensors)
-    weights.check(spans.index(own, layout).names, found.tensors, hf_files.NAMES, mixed=True)
-    index = spans.index(config, weights.layout_of(config, found.tensors), vocabulary)
+    weights.check(flat_ranges.index(own, layout).names, found.tensors, hf_files.NAMES, mixed=True)
+    index = flat_ranges.index(config, weights.layout_of(config, found.tensors), vocabulary)
     weights.check(index.names, found.tensors, hf_files.NAMES, mixed=True)
     if missing := [key for key, shape in index.shapes.items() if parts.shapes.get(key) != shape]:
         raise UserError(
@@ -129,7 +135,7 @@ def one_rank(config, precision: str):
 
     from mixtrain.config.plan import derive
     from mixtrain.engine import process_groups
-    from mixtrain.interop.convert.source_config import for_one_rank
+    from mixtrain.interop.convert.checkpoint_config import for_one_rank
     from mixtrain.system import scratch
     from mixtrain.system.rank_identity import Identity
 
@@ -147,7 +153,7 @@ def one_rank(config, precision: str):
 
 def verify(given, found, config, parts, here) -> int:
     """A line for each layer, and the verdict."""
-    from mixtrain.interop.convert.proof import compare, random_tokens
+    from mixtrain.interop.convert.layer_comparison import compare, random_tokens
     from mixtrain.interop.convert.reference_models import HuggingFace, Megatron
 
     tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
@@ -182,7 +188,7 @@ def verify(given, found, config, parts, here) -> int:
 
 def self_test(given, found, config, parts, here) -> int:
     """Damage one thing after another; each must be caught, and the undamaged model must not."""
-    from mixtrain.interop.convert.proof import DAMAGES, compare, damaged, random_tokens
+    from mixtrain.interop.convert.layer_comparison import DAMAGES, compare, damaged, random_tokens
     from mixtrain.interop.convert.reference_models import HuggingFace, Megatron
 
     tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
@@ -215,7 +221,7 @@ def self_test(given, found, config, parts, here) -> int:
 
 def write_manifest(path: Path, tensors, config, parts, vocabulary: int) -> None:
     """A line of JSON for each tensor."""
-    from mixtrain.interop.convert import manifest
+    from mixtrain.interop.convert import tensor_manifest
     from mixtrain.interop.convert.output import bar
 
     done = [0]
@@ -226,7 +232,7 @@ def write_manifest(path: Path, tensors, config, parts, vocabulary: int) -> None:
     size = sum(stored.nbytes for stored in tensors.values())
     unequal = 0
     with bar("manifest", size, lambda: done[0]), open(path, "w") as file:
-        for entry in manifest.entries(config, tensors, parts, vocabulary, advance):
+        for entry in tensor_manifest.entries(config, tensors, parts, vocabulary, advance):
             unequal += not entry["equal"]
             file.write(json.dumps(entry) + "\n")
     print(
@@ -236,7 +242,7 @@ def write_manifest(path: Path, tensors, config, parts, vocabulary: int) -> None:
 
 
 def dtype_of(precision: str):
-    from mixtrain.interop.convert.casting import DTYPES
+    from mixtrain.interop.convert.dtype_cast import DTYPES
 
     return DTYPES[precision]
 

@@ -12,7 +12,7 @@ from mixtrain.checkpoint.state import RunState
 from mixtrain.config import model_differences
 from mixtrain.config.key_effects import CLASSES, FORWARD, MATHEMATICS
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.source_config import run_state
+from mixtrain.interop.convert.checkpoint_config import run_state
 from mixtrain.launch.machine_checks import weights_to_load
 
 # key -> another value of the default model's, with the same shapes where there are such

@@ -19,7 +19,7 @@ from mixtrain.checkpoint.state import RunState
 from mixtrain.config.plan import resolve
 from mixtrain.engine import model, optimizer, process_groups
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import spans, table
+from mixtrain.interop.convert import flat_ranges, tensor_mapping
 from mixtrain.system.mmap_tensor import window
 
 SMALL = [
@@ -41,7 +41,7 @@ SMALL = [
 @pytest.mark.parametrize("layout", ["hub", "fused"])
 @pytest.mark.parametrize("words", [[], ["model.qk_layernorm=true"], ["model.num_query_groups=1"]])
 def test_runs_cover_every_element_of_both_sides_once(words, layout):
-    index = spans.index(resolve(config_of(*SMALL, *words)), layout)
+    index = flat_ranges.index(resolve(config_of(*SMALL, *words)), layout)
     for key, several in index.by_key.items():
         at = 0
         for run in several:
@@ -59,21 +59,22 @@ def test_runs_cover_every_element_of_both_sides_once(words, layout):
 
 def test_overlapping_gives_what_a_range_has_of_each_run():
     several = [
-        spans.Run("a", 0, "k", 0, 10),
-        spans.Run("a", 10, "k", 50, 5),
-        spans.Run("a", 15, "k", 20, 5),
+        flat_ranges.Run("a", 0, "k", 0, 10),
+        flat_ranges.Run("a", 10, "k", 50, 5),
+        flat_ranges.Run("a", 15, "k", 20, 5),
     ]
     found = [
-        (run.place, low, high) for run, low, high in spans.overlapping(several, 8, 17, spans.START)
+        (run.place, low, high)
+        for run, low, high in flat_ranges.overlapping(several, 8, 17, flat_ranges.START)
     ]
     assert found == [(0, 8, 10), (50, 0, 5), (20, 0, 2)]
 
 
 def test_overlapping_of_every_range_is_what_a_range_has_of_each_run():
     several = [
-        spans.Run("a", 0, "k", 30, 4),
-        spans.Run("a", 4, "k", 0, 1),
-        spans.Run("a", 5, "k", 10, 6),
+        flat_ranges.Run("a", 0, "k", 30, 4),
+        flat_ranges.Run("a", 4, "k", 0, 1),
+        flat_ranges.Run("a", 5, "k", 10, 6),
     ]
     for start in range(12):
         for stop in range(start, 12):
@@ -82,7 +83,9 @@ def test_overlapping_of_every_range_is_what_a_range_has_of_each_run():
                 for run in several
             ]
             expected = [(run, low, high) for run, low, high in whole if low < high]
-            assert list(spans.overlapping(several, start, stop, spans.START)) == expected
+            assert (
+                list(flat_ranges.overlapping(several, start, stop, flat_ranges.START)) == expected
+            )
 
 
 def test_tensors_come_layer_after_layer_and_within_one_as_the_model_uses_them():
@@ -101,13 +104,13 @@ def test_tensors_come_layer_after_layer_and_within_one_as_the_model_uses_them():
         ]
 
     expected = ["model.embed_tokens", *of_layer(0), *of_layer(1), "model.norm", "lm_head"]
-    index = spans.index(resolve(config_of(*SMALL)), "hub")
+    index = flat_ranges.index(resolve(config_of(*SMALL)), "hub")
     assert list(index.names) == [f"{name}.weight" for name in expected]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_runs_are_as_few_as_groups_of_heads_allow(groups):
-    index = spans.index(resolve(config_of(*SMALL, f"model.num_query_groups={groups}")), "hub")
+    index = flat_ranges.index(resolve(config_of(*SMALL, f"model.num_query_groups={groups}")), "hub")
     in_parts = {name for name, several in index.by_name.items() if len(several) > 1}
     cut = {name for name in index.names if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")}
     assert in_parts == (cut if groups > 1 else set())
@@ -115,8 +118,8 @@ def test_runs_are_as_few_as_groups_of_heads_allow(groups):
 
 
 def test_a_tensor_of_one_element_is_one_run():
-    piece = table.Piece("key", (), (1,), ("name",), "whole", table.Heads(1, 1, 1))
-    assert list(spans.runs(piece, (1,))) == [spans.Run("name", 0, "key", 0, 1)]
+    piece = tensor_mapping.Piece("key", (), (1,), ("name",), "whole", tensor_mapping.Heads(1, 1, 1))
+    assert list(flat_ranges.runs(piece, (1,))) == [flat_ranges.Run("name", 0, "key", 0, 1)]
 
 
 @pytest.fixture(scope="module")

@@ -31,11 +31,11 @@ from mixtrain.config.schema import Config
 from mixtrain.engine import model, optimizer, process_groups, shards
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import (
-    casting,
+    checkpoint_config,
+    dtype_cast,
+    flat_ranges,
+    hf_config,
     hf_files,
-    settings,
-    source_config,
-    spans,
     to_hf,
     to_megatron,
     weights,
@@ -100,7 +100,7 @@ def test_several_processes_write_the_same_tensors(hub, converted, tmp_path):
 
 
 def test_pytorchs_own_loader_reads_what_the_table_says(hub, converted):
-    config = source_config.config_of(converted / "release")
+    config = checkpoint_config.config_of(converted / "release")
     expected = weights.to_megatron(config, hf_models.tensors_of(hub))
     found = tensors_of(converted / "release")
     assert found.keys() == expected.keys()
@@ -133,9 +133,9 @@ def test_config_json_of_transformers_4_says_the_same(hub, converted, tmp_path):
     values["torch_dtype"] = values.pop("dtype")
     (old / "config.json").write_text(json.dumps(values))
     to_megatron.convert(old, tmp_path / "megatron")
-    assert source_config.config_of(tmp_path / "megatron" / "release") == source_config.config_of(
-        converted / "release"
-    )
+    assert checkpoint_config.config_of(
+        tmp_path / "megatron" / "release"
+    ) == checkpoint_config.config_of(converted / "release")
 
 
 LAYOUTS = {
@@ -151,13 +151,13 @@ LAYOUTS = {
 
 def words_of(converted: Path) -> list[str]:
     """The words that make the converted model."""
-    config = source_config.config_of(converted / "release")
+    config = checkpoint_config.config_of(converted / "release")
     keys = [
         key
-        for key in settings.from_hugging_face(settings.to_hugging_face(config))
+        for key in hf_config.from_hugging_face(hf_config.to_hugging_face(config))
         if key.startswith("model.")
     ]
-    shown = [f"{key}={settings.show(settings.value_of(config, key))}" for key in keys]
+    shown = [f"{key}={hf_config.show(hf_config.value_of(config, key))}" for key in keys]
     return [
         "data=mock",
         "data.seq_length=32",
@@ -183,7 +183,7 @@ def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(
         with process_groups.start(plan, identity) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             load.load_weights(plan, here, training, load.weights_at(plan, here), print)
-            values = source_config.run_state(plan.config).config
+            values = checkpoint_config.run_state(plan.config).config
             Saver(plan, here, training, print).save(RunState(step=7, config=values))
 
     run_ranks(2, load_and_save, tmp_path / "ranks")
@@ -290,7 +290,7 @@ def test_weights_of_a_bf16_run_come_out_in_bf16_or_as_asked(tmp_path):
             places_of = shards.read(plan, training.chunks)
             torch.save(places_of, tmp_path / "wholes.pt")
             Saver(plan, here, training, print).save(
-                RunState(step=1, config=source_config.run_state(plan.config).config)
+                RunState(step=1, config=checkpoint_config.run_state(plan.config).config)
             )
 
     run_ranks(1, save, tmp_path / "ranks")
@@ -319,7 +319,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_a_rerun_works(
         if child == 0:
             torch.set_num_threads(1)  # a forked process has no others
             monkeypatch.setattr(
-                casting.Casting, "__call__", dies_after(casting.Casting.__call__, 20)
+                dtype_cast.Casting, "__call__", dies_after(dtype_cast.Casting.__call__, 20)
             )
             convert(source, out)
             os._exit(0)
@@ -332,7 +332,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_a_rerun_works(
         )
         if convert is to_megatron.convert:
             with pytest.raises(UserError):
-                source_config.checkpoint_at(writing)
+                checkpoint_config.checkpoint_at(writing)
         convert(source, out)
         assert not writing.exists()
     assert hf_models.unequal(hub, tmp_path / "back") == []
@@ -433,15 +433,15 @@ def test_the_tools_convert_and_say_what_to_type_next(hub, tmp_path):
 
 
 def test_the_facts_of_config_json_become_an_option_of_the_model_group(hub, tmp_path):
-    values = settings.from_hugging_face(hf_files.read_config(hub))
+    values = hf_config.from_hugging_face(hf_files.read_config(hub))
     conf = shutil.copytree(CONF, tmp_path / "conf")
-    (conf / "model" / "mine.yaml").write_text(source_config.model_config(values, "a test"))
+    (conf / "model" / "mine.yaml").write_text(checkpoint_config.model_config(values, "a test"))
     config = resolve(Config.from_hydra(tree_of("model=mine", conf=conf)))
-    assert {key: settings.value_of(config, key) for key in values} == values
-    published = settings.from_hugging_face(
-        settings.to_hugging_face(resolve(config_of("model=mixtral_8x7b")))
+    assert {key: hf_config.value_of(config, key) for key in values} == values
+    published = hf_config.from_hugging_face(
+        hf_config.to_hugging_face(resolve(config_of("model=mixtral_8x7b")))
     )
-    assert "hf_model: mistralai/Mixtral-8x7B-v0.1" in source_config.model_config(
+    assert "hf_model: mistralai/Mixtral-8x7B-v0.1" in checkpoint_config.model_config(
         published, "a test"
     )
 
@@ -478,8 +478,8 @@ def test_memory_does_not_grow_with_the_model(hub, tmp_path):
     large = tmp_path / "large"
     large.mkdir()
     (large / "config.json").write_text(json.dumps(values))
-    found = settings.from_hugging_face(values)
-    names = spans.index(source_config.configuration(found), "hub").names
+    found = hf_config.from_hugging_face(values)
+    names = flat_ranges.index(checkpoint_config.configuration(found), "hub").names
     save_file(
         {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in names.items()},
         large / "model.safetensors",

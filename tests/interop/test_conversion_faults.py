@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from mixtrain.checkpoint import integrity
 from mixtrain.errors import FAULT, FINISHED, Fault, UserError
-from mixtrain.interop.convert import output, source_config, to_hf, to_megatron
-from mixtrain.interop.convert.casting import Casting
+from mixtrain.interop.convert import checkpoint_config, output, to_hf, to_megatron
+from mixtrain.interop.convert.dtype_cast import Casting
 from mixtrain.system import mmap_tensor, partial
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -70,7 +70,7 @@ def test_a_damage_in_a_small_file_is_found_by_size_too(converted, tmp_path):
         flip(release / name)
         assert f"{name} is damaged: its SHA-256" in integrity.problem(release, full=False)
         with pytest.raises(UserError, match=f"{name} is damaged: its SHA-256"):
-            source_config.checkpoint_at(release)
+            checkpoint_config.checkpoint_at(release)
 
 
 def test_what_is_damaged_is_not_inspected_with_exit_code_0(converted, tmp_path, capsys):

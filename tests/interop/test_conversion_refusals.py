@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mixtrain.checkpoint import integrity, state
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import hf_files, output, to_hf, to_megatron
-from mixtrain.interop.convert.casting import DTYPES
+from mixtrain.interop.convert.dtype_cast import DTYPES
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
 

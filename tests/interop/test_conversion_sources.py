@@ -18,7 +18,7 @@ from test_conversion import tool
 from test_conversion_refusals import change_config, change_index, first_file
 
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import hf_files, strangers, to_hf, to_megatron
+from mixtrain.interop.convert import hf_files, to_hf, to_megatron, unsupported_models
 
 sys.path.insert(0, str(ROOT / "tools"))
 import verify_conversion  # noqa: E402
@@ -291,7 +291,7 @@ def test_a_shard_of_a_quantised_model_is_found_in_any_file(hub, tmp_path):
     assert "a.qweight is of a model that is quantised by GPTQ or AWQ" in refused(
         folder, tmp_path / "out"
     )
-    assert strangers.quantised({name: "F32" for name in hf_files.read_tensors(hub)}) == ""
+    assert unsupported_models.quantised({name: "F32" for name in hf_files.read_tensors(hub)}) == ""
 
 
 # --- the proof never ends in a traceback

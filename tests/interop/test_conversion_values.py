@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from mixtrain.checkpoint import directory, integrity, state
 from mixtrain.errors import FINISHED, UserError
-from mixtrain.interop.convert import hf_source, source_config, to_hf, to_megatron
+from mixtrain.interop.convert import checkpoint_config, hf_source, to_hf, to_megatron
 from mixtrain.training.worker import run
 
 # Written by to_hugging_face for both versions of transformers, or under the other version's name.
@@ -254,7 +254,7 @@ def test_what_a_checkpoint_could_not_keep_is_refused_before_anything_is_written(
 
 
 def test_the_losses_of_a_router_are_said_in_transformers_words(converted, tmp_path):
-    run_state = source_config.state_of(converted / "release")
+    run_state = checkpoint_config.state_of(converted / "release")
     trained = state.RunState(step=1, hf_source=run_state.hf_source)
     for types, weights, expected in (
         (["seq_aux_loss", "aux_loss"], [0.1, 0.2], 0.2),
@@ -267,7 +267,7 @@ def test_the_losses_of_a_router_are_said_in_transformers_words(converted, tmp_pa
             "moe_input_jitter_eps": 0.01,
         }
         keys = {f"router__{name}": value for name, value in own.items()}
-        config = source_config.config_of(with_config(converted, tmp_path / types[0], **keys))
+        config = checkpoint_config.config_of(with_config(converted, tmp_path / types[0], **keys))
         beside, _ = hf_source.to_export(trained, config, None)
         assert (beside["router_aux_loss_coef"], beside["router_jitter_noise"]) == (expected, 0.01)
         assert hf_source.to_export(run_state, config, None)[0]["router_aux_loss_coef"] == 0.001

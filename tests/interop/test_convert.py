@@ -14,8 +14,8 @@ from mixtrain.config import tensor_schema
 from mixtrain.config.plan import resolve
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import settings, table
-from mixtrain.interop.convert.table import HUB, QWEN3_MOE, pieces
+from mixtrain.interop.convert import hf_config, tensor_mapping
+from mixtrain.interop.convert.tensor_mapping import HUB, QWEN3_MOE, pieces
 from mixtrain.interop.convert.weights import to_hugging_face, to_megatron
 
 SMALL = [
@@ -82,7 +82,7 @@ def test_there_and_back_again_is_where_it_was(shape, layout):
 def test_names_and_shapes_are_those_that_transformers_keeps_and_writes(shape, tmp_path):
     config = small(*SHAPES[shape])
     model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(**settings.to_hugging_face(config))
+        AutoConfig.for_model(**hf_config.to_hugging_face(config))
     )
     kept = {name: tensor.data for name, tensor in model.named_parameters()}
     written = files_of(model, tmp_path)
@@ -157,19 +157,19 @@ def test_every_tensor_of_the_contract_has_a_row_or_is_refused_by_name():
     for words in (["router=expert_bias"], ["model.moe_shared_expert_intermediate_size=8"]):
         config = small(*words)
         assert set(tensor_schema.shapes(config)) - keys
-        assert settings.problems(config)
+        assert hf_config.problems(config)
 
 
 def test_a_tensor_without_a_row_and_a_row_without_a_tensor_are_errors(monkeypatch):
     with pytest.raises(
-        RuntimeError, match="no row of .*table.py covers .*shared_experts.linear_fc1"
+        RuntimeError, match="no row of .*tensor_mapping.py covers .*shared_experts.linear_fc1"
     ):
         list(pieces(small("model.moe_shared_expert_intermediate_size=8"), "hub"))
     spare = HUB[0]._replace(key="decoder.layers.mlp.linear_fc3.weight")
-    monkeypatch.setattr(table, "HUB", [*HUB, spare])
+    monkeypatch.setattr(tensor_mapping, "HUB", [*HUB, spare])
     with pytest.raises(
         RuntimeError,
-        match="rows of .*table.py are of no tensor: decoder.layers.mlp.linear_fc3.weight",
+        match="rows of .*tensor_mapping.py are of no tensor: decoder.layers.mlp.linear_fc3.weight",
     ):
         list(pieces(small(), "hub"))
 

@@ -49,12 +49,13 @@ def test_a_command_names_options_that_its_tool_has(words):
 
 
 def test_the_page_of_conversion_lists_every_damage_and_architecture():
-    from mixtrain.interop.convert import proof, settings
+    from mixtrain.interop.convert import hf_config, layer_comparison
 
     text = (ROOT / "docs" / "convert.md").read_text()
-    assert all(architecture.class_name in text for architecture in settings.ARCHITECTURES.values())
-    assert len(proof.DAMAGES) == 6 and "in six ways" in text
+    assert all(architecture.class_name in text for architecture in hf_config.ARCHITECTURES.values())
+    assert len(layer_comparison.DAMAGES) == 6 and "in six ways" in text
     assert (
-        f"{proof.LIMITS[next(iter(proof.LIMITS))]:.0e}".replace("e-0", "e-") in text
-        and str(proof.COSINE) in text
+        f"{layer_comparison.LIMITS[next(iter(layer_comparison.LIMITS))]:.0e}".replace("e-0", "e-")
+        in text
+        and str(layer_comparison.COSINE) in text
     )

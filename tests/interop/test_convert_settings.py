@@ -15,7 +15,7 @@ from mixtrain.config import published_models
 from mixtrain.config.key_effects import value_of
 from mixtrain.config.plan import resolve
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import settings, weights
+from mixtrain.interop.convert import hf_config, weights
 
 NO_MIXTRAL = {
     "router.moe_router_load_balancing_type = sinkhorn": ["router=sinkhorn"],
@@ -38,10 +38,10 @@ NO_MIXTRAL = {
 @pytest.mark.parametrize("reason", NO_MIXTRAL)
 def test_a_configuration_that_is_no_mixtral_is_refused_by_key_and_value(reason):
     config = small(*NO_MIXTRAL[reason])
-    (problem,) = settings.problems(config)
+    (problem,) = hf_config.problems(config)
     assert problem.startswith(reason + ": ")
     for refuse in (
-        lambda: settings.to_hugging_face(config),
+        lambda: hf_config.to_hugging_face(config),
         lambda: weights.to_hugging_face(config, {}),
         lambda: weights.to_megatron(config, {}),
     ):
@@ -50,7 +50,7 @@ def test_a_configuration_that_is_no_mixtral_is_refused_by_key_and_value(reason):
 
 
 def test_an_expert_bias_is_refused_with_its_sigmoid():
-    found = settings.problems(small("router=expert_bias"))
+    found = hf_config.problems(small("router=expert_bias"))
     assert [problem.split(" = ")[0] for problem in found] == [
         "router.moe_router_score_function",
         "router.moe_router_enable_expert_bias",
@@ -70,7 +70,7 @@ def test_an_expert_bias_is_refused_with_its_sigmoid():
     ],
 )
 def test_what_only_decides_the_training_leaves_it_a_mixtral(words):
-    assert settings.problems(small(*words)) == []
+    assert hf_config.problems(small(*words)) == []
 
 
 # mistralai/Mixtral-8x7B-v0.1, config.json, as transformers 4 wrote it
@@ -104,7 +104,7 @@ CONFIG_JSON = {
 
 def test_the_published_config_json_says_what_our_facts_say():
     assert (
-        settings.from_hugging_face(CONFIG_JSON)
+        hf_config.from_hugging_face(CONFIG_JSON)
         == published_models.published()["mistralai/Mixtral-8x7B-v0.1"]
     )
 
@@ -112,7 +112,7 @@ def test_the_published_config_json_says_what_our_facts_say():
 def test_what_transformers_5_writes_of_it_says_the_same():
     read = MixtralConfig(**CONFIG_JSON)
     assert "rope_theta" not in read.to_dict() and read.head_dim is None
-    assert settings.from_hugging_face(read.to_dict()) == settings.from_hugging_face(CONFIG_JSON)
+    assert hf_config.from_hugging_face(read.to_dict()) == hf_config.from_hugging_face(CONFIG_JSON)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_what_transformers_5_writes_of_it_says_the_same():
 )
 def test_a_configuration_goes_through_transformers_unchanged(words):
     config = resolve(config_of(*words))
-    values = settings.to_hugging_face(config)
+    values = hf_config.to_hugging_face(config)
     for written in (values, MixtralConfig(**values).to_dict()):
-        found = settings.from_hugging_face(written)
+        found = hf_config.from_hugging_face(written)
         assert {key: value_of(config, key) for key in found} == found | {
             "model.ffn_hidden_size": config.model.ffn_hidden_size  # Mixtral has no dense layer
         }
@@ -214,7 +214,7 @@ def test_a_value_that_mixtrain_has_nothing_for_is_refused(problem):
         if value is not ...
     }
     with pytest.raises(UserError) as refused:
-        settings.from_hugging_face(values)
+        hf_config.from_hugging_face(values)
     assert refused.value.problems == (f"config.json: {problem}",)
 
 
@@ -249,10 +249,10 @@ QWEN3_CONFIG_JSON = {
 
 
 def test_qwen3s_config_json_says_what_our_facts_say_and_goes_through_transformers():
-    values = settings.from_hugging_face(QWEN3_CONFIG_JSON)
+    values = hf_config.from_hugging_face(QWEN3_CONFIG_JSON)
     assert values == published_models.published()["Qwen/Qwen3-30B-A3B"]
-    assert settings.from_hugging_face(Qwen3MoeConfig(**QWEN3_CONFIG_JSON).to_dict()) == values
-    written = settings.to_hugging_face(resolve(config_of("model=qwen3_30b_a3b")))
+    assert hf_config.from_hugging_face(Qwen3MoeConfig(**QWEN3_CONFIG_JSON).to_dict()) == values
+    written = hf_config.to_hugging_face(resolve(config_of("model=qwen3_30b_a3b")))
     assert (
         written.items()
         >= {name: QWEN3_CONFIG_JSON[name] for name in written.keys() & QWEN3_CONFIG_JSON}.items()
@@ -262,13 +262,13 @@ def test_qwen3s_config_json_says_what_our_facts_say_and_goes_through_transformer
 
 def test_only_qwen3_says_whether_the_weights_of_experts_are_normalised():
     config = small("model.qk_layernorm=true", "router.moe_router_pre_softmax=true")
-    assert settings.problems(config) == []
-    assert settings.to_hugging_face(config)["norm_topk_prob"] is False
-    values = settings.from_hugging_face(QWEN3_CONFIG_JSON | {"norm_topk_prob": False})
+    assert hf_config.problems(config) == []
+    assert hf_config.to_hugging_face(config)["norm_topk_prob"] is False
+    values = hf_config.from_hugging_face(QWEN3_CONFIG_JSON | {"norm_topk_prob": False})
     assert values["router.moe_router_pre_softmax"] is True
     dense = QWEN3_CONFIG_JSON | {"mlp_only_layers": [0], "decoder_sparse_step": 2}
     with pytest.raises(UserError, match="decoder_sparse_step = 2: mixtrain's Qwen3-MoE has 1"):
-        settings.from_hugging_face(dense)
+        hf_config.from_hugging_face(dense)
 
 
 # What transformers reads as what is there already: (of which model, values that are added)
@@ -309,40 +309,42 @@ THE_SAME = {
 @pytest.mark.parametrize("spelling", THE_SAME)
 def test_what_transformers_reads_as_the_same_is_read_as_the_same(spelling):
     plain, more = THE_SAME[spelling]
-    values = settings.from_hugging_face(plain | more)
-    assert values == settings.from_hugging_face(plain)
+    values = hf_config.from_hugging_face(plain | more)
+    assert values == hf_config.from_hugging_face(plain)
     read = {"mixtral": MixtralConfig, "qwen3_moe": Qwen3MoeConfig}[plain["model_type"]](
         **plain | more
     ).to_dict()
-    assert settings.from_hugging_face(read) == values
+    assert hf_config.from_hugging_face(read) == values
 
 
 def test_as_many_key_and_value_heads_as_query_heads_where_config_json_says_null():
-    values = settings.from_hugging_face(CONFIG_JSON | {"num_key_value_heads": None})
+    values = hf_config.from_hugging_face(CONFIG_JSON | {"num_key_value_heads": None})
     # transformers 4 reads it so, and transformers 5 not at all
     assert values["model.num_query_groups"] == 32
     # of neither
     with pytest.raises(UserError, match="num_key_value_heads = null is not a whole number"):
-        settings.from_hugging_face(QWEN3_CONFIG_JSON | {"num_key_value_heads": None})
+        hf_config.from_hugging_face(QWEN3_CONFIG_JSON | {"num_key_value_heads": None})
 
 
 def test_a_window_that_is_on_is_refused_by_its_size():
     on = QWEN3_CONFIG_JSON | {"use_sliding_window": True}
     with pytest.raises(UserError, match="sliding_window = 4096: mixtrain's Qwen3-MoE has null"):
-        settings.from_hugging_face(
+        hf_config.from_hugging_face(
             {name: value for name, value in on.items() if name != "sliding_window"}
         )
     with pytest.raises(UserError, match="use_sliding_window = 1 is not true or false"):
-        settings.from_hugging_face(on | {"use_sliding_window": 1})
+        hf_config.from_hugging_face(on | {"use_sliding_window": 1})
 
 
 @pytest.mark.parametrize("config_class", [MixtralConfig, Qwen3MoeConfig])
 def test_a_key_that_is_absent_has_the_value_that_transformers_gives_it(config_class):
     bare = {"model_type": config_class.model_type}
-    assert settings.from_hugging_face(bare) == settings.from_hugging_face(config_class().to_dict())
-    said = settings.absent(bare)
+    assert hf_config.from_hugging_face(bare) == hf_config.from_hugging_face(
+        config_class().to_dict()
+    )
+    said = hf_config.absent(bare)
     assert "num_experts_per_tok = 2" in said or "num_experts_per_tok = 8" in said
     assert any(line.startswith("rope_theta = 1") for line in said)
-    assert settings.absent(config_class().to_dict()) == []
-    with_base = settings.absent(bare | {"rope_parameters": {"rope_theta": 5.0}})
+    assert hf_config.absent(config_class().to_dict()) == []
+    with_base = hf_config.absent(bare | {"rope_parameters": {"rope_theta": 5.0}})
     assert with_base == [line for line in said if not line.startswith("rope_theta")]

@@ -19,7 +19,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from mixtrain.config.plan import Plan, resolve
 from mixtrain.engine import model, process_groups, shards
-from mixtrain.interop.convert import settings
+from mixtrain.interop.convert import hf_config
 from mixtrain.interop.convert.weights import to_megatron
 from mixtrain.interop.generate.loop import Generator, Limits, Sequence, Watch
 from mixtrain.interop.generate.request import Sampling
@@ -55,7 +55,7 @@ def hugging_face(folder: Path) -> dict:
     """
     config = resolve(config_of(*SMALL))
     torch.manual_seed(7)
-    own = settings.to_hugging_face(config) | {"initializer_range": 0.1}
+    own = hf_config.to_hugging_face(config) | {"initializer_range": 0.1}
     there = MixtralForCausalLM(
         MixtralConfig(**own, attn_implementation="eager", experts_implementation="eager")
     )

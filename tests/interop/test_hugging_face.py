@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from mixtrain.config.plan import Plan, resolve
 from mixtrain.config.schema import Config
 from mixtrain.engine import model, optimizer, process_groups, shards
-from mixtrain.interop.convert import settings, table
+from mixtrain.interop.convert import hf_config, tensor_mapping
 from mixtrain.interop.convert.weights import to_hugging_face, to_megatron
 from mixtrain.system.rank_identity import Identity
 from mixtrain.training import loop
@@ -128,7 +128,7 @@ def hugging_face(config: Config, folder: Path, values: dict) -> list[float]:
     Gives the smallest margin of a choice of experts in each layer.
     """
     torch.manual_seed(7)
-    own = settings.to_hugging_face(config) | {"initializer_range": 0.1} | values
+    own = hf_config.to_hugging_face(config) | {"initializer_range": 0.1} | values
     there = MixtralForCausalLM(
         MixtralConfig(**own, attn_implementation="eager", experts_implementation="eager")
     )
@@ -307,9 +307,9 @@ def test_gate_and_up_swapped_are_noticed_and_named(reference, tmp_path, monkeypa
     there = reference(FOUR_TO_ONE)
     turned = [
         row._replace(names=" ".join(row.names.split()[::-1])) if row.cut == "gate_up" else row
-        for row in table.HUB
+        for row in tensor_mapping.HUB
     ]
-    monkeypatch.setattr(table, "HUB", turned)
+    monkeypatch.setattr(tensor_mapping, "HUB", turned)
     found = differences(compare(there, FOUR_TO_ONE, tmp_path))
     expert = "model.layers.0.block_sparse_moe.experts.0"
     assert found[0].startswith(
@@ -319,7 +319,9 @@ def test_gate_and_up_swapped_are_noticed_and_named(reference, tmp_path, monkeypa
 
 def test_qkv_not_cut_by_group_is_noticed_and_named(reference, tmp_path, monkeypatch):
     there = reference(FOUR_TO_ONE)
-    monkeypatch.setitem(table.CUTS, "qkv", lambda tensor, heads: list(tensor.split([64, 16, 16])))
+    monkeypatch.setitem(
+        tensor_mapping.CUTS, "qkv", lambda tensor, heads: list(tensor.split([64, 16, 16]))
+    )
     found = differences(compare(there, FOUR_TO_ONE, tmp_path))
     assert found[0] == f"the forward passes part at {ATTENTION}"
 

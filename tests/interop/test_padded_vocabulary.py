@@ -23,7 +23,7 @@ from mixtrain.checkpoint import state
 from mixtrain.config.plan import derive
 from mixtrain.engine import weight_init
 from mixtrain.errors import FINISHED, UserError
-from mixtrain.interop.convert import source_config, to_hf, to_megatron
+from mixtrain.interop.convert import checkpoint_config, to_hf, to_megatron
 from mixtrain.interop.generate import tokenizer
 from mixtrain.interop.generate.request import Request, Sampling
 from mixtrain.interop.generate.sample import choose, stream
@@ -70,7 +70,7 @@ def test_rows_are_added_as_a_new_model_has_them_and_no_other_number_changes(
     assert plain.keys() == here.keys()
     assert {key for key in plain if plain[key].shape != here[key].shape} == set(ROWS)
     assert all(torch.equal(here[key][: len(plain[key])], plain[key]) for key in plain)
-    config = source_config.config_of(padded / "release")
+    config = checkpoint_config.config_of(padded / "release")
     assert (
         config.model.vocab_size == PADDED
         and state.read(padded / "release").hf_source["vocab_size"] == OWN

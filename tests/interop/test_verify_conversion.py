@@ -20,7 +20,13 @@ from mixtrain.checkpoint.parts import Parts
 from mixtrain.config.plan import derive
 from mixtrain.engine import process_groups
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import proof, reference_models, source_config, to_hf, to_megatron
+from mixtrain.interop.convert import (
+    checkpoint_config,
+    layer_comparison,
+    reference_models,
+    to_hf,
+    to_megatron,
+)
 
 sys.path.insert(0, str(ROOT / "tools"))
 import verify_conversion  # noqa: E402
@@ -43,10 +49,10 @@ def found_by(
     """What the proof finds with each of the damages, in one rank."""
 
     def find(identity) -> list[dict]:
-        config = source_config.config_of(checkpoint)
+        config = checkpoint_config.config_of(checkpoint)
         parts = Parts(checkpoint)
-        own = source_config.for_one_rank(config, precision)
-        tokens = proof.random_tokens(config.model.vocab_size, 2, 48)
+        own = checkpoint_config.for_one_rank(config, precision)
+        tokens = layer_comparison.random_tokens(config.model.vocab_size, 2, 48)
         with process_groups.start(derive(own), identity) as here:
             theirs = reference_models.HuggingFace(
                 there, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
@@ -54,11 +60,13 @@ def found_by(
             found = []
             for name in damages:
                 ours = (
-                    proof.damaged(name, own, parts, here)
+                    layer_comparison.damaged(name, own, parts, here)
                     if name
                     else reference_models.Megatron(own, parts, here)
                 )
-                *_, verdict = proof.compare(theirs, ours, config.model.num_layers, tokens)
+                *_, verdict = layer_comparison.compare(
+                    theirs, ours, config.model.num_layers, tokens
+                )
                 rows = [(row.relative, row.others) for row in verdict.layers]
                 found.append(
                     {
@@ -76,14 +84,15 @@ def found_by(
 
 
 def test_the_converted_model_is_the_same_and_every_damage_is_caught(pair, tmp_path):
-    same, *damaged = found_by(*pair, tmp_path, ("", *proof.DAMAGES))
+    same, *damaged = found_by(*pair, tmp_path, ("", *layer_comparison.DAMAGES))
     assert same["problems"] == []
     assert all(relative < 1e-5 and others == 0 for relative, others in same["layers"])
     assert same["logits"] < 1e-5 and same["kl"] < 1e-9
     assert {
-        name: len(found["problems"]) > 0 for name, found in zip(proof.DAMAGES, damaged, strict=True)
-    } == dict.fromkeys(proof.DAMAGES, True)
-    for name, found in zip(proof.DAMAGES, damaged, strict=True):
+        name: len(found["problems"]) > 0
+        for name, found in zip(layer_comparison.DAMAGES, damaged, strict=True)
+    } == dict.fromkeys(layer_comparison.DAMAGES, True)
+    for name, found in zip(layer_comparison.DAMAGES, damaged, strict=True):
         assert found["layers"][0][0] > 1e-2, name  # in the first layer, by far
         assert found["kl"] > 1e-4, name
 
@@ -109,7 +118,7 @@ def test_a_damaged_checkpoint_proves_nothing_although_the_model_made_of_it_has_t
 
 def test_in_bf16_the_cosine_decides(pair, tmp_path):
     (found,) = found_by(*pair, tmp_path, precision="bf16")
-    assert found["problems"] == [] and proof.COSINE < found["cosine"] < 1 - 1e-9
+    assert found["problems"] == [] and layer_comparison.COSINE < found["cosine"] < 1 - 1e-9
 
 
 def tool(*words: object) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ from mixtrain.checkpoint import integrity
 from mixtrain.data.check import check_files
 from mixtrain.data.tokenizer import TOKENIZER_FILES, copy_tokenizer
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import hf_files, source_config, to_hf, to_megatron
+from mixtrain.interop.convert import checkpoint_config, hf_files, to_hf, to_megatron
 from mixtrain.system.links import directory_in, file_in
 
 WORDS = json.dumps({"model": {"vocab": {"<|endoftext|>": 0, "a": 1}}})
@@ -174,7 +174,9 @@ def test_an_export_takes_no_tokenizer_through_a_link_of_the_run(converted, secre
     with pytest.raises(
         UserError, match="tokenizer is a link that leads out of its directory, to .*private"
     ):
-        source_config.tokenizer_of(run / "release", source_config.config_of(run / "release"))
+        checkpoint_config.tokenizer_of(
+            run / "release", checkpoint_config.config_of(run / "release")
+        )
     (run / "tokenizer").unlink()
     (tokenizer_in(run / "tokenizer") / "merges.txt").symlink_to(secret)
     with pytest.raises(UserError, match="merges.txt is a link that leads out of its directory"):

@@ -21,7 +21,7 @@ from mixtrain.checkpoint import integrity, state
 from mixtrain.data import check, tokenizer
 from mixtrain.data.items import Item, Unreadable
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.settings import from_hugging_face
+from mixtrain.interop.convert.hf_config import from_hugging_face
 from mixtrain.interop.generate.request import read_prompts
 from mixtrain.system import status, untrusted_json
 from mixtrain.system.untrusted_json import Count, InvalidJson, Name, whole

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import strangers
+from mixtrain.interop.convert import unsupported_models
 from mixtrain.system import untrusted_json
 from mixtrain.system.links import file_in
 from mixtrain.system.mmap_tensor import window
@@ -68,7 +68,7 @@ class Stored(NamedTuple):
 
 def read_config(directory: Path) -> dict[str, Any]:
     """config.json. UserError if there is none, or the directory is of another kind than a model of Hugging Face."""
-    strangers.refuse(directory)
+    unsupported_models.refuse(directory)
     return untrusted_json.read(
         directory / CONFIG, most=MOST_CONFIG, missing="a Hugging Face model has one"
     )
@@ -96,7 +96,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     """Tensor -> file, from the index, or as the only file has them."""
     if not directory.is_dir():
         raise UserError(f"{directory} is no directory")
-    strangers.refuse(directory)
+    unsupported_models.refuse(directory)
     index = directory / INDEX
     whole = file_in(directory, SINGLE)
     if whole and index.is_file():
@@ -166,7 +166,9 @@ def _header(path: Path) -> dict[str, Stored]:
         raise UserError(f"{path} is damaged: {error}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    if quantised := strangers.quantised({name: entry["dtype"] for name, entry in entries.items()}):
+    if quantised := unsupported_models.quantised(
+        {name: entry["dtype"] for name, entry in entries.items()}
+    ):
         raise UserError(f"{path}: {quantised}")
     for name, entry in entries.items():
         if entry["dtype"] not in DTYPES:

@@ -17,7 +17,7 @@ from mixtrain.config.choices import Balancing
 from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import SPECIAL_IDS, special_ids, tokenizer_files, tokenizer_vocab_size
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import settings
+from mixtrain.interop.convert import hf_config
 from mixtrain.interop.convert.hf_files import CONFIG, MOST_CONFIG
 from mixtrain.system import untrusted_json
 from mixtrain.system.links import file_in
@@ -30,7 +30,7 @@ VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def of_directory(directory: Path, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The HfSource of a directory whose config.json is `values`. UserError if the checkpoint could not keep it."""
     found = {
-        "config": settings.beside_the_architecture(values),
+        "config": hf_config.beside_the_architecture(values),
         "tokenizer": vocabulary_sha256(directory),
         "vocab_size": vocab_size,
     }
@@ -74,8 +74,8 @@ def to_export(
     """(what config.json has beside the architecture, generation_config.json if the tokenizer has none)."""
     source = run_state.hf_source or {"config": {}, "tokenizer": ""}
     # filtered once more: whoever has written the checkpoint may have added to it
-    kept = settings.beside_the_architecture(
-        source["config"] | {"model_type": settings.architecture_of(config).model_type}
+    kept = hf_config.beside_the_architecture(
+        source["config"] | {"model_type": hf_config.architecture_of(config).model_type}
     )
     of_source = {name: kept[name] for name in SPECIAL_IDS if name in kept}
     generation = source.get("generation_config")
@@ -125,6 +125,6 @@ def _trained(config: Config) -> dict[str, float]:
     found = {
         "router_aux_loss_coef": next((weights[kind] for kind in kinds if kind in weights), 0.0)
     }
-    if settings.architecture_of(config) is settings.MIXTRAL:
+    if hf_config.architecture_of(config) is hf_config.MIXTRAL:
         found["router_jitter_noise"] = router.moe_input_jitter_eps or 0.0
     return found

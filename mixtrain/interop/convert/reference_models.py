@@ -22,8 +22,8 @@ from mixtrain.config.schema import Config
 from mixtrain.engine import model, shards
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import settings
-from mixtrain.interop.convert.source import Source, read
+from mixtrain.interop.convert import hf_config
+from mixtrain.interop.convert.hf_checkpoint import Source, read
 
 SHOWN = 300  # characters of what transformers says
 T = TypeVar("T")
@@ -58,7 +58,7 @@ class HuggingFace:
         self.stored = source.tensors
         self.directory = directory
         self.kind = getattr(
-            transformers, settings.ARCHITECTURES[source.values["model_type"]].class_name
+            transformers, hf_config.ARCHITECTURES[source.values["model_type"]].class_name
         )
         self.config = self._of_transformers(lambda: self.kind.config_class.from_dict(plain(source)))
         self.config._attn_implementation = "eager"

@@ -22,19 +22,19 @@ from mixtrain.checkpoint.same_tokenizer import refuse_other
 from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, instead, tokenizer_files
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import hf_source, spans
-from mixtrain.interop.convert.casting import Casting, warn
-from mixtrain.interop.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
-from mixtrain.interop.convert.output import Advance, dealt, in_processes, write_text, written_whole
-from mixtrain.interop.convert.settings import to_hugging_face
-from mixtrain.interop.convert.source_config import (
+from mixtrain.interop.convert import flat_ranges, hf_source
+from mixtrain.interop.convert.checkpoint_config import (
     Hashes,
     checkpoint_at,
     config_of,
     state_of,
     tokenizer_of,
 )
-from mixtrain.interop.convert.spans import Index
+from mixtrain.interop.convert.dtype_cast import Casting, warn
+from mixtrain.interop.convert.flat_ranges import Index
+from mixtrain.interop.convert.hf_config import to_hugging_face
+from mixtrain.interop.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
+from mixtrain.interop.convert.output import Advance, dealt, in_processes, write_text, written_whole
 from mixtrain.interop.convert.weights import check
 from mixtrain.system.links import directory_in
 
@@ -96,7 +96,7 @@ def convert(
     parts = Parts(checkpoint)
     tokenizer = _tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
     vocabulary = hf_source.rows(run, config, tokenizer)
-    origin = _origin(parts, spans.index(config, layout, vocabulary), dtype, allow_nonfinite)
+    origin = _origin(parts, flat_ranges.index(config, layout, vocabulary), dtype, allow_nonfinite)
     beside, generation = hf_source.to_export(run, config, tokenizer)
     values |= beside | {"vocab_size": vocabulary}
     written = str(origin.cast.dtype).removeprefix("torch.")

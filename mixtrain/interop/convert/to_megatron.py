@@ -39,12 +39,12 @@ from mixtrain.config import tensor_schema
 from mixtrain.config.plan import derive
 from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, tokenizer_files
-from mixtrain.interop.convert import hf_source, padding, source, spans
-from mixtrain.interop.convert.casting import DTYPES, Casting, warn
+from mixtrain.interop.convert import flat_ranges, hf_checkpoint, hf_source, vocab_padding
+from mixtrain.interop.convert.checkpoint_config import configuration, run_state
+from mixtrain.interop.convert.dtype_cast import DTYPES, Casting, warn
+from mixtrain.interop.convert.flat_ranges import Index
 from mixtrain.interop.convert.hf_files import Stored
 from mixtrain.interop.convert.output import Advance, dealt, in_processes, written_whole
-from mixtrain.interop.convert.source_config import configuration, run_state
-from mixtrain.interop.convert.spans import Index
 from mixtrain.interop.convert.weights import check, layout_of, mixtral
 
 BLOCK = 1 << 26  # bytes of a chunk, at most
@@ -77,20 +77,20 @@ def convert(
     is written. UserError with everything that is wrong, a Fault if the disk is full: then there is no out_dir. The
     Config of the model.
     """
-    found = source.read(hf_dir)
+    found = hf_checkpoint.read(hf_dir)
     tensors = found.tensors
     vocabulary = found.facts["model.vocab_size"]
     config = configuration(
-        found.facts | {"model.vocab_size": padding.padded(vocabulary, divisible_by)}
+        found.facts | {"model.vocab_size": vocab_padding.padded(vocabulary, divisible_by)}
     )
     mixtral(config)
-    index = spans.index(config, layout_of(config, tensors), vocabulary)
+    index = flat_ranges.index(config, layout_of(config, tensors), vocabulary)
     check(index.names, tensors, DTYPES.values(), mixed=dtype is not None)
     kept = dtype or next(iter(tensors.values())).dtype
     tokenizer_files(hf_dir)  # what is wrong with them is said before anything is copied
     parts = [part for key in index.shapes for part in parts_of(key, index.shapes[key], kept)]
     size = sum(map(Part.count, parts)) * kept.itemsize
-    padded = padding.Padding(derive(config), vocabulary)
+    padded = vocab_padding.Padding(derive(config), vocabulary)
     origin = Origin(tensors, index, Casting(kept, allow_nonfinite), padded)
     run_of_none = run_state(config, hf_source.of_directory(hf_dir, found.values, vocabulary))
     for note in [*found.notes, *padded.notes()]:
@@ -112,12 +112,14 @@ class Origin(NamedTuple):
     tensors: dict[str, Stored]
     index: Index
     cast: Casting  # to the dtype to give them in
-    padding: padding.Padding  # what they have not
+    padding: vocab_padding.Padding  # what they have not
 
     def read(self, part: Part) -> torch.Tensor:
         """A chunk: a window on a file where it lies together in one, else a copy."""
         found = list(
-            spans.overlapping(self.index.by_key[part.key], part.start, part.stop, spans.PLACE)
+            flat_ranges.overlapping(
+                self.index.by_key[part.key], part.start, part.stop, flat_ranges.PLACE
+            )
         )
         pieces = [self.cast(run.name, self._part(run, low, high)) for run, low, high in found]
         if rest := part.stop - part.start - sum(piece.numel() for piece in pieces):
@@ -126,7 +128,7 @@ class Origin(NamedTuple):
             )
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.size)
 
-    def _part(self, run: spans.Run, low: int, high: int) -> torch.Tensor:
+    def _part(self, run: flat_ranges.Run, low: int, high: int) -> torch.Tensor:
         return self.tensors[run.name].part(run.start + low, run.start + high)
 
 

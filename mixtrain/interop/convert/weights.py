@@ -14,8 +14,8 @@ import torch
 from mixtrain.config import tensor_schema
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.settings import problems
-from mixtrain.interop.convert.table import LAYOUTS, pieces
+from mixtrain.interop.convert.hf_config import problems
+from mixtrain.interop.convert.tensor_mapping import LAYOUTS, pieces
 
 DTYPES = (torch.float32, torch.bfloat16)  # what mixtrain keeps weights in
 SHOWN = 5  # problems of a kind; with a wrong size every tensor has one

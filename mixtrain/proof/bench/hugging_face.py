@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from mixtrain.config.choices import Accelerator, Precision
 from mixtrain.config.plan import Plan
 from mixtrain.engine import weight_init
-from mixtrain.interop.convert import settings
+from mixtrain.interop.convert import hf_config
 from mixtrain.interop.convert.weights import to_hugging_face
 from mixtrain.proof.bench.batch import microbatches
 from mixtrain.proof.bench.memory import Memory
@@ -48,7 +48,7 @@ def forward_backward(plan: Plan, chosen: dict[str, str], memory: Memory) -> Work
 
 def built(plan: Plan, chosen: dict[str, str], device: torch.device) -> PreTrainedModel:
     """The model with the weights that the plan's seed gives ours."""
-    values = settings.to_hugging_face(plan.config) | {"attn_implementation": "sdpa"} | chosen
+    values = hf_config.to_hugging_face(plan.config) | {"attn_implementation": "sdpa"} | chosen
     dtype = DTYPES[plan.config.trainer.precision]
     with device:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=dtype)

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from mixtrain.config.published_models import published
-from mixtrain.interop.convert import settings, source_config, spans, to_hf
-from mixtrain.interop.convert.casting import Casting
+from mixtrain.interop.convert import checkpoint_config, flat_ranges, hf_config, to_hf
+from mixtrain.interop.convert.dtype_cast import Casting
 
 BLOCK = 1 << 26  # bytes
 
@@ -22,8 +22,8 @@ BLOCK = 1 << 26  # bytes
 def write(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True)
     facts = published()["mistralai/Mixtral-8x7B-v0.1"] | {"model.num_layers": layers}
-    config = source_config.configuration(facts)
-    whole = to_hf.Origin(None, spans.index(config, "hub"), Casting(torch.bfloat16))
+    config = checkpoint_config.configuration(facts)
+    whole = to_hf.Origin(None, flat_ranges.index(config, "hub"), Casting(torch.bfloat16))
     shards = to_hf.shards_of(folder, whole, 5 * 10**9)
     noise = bytearray(os.urandom(BLOCK))
     # numbers below 2: else one in 256 would be none
@@ -35,7 +35,7 @@ def write(folder: Path, layers: int) -> None:
                 file.write(noise[: min(BLOCK, shard.size - start)])
     if len(shards) > 1:
         to_hf.write_weight_map(folder / to_hf.INDEX, shards, whole)
-    (folder / to_hf.CONFIG).write_text(json.dumps(settings.to_hugging_face(config)))
+    (folder / to_hf.CONFIG).write_text(json.dumps(hf_config.to_hugging_face(config)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.settings import problems as not_mixtral
+from mixtrain.interop.convert.hf_config import problems as not_mixtral
 from mixtrain.launch.machine_checks import gpu_count, installed
 from mixtrain.proof.bench.scenario import Measure, Request, Row
 

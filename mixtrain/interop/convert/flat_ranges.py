@@ -16,7 +16,7 @@ import torch
 
 from mixtrain.config import tensor_schema
 from mixtrain.config.schema import Config
-from mixtrain.interop.convert.table import Piece, pieces
+from mixtrain.interop.convert.tensor_mapping import Piece, pieces
 
 
 class Run(NamedTuple):

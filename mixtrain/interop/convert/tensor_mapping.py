@@ -14,8 +14,8 @@ import torch
 
 from mixtrain.config import tensor_schema
 from mixtrain.config.schema import Config
-from mixtrain.interop.convert import settings
-from mixtrain.interop.convert.settings import Architecture
+from mixtrain.interop.convert import hf_config
+from mixtrain.interop.convert.hf_config import Architecture
 
 
 class Row(NamedTuple):
@@ -183,7 +183,7 @@ class Piece(NamedTuple):
 def rows(architecture: Architecture, layout: str) -> dict[str, Row]:
     """Key -> row of a model's tensors in a layout, `hub` or `fused`."""
     table = {row.key: row for row in HUB}
-    if architecture is settings.QWEN3_MOE:
+    if architecture is hf_config.QWEN3_MOE:
         table |= {row.key: row for row in QWEN3_MOE}
     return table | {"hub": {}, "fused": {row.key: row for row in FUSED}}[layout]
 
@@ -195,7 +195,7 @@ def pieces(config: Config, layout: str, vocabulary: int | None = None) -> Iterat
     """
     model = config.model
     shapes = tensor_schema.shapes(config)
-    table = rows(settings.architecture_of(config), layout)
+    table = rows(hf_config.architecture_of(config), layout)
     heads = Heads(
         model.num_query_groups,
         model.num_attention_heads // model.num_query_groups,
@@ -204,13 +204,13 @@ def pieces(config: Config, layout: str, vocabulary: int | None = None) -> Iterat
     )
     if uncovered := [key for key in shapes if key not in table]:
         raise RuntimeError(
-            f"no row of mixtrain/interop/convert/table.py covers {', '.join(uncovered)}"
+            f"no row of mixtrain/interop/convert/tensor_mapping.py covers {', '.join(uncovered)}"
         )
     if spare := [
         key for key in table if key not in shapes and tensor_schema.condition(key) != "untied"
     ]:
         raise RuntimeError(
-            f"rows of mixtrain/interop/convert/table.py are of no tensor: {', '.join(spare)}"
+            f"rows of mixtrain/interop/convert/tensor_mapping.py are of no tensor: {', '.join(spare)}"
         )
     for key in shapes:
         templates = table[key].names.split()

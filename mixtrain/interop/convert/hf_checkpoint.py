@@ -16,7 +16,7 @@ import torch
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import hf_files, settings, strangers
+from mixtrain.interop.convert import hf_config, hf_files, unsupported_models
 from mixtrain.interop.convert.hf_files import CONFIG, INDEX, SINGLE, Stored
 
 BLOCK = 1 << 24  # elements
@@ -47,21 +47,23 @@ class Source(NamedTuple):
 def read(directory: Path) -> Source:
     """What is in a directory. UserError with what is wrong, naming the file, the key or the tensor."""
     values = hf_files.read_config(directory)
-    quantised = strangers.quantisation(values)
+    quantised = unsupported_models.quantisation(values)
     try:
         tensors = hf_files.read_tensors(directory)
     except UserError:
         if quantised:
-            raise UserError(f"{directory / CONFIG} has {quantised}; {strangers.GIVE}") from None
+            raise UserError(
+                f"{directory / CONFIG} has {quantised}; {unsupported_models.GIVE}"
+            ) from None
         raise
     if quantised:
         raise UserError(
             f"{directory / CONFIG} has {quantised}, but no tensor is quantised: take the key out"
-            f" if these are the plain weights, or {strangers.GIVE}"
+            f" if these are the plain weights, or {unsupported_models.GIVE}"
         )
-    facts = settings.from_hugging_face(values)
+    facts = hf_config.from_hugging_face(values)
     notes = []
-    if absent := settings.absent(values):
+    if absent := hf_config.absent(values):
         notes.append(
             f"{CONFIG} says nothing of {', '.join(absent)}: transformers' default is taken"
         )

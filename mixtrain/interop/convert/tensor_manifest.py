@@ -11,7 +11,7 @@ import torch
 
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.config.schema import Config
-from mixtrain.interop.convert import spans
+from mixtrain.interop.convert import flat_ranges
 from mixtrain.interop.convert.hf_files import Stored
 from mixtrain.interop.convert.output import Advance
 from mixtrain.interop.convert.weights import layout_of
@@ -26,7 +26,7 @@ def entries(
 
     `equal`: bit for bit, after the checkpoint's numbers were brought to the dtype of the file.
     """
-    index = spans.index(config, layout_of(config, tensors), vocabulary)
+    index = flat_ranges.index(config, layout_of(config, tensors), vocabulary)
     for name, shape in index.names.items():
         stored = tensors[name]
         own = hashlib.sha256()
@@ -37,8 +37,8 @@ def entries(
             theirs = stored.part(start, stop)
             ours = [
                 parts.flat(run.key, run.place + low, run.place + high)
-                for run, low, high in spans.overlapping(
-                    index.by_name[name], start, stop, spans.START
+                for run, low, high in flat_ranges.overlapping(
+                    index.by_name[name], start, stop, flat_ranges.START
                 )
             ]
             mine = torch.cat(ours) if len(ours) > 1 else ours[0]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mixtrain.config.key_effects import show, value_of
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import positions
+from mixtrain.interop.convert import rope_config
 
 # The largest sizes that are looked into, far beyond every model: with larger ones names are made
 # for minutes, and the shapes of tensors are beyond what a number holds.
@@ -228,8 +228,8 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
             "auto_map: the model wants code of its own, and none but transformers' is known or run"
         )
     wrong += _sizes(values, architecture)
-    wrong += positions.window(values, architecture.name, switched=architecture is QWEN3_MOE)
-    theta, wrong_rope = positions.rope(
+    wrong += rope_config.window(values, architecture.name, switched=architecture is QWEN3_MOE)
+    theta, wrong_rope = rope_config.rope(
         values, architecture.name, architecture.defaults["rope_theta"]
     )
     if wrong + wrong_rope:
@@ -252,7 +252,11 @@ def absent(values: Mapping[str, Any]) -> list[str]:
     """`key = value` of what from_hugging_face takes by transformers' default, as config.json has no such key."""
     architecture = _of_model_type(values)
     given = _by_its_names(values, architecture)
-    silent = ("head_dim", "sliding_window", *(["rope_theta"] if positions.has_base(values) else []))
+    silent = (
+        "head_dim",
+        "sliding_window",
+        *(["rope_theta"] if rope_config.has_base(values) else []),
+    )
     return [
         f"{name} = {show(value)}"
         for name, value in architecture.defaults.items()
@@ -273,7 +277,7 @@ def beside_the_architecture(values: Mapping[str, Any]) -> dict[str, Any]:
     }
     own |= {
         *architecture.also,
-        *positions.KEYS,
+        *rope_config.KEYS,
         "auto_map",
         "quantization_config",
         "compression_config",
