@@ -7,8 +7,10 @@ decides how they are trained (losses beside the LM loss, jitter, dropout, first 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from mixtrain.config.families import FAMILIES, family_of
+from mixtrain.config.families.family import ANY, COMMON_REQUIREMENTS, Family
 from mixtrain.config.key_effects import show, value_of
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
@@ -32,81 +34,6 @@ MOST_OF_OTHERS = 2**31 - 1
 MOST_NAMES = 2**18  # layers times experts, and layers times key/value heads
 
 
-class Architecture(NamedTuple):
-    """A model of transformers that mixtrain can be."""
-
-    name: str  # as a sentence has it
-    model_type: str
-    class_name: str
-    same: list[tuple[str, str]]  # a key of config.json, and ours
-    defaults: dict[str, Any]  # what transformers takes where config.json has no such key
-    # what such a model must have, where config.json has it at all: spellings of one value
-    fixed: dict[str, list[Any]]
-    also: dict[str, str]  # other names of keys, old or new
-    # the key that says whether a token's weights are divided by their sum; None: they are
-    normalised: str | None
-    qk_layernorm: bool
-
-
-# fmt: off
-SAME = [
-    ("num_hidden_layers",       "model.num_layers"),
-    ("hidden_size",             "model.hidden_size"),
-    ("num_attention_heads",     "model.num_attention_heads"),
-    ("num_key_value_heads",     "model.num_query_groups"),
-    ("head_dim",                "model.kv_channels"),  # null: hidden_size / num_attention_heads
-    ("num_experts_per_tok",     "model.moe_router_topk"),
-    ("vocab_size",              "model.vocab_size"),
-    ("max_position_embeddings", "model.max_position_embeddings"),
-    ("rms_norm_eps",            "model.layernorm_epsilon"),
-]
-FIXED = {"hidden_act": ["silu", "swish"]}
-
-MIXTRAL = Architecture(
-    "Mixtral", "mixtral", "MixtralForCausalLM",
-    [*SAME,
-        ("num_local_experts",   "model.num_moe_experts"),
-        ("intermediate_size",   "model.moe_ffn_hidden_size")],
-    {
-        "num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "head_dim": None, "num_experts_per_tok": 2, "vocab_size": 32000, "max_position_embeddings": 131072,
-        "rms_norm_eps": 1e-5, "num_local_experts": 8, "intermediate_size": 14336, "rope_theta": 1e6,
-        "sliding_window": None, "tie_word_embeddings": False,
-    },
-    FIXED, {}, None, False)
-QWEN3_MOE = Architecture(
-    "Qwen3-MoE", "qwen3_moe", "Qwen3MoeForCausalLM",
-    [*SAME,
-        ("num_experts",           "model.num_moe_experts"),
-        ("moe_intermediate_size", "model.moe_ffn_hidden_size"),
-        # of a dense layer, which there is none of
-        ("intermediate_size",     "model.ffn_hidden_size")],
-    {
-        "num_hidden_layers": 24, "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4,
-        "head_dim": None, "num_experts_per_tok": 8, "vocab_size": 151936, "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6, "num_experts": 128, "moe_intermediate_size": 768, "intermediate_size": 6144,
-        "rope_theta": 1e4, "sliding_window": 4096, "tie_word_embeddings": False, "norm_topk_prob": False,
-    },
-    FIXED | {"attention_bias": [False], "decoder_sparse_step": [1], "mlp_only_layers": [[], None]},
-    {"num_local_experts": "num_experts"}, "norm_topk_prob", True)
-ARCHITECTURES = {architecture.model_type: architecture for architecture in (MIXTRAL, QWEN3_MOE)}
-
-# Key of ours, the values with which a model is one of them, and why it is not with another.
-WANTED = [
-    ("router.moe_router_score_function", ["softmax"],
-        "{}'s weights of experts are a softmax"),
-    ("router.moe_router_enable_expert_bias", [False],
-        "{} chooses by the scores alone and has no tensor for a bias"),
-    ("router.moe_router_topk_scaling_factor", [None, 1.0],
-        "{} does not scale the weights of a token's experts"),
-    ("router.moe_router_num_groups", [None],
-        "{} chooses among all experts"),
-    ("dispatcher.moe_expert_capacity_factor", [None],
-        "{} drops no tokens"),
-    ("model.moe_shared_expert_intermediate_size", [None],
-        "{} has no expert that sees every token"),
-]
-# fmt: on
 # Fields of TransformerConfig that change how something is computed and not what.
 HARMLESS = (
     "attention_backend",
@@ -116,34 +43,29 @@ HARMLESS = (
 )
 
 
-def architecture_of(config: Config) -> Architecture:
-    """Which of transformers' models a Config is, if any: one has norms of queries and keys, the other has none."""
-    return QWEN3_MOE if config.model.qk_layernorm else MIXTRAL
-
-
 def problems(config: Config) -> list[str]:
     """Why no model of transformers computes what the model of a Config does; none if one does."""
-    name = architecture_of(config).name
+    family = family_of(config)
     found = [
-        f"{key} = {show(value_of(config, key))}: {why.format(name)}; use {show(values[0])}"
-        for key, values, why in WANTED
-        if value_of(config, key) not in values
+        f"{row.key} = {show(value_of(config, row.key))}: {row.reason.format(family.name)};"
+        f" use {'a number' if row.values == [ANY] else show(row.values[0])}"
+        for row in family.unmet(config, [*COMMON_REQUIREMENTS, *family.features])
     ]
     return found + list(_router(config)) + list(_extra(config))
 
 
 def _router(config: Config) -> Iterator[str]:
     """What the weights of the chosen experts are made of."""
-    architecture = architecture_of(config)
+    family = family_of(config)
     pre_softmax = config.router.moe_router_pre_softmax
-    name = architecture.name
+    name = family.name
     whole = (
         f"its weights are softmax scores over all experts, {name}'s are divided by their sum"
         " over the chosen"
     )
     if "sinkhorn" in value_of(config, "router.moe_router_load_balancing_type"):
         yield f"router.moe_router_load_balancing_type = sinkhorn: {whole}; use another"
-    elif pre_softmax and architecture.normalised:
+    elif pre_softmax and family.normalised:
         return  # config.json says so
     if config.model.moe_router_topk == 1:
         yield (
@@ -155,7 +77,7 @@ def _router(config: Config) -> Iterator[str]:
 
 
 def _extra(config: Config) -> Iterator[str]:
-    name = architecture_of(config).name
+    name = family_of(config).name
     for key, value in config.model.extra.items():
         if key not in HARMLESS:
             yield (
@@ -171,22 +93,22 @@ def to_hugging_face(config: Config) -> dict[str, Any]:
     """
     if found := problems(config):
         raise UserError(*found)
-    architecture = architecture_of(config)
+    family = family_of(config)
     theta = float(config.model.rotary_base)
     normalised = (
-        {architecture.normalised: not config.router.moe_router_pre_softmax}
-        if architecture.normalised
+        {family.normalised: not config.router.moe_router_pre_softmax}
+        if family.normalised
         else {}
     )
-    sizes = {theirs: value_of(config, ours) for theirs, ours in architecture.same}
-    if wrong := _sizes(sizes, architecture):
+    sizes = {theirs: value_of(config, ours) for theirs, ours in family.sizes}
+    if wrong := _sizes(sizes, family):
         raise UserError(*[f"config.json: {problem}" for problem in wrong])
     return {
-        "architectures": [architecture.class_name],
-        "model_type": architecture.model_type,
-        **{name: spellings[0] for name, spellings in architecture.fixed.items()},
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        **{name: spellings[0] for name, spellings in family.fixed.items()},
         "sliding_window": None,
-        **({"use_sliding_window": False} if architecture is QWEN3_MOE else {}),
+        **({"use_sliding_window": False} if family.switched_window else {}),
         **sizes,
         **normalised,
         "rope_theta": theta,  # transformers 4
@@ -200,49 +122,48 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
 
     UserError with every value that mixtrain has nothing for.
     """
-    architecture = _of_model_type(values)
+    family = _of_model_type(values)
     wrong = [
         f"{other} = {show(values[other])}, but {name} = {show(values[name])}"
-        for other, name in architecture.also.items()
+        for other, name in family.aliases.items()
         if other in values and name in values and values[other] != values[name]
     ]
-    given = _by_its_names(values, architecture)
+    given = _by_its_names(values, family)
     values = {
-        name: value for name, value in architecture.defaults.items() if name != "rope_theta"
+        name: value for name, value in family.defaults.items() if name != "rope_theta"
     } | given
-    # as transformers reads it
-    if architecture is MIXTRAL and values["num_key_value_heads"] is None:
-        values["num_key_value_heads"] = values["num_attention_heads"]
+    for name, other in family.null_is.items():  # as transformers reads it
+        if values[name] is None:
+            values[name] = values[other]
     wrong += [
-        f"{name} = {show(values[name])}: mixtrain's {architecture.name} has {show(spellings[0])}"
-        for name, spellings in architecture.fixed.items()
+        f"{name} = {show(values[name])}: mixtrain's {family.name} has {show(spellings[0])}"
+        for name, spellings in family.fixed.items()
         if name in values and not _among(values[name], spellings)
     ]
     wrong += [
         f"{name} = {show(values[name])} is not true or false"
-        for name in ("tie_word_embeddings", architecture.normalised)
+        for name in ("tie_word_embeddings", family.normalised)
         if not isinstance(values.get(name, False), bool)
     ]
     if "auto_map" in values:
         wrong.append(
             "auto_map: the model wants code of its own, and none but transformers' is known or run"
         )
-    wrong += _sizes(values, architecture)
-    wrong += rope_config.window(values, architecture.name, switched=architecture is QWEN3_MOE)
+    wrong += _sizes(values, family)
+    wrong += rope_config.window(values, family.name, switched=family.switched_window)
     theta, wrong_rope = rope_config.rope(
-        values, architecture.name, architecture.defaults["rope_theta"]
+        values, family.name, family.defaults["rope_theta"]
     )
     if wrong + wrong_rope:
         raise UserError(*[f"config.json: {problem}" for problem in wrong + wrong_rope])
-    found = {ours: values[theirs] for theirs, ours in architecture.same}
+    found = {ours: values[theirs] for theirs, ours in family.sizes}
     if found["model.kv_channels"] is None:
         found["model.kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
-    normalised = architecture.normalised is None or values[architecture.normalised]
+    normalised = family.normalised is None or values[family.normalised]
     return {"model.ffn_hidden_size": found["model.moe_ffn_hidden_size"]} | found | {
         "model.rotary_base": int(theta),
         "model.untie_embeddings_and_output_weights": not values["tie_word_embeddings"],
-        "model.qk_layernorm": architecture.qk_layernorm,
-        "model.moe_shared_expert_intermediate_size": None,
+        **family.feature_values(),
         "router.moe_router_score_function": "softmax",
         "router.moe_router_pre_softmax": not normalised,
     }  # fmt: skip
@@ -250,8 +171,8 @@ def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def absent(values: Mapping[str, Any]) -> list[str]:
     """`key = value` of what from_hugging_face takes by transformers' default, as config.json has no such key."""
-    architecture = _of_model_type(values)
-    given = _by_its_names(values, architecture)
+    family = _of_model_type(values)
+    given = _by_its_names(values, family)
     silent = (
         "head_dim",
         "sliding_window",
@@ -259,24 +180,24 @@ def absent(values: Mapping[str, Any]) -> list[str]:
     )
     return [
         f"{name} = {show(value)}"
-        for name, value in architecture.defaults.items()
+        for name, value in family.defaults.items()
         if name not in given and name not in silent
     ]
 
 
 def beside_the_architecture(values: Mapping[str, Any]) -> dict[str, Any]:
     """What of a config.json from_hugging_face has no use for, and to_hugging_face no value of its own."""
-    architecture = _of_model_type(values)
+    family = _of_model_type(values)
     own = {
         "architectures",
         "model_type",
         "torch_dtype",
         "dtype",
-        *architecture.defaults,
-        *architecture.fixed,
+        *family.defaults,
+        *family.fixed,
     }
     own |= {
-        *architecture.also,
+        *family.aliases,
         *rope_config.KEYS,
         "auto_map",
         "quantization_config",
@@ -285,18 +206,18 @@ def beside_the_architecture(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in own}
 
 
-def _of_model_type(values: Mapping[str, Any]) -> Architecture:
-    architecture = ARCHITECTURES.get(str(values.get("model_type")))
-    if architecture is None:
-        known = " and ".join(ARCHITECTURES)
+def _of_model_type(values: Mapping[str, Any]) -> Family:
+    family = FAMILIES.get(str(values.get("model_type")))
+    if family is None:
+        known = " and ".join(FAMILIES)
         raise UserError(
             f"config.json: model_type = {show(values.get('model_type'))}: mixtrain converts {known}"
         )
-    return architecture
+    return family
 
 
-def _by_its_names(values: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
-    return {architecture.also.get(name, name): value for name, value in values.items()}
+def _by_its_names(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    return {family.aliases.get(name, name): value for name, value in values.items()}
 
 
 def _among(value: Any, spellings: list[Any]) -> bool:
@@ -306,10 +227,10 @@ def _among(value: Any, spellings: list[Any]) -> bool:
     )
 
 
-def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
+def _sizes(values: Mapping[str, Any], family: Family) -> list[str]:
     """What is wrong with the numbers of a config.json, each alone and one against another."""
     wrong = []
-    for theirs, _ in architecture.same:
+    for theirs, _ in family.sizes:
         value = values[theirs]
         most = MOST.get(theirs, MOST_OF_OTHERS)
         if value is None and theirs == "head_dim":
@@ -321,7 +242,7 @@ def _sizes(values: Mapping[str, Any], architecture: Architecture) -> list[str]:
             wrong.append(f"{theirs} = {show(value)} is not a whole number from 1 to {most:,}")
     if wrong:
         return wrong
-    (experts,) = (theirs for theirs, ours in architecture.same if ours == "model.num_moe_experts")
+    (experts,) = (theirs for theirs, ours in family.sizes if ours == "model.num_moe_experts")
     if values["num_experts_per_tok"] > values[experts]:
         wrong.append(
             f"num_experts_per_tok = {values['num_experts_per_tok']}, but {experts} ="

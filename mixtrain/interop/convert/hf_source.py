@@ -14,6 +14,7 @@ from typing import Any
 from mixtrain.checkpoint import state
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config.choices import Balancing
+from mixtrain.config.families import family_of
 from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import SPECIAL_IDS, special_ids, tokenizer_files, tokenizer_vocab_size
 from mixtrain.errors import UserError
@@ -75,7 +76,7 @@ def to_export(
     source = run_state.hf_source or {"config": {}, "tokenizer": ""}
     # filtered once more: whoever has written the checkpoint may have added to it
     kept = hf_config.beside_the_architecture(
-        source["config"] | {"model_type": hf_config.architecture_of(config).model_type}
+        source["config"] | {"model_type": family_of(config).model_type}
     )
     of_source = {name: kept[name] for name in SPECIAL_IDS if name in kept}
     generation = source.get("generation_config")
@@ -125,6 +126,6 @@ def _trained(config: Config) -> dict[str, float]:
     found = {
         "router_aux_loss_coef": next((weights[kind] for kind in kinds if kind in weights), 0.0)
     }
-    if hf_config.architecture_of(config) is hf_config.MIXTRAL:
+    if family_of(config).jitter:
         found["router_jitter_noise"] = router.moe_input_jitter_eps or 0.0
     return found

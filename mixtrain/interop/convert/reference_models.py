@@ -17,12 +17,12 @@ import transformers
 
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.config import tensor_schema
+from mixtrain.config.families import FAMILIES
 from mixtrain.config.plan import derive, resolve
 from mixtrain.config.schema import Config
 from mixtrain.engine import model, shards
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import hf_config
 from mixtrain.interop.convert.hf_checkpoint import Source, read
 
 SHOWN = 300  # characters of what transformers says
@@ -58,7 +58,7 @@ class HuggingFace:
         self.stored = source.tensors
         self.directory = directory
         self.kind = getattr(
-            transformers, hf_config.ARCHITECTURES[source.values["model_type"]].class_name
+            transformers, FAMILIES[source.values["model_type"]].class_name
         )
         self.config = self._of_transformers(lambda: self.kind.config_class.from_dict(plain(source)))
         self.config._attn_implementation = "eager"

@@ -1,0 +1,48 @@
+"""Qwen3-MoE (Qwen/Qwen3-30B-A3B), as transformers' Qwen3MoeForCausalLM has it. No torch."""
+
+from mixtrain.config.families.family import (
+    ACTIVATION,
+    HEAD_NORMS,
+    MLP_EXPERTS,
+    NO_SHARED_EXPERT,
+    QK_NORM,
+    SIZES,
+    Family,
+)
+
+FAMILY = Family(
+    name="Qwen3-MoE",
+    model_type="qwen3_moe",
+    class_name="Qwen3MoeForCausalLM",
+    sizes=[
+        *SIZES,
+        ("num_experts", "model.num_moe_experts"),
+        ("moe_intermediate_size", "model.moe_ffn_hidden_size"),
+        ("intermediate_size", "model.ffn_hidden_size"),  # of a dense layer: there is none
+    ],
+    defaults={
+        "num_hidden_layers": 24,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "num_experts_per_tok": 8,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "num_experts": 128,
+        "moe_intermediate_size": 768,
+        "intermediate_size": 6144,
+        "rope_theta": 1e4,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "norm_topk_prob": False,
+    },
+    features=[QK_NORM, NO_SHARED_EXPERT],
+    tensors=[*HEAD_NORMS, *MLP_EXPERTS],
+    fixed=ACTIVATION
+    | {"attention_bias": [False], "decoder_sparse_step": [1], "mlp_only_layers": [[], None]},
+    aliases={"num_local_experts": "num_experts"},
+    normalised="norm_topk_prob",
+    switched_window=True,
+)
