@@ -15,7 +15,7 @@ from mixtrain.config.plan import resolve
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import hf_config, tensor_mapping
-from mixtrain.interop.convert.tensor_mapping import HUB, QWEN3_MOE, pieces
+from mixtrain.interop.convert.tensor_mapping import HUB, QWEN3_MOE, mapped_slices
 from mixtrain.interop.convert.weights import to_hugging_face, to_megatron
 
 SMALL = [
@@ -139,10 +139,10 @@ def test_each_part_of_a_megatron_tensor_can_be_converted_alone(layout):
     named = to_hugging_face(config, wholes, layout)
     covered = dict.fromkeys(wholes, 0)
     used = []
-    for part in pieces(config, layout):
+    for part in mapped_slices(config, layout):
         memory = torch.empty(part.shape)
-        part.write(memory, {name: named[name] for name in part.names})
-        assert torch.equal(memory, wholes[part.key][part.numbers])
+        part.fill_megatron(memory, {name: named[name] for name in part.names})
+        assert torch.equal(memory, wholes[part.key][part.stack_index])
         covered[part.key] += memory.numel()
         used += part.names
     assert covered == {key: tensor.numel() for key, tensor in wholes.items()}
@@ -157,21 +157,21 @@ def test_every_tensor_of_the_contract_has_a_row_or_is_refused_by_name():
     for words in (["router=expert_bias"], ["model.moe_shared_expert_intermediate_size=8"]):
         config = small(*words)
         assert set(tensor_schema.shapes(config)) - keys
-        assert hf_config.problems(config)
+        assert hf_config.export_problems(config)
 
 
 def test_a_tensor_without_a_row_and_a_row_without_a_tensor_are_errors(monkeypatch):
     with pytest.raises(
         RuntimeError, match="no row of .*tensor_mapping.py covers .*shared_experts.linear_fc1"
     ):
-        list(pieces(small("model.moe_shared_expert_intermediate_size=8"), "hub"))
+        list(mapped_slices(small("model.moe_shared_expert_intermediate_size=8"), "hub"))
     spare = HUB[0]._replace(key="decoder.layers.mlp.linear_fc3.weight")
     monkeypatch.setattr(tensor_mapping, "HUB", [*HUB, spare])
     with pytest.raises(
         RuntimeError,
-        match="rows of .*tensor_mapping.py are of no tensor: decoder.layers.mlp.linear_fc3.weight",
+        match="rows of .*tensor_mapping.py match no tensor of the model: decoder.layers.mlp.linear_fc3.weight",
     ):
-        list(pieces(small(), "hub"))
+        list(mapped_slices(small(), "hub"))
 
 
 def without(named: dict, name: str) -> dict:

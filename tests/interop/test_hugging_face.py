@@ -306,7 +306,7 @@ def test_another_key_is_noticed_and_the_weights_named_that_it_belongs_to(
 def test_gate_and_up_swapped_are_noticed_and_named(reference, tmp_path, monkeypatch):
     there = reference(FOUR_TO_ONE)
     turned = [
-        row._replace(names=" ".join(row.names.split()[::-1])) if row.cut == "gate_up" else row
+        row._replace(names=" ".join(row.names.split()[::-1])) if row.split == "gate_up" else row
         for row in tensor_mapping.HUB
     ]
     monkeypatch.setattr(tensor_mapping, "HUB", turned)
@@ -320,7 +320,7 @@ def test_gate_and_up_swapped_are_noticed_and_named(reference, tmp_path, monkeypa
 def test_qkv_not_cut_by_group_is_noticed_and_named(reference, tmp_path, monkeypatch):
     there = reference(FOUR_TO_ONE)
     monkeypatch.setitem(
-        tensor_mapping.CUTS, "qkv", lambda tensor, heads: list(tensor.split([64, 16, 16]))
+        tensor_mapping.SPLITS, "qkv", lambda tensor, sizes: list(tensor.split([64, 16, 16]))
     )
     found = differences(compare(there, FOUR_TO_ONE, tmp_path))
     assert found[0] == f"the forward passes part at {ATTENTION}"

@@ -1,7 +1,8 @@
-"""Which Hugging Face tensors make up which part of which Megatron-Core tensor: one table, read in both directions.
+"""Map Megatron-Core tensors to Hugging Face tensors: one table, used in both directions.
 
-Rule: a row says how a Megatron tensor is cut into views that have the Hugging Face tensors' numbers in their order. One
-way writes into these views, the other reads them: the two directions cannot disagree, and neither copies twice.
+Rule: a row says how to split a Megatron tensor into views whose elements are in the order of the
+Hugging Face tensors. Import writes into these views and export reads them, so the two directions
+cannot disagree and neither copies twice.
 """
 
 from __future__ import annotations
@@ -18,204 +19,185 @@ from mixtrain.interop.convert import hf_config
 from mixtrain.interop.convert.hf_config import Architecture
 
 
-class Row(NamedTuple):
-    """The Megatron tensor `key` (config/tensor_schema.py), cut as CUTS says into the Hugging Face tensors `names`.
+class TensorMapping(NamedTuple):
+    """One row: a Megatron tensor and the Hugging Face tensors that it is split into.
 
-    A {layer} or {expert} in the names is an axis of the Megatron tensor, in this order.
+    `key` is a key of config/tensor_schema.py. `names` are separated by spaces; {layer} and {expert}
+    in them are the leading axes of the Megatron tensor.
     """
 
     key: str
-    cut: str
+    split: str  # a key of SPLITS
     names: str
+
+
+def _rows(*rows: tuple[str, str, str]) -> list[TensorMapping]:
+    return [TensorMapping(*row) for row in rows]
 
 
 MEGATRON = tensor_schema.LAYER
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
 MOE = LAYER + "block_sparse_moe."
+EXPERT = MOE + "experts.{expert}."
+QWEN3_EXPERT = LAYER + "mlp.experts.{expert}."
+FC1 = MEGATRON + "mlp.experts.experts.linear_fc1.weight"
+FC2 = MEGATRON + "mlp.experts.experts.linear_fc2.weight"
+ROUTER = MEGATRON + "mlp.router.weight"
 
-# fmt: off The names in files: those on the hub, of transformers 4, and of transformers 5 unless
-# told otherwise.
-HUB = [
-    Row(*row)
-    for row in [
-        ("embedding.word_embeddings.weight", "rows", "model.embed_tokens.weight"),
-        (
-            MEGATRON + "self_attention.linear_qkv.layer_norm_weight",
-            "whole",
-            LAYER + "input_layernorm.weight",
-        ),
-        (
-            MEGATRON + "self_attention.linear_qkv.weight",
-            "qkv",
-            f"{ATTENTION}q_proj.weight {ATTENTION}k_proj.weight {ATTENTION}v_proj.weight",
-        ),  # noqa: E501
-        (MEGATRON + "self_attention.linear_proj.weight", "whole", ATTENTION + "o_proj.weight"),
-        (MEGATRON + "pre_mlp_layernorm.weight", "whole", LAYER + "post_attention_layernorm.weight"),
-        (MEGATRON + "mlp.router.weight", "whole", MOE + "gate.weight"),
-        (
-            MEGATRON + "mlp.experts.experts.linear_fc1.weight",
-            "gate_up",
-            f"{MOE}experts.{{expert}}.w1.weight {MOE}experts.{{expert}}.w3.weight",
-        ),  # noqa: E501
-        (
-            MEGATRON + "mlp.experts.experts.linear_fc2.weight",
-            "whole",
-            MOE + "experts.{expert}.w2.weight",
-        ),
-        ("decoder.final_layernorm.weight", "whole", "model.norm.weight"),
-        ("output_layer.weight", "rows", "lm_head.weight"),
-    ]
-]
-# What is another in transformers 5's memory, and in files that it saves with
+# fmt: off
+# Names in the files on the hub; transformers 4 and (by default) transformers 5 write them.
+HUB = _rows(
+    ("embedding.word_embeddings.weight", "vocab_rows", "model.embed_tokens.weight"),
+    (MEGATRON + "self_attention.linear_qkv.layer_norm_weight", "none",
+        LAYER + "input_layernorm.weight"),
+    (MEGATRON + "self_attention.linear_qkv.weight", "qkv",
+        f"{ATTENTION}q_proj.weight {ATTENTION}k_proj.weight {ATTENTION}v_proj.weight"),
+    (MEGATRON + "self_attention.linear_proj.weight", "none", ATTENTION + "o_proj.weight"),
+    (MEGATRON + "pre_mlp_layernorm.weight", "none", LAYER + "post_attention_layernorm.weight"),
+    (ROUTER, "none", MOE + "gate.weight"),
+    (FC1, "gate_up", f"{EXPERT}w1.weight {EXPERT}w3.weight"),
+    (FC2, "none", EXPERT + "w2.weight"),
+    ("decoder.final_layernorm.weight", "none", "model.norm.weight"),
+    ("output_layer.weight", "vocab_rows", "lm_head.weight"),
+)
+# Replacements for the names that transformers 5 uses in memory, and in files that it saves with
 # save_original_format=False.
-FUSED = [
-    Row(*row)
-    for row in [
-        (MEGATRON + "mlp.router.weight", "whole", LAYER + "mlp.gate.weight"),
-        (
-            MEGATRON + "mlp.experts.experts.linear_fc1.weight",
-            "whole",
-            LAYER + "mlp.experts.gate_up_proj",
-        ),
-        (
-            MEGATRON + "mlp.experts.experts.linear_fc2.weight",
-            "whole",
-            LAYER + "mlp.experts.down_proj",
-        ),
-    ]
-]
-# What is another, or more, in the files of Qwen3-MoE. In memory it is called as Mixtral is.
-QWEN3_MOE = [
-    Row(*row)
-    for row in [
-        (MEGATRON + "self_attention.q_layernorm.weight", "whole", ATTENTION + "q_norm.weight"),
-        (MEGATRON + "self_attention.k_layernorm.weight", "whole", ATTENTION + "k_norm.weight"),
-        (MEGATRON + "mlp.router.weight", "whole", LAYER + "mlp.gate.weight"),
-        (
-            MEGATRON + "mlp.experts.experts.linear_fc1.weight",
-            "gate_up",
-            f"{LAYER}mlp.experts.{{expert}}.gate_proj.weight"
-            f" {LAYER}mlp.experts.{{expert}}.up_proj.weight",
-        ),  # noqa: E501
-        (
-            MEGATRON + "mlp.experts.experts.linear_fc2.weight",
-            "whole",
-            LAYER + "mlp.experts.{expert}.down_proj.weight",
-        ),  # noqa: E501
-    ]
-]
+FUSED = _rows(
+    (ROUTER, "none", LAYER + "mlp.gate.weight"),
+    (FC1, "none", LAYER + "mlp.experts.gate_up_proj"),
+    (FC2, "none", LAYER + "mlp.experts.down_proj"),
+)
+# Replacements and additions for the files of Qwen3-MoE. FUSED is the same for both models.
+QWEN3_MOE = _rows(
+    (MEGATRON + "self_attention.q_layernorm.weight", "none", ATTENTION + "q_norm.weight"),
+    (MEGATRON + "self_attention.k_layernorm.weight", "none", ATTENTION + "k_norm.weight"),
+    (ROUTER, "none", LAYER + "mlp.gate.weight"),
+    (FC1, "gate_up", f"{QWEN3_EXPERT}gate_proj.weight {QWEN3_EXPERT}up_proj.weight"),
+    (FC2, "none", QWEN3_EXPERT + "down_proj.weight"),
+)
 # fmt: on
 LAYOUTS = ("hub", "fused")
 
 
-class Heads(NamedTuple):
-    """What linear_qkv is cut by: key/value groups, the query heads of each, the size of a head."""
+class SplitSizes(NamedTuple):
+    """The sizes that the functions in SPLITS need."""
 
-    groups: int
-    queries: int
-    size: int
-    vocabulary: int | None = None  # rows of the embedding that are the model's; None: all
+    query_groups: int
+    queries_per_group: int
+    head_dim: int
+    hf_vocab_size: int | None = None  # rows of the embedding without padding; None: all rows
 
 
-def cut_whole(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
+def split_none(tensor: torch.Tensor, sizes: SplitSizes) -> list[torch.Tensor]:
     return [tensor]
 
 
-def cut_rows(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
-    """[V, H] without the rows that were added to V to be divisible, which Hugging Face's tensor has not."""
-    return [tensor[: heads.vocabulary]]
+def split_vocab_rows(tensor: torch.Tensor, sizes: SplitSizes) -> list[torch.Tensor]:
+    """[V, H] without the padding rows, which the Hugging Face tensor does not have."""
+    return [tensor[: sizes.hf_vocab_size]]
 
 
-def cut_gate_up(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
-    """[2F, H]: gate, up."""
+def split_gate_up(tensor: torch.Tensor, sizes: SplitSizes) -> list[torch.Tensor]:
+    """[2F, H] as gate and up, [F, H] each."""
     return list(tensor.chunk(2))
 
 
-def cut_qkv(tensor: torch.Tensor, heads: Heads) -> list[torch.Tensor]:
-    """[groups * (queries + 2) * size, H], a group: queries, key, value. Gives [groups, queries or 1, size, H]."""
-    by_group = tensor.view(heads.groups, heads.queries + 2, heads.size, *tensor.shape[1:])
-    return list(by_group.split([heads.queries, 1, 1], dim=1))
+def split_qkv(tensor: torch.Tensor, sizes: SplitSizes) -> list[torch.Tensor]:
+    """[groups * (queries + 2) * head_dim, H] as q, k, v: [groups, queries or 1, head_dim, H] each.
+
+    A group is its queries, then its key, then its value.
+    """
+    groups, queries, head_dim, _ = sizes
+    by_group = tensor.view(groups, queries + 2, head_dim, *tensor.shape[1:])
+    return list(by_group.split([queries, 1, 1], dim=1))
 
 
-# Each gives views, in the order of the row's names. The axes that a view has more than the tensor,
-# its first ones, are one in Hugging Face's.
-CUTS = {"whole": cut_whole, "rows": cut_rows, "gate_up": cut_gate_up, "qkv": cut_qkv}
+# Each function returns views in the order of the row's names. Where a view has more axes than the
+# tensor, its leading axes are one axis of the Hugging Face tensor.
+SPLITS = {
+    "none": split_none,
+    "vocab_rows": split_vocab_rows,
+    "gate_up": split_gate_up,
+    "qkv": split_qkv,
+}
 
 
-class Piece(NamedTuple):
-    """The part [numbers] of the Megatron tensor `key`: it is made of the Hugging Face tensors `names`, and they of it.
+class MappedSlice(NamedTuple):
+    """The slice [stack_index] of the Megatron tensor `key`: exactly the tensors `names`.
 
-    Each can be converted alone: a converter needs the memory of the largest, not of the model.
+    Each slice converts alone: a converter needs memory for the largest slice, not for the model.
     """
 
     key: str
-    numbers: tuple[int, ...]  # the layer, the expert: what the names have, and may be none
-    shape: tuple[int, ...]  # of the part
+    stack_index: tuple[int, ...]  # (), (layer,) or (layer, expert): the placeholders of the names
+    shape: tuple[int, ...]
     names: tuple[str, ...]
-    cut: str
-    heads: Heads
+    split: str
+    sizes: SplitSizes
 
-    def views(self, part: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Name -> a view of a contiguous Megatron part, with the numbers of that Hugging Face tensor in their order."""
-        return dict(zip(self.names, CUTS[self.cut](part, self.heads), strict=True))
+    def views(self, megatron: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Hugging Face name -> view of a contiguous Megatron slice, elements in the same order."""
+        return dict(zip(self.names, SPLITS[self.split](megatron, self.sizes), strict=True))
 
-    def write(self, part: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill a Megatron part from the Hugging Face tensors."""
-        for name, view in self.views(part).items():
+    def fill_megatron(self, megatron: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        """Write the Hugging Face tensors into a Megatron slice."""
+        for name, view in self.views(megatron).items():
             view.copy_(tensors[name].view(view.shape))
 
-    def read(self, part: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The Hugging Face tensors of a Megatron part: views of it, but for q, k and v of several groups."""
+    def to_hugging_face(self, megatron: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name -> Hugging Face tensor of a Megatron slice.
+
+        Views, except q, k and v with several query groups: these are copies.
+        """
         return {
-            name: view.flatten(0, view.dim() - part.dim())
-            for name, view in self.views(part).items()
+            name: view.flatten(0, view.dim() - megatron.dim())
+            for name, view in self.views(megatron).items()
         }
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def hf_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of the Hugging Face tensors."""
-        return {
-            name: tuple(view.shape)
-            for name, view in self.read(torch.empty(self.shape, device="meta")).items()
-        }
+        tensors = self.to_hugging_face(torch.empty(self.shape, device="meta"))
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def rows(architecture: Architecture, layout: str) -> dict[str, Row]:
+def mapping_rows(architecture: Architecture, layout: str) -> dict[str, TensorMapping]:
     """Key -> row of a model's tensors in a layout, `hub` or `fused`."""
-    table = {row.key: row for row in HUB}
+    rows = list(HUB)
     if architecture is hf_config.QWEN3_MOE:
-        table |= {row.key: row for row in QWEN3_MOE}
-    return table | {"hub": {}, "fused": {row.key: row for row in FUSED}}[layout]
+        rows += QWEN3_MOE
+    rows += {"hub": [], "fused": FUSED}[layout]
+    return {row.key: row for row in rows}
 
 
-def pieces(config: Config, layout: str, vocabulary: int | None = None) -> Iterator[Piece]:
-    """Every part of every Megatron tensor of a resolved Config, in the order in which the model uses the tensors.
+def mapped_slices(
+    config: Config, layout: str, hf_vocab_size: int | None = None
+) -> Iterator[MappedSlice]:
+    """Yield every slice of every Megatron tensor, in the order of tensor_schema.TENSORS.
 
-    `vocabulary`: how many rows of the vocabulary Hugging Face's tensors have, if not all.
+    `config` is resolved. `hf_vocab_size`: rows of the Hugging Face embedding, if the Megatron one
+    is padded. RuntimeError if the table and config/tensor_schema.py do not have the same keys.
     """
     model = config.model
     shapes = tensor_schema.shapes(config)
-    table = rows(hf_config.architecture_of(config), layout)
-    heads = Heads(
+    rows = mapping_rows(hf_config.architecture_of(config), layout)
+    sizes = SplitSizes(
         model.num_query_groups,
         model.num_attention_heads // model.num_query_groups,
         model.kv_channels,
-        vocabulary,
+        hf_vocab_size,
     )
-    if uncovered := [key for key in shapes if key not in table]:
-        raise RuntimeError(
-            f"no row of mixtrain/interop/convert/tensor_mapping.py covers {', '.join(uncovered)}"
-        )
-    if spare := [
-        key for key in table if key not in shapes and tensor_schema.condition(key) != "untied"
-    ]:
-        raise RuntimeError(
-            f"rows of mixtrain/interop/convert/tensor_mapping.py are of no tensor: {', '.join(spare)}"
-        )
-    for key in shapes:
-        templates = table[key].names.split()
+    table = "mixtrain/interop/convert/tensor_mapping.py"
+    if unmapped := [key for key in shapes if key not in rows]:
+        raise RuntimeError(f"no row of {table} covers {', '.join(unmapped)}")
+    # a tied model has no output layer
+    optional = {key for key in rows if tensor_schema.condition(key) == "untied"}
+    if unused := [key for key in rows if key not in shapes and key not in optional]:
+        raise RuntimeError(f"rows of {table} match no tensor of the model: {', '.join(unused)}")
+    for key, shape in shapes.items():
+        templates = rows[key].names.split()
         axes = templates[0].count("{")
-        for numbers in product(*map(range, shapes[key][:axes])):
-            named = dict(zip(("layer", "expert"), numbers, strict=False))
-            names = tuple(template.format(**named) for template in templates)
-            yield Piece(key, numbers, shapes[key][axes:], names, table[key].cut, heads)
+        for stack_index in product(*map(range, shape[:axes])):
+            placeholders = dict(zip(("layer", "expert"), stack_index, strict=False))
+            names = tuple(template.format(**placeholders) for template in templates)
+            yield MappedSlice(key, stack_index, shape[axes:], names, rows[key].split, sizes)
