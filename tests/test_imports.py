@@ -89,7 +89,8 @@ def test_the_walk_finds_what_a_module_that_needs_torch_reaches():
 # From what may import everything to what imports nothing. A room imports those behind it, and never
 # one before it.
 ROOMS = """
-    cli proof interop launch training checkpoint data engine config system errors characters
+    commands cli proof interop launch training checkpoint data engine config system errors characters
+    paths
 """.split()
 BESIDE = {("data", "engine")}  # neither knows the other
 

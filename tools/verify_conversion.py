@@ -87,7 +87,7 @@ def main(words: list[str]) -> int:
     found = hf_checkpoint.read(given.hf_dir)
     for note in found.notes:
         print(note, file=sys.stderr)
-    vocabulary = found.vocabulary(checkpoint_config.state_of(checkpoint), config)
+    vocabulary = found.compared_vocab_size(checkpoint_config.state_of(checkpoint), config)
     keys = check_tensors(found, config, parts, vocabulary)
     if given.verify == "full":
         hashed(checkpoint_config.Hashes(checkpoint, parts.files(keys)))
@@ -117,16 +117,20 @@ def check_tensors(found, config, parts, vocabulary: int) -> list[str]:
     )
 
     hf_config.to_hugging_face(config)
-    own = checkpoint_config.configuration(found.facts)
+    own = checkpoint_config.configuration(found.overrides)
     layout = weights.layout_of(own, found.tensors)
-    weights.check(flat_ranges.index(own, layout).names, found.tensors, hf_files.NAMES, mixed=True)
-    index = flat_ranges.index(config, weights.layout_of(config, found.tensors), vocabulary)
-    weights.check(index.names, found.tensors, hf_files.NAMES, mixed=True)
-    if missing := [key for key, shape in index.shapes.items() if parts.shapes.get(key) != shape]:
+    weights.check_tensors(
+        flat_ranges.build_index(own, layout).hf_shapes, found.tensors, hf_files.NAMES, mixed=True
+    )
+    index = flat_ranges.build_index(config, weights.layout_of(config, found.tensors), vocabulary)
+    weights.check_tensors(index.hf_shapes, found.tensors, hf_files.NAMES, mixed=True)
+    if missing := [
+        key for key, shape in index.megatron_shapes.items() if parts.shapes.get(key) != shape
+    ]:
         raise UserError(
-            f"{parts.directory} has no {missing[0]} of shape {list(index.shapes[missing[0]])}"
+            f"{parts.directory} has no {missing[0]} of shape {list(index.megatron_shapes[missing[0]])}"
         )
-    return list(index.shapes)
+    return list(index.megatron_shapes)
 
 
 def one_rank(config, precision: str):
@@ -154,18 +158,18 @@ def one_rank(config, precision: str):
 def verify(given, found, config, parts, here) -> int:
     """A line for each layer, and the verdict."""
     from mixtrain.interop.convert.layer_comparison import compare, random_tokens
-    from mixtrain.interop.convert.reference_models import HuggingFace, Megatron
+    from mixtrain.interop.convert.reference_models import HuggingFaceLayers, MegatronLayers
 
-    tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
+    tokens = random_tokens(found.overrides["model.vocab_size"], given.sequences, given.length)
     layers = min(given.layers or config.model.num_layers, config.model.num_layers)
-    there = HuggingFace(given.hf_dir, dtype_of(given.precision))
+    there = HuggingFaceLayers(given.hf_dir, dtype_of(given.precision))
     print(
         f"{given.hf_dir} and {parts.directory}: {tokens.numel()} tokens, {layers} layers,"
         f" {given.precision}"
     )
     print(" layer  hidden states apart  of the largest     cosine  tokens to other experts")
     shown = 0
-    for verdict in compare(there, Megatron(config, parts, here), layers, tokens):
+    for verdict in compare(there, MegatronLayers(config, parts, here), layers, tokens):
         for row in verdict.layers[shown:]:
             shown += 1
             print(
@@ -189,14 +193,14 @@ def verify(given, found, config, parts, here) -> int:
 def self_test(given, found, config, parts, here) -> int:
     """Damage one thing after another; each must be caught, and the undamaged model must not."""
     from mixtrain.interop.convert.layer_comparison import DAMAGES, compare, damaged, random_tokens
-    from mixtrain.interop.convert.reference_models import HuggingFace, Megatron
+    from mixtrain.interop.convert.reference_models import HuggingFaceLayers, MegatronLayers
 
-    tokens = random_tokens(found.facts["model.vocab_size"], given.sequences, given.length)
-    there = HuggingFace(given.hf_dir, dtype_of(given.precision))
+    tokens = random_tokens(found.overrides["model.vocab_size"], given.sequences, given.length)
+    there = HuggingFaceLayers(given.hf_dir, dtype_of(given.precision))
     caught = 0
     for name in ("nothing", *DAMAGES):
         side = (
-            Megatron(config, parts, here)
+            MegatronLayers(config, parts, here)
             if name == "nothing"
             else damaged(name, config, parts, here)
         )

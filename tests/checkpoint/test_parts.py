@@ -41,50 +41,51 @@ SMALL = [
 @pytest.mark.parametrize("layout", ["hub", "fused"])
 @pytest.mark.parametrize("words", [[], ["model.qk_layernorm=true"], ["model.num_query_groups=1"]])
 def test_runs_cover_every_element_of_both_sides_once(words, layout):
-    index = flat_ranges.index(resolve(config_of(*SMALL, *words)), layout)
+    index = flat_ranges.build_index(resolve(config_of(*SMALL, *words)), layout)
     for key, several in index.by_key.items():
         at = 0
         for run in several:
-            assert run.place == at
+            assert run.megatron_start == at
             at += run.count
-        assert at == math.prod(index.shapes[key])
-    assert index.by_name.keys() == index.names.keys()
+        assert at == math.prod(index.megatron_shapes[key])
+    assert index.by_name.keys() == index.hf_shapes.keys()
     for name, several in index.by_name.items():
         at = 0
         for run in several:
-            assert run.start == at
+            assert run.hf_start == at
             at += run.count
-        assert at == math.prod(index.names[name])
+        assert at == math.prod(index.hf_shapes[name])
 
 
 def test_overlapping_gives_what_a_range_has_of_each_run():
     several = [
-        flat_ranges.Run("a", 0, "k", 0, 10),
-        flat_ranges.Run("a", 10, "k", 50, 5),
-        flat_ranges.Run("a", 15, "k", 20, 5),
+        flat_ranges.FlatRange("a", 0, "k", 0, 10),
+        flat_ranges.FlatRange("a", 10, "k", 50, 5),
+        flat_ranges.FlatRange("a", 15, "k", 20, 5),
     ]
     found = [
-        (run.place, low, high)
-        for run, low, high in flat_ranges.overlapping(several, 8, 17, flat_ranges.START)
+        (run.megatron_start, low, high)
+        for run, low, high in flat_ranges.overlapping(several, 8, 17, flat_ranges.HF_START)
     ]
     assert found == [(0, 8, 10), (50, 0, 5), (20, 0, 2)]
 
 
 def test_overlapping_of_every_range_is_what_a_range_has_of_each_run():
     several = [
-        flat_ranges.Run("a", 0, "k", 30, 4),
-        flat_ranges.Run("a", 4, "k", 0, 1),
-        flat_ranges.Run("a", 5, "k", 10, 6),
+        flat_ranges.FlatRange("a", 0, "k", 30, 4),
+        flat_ranges.FlatRange("a", 4, "k", 0, 1),
+        flat_ranges.FlatRange("a", 5, "k", 10, 6),
     ]
     for start in range(12):
         for stop in range(start, 12):
             whole = [
-                (run, max(start - run.start, 0), min(stop - run.start, run.count))
+                (run, max(start - run.hf_start, 0), min(stop - run.hf_start, run.count))
                 for run in several
             ]
             expected = [(run, low, high) for run, low, high in whole if low < high]
             assert (
-                list(flat_ranges.overlapping(several, start, stop, flat_ranges.START)) == expected
+                list(flat_ranges.overlapping(several, start, stop, flat_ranges.HF_START))
+                == expected
             )
 
 
@@ -104,22 +105,30 @@ def test_tensors_come_layer_after_layer_and_within_one_as_the_model_uses_them():
         ]
 
     expected = ["model.embed_tokens", *of_layer(0), *of_layer(1), "model.norm", "lm_head"]
-    index = flat_ranges.index(resolve(config_of(*SMALL)), "hub")
-    assert list(index.names) == [f"{name}.weight" for name in expected]
+    index = flat_ranges.build_index(resolve(config_of(*SMALL)), "hub")
+    assert list(index.hf_shapes) == [f"{name}.weight" for name in expected]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_runs_are_as_few_as_groups_of_heads_allow(groups):
-    index = flat_ranges.index(resolve(config_of(*SMALL, f"model.num_query_groups={groups}")), "hub")
+    index = flat_ranges.build_index(
+        resolve(config_of(*SMALL, f"model.num_query_groups={groups}")), "hub"
+    )
     in_parts = {name for name, several in index.by_name.items() if len(several) > 1}
-    cut = {name for name in index.names if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")}
+    cut = {
+        name for name in index.hf_shapes if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj")
+    }
     assert in_parts == (cut if groups > 1 else set())
     assert {len(index.by_name[name]) for name in cut} == {groups}
 
 
 def test_a_tensor_of_one_element_is_one_run():
-    piece = tensor_mapping.Piece("key", (), (1,), ("name",), "whole", tensor_mapping.Heads(1, 1, 1))
-    assert list(flat_ranges.runs(piece, (1,))) == [flat_ranges.Run("name", 0, "key", 0, 1)]
+    piece = tensor_mapping.MappedSlice(
+        "key", (), (1,), ("name",), "none", tensor_mapping.SplitSizes(1, 1, 1)
+    )
+    assert list(flat_ranges.flat_ranges(piece, (1,))) == [
+        flat_ranges.FlatRange("name", 0, "key", 0, 1)
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -479,7 +479,7 @@ def test_memory_does_not_grow_with_the_model(hub, tmp_path):
     large.mkdir()
     (large / "config.json").write_text(json.dumps(values))
     found = hf_config.from_hugging_face(values)
-    names = flat_ranges.index(checkpoint_config.configuration(found), "hub").names
+    names = flat_ranges.build_index(checkpoint_config.configuration(found), "hub").hf_shapes
     save_file(
         {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in names.items()},
         large / "model.safetensors",

@@ -117,12 +117,12 @@ REFUSALS = {
     "config.json is refused: no regular file": lambda folder: a_pipe(folder / "config.json"),
     "config.json is missing": lambda folder: (folder / "config.json").unlink(),
     "model_type = llama": lambda folder: change_config(folder, model_type="llama"),
-    "auto_map: the model wants code of its own": lambda folder: change_config(
+    "auto_map: the model needs its own code": lambda folder: change_config(
         folder, auto_map={"AutoModel": "m.M"}
     ),
     "model.moe_router_topk = 1": lambda folder: change_config(folder, num_experts_per_tok=1),
     "has both": lambda folder: save_file({"a": torch.zeros(1)}, folder / "model.safetensors"),
-    f"{GATE}, which model.safetensors.index.json does not name": lambda folder: change_index(
+    f"{GATE}, which model.safetensors.index.json does not list": lambda folder: change_index(
         folder, lambda names: names.pop(GATE)
     ),
     "model.layers.3.input_layernorm.weight is missing": lambda folder: change_config(

@@ -114,8 +114,7 @@ def test_buffers_of_the_rotary_embedding_are_left_out_where_they_are_what_the_ba
     change(there, lambda tensors: tensors | {name: frequencies(1e4, dtype) for name in names})
     (said,) = taken(there, tmp_path / "out", capfd)
     assert (
-        "rotary_emb.inv_freq (and 3 like it) is left out: it is what rope_theta = 10000 makes"
-        in said
+        "rotary_emb.inv_freq (and 3 like it) is left out: rope_theta = 10000 gives the same" in said
     )
     to_hf.convert(tmp_path / "out", tmp_path / "back")
     assert (
@@ -130,7 +129,7 @@ def test_buffers_of_another_base_are_refused_with_it(buffer, there, tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change(there, lambda tensors: tensors | {name: buffer.clone()})
     assert refused(there, tmp_path / "out").startswith(
-        f"{name} is not what head_dim = 16 and rope_theta = 10000 make of it"
+        f"{name} does not match head_dim = 16 and rope_theta = 10000"
     )
 
 
@@ -141,7 +140,7 @@ def test_what_a_wrapper_puts_before_all_names_is_taken_off(prefix, there, tmp_pa
     change(there, lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
     said = taken(there, tmp_path / "out", capfd)
     assert len(said) == prefix.count(".") - prefix.startswith("base_model")
-    assert all(" is taken off the names of all " in line for line in said)
+    assert all(" is removed from the names of all " in line for line in said)
     to_hf.convert(tmp_path / "out", tmp_path / "back")
     assert (
         hf_models.unequal(hf_models.saved("mixtral", tmp_path / "plain"), tmp_path / "back") == []
@@ -164,7 +163,7 @@ def test_a_prefix_of_some_names_is_refused(there, tmp_path):
 def test_the_only_file_may_have_another_name_and_one_of_several_may_not(there, tmp_path, capfd):
     (there / "model.safetensors").rename(there / "weights.safetensors")
     (said,) = taken(there, tmp_path / "out", capfd)
-    assert said == "weights.safetensors is taken for model.safetensors"
+    assert said == "weights.safetensors is used as model.safetensors"
     (there / "weights.safetensors").rename(there / "model-00001-of-00002.safetensors")
     assert "model-00001-of-00002.safetensors, but no model.safetensors.index.json" in refused(
         there, tmp_path / "x"
@@ -189,8 +188,8 @@ def test_keys_that_are_absent_are_said_in_one_line(there, tmp_path, capfd):
     (there / "config.json").write_text(json.dumps(values))
     (said,) = taken(there, tmp_path / "out", capfd)
     assert said == (
-        "config.json says nothing of num_experts_per_tok = 2, rms_norm_eps = 1e-05: transformers'"
-        " default is taken"
+        "config.json lacks keys; transformers' defaults are used: num_experts_per_tok = 2,"
+        " rms_norm_eps = 1e-05"
     )
 
 
@@ -243,7 +242,7 @@ def test_a_note_of_quantisation_over_plain_weights_is_refused_by_both_tools(valu
     said = refused(there, tmp_path / "out")
     assert (
         "has quantization_config (quantised by " in said
-        and "no tensor is quantised: take the key out" in said
+        and "no tensor is quantised: remove the key" in said
     )
     with pytest.raises(UserError, match="no tensor is quantised"):
         verify_conversion.main([str(there), str(tmp_path / "plain")])
@@ -255,7 +254,7 @@ def test_an_adapter_is_refused_with_the_call_that_merges_it(there, tmp_path):
     said = refused(there, tmp_path / "out")
     call = shlex.split(said.partition("merge it first: ")[2].partition("; if these")[0])
     assert (
-        f"{there} has adapter_config.json: an adapter of peft, not a model; merge it first: python"
+        f"{there} has adapter_config.json: a peft adapter, not a model; merge it first: python"
         " -c " in said
     )
     assert call[:2] == ["python", "-c"] and "merge_and_unload()" in said
@@ -264,7 +263,7 @@ def test_an_adapter_is_refused_with_the_call_that_merges_it(there, tmp_path):
 def test_an_adapter_in_the_names_of_a_model_is_refused(there, tmp_path):
     change(there, lambda tensors: tensors | {f"{Q}.lora_A.weight": torch.zeros(2, 64)})
     assert refused(there, tmp_path / "out").startswith(
-        f"{Q}.lora_A.weight is of an adapter of peft that is not merged"
+        f"{Q}.lora_A.weight belongs to a peft adapter that is not merged"
     )
 
 
@@ -288,10 +287,13 @@ def test_a_shard_of_a_quantised_model_is_found_in_any_file(hub, tmp_path):
     tensors = load_file(path)
     save_file(tensors | {"a.qweight": torch.zeros(2, dtype=torch.int32)}, path)
     change_index(folder, lambda names: names.__setitem__("a.qweight", path.name))
-    assert "a.qweight is of a model that is quantised by GPTQ or AWQ" in refused(
+    assert "a.qweight belongs to a model quantised by GPTQ or AWQ" in refused(
         folder, tmp_path / "out"
     )
-    assert unsupported_models.quantised({name: "F32" for name in hf_files.read_tensors(hub)}) == ""
+    assert (
+        unsupported_models.quantised_tensor({name: "F32" for name in hf_files.read_tensors(hub)})
+        == ""
+    )
 
 
 # --- the proof never ends in a traceback
@@ -300,7 +302,7 @@ NO_PROOF = {
     "auto_map: ": dict(auto_map={"AutoModel": "m.M"}),
     "k_proj.weight has shape": dict(num_key_value_heads=None),
     "rope_scaling = ": dict(rope_scaling={"type": "yarn", "factor": 2}),
-    "takes the place of rope_parameters": dict(rope_scaling={"type": "default"}),
+    "instead of rope_parameters": dict(rope_scaling={"type": "default"}),
     "model_type = null": dict(model_type=None),
 }
 

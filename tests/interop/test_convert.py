@@ -4,6 +4,8 @@ Mixtral is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from composing import config_of
@@ -11,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from mixtrain.config import tensor_schema
+from mixtrain.config.families import FAMILIES, family_of
 from mixtrain.config.plan import resolve
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import hf_config, tensor_mapping
-from mixtrain.interop.convert.tensor_mapping import HUB, QWEN3_MOE, pieces
+from mixtrain.interop.convert import hf_config
+from mixtrain.interop.convert.tensor_mapping import mapped_slices
 from mixtrain.interop.convert.weights import to_hugging_face, to_megatron
 
 SMALL = [
@@ -139,39 +142,47 @@ def test_each_part_of_a_megatron_tensor_can_be_converted_alone(layout):
     named = to_hugging_face(config, wholes, layout)
     covered = dict.fromkeys(wholes, 0)
     used = []
-    for part in pieces(config, layout):
+    for part in mapped_slices(config, layout):
         memory = torch.empty(part.shape)
-        part.write(memory, {name: named[name] for name in part.names})
-        assert torch.equal(memory, wholes[part.key][part.numbers])
+        part.fill_megatron(memory, {name: named[name] for name in part.names})
+        assert torch.equal(memory, wholes[part.key][part.stack_index])
         covered[part.key] += memory.numel()
         used += part.names
     assert covered == {key: tensor.numel() for key, tensor in wholes.items()}
     assert sorted(used) == sorted(named)
 
 
+FEATURES = {"mixtral": [], "qwen3_moe": ["model.qk_layernorm=true"]}  # as overrides
+
+
 def test_every_tensor_of_the_contract_has_a_row_or_is_refused_by_name():
-    keys = {row.key for row in HUB}
-    assert {row.key for row in tensor_schema.TENSORS if row.when in ("always", "untied")} == keys
-    qwen3 = {row.key for row in QWEN3_MOE}
-    assert {row.key for row in tensor_schema.TENSORS if row.when == "qk"} == qwen3 - keys
+    assert FAMILIES.keys() == FEATURES.keys()
+    for name, overrides in FEATURES.items():
+        assert family_of(small(*overrides)) is FAMILIES[name]
+        keys = FAMILIES[name].tensor_mapping("hub").keys()
+        assert keys == tensor_schema.shapes(small(*overrides)).keys()
+        assert keys == FAMILIES[name].tensor_mapping("fused").keys()
+    keys = FAMILIES["mixtral"].tensor_mapping("hub").keys()
     for words in (["router=expert_bias"], ["model.moe_shared_expert_intermediate_size=8"]):
         config = small(*words)
         assert set(tensor_schema.shapes(config)) - keys
-        assert hf_config.problems(config)
+        assert hf_config.export_problems(config)
 
 
 def test_a_tensor_without_a_row_and_a_row_without_a_tensor_are_errors(monkeypatch):
     with pytest.raises(
-        RuntimeError, match="no row of .*tensor_mapping.py covers .*shared_experts.linear_fc1"
+        RuntimeError, match="no row of .*families/mixtral.py covers .*shared_experts.linear_fc1"
     ):
-        list(pieces(small("model.moe_shared_expert_intermediate_size=8"), "hub"))
-    spare = HUB[0]._replace(key="decoder.layers.mlp.linear_fc3.weight")
-    monkeypatch.setattr(tensor_mapping, "HUB", [*HUB, spare])
+        list(mapped_slices(small("model.moe_shared_expert_intermediate_size=8"), "hub"))
+    mixtral = FAMILIES["mixtral"]
+    spare = mixtral.tensors[0]._replace(key="decoder.layers.mlp.linear_fc3.weight")
+    monkeypatch.setitem(FAMILIES, "mixtral", replace(mixtral, tensors=[*mixtral.tensors, spare]))
     with pytest.raises(
         RuntimeError,
-        match="rows of .*tensor_mapping.py are of no tensor: decoder.layers.mlp.linear_fc3.weight",
+        match="rows of .*families/mixtral.py match no tensor of the model: "
+        "decoder.layers.mlp.linear_fc3.weight",
     ):
-        list(pieces(small(), "hub"))
+        list(mapped_slices(small(), "hub"))
 
 
 def without(named: dict, name: str) -> dict:

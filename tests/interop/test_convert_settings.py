@@ -38,7 +38,7 @@ NO_MIXTRAL = {
 @pytest.mark.parametrize("reason", NO_MIXTRAL)
 def test_a_configuration_that_is_no_mixtral_is_refused_by_key_and_value(reason):
     config = small(*NO_MIXTRAL[reason])
-    (problem,) = hf_config.problems(config)
+    (problem,) = hf_config.export_problems(config)
     assert problem.startswith(reason + ": ")
     for refuse in (
         lambda: hf_config.to_hugging_face(config),
@@ -50,7 +50,7 @@ def test_a_configuration_that_is_no_mixtral_is_refused_by_key_and_value(reason):
 
 
 def test_an_expert_bias_is_refused_with_its_sigmoid():
-    found = hf_config.problems(small("router=expert_bias"))
+    found = hf_config.export_problems(small("router=expert_bias"))
     assert [problem.split(" = ")[0] for problem in found] == [
         "router.moe_router_score_function",
         "router.moe_router_enable_expert_bias",
@@ -70,7 +70,7 @@ def test_an_expert_bias_is_refused_with_its_sigmoid():
     ],
 )
 def test_what_only_decides_the_training_leaves_it_a_mixtral(words):
-    assert hf_config.problems(small(*words)) == []
+    assert hf_config.export_problems(small(*words)) == []
 
 
 # mistralai/Mixtral-8x7B-v0.1, config.json, as transformers 4 wrote it
@@ -138,9 +138,8 @@ REFUSED_VALUES = {
     "hidden_act = gelu: mixtrain's Mixtral has silu": {"hidden_act": "gelu"},
     "sliding_window = 4096: mixtrain's Mixtral has null": {"sliding_window": 4096},
     "model_type = mistral: mixtrain converts mixtral and qwen3_moe": {"model_type": "mistral"},
-    "auto_map: the model wants code of its own, and none but transformers' is known or run": {
-        "auto_map": {"A": "b.C"}
-    },
+    "auto_map: the model needs its own code; mixtrain runs none and supports only models that"
+    " transformers implements": {"auto_map": {"A": "b.C"}},
     "rope_scaling = {'factor': 2.0}: mixtrain's Mixtral has null": {
         "rope_scaling": {"factor": 2.0}
     },
@@ -158,8 +157,8 @@ REFUSED_VALUES = {
     "rope_scaling = {'type': 'linear', 'factor': 2.0}: mixtrain's Mixtral has null": {
         "rope_scaling": {"type": "linear", "factor": 2.0},
     },
-    "rope_parameters.rope_theta = 5.0, but rope_scaling takes the place of rope_parameters in"
-    " transformers, with rope_theta = 1000000.0; leave rope_scaling out": {
+    "rope_parameters.rope_theta = 5.0, but transformers reads rope_scaling instead of"
+    " rope_parameters, with rope_theta = 1000000.0; leave rope_scaling out": {
         "rope_theta": ...,
         "rope_parameters": {"rope_theta": 5.0},
         "rope_scaling": {"type": "default"},
@@ -179,12 +178,12 @@ REFUSED_VALUES = {
     },
     f"hidden_size = {10**30} is not a whole number from 1 to 1,048,576": {"hidden_size": 10**30},
     "vocab_size = 4294967296 is not a whole number from 1 to 2,147,483,647": {"vocab_size": 2**32},
-    "num_hidden_layers = 16000 with num_local_experts = 60000 is beyond every model": {
+    "num_hidden_layers = 16000 with num_local_experts = 60000: their product must be at most 262,144": {
         "num_hidden_layers": 16000,
         "num_local_experts": 60000,
         "num_key_value_heads": 1,
     },
-    "num_hidden_layers = 16000 with num_key_value_heads = 32 is beyond every model": {
+    "num_hidden_layers = 16000 with num_key_value_heads = 32: their product must be at most 262,144": {
         "num_hidden_layers": 16000,
         "num_key_value_heads": 32,
     },
@@ -262,7 +261,7 @@ def test_qwen3s_config_json_says_what_our_facts_say_and_goes_through_transformer
 
 def test_only_qwen3_says_whether_the_weights_of_experts_are_normalised():
     config = small("model.qk_layernorm=true", "router.moe_router_pre_softmax=true")
-    assert hf_config.problems(config) == []
+    assert hf_config.export_problems(config) == []
     assert hf_config.to_hugging_face(config)["norm_topk_prob"] is False
     values = hf_config.from_hugging_face(QWEN3_CONFIG_JSON | {"norm_topk_prob": False})
     assert values["router.moe_router_pre_softmax"] is True
@@ -342,9 +341,9 @@ def test_a_key_that_is_absent_has_the_value_that_transformers_gives_it(config_cl
     assert hf_config.from_hugging_face(bare) == hf_config.from_hugging_face(
         config_class().to_dict()
     )
-    said = hf_config.absent(bare)
+    said = hf_config.defaulted_keys(bare)
     assert "num_experts_per_tok = 2" in said or "num_experts_per_tok = 8" in said
     assert any(line.startswith("rope_theta = 1") for line in said)
-    assert hf_config.absent(config_class().to_dict()) == []
-    with_base = hf_config.absent(bare | {"rope_parameters": {"rope_theta": 5.0}})
+    assert hf_config.defaulted_keys(config_class().to_dict()) == []
+    with_base = hf_config.defaulted_keys(bare | {"rope_parameters": {"rope_theta": 5.0}})
     assert with_base == [line for line in said if not line.startswith("rope_theta")]

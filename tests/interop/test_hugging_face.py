@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
+from mixtrain.config.families import FAMILIES
 from mixtrain.config.plan import Plan, resolve
 from mixtrain.config.schema import Config
 from mixtrain.engine import model, optimizer, process_groups, shards
@@ -305,11 +307,12 @@ def test_another_key_is_noticed_and_the_weights_named_that_it_belongs_to(
 
 def test_gate_and_up_swapped_are_noticed_and_named(reference, tmp_path, monkeypatch):
     there = reference(FOUR_TO_ONE)
-    turned = [
-        row._replace(names=" ".join(row.names.split()[::-1])) if row.cut == "gate_up" else row
-        for row in tensor_mapping.HUB
+    mixtral = FAMILIES["mixtral"]
+    swapped = [
+        row._replace(names=" ".join(row.names.split()[::-1])) if row.split == "gate_up" else row
+        for row in mixtral.tensors
     ]
-    monkeypatch.setattr(tensor_mapping, "HUB", turned)
+    monkeypatch.setitem(FAMILIES, "mixtral", replace(mixtral, tensors=swapped))
     found = differences(compare(there, FOUR_TO_ONE, tmp_path))
     expert = "model.layers.0.block_sparse_moe.experts.0"
     assert found[0].startswith(
@@ -320,7 +323,7 @@ def test_gate_and_up_swapped_are_noticed_and_named(reference, tmp_path, monkeypa
 def test_qkv_not_cut_by_group_is_noticed_and_named(reference, tmp_path, monkeypatch):
     there = reference(FOUR_TO_ONE)
     monkeypatch.setitem(
-        tensor_mapping.CUTS, "qkv", lambda tensor, heads: list(tensor.split([64, 16, 16]))
+        tensor_mapping.SPLITS, "qkv", lambda tensor, sizes: list(tensor.split([64, 16, 16]))
     )
     found = differences(compare(there, FOUR_TO_ONE, tmp_path))
     assert found[0] == f"the forward passes part at {ATTENTION}"

@@ -54,7 +54,7 @@ def found_by(
         own = checkpoint_config.for_one_rank(config, precision)
         tokens = layer_comparison.random_tokens(config.model.vocab_size, 2, 48)
         with process_groups.start(derive(own), identity) as here:
-            theirs = reference_models.HuggingFace(
+            theirs = reference_models.HuggingFaceLayers(
                 there, {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
             )
             found = []
@@ -62,7 +62,7 @@ def found_by(
                 ours = (
                     layer_comparison.damaged(name, own, parts, here)
                     if name
-                    else reference_models.Megatron(own, parts, here)
+                    else reference_models.MegatronLayers(own, parts, here)
                 )
                 *_, verdict = layer_comparison.compare(
                     theirs, ours, config.model.num_layers, tokens

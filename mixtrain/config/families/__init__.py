@@ -1,4 +1,4 @@
-"""One file per model family of Hugging Face: its tensors, its config.json, its published models. No torch.
+"""One file per model family of Hugging Face: tensors, config.json, published models. No torch.
 
 A family's file defines FAMILY. To add one, add its file and an option of conf/model.
 """
@@ -20,5 +20,5 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of(config: Config) -> Family:
-    """Return the family with the tensors of a Config, or the one that differs in the fewest keys."""
+    """Return the family that has the tensors of a Config, or differs in the fewest keys."""
     return min(FAMILIES.values(), key=lambda family: len(family.unmet(config, family.features)))

@@ -10,15 +10,15 @@ from mixtrain.config.key_effects import value_of
 from mixtrain.config.schema import Config
 
 
-class HfTensors(NamedTuple):
-    """The Megatron tensor `key` (config/tensor_schema.py) and the Hugging Face tensors it is made of.
+class TensorMapping(NamedTuple):
+    """A Megatron tensor and the Hugging Face tensors that it is split into.
 
-    `split` is a key of SPLITS in interop/convert/tensor_mapping.py. A {layer} or {expert} in `names`
-    is a leading axis of the Megatron tensor, in this order.
+    `key` is a key of config/tensor_schema.py. `names` are separated by spaces; {layer} and {expert}
+    in them are the leading axes of the Megatron tensor.
     """
 
     key: str
-    split: str
+    split: str  # a key of SPLITS in interop/convert/tensor_mapping.py
     names: str
 
 
@@ -43,15 +43,16 @@ class Family:
     Attributes:
         name: as a sentence has it.
         model_type, class_name: of config.json.
-        sizes: keys of config.json with the key of ours that has the same value.
-        defaults: what transformers takes for a key that config.json does not have.
+        keys: (key of config.json, key of Config) with the same value.
+        defaults: transformers' values for keys missing from config.json.
         features: requirements that decide which tensors the model has; they tell families apart.
         tensors: Hugging Face's tensors in files ("hub"), by Megatron key.
-        fixed: values that config.json must have where it has the key: spellings of one value.
-        aliases: other names of keys of config.json.
-        normalised: the key that says whether a token's weights are divided by their sum, or None.
+        fixed: keys that config.json may have with these values only, all of the same meaning.
+        aliases: other key, old or new -> the key above.
+        norm_topk_key: whether the weights of a token's experts are divided by their sum;
+            None: always.
         null_is: a key of config.json that may be null, and the key whose value it then has.
-        switched_window: sliding_window counts only where use_sliding_window is true.
+        has_window_switch: sliding_window counts only where use_sliding_window is true.
         jitter: config.json has router_jitter_noise.
         published: name on Hugging Face -> (option of conf/model, the keys in which it differs).
     """
@@ -59,15 +60,15 @@ class Family:
     name: str
     model_type: str
     class_name: str
-    sizes: list[tuple[str, str]]
+    keys: list[tuple[str, str]]
     defaults: dict[str, Any]
     features: list[Requirement]
-    tensors: list[HfTensors]
+    tensors: list[TensorMapping]
     fixed: dict[str, list[Any]] = field(default_factory=lambda: dict(ACTIVATION))
     aliases: dict[str, str] = field(default_factory=dict)
-    normalised: str | None = None
+    norm_topk_key: str | None = None
     null_is: dict[str, str] = field(default_factory=dict)
-    switched_window: bool = False
+    has_window_switch: bool = False
     jitter: bool = False
     published: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
 
@@ -78,15 +79,15 @@ class Family:
         """Key of ours -> value, of the features that allow one value."""
         return {row.key: row.values[0] for row in self.features if row.values != [ANY]}
 
-    def rows(self, layout: str) -> dict[str, HfTensors]:
+    def tensor_mapping(self, layout: str) -> dict[str, TensorMapping]:
         """Megatron key -> row, in a layout: `hub` (files) or `fused` (transformers 5 in memory)."""
-        rows = {row.key: row for row in [*COMMON_TENSORS, *self.tensors]}
-        return rows | ({row.key: row for row in FUSED_TENSORS} if layout == "fused" else {})
+        rows = [*COMMON_TENSORS, *self.tensors, *(FUSED_TENSORS if layout == "fused" else [])]
+        return {row.key: row for row in rows}
 
 
 LAYOUTS = ("hub", "fused")
 ACTIVATION = {"hidden_act": ["silu", "swish"]}
-SIZES = [
+KEYS = [
     ("num_hidden_layers", "model.num_layers"),
     ("hidden_size", "model.hidden_size"),
     ("num_attention_heads", "model.num_attention_heads"),
@@ -102,23 +103,31 @@ SIZES = [
 NO_QK_NORM = Requirement("model.qk_layernorm", [False], "{} has no norms of queries and keys")
 QK_NORM = Requirement("model.qk_layernorm", [True], "{} has norms of queries and keys")
 NO_SHARED_EXPERT = Requirement(
-    "model.moe_shared_expert_intermediate_size", [None], "{} has no expert that sees every token"
+    "model.moe_shared_expert_intermediate_size", [None], "{} has no shared expert"
 )
 
 # What no family here expresses.
 COMMON_REQUIREMENTS = [
-    Requirement("router.moe_router_score_function", ["softmax"], "{}'s weights of experts are a softmax"),
+    Requirement(
+        "router.moe_router_score_function",
+        ["softmax"],
+        "{} computes the weights of experts with a softmax",
+    ),
     Requirement(
         "router.moe_router_enable_expert_bias",
         [False],
-        "{} chooses by the scores alone and has no tensor for a bias",
+        "{} routes by the scores alone and has no tensor for a bias",
     ),
     Requirement(
         "router.moe_router_topk_scaling_factor",
         [None, 1.0],
         "{} does not scale the weights of a token's experts",
     ),
-    Requirement("router.moe_router_num_groups", [None], "{} chooses among all experts"),
+    Requirement(
+        "router.moe_router_num_groups",
+        [None],
+        "{} has no expert groups: it routes among all experts",
+    ),
     Requirement("dispatcher.moe_expert_capacity_factor", [None], "{} drops no tokens"),
 ]
 
@@ -126,40 +135,47 @@ MEGATRON = tensor_schema.LAYER
 LAYER = "model.layers.{layer}."
 ATTENTION = LAYER + "self_attn."
 ROUTER = MEGATRON + "mlp.router.weight"
-GATE_UP = MEGATRON + "mlp.experts.experts.linear_fc1.weight"
-DOWN = MEGATRON + "mlp.experts.experts.linear_fc2.weight"
+FC1 = MEGATRON + "mlp.experts.experts.linear_fc1.weight"
+FC2 = MEGATRON + "mlp.experts.experts.linear_fc2.weight"
 QKV = " ".join(f"{ATTENTION}{part}_proj.weight" for part in "qkv")
 
 # The same in every family.
 COMMON_TENSORS = [
-    HfTensors("embedding.word_embeddings.weight", "rows", "model.embed_tokens.weight"),
-    HfTensors(
+    TensorMapping("embedding.word_embeddings.weight", "vocab_rows", "model.embed_tokens.weight"),
+    TensorMapping(
         MEGATRON + "self_attention.linear_qkv.layer_norm_weight",
-        "whole",
+        "none",
         LAYER + "input_layernorm.weight",
     ),
-    HfTensors(MEGATRON + "self_attention.linear_qkv.weight", "qkv", QKV),
-    HfTensors(MEGATRON + "self_attention.linear_proj.weight", "whole", ATTENTION + "o_proj.weight"),
-    HfTensors(
-        MEGATRON + "pre_mlp_layernorm.weight", "whole", LAYER + "post_attention_layernorm.weight"
+    TensorMapping(MEGATRON + "self_attention.linear_qkv.weight", "qkv", QKV),
+    TensorMapping(
+        MEGATRON + "self_attention.linear_proj.weight", "none", ATTENTION + "o_proj.weight"
     ),
-    HfTensors("decoder.final_layernorm.weight", "whole", "model.norm.weight"),
-    HfTensors("output_layer.weight", "rows", "lm_head.weight"),
+    TensorMapping(
+        MEGATRON + "pre_mlp_layernorm.weight", "none", LAYER + "post_attention_layernorm.weight"
+    ),
+    TensorMapping("decoder.final_layernorm.weight", "none", "model.norm.weight"),
+    TensorMapping("output_layer.weight", "vocab_rows", "lm_head.weight"),
 ]
-# The names that differ in transformers 5's memory, and in files saved with save_original_format=False.
+# Replacements for the names that transformers 5 uses in memory, and in files that it saves with
+# save_original_format=False.
 FUSED_TENSORS = [
-    HfTensors(ROUTER, "whole", LAYER + "mlp.gate.weight"),
-    HfTensors(GATE_UP, "whole", LAYER + "mlp.experts.gate_up_proj"),
-    HfTensors(DOWN, "whole", LAYER + "mlp.experts.down_proj"),
+    TensorMapping(ROUTER, "none", LAYER + "mlp.gate.weight"),
+    TensorMapping(FC1, "none", LAYER + "mlp.experts.gate_up_proj"),
+    TensorMapping(FC2, "none", LAYER + "mlp.experts.down_proj"),
 ]
 # The router and the experts in the files of Qwen's and OLMo's Mixture-of-Experts models.
 EXPERT = LAYER + "mlp.experts.{expert}."
 MLP_EXPERTS = [
-    HfTensors(ROUTER, "whole", LAYER + "mlp.gate.weight"),
-    HfTensors(GATE_UP, "gate_up", f"{EXPERT}gate_proj.weight {EXPERT}up_proj.weight"),
-    HfTensors(DOWN, "whole", EXPERT + "down_proj.weight"),
+    TensorMapping(ROUTER, "none", LAYER + "mlp.gate.weight"),
+    TensorMapping(FC1, "gate_up", f"{EXPERT}gate_proj.weight {EXPERT}up_proj.weight"),
+    TensorMapping(FC2, "none", EXPERT + "down_proj.weight"),
 ]
 HEAD_NORMS = [
-    HfTensors(MEGATRON + "self_attention.q_layernorm.weight", "whole", ATTENTION + "q_norm.weight"),
-    HfTensors(MEGATRON + "self_attention.k_layernorm.weight", "whole", ATTENTION + "k_norm.weight"),
+    TensorMapping(
+        MEGATRON + "self_attention.q_layernorm.weight", "none", ATTENTION + "q_norm.weight"
+    ),
+    TensorMapping(
+        MEGATRON + "self_attention.k_layernorm.weight", "none", ATTENTION + "k_norm.weight"
+    ),
 ]

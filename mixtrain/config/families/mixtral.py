@@ -1,15 +1,15 @@
-"""Mixtral (mistralai/Mixtral-8x7B-v0.1 and 8x22B), as transformers' MixtralForCausalLM has it. No torch."""
+"""Mixtral 8x7B and 8x22B: MixtralForCausalLM of transformers. No torch."""
 
 from mixtrain.config.families.family import (
-    DOWN,
-    GATE_UP,
+    FC1,
+    FC2,
+    KEYS,
     LAYER,
     NO_QK_NORM,
     NO_SHARED_EXPERT,
     ROUTER,
-    SIZES,
     Family,
-    HfTensors,
+    TensorMapping,
 )
 
 MOE = LAYER + "block_sparse_moe."
@@ -19,8 +19,8 @@ FAMILY = Family(
     name="Mixtral",
     model_type="mixtral",
     class_name="MixtralForCausalLM",
-    sizes=[
-        *SIZES,
+    keys=[
+        *KEYS,
         ("num_local_experts", "model.num_moe_experts"),
         ("intermediate_size", "model.moe_ffn_hidden_size"),
     ],
@@ -42,9 +42,9 @@ FAMILY = Family(
     },
     features=[NO_QK_NORM, NO_SHARED_EXPERT],
     tensors=[
-        HfTensors(ROUTER, "whole", MOE + "gate.weight"),
-        HfTensors(GATE_UP, "gate_up", f"{EXPERT}w1.weight {EXPERT}w3.weight"),
-        HfTensors(DOWN, "whole", EXPERT + "w2.weight"),
+        TensorMapping(ROUTER, "none", MOE + "gate.weight"),
+        TensorMapping(FC1, "gate_up", f"{EXPERT}w1.weight {EXPERT}w3.weight"),
+        TensorMapping(FC2, "none", EXPERT + "w2.weight"),
     ],
     null_is={"num_key_value_heads": "num_attention_heads"},
     jitter=True,

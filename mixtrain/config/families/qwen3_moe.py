@@ -1,12 +1,12 @@
-"""Qwen3-MoE (Qwen/Qwen3-30B-A3B), as transformers' Qwen3MoeForCausalLM has it. No torch."""
+"""Qwen3-MoE, as Qwen/Qwen3-30B-A3B: Qwen3MoeForCausalLM of transformers. No torch."""
 
 from mixtrain.config.families.family import (
     ACTIVATION,
     HEAD_NORMS,
+    KEYS,
     MLP_EXPERTS,
     NO_SHARED_EXPERT,
     QK_NORM,
-    SIZES,
     Family,
 )
 
@@ -14,11 +14,11 @@ FAMILY = Family(
     name="Qwen3-MoE",
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
-    sizes=[
-        *SIZES,
+    keys=[
+        *KEYS,
         ("num_experts", "model.num_moe_experts"),
         ("moe_intermediate_size", "model.moe_ffn_hidden_size"),
-        ("intermediate_size", "model.ffn_hidden_size"),  # of a dense layer: there is none
+        ("intermediate_size", "model.ffn_hidden_size"),  # of a dense layer; the model has none
     ],
     defaults={
         "num_hidden_layers": 24,
@@ -43,6 +43,6 @@ FAMILY = Family(
     fixed=ACTIVATION
     | {"attention_bias": [False], "decoder_sparse_step": [1], "mlp_only_layers": [[], None]},
     aliases={"num_local_experts": "num_experts"},
-    normalised="norm_topk_prob",
-    switched_window=True,
+    norm_topk_key="norm_topk_prob",
+    has_window_switch=True,
 )

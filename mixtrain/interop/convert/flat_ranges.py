@@ -1,14 +1,14 @@
-"""Where every element of a Hugging Face tensor lies in Megatron-Core's whole tensors: table.py as runs of elements.
+"""Where the elements of each Hugging Face tensor lie in Megatron-Core's unsharded tensors.
 
-Rule: both directions copy the same runs, and these are derived from the table's views: what is written here knows no
-name and no layout.
+Rule: both directions copy the same contiguous ranges. They are derived from the views of
+tensor_mapping.py; this module knows no tensor name and no layout.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import NamedTuple
 
@@ -16,97 +16,97 @@ import torch
 
 from mixtrain.config import tensor_schema
 from mixtrain.config.schema import Config
-from mixtrain.interop.convert.tensor_mapping import Piece, pieces
+from mixtrain.interop.convert.tensor_mapping import MappedSlice, mapped_slices
 
 
-class Run(NamedTuple):
-    """`count` elements, in their order on both sides: from `start` of the flat Hugging Face tensor `name`, and from
-    `place` of the flat Megatron tensor `key`."""
+class FlatRange(NamedTuple):
+    """`count` elements that are contiguous and in the same order in both flattened tensors."""
 
-    name: str
-    start: int
-    key: str
-    place: int
+    name: str  # Hugging Face tensor
+    hf_start: int
+    key: str  # Megatron tensor
+    megatron_start: int
     count: int
 
 
-class Index(NamedTuple):
-    """All runs of a model, by the tensors of both sides, in the order of their elements."""
-
-    by_key: dict[str, list[Run]]
-    by_name: dict[str, list[Run]]
-    shapes: dict[str, tuple[int, ...]]  # of Megatron's tensors
-    # shapes of Hugging Face's, in the order in which the model uses them
-    names: dict[str, tuple[int, ...]]
+HF_START = FlatRange._fields.index("hf_start")
+MEGATRON_START = FlatRange._fields.index("megatron_start")
 
 
-def index(config: Config, layout: str, vocabulary: int | None = None) -> Index:
-    """The runs of a resolved Config's model in a layout, `hub` or `fused`.
+class RangeIndex(NamedTuple):
+    """All ranges of a model, by Megatron key and by Hugging Face name, sorted by their start."""
 
-    `vocabulary`: the rows that Hugging Face's tensors have, if not all. No run has the elements of
-    the others.
+    by_key: dict[str, list[FlatRange]]
+    by_name: dict[str, list[FlatRange]]
+    megatron_shapes: dict[str, tuple[int, ...]]
+    hf_shapes: dict[str, tuple[int, ...]]  # in the order of a file on the hub
+
+
+def build_index(config: Config, layout: str, hf_vocab_size: int | None = None) -> RangeIndex:
+    """Return the ranges of a resolved Config's model in a layout, `hub` or `fused`.
+
+    `hf_vocab_size`: rows of the Hugging Face embedding, if the Megatron one is padded. No range
+    covers the padding.
     """
     shapes = tensor_schema.shapes(config)
-    found = Index({key: [] for key in shapes}, {}, shapes, {})
-    for piece in sorted(pieces(config, layout, vocabulary), key=_position(list(shapes))):
-        found.names.update(piece.shapes())
-        for run in runs(piece, shapes[piece.key]):
-            found.by_key[run.key].append(run)
-            found.by_name.setdefault(run.name, []).append(run)
-    for several in found.by_key.values():
-        several.sort(key=lambda run: run.place)
-    return found
+    index = RangeIndex({key: [] for key in shapes}, {}, shapes, {})
+    slices = mapped_slices(config, layout, hf_vocab_size)
+    for mapped in sorted(slices, key=_file_order(list(shapes))):
+        index.hf_shapes.update(mapped.hf_shapes())
+        for flat_range in flat_ranges(mapped, shapes[mapped.key]):
+            index.by_key[flat_range.key].append(flat_range)
+            index.by_name.setdefault(flat_range.name, []).append(flat_range)
+    for ranges in index.by_key.values():
+        ranges.sort(key=lambda flat_range: flat_range.megatron_start)
+    return index
 
 
-def _position(keys: list[str]):
-    """Layer after layer, as files on the hub have them: the embedding first, what follows the layers last.
+def _file_order(keys: list[str]) -> Callable[[MappedSlice], tuple]:
+    """Return a sort key for the order of files on the hub: embedding, layer by layer, final norm.
 
-    Within one they stay in the order in which the model uses them, which is that of the pieces.
+    The sort is stable: within a layer, slices stay in the order of mapped_slices.
     """
-    last = {key for key in keys[keys.index("decoder.final_layernorm.weight") :]}
+    after_layers = set(keys[keys.index("decoder.final_layernorm.weight") :])
 
-    def position(piece: Piece) -> tuple:
-        return (
-            piece.key in last,
-            piece.numbers[:1] if piece.key.startswith(tensor_schema.LAYER) else (),
-        )
+    def sort_key(mapped: MappedSlice) -> tuple:
+        in_layer = mapped.key.startswith(tensor_schema.LAYER)
+        return mapped.key in after_layers, mapped.stack_index[:1] if in_layer else ()
 
-    return position
+    return sort_key
 
 
-def runs(piece: Piece, shape: tuple[int, ...]) -> Iterator[Run]:
-    """The runs of a part of a Megatron tensor of `shape`: as few as its views have."""
-    base = 0
-    for size, number in zip(shape, piece.numbers, strict=False):
-        base = base * size + number
-    base *= math.prod(piece.shape)
-    for name, view in piece.views(torch.empty(piece.shape, device="meta")).items():
+def flat_ranges(mapped: MappedSlice, shape: tuple[int, ...]) -> Iterator[FlatRange]:
+    """Yield the fewest ranges of a slice of a Megatron tensor of `shape`."""
+    slice_number = 0
+    for size, number in zip(shape, mapped.stack_index, strict=False):
+        slice_number = slice_number * size + number
+    slice_start = slice_number * math.prod(mapped.shape)
+    for name, view in mapped.views(torch.empty(mapped.shape, device="meta")).items():
+        # the trailing axes of the view that are contiguous in the slice make one range
         axes = view.dim()
         count = 1
         while axes and view.stride(axes - 1) == count:
             axes -= 1
             count *= view.shape[axes]
+        start = slice_start + view.storage_offset()
         for number, place in enumerate(product(*map(range, view.shape[:axes]))):
             offset = sum(at * stride for at, stride in zip(place, view.stride(), strict=False))
-            yield Run(name, number * count, piece.key, base + view.storage_offset() + offset, count)
+            yield FlatRange(name, number * count, mapped.key, start + offset, count)
 
 
 def overlapping(
-    several: list[Run], start: int, stop: int, first: int
-) -> Iterable[tuple[Run, int, int]]:
-    """(run, its first element, its last + 1) of those that have some of the elements start..stop of a side.
+    ranges: list[FlatRange], start: int, stop: int, side: int
+) -> Iterator[tuple[FlatRange, int, int]]:
+    """Yield the ranges that hold elements start..stop of a flattened tensor.
 
-    `first` is the number of the field that is the beginning of a run on that side; several is sorted by it, and has
-    every element of the side.
+    Each comes with the start and stop of those elements, relative to the range. `side` is HF_START
+    or MEGATRON_START: the tensor that start..stop refer to. `ranges` are sorted by `side` and
+    without gaps.
     """
-    at = bisect_right(several, start, key=lambda run: run[first]) - 1
-    for run in several[at:]:
-        low = max(start - run[first], 0)
-        high = min(stop - run[first], run.count)
+    first = bisect_right(ranges, start, key=lambda flat_range: flat_range[side]) - 1
+    for flat_range in ranges[first:]:
+        low = max(start - flat_range[side], 0)
+        high = min(stop - flat_range[side], flat_range.count)
         if low >= high:
             return
-        yield run, low, high
-
-
-PLACE = Run._fields.index("place")
-START = Run._fields.index("start")
+        yield flat_range, low, high

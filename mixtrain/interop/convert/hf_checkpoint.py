@@ -1,7 +1,7 @@
-"""A directory of Hugging Face as one model: what config.json says, and its tensors under the names of the hub.
+"""Read the directory of a Hugging Face model: config.json, and tensors under the hub's names.
 
-Rule: a tensor that is there beside the model's is left out where it says what the model says anyway, and that is said;
-where it says something else the directory is refused.
+Rule: a tensor that the model does not have is left out with a note if it repeats what the model
+already says, and the directory is refused if it contradicts it.
 """
 
 from __future__ import annotations
@@ -17,146 +17,139 @@ from mixtrain.checkpoint.state import RunState
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import hf_config, hf_files, unsupported_models
-from mixtrain.interop.convert.hf_files import CONFIG, INDEX, SINGLE, Stored
+from mixtrain.interop.convert.hf_files import CONFIG, INDEX, SINGLE, StoredTensor
 
 BLOCK = 1 << 24  # elements
-# peft's, DistributedDataParallel's, torch.compile's
-WRAPPERS = ("base_model.model.", "module.", "_orig_mod.")
-ADAPTED = (".lora_A.", ".lora_B.", ".base_layer.", ".modules_to_save.")
+# of peft, DistributedDataParallel, torch.compile
+WRAPPER_PREFIXES = ("base_model.model.", "module.", "_orig_mod.")
+ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".base_layer.", ".modules_to_save.")
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-FREQUENCIES = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+INV_FREQ = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+Tensors = dict[str, StoredTensor]
+AddNote = Callable[[str], None]
 
 
-class Source(NamedTuple):
-    """What was found in a directory, all of it checked but the tensors' shapes."""
+class HfCheckpoint(NamedTuple):
+    """A Hugging Face model on disk, checked except for the shapes of its tensors."""
 
-    values: dict[str, Any]  # config.json
-    facts: dict[str, Any]  # the same by our keys
-    tensors: dict[str, Stored]
-    notes: list[str]  # what is taken otherwise than it stands there
+    config_json: dict[str, Any]
+    overrides: dict[str, Any]  # key of Config -> value, from config_json
+    tensors: Tensors
+    notes: list[str]  # what is read differently from how it is stored
 
-    def vocabulary(self, run_state: RunState, config: Config) -> int:
-        """The rows of a checkpoint's vocabulary that are to be compared with the directory's."""
-        here = self.facts["model.vocab_size"]
-        there = config.model.vocab_size
+    def compared_vocab_size(self, run_state: RunState, config: Config) -> int:
+        """Return how many rows of a checkpoint's vocabulary to compare with this directory's."""
+        hf_rows = self.overrides["model.vocab_size"]
+        megatron_rows = config.model.vocab_size
         source = run_state.hf_source
-        return here if source and source["vocab_size"] <= here <= there else there
+        padded = source and source["vocab_size"] <= hf_rows <= megatron_rows
+        return hf_rows if padded else megatron_rows
 
 
-def read(directory: Path) -> Source:
-    """What is in a directory. UserError with what is wrong, naming the file, the key or the tensor."""
-    values = hf_files.read_config(directory)
-    quantised = unsupported_models.quantisation(values)
+def read(directory: Path) -> HfCheckpoint:
+    """Read a directory. UserError naming the file, the key or the tensor that is wrong."""
+    config_json = hf_files.read_config(directory)
+    quantised = unsupported_models.quantisation_key(config_json)
+    give = unsupported_models.GIVE
     try:
         tensors = hf_files.read_tensors(directory)
     except UserError:
         if quantised:
-            raise UserError(
-                f"{directory / CONFIG} has {quantised}; {unsupported_models.GIVE}"
-            ) from None
+            raise UserError(f"{directory / CONFIG} has {quantised}; {give}") from None
         raise
     if quantised:
         raise UserError(
-            f"{directory / CONFIG} has {quantised}, but no tensor is quantised: take the key out"
-            f" if these are the plain weights, or {unsupported_models.GIVE}"
+            f"{directory / CONFIG} has {quantised}, but no tensor is quantised: remove the key if"
+            f" these are the plain weights, or {give}"
         )
-    facts = hf_config.from_hugging_face(values)
+    overrides = hf_config.from_hugging_face(config_json)
     notes = []
-    if absent := hf_config.absent(values):
+    if defaulted := hf_config.defaulted_keys(config_json):
         notes.append(
-            f"{CONFIG} says nothing of {', '.join(absent)}: transformers' default is taken"
+            f"{CONFIG} lacks keys; transformers' defaults are used: {', '.join(defaulted)}"
         )
     if not (directory / INDEX).exists() and not (directory / SINGLE).exists():
-        notes.append(f"{next(iter(tensors.values())).path.name} is taken for {SINGLE}")
-    for step in (_unwrapped, _without_frequencies, _without_a_tied_head):
-        tensors = step(tensors, facts, notes.append)
-    return Source(values, facts, tensors, notes)
+        notes.append(f"{next(iter(tensors.values())).path.name} is used as {SINGLE}")
+    for clean in (_strip_wrapper_prefixes, _drop_inv_freq, _drop_tied_head):
+        tensors = clean(tensors, overrides, notes.append)
+    return HfCheckpoint(config_json, overrides, tensors, notes)
 
 
-Say = Callable[[str], None]
-
-
-def _unwrapped(tensors: dict[str, Stored], facts: dict[str, Any], say: Say) -> dict[str, Stored]:
-    """The names without what wrappers put before all of them."""
-    if adapted := next((name for name in tensors if any(part in name for part in ADAPTED)), None):
-        raise UserError(
-            f"{adapted} is of an adapter of peft that is not merged: merge_and_unload() merges it"
-        )
-    while prefix := next(
-        (each for each in WRAPPERS if tensors and all(name.startswith(each) for name in tensors)),
-        "",
-    ):
+def _strip_wrapper_prefixes(
+    tensors: Tensors, overrides: dict[str, Any], add_note: AddNote
+) -> Tensors:
+    """Remove prefixes that wrappers add to all names."""
+    for name in tensors:
+        if any(mark in name for mark in ADAPTER_MARKS):
+            raise UserError(
+                f"{name} belongs to a peft adapter that is not merged: merge_and_unload() merges it"
+            )
+    while prefix := _common_prefix(tensors):
         tensors = {name.removeprefix(prefix): stored for name, stored in tensors.items()}
-        say(f"{prefix} is taken off the names of all {len(tensors)} tensors")
+        add_note(f"{prefix} is removed from the names of all {len(tensors)} tensors")
     return tensors
 
 
-def _without_frequencies(
-    tensors: dict[str, Stored], facts: dict[str, Any], say: Say
-) -> dict[str, Stored]:
-    """Without buffers of the rotary embedding, which follow from its base."""
-    names = [name for name in tensors if FREQUENCIES.fullmatch(name)]
-    size = facts["model.kv_channels"]
-    base = facts["model.rotary_base"]
+def _common_prefix(tensors: Tensors) -> str:
+    """Return the wrapper prefix that all names have, or an empty string."""
+    for prefix in WRAPPER_PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return prefix
+    return ""
+
+
+def _drop_inv_freq(tensors: Tensors, overrides: dict[str, Any], add_note: AddNote) -> Tensors:
+    """Leave out the rotary embedding's buffers; UserError if the base gives other values."""
+    names = [name for name in tensors if INV_FREQ.fullmatch(name)]
+    size = overrides["model.kv_channels"]
+    base = overrides["model.rotary_base"]
     expected = base ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     for name in names:
         stored = tensors[name]
-        # as computed in this dtype, and the smallest number that it has
-        close = {
-            "rtol": 8 * torch.finfo(stored.dtype).eps,
-            "atol": torch.finfo(stored.dtype).smallest_normal,
-        }
-        if stored.shape != (len(expected),) or not torch.allclose(
-            whole(stored).double(), expected, **close
-        ):
+        limits = torch.finfo(stored.dtype)
+        close = {"rtol": 8 * limits.eps, "atol": limits.smallest_normal}  # rounding in this dtype
+        equal = stored.shape == (len(expected),) and torch.allclose(
+            flat(stored).double(), expected, **close
+        )
+        if not equal:
             raise UserError(
-                f"{name} is not what head_dim = {size} and rope_theta = {base} make of it"
-                " (transformers computes it and does not read it): is rope_theta right? else take"
-                " the tensor away"
+                f"{name} does not match head_dim = {size} and rope_theta = {base} (transformers"
+                " computes this buffer and does not read it): correct rope_theta, or remove the"
+                " tensor"
             )
     if names:
-        say(f"{names[0]}{_more(names)} is left out: it is what rope_theta = {base} makes")
+        more = f" (and {len(names) - 1} like it)" if len(names) > 1 else ""
+        add_note(f"{names[0]}{more} is left out: rope_theta = {base} gives the same values")
     return {name: stored for name, stored in tensors.items() if name not in names}
 
 
-def _without_a_tied_head(
-    tensors: dict[str, Stored], facts: dict[str, Any], say: Say
-) -> dict[str, Stored]:
-    """Without an output layer that is the embedding, where config.json says so."""
-    if (
-        facts["model.untie_embeddings_and_output_weights"]
-        or not {EMBEDDING, HEAD} <= tensors.keys()
-    ):
+def _drop_tied_head(tensors: Tensors, overrides: dict[str, Any], add_note: AddNote) -> Tensors:
+    """Leave out the output layer of a tied model; UserError if it differs from the embedding."""
+    untied = overrides["model.untie_embeddings_and_output_weights"]
+    if untied or not {EMBEDDING, HEAD} <= tensors.keys():
         return tensors
-    if not equal(tensors[EMBEDDING], tensors[HEAD]):
+    if not bitwise_equal(tensors[EMBEDDING], tensors[HEAD]):
         raise UserError(
             f"{HEAD} and {EMBEDDING} are not equal, but config.json has tie_word_embeddings ="
             f" true: with false both are converted; without {HEAD} the embedding is used twice"
         )
-    say(f"{HEAD} is left out: it is equal to {EMBEDDING}, and tie_word_embeddings = true")
+    add_note(f"{HEAD} is left out: it is equal to {EMBEDDING}, and tie_word_embeddings = true")
     return {name: stored for name, stored in tensors.items() if name != HEAD}
 
 
-def whole(stored: Stored) -> torch.Tensor:
-    return stored.part(0, stored.nbytes // stored.dtype.itemsize)
+def flat(stored: StoredTensor) -> torch.Tensor:
+    """Return the whole tensor, flattened."""
+    return stored.read(0, stored.numel)
 
 
-def equal(one: Stored, other: Stored) -> bool:
-    """Whether two tensors are the same, bit for bit."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+def bitwise_equal(a: StoredTensor, b: StoredTensor) -> bool:
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    count = one.nbytes // one.dtype.itemsize
-    return all(
-        torch.equal(
-            *(
-                each.part(start, min(start + BLOCK, count)).view(torch.uint8)
-                for each in (one, other)
-            )
-        )
-        for start in range(0, count, BLOCK)
-    )
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} like it)" if len(names) > 1 else ""
+    for start in range(0, a.numel, BLOCK):
+        stop = min(start + BLOCK, a.numel)
+        block_a, block_b = (stored.read(start, stop).view(torch.uint8) for stored in (a, b))
+        if not torch.equal(block_a, block_b):
+            return False
+    return True

@@ -1,7 +1,8 @@
-"""A Config as the values of a Hugging Face config.json and back, and why a Config is no such model at all. No torch.
+"""Translate a Config to the values of a Hugging Face config.json and back. No torch.
 
-Rule: what decides the meaning of the weights has a row and is refused where the two cannot mean the same. What only
-decides how they are trained (losses beside the LM loss, jitter, dropout, first weights) is not of interest.
+Rule: every value that decides what the weights mean has a row, and is refused where the two sides
+cannot mean the same. Values that only affect training (losses beside the LM loss, jitter, dropout,
+initialization) are ignored.
 """
 
 from __future__ import annotations
@@ -16,26 +17,24 @@ from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import rope_config
 
-# The largest sizes that are looked into, far beyond every model: with larger ones names are made
-# for minutes, and the shapes of tensors are beyond what a number holds.
-MOST = {
+# Upper limits of sizes, far beyond any model: beyond them, listing the tensor names takes minutes
+# and tensor shapes overflow.
+MAX_SIZES = {
     "num_hidden_layers": 2**14,
     "head_dim": 2**16,
     "num_attention_heads": 2**16,
     "hidden_size": 2**20,
-}
-MOST |= {
     "num_local_experts": 2**16,
     "num_experts": 2**16,
     "moe_intermediate_size": 2**24,
     "intermediate_size": 2**24,
 }
-MOST_OF_OTHERS = 2**31 - 1
-MOST_NAMES = 2**18  # layers times experts, and layers times key/value heads
+MAX_OTHER_SIZE = 2**31 - 1
+MAX_LAYER_PRODUCT = 2**18  # layers times experts, and layers times key/value heads
 
 
-# Fields of TransformerConfig that change how something is computed and not what.
-HARMLESS = (
+# Fields of TransformerConfig that change how something is computed, not what.
+IMPLEMENTATION_FIELDS = (
     "attention_backend",
     "attention_softmax_in_fp32",
     "moe_permute_fusion",
@@ -43,222 +42,218 @@ HARMLESS = (
 )
 
 
-def problems(config: Config) -> list[str]:
-    """Why no model of transformers computes what the model of a Config does; none if one does."""
+def export_problems(config: Config) -> list[str]:
+    """Return every reason why no transformers model computes the same as a Config's model."""
     family = family_of(config)
-    found = [
+    problems = [
         f"{row.key} = {show(value_of(config, row.key))}: {row.reason.format(family.name)};"
         f" use {'a number' if row.values == [ANY] else show(row.values[0])}"
         for row in family.unmet(config, [*COMMON_REQUIREMENTS, *family.features])
     ]
-    return found + list(_router(config)) + list(_extra(config))
+    return problems + list(_router_problems(config)) + list(_extra_problems(config))
 
 
-def _router(config: Config) -> Iterator[str]:
-    """What the weights of the chosen experts are made of."""
+def _router_problems(config: Config) -> Iterator[str]:
+    """Yield the problems with the weights of a token's experts."""
     family = family_of(config)
     pre_softmax = config.router.moe_router_pre_softmax
     name = family.name
-    whole = (
-        f"its weights are softmax scores over all experts, {name}'s are divided by their sum"
-        " over the chosen"
+    reason = (
+        "the weights of experts are softmax scores over all experts;"
+        f" {name} divides them by their sum over the chosen experts"
     )
     if "sinkhorn" in value_of(config, "router.moe_router_load_balancing_type"):
-        yield f"router.moe_router_load_balancing_type = sinkhorn: {whole}; use another"
-    elif pre_softmax and family.normalised:
-        return  # config.json says so
+        yield f"router.moe_router_load_balancing_type = sinkhorn: {reason}; use another type"
+    elif pre_softmax and family.norm_topk_key:
+        return  # config.json has a key for it
     if config.model.moe_router_topk == 1:
         yield (
-            "model.moe_router_topk = 1: Megatron-Core weighs a token's only expert by its score,"
+            "model.moe_router_topk = 1: Megatron-Core weights a token's only expert by its score,"
             f" {name} always by 1; use 2 or more"
         )
     elif pre_softmax:
-        yield f"router.moe_router_pre_softmax = true: {whole}; use false"
+        yield f"router.moe_router_pre_softmax = true: {reason}; use false"
 
 
-def _extra(config: Config) -> Iterator[str]:
+def _extra_problems(config: Config) -> Iterator[str]:
     name = family_of(config).name
     for key, value in config.model.extra.items():
-        if key not in HARMLESS:
+        if key not in IMPLEMENTATION_FIELDS:
             yield (
-                f"model.extra.{key} = {show(value)}: it is not known that a {name} with it is"
-                " still one; leave it out"
+                f"model.extra.{key} = {show(value)}: the model may not be a {name} with this"
+                " field; leave it out"
             )
 
 
 def to_hugging_face(config: Config) -> dict[str, Any]:
-    """The values of config.json for a resolved Config, in the words of the hub: transformers 4 and 5 read them.
+    """Return the values of config.json for a resolved Config; transformers 4 and 5 read them.
 
-    UserError with every reason why there are none.
+    UserError with every reason why transformers has no such model.
     """
-    if found := problems(config):
-        raise UserError(*found)
+    if problems := export_problems(config):
+        raise UserError(*problems)
     family = family_of(config)
     theta = float(config.model.rotary_base)
-    normalised = (
-        {family.normalised: not config.router.moe_router_pre_softmax}
-        if family.normalised
-        else {}
-    )
-    sizes = {theirs: value_of(config, ours) for theirs, ours in family.sizes}
-    if wrong := _sizes(sizes, family):
-        raise UserError(*[f"config.json: {problem}" for problem in wrong])
-    return {
+    sizes = {hf_key: value_of(config, key) for hf_key, key in family.keys}
+    if problems := _size_problems(sizes, family):
+        raise UserError(*[f"config.json: {problem}" for problem in problems])
+    values = {
         "architectures": [family.class_name],
         "model_type": family.model_type,
-        **{name: spellings[0] for name, spellings in family.fixed.items()},
+        **{key: spellings[0] for key, spellings in family.fixed.items()},
         "sliding_window": None,
-        **({"use_sliding_window": False} if family.switched_window else {}),
+        **({"use_sliding_window": False} if family.has_window_switch else {}),
         **sizes,
-        **normalised,
+    }
+    if family.norm_topk_key:
+        values[family.norm_topk_key] = not config.router.moe_router_pre_softmax
+    return values | {
         "rope_theta": theta,  # transformers 4
         "rope_parameters": {"rope_theta": theta, "rope_type": "default"},  # transformers 5
         "tie_word_embeddings": not config.model.untie_embeddings_and_output_weights,
     }
 
 
-def from_hugging_face(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Key -> value of ours for the contents of a config.json, of transformers 4 or 5.
+def from_hugging_face(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Return key of Config -> value for a config.json of transformers 4 or 5.
 
-    UserError with every value that mixtrain has nothing for.
+    UserError with every value that mixtrain does not support.
     """
-    family = _of_model_type(values)
-    wrong = [
-        f"{other} = {show(values[other])}, but {name} = {show(values[name])}"
-        for other, name in family.aliases.items()
-        if other in values and name in values and values[other] != values[name]
+    family = _family_of_json(config_json)
+    problems = [
+        f"{alias} = {show(config_json[alias])}, but {key} = {show(config_json[key])}"
+        for alias, key in family.aliases.items()
+        if alias in config_json and key in config_json and config_json[alias] != config_json[key]
     ]
-    given = _by_its_names(values, family)
-    values = {
-        name: value for name, value in family.defaults.items() if name != "rope_theta"
-    } | given
-    for name, other in family.null_is.items():  # as transformers reads it
-        if values[name] is None:
-            values[name] = values[other]
-    wrong += [
-        f"{name} = {show(values[name])}: mixtrain's {family.name} has {show(spellings[0])}"
-        for name, spellings in family.fixed.items()
-        if name in values and not _among(values[name], spellings)
+    # a default of rope_theta would contradict one in rope_parameters
+    values = {key: value for key, value in family.defaults.items() if key != "rope_theta"}
+    values |= _without_aliases(config_json, family)
+    for key, other in family.null_is.items():  # as transformers does
+        if values[key] is None:
+            values[key] = values[other]
+    problems += [
+        f"{key} = {show(values[key])}: mixtrain's {family.name} has {show(spellings[0])}"
+        for key, spellings in family.fixed.items()
+        if key in values and not _is_one_of(values[key], spellings)
     ]
-    wrong += [
-        f"{name} = {show(values[name])} is not true or false"
-        for name in ("tie_word_embeddings", family.normalised)
-        if not isinstance(values.get(name, False), bool)
+    problems += [
+        f"{key} = {show(values[key])} is not true or false"
+        for key in ("tie_word_embeddings", family.norm_topk_key)
+        if not isinstance(values.get(key, False), bool)
     ]
-    if "auto_map" in values:
-        wrong.append(
-            "auto_map: the model wants code of its own, and none but transformers' is known or run"
+    if "auto_map" in config_json:
+        problems.append(
+            "auto_map: the model needs its own code; mixtrain runs none and supports only models"
+            " that transformers implements"
         )
-    wrong += _sizes(values, family)
-    wrong += rope_config.window(values, family.name, switched=family.switched_window)
-    theta, wrong_rope = rope_config.rope(
-        values, family.name, family.defaults["rope_theta"]
+    problems += _size_problems(values, family)
+    problems += rope_config.window_problems(
+        values, family.name, has_switch=family.has_window_switch
     )
-    if wrong + wrong_rope:
-        raise UserError(*[f"config.json: {problem}" for problem in wrong + wrong_rope])
-    found = {ours: values[theirs] for theirs, ours in family.sizes}
-    if found["model.kv_channels"] is None:
-        found["model.kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
-    normalised = family.normalised is None or values[family.normalised]
-    return {"model.ffn_hidden_size": found["model.moe_ffn_hidden_size"]} | found | {
+    theta, rope_problems = rope_config.rope_base(
+        values, family.name, default=family.defaults["rope_theta"]
+    )
+    problems += rope_problems
+    if problems:
+        raise UserError(*[f"config.json: {problem}" for problem in problems])
+    overrides = {key: values[hf_key] for hf_key, key in family.keys}
+    if overrides["model.kv_channels"] is None:
+        overrides["model.kv_channels"] = values["hidden_size"] // values["num_attention_heads"]
+    overrides.setdefault("model.ffn_hidden_size", overrides["model.moe_ffn_hidden_size"])
+    normalized = family.norm_topk_key is None or values[family.norm_topk_key]
+    return overrides | {
         "model.rotary_base": int(theta),
         "model.untie_embeddings_and_output_weights": not values["tie_word_embeddings"],
         **family.feature_values(),
         "router.moe_router_score_function": "softmax",
-        "router.moe_router_pre_softmax": not normalised,
-    }  # fmt: skip
+        "router.moe_router_pre_softmax": not normalized,
+    }
 
 
-def absent(values: Mapping[str, Any]) -> list[str]:
-    """`key = value` of what from_hugging_face takes by transformers' default, as config.json has no such key."""
-    family = _of_model_type(values)
-    given = _by_its_names(values, family)
-    silent = (
-        "head_dim",
-        "sliding_window",
-        *(["rope_theta"] if rope_config.has_base(values) else []),
-    )
+def defaulted_keys(config_json: Mapping[str, Any]) -> list[str]:
+    """Return `key = value` for each key missing from config.json that has transformers' default."""
+    family = _family_of_json(config_json)
+    given = _without_aliases(config_json, family)
+    unreported = {"head_dim", "sliding_window"}
+    if rope_config.has_base(config_json):
+        unreported.add("rope_theta")
     return [
-        f"{name} = {show(value)}"
-        for name, value in family.defaults.items()
-        if name not in given and name not in silent
+        f"{key} = {show(value)}"
+        for key, value in family.defaults.items()
+        if key not in given and key not in unreported
     ]
 
 
-def beside_the_architecture(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config.json from_hugging_face has no use for, and to_hugging_face no value of its own."""
-    family = _of_model_type(values)
-    own = {
+def passthrough_values(config_json: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of a config.json that neither direction translates."""
+    family = _family_of_json(config_json)
+    translated = {
         "architectures",
         "model_type",
         "torch_dtype",
         "dtype",
-        *family.defaults,
-        *family.fixed,
-    }
-    own |= {
-        *family.aliases,
-        *rope_config.KEYS,
         "auto_map",
         "quantization_config",
         "compression_config",
+        *family.defaults,
+        *family.fixed,
+        *family.aliases,
+        *rope_config.KEYS,
     }
-    return {name: value for name, value in values.items() if name not in own}
+    return {key: value for key, value in config_json.items() if key not in translated}
 
 
-def _of_model_type(values: Mapping[str, Any]) -> Family:
-    family = FAMILIES.get(str(values.get("model_type")))
+def _family_of_json(config_json: Mapping[str, Any]) -> Family:
+    model_type = config_json.get("model_type")
+    family = FAMILIES.get(str(model_type))
     if family is None:
         known = " and ".join(FAMILIES)
-        raise UserError(
-            f"config.json: model_type = {show(values.get('model_type'))}: mixtrain converts {known}"
-        )
+        raise UserError(f"config.json: model_type = {show(model_type)}: mixtrain converts {known}")
     return family
 
 
-def _by_its_names(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    return {family.aliases.get(name, name): value for name, value in values.items()}
+def _without_aliases(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    return {family.aliases.get(key, key): value for key, value in values.items()}
 
 
-def _among(value: Any, spellings: list[Any]) -> bool:
-    """1 is not true and 0 not false."""
+def _is_one_of(value: Any, spellings: list[Any]) -> bool:
+    """Whether `value` is in the list; unlike `in`, 1 is not true and 0 is not false."""
     return any(
         value == each and isinstance(value, bool) == isinstance(each, bool) for each in spellings
     )
 
 
-def _sizes(values: Mapping[str, Any], family: Family) -> list[str]:
-    """What is wrong with the numbers of a config.json, each alone and one against another."""
-    wrong = []
-    for theirs, _ in family.sizes:
-        value = values[theirs]
-        most = MOST.get(theirs, MOST_OF_OTHERS)
-        if value is None and theirs == "head_dim":
+def _size_problems(values: Mapping[str, Any], family: Family) -> list[str]:
+    """Return the problems with the numbers of a config.json, each alone and in combination."""
+    problems = []
+    for key, _ in family.keys:
+        value = values[key]
+        most = MAX_SIZES.get(key, MAX_OTHER_SIZE)
+        if value is None and key == "head_dim":
             continue
-        elif theirs == "rms_norm_eps":
+        elif key == "rms_norm_eps":
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                wrong.append(f"{theirs} = {show(value)} is not a number between 0 and 1")
+                problems.append(f"{key} = {show(value)} is not a number between 0 and 1")
         elif isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            wrong.append(f"{theirs} = {show(value)} is not a whole number from 1 to {most:,}")
-    if wrong:
-        return wrong
-    (experts,) = (theirs for theirs, ours in family.sizes if ours == "model.num_moe_experts")
-    if values["num_experts_per_tok"] > values[experts]:
-        wrong.append(
-            f"num_experts_per_tok = {values['num_experts_per_tok']}, but {experts} ="
-            f" {values[experts]}"
-        )
-    wrong += [
-        f"num_hidden_layers = {values['num_hidden_layers']} with {name} = {values[name]} is beyond"
-        " every model"
-        for name in (experts, "num_key_value_heads")
-        if values["num_hidden_layers"] * values[name] > MOST_NAMES
+            problems.append(f"{key} = {show(value)} is not a whole number from 1 to {most:,}")
+    if problems:
+        return problems
+    layers = values["num_hidden_layers"]
+    topk = values["num_experts_per_tok"]
+    (experts,) = (key for key, own_key in family.keys if own_key == "model.num_moe_experts")
+    if topk > values[experts]:
+        problems.append(f"num_experts_per_tok = {topk}, but {experts} = {values[experts]}")
+    problems += [
+        f"num_hidden_layers = {layers} with {key} = {values[key]}: their product must be at most"
+        f" {MAX_LAYER_PRODUCT:,}"
+        for key in (experts, "num_key_value_heads")
+        if layers * values[key] > MAX_LAYER_PRODUCT
     ]
     divisions = [("num_key_value_heads", "num_attention_heads")]
     if values.get("head_dim") is None:
         divisions.append(("num_attention_heads", "hidden_size"))
-    return wrong + [
-        f"{part} = {values[part]} must divide {whole} = {values[whole]}"
-        for part, whole in divisions
-        if values[whole] % values[part]
+    return problems + [
+        f"{divisor} = {values[divisor]} must divide {key} = {values[key]}"
+        for divisor, key in divisions
+        if values[key] % values[divisor]
     ]

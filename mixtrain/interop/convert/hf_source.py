@@ -19,7 +19,7 @@ from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import SPECIAL_IDS, special_ids, tokenizer_files, tokenizer_vocab_size
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import hf_config
-from mixtrain.interop.convert.hf_files import CONFIG, MOST_CONFIG
+from mixtrain.interop.convert.hf_files import CONFIG, MAX_CONFIG
 from mixtrain.system import untrusted_json
 from mixtrain.system.links import file_in
 
@@ -31,12 +31,12 @@ VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
 def of_directory(directory: Path, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The HfSource of a directory whose config.json is `values`. UserError if the checkpoint could not keep it."""
     found = {
-        "config": hf_config.beside_the_architecture(values),
+        "config": hf_config.passthrough_values(values),
         "tokenizer": vocabulary_sha256(directory),
         "vocab_size": vocab_size,
     }
     if path := file_in(directory, GENERATION):
-        found["generation_config"] = untrusted_json.read(path, most=MOST_CONFIG)
+        found["generation_config"] = untrusted_json.read(path, most=MAX_CONFIG)
     try:
         untrusted_json.parse(state.to_json(RunState(hf_source=found)), state.Written)
     except untrusted_json.InvalidJson as error:
@@ -75,7 +75,7 @@ def to_export(
     """(what config.json has beside the architecture, generation_config.json if the tokenizer has none)."""
     source = run_state.hf_source or {"config": {}, "tokenizer": ""}
     # filtered once more: whoever has written the checkpoint may have added to it
-    kept = hf_config.beside_the_architecture(
+    kept = hf_config.passthrough_values(
         source["config"] | {"model_type": family_of(config).model_type}
     )
     of_source = {name: kept[name] for name in SPECIAL_IDS if name in kept}
@@ -106,7 +106,7 @@ def _of_tokenizer(tokenizer: Path | None) -> dict[str, Any]:
     if tokenizer is None:
         return {}
     path = tokenizer_files(tokenizer).get(GENERATION)
-    generation = untrusted_json.read(path, most=MOST_CONFIG) if path else {}
+    generation = untrusted_json.read(path, most=MAX_CONFIG) if path else {}
     named = {name: generation[name] for name in SPECIAL_IDS if generation.get(name) is not None}
     return named | special_ids(tokenizer)
 

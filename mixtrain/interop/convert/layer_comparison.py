@@ -13,7 +13,7 @@ import torch
 
 from mixtrain.config import tensor_schema
 from mixtrain.config.schema import Config
-from mixtrain.interop.convert.reference_models import HuggingFace, Megatron
+from mixtrain.interop.convert.reference_models import HuggingFaceLayers, MegatronLayers
 
 # fp32: rounding over some thousand terms makes 1e-6 of the largest entry; a fault makes 1e-2 and
 # more. bf16 has 8 bits.
@@ -55,7 +55,7 @@ def random_tokens(vocabulary: int, sequences: int, length: int) -> torch.Tensor:
 
 
 def compare(
-    there: HuggingFace, here: Megatron, layers: int, tokens: torch.Tensor
+    there: HuggingFaceLayers, here: MegatronLayers, layers: int, tokens: torch.Tensor
 ) -> Iterator[Verdict]:
     """The verdict so far, after each layer and at the end, after the logits."""
     verdict = Verdict(tokens.numel(), there.dtype)
@@ -63,11 +63,11 @@ def compare(
     theirs = there.embed(tokens)
     ours = here.embed(tokens)
     for number in range(layers):
-        output = there.layer(number, theirs)
-        own = here.layer(number, ours)
+        output = there.run_layer(number, theirs)
+        own = here.run_layer(number, ours)
         theirs = output.hidden
         ours = own.hidden
-        others = int((output.chosen != own.chosen).any(dim=1).sum())
+        others = int((output.routing != own.routing).any(dim=1).sum())
         row = Layer(number, *_apart(theirs, ours), others)
         verdict.layers.append(row)
         if limit and not row.relative <= limit:
@@ -166,16 +166,16 @@ SETTINGS = {"wrong RoPE base": wrong_rope_base, "pre-softmax": other_softmax}
 DAMAGES = (*CHANGES, *SETTINGS)
 
 
-def damaged(name: str, config: Config, parts, here) -> Megatron:
+def damaged(name: str, config: Config, parts, here) -> MegatronLayers:
     """Megatron-Core's side with one damage."""
     if name in SETTINGS:
-        return Megatron(SETTINGS[name](config), parts, here)
+        return MegatronLayers(SETTINGS[name](config), parts, here)
     if change := CHANGES[name]:
-        return Megatron(config, parts, here, lambda *tensor: change(config, *tensor))
+        return MegatronLayers(config, parts, here, lambda *tensor: change(config, *tensor))
 
     def exchanged(key: str, numbers: tuple[int, ...], tensor: torch.Tensor) -> torch.Tensor:
         """Experts 0 and 1 in each other's place; the router's rows stay."""
         other = {0: 1, 1: 0}.get(numbers[1]) if len(numbers) == 2 else None
         return tensor if other is None else parts.at(key, (numbers[0], other))
 
-    return Megatron(config, parts, here, exchanged)
+    return MegatronLayers(config, parts, here, exchanged)

@@ -1,7 +1,8 @@
-"""One model twice, layer by layer: transformers' own from Hugging Face's files, Megatron-Core's from a checkpoint.
+"""Run one model layer by layer: with transformers and, from a checkpoint, with Megatron-Core.
 
-Rule: each side is loaded and run by its own code, and neither knows the table that converts. Hugging Face's layer is
-made by from_pretrained from the names in its files; Megatron-Core's is filled by the places of its own sharded tensors.
+Rule: each side is loaded and run by its own code and does not use tensor_mapping.py.
+from_pretrained builds Hugging Face's layer from the names in its files; the sharded tensors of
+Megatron-Core's model say which slice of the checkpoint each of them takes.
 """
 
 from __future__ import annotations
@@ -23,178 +24,190 @@ from mixtrain.config.schema import Config
 from mixtrain.engine import model, shards
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.hf_checkpoint import Source, read
+from mixtrain.interop.convert.hf_checkpoint import HfCheckpoint, flat, read
 
-SHOWN = 300  # characters of what transformers says
+SHOWN = 300  # characters of an error of transformers
 T = TypeVar("T")
-FEW = 8  # sizes of what a model of one layer has beside it, and a model of no layer in it
+DTYPE_KEYS = ("dtype", "torch_dtype")
+FEW = 8  # size of the parts of a model that are not used, to save memory
 
 
-class Output(NamedTuple):
-    """What a layer gives: hidden states [sequence, token, hidden], and which experts each token goes to."""
+class LayerOutput(NamedTuple):
+    """What a layer returns."""
 
-    hidden: torch.Tensor
-    chosen: torch.Tensor  # bool [sequence * token, expert], sequence by sequence
+    hidden: torch.Tensor  # [sequence, token, hidden]
+    routing: torch.Tensor  # bool [sequence * token, expert]: the experts that a token goes to
 
 
-def plain(source: Source) -> dict[str, Any]:
-    """config.json without the dtype, which is another here, and with null where transformers 5 does not take it."""
-    values = {
-        name: value for name, value in source.values.items() if name not in ("dtype", "torch_dtype")
-    }
+def config_for_transformers(source: HfCheckpoint) -> dict[str, Any]:
+    """Return config.json without its dtype, and without a null that transformers 5 refuses."""
+    values = {key: value for key, value in source.config_json.items() if key not in DTYPE_KEYS}
     if values.get("num_key_value_heads", ...) is None:
-        values["num_key_value_heads"] = source.facts["model.num_query_groups"]
+        values["num_key_value_heads"] = source.overrides["model.num_query_groups"]
     return copy.deepcopy(values)
 
 
-class HuggingFace:
-    """transformers' model of a directory."""
+class HuggingFaceLayers:
+    """The transformers model of a directory, one layer in memory at a time."""
 
     def __init__(self, directory: Path, dtype: torch.dtype):
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         source = read(directory)
+        self.directory = directory
         self.dtype = dtype
         self.stored = source.tensors
-        self.directory = directory
-        self.kind = getattr(
-            transformers, FAMILIES[source.values["model_type"]].class_name
+        family = FAMILIES[source.config_json["model_type"]]
+        self.model_class = getattr(transformers, family.class_name)
+        self.config = self._call_transformers(
+            lambda: self.model_class.config_class.from_dict(config_for_transformers(source))
         )
-        self.config = self._of_transformers(lambda: self.kind.config_class.from_dict(plain(source)))
         self.config._attn_implementation = "eager"
-        ends = [name for name in self.stored if not name.startswith("model.layers.")]
-        self.ends = self._model(0, {name: self._tensor(name) for name in ends})
+        # embedding, final norm, output layer
+        outer = [name for name in self.stored if not name.startswith("model.layers.")]
+        self.outer_model = self._load(0, {name: self._tensor(name) for name in outer})
 
     def _tensor(self, name: str) -> torch.Tensor:
         stored = self.stored[name]
-        return stored.part(0, stored.nbytes // stored.dtype.itemsize).view(stored.shape)
+        return flat(stored).view(stored.shape)
 
-    def _model(
-        self, layers: int, tensors: dict[str, torch.Tensor], **sizes: int
+    def _load(
+        self, num_layers: int, tensors: dict[str, torch.Tensor], **config_values: int
     ) -> torch.nn.Module:
-        """A model of so many layers, loaded as transformers loads it."""
+        """Return a model of `num_layers` layers, loaded by from_pretrained."""
         config = copy.deepcopy(self.config)
-        for name, value in (sizes | {"num_hidden_layers": layers}).items():
+        for name, value in (config_values | {"num_hidden_layers": num_layers}).items():
             setattr(config, name, value)
-        found = self._of_transformers(
-            lambda: self.kind.from_pretrained(
+        model = self._call_transformers(
+            lambda: self.model_class.from_pretrained(
                 None, config=config, state_dict=tensors, dtype=self.dtype
             )
         )
-        return found.eval()
+        return model.eval()
 
-    def _of_transformers(self, call: Callable[[], T]) -> T:
-        """What transformers makes of the files; what it raises is theirs to cause, and a UserError."""
+    def _call_transformers(self, call: Callable[[], T]) -> T:
+        """Call transformers; any exception is caused by the files and becomes a UserError."""
         try:
             return call()
         except Exception as error:
-            words = " ".join(str(error).split())
+            message = " ".join(str(error).split())
             raise UserError(
                 f"{self.directory}: transformers {transformers.__version__} does not load it:"
-                f" {type(error).__name__}: {words[:SHOWN]}"
+                f" {type(error).__name__}: {message[:SHOWN]}"
             ) from error
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.ends.model.embed_tokens(tokens)
+        return self.outer_model.model.embed_tokens(tokens)
 
     @torch.no_grad()
-    def layer(self, number: int, hidden: torch.Tensor) -> Output:
-        """What layer `number` makes of hidden states [sequence, token, hidden]."""
+    def run_layer(self, number: int, hidden: torch.Tensor) -> LayerOutput:
+        """Run layer `number` on hidden states [sequence, token, hidden]."""
         prefix = f"model.layers.{number}."
-        width = self.config.hidden_size
+        hidden_size = self.config.hidden_size
         tensors = {
             name.replace(prefix, "model.layers.0."): self._tensor(name)
             for name in self.stored
             if name.startswith(prefix)
         }
-        few = torch.zeros(FEW, width)
+        unused = torch.zeros(FEW, hidden_size)
         tensors |= {
-            "model.embed_tokens.weight": few,
-            "lm_head.weight": few,
-            "model.norm.weight": torch.ones(width),
+            "model.embed_tokens.weight": unused,
+            "lm_head.weight": unused,
+            "model.norm.weight": torch.ones(hidden_size),
         }
-        one = self._model(1, tensors, vocab_size=FEW, pad_token_id=None)
-        one.model.norm = torch.nn.Identity()
-        found: list[torch.Tensor] = []
-        one.model.layers[0].mlp.gate.register_forward_hook(
-            lambda module, given, output: found.append(output)
+        model = self._load(1, tensors, vocab_size=FEW, pad_token_id=None).model
+        model.norm = torch.nn.Identity()
+        router_outputs: list[tuple[torch.Tensor, ...]] = []
+        model.layers[0].mlp.gate.register_forward_hook(
+            lambda module, inputs, output: router_outputs.append(output)
         )
-        after = one.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
-        logits, _, chosen = found[0]
-        return Output(after, torch.zeros_like(logits, dtype=torch.bool).scatter(1, chosen, True))
+        after = model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        logits, _, experts = router_outputs[0]
+        routing = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
+        return LayerOutput(after, routing)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.ends.lm_head(self.ends.model.norm(hidden)).float()
+        """Return fp32 [sequence, token, vocabulary]."""
+        return self.outer_model.lm_head(self.outer_model.model.norm(hidden)).float()
 
 
-# of a tensor's key, layer and expert, and itself
-Change = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]
+# (key, (layer, expert), tensor) -> tensor
+Transform = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]
 
 
-class Megatron:
-    """The Megatron-Core model of a checkpoint, on this rank."""
+class MegatronLayers:
+    """The Megatron-Core model of a checkpoint on this rank, one layer in memory at a time.
 
-    def __init__(self, config: Config, parts: Parts, ranks: Ranks, change: Change | None = None):
+    `transform` changes each tensor that is read: it makes a damaged model on purpose.
+    """
+
+    def __init__(
+        self, config: Config, parts: Parts, ranks: Ranks, transform: Transform | None = None
+    ):
         self.parts = parts
-        self.change = change
-        few = {"num_layers": 1, "moe_ffn_hidden_size": 2 * FEW, "ffn_hidden_size": 2 * FEW}
-        self.ends = self._model(config, ranks, **few)
-        self.one = self._model(config, ranks, num_layers=1, vocab_size=FEW)
-        self._fill(self.ends, lambda key: not key.startswith(tensor_schema.LAYER), 0)
-        self.found: dict[str, object] = {}
-        layer = shards.unwrap(self.one).decoder.layers[0]
-        for name, module in (("hidden", layer), ("router", layer.mlp.router)):
-            module.register_forward_hook(
-                lambda module, given, output, name=name: self.found.__setitem__(name, output)
-            )  # fmt: skip
+        self.transform = transform
+        small = {"num_layers": 1, "moe_ffn_hidden_size": 2 * FEW, "ffn_hidden_size": 2 * FEW}
+        # embedding, final norm, output layer
+        self.outer_model = self._build(config, ranks, **small)
+        self.layer_model = self._build(config, ranks, num_layers=1, vocab_size=FEW)
+        self._fill(self.outer_model, lambda key: not key.startswith(tensor_schema.LAYER), 0)
+        self.outputs: dict[str, object] = {}
+        layer = shards.unwrap(self.layer_model).decoder.layers[0]
+        self._record("layer", layer)
+        self._record("router", layer.mlp.router)
 
-    def _model(self, config: Config, ranks: Ranks, **sizes: int) -> torch.nn.Module:
-        config = replace(config, model=replace(config.model, **sizes))
+    def _record(self, name: str, module: torch.nn.Module) -> None:
+        """Keep the module's output of the last forward pass."""
+        module.register_forward_hook(
+            lambda module, inputs, output: self.outputs.__setitem__(name, output)
+        )
+
+    def _build(self, config: Config, ranks: Ranks, **model_values: int) -> torch.nn.Module:
+        config = replace(config, model=replace(config.model, **model_values))
         (chunk,) = model.build(derive(resolve(config)), ranks.device)
         return chunk.eval()
 
     @torch.no_grad()
     def _fill(self, chunk: torch.nn.Module, wanted: Callable[[str], bool], layer: int) -> None:
+        """Copy layer `layer` of the checkpoint's tensors whose key is wanted into the model."""
         for shard in shards.shards(chunk):
             if not wanted(shard.key):
                 continue
             numbers = (layer, *shard.numbers[1:]) if shard.numbers else ()
             data = self.parts.at(shard.key, numbers)
-            if self.change:
-                data = self.change(shard.key, numbers, data)
+            if self.transform:
+                data = self.transform(shard.key, numbers, data)
             shard.data.copy_(data[shard.cut])
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        return shards.unwrap(self.ends).embedding(tokens, positions).transpose(0, 1)
+        return shards.unwrap(self.outer_model).embedding(tokens, positions).transpose(0, 1)
 
     @torch.no_grad()
-    def layer(self, number: int, hidden: torch.Tensor) -> Output:
-        """What layer `number` makes of hidden states [sequence, token, hidden]."""
-        self._fill(self.one, lambda key: key.startswith(tensor_schema.LAYER), number)
+    def run_layer(self, number: int, hidden: torch.Tensor) -> LayerOutput:
+        """Run layer `number` on hidden states [sequence, token, hidden]."""
+        self._fill(self.layer_model, lambda key: key.startswith(tensor_schema.LAYER), number)
         sequences, tokens, _ = hidden.shape
-        none = torch.zeros(sequences, tokens, dtype=torch.long)
+        unused_ids = torch.zeros(sequences, tokens, dtype=torch.long)
         positions = torch.arange(tokens).expand(sequences, -1)
-        self.one(
-            none, positions, attention_mask=None, decoder_input=hidden.transpose(0, 1).contiguous()
-        )
-        output = self.found["hidden"]
+        # Megatron-Core's activations are [token, sequence, hidden]
+        decoder_input = hidden.transpose(0, 1).contiguous()
+        self.layer_model(unused_ids, positions, attention_mask=None, decoder_input=decoder_input)
+        output = self.outputs["layer"]
         after = (output[0] if isinstance(output, tuple) else output).transpose(0, 1)
-        routing = self.found["router"][1].bool()  # [token * sequence, expert]
+        routing = self.outputs["router"][1].bool()  # [token * sequence, expert]
         routing = routing.view(tokens, sequences, -1).transpose(0, 1).flatten(0, 1)
-        return Output(after, routing)
+        return LayerOutput(after, routing)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Their last part, [sequence, token, vocabulary]."""
-        ends = shards.unwrap(self.ends)
-        normed = ends.decoder.final_layernorm(hidden.transpose(0, 1).contiguous())
-        tied = (
-            ends.shared_embedding_or_output_weight()
-            if ends.share_embeddings_and_output_weights
-            else None
-        )
-        return ends.output_layer(normed, weight=tied)[0].transpose(0, 1).float()
+        """Return fp32 [sequence, token, vocabulary]."""
+        outer = shards.unwrap(self.outer_model)
+        normed = outer.decoder.final_layernorm(hidden.transpose(0, 1).contiguous())
+        tied_weight = None
+        if outer.share_embeddings_and_output_weights:
+            tied_weight = outer.shared_embedding_or_output_weight()
+        return outer.output_layer(normed, weight=tied_weight)[0].transpose(0, 1).float()

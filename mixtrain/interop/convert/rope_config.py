@@ -1,7 +1,7 @@
-"""What a config.json says of positions: the rotary embedding's base, and how far back a token looks. No torch.
+"""Read the rotary embedding's base and the sliding window from a config.json. No torch.
 
-Rule: every spelling of transformers 4 and 5 that means the plain embedding and the whole past is read; another meaning
-is refused by its key.
+Rule: every spelling of transformers 4 and 5 that means the plain embedding and full attention is
+accepted; any other meaning is refused by its key.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 
 from mixtrain.config.key_effects import show
 
-MOST_THETA = 2**53  # whole numbers in a double
-# What a mapping of the rotary embedding may have beside its base, with the values that change
-# nothing.
+MAX_THETA = 2**53  # a double holds all whole numbers up to this
+# Entries that rope_parameters and rope_scaling may have beside rope_theta, with the values that
+# mean the plain embedding.
 PLAIN = {
     "rope_type": ["default", None],
     "type": ["default", None],
@@ -30,90 +30,84 @@ KEYS = (
 )
 
 
-def rope(values: Mapping[str, Any], name: str, absent: float) -> tuple[float, list[str]]:
-    """(the base, what stands against it): of transformers 5's key, or transformers 4's two. `absent`: the default."""
+def rope_base(values: Mapping[str, Any], name: str, default: float) -> tuple[float, list[str]]:
+    """Return (the base, problems), from the key of transformers 5 or the two of transformers 4.
+
+    `name`: the model's name in messages. `default`: the base where config.json has none.
+    """
     bases = {}
-    wrong = []
+    problems = []
     if "rope_theta" in values:
         bases["rope_theta"] = values["rope_theta"]
     for key in ("rope_parameters", "rope_scaling"):
-        there = values.get(key) or {}
-        if not isinstance(there, Mapping):
-            wrong.append(f"{key} = {show(there)} is not a mapping")
+        parameters = values.get(key) or {}
+        if not isinstance(parameters, Mapping):
+            problems.append(f"{key} = {show(parameters)} is not a mapping")
             continue
-        if "rope_theta" in there:
-            bases[f"{key}.rope_theta"] = there["rope_theta"]
-        wrong += _more_than_plain(key, there, name)
-    if values.get("partial_rotary_factor", 1) not in PLAIN["partial_rotary_factor"]:
-        wrong.append(
-            f"partial_rotary_factor = {show(values['partial_rotary_factor'])}: mixtrain's {name}"
-            " has 1.0"
-        )
+        if "rope_theta" in parameters:
+            bases[f"{key}.rope_theta"] = parameters["rope_theta"]
+        problems += _rope_type_problems(key, parameters, name)
+    factor = values.get("partial_rotary_factor", 1)
+    if factor not in PLAIN["partial_rotary_factor"]:
+        problems.append(f"partial_rotary_factor = {show(factor)}: mixtrain's {name} has 1.0")
     for key, theta in bases.items():
-        if (
-            isinstance(theta, bool)
-            or not isinstance(theta, (int, float))
-            or not 0 < theta <= MOST_THETA
-        ):
-            return 0.0, [
-                *wrong,
-                f"{key} = {show(theta)} is not a number above 0, up to {MOST_THETA:,}",
-            ]
+        is_number = isinstance(theta, (int, float)) and not isinstance(theta, bool)
+        if not is_number or not 0 < theta <= MAX_THETA:
+            wrong = f"{key} = {show(theta)} is not a number above 0, up to {MAX_THETA:,}"
+            return 0.0, [*problems, wrong]
     if values.get("rope_scaling") and "rope_parameters.rope_theta" in bases:
-        others = [theta for key, theta in bases.items() if key != "rope_parameters.rope_theta"]
-        there = bases["rope_parameters.rope_theta"]
-        instead = (others or [absent])[-1]
-        if there != instead:
+        # transformers reads rope_scaling instead of rope_parameters
+        ignored = bases["rope_parameters.rope_theta"]
+        used = [base for key, base in bases.items() if key != "rope_parameters.rope_theta"]
+        effective = (used or [default])[-1]
+        if ignored != effective:
             return 0.0, [
-                *wrong,
-                f"rope_parameters.rope_theta = {there}, but rope_scaling takes the place of"
-                f" rope_parameters in transformers, with rope_theta = {instead}; leave"
-                " rope_scaling out",
+                *problems,
+                f"rope_parameters.rope_theta = {ignored}, but transformers reads rope_scaling"
+                f" instead of rope_parameters, with rope_theta = {effective}; leave rope_scaling"
+                " out",
             ]
-    (first, theta), *others = [*bases.items()] or [("", absent)]
-    wrong += [f"{first} = {theta}, but {key} = {other}" for key, other in others if other != theta]
+    (first_key, theta), *rest = [*bases.items()] or [("", default)]
+    problems += [
+        f"{first_key} = {theta}, but {key} = {base}" for key, base in rest if base != theta
+    ]
     if theta != int(theta):
-        wrong.append(f"{first} = {theta}: model.rotary_base is a whole number")
-    return theta, wrong
+        problems.append(f"{first_key} = {theta}: model.rotary_base is a whole number")
+    return theta, problems
 
 
 def has_base(values: Mapping[str, Any]) -> bool:
-    """Whether a config.json names the base at all."""
-    there = [values, *(values.get(key) for key in ("rope_parameters", "rope_scaling"))]
-    return any("rope_theta" in part for part in there if isinstance(part, Mapping))
+    """Whether a config.json has the base under any of its keys."""
+    mappings = [values, values.get("rope_parameters"), values.get("rope_scaling")]
+    return any("rope_theta" in part for part in mappings if isinstance(part, Mapping))
 
 
-def _more_than_plain(key: str, there: Mapping[str, Any], name: str) -> Iterator[str]:
-    """What of a mapping is not the plain embedding."""
-    for part, value in there.items():
-        if part == "rope_theta" or (part in PLAIN and value in PLAIN[part]):
+def _rope_type_problems(key: str, parameters: Mapping[str, Any], name: str) -> Iterator[str]:
+    """Yield the entries of a mapping that change the plain embedding."""
+    for entry, value in parameters.items():
+        if entry == "rope_theta" or (entry in PLAIN and value in PLAIN[entry]):
             continue
         if key == "rope_scaling":
-            yield f"rope_scaling = {show(there)}: mixtrain's {name} has null"
+            yield f"rope_scaling = {show(parameters)}: mixtrain's {name} has null"
             return
-        yield (
-            f"{key}.{part} = {show(value)}: mixtrain's {name} has"
-            f" {show(PLAIN.get(part, ['none'])[0])}"
-        )
+        plain = show(PLAIN[entry][0]) if entry in PLAIN else "none"
+        yield f"{key}.{entry} = {show(value)}: mixtrain's {name} has {plain}"
 
 
-def window(values: Mapping[str, Any], name: str, switched: bool) -> list[str]:
-    """What is wrong with a sliding window. `switched`: it counts where use_sliding_window is true alone.
+def window_problems(values: Mapping[str, Any], name: str, has_switch: bool) -> list[str]:
+    """Return the problems with the sliding window.
 
-    A window that is no shorter than the longest sequence hides nothing.
+    `has_switch`: the window is off unless use_sliding_window is true. A window of at least
+    max_position_embeddings has no effect and is accepted.
     """
     switch = values.get("use_sliding_window", False)
-    if switched and not isinstance(switch, bool):
+    if has_switch and not isinstance(switch, bool):
         return [f"use_sliding_window = {show(switch)} is not true or false"]
-    size = values["sliding_window"]
+    window = values["sliding_window"]
     longest = values["max_position_embeddings"]
-    if size is None or (switched and not switch):
+    if window is None or (has_switch and not switch):
         return []
-    if (
-        isinstance(size, int)
-        and not isinstance(size, bool)
-        and isinstance(longest, int)
-        and size >= longest
-    ):
+    are_numbers = isinstance(window, int) and isinstance(longest, int)
+    if are_numbers and not isinstance(window, bool) and window >= longest:
         return []
-    return [f"sliding_window = {show(size)}: mixtrain's {name} has null"]
+    return [f"sliding_window = {show(window)}: mixtrain's {name} has null"]

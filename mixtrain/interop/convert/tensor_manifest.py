@@ -12,7 +12,7 @@ import torch
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.config.schema import Config
 from mixtrain.interop.convert import flat_ranges
-from mixtrain.interop.convert.hf_files import Stored
+from mixtrain.interop.convert.hf_files import StoredTensor
 from mixtrain.interop.convert.output import Advance
 from mixtrain.interop.convert.weights import layout_of
 
@@ -20,25 +20,29 @@ BLOCK = 1 << 24  # elements
 
 
 def entries(
-    config: Config, tensors: dict[str, Stored], parts: Parts, vocabulary: int, advance: Advance
+    config: Config,
+    tensors: dict[str, StoredTensor],
+    parts: Parts,
+    vocabulary: int,
+    advance: Advance,
 ) -> Iterator[dict[str, Any]]:
     """One for each tensor of Hugging Face, with the Megatron tensor it is a part of, and the SHA-256 of both.
 
     `equal`: bit for bit, after the checkpoint's numbers were brought to the dtype of the file.
     """
-    index = flat_ranges.index(config, layout_of(config, tensors), vocabulary)
-    for name, shape in index.names.items():
+    index = flat_ranges.build_index(config, layout_of(config, tensors), vocabulary)
+    for name, shape in index.hf_shapes.items():
         stored = tensors[name]
         own = hashlib.sha256()
         there = hashlib.sha256()
         equal = True
         for start in range(0, math.prod(shape), BLOCK):
             stop = min(start + BLOCK, math.prod(shape))
-            theirs = stored.part(start, stop)
+            theirs = stored.read(start, stop)
             ours = [
-                parts.flat(run.key, run.place + low, run.place + high)
+                parts.flat(run.key, run.megatron_start + low, run.megatron_start + high)
                 for run, low, high in flat_ranges.overlapping(
-                    index.by_name[name], start, stop, flat_ranges.START
+                    index.by_name[name], start, stop, flat_ranges.HF_START
                 )
             ]
             mine = torch.cat(ours) if len(ours) > 1 else ours[0]

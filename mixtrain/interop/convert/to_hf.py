@@ -31,11 +31,11 @@ from mixtrain.interop.convert.checkpoint_config import (
     tokenizer_of,
 )
 from mixtrain.interop.convert.dtype_cast import Casting, warn
-from mixtrain.interop.convert.flat_ranges import Index
+from mixtrain.interop.convert.flat_ranges import RangeIndex
 from mixtrain.interop.convert.hf_config import to_hugging_face
 from mixtrain.interop.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
 from mixtrain.interop.convert.output import Advance, dealt, in_processes, write_text, written_whole
-from mixtrain.interop.convert.weights import check
+from mixtrain.interop.convert.weights import check_tensors
 from mixtrain.system.links import directory_in
 
 BLOCK = 1 << 26  # bytes
@@ -53,15 +53,15 @@ class Origin(NamedTuple):
     """Megatron's tensors, to be read by the places of Hugging Face's."""
 
     parts: Parts
-    index: Index
+    index: RangeIndex
     cast: Casting  # to the dtype to give them in
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
         """The elements of a tensor in their order, as they lie together, in blocks of at most BLOCK bytes."""
         most = BLOCK // self.cast.dtype.itemsize
         for run in self.index.by_name[name]:
-            at = run.place
-            end = run.place + run.count
+            at = run.megatron_start
+            end = run.megatron_start + run.count
             while at < end:
                 stop = min(end, self.parts.together(run.key, at, most))
                 yield self.cast(name, self.parts.flat(run.key, at, stop))
@@ -69,7 +69,7 @@ class Origin(NamedTuple):
 
     def size(self, name: str) -> int:
         """Bytes of the tensor as it is written."""
-        return math.prod(self.index.names[name]) * self.cast.dtype.itemsize
+        return math.prod(self.index.hf_shapes[name]) * self.cast.dtype.itemsize
 
 
 def convert(
@@ -96,14 +96,16 @@ def convert(
     parts = Parts(checkpoint)
     tokenizer = _tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
     vocabulary = hf_source.rows(run, config, tokenizer)
-    origin = _origin(parts, flat_ranges.index(config, layout, vocabulary), dtype, allow_nonfinite)
+    origin = _origin(
+        parts, flat_ranges.build_index(config, layout, vocabulary), dtype, allow_nonfinite
+    )
     beside, generation = hf_source.to_export(run, config, tokenizer)
     values |= beside | {"vocab_size": vocabulary}
     written = str(origin.cast.dtype).removeprefix("torch.")
     values |= {"torch_dtype": written, "dtype": written}  # transformers 4, transformers 5
-    size = sum(map(origin.size, origin.index.names))
-    hashes = Hashes(checkpoint, parts.files(origin.index.shapes)) if verify else None
-    with written_whole(out_dir, size, len(origin.index.names)) as out:
+    size = sum(map(origin.size, origin.index.hf_shapes))
+    hashes = Hashes(checkpoint, parts.files(origin.index.megatron_shapes)) if verify else None
+    with written_whole(out_dir, size, len(origin.index.hf_shapes)) as out:
         shards = shards_of(out, origin, max_shard_size)
         jobs = [
             partial(_write_shards, share, origin)
@@ -137,7 +139,9 @@ def _tokenizer(
     return found
 
 
-def _origin(parts: Parts, index: Index, dtype: torch.dtype | None, allow_nonfinite: bool) -> Origin:
+def _origin(
+    parts: Parts, index: RangeIndex, dtype: torch.dtype | None, allow_nonfinite: bool
+) -> Origin:
     """The tensors of a checkpoint's model, which must be those of its configuration."""
     stored = {
         key: torch.empty(shape, dtype=parts.dtypes[key], device="meta")
@@ -145,7 +149,7 @@ def _origin(parts: Parts, index: Index, dtype: torch.dtype | None, allow_nonfini
         if not key.startswith("optimizer.")
     }
     try:
-        check(index.shapes, stored, NAMES, mixed=dtype is not None)
+        check_tensors(index.megatron_shapes, stored, NAMES, mixed=dtype is not None)
     except UserError as error:
         raise UserError(*(f"{parts.directory}: {problem}" for problem in error.problems)) from None
     return Origin(
@@ -157,7 +161,7 @@ def shards_of(out: Path, origin: Origin, most: int) -> list[Shard]:
     """The tensors in their order, in files of at most `most` bytes (but one tensor at least)."""
     groups: list[list[str]] = [[]]
     room = most
-    for name in origin.index.names:
+    for name in origin.index.hf_shapes:
         if origin.size(name) > room and groups[-1]:
             groups.append([])
             room = most
@@ -197,7 +201,7 @@ def header(shard: Shard, origin: Origin) -> bytes:
         end = end + origin.size(name)
         entries[name] = {
             "dtype": NAMES[origin.cast.dtype],
-            "shape": list(origin.index.names[name]),
+            "shape": list(origin.index.hf_shapes[name]),
             "data_offsets": [begin, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -212,7 +216,7 @@ def _write_all(file, data) -> None:
 
 
 def write_weight_map(path: Path, shards: list[Shard], origin: Origin) -> None:
-    total = sum(math.prod(shape) for shape in origin.index.names.values())
+    total = sum(math.prod(shape) for shape in origin.index.hf_shapes.values())
     metadata = {"total_parameters": total, "total_size": total * origin.cast.dtype.itemsize}
     weight_map = {name: shard.path.name for shard in shards for name in shard.names}
     write_text(path, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")

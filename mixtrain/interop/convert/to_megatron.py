@@ -42,10 +42,10 @@ from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, tokenizer_files
 from mixtrain.interop.convert import flat_ranges, hf_checkpoint, hf_source, vocab_padding
 from mixtrain.interop.convert.checkpoint_config import configuration, run_state
 from mixtrain.interop.convert.dtype_cast import DTYPES, Casting, warn
-from mixtrain.interop.convert.flat_ranges import Index
-from mixtrain.interop.convert.hf_files import Stored
+from mixtrain.interop.convert.flat_ranges import RangeIndex
+from mixtrain.interop.convert.hf_files import StoredTensor
 from mixtrain.interop.convert.output import Advance, dealt, in_processes, written_whole
-from mixtrain.interop.convert.weights import check, layout_of, mixtral
+from mixtrain.interop.convert.weights import check_exportable, check_tensors, layout_of
 
 BLOCK = 1 << 26  # bytes of a chunk, at most
 
@@ -79,20 +79,24 @@ def convert(
     """
     found = hf_checkpoint.read(hf_dir)
     tensors = found.tensors
-    vocabulary = found.facts["model.vocab_size"]
+    vocabulary = found.overrides["model.vocab_size"]
     config = configuration(
-        found.facts | {"model.vocab_size": vocab_padding.padded(vocabulary, divisible_by)}
+        found.overrides | {"model.vocab_size": vocab_padding.padded(vocabulary, divisible_by)}
     )
-    mixtral(config)
-    index = flat_ranges.index(config, layout_of(config, tensors), vocabulary)
-    check(index.names, tensors, DTYPES.values(), mixed=dtype is not None)
+    check_exportable(config)
+    index = flat_ranges.build_index(config, layout_of(config, tensors), vocabulary)
+    check_tensors(index.hf_shapes, tensors, DTYPES.values(), mixed=dtype is not None)
     kept = dtype or next(iter(tensors.values())).dtype
     tokenizer_files(hf_dir)  # what is wrong with them is said before anything is copied
-    parts = [part for key in index.shapes for part in parts_of(key, index.shapes[key], kept)]
+    parts = [
+        part
+        for key in index.megatron_shapes
+        for part in parts_of(key, index.megatron_shapes[key], kept)
+    ]
     size = sum(map(Part.count, parts)) * kept.itemsize
     padded = vocab_padding.Padding(derive(config), vocabulary)
     origin = Origin(tensors, index, Casting(kept, allow_nonfinite), padded)
-    run_of_none = run_state(config, hf_source.of_directory(hf_dir, found.values, vocabulary))
+    run_of_none = run_state(config, hf_source.of_directory(hf_dir, found.config_json, vocabulary))
     for note in [*found.notes, *padded.notes()]:
         print(note, file=sys.stderr)
     objects = dict(_extra_states(index))
@@ -109,8 +113,8 @@ def convert(
 class Origin(NamedTuple):
     """Hugging Face's tensors, to be read by the places of Megatron's."""
 
-    tensors: dict[str, Stored]
-    index: Index
+    tensors: dict[str, StoredTensor]
+    index: RangeIndex
     cast: Casting  # to the dtype to give them in
     padding: vocab_padding.Padding  # what they have not
 
@@ -118,7 +122,7 @@ class Origin(NamedTuple):
         """A chunk: a window on a file where it lies together in one, else a copy."""
         found = list(
             flat_ranges.overlapping(
-                self.index.by_key[part.key], part.start, part.stop, flat_ranges.PLACE
+                self.index.by_key[part.key], part.start, part.stop, flat_ranges.MEGATRON_START
             )
         )
         pieces = [self.cast(run.name, self._part(run, low, high)) for run, low, high in found]
@@ -128,8 +132,8 @@ class Origin(NamedTuple):
             )
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.size)
 
-    def _part(self, run: flat_ranges.Run, low: int, high: int) -> torch.Tensor:
-        return self.tensors[run.name].part(run.start + low, run.start + high)
+    def _part(self, run: flat_ranges.FlatRange, low: int, high: int) -> torch.Tensor:
+        return self.tensors[run.name].read(run.hf_start + low, run.hf_start + high)
 
 
 def parts_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Part]:
@@ -221,9 +225,9 @@ def item(part: Part) -> WriteItem:
     return WriteItem(MetadataIndex(part.key, torch.Size(part.offset)), WriteItemType.SHARD)
 
 
-def _extra_states(index: Index) -> Iterator[tuple[str, Item]]:
+def _extra_states(index: RangeIndex) -> Iterator[tuple[str, Item]]:
     """The empty object of each Transformer Engine module that Megatron-LM's loader asks for (content.extra_states)."""
-    for key, shape in index.shapes.items():
+    for key, shape in index.megatron_shapes.items():
         if extra := tensor_schema.extra_state(key):
             sizes = shape[: tensor_schema.stacked(key)] or (1,)
             for place in product(*map(range, sizes)):
@@ -240,7 +244,9 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 
 def _metadata(origin: Origin, parts: list[Part], objects: list[str]) -> Metadata:
     """The index of the checkpoint: every tensor and its chunks, every object."""
-    chunks: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in origin.index.shapes}
+    chunks: dict[str, list[ChunkStorageMetadata]] = {
+        key: [] for key in origin.index.megatron_shapes
+    }
     for part in parts:
         chunks[part.key].append(
             ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size))
@@ -248,6 +254,6 @@ def _metadata(origin: Origin, parts: list[Part], objects: list[str]) -> Metadata
     properties = TensorProperties(dtype=origin.cast.dtype)
     tensors = {
         key: TensorStorageMetadata(properties, torch.Size(shape), chunks[key])
-        for key, shape in origin.index.shapes.items()
+        for key, shape in origin.index.megatron_shapes.items()
     }
     return Metadata(tensors | {name: BytesStorageMetadata() for name in objects})

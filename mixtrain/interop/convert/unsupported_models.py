@@ -1,6 +1,7 @@
-"""Directories that hold something else than a model's plain weights: what they are, and what to give instead. No torch.
+"""Recognize quantised models, adapters and other formats, and say what to use instead. No torch.
 
-Rule: what is known by its files, its names or its dtypes is said by its own name, before a tensor is looked for.
+Rule: a model recognized by its files, its tensor names or its dtypes is named in the message before
+any tensor is looked for.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Any
 from mixtrain.config.key_effects import show
 from mixtrain.errors import UserError
 
-USUAL = ("model.safetensors", "model.safetensors.index.json")
+HF_FILES = ("model.safetensors", "model.safetensors.index.json")
 GIVE = "give the unquantised model"
 MERGE = (
     "from peft import AutoPeftModelForCausalLM as M; M.from_pretrained('{0}').merge_and_unload()"
     ".save_pretrained('{0}-merged')"
 )
-# Ends of tensors' names -> what has quantised a model that has them; the first that fits.
-ENDS = {
+# suffix of a tensor's name -> the method that writes such tensors; the first match counts
+METHODS_BY_SUFFIX = {
     ".g_idx": "GPTQ",
     ".qzeros": "GPTQ or AWQ",
     ".qweight": "GPTQ or AWQ",
@@ -33,55 +34,55 @@ ENDS = {
     ".weight_scale_inv": "fp8 with scales of blocks",
     ".weight_scale": "fp8 with scales",
 }
-KINDS = {
+METHODS_BY_DTYPE = {
     "F8_E4M3": "fp8",
     "F8_E5M2": "fp8",
     "U8": "packing several numbers in a byte",
     "I8": "8-bit whole numbers",
+    "I32": "packing several numbers in an integer",
 }
-KINDS |= {"I32": "packing several numbers in an integer"}
 
 
 def refuse(directory: Path) -> None:
-    """UserError if a directory is an adapter, or a model in Mistral's own files."""
+    """UserError if a directory holds a peft adapter or a model in Mistral's own format."""
     if (directory / "adapter_config.json").exists():
         call = shlex.quote(MERGE.format(str(directory).rstrip("/").replace("'", r"\'")))
         raise UserError(
-            f"{directory} has adapter_config.json: an adapter of peft, not a model; merge it"
-            f" first: python -c {call}; if these weights are merged already, take"
-            " adapter_config.json away"
+            f"{directory} has adapter_config.json: a peft adapter, not a model; merge it first:"
+            f" python -c {call}; if these weights are merged already, remove adapter_config.json"
         )
-    if directory.is_dir() and not any((directory / name).exists() for name in USUAL):
-        own = sorted(
-            path.name for path in directory.iterdir() if path.name.startswith("consolidated.")
-        )
-        if own:
+    if directory.is_dir() and not any((directory / name).exists() for name in HF_FILES):
+        names = sorted(path.name for path in directory.iterdir())
+        if mistral := [name for name in names if name.startswith("consolidated.")]:
             raise UserError(
-                f"{directory / own[0]} is in Mistral's own format: give the files of the same"
-                f" model on the hub that have Hugging Face's names ({USUAL[1]} and"
+                f"{directory / mistral[0]} is in Mistral's own format: give the files of the same"
+                f" model on the hub that have Hugging Face's names ({HF_FILES[1]} and"
                 " model-00001-of-....safetensors, config.json)"
             )
 
 
-def quantised(dtypes: Mapping[str, str]) -> str:
-    """What has quantised a model with tensors of these names and safetensors dtypes, in a sentence; "" if nothing."""
-    for end, method in ENDS.items():
-        if name := next((name for name in dtypes if name.endswith(end) or f"{end}." in name), None):
-            return f"{name} is of a model that is quantised by {method}; {GIVE}"
+def quantised_tensor(dtypes: Mapping[str, str]) -> str:
+    """Return a sentence about a quantised tensor and its method; empty if there is none.
+
+    `dtypes`: tensor name -> safetensors dtype.
+    """
+    for suffix, method in METHODS_BY_SUFFIX.items():
+        for name in dtypes:
+            if name.endswith(suffix) or f"{suffix}." in name:
+                return f"{name} belongs to a model quantised by {method}; {GIVE}"
     for name, dtype in dtypes.items():
-        if dtype in KINDS:
-            return f"{name} is {dtype}: the model is quantised by {KINDS[dtype]}; {GIVE}"
+        if method := METHODS_BY_DTYPE.get(dtype):
+            return f"{name} is {dtype}: the model is quantised by {method}; {GIVE}"
     return ""
 
 
-def quantisation(values: Mapping[str, Any]) -> str:
-    """The key of a config.json that says how its model is quantised, with the method; "" if none does."""
+def quantisation_key(config_json: Mapping[str, Any]) -> str:
+    """Return the key of a config.json that names a quantisation, and the method; empty if none."""
     for key in ("quantization_config", "compression_config"):
-        if (there := values.get(key)) is not None:
-            method = (
-                there.get("quant_method", "an unknown method")
-                if isinstance(there, Mapping)
-                else there
-            )
-            return f"{key} (quantised by {show(method)})"
+        value = config_json.get(key)
+        if value is None:
+            continue
+        if isinstance(value, Mapping):
+            value = value.get("quant_method", "an unknown method")
+        return f"{key} (quantised by {show(value)})"
     return ""

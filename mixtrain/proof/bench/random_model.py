@@ -23,7 +23,7 @@ def write(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True)
     facts = published()["mistralai/Mixtral-8x7B-v0.1"] | {"model.num_layers": layers}
     config = checkpoint_config.configuration(facts)
-    whole = to_hf.Origin(None, flat_ranges.index(config, "hub"), Casting(torch.bfloat16))
+    whole = to_hf.Origin(None, flat_ranges.build_index(config, "hub"), Casting(torch.bfloat16))
     shards = to_hf.shards_of(folder, whole, 5 * 10**9)
     noise = bytearray(os.urandom(BLOCK))
     # numbers below 2: else one in 256 would be none

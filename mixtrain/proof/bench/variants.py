@@ -14,7 +14,7 @@ from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.hf_config import problems as not_mixtral
+from mixtrain.interop.convert.hf_config import export_problems
 from mixtrain.launch.machine_checks import gpu_count, installed
 from mixtrain.proof.bench.scenario import Measure, Request, Row
 
@@ -103,7 +103,7 @@ def _variant(name: str, row: Row, request: Request, words: list[str]) -> Variant
     if not problems and (missing := _lacks(config, request)):
         return missing
     plan = make_plan(config, None, problems)
-    if "hf" in foreign and (wrong := not_mixtral(plan.config)):
+    if "hf" in foreign and (wrong := export_problems(plan.config)):
         raise UserError(*wrong)
     return Variant(name, row.measure, plan, foreign, None)
 
