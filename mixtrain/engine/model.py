@@ -1,6 +1,6 @@
-"""From a Plan to Megatron-Core's model: the TransformerConfig and the GPTModel chunks of this rank.
+"""Build Megatron-Core's TransformerConfig and this rank's GPTModel chunks from a Plan.
 
-Rule: what a key means to TransformerConfig stands in config/transformer_fields.py; here is what
+Rule: config/transformer_fields.py maps keys to TransformerConfig's fields; this file adds what
 needs torch.
 """
 
@@ -27,12 +27,12 @@ from mixtrain.engine.layers.cpu import embedding, onednn_matmul
 from mixtrain.engine.layers.loss import token_losses
 from mixtrain.errors import UserError
 
-# What config/transformer_fields.py gives by name.
+# values that config/transformer_fields.py, which has no torch, gives by name
 BY_NAME = {"silu": F.silu, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(plan: Plan) -> TransformerConfig:
-    """The plan as Megatron-Core's TransformerConfig."""
+    """Return Megatron-Core's TransformerConfig for the plan. UserError if it refuses."""
     values = transformer_fields(plan.config)
     values |= {
         name: BY_NAME[values[name]]
@@ -42,7 +42,7 @@ def transformer_config(plan: Plan) -> TransformerConfig:
         values["attention_backend"] = AttnBackend[values["attention_backend"]]
     try:
         return TransformerConfig(**values)
-    # what no rule of ours has foreseen, model.extra above all
+    # what no rule of this project checks first, mostly model.extra
     except (AssertionError, TypeError, ValueError) as error:
         raise UserError(
             f"Megatron-Core refuses this model: {' '.join(str(error).split())}"
@@ -50,9 +50,9 @@ def transformer_config(plan: Plan) -> TransformerConfig:
 
 
 def build(plan: Plan, device: torch.device, drawn: bool = True) -> list[torch.nn.Module]:
-    """This rank's model chunks (one, or one per virtual pipeline stage), initialised, on `device`.
+    """Build this rank's model chunks on `device`: one, or one per virtual pipeline stage.
 
-    Not `drawn`: whatever is in memory, for weights that are read.
+    If not `drawn`, memory stays uninitialized; the caller loads the weights.
     """
     config = transformer_config(plan)
     chunks = plan.config.parallel.virtual_pipeline_model_parallel_size
@@ -67,12 +67,14 @@ def build_chunk(
     config: TransformerConfig,
     device: torch.device,
     vp_stage: int | None,
-    drawn: bool = True,
+    drawn: bool,
 ) -> torch.nn.Module:
-    """One chunk: built on the meta device, given memory on `device`, drawn from the seed."""
+    """Build one chunk on the meta device, allocate it on `device`, draw its weights."""
     with torch.device("meta"):
         model = gpt_model(plan, config, vp_stage)
         megatron_fixes.mark_tensor_parallel(model)
+        # On the CPU, replace the matrix product of Megatron-Core's linear layers (_forward_impl) by
+        # oneDNN's and the embedding's forward by one with a sparse gradient: both are faster there.
         if device.type == "cpu" and plan.config.model.transformer_impl is TransformerImpl.torch:
             onednn_matmul.install(model)
             embedding.install(model)
@@ -85,42 +87,52 @@ def build_chunk(
 
 
 def in_bf16(config: TransformerConfig, model: torch.nn.Module) -> Float16Module:
-    """The model with bf16 parameters, and with its buffers as they are.
+    """Cast the parameters to bf16 and keep the buffers as they are.
 
-    Float16Module casts them too: a router would count tokens and microbatches in bf16, which ends
-    at 256.
+    Float16Module alone casts buffers too, and a router that counts in bf16 cannot count past 256.
     """
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     wrapped = Float16Module(config, model)
-    for module, kept in buffers:
-        module._buffers.update(kept)
+    for module, original_buffers in buffers:
+        module._buffers.update(original_buffers)
     return wrapped
 
 
 class SeededGPTModel(GPTModel):
-    """GPTModel whose tied embeddings start equal, as weight_init.py draws them under one name; with a loss of ours.
+    """GPTModel that does not copy tied embeddings between pipeline stages while it is built.
 
-    Upstream copies them from the first to the last pipeline stage while building, which a meta tensor has nothing for.
+    Upstream copies them from the first to the last stage; meta tensors hold nothing to copy.
+    weight_init.py draws both under one name, so they start equal.
     """
 
     def _is_in_embd_group(self) -> bool:
         return False
 
+
+class TorchLossGPTModel(SeededGPTModel):
+    """SeededGPTModel with the loss of engine/layers/loss.py, for model.transformer_impl = torch.
+
+    Megatron-Core's own loss runs where tensor ranks split the vocabulary, and with
+    cross_entropy_loss_fusion.
+    """
+
     def compute_language_model_loss(
         self, labels: torch.Tensor, logits: torch.Tensor
     ) -> torch.Tensor:
         """[b, s], [s, b, V / TP] -> the loss of each token [b, s]."""
-        split = self.config.tensor_model_parallel_size > 1
-        if split or self.config.cross_entropy_loss_fusion or not self.own_loss:
+        is_split = self.config.tensor_model_parallel_size > 1
+        if is_split or self.config.cross_entropy_loss_fusion:
             return super().compute_language_model_loss(labels, logits)
         return token_losses(logits, labels)
 
 
 def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GPTModel:
-    """Megatron-Core's GPTModel for this rank's pipeline stage (and chunk), on the current default device."""
+    """Build Megatron-Core's GPTModel for this pipeline stage (and chunk) on the default device."""
     model = plan.config.model
     virtual = {"ignore_virtual": False, "vp_stage": vp_stage}
-    made = SeededGPTModel(
+    is_torch = model.transformer_impl is TransformerImpl.torch
+    model_class = TorchLossGPTModel if is_torch else SeededGPTModel
+    return model_class(
         config=config,
         transformer_layer_spec=block_spec(plan, config, vp_stage),
         vocab_size=model.vocab_size,
@@ -132,14 +144,12 @@ def gpt_model(plan: Plan, config: TransformerConfig, vp_stage: int | None) -> GP
         rotary_base=model.rotary_base,
         vp_stage=vp_stage,
     )
-    made.own_loss = model.transformer_impl is TransformerImpl.torch
-    return made
 
 
 def block_spec(
     plan: Plan, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """The layers of this stage, from the implementation that model.transformer_impl names."""
+    """Return this stage's layers from the implementation that model.transformer_impl names."""
     match plan.config.model.transformer_impl:
         case TransformerImpl.torch:
             return torch_layers.block_spec(config, vp_stage)
@@ -152,11 +162,11 @@ def block_spec(
 
 
 def local_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """Megatron-Core's own layers without Transformer Engine, under the same keys on disk."""
+    """Return Megatron-Core's own layers without Transformer Engine, with the same keys on disk."""
     spec = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
     )
-    # upstream would take Apex's, which has no RMSNorm, where Apex is installed
+    # with Apex installed upstream would use Apex's norm, which has no RMSNorm
     spec.layer_norm = WrappedTorchNorm
     for layer in spec.layer_specs:
         layer.submodules.sharded_state_dict_keys_map = torch_layers.KEYS

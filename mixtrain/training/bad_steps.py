@@ -1,6 +1,7 @@
-"""Steps that are not taken: a loss or gradient that is not finite, or a gradient larger than it may be.
+"""Bad steps, which are not taken: loss or gradient not finite, or gradient norm above its bound.
 
-Rule: all ranks see a bad step together, before anything has changed, and do the same about it.
+Rule: all ranks detect a bad step together, before any weight changes, and handle it in the same
+way.
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ RECORDS = "bad_steps.jsonl"
 
 
 class BadStep(Fault):
-    """A step that no rank takes. `ranks` are those where it was seen, `stopping` whether one was asked to stop."""
+    """A step that no rank takes.
+
+    `ranks`: where the bad value was seen. `stopping`: whether any rank was asked to stop.
+    """
 
     def __init__(self, step: int, what: str, value: str, ranks: list[int], stopping: bool):
-        super().__init__(f"step {step}: {what} is {value} on {_named('rank', ranks)}")
+        super().__init__(f"step {step}: {what} is {value} on {_ranks_text(ranks)}")
         self.step = step
         self.what = what
         self.value = value
@@ -35,7 +39,7 @@ class BadStep(Fault):
 
 
 class BadNorm(Exception):
-    """The gradient's norm on some rank, the highest, is no norm to step with. Raised on all ranks."""
+    """The highest norm of all ranks is not finite or above its bound. Raised on all ranks."""
 
     def __init__(self, norm: float):
         super().__init__(norm)
@@ -45,30 +49,28 @@ class BadNorm(Exception):
         return f"{self.norm:.4g}" if math.isfinite(self.norm) else "not finite"
 
 
-def guard_norm(plan: Plan, training: Training, device: torch.device) -> None:
-    """Have the optimizer look at the norm that it computes for clipping before it clips: BadNorm if it is bad.
+def norm_check(plan: Plan, device: torch.device) -> Callable[[float], None]:
+    """Return the check that the optimizer runs on its gradient norm before it clips.
 
-    Nothing has changed by then, and the norm is not computed twice. Copies of the model should have the same norm;
-    where they do not, as after a fault of the memory, they still take one decision.
+    The check raises BadNorm on all ranks if any rank's norm is not finite or above
+    trainer.bad_step_grad_norm. All ranks compare the highest norm: copies of the model should have
+    equal norms, but after a memory fault they may differ, and the ranks must still decide the same.
     """
-    compute = training.optimizer.get_grad_norm
     bound = plan.config.trainer.bad_step_grad_norm or math.inf
 
-    def guarded() -> float:
-        norm = float(compute())
+    def check(norm: float) -> None:
         highest = torch.tensor(
             [norm if math.isfinite(norm) else math.inf], dtype=torch.float64, device=device
         )
         torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
         if not math.isfinite(highest.item()) or highest.item() > bound:
             raise BadNorm(highest.item())
-        return norm
 
-    training.optimizer.get_grad_norm = guarded
+    return check
 
 
 def ranks_with_bad_gradients(training: Training, ranks: Ranks) -> list[int]:
-    """The ranks whose gradient buffers hold what is not finite. Every rank must call."""
+    """Return the ranks whose gradient buffers are not finite. Every rank must call."""
     bad = any(
         not bool(torch.isfinite(buffer.grad_data).all())
         for chunk in training.chunks
@@ -78,24 +80,19 @@ def ranks_with_bad_gradients(training: Training, ranks: Ranks) -> list[int]:
     return ranks_where(bad, ranks)
 
 
-def ranks_where(mine: bool, ranks: Ranks) -> list[int]:
-    """The ranks on which `mine` is true. Every rank must call."""
+def ranks_where(flag: bool, ranks: Ranks) -> list[int]:
+    """Return the ranks on which `flag` is true. Every rank must call."""
     flags = torch.zeros(ranks.world_size, device=ranks.device)
-    flags[ranks.rank] = float(mine)
+    flags[ranks.rank] = float(flag)
     torch.distributed.all_reduce(flags)
     return flags.nonzero().flatten().tolist()
 
 
 class BadSteps:
-    """What trainer.bad_step_policy does about them, and how many there were."""
+    """Applies trainer.bad_step_policy and counts the skipped steps."""
 
     def __init__(
-        self,
-        plan: Plan,
-        ranks: Ranks,
-        say: Callable[[str], None],
-        skipped: int = 0,
-        in_a_row: int = 0,
+        self, plan: Plan, ranks: Ranks, say: Callable[[str], None], skipped: int, in_a_row: int
     ):
         self.plan = plan
         self.ranks = ranks
@@ -103,44 +100,50 @@ class BadSteps:
         self.skipped = skipped
         self.in_a_row = in_a_row
 
-    def meet(self, bad: BadStep, samples: list[list[int]], routers: list[list[int]]) -> None:
-        """Record a bad step, its samples, and the [layer, rank] of routers that were not finite; go on, or raise."""
+    def handle(self, bad: BadStep, samples: list[list[int]], routers: list[list[int]]) -> None:
+        """Record a bad step; count it as skipped, or raise Fault by policy or above the limit.
+
+        `samples`: ids of the step's samples. `routers`: [layer, rank] of routers whose output was
+        not finite.
+        """
+        self._record(bad, samples, routers)
         where = ""
         if routers:
             layer, rank = routers[0]
             where = (
                 f"; the router of layer {layer} on rank {rank} was the first that was not finite"
             )
-        if self.ranks.is_first:
-            record = {"step": bad.step, "what": bad.what, "value": bad.value, "ranks": bad.ranks}
-            try:
-                with open(Path(self.plan.config.run_dir) / RECORDS, "a") as file:
-                    file.write(
-                        json.dumps({**record, "samples": samples, "routers": routers}) + "\n"
-                    )
-            # a full disk, say: what is wrong with the step is said all the same
-            except OSError as error:
-                self.say(f"warning: {RECORDS} could not be written ({error.strerror})")
         detail = f"{bad}{where}; its {len(samples)} samples are in {RECORDS}"
         if self.plan.config.trainer.bad_step_policy is Policy.stop:
             raise Fault(f"{detail}; no weights were changed by it")
-        self.skipped = self.skipped + 1
-        self.in_a_row = self.in_a_row + 1
+        self.skipped += 1
+        self.in_a_row += 1
         limit = self.plan.config.trainer.bad_step_limit
         if self.in_a_row > limit:
             raise Fault(f"{detail}; more than trainer.bad_step_limit = {limit} in a row")
         self.say(f"warning: {detail}; skipped, {self.skipped} so far")
 
-    def good(self) -> None:
-        """A step was taken."""
+    def _record(self, bad: BadStep, samples: list[list[int]], routers: list[list[int]]) -> None:
+        if not self.ranks.is_first:
+            return
+        record = {"step": bad.step, "what": bad.what, "value": bad.value, "ranks": bad.ranks}
+        line = json.dumps({**record, "samples": samples, "routers": routers})
+        try:
+            with open(Path(self.plan.config.run_dir) / RECORDS, "a") as file:
+                file.write(line + "\n")
+        # a full disk, for example: still report the bad step itself
+        except OSError as error:
+            self.say(f"warning: {RECORDS} could not be written ({error.strerror})")
+
+    def reset_streak(self) -> None:
+        """Call after a step that was taken."""
         self.in_a_row = 0
 
 
-def _named(what: str, numbers: list[int]) -> str:
-    """`rank 1`, `ranks 0, 1, 2, 3 and 12 more`, or `all ranks` where none stands out."""
-    if not numbers:
-        return f"all {what}s"
-    shown = ", ".join(map(str, numbers[:4])) + (
-        f" and {len(numbers) - 4} more" if len(numbers) > 4 else ""
-    )
-    return f"{what}{'s' * (len(numbers) > 1)} {shown}"
+def _ranks_text(ranks: list[int]) -> str:
+    """Return `rank 1`, `ranks 0, 1, 2, 3 and 12 more`, or `all ranks` for an empty list."""
+    if not ranks:
+        return "all ranks"
+    shown = ", ".join(map(str, ranks[:4]))
+    more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
+    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"

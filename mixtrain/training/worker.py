@@ -82,7 +82,7 @@ def _run(plan: Plan, identity: Identity, logs: Logs, stop: StopRequest) -> None:
     # imported here: what Megatron-Core defines on import must find engine/compat/cpu.py applied
     from mixtrain.checkpoint.save import Saver
     from mixtrain.engine import model, optimizer, process_groups
-    from mixtrain.training import loop, resume
+    from mixtrain.training import bad_steps, loop, resume
     from mixtrain.training.preflight.check import Preflight
 
     rendezvous.check(identity)
@@ -95,7 +95,8 @@ def _run(plan: Plan, identity: Identity, logs: Logs, stop: StopRequest) -> None:
         start = resume.find(plan, ranks, logs.say)
         resume.refuse_a_crash_loop(plan, ranks, start)
         data, entropy, found = build_data(plan, ranks, logs, start.state)
-        training = optimizer.build(plan, model.build(plan, ranks.device))
+        check_norm = bad_steps.norm_check(plan, ranks.device)
+        training = optimizer.build(plan, model.build(plan, ranks.device), check_norm)
         state = resume.enter(plan, ranks, training, start, found, logs.say)
         logs.begin(state.step)
         saver = Saver(plan, ranks, training, logs.say, lambda: heartbeat("save"))

@@ -60,20 +60,22 @@ def steps(plan: Plan, ranks: Any):
     from mixtrain.checkpoint.state import RunState
     from mixtrain.engine import model, optimizer
     from mixtrain.training import loop
+    from mixtrain.training.bad_steps import norm_check
     from mixtrain.training.signals import StopRequest
 
-    training = optimizer.build(plan, model.build(plan, ranks.device))
+    check_norm = norm_check(plan, ranks.device)
+    training = optimizer.build(plan, model.build(plan, ranks.device), check_norm)
     logs = SimpleNamespace(say=print)
     run = loop.Loop(plan, ranks, training, {"train": Forever(plan)}, logs, RunState())
     stop = StopRequest()
 
     def once() -> dict[str, float]:
-        facts, _ = run.take(run.state.step + 1, stop)
-        if facts["lm_loss"] is None:
+        metrics, _ = run.take_step(run.state.step + 1, stop)
+        if metrics["lm_loss"] is None:
             raise RuntimeError(
-                f"step {facts['step']} was skipped: this benchmark is of steps that are taken"
+                f"step {metrics['step']} was skipped: this benchmark is of steps that are taken"
             )
-        return {"sum": facts["lm_loss"], "tokens": 1, "norm": facts["grad_norm"]}
+        return {"sum": metrics["lm_loss"], "tokens": 1, "norm": metrics["grad_norm"]}
 
     return training, once
 
@@ -84,7 +86,8 @@ def passes(plan: Plan, ranks: Any):
     from mixtrain.engine.optimizer import Training
     from mixtrain.training import loop
 
-    chunks = optimizer.reduced(plan, model.build(plan, ranks.device))
+    chunks = optimizer.wrap_for_data_parallel(plan, model.build(plan, ranks.device))
+    optimizer.set_schedule_callbacks(plan, chunks, optimizer=None)
     training = Training(chunks, optimizer=None, scheduler=None)
     data = [iter(Forever(plan)) for _ in chunks]
 
