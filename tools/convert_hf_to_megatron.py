@@ -1,18 +1,17 @@
-"""Convert a Mixtral or Qwen3-MoE of Hugging Face to a Megatron-Core checkpoint that every layout
-reads.
+"""Convert a Hugging Face Mixtral or Qwen3-MoE to a Megatron-Core checkpoint.
 
     python tools/convert_hf_to_megatron.py HF_DIR OUT_DIR
     python tools/convert_hf_to_megatron.py HF_DIR OUT_DIR --dtype bf16 --write-model-config my_model
 
-HF_DIR has config.json and safetensors files, single or sharded, of fp32, fp16 or bf16, with an
-expert in each tensor (as on the hub) or all experts in one (transformers 5,
+HF_DIR has config.json and safetensors files, single or sharded, in fp32, fp16 or bf16, with one
+tensor per expert (as on the hub) or all experts in one tensor (transformers 5,
 save_original_format=False). OUT_DIR must be new. It gets release/, the checkpoint, in the same
-dtype unless told otherwise, and tokenizer/, its tokenizer. Training starts from it with
-checkpoint.load_weights=OUT_DIR. Memory does not grow with the model, and a conversion that was
-killed leaves nothing that looks whole: run it again.
+dtype unless --dtype is given, and tokenizer/, its tokenizer. Every parallel layout reads it: train
+with checkpoint.load_weights=OUT_DIR. Memory does not grow with the model. A killed conversion
+leaves nothing that looks complete: run it again.
 
-Exit codes: 0 done, 2 the files or the arguments are wrong (nothing was written), 1 a fault, 130
-interrupted.
+Exit codes: 0 done, 2 the files or the arguments are wrong (nothing was written), 1 any other
+failure, 130 interrupted.
 """
 
 import argparse
@@ -20,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-# run from a checkout, nothing installed
+# mixtrain need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import counted, of_size, run  # noqa: E402
@@ -28,39 +27,35 @@ from mixtrain.config.compose import CONF  # noqa: E402
 from mixtrain.errors import UserError  # noqa: E402
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("hf_dir", type=Path, help="the model of Hugging Face")
-    parser.add_argument("out_dir", type=Path, help="a new directory for the checkpoint")
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("hf_dir", type=Path, help="the Hugging Face model")
+    add("out_dir", type=Path, help="a new directory for the checkpoint")
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: unchanged)")
+    add(
         "--processes",
         type=counted,
         default=1,
         metavar="N",
-        help="that copy side by side (default: 1)",
+        help="number of processes that copy in parallel (default: 1)",
     )
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too"
-    )
-    parser.add_argument(
-        "--write-model-config", metavar="NAME", help="write conf/model/NAME.yaml from config.json"
-    )
-    parser.add_argument(
+    add("--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too")
+    add("--write-model-config", metavar="NAME", help="write conf/model/NAME.yaml from config.json")
+    add(
         "--make-vocab-size-divisible-by",
         type=counted,
         default=1,
         metavar="N",
-        help="add rows to the vocabulary, for tensor parallelism to divide it; an export cuts them"
-        " (default: 1, none)",
+        help="pad the vocabulary so that tensor parallelism divides it; an export removes the"
+        " padding (default: 1, none)",
     )
-    given = parser.parse_args(words)
+    args = parser.parse_args(argv)
 
-    from mixtrain.engine.compat import megatron_fixes  # takes seconds, as all that follows
+    # these imports take seconds
+    from mixtrain.engine.compat import megatron_fixes
 
     megatron_fixes.apply()
     from mixtrain.config.key_effects import value_of
@@ -69,41 +64,38 @@ def main(words: list[str]) -> int:
     from mixtrain.interop.convert.dtype_cast import DTYPES
 
     started = time.monotonic()
-    config_file = model_file(given.write_model_config) if given.write_model_config else None
-    dtype = DTYPES.get(given.dtype)
+    yaml_path = new_yaml_path(args.write_model_config) if args.write_model_config else None
     config = to_megatron.convert(
-        given.hf_dir,
-        given.out_dir,
-        dtype,
-        given.processes,
-        given.allow_nonfinite,
-        given.make_vocab_size_divisible_by,
+        args.hf_dir,
+        args.out_dir,
+        DTYPES.get(args.dtype),
+        args.processes,
+        args.allow_nonfinite,
+        args.make_vocab_size_divisible_by,
     )
     seconds = time.monotonic() - started
-    print(f"{given.out_dir / 'release'}: {of_size(given.out_dir)} in {seconds:.1f} s")
-    tokenizer = given.out_dir / "tokenizer"
-    usable = (tokenizer / "tokenizer.json").is_file()
-    words = f" data.tokenizer={tokenizer}" if usable else ""
-    print(f"train from it with checkpoint.load_weights={given.out_dir}{words}")
-    if not usable:
-        print(f"its tokenizer: {instead(given.hf_dir)}")
-    if config_file:
-        keys = hf_config.from_hugging_face(hf_files.read_config(given.hf_dir))
+    print(f"{args.out_dir / 'release'}: {of_size(args.out_dir)} in {seconds:.1f} s")
+    tokenizer = args.out_dir / "tokenizer"
+    has_tokenizer = (tokenizer / "tokenizer.json").is_file()
+    override = f" data.tokenizer={tokenizer}" if has_tokenizer else ""
+    print(f"train from it with checkpoint.load_weights={args.out_dir}{override}")
+    if not has_tokenizer:
+        print(f"its tokenizer: {instead(args.hf_dir)}")
+    if yaml_path:
+        keys = hf_config.from_hugging_face(hf_files.read_config(args.hf_dir))
         values = {key: value_of(config, key) for key in keys}
-        config_file.write_text(
-            checkpoint_config.model_config(values, f"{given.hf_dir.resolve().name}")
-        )
+        yaml_path.write_text(checkpoint_config.model_yaml(values, args.hf_dir.resolve().name))
         softmax = " router.moe_router_pre_softmax=true" * values["router.moe_router_pre_softmax"]
-        print(f"its sizes are in {config_file}: model={config_file.stem}{softmax}")
+        print(f"its sizes are in {yaml_path}: model={yaml_path.stem}{softmax}")
     return 0
 
 
-def model_file(name: str) -> Path:
-    """Where the model's facts go: a name that is free. UserError if it is not."""
+def new_yaml_path(name: str) -> Path:
+    """Return conf/model/NAME.yaml. UserError if the name is not valid or taken."""
     path = CONF / "model" / f"{name}.yaml"
     if not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
         raise UserError(
-            f"--write-model-config {name}: a name of letters, digits, _, - and . is wanted"
+            f"--write-model-config {name}: a name may have letters, digits, _, - and . only"
         )
     if path.exists():
         raise UserError(f"--write-model-config {name}: {path} is there already; give another name")

@@ -1,19 +1,17 @@
-"""Convert a checkpoint of mixtrain, of any run and layout, to a directory that transformers and
-vLLM open.
+"""Convert a mixtrain checkpoint of any run and layout to a directory for transformers and vLLM.
 
-    python tools/convert_megatron_to_hf.py runs/laptop OUT_DIR                    the newest
-      checkpoint of a run
+    python tools/convert_megatron_to_hf.py runs/laptop OUT_DIR        # the run's newest checkpoint
     python tools/convert_megatron_to_hf.py runs/laptop/iter_0000100 OUT_DIR --dtype bf16
 
-OUT_DIR must be new. It gets safetensors files under the names of the hub (--layout fused: those of
-transformers 5's memory, which nothing else opens: transformers 4 takes random experts instead,
-vLLM, MLX and llama.cpp refuse them), config.json, and the tokenizer that lies beside the
-checkpoint. A run whose model transformers would compute otherwise (sinkhorn or sigmoid scores,
-capacity dropping, shared experts ...) is refused, by its key. The files that hold the weights are
-hashed while they are copied: if one is damaged, there is no OUT_DIR.
+OUT_DIR must be new. It gets safetensors files with the names on the hub, config.json, and the
+tokenizer that is beside the checkpoint. --layout fused writes the names that transformers 5 uses in
+memory, which only transformers 5 opens: transformers 4 initializes the experts at random, and vLLM,
+MLX and llama.cpp refuse them. A model that transformers would compute differently (sinkhorn or
+sigmoid scores, capacity dropping, shared experts ...) is refused by its key. The files with the
+weights are hashed while they are copied: if one is damaged, there is no OUT_DIR.
 
-Exit codes: 0 done, 2 the checkpoint or the arguments are wrong (nothing was written), 1 a fault,
-130 interrupted.
+Exit codes: 0 done, 2 the checkpoint or the arguments are wrong (nothing was written), 1 any other
+failure, 130 interrupted.
 """
 
 import argparse
@@ -21,91 +19,85 @@ import sys
 import time
 from pathlib import Path
 
-# run from a checkout, nothing installed
+# mixtrain need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import byte_size, counted, of_size, run  # noqa: E402
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "ckpt_dir", type=Path, help="a checkpoint, or a directory of which to take the newest"
-    )
-    parser.add_argument("out_dir", type=Path, help="a new directory for the model")
-    parser.add_argument(
+    add = parser.add_argument
+    add("ckpt_dir", type=Path, help="a checkpoint, or a directory whose newest one is converted")
+    add("out_dir", type=Path, help="a new directory for the model")
+    add(
         "--layout",
         choices=["hub", "fused"],
         default="hub",
-        help="names and shapes: fused is for transformers 5 alone (default: hub)",
+        help="names and shapes of the tensors; fused is for transformers 5 only (default: hub)",
     )
-    parser.add_argument(
-        "--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: as they are)"
-    )
-    parser.add_argument(
+    add("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: unchanged)")
+    add(
         "--max-shard-size",
         type=byte_size,
         default="5GB",
         metavar="SIZE",
         help="of a file (default: 5GB)",
     )
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="(default: the one beside the checkpoint)"
+    add("--tokenizer", type=Path, metavar="DIR", help="(default: the one beside the checkpoint)")
+    add(
+        "--allow-other-tokenizer",
+        action="store_true",
+        help="use --tokenizer DIR even if the model was trained with another one",
     )
-    parser.add_argument(
-        "--allow-other-tokenizer", action="store_true", help="take DIR though the model has another"
-    )
-    parser.add_argument(
+    add(
         "--processes",
         type=counted,
         default=1,
         metavar="N",
-        help="that copy side by side (default: 1)",
+        help="number of processes that copy in parallel (default: 1)",
     )
-    parser.add_argument(
+    add(
         "--verify",
         choices=["full", "size"],
         default="full",
-        help="the checkpoint's files by their SHA-256, or by their sizes alone (default: full)",
+        help="check the checkpoint's files by SHA-256, or by size only (default: full)",
     )
-    parser.add_argument(
-        "--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too"
-    )
-    given = parser.parse_args(words)
+    add("--allow-nonfinite", action="store_true", help="convert NaN and infinite numbers, too")
+    args = parser.parse_args(argv)
 
-    from mixtrain.engine.compat import megatron_fixes  # takes seconds, as all that follows
+    # these imports take seconds
+    from mixtrain.engine.compat import megatron_fixes
 
     megatron_fixes.apply()
     from mixtrain.interop.convert import to_hf
     from mixtrain.interop.convert.dtype_cast import DTYPES
 
-    if given.layout == "fused":
+    if args.layout == "fused":
         print(
-            "--layout fused: transformers 5 alone opens this; transformers 4 takes random experts"
-            " instead, vLLM, MLX and llama.cpp refuse it; --layout hub is for all",
+            "--layout fused: only transformers 5 opens this; transformers 4 initializes the experts"
+            " at random, vLLM, MLX and llama.cpp refuse it; --layout hub is for all",
             file=sys.stderr,
         )
     started = time.monotonic()
     checkpoint = to_hf.convert(
-        given.ckpt_dir,
-        given.out_dir,
-        layout=given.layout,
-        dtype=DTYPES.get(given.dtype),
-        max_shard_size=given.max_shard_size,
-        tokenizer=given.tokenizer,
-        allow_other_tokenizer=given.allow_other_tokenizer,
-        processes=given.processes,
-        verify=given.verify == "full",
-        allow_nonfinite=given.allow_nonfinite,
+        args.ckpt_dir,
+        args.out_dir,
+        layout=args.layout,
+        dtype=DTYPES.get(args.dtype),
+        max_shard_size=args.max_shard_size,
+        tokenizer=args.tokenizer,
+        allow_other_tokenizer=args.allow_other_tokenizer,
+        processes=args.processes,
+        verify=args.verify == "full",
+        allow_nonfinite=args.allow_nonfinite,
     )
-    print(
-        f"{given.out_dir}: {checkpoint}, {of_size(given.out_dir)} in"
-        f" {time.monotonic() - started:.1f} s"
-    )
-    if not (given.out_dir / "tokenizer.json").is_file():
-        print(f"without a tokenizer: none lies beside {checkpoint}; --tokenizer DIR gives one")
+    seconds = time.monotonic() - started
+    print(f"{args.out_dir}: {checkpoint}, {of_size(args.out_dir)} in {seconds:.1f} s")
+    if not (args.out_dir / "tokenizer.json").is_file():
+        print(f"without a tokenizer: none is beside {checkpoint}; --tokenizer DIR gives one")
     return 0
 
 

@@ -1,5 +1,5 @@
-"""Other people's models: conversion from and to Hugging Face, and generation.
+"""Work with other people's models: conversion to and from Hugging Face, and generation.
 
 May import: launch, training and everything below.
-Does not belong here: what a training run needs.
+Does not belong here: anything that a training run needs.
 """

@@ -12,7 +12,7 @@ from mixtrain.checkpoint.state import RunState
 from mixtrain.config import model_differences
 from mixtrain.config.key_effects import CLASSES, FORWARD, MATHEMATICS
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.checkpoint_config import run_state
+from mixtrain.interop.convert.checkpoint_config import untrained_state
 from mixtrain.launch.machine_checks import weights_to_load
 
 # key -> another value of the default model's, with the same shapes where there are such
@@ -47,7 +47,7 @@ NOT_FORWARD = """
 
 def stored(folder, **changes):
     """A release directory with the state of the default model, but for keys (dots are __)."""
-    values = run_state(config_of()).config
+    values = untrained_state(config_of()).config
     for key, value in changes.items():
         section, name = key.split("__")
         values[section][name] = value

@@ -22,7 +22,7 @@ from mixtrain.data.sources import Files
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import FINISHED, REFUSED, UserError
 from mixtrain.interop.convert import to_hf, to_megatron
-from mixtrain.interop.generate import tokenizer as of_checkpoint
+from mixtrain.interop.generate import tokenizer_lookup
 
 LIBRARY = Path(json.__file__).parent
 ONE_RANK = [word for word in TINY if word != "data=mock"] + [
@@ -128,9 +128,11 @@ def test_a_model_is_not_asked_with_another_tokenizer_unless_it_is_said(made, con
     with pytest.raises(
         UserError, match="is not the tokenizer of .* leave it out, or add --allow-other-tokenizer$"
     ):
-        of_checkpoint.directory_of(str(made["other"]), checkpoint, run, 320)
+        tokenizer_lookup.find_directory(str(made["other"]), checkpoint, run, 320)
     for name in ("one", "again"):
-        assert of_checkpoint.directory_of(str(made[name]), checkpoint, run, 320) == str(made[name])
-    assert of_checkpoint.directory_of(str(made["other"]), checkpoint, run, 320, True) == str(
+        assert tokenizer_lookup.find_directory(str(made[name]), checkpoint, run, 320) == str(
+            made[name]
+        )
+    assert tokenizer_lookup.find_directory(str(made["other"]), checkpoint, run, 320, True) == str(
         made["other"]
     )

@@ -14,7 +14,7 @@ from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files, JsonLines
 from mixtrain.data.tokenizer import load_tokenizer
 from mixtrain.errors import UserError
-from mixtrain.interop.generate.text import Text
+from mixtrain.interop.generate.tokenization import PromptTokenizer
 
 LINES = 256
 
@@ -237,7 +237,7 @@ def test_special_tokens_are_parsed_where_that_is_asked_for_as_generation_and_tra
     assert json.loads((tmp_path / "x.json").read_text()) == facts
     assert facts["spell_special_tokens"] == 2 and facts["parse_special_tokens"] is True
     there = PreTrainedTokenizerFast(tokenizer_file=str(published / "tokenizer.json"))
-    text = Text(str(published), [])
+    text = PromptTokenizer(str(published), [])
     for said, document in zip(CHATS, read_back(prefix), strict=True):
         assert document.tolist() == [*there(said, add_special_tokens=False)["input_ids"], 2]
         assert [1, *document[:-1]] == text.encode(said, chat=False)

@@ -18,7 +18,7 @@ from mixtrain.data.proof_texts import proof_texts
 from mixtrain.data.sources import JsonLines
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import to_hf, to_megatron
-from mixtrain.interop.generate.text import Text
+from mixtrain.interop.generate.tokenization import PromptTokenizer
 
 TEXTS = [text for text in proof_texts() if text.strip()]  # a document of spaces alone is none
 CHATS = [text for text in TEXTS if "\n" in text or "return" in text][:40]
@@ -70,7 +70,7 @@ def test_a_data_set_read_back_has_the_ids_of_mistrals_own_package(published, mis
 
 
 def test_a_prompt_has_the_ids_of_mistrals_own_package(published, mistrals):
-    text = Text(str(published), [])
+    text = PromptTokenizer(str(published), [])
     assert [text.encode(each, chat=False) for each in TEXTS] == [[1, *ids] for ids in mistrals]
     assert text.encode("    return", chat=False) == [1, 260, 604] and text.ends() == {2}
 
@@ -85,7 +85,7 @@ def test_an_exported_model_gives_a_text_the_same_ids(exported, mistrals):
 def test_a_chat_has_the_ids_of_an_exported_model_and_a_control_token_in_it_is_one(
     published, exported
 ):
-    here = Text(str(published), [])
+    here = PromptTokenizer(str(published), [])
     there = AutoTokenizer.from_pretrained(exported)
     for said in [*CHATS, "a</s>b", "<s>[INST] x [/INST]"]:
         ids = there.apply_chat_template(
@@ -123,7 +123,7 @@ def test_what_is_put_around_a_prompt_is_what_an_exported_model_puts(exported, ch
     settings = json.loads(path.read_text()) | change
     path.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
     there = AutoTokenizer.from_pretrained(tmp_path)
-    here = Text(str(tmp_path), [])
+    here = PromptTokenizer(str(tmp_path), [])
     for text in ("    return", "a </s> b", "<s>x"):
         assert here.encode(text, chat=False) == there(text)["input_ids"]
         ids = here.encode(text, chat=False)
@@ -154,10 +154,10 @@ def test_a_chat_template_in_a_file_of_its_own_and_one_of_several_are_transformer
         ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
             said, add_generation_prompt=True
         )["input_ids"]
-        assert Text(str(folder), []).encode("  x", chat=True) == ids
+        assert PromptTokenizer(str(folder), []).encode("  x", chat=True) == ids
 
 
 def test_a_tokenizer_json_that_is_none_is_refused_by_its_path(tmp_path):
     (tmp_path / "tokenizer.json").write_text('{"model": {"type": "none"}}')
     with pytest.raises(UserError, match="tokenizer.json: "):
-        Text(str(tmp_path), [])
+        PromptTokenizer(str(tmp_path), [])

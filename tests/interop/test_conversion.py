@@ -183,7 +183,7 @@ def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(
         with process_groups.start(plan, identity) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
             load.load_weights(plan, here, training, load.weights_at(plan, here), print)
-            values = checkpoint_config.run_state(plan.config).config
+            values = checkpoint_config.untrained_state(plan.config).config
             Saver(plan, here, training, print).save(RunState(step=7, config=values))
 
     run_ranks(2, load_and_save, tmp_path / "ranks")
@@ -290,7 +290,7 @@ def test_weights_of_a_bf16_run_come_out_in_bf16_or_as_asked(tmp_path):
             places_of = shards.read(plan, training.chunks)
             torch.save(places_of, tmp_path / "wholes.pt")
             Saver(plan, here, training, print).save(
-                RunState(step=1, config=checkpoint_config.run_state(plan.config).config)
+                RunState(step=1, config=checkpoint_config.untrained_state(plan.config).config)
             )
 
     run_ranks(1, save, tmp_path / "ranks")
@@ -319,7 +319,7 @@ def test_a_killed_conversion_leaves_nothing_that_looks_whole_and_a_rerun_works(
         if child == 0:
             torch.set_num_threads(1)  # a forked process has no others
             monkeypatch.setattr(
-                dtype_cast.Casting, "__call__", dies_after(dtype_cast.Casting.__call__, 20)
+                dtype_cast.DtypeCast, "__call__", dies_after(dtype_cast.DtypeCast.__call__, 20)
             )
             convert(source, out)
             os._exit(0)
@@ -435,13 +435,13 @@ def test_the_tools_convert_and_say_what_to_type_next(hub, tmp_path):
 def test_the_facts_of_config_json_become_an_option_of_the_model_group(hub, tmp_path):
     values = hf_config.from_hugging_face(hf_files.read_config(hub))
     conf = shutil.copytree(CONF, tmp_path / "conf")
-    (conf / "model" / "mine.yaml").write_text(checkpoint_config.model_config(values, "a test"))
+    (conf / "model" / "mine.yaml").write_text(checkpoint_config.model_yaml(values, "a test"))
     config = resolve(Config.from_hydra(tree_of("model=mine", conf=conf)))
     assert {key: hf_config.value_of(config, key) for key in values} == values
     published = hf_config.from_hugging_face(
         hf_config.to_hugging_face(resolve(config_of("model=mixtral_8x7b")))
     )
-    assert "hf_model: mistralai/Mixtral-8x7B-v0.1" in checkpoint_config.model_config(
+    assert "hf_model: mistralai/Mixtral-8x7B-v0.1" in checkpoint_config.model_yaml(
         published, "a test"
     )
 

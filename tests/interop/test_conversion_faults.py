@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 
 from mixtrain.checkpoint import integrity
 from mixtrain.errors import FAULT, FINISHED, Fault, UserError
-from mixtrain.interop.convert import checkpoint_config, output, to_hf, to_megatron
-from mixtrain.interop.convert.dtype_cast import Casting
+from mixtrain.interop.convert import checkpoint_config, output_directory, to_hf, to_megatron
+from mixtrain.interop.convert.dtype_cast import DtypeCast
 from mixtrain.system import mmap_tensor, partial
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -128,8 +128,8 @@ def test_what_is_no_number_is_found_wherever_it_is(value, dtype):
             with pytest.raises(
                 UserError, match=f"^W has {what} in it: .*--allow-nonfinite converts it"
             ):
-                Casting(to)("W", tensor)
-            allowing = Casting(to, allow_nonfinite=True)
+                DtypeCast(to)("W", tensor)
+            allowing = DtypeCast(to, allow_nonfinite=True)
             assert torch.equal(
                 allowing("W", tensor).isfinite(), tensor.isfinite()
             ) and allowing.nonfinite == {"W"}
@@ -139,7 +139,7 @@ def test_what_is_no_number_is_found_wherever_it_is(value, dtype):
 def test_the_largest_numbers_are_numbers_and_their_sum_need_not_be_one(dtype):
     tensor = torch.full((1000,), torch.finfo(dtype).max, dtype=dtype)
     for given in (tensor, -tensor, torch.empty(0, dtype=dtype)):
-        assert Casting(dtype)("W", given) is given
+        assert DtypeCast(dtype)("W", given) is given
 
 
 def test_a_number_that_a_dtype_does_not_have_is_refused_whatever_is_allowed():
@@ -147,9 +147,9 @@ def test_a_number_that_a_dtype_does_not_have_is_refused_whatever_is_allowed():
     with pytest.raises(
         UserError, match=r"^W has 3.4e\+38, and bf16 ends at 3.38953e\+38: use fp32$"
     ):
-        Casting(torch.bfloat16, allow_nonfinite=True)("W", large)
+        DtypeCast(torch.bfloat16, allow_nonfinite=True)("W", large)
     with pytest.raises(UserError, match=r"^W has 70000, and fp16 ends at 65504: use fp32 or bf16$"):
-        Casting(torch.float16)("W", torch.tensor([7e4]))
+        DtypeCast(torch.float16)("W", torch.tensor([7e4]))
 
 
 def test_nan_is_refused_by_name_on_both_ways_and_converted_where_it_is_allowed(tmp_path, capfd):
@@ -248,20 +248,20 @@ def test_what_the_disk_says_within_a_conversion_is_not_taken_for_another_convers
     (tmp_path / "mine").mkdir()
     for number, words in ((errno.ENOSPC, "; it takes 9 bytes, and up to "), (errno.EIO, "$")):
         with pytest.raises(Fault, match=f"out is not made: x: {os.strerror(number)}{words}"):
-            with output.written_whole(tmp_path / "mine" / "new" / "out", 9, 1) as writing:
+            with output_directory.written_whole(tmp_path / "mine" / "new" / "out", 9, 1) as writing:
                 (writing / "a").write_text("12345")
                 raise OSError(number, os.strerror(number), "x")
     assert os.listdir(tmp_path) == ["mine"] and os.listdir(tmp_path / "mine") == []
     with pytest.raises(Fault, match="; 5 were written, and [0-9,]+ were free then$"):
-        with output.written_whole(tmp_path / "out", 9, 1) as writing:
+        with output_directory.written_whole(tmp_path / "out", 9, 1) as writing:
             (writing / "a").write_text("12345")
             raise OSError(errno.ENOSPC, "x")
 
 
 def test_one_conversion_alone_writes_a_directory(tmp_path):
-    with output.written_whole(tmp_path / "out", 0, 0):
+    with output_directory.written_whole(tmp_path / "out", 0, 0):
         with pytest.raises(UserError, match="out.writing is being written by another conversion"):
-            with output.written_whole(tmp_path / "out", 0, 0):
+            with output_directory.written_whole(tmp_path / "out", 0, 0):
                 pass
     assert os.listdir(tmp_path) == ["out"]
 
@@ -271,7 +271,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks")
 
     monkeypatch.setattr(fcntl, "flock", without)
-    with output.written_whole(tmp_path / "out", 0, 0) as writing:
+    with output_directory.written_whole(tmp_path / "out", 0, 0) as writing:
         (writing / "a").touch()
     assert os.listdir(tmp_path / "out") == ["a"]
 
@@ -300,7 +300,7 @@ def test_what_a_killed_conversion_left_is_removed_before_the_room_is_measured(
     (left / "half").write_text("x" * 1000)
     (left / "link").symlink_to(tmp_path)
     monkeypatch.setattr(partial, "free", lambda path: 10**9 - 10**6 * len(os.listdir(path)))
-    with output.written_whole(tmp_path / "out", 10**9 - output.MARGIN, 0):
+    with output_directory.written_whole(tmp_path / "out", 10**9 - output_directory.MARGIN, 0):
         pass
     assert os.listdir(tmp_path) == ["out"]
 
@@ -311,7 +311,7 @@ def test_the_room_for_headers_grows_with_the_tensors(tmp_path, monkeypatch):
         UserError,
         match="out takes 90,000,000 bytes, and up to 24,674,304 for headers and small files",
     ):
-        with output.written_whole(tmp_path / "out", 9 * 10**7, 10_000):
+        with output_directory.written_whole(tmp_path / "out", 9 * 10**7, 10_000):
             pass
     assert os.listdir(tmp_path) == []
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from mixtrain.checkpoint import integrity, state
 from mixtrain.errors import UserError
-from mixtrain.interop.convert import hf_files, output, to_hf, to_megatron
+from mixtrain.interop.convert import hf_files, output_directory, to_hf, to_megatron
 from mixtrain.interop.convert.dtype_cast import DTYPES
 
 GATE = "model.layers.1.block_sparse_moe.gate.weight"
@@ -195,7 +195,7 @@ def test_a_damaged_or_absent_checkpoint_is_refused(converted, tmp_path):
     os.truncate(data, data.stat().st_size - 1)
     with pytest.raises(UserError, match="__0_0.distcp has .* bytes, not the"):
         to_hf.convert(release, tmp_path / "out")
-    with pytest.raises(UserError, match="is no checkpoint .* and no directory of some"):
+    with pytest.raises(UserError, match="is not a checkpoint .*, and holds none"):
         to_hf.convert(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -217,7 +217,7 @@ def test_what_is_there_is_never_overwritten_and_a_full_disk_is_told_before(
     with pytest.raises(UserError, match="is there already"):
         to_megatron.convert(hub, tmp_path / "out")
     assert (tmp_path / "out" / "mine").read_text() == "kept"
-    monkeypatch.setattr(output, "MARGIN", 1 << 60)
+    monkeypatch.setattr(output_directory, "MARGIN", 1 << 60)
     with pytest.raises(
         UserError,
         match=r"takes [\d,]+ bytes, and up to 1,152,9[\d,]+ for .*, but [\d,]+ are free on",

@@ -330,4 +330,4 @@ def test_the_proof_says_in_a_line_what_only_transformers_minds(what, code, words
 
 def test_the_fused_layout_says_who_opens_it(converted, tmp_path):
     done = tool("convert_megatron_to_hf", converted, tmp_path / "fused", "--layout", "fused")
-    assert done.returncode == 0 and "--layout fused: transformers 5 alone opens this" in done.stderr
+    assert done.returncode == 0 and "--layout fused: only transformers 5 opens this" in done.stderr

@@ -56,7 +56,9 @@ def test_the_page_of_conversion_lists_every_damage_and_architecture():
     assert all(family.class_name in text for family in FAMILIES.values())
     assert len(layer_comparison.DAMAGES) == 6 and "in six ways" in text
     assert (
-        f"{layer_comparison.LIMITS[next(iter(layer_comparison.LIMITS))]:.0e}".replace("e-0", "e-")
+        f"{layer_comparison.TOLERANCES[next(iter(layer_comparison.TOLERANCES))]:.0e}".replace(
+            "e-0", "e-"
+        )
         in text
-        and str(layer_comparison.COSINE) in text
+        and str(layer_comparison.MIN_COSINE) in text
     )

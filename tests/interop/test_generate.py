@@ -21,7 +21,7 @@ from mixtrain.config.plan import Plan, resolve
 from mixtrain.engine import model, process_groups, shards
 from mixtrain.interop.convert import hf_config
 from mixtrain.interop.convert.weights import to_megatron
-from mixtrain.interop.generate.loop import Generator, Limits, Sequence, Watch
+from mixtrain.interop.generate.generator import Callbacks, Generator, Sequence, StopConditions
 from mixtrain.interop.generate.request import Sampling
 from mixtrain.system.rank_identity import Identity
 
@@ -104,14 +104,16 @@ class Rank:
             lambda _, given: self.rows.append(given[0].shape[0] * given[0].shape[1])
         )
 
-    def continued(self, prompts: list[list[int]], sampling: Sampling, limits: Limits) -> list[list]:
+    def continued(
+        self, prompts: list[list[int]], sampling: Sampling, limits: StopConditions
+    ) -> list[list]:
         batch = [Sequence(number, prompt) for number, prompt in enumerate(prompts)]
-        Generator(self.chunk, self.device, sampling, limits, Watch()).continue_all(batch)
+        Generator(self.chunk, self.device, sampling, limits, Callbacks()).generate(batch)
         return [[each.tokens, each.reason] for each in batch]
 
 
-def until(length: int, eod: int | None = None, stops=lambda tokens: False) -> Limits:
-    return Limits(length, {eod}, stops)
+def until(length: int, eod: int | None = None, stops=lambda tokens: False) -> StopConditions:
+    return StopConditions(length, {eod}, stops)
 
 
 def on_layout(
@@ -213,15 +215,15 @@ def test_whoever_is_asked_to_stop_stops_all_ranks_after_that_token(there, tmp_pa
     def one_rank(identity: Identity) -> list:
         with process_groups.start(plan, identity) as here:
             passes: list[int] = []
-            watch = Watch(
+            watch = Callbacks(
                 lambda: identity.rank == 1 and len(passes) == 2,
                 lambda tokens, _: passes.append(tokens),
             )
             batch = [Sequence(number, prompt) for number, prompt in enumerate(PROMPTS)]
             rank = Rank(plan, here, there[0])
-            stopping = Generator(
-                rank.chunk, here.device, Sampling(), until(NEW), watch
-            ).continue_all(batch)
+            stopping = Generator(rank.chunk, here.device, Sampling(), until(NEW), watch).generate(
+                batch
+            )
             return [stopping, passes, [[each.tokens, each.reason] for each in batch]]
 
     for stopping, passes, found in run_ranks(2, one_rank, tmp_path):

@@ -24,9 +24,9 @@ from mixtrain.config.plan import Plan, resolve
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import FINISHED, REFUSED, UserError
 from mixtrain.interop.convert import to_hf
-from mixtrain.interop.generate import settings
+from mixtrain.interop.generate import generation_plan
+from mixtrain.interop.generate.rank import run
 from mixtrain.interop.generate.request import Request, Sampling
-from mixtrain.interop.generate.run import run
 
 DOCS = (ROOT / "docs" / "generate.md").read_text()
 COMMANDS = [
@@ -116,9 +116,9 @@ def test_the_commands_of_the_docs_run_and_give_transformers_tokens(trained, tmp_
 
 
 def plan_of(run_dir: Path, *words: str, folder: Path) -> Plan:
-    tree, problems = settings.composed(list(words))
-    checkpoint, _ = settings.find(str(run_dir), full=True)
-    return settings.plan_of(
+    tree, problems = generation_plan.compose_overrides(list(words))
+    checkpoint, _ = generation_plan.find_checkpoint(str(run_dir), full=True)
+    return generation_plan.plan_of(
         tree, list(words), state.read(checkpoint), checkpoint, str(folder), None, problems
     )
 
@@ -220,13 +220,13 @@ def test_the_newest_valid_checkpoint_is_taken_and_a_damaged_one_named(trained, t
     shutil.copytree(trained, run_dir)
     shard = next(path_of(run_dir, 2).glob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    found, (damage,) = settings.find(str(run_dir), full=False)
+    found, (damage,) = generation_plan.find_checkpoint(str(run_dir), full=False)
     assert found == path_of(run_dir, 1) and damage.startswith(f"{shard} has ")
     path_of(run_dir, 1).rename(tmp_path / "release")  # as a conversion calls it
-    assert settings.find(str(tmp_path), full=True) == (tmp_path / "release", [])
+    assert generation_plan.find_checkpoint(str(tmp_path), full=True) == (tmp_path / "release", [])
     for place in (path_of(run_dir, 2), run_dir, tmp_path / "nothing"):
         with pytest.raises(UserError):
-            settings.find(str(place), full=False)
+            generation_plan.find_checkpoint(str(place), full=False)
 
 
 def test_sizes_that_only_the_state_of_a_run_has_are_refused_before_they_take_memory(

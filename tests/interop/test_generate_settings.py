@@ -18,7 +18,7 @@ from mixtrain.config.plan import Plan, resolve
 from mixtrain.config.schema import to_yaml
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import UserError
-from mixtrain.interop.generate import settings, tokenizer
+from mixtrain.interop.generate import generation_plan, tokenizer_lookup
 from mixtrain.interop.generate.request import Request, Sampling, read_prompts
 
 SHAPE = [*TINY, "router=none", "model.vocab_size=320", "parallel.expert_model_parallel_size=1"]
@@ -31,8 +31,8 @@ def state_of(*words: str) -> RunState:
 
 
 def planned(run: RunState, *words: str) -> Plan:
-    tree, problems = settings.composed(list(words))
-    return settings.plan_of(tree, list(words), run, Path("ckpt"), "folder", None, problems)
+    tree, problems = generation_plan.compose_overrides(list(words))
+    return generation_plan.plan_of(tree, list(words), run, Path("ckpt"), "folder", None, problems)
 
 
 def test_the_model_is_the_runs_and_the_layout_that_of_the_words():
@@ -57,7 +57,7 @@ def test_the_model_is_the_runs_and_the_layout_that_of_the_words():
         and plan.config.trainer.recompute_granularity is None
     )
     assert plan.config.router.moe_router_load_balancing_type[0].name == "sinkhorn"
-    assert settings.changed(run, plan) == []
+    assert generation_plan.changed_values(run, plan) == []
     plan = planned(
         run, "parallel=ep2", "parallel.tensor_model_parallel_size=2", "trainer.precision=fp32"
     )
@@ -66,20 +66,20 @@ def test_the_model_is_the_runs_and_the_layout_that_of_the_words():
         1,
         True,
     )
-    assert settings.changed(run, plan) == ["trainer.precision = fp32 (the run: bf16)"]
+    assert generation_plan.changed_values(run, plan) == ["trainer.precision = fp32 (the run: bf16)"]
     plan = planned(
         run, "parallel.pipeline_model_parallel_size=2", "trainer.devices=4", "router=aux_loss"
     )
     assert (plan.world_size, plan.data_parallel_size) == (4, 2)
     assert (
         "router.moe_router_load_balancing_type = [aux_loss] (the run: [sinkhorn])"
-        in settings.changed(run, plan)
+        in generation_plan.changed_values(run, plan)
     )
 
 
 REFUSALS = {
-    "parallel.context_parallel_size=2": "parallel.context_parallel_size = 2: no sequence is split",
-    "parallel=pp2_vpp2": "parallel.virtual_pipeline_model_parallel_size = 2: a token goes through",
+    "parallel.context_parallel_size=2": "parallel.context_parallel_size = 2: generation does not split",
+    "parallel=pp2_vpp2": "parallel.virtual_pipeline_model_parallel_size = 2: a token passes each",
     "parallel.data_parallel_sharding_strategy=optim": "parallel.data_parallel_sharding_strategy ="
     " optim: there are no",
     "dispatcher.moe_expert_capacity_factor=1.0": "dispatcher.moe_expert_capacity_factor = 1.0:"
@@ -116,7 +116,7 @@ def test_what_a_run_was_trained_with_is_refused_by_its_key_too():
     with pytest.raises(UserError, match=f"use {capacity}=null"):
         planned(state_of(*SHAPE, f"{capacity}=1.0"))
     plan = planned(run := state_of(*SHAPE, f"{capacity}=1.0"), f"{capacity}=null")
-    assert settings.changed(run, plan) == [f"{capacity} = null (the run: 1.0)"]
+    assert generation_plan.changed_values(run, plan) == [f"{capacity} = null (the run: 1.0)"]
     assert (
         planned(
             state_of(*SHAPE, "router.moe_input_jitter_eps=0.1")
@@ -169,7 +169,7 @@ def test_prompts_come_from_lines_or_from_objects(tmp_path):
     for wrong, why in (
         ("{}\n", "prompt is missing"),
         ("[\n", "line 1: not valid JSON"),
-        ("\n", "there is no prompt"),
+        ("\n", "it has no prompt"),
     ):
         objects.write_text(wrong)
         with pytest.raises(UserError, match=why):
@@ -191,19 +191,19 @@ def test_the_tokenizer_is_the_one_beside_the_checkpoint_or_that_of_the_run(made,
     checkpoint = tmp_path / "runs" / "converted" / "iter_0000002"
     shutil.copytree(made, beside)
     run = state_of(*SHAPE)
-    assert tokenizer.directory_of(None, checkpoint, run, 320) == str(beside)
+    assert tokenizer_lookup.find_directory(None, checkpoint, run, 320) == str(beside)
     with pytest.raises(UserError, match="has 300 tokens, more than model.vocab_size = 256"):
-        tokenizer.directory_of(None, checkpoint, run, 256)
+        tokenizer_lookup.find_directory(None, checkpoint, run, 256)
     alone = tmp_path / "runs" / "own" / "iter_0000002"
     with pytest.raises(
         UserError, match=r"no tokenizer beside .*\(data.kind = mock\); give --tokenizer"
     ):
-        tokenizer.directory_of(None, alone, run, 320)
-    assert tokenizer.directory_of(str(beside), alone, run, 320) == str(beside)
+        tokenizer_lookup.find_directory(None, alone, run, 320)
+    assert tokenizer_lookup.find_directory(str(beside), alone, run, 320) == str(beside)
     named = replace(
         run, config={"run_dir": "runs/own", "data": {"kind": "indexed", "tokenizer": "tok"}}
     )
-    with pytest.raises(UserError, match="data.tokenizer = tok of the run is not there"):
-        tokenizer.directory_of(None, alone, named, 320)
+    with pytest.raises(UserError, match="data.tokenizer = tok of the run does not exist"):
+        tokenizer_lookup.find_directory(None, alone, named, 320)
     shutil.copytree(beside, tmp_path / "tok")  # beside runs/, where the run was started
-    assert tokenizer.directory_of(None, alone, named, 320) == str(tmp_path / "tok")
+    assert tokenizer_lookup.find_directory(None, alone, named, 320) == str(tmp_path / "tok")

@@ -24,9 +24,9 @@ from mixtrain.config.plan import derive
 from mixtrain.engine import weight_init
 from mixtrain.errors import FINISHED, UserError
 from mixtrain.interop.convert import checkpoint_config, to_hf, to_megatron
-from mixtrain.interop.generate import tokenizer
+from mixtrain.interop.generate import tokenizer_lookup
 from mixtrain.interop.generate.request import Request, Sampling
-from mixtrain.interop.generate.sample import choose, stream
+from mixtrain.interop.generate.sample import choose_token, random_stream
 from mixtrain.training.worker import run
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -82,7 +82,7 @@ def test_rows_are_added_as_a_new_model_has_them_and_no_other_number_changes(
     to_megatron.convert(uneven, tmp_path / "said", divisible_by=DIVISIBLE_BY)
     said = capfd.readouterr().err
     assert said.startswith(
-        "model.vocab_size = 256: 1 row as a new model has them, beside the 255 of config.json"
+        "model.vocab_size = 256: 1 row with the initial values of a new model follow the 255 of"
     )
     assert said.count("\n") == 1
 
@@ -122,10 +122,10 @@ def test_an_export_keeps_the_rows_that_the_tokenizer_in_use_has_tokens_for(
     assert values_of(tmp_path / "again")["vocab_size"] == OWN
     run_state = state.read(padded / "release")
     assert (
-        tokenizer.rows(str(large), run_state) == PADDED
-        and tokenizer.rows(str(small), run_state) == OWN
+        tokenizer_lookup.unpadded_rows(str(large), run_state) == PADDED
+        and tokenizer_lookup.unpadded_rows(str(small), run_state) == OWN
     )
-    assert tokenizer.rows(str(large), state.RunState()) is None
+    assert tokenizer_lookup.unpadded_rows(str(large), state.RunState()) is None
 
 
 def test_the_logits_of_its_own_rows_are_those_of_before(uneven, padded, tmp_path):
@@ -180,15 +180,15 @@ def test_tensor_parallelism_that_does_not_divide_it_is_refused_with_the_command_
 def test_a_row_that_was_added_is_never_chosen():
     logits = torch.zeros(8)
     logits[6:] = 9.0
-    assert choose(logits, Sampling(), stream(0, 0)) == 6  # without any
+    assert choose_token(logits, Sampling(), random_stream(0, 0)) == 6  # without any
     for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, top_k=7), Sampling(2.0, top_p=0.9)):
-        generator = stream(1, 0)
+        generator = random_stream(1, 0)
         own = replace(sampling, vocabulary=6)
-        assert {choose(logits, own, generator) for _ in range(100)} <= set(range(6))
+        assert {choose_token(logits, own, generator) for _ in range(100)} <= set(range(6))
 
 
 def test_a_request_carries_the_rows_to_the_ranks(tmp_path):
-    request = Request(["a"], "", Sampling(), 3, [], False, 1, False).of_model("there", OWN)
+    request = Request(["a"], "", Sampling(), 3, [], False, 1, False).for_model("there", OWN)
     request.write(tmp_path)
     assert Request.read(tmp_path) == request and request.sampling.vocabulary == OWN
 

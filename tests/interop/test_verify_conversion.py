@@ -60,14 +60,14 @@ def found_by(
             found = []
             for name in damages:
                 ours = (
-                    layer_comparison.damaged(name, own, parts, here)
+                    layer_comparison.damaged_megatron(name, own, parts, here)
                     if name
                     else reference_models.MegatronLayers(own, parts, here)
                 )
                 *_, verdict = layer_comparison.compare(
                     theirs, ours, config.model.num_layers, tokens
                 )
-                rows = [(row.relative, row.others) for row in verdict.layers]
+                rows = [(row.relative, row.rerouted) for row in verdict.layers]
                 found.append(
                     {
                         "problems": verdict.problems,
@@ -118,7 +118,7 @@ def test_a_damaged_checkpoint_proves_nothing_although_the_model_made_of_it_has_t
 
 def test_in_bf16_the_cosine_decides(pair, tmp_path):
     (found,) = found_by(*pair, tmp_path, precision="bf16")
-    assert found["problems"] == [] and layer_comparison.COSINE < found["cosine"] < 1 - 1e-9
+    assert found["problems"] == [] and layer_comparison.MIN_COSINE < found["cosine"] < 1 - 1e-9
 
 
 def tool(*words: object) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,7 @@ import pytest
 from composing import plan_of
 
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.output import written_whole
+from mixtrain.interop.convert.output_directory import written_whole
 from mixtrain.system import locks
 from mixtrain.training.run_directory import LOCK, claimed, is_in_use
 

@@ -1,4 +1,5 @@
-"""Between Megatron-Core's tensors and configuration and those of Hugging Face's Mixtral: pure functions, no model.
+"""Convert tensors and configurations between Megatron-Core and Hugging Face.
 
-Rule: what a name means stands in a row of tensor_mapping.py or hf_config.py and nowhere else; what no row covers is refused.
+Rule: the meaning of a tensor's name is a row in tensor_mapping.py, that of a key of config.json a
+row in hf_config.py; anything without a row is refused.
 """

@@ -1,7 +1,7 @@
-"""What belongs to weights beside the tensors: the configuration they are of, and the tokenizer.
+"""Find what a checkpoint needs beside its tensors: its configuration and its tokenizer.
 
-Rule: a checkpoint's configuration is in its run_state.json; its tokenizer lies beside it, in
-`tokenizer/` of the directory that holds the checkpoint, whoever wrote it.
+Rule: the configuration is in the checkpoint's run_state.json, and the tokenizer in `tokenizer/`
+beside the checkpoint, for runs and for conversions.
 """
 
 from __future__ import annotations
@@ -25,39 +25,35 @@ from mixtrain.config.plan import resolve
 from mixtrain.config.schema import Config, to_yaml
 from mixtrain.data.tokenizer import TOKENIZER
 from mixtrain.errors import UserError
-from mixtrain.interop.convert.output import Advance, Job, dealt
+from mixtrain.interop.convert.workers import Advance, Job, split_evenly
 from mixtrain.system.links import directory_in
 
 
-def configuration(values: Mapping[str, Any]) -> Config:
-    """The resolved Config of a model of which the keys in `values` are known; the rest is the default's."""
-    jobs, problems = compose(
-        ["data=mock", "parallel=ep1", *(f"{key}={show(value)}" for key, value in values.items())]
-    )
-    config = resolve(Config.from_hydra(jobs[0].tree, problems))
-    return config
+def configuration(overrides: Mapping[str, Any]) -> Config:
+    """Return the resolved Config of a model: the given keys, and defaults for the others."""
+    words = [f"{key}={show(value)}" for key, value in overrides.items()]
+    jobs, problems = compose(["data=mock", "parallel=ep1", *words])
+    return resolve(Config.from_hydra(jobs[0].tree, problems))
 
 
 def checkpoint_at(path: Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest in it. UserError if there is none, or it is not whole.
+    """Return `path` if it is a checkpoint, else the newest in it. UserError if none is complete.
 
-    By the sizes of its files, and the SHA-256 of the small ones: the large ones are for who reads them (Hashes).
+    Checks the sizes of its files and the SHA-256 of the small ones; see Hashes for the large ones.
     """
-    found = directory.newest(path)
-    if found is None:
-        what = (
-            "no checkpoint (iter_NNNNNNN, release) and no directory of some"
-            if path.is_dir()
-            else "no directory"
-        )
+    checkpoint = directory.newest(path)
+    if checkpoint is None:
+        what = "not a directory"
+        if path.is_dir():
+            what = "not a checkpoint (iter_NNNNNNN, release), and holds none"
         raise UserError(f"{path} is {what}")
-    if wrong := integrity.problem(found, full=False):
-        raise UserError(wrong)
-    return found
+    if problem := integrity.problem(checkpoint, full=False):
+        raise UserError(problem)
+    return checkpoint
 
 
 class Hashes:
-    """The SHA-256 of files of a checkpoint, to be computed while they are read."""
+    """Compare the SHA-256 of a checkpoint's files, in processes beside the ones that read them."""
 
     def __init__(self, checkpoint: Path, names: set[str]):
         """UserError if a name is not in the manifest."""
@@ -72,28 +68,33 @@ class Hashes:
         self.size = sum(size for _, size in self.files)  # bytes
 
     def jobs(self, processes: int) -> list[Job]:
-        """The work for so many processes, two at least. A UserError of a job names the file that is damaged."""
-        shares = dealt(self.files, max(processes, FILES), lambda file: file[1])
+        """Return the work for so many processes, at least two.
+
+        A job raises a UserError that names a damaged file.
+        """
+        shares = split_evenly(self.files, max(processes, FILES), lambda file: file[1])
         return [partial(self._compare, {name for name, _ in share}) for share in shares if share]
 
     def _compare(self, names: set[str], advance: Advance) -> None:
         heartbeat = partial(advance, integrity.BLOCK)
-        if wrong := integrity.problem(
+        if problem := integrity.problem(
             self.checkpoint, full=True, heartbeat=heartbeat, only=names.__contains__
         ):
-            raise UserError(wrong)
+            raise UserError(problem)
 
 
 def config_of(checkpoint: Path) -> Config:
-    """The resolved Config of the run that wrote a checkpoint; keys it did not know yet have the default's value."""
+    """Return the resolved Config of the run that wrote a checkpoint.
+
+    Keys that are newer than the checkpoint have their default values.
+    """
     (job,), _ = compose([])
-    return Config.from_hydra(
-        OmegaConf.merge(job.tree, OmegaConf.create(state_of(checkpoint).config))
-    )
+    saved = OmegaConf.create(state_of(checkpoint).config)
+    return Config.from_hydra(OmegaConf.merge(job.tree, saved))
 
 
 def state_of(checkpoint: Path) -> RunState:
-    """What run_state.json of a checkpoint says."""
+    """Read run_state.json of a checkpoint. UserError if it is damaged."""
     try:
         return state.read(checkpoint)
     except ValueError as error:
@@ -101,53 +102,57 @@ def state_of(checkpoint: Path) -> RunState:
 
 
 def for_one_rank(config: Config, precision: str) -> Config:
-    """The same model on one rank of a CPU, computing as transformers does: no jitter, no forced routing."""
-    own = configuration({"trainer.precision": precision})
+    """Return the same model on one CPU rank, computing as transformers does.
+
+    Without jitter and forced load balancing.
+    """
+    single_rank = configuration({"trainer.precision": precision})
     model = replace(config.model, transformer_impl=TransformerImpl.torch)
     router = replace(
         config.router, moe_input_jitter_eps=None, moe_router_force_load_balancing=False
     )
-    return replace(own, model=model, router=router)
+    return replace(single_rank, model=model, router=router)
 
 
-def run_state(config: Config, hf_source: dict[str, Any] | None = None) -> RunState:
-    """The state of weights of no run: nothing has been trained yet."""
-    return RunState(
-        config=OmegaConf.to_container(OmegaConf.create(to_yaml(config))), hf_source=hf_source
-    )
+def untrained_state(config: Config, hf_source: dict[str, Any] | None = None) -> RunState:
+    """Return the RunState of weights that no run has trained yet."""
+    container = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    return RunState(config=container, hf_source=hf_source)
 
 
 def tokenizer_of(checkpoint: Path, config: Config) -> Path | None:
-    """The directory of a checkpoint's tokenizer, which lies beside it; None if none.
+    """Return the tokenizer's directory beside a checkpoint, or None.
 
-    UserError if it is a link to another place, or if the checkpoint only names one: the path in its
-    run_state.json may be anybody's, and what lies there would be given away with the export.
+    UserError if it is a link to another place, or if there is none but run_state.json names one
+    that exists: anyone may have written that path, and the export would publish its files.
     """
     if beside := directory_in(checkpoint.resolve().parent, TOKENIZER):
         return beside
     named = config.data.tokenizer
     if named and Path(named).is_dir():
         raise UserError(
-            f"there is no tokenizer beside {checkpoint}, which names {named}; if it is that, type"
+            f"there is no tokenizer beside {checkpoint}, which names {named}; to use that, type"
             f" --tokenizer {named}"
         )
     return None
 
 
-def model_config(values: Mapping[str, Any], source: str) -> str:
-    """conf/model/NAME.yaml of the keys that from_hugging_face gives; what is no fact of theirs is mixtral_8x7b's."""
-    same = [
+def model_yaml(overrides: Mapping[str, Any], source: str) -> str:
+    """Return conf/model/NAME.yaml for the keys of from_hugging_face.
+
+    Other keys have the values of mixtral_8x7b.
+    """
+    matching = [
         name
-        for name, there in published_models.published().items()
-        if all(values.get(key) == there[key] for key in there)
+        for name, published in published_models.published().items()
+        if all(overrides.get(key) == value for key, value in published.items())
     ]
-    known = min(same, key=len, default=None)  # that of an -Instruct are the same
+    hf_model = min(matching, key=len, default=None)  # the base model, not its -Instruct
     base = OmegaConf.load(CONF / "model" / "_base.yaml")
     example = OmegaConf.load(CONF / "model" / "mixtral_8x7b.yaml")
     lines = [f"# {source}, config.json", "defaults: [_base]"]
-    for name in base:
-        default = OmegaConf.to_container(base)[name]
-        value = values.get(f"model.{name}", known if name == "hf_model" else example.get(name))
-        if value is not None and value != default:
+    for name, default in OmegaConf.to_container(base).items():
+        value = hf_model if name == "hf_model" else overrides.get(f"model.{name}", example.get(name))
+        if value not in (None, default):
             lines.append(f"{name}: {show(value)}")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Weights from one dtype to another, where that loses no more than digits; what is no number is refused by name."""
+"""Cast weights to another dtype; refuse NaN, infinity and overflow by the tensor's name."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import torch
 
 from mixtrain.errors import UserError
 
-# --dtype
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # --dtype
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SHOWN = 5  # tensors
 
 
-class Casting:
-    """To `dtype`. With `allow_nonfinite` NaN and infinite numbers are kept, and `nonfinite` has the tensors' names."""
+class DtypeCast:
+    """Cast tensors to `dtype`.
+
+    With `allow_nonfinite`, NaN and infinity are kept and `nonfinite` collects the tensors' names.
+    """
 
     def __init__(self, dtype: torch.dtype, allow_nonfinite: bool = False):
         self.dtype = dtype
@@ -24,18 +26,18 @@ class Casting:
         self.nonfinite: set[str] = set()
 
     def __call__(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A part of the tensor `name` in the dtype: itself, if it is.
+        """Return a part of the tensor `name` in the dtype; no copy if it has the dtype already.
 
-        UserError if there is NaN or infinity in it, or a number that is too large for the dtype.
+        UserError if it has NaN or infinity, or a number too large for the dtype.
         """
-        found = tensor if tensor.dtype is self.dtype else tensor.to(self.dtype)
-        if not _finite(found):
-            self._judge(name, tensor, found)
-        return found
+        cast = tensor if tensor.dtype is self.dtype else tensor.to(self.dtype)
+        if not _all_finite(cast):
+            self._check(name, tensor, cast)
+        return cast
 
-    def _judge(self, name: str, tensor: torch.Tensor, found: torch.Tensor) -> None:
-        before = tensor.isfinite()
-        if not before.all():
+    def _check(self, name: str, tensor: torch.Tensor, cast: torch.Tensor) -> None:
+        finite = tensor.isfinite()
+        if not finite.all():
             if not self.allow_nonfinite:
                 what = "NaN" if tensor.isnan().any() else "an infinite number"
                 raise UserError(
@@ -43,24 +45,22 @@ class Casting:
                     " converts it"
                 )
             self.nonfinite.add(name)
-        if not found[before].isfinite().all():
-            largest = tensor[before].abs().max().item()
-            most = torch.finfo(self.dtype).max
-            others = " or ".join(
-                other for other in DTYPES if other not in ("fp16", NAMES[self.dtype])
-            )
-            raise UserError(
-                f"{name} has {largest:g}, and {NAMES[self.dtype]} ends at {most:g}: use {others}"
-            )
+        if not cast[finite].isfinite().all():
+            largest = tensor[finite].abs().max().item()
+            limit = torch.finfo(self.dtype).max
+            dtype = NAMES[self.dtype]
+            wider = " or ".join(name for name in DTYPES if name not in ("fp16", dtype))
+            raise UserError(f"{name} has {largest:g}, and {dtype} ends at {limit:g}: use {wider}")
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    """Whether all are numbers. The least and the largest are NaN where any is: a tenth of the time of isfinite()."""
+def _all_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is no NaN and no infinity; aminmax takes a tenth of the time of isfinite."""
+    # NaN in the tensor makes both NaN
     return not tensor.numel() or all(math.isfinite(end.item()) for end in tensor.aminmax())
 
 
-def warn(names: set[str]) -> None:
-    """Say which tensors have been converted although they hold what is no number."""
+def warn_nonfinite(names: set[str]) -> None:
+    """Print a warning that lists converted tensors with NaN or infinite numbers."""
     if names:
         more = f" and {len(names) - SHOWN} more tensors" if len(names) > SHOWN else ""
         print(

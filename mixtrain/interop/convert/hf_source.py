@@ -1,7 +1,8 @@
-"""What a model of Hugging Face came with beside its weights and its architecture, and what of that goes out again.
+"""Keep what a Hugging Face model has beside weights and architecture, from import to export.
 
-Rule: what came in goes out, unless training has changed it: the ids of a text's beginning and end are those of the
-source while the tokenizer is the source's, and the coefficients of the router's losses are the run's once it trained.
+Rule: the export has the imported values, except those that training changed: the token ids are the
+source's as long as the tokenizer is the source's, and the coefficients of the router's losses are
+the run's once it has trained.
 """
 
 from __future__ import annotations
@@ -24,108 +25,109 @@ from mixtrain.system import untrusted_json
 from mixtrain.system.links import file_in
 
 GENERATION = "generation_config.json"
-# the first that is there decides the ids
-VOCABULARY = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# the files that decide token ids; the first that exists counts
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def of_directory(directory: Path, values: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The HfSource of a directory whose config.json is `values`. UserError if the checkpoint could not keep it."""
-    found = {
-        "config": hf_config.passthrough_values(values),
+def of_directory(
+    directory: Path, config_json: Mapping[str, Any], vocab_size: int
+) -> dict[str, Any]:
+    """Return RunState.hf_source of a directory. UserError if run_state.json could not hold it."""
+    source = {
+        "config": hf_config.passthrough_values(config_json),
         "tokenizer": vocabulary_sha256(directory),
         "vocab_size": vocab_size,
     }
     if path := file_in(directory, GENERATION):
-        found["generation_config"] = untrusted_json.read(path, most=MAX_CONFIG)
+        source["generation_config"] = untrusted_json.read(path, most=MAX_CONFIG)
     try:
-        untrusted_json.parse(state.to_json(RunState(hf_source=found)), state.Written)
+        untrusted_json.parse(state.to_json(RunState(hf_source=source)), state.Written)
     except untrusted_json.InvalidJson as error:
         raise UserError(
             f"{directory / CONFIG} or {GENERATION} cannot be kept in a checkpoint: {error}"
         ) from None
-    return found
+    return source
 
 
 def vocabulary_sha256(directory: Path) -> str:
-    """Of the file that decides a tokenizer's ids; "" if there is none."""
-    found = tokenizer_files(directory)
-    path = next((found[name] for name in VOCABULARY if name in found), None)
+    """Return the SHA-256 of the file that decides a tokenizer's ids; empty if there is none."""
+    files = tokenizer_files(directory)
+    path = next((files[name] for name in VOCABULARY_FILES if name in files), None)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
 
 
-def rows(run_state: RunState, config: Config, tokenizer: Path | None) -> int:
-    """How many rows of the vocabulary are a model's own: without those that a conversion added to be divisible.
+def unpadded_vocab_size(run_state: RunState, config: Config, tokenizer: Path | None) -> int:
+    """Return how many rows of the vocabulary to export: without the padding of a conversion.
 
-    With a tokenizer of more tokens than the source had, as many as it has: training has given them a meaning.
+    Padding rows that the tokenizer has tokens for are exported: training gave them a meaning.
     """
     size = config.model.vocab_size
     if run_state.hf_source is None or run_state.hf_source["vocab_size"] >= size:
         return size
-    tokens = (
-        tokenizer_vocab_size(tokenizer)
-        if tokenizer and (tokenizer / "tokenizer.json").is_file()
-        else 0
-    )
+    tokens = 0
+    if tokenizer and (tokenizer / "tokenizer.json").is_file():
+        tokens = tokenizer_vocab_size(tokenizer)
     return min(max(run_state.hf_source["vocab_size"], tokens), size)
 
 
 def to_export(
     run_state: RunState, config: Config, tokenizer: Path | None
 ) -> tuple[dict[str, Any], dict | None]:
-    """(what config.json has beside the architecture, generation_config.json if the tokenizer has none)."""
+    """Return (config.json beside the architecture, generation_config.json).
+
+    The second is None if there is none, or if the tokenizer's files have one.
+    """
+    imported = run_state.hf_source is not None
     source = run_state.hf_source or {"config": {}, "tokenizer": ""}
-    # filtered once more: whoever has written the checkpoint may have added to it
-    kept = hf_config.passthrough_values(
-        source["config"] | {"model_type": family_of(config).model_type}
-    )
-    of_source = {name: kept[name] for name in SPECIAL_IDS if name in kept}
+    model_type = family_of(config).model_type
+    # filter again: the checkpoint may not come from mixtrain
+    values = hf_config.passthrough_values(source["config"] | {"model_type": model_type})
+    source_ids = {name: values[name] for name in SPECIAL_IDS if name in values}
     generation = source.get("generation_config")
-    if tokenizer is None or (
-        run_state.hf_source and vocabulary_sha256(tokenizer) == source["tokenizer"]
-    ):
-        ids = _of_tokenizer(tokenizer) | of_source
-    # the source had none: this may be its own
-    elif run_state.hf_source and not source["tokenizer"]:
-        ids = of_source | {
-            name: _either(of_source.get(name), own)
-            for name, own in _of_tokenizer(tokenizer).items()
+    if tokenizer is None or (imported and vocabulary_sha256(tokenizer) == source["tokenizer"]):
+        ids = _ids_of_tokenizer(tokenizer) | source_ids
+    elif imported and not source["tokenizer"]:
+        # the source had no tokenizer; this one may be its tokenizer
+        ids = source_ids | {
+            name: _id_or_source_list(value, source_ids.get(name))
+            for name, value in _ids_of_tokenizer(tokenizer).items()
         }
     else:
-        ids = dict.fromkeys(SPECIAL_IDS) | _of_tokenizer(tokenizer)
+        ids = dict.fromkeys(SPECIAL_IDS) | _ids_of_tokenizer(tokenizer)
         generation = None
-    # transformers would take Mixtral's own for a key that is not there
-    if run_state.hf_source is None:
+    if not imported:
+        # null, because transformers gives a missing key Mixtral's own id
         ids = dict.fromkeys(SPECIAL_IDS) | ids
     if tokenizer and GENERATION in tokenizer_files(tokenizer):
         generation = None
-    return kept | ids | (_trained(config) if run_state.step else {}), generation
+    return values | ids | (_router_values(config) if run_state.step else {}), generation
 
 
-def _of_tokenizer(tokenizer: Path | None) -> dict[str, Any]:
-    """The ids that a tokenizer's files name; those that they have no token for, of its generation_config.json."""
+def _ids_of_tokenizer(tokenizer: Path | None) -> dict[str, Any]:
+    """Return the special ids of a tokenizer's files; generation_config.json has the rest."""
     if tokenizer is None:
         return {}
     path = tokenizer_files(tokenizer).get(GENERATION)
     generation = untrusted_json.read(path, most=MAX_CONFIG) if path else {}
-    named = {name: generation[name] for name in SPECIAL_IDS if generation.get(name) is not None}
-    return named | special_ids(tokenizer)
+    ids = {name: generation[name] for name in SPECIAL_IDS if generation.get(name) is not None}
+    return ids | special_ids(tokenizer)
 
 
-def _either(source: Any, own: Any) -> Any:
-    """The source's list of ids, if the tokenizer's own is among them."""
-    return source if isinstance(source, list) and own in source else own
+def _id_or_source_list(token_id: Any, source_id: Any) -> Any:
+    """Return the source's list of ids if the tokenizer's id is in it, else the tokenizer's id."""
+    return source_id if isinstance(source_id, list) and token_id in source_id else token_id
 
 
-def _trained(config: Config) -> dict[str, float]:
-    """What the router was trained with, in transformers' words."""
+def _router_values(config: Config) -> dict[str, float]:
+    """Return the router's loss coefficient and jitter of a run, under transformers' keys."""
     router = config.router
-    weights = dict(
+    coefficients = dict(
         zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False)
     )
-    kinds = (Balancing.aux_loss, Balancing.global_aux_loss, Balancing.seq_aux_loss)
-    found = {
-        "router_aux_loss_coef": next((weights[kind] for kind in kinds if kind in weights), 0.0)
-    }
+    # transformers has one coefficient
+    losses = (Balancing.aux_loss, Balancing.global_aux_loss, Balancing.seq_aux_loss)
+    coefficient = next((coefficients[loss] for loss in losses if loss in coefficients), 0.0)
+    values = {"router_aux_loss_coef": coefficient}
     if family_of(config).jitter:
-        found["router_jitter_noise"] = router.moe_input_jitter_eps or 0.0
-    return found
+        values["router_jitter_noise"] = router.moe_input_jitter_eps or 0.0
+    return values

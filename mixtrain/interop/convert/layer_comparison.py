@@ -1,139 +1,139 @@
-"""The proof that a checkpoint is the model of Hugging Face's files: both compute the same, layer by layer.
+"""Compare a checkpoint with a Hugging Face model by running both, layer by layer.
 
-Rule: no tensor is compared with its own conversion back. Each side goes on from its own hidden states, as it would
-alone.
+Rule: no tensor is compared with its own conversion back. Each side continues from its own hidden
+states, as in a normal forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from mixtrain.checkpoint.parts import Parts
 from mixtrain.config import tensor_schema
 from mixtrain.config.schema import Config
+from mixtrain.engine.process_groups import Ranks
 from mixtrain.interop.convert.reference_models import HuggingFaceLayers, MegatronLayers
 
-# fp32: rounding over some thousand terms makes 1e-6 of the largest entry; a fault makes 1e-2 and
-# more. bf16 has 8 bits.
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: None}
-COSINE = 0.999
+# Of a token's largest entry. In fp32, rounding over some thousand terms makes 1e-6, a fault 1e-2 or
+# more. bf16 has 8 bits: only the cosine is compared.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: None}
+MIN_COSINE = 0.999  # of the logits
 
 
 @dataclass
-class Layer:
-    """A layer's row: how far the hidden states after it are apart, and for how many tokens the experts are others."""
+class LayerDifference:
+    """The difference of the hidden states after a layer."""
 
     number: int
-    largest: float  # of the differences
-    # the largest of a token's, of its largest entry: some tokens of real models have huge ones
+    largest: float  # absolute
+    # the largest of any token, divided by the token's largest entry: some tokens of real models
+    # have huge entries
     relative: float
-    cosine: float  # of the two
-    others: int  # tokens
+    cosine: float
+    rerouted: int  # tokens that go to different experts
 
 
 @dataclass
-class Verdict:
-    """What was found. `problems` are the sentences about what is beyond the limits; none is the proof."""
+class ModelDifference:
+    """The result of a comparison; without `problems`, the models are the same."""
 
     tokens: int
     dtype: torch.dtype
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[LayerDifference] = field(default_factory=list)
     logits_largest: float = 0.0
     logits_relative: float = 0.0
-    logits_cosine: float = 0.0  # of all logits
-    # Kullback-Leibler, Hugging Face's next-token distribution from ours, in nats, the mean
+    logits_cosine: float = 0.0
+    # Kullback-Leibler divergence of Megatron-Core's next-token distribution from Hugging Face's, in
+    # nats, mean over tokens
     divergence: float = 0.0
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # differences beyond the tolerances
 
 
-def random_tokens(vocabulary: int, sequences: int, length: int) -> torch.Tensor:
-    return torch.randint(
-        0, vocabulary, (sequences, length), generator=torch.Generator().manual_seed(1234)
-    )
+def random_tokens(vocab_size: int, sequences: int, length: int) -> torch.Tensor:
+    """Return [sequences, length] token ids, the same in every call."""
+    generator = torch.Generator().manual_seed(1234)
+    return torch.randint(0, vocab_size, (sequences, length), generator=generator)
 
 
 def compare(
-    there: HuggingFaceLayers, here: MegatronLayers, layers: int, tokens: torch.Tensor
-) -> Iterator[Verdict]:
-    """The verdict so far, after each layer and at the end, after the logits."""
-    verdict = Verdict(tokens.numel(), there.dtype)
-    limit = LIMITS[there.dtype]
-    theirs = there.embed(tokens)
-    ours = here.embed(tokens)
-    for number in range(layers):
-        output = there.run_layer(number, theirs)
-        own = here.run_layer(number, ours)
-        theirs = output.hidden
-        ours = own.hidden
-        others = int((output.routing != own.routing).any(dim=1).sum())
-        row = Layer(number, *_apart(theirs, ours), others)
-        verdict.layers.append(row)
-        if limit and not row.relative <= limit:
-            verdict.problems.append(
-                f"after layer {number} the hidden states are {row.relative:.1e} of a token's"
-                f" largest entry apart; the limit is {limit:.0e}"
+    hugging_face: HuggingFaceLayers,
+    megatron: MegatronLayers,
+    num_layers: int,
+    tokens: torch.Tensor,
+) -> Iterator[ModelDifference]:
+    """Yield the same ModelDifference after each layer and, complete, after the logits."""
+    result = ModelDifference(tokens.numel(), hugging_face.dtype)
+    tolerance = TOLERANCES[hugging_face.dtype]
+    theirs = hugging_face.embed(tokens)
+    ours = megatron.embed(tokens)
+    for number in range(num_layers):
+        their_output = hugging_face.run_layer(number, theirs)
+        our_output = megatron.run_layer(number, ours)
+        theirs = their_output.hidden
+        ours = our_output.hidden
+        rerouted = int((their_output.routing != our_output.routing).any(dim=1).sum())
+        layer = LayerDifference(number, *_difference(theirs, ours), rerouted)
+        result.layers.append(layer)
+        if tolerance and not layer.relative <= tolerance:  # NaN is a problem too
+            result.problems.append(
+                f"after layer {number} the hidden states are {layer.relative:.1e} of a token's"
+                f" largest entry apart; the limit is {tolerance:.0e}"
             )
-        yield verdict
-    theirs = there.logits(theirs)
-    # without rows that were added to the vocabulary
-    ours = here.logits(ours)[..., : theirs.shape[-1]]
-    verdict.logits_largest, verdict.logits_relative, verdict.logits_cosine = _apart(theirs, ours)
-    verdict.divergence = _divergence(theirs, ours)
-    if limit and not verdict.logits_relative <= limit:
-        verdict.problems.append(
-            f"the logits are {verdict.logits_relative:.1e} of a token's largest entry apart; the"
-            f" limit is {limit:.0e}"
+        yield result
+    theirs = hugging_face.logits(theirs)
+    ours = megatron.logits(ours)[..., : theirs.shape[-1]]  # without padding of the vocabulary
+    result.logits_largest, result.logits_relative, result.logits_cosine = _difference(theirs, ours)
+    result.divergence = _kl_divergence(theirs, ours)
+    if tolerance and not result.logits_relative <= tolerance:
+        result.problems.append(
+            f"the logits are {result.logits_relative:.1e} of a token's largest entry apart; the"
+            f" limit is {tolerance:.0e}"
         )
-    if not verdict.logits_cosine >= COSINE:
-        verdict.problems.append(
-            f"the cosine of the logits is {verdict.logits_cosine:.6f}; the limit is {COSINE}"
+    if not result.logits_cosine >= MIN_COSINE:
+        result.problems.append(
+            f"the cosine of the logits is {result.logits_cosine:.6f}; the limit is {MIN_COSINE}"
         )
-    yield verdict
+    yield result
 
 
-def _apart(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[float, float, float]:
-    """(largest difference, largest of a token's largest entry, cosine) of two tensors whose last axis is a token's."""
+def _difference(theirs: torch.Tensor, ours: torch.Tensor) -> tuple[float, float, float]:
+    """Return (largest, relative, cosine) as in LayerDifference; the last axis is a token's."""
     theirs = theirs.double()
     ours = ours.double()
     by_token = (theirs - ours).abs().amax(-1)
-    entries = theirs.abs().amax(-1).clamp_min(1e-30)
+    largest_entries = theirs.abs().amax(-1).clamp_min(1e-30)
     cosine = torch.nn.functional.cosine_similarity(theirs.flatten(), ours.flatten(), dim=0).item()
-    return by_token.max().item(), (by_token / entries).max().item(), cosine
+    return by_token.max().item(), (by_token / largest_entries).max().item(), cosine
 
 
-def _divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:
+def _kl_divergence(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     theirs = theirs.double().log_softmax(-1)
     ours = ours.double().log_softmax(-1)
     return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
 
 
-# What a converter may get wrong, each done on purpose to a copy of the tensors, or to the
-# configuration.
+# Damage on purpose: mistakes that converters have made, in a copy of the tensors or in the
+# configuration. The comparison must detect each.
 FC1, FC2 = (
     tensor_schema.LAYER + f"mlp.experts.experts.linear_fc{number}.weight" for number in (1, 2)
 )
 QKV = tensor_schema.LAYER + "self_attention.linear_qkv.weight"
 
 
-def swap_gate_and_up(
-    config: Config, key: str, numbers: tuple[int, ...], tensor: torch.Tensor
-) -> torch.Tensor:
+def swap_gate_and_up(config: Config, key: str, tensor: torch.Tensor) -> torch.Tensor:
     return torch.cat(tensor.chunk(2)[::-1]) if key == FC1 else tensor
 
 
-def transpose_down_proj(
-    config: Config, key: str, numbers: tuple[int, ...], tensor: torch.Tensor
-) -> torch.Tensor:
-    """The numbers of the transposed matrix in the shape of the matrix."""
+def transpose_down_proj(config: Config, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of the transposed matrix in the shape of the matrix."""
     return tensor.t().reshape(tensor.shape) if key == FC2 else tensor
 
 
-def rotate_query_heads(
-    config: Config, key: str, numbers: tuple[int, ...], tensor: torch.Tensor
-) -> torch.Tensor:
-    """Each query head in the place of the next, over all groups."""
+def rotate_query_heads(config: Config, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Move each query head to the place of the next, across all groups."""
     if key != QKV:
         return tensor
     model = config.model
@@ -148,34 +148,40 @@ def wrong_rope_base(config: Config) -> Config:
     return replace(config, model=replace(config.model, rotary_base=base))
 
 
-def other_softmax(config: Config) -> Config:
-    """The softmax over all experts before the choice, instead of over the chosen (or the other way round)."""
-    router = config.router
-    return replace(
-        config, router=replace(router, moe_router_pre_softmax=not router.moe_router_pre_softmax)
-    )
+def toggle_pre_softmax(config: Config) -> Config:
+    """Apply the softmax before the choice of experts instead of after it, or the reverse."""
+    pre_softmax = not config.router.moe_router_pre_softmax
+    return replace(config, router=replace(config.router, moe_router_pre_softmax=pre_softmax))
 
 
-CHANGES = {
+TensorDamage = Callable[[Config, str, torch.Tensor], torch.Tensor]
+TENSOR_DAMAGES: dict[str, TensorDamage] = {
     "swap gate and up": swap_gate_and_up,
     "transpose down_proj": transpose_down_proj,
-    "permute two experts": None,  # below: it needs another expert's tensor
     "rotate q heads": rotate_query_heads,
 }
-SETTINGS = {"wrong RoPE base": wrong_rope_base, "pre-softmax": other_softmax}
-DAMAGES = (*CHANGES, *SETTINGS)
+CONFIG_DAMAGES = {"wrong RoPE base": wrong_rope_base, "pre-softmax": toggle_pre_softmax}
+PERMUTE_EXPERTS = "permute two experts"  # needs the tensor of another expert
+DAMAGES = (
+    "swap gate and up",
+    "transpose down_proj",
+    PERMUTE_EXPERTS,
+    "rotate q heads",
+    *CONFIG_DAMAGES,
+)
 
 
-def damaged(name: str, config: Config, parts, here) -> MegatronLayers:
-    """Megatron-Core's side with one damage."""
-    if name in SETTINGS:
-        return MegatronLayers(SETTINGS[name](config), parts, here)
-    if change := CHANGES[name]:
-        return MegatronLayers(config, parts, here, lambda *tensor: change(config, *tensor))
+def damaged_megatron(name: str, config: Config, parts: Parts, ranks: Ranks) -> MegatronLayers:
+    """Return the Megatron-Core model with one of DAMAGES."""
+    if damage_config := CONFIG_DAMAGES.get(name):
+        return MegatronLayers(damage_config(config), parts, ranks)
 
-    def exchanged(key: str, numbers: tuple[int, ...], tensor: torch.Tensor) -> torch.Tensor:
-        """Experts 0 and 1 in each other's place; the router's rows stay."""
-        other = {0: 1, 1: 0}.get(numbers[1]) if len(numbers) == 2 else None
-        return tensor if other is None else parts.at(key, (numbers[0], other))
+    def damage(key: str, numbers: tuple[int, ...], tensor: torch.Tensor) -> torch.Tensor:
+        if name != PERMUTE_EXPERTS:
+            return TENSOR_DAMAGES[name](config, key, tensor)
+        if len(numbers) < 2 or numbers[1] > 1:
+            return tensor
+        layer, expert = numbers
+        return parts.at(key, (layer, 1 - expert))  # swap experts 0 and 1, not the router's rows
 
-    return MegatronLayers(config, parts, here, exchanged)
+    return MegatronLayers(config, parts, ranks, damage)

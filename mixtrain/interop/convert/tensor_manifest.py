@@ -1,4 +1,4 @@
-"""A list of every tensor on both sides: name, shape, dtype, SHA-256 of what lies on the disk, whether they agree."""
+"""List every tensor of both sides: name, shape, dtype, SHA-256 of its bytes, and equality."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mixtrain.checkpoint.parts import Parts
 from mixtrain.config.schema import Config
 from mixtrain.interop.convert import flat_ranges
 from mixtrain.interop.convert.hf_files import StoredTensor
-from mixtrain.interop.convert.output import Advance
 from mixtrain.interop.convert.weights import layout_of
+from mixtrain.interop.convert.workers import Advance
 
 BLOCK = 1 << 24  # elements
 
@@ -23,46 +23,46 @@ def entries(
     config: Config,
     tensors: dict[str, StoredTensor],
     parts: Parts,
-    vocabulary: int,
+    hf_vocab_size: int,
     advance: Advance,
 ) -> Iterator[dict[str, Any]]:
-    """One for each tensor of Hugging Face, with the Megatron tensor it is a part of, and the SHA-256 of both.
+    """Yield an entry for each Hugging Face tensor, with its part of a Megatron tensor.
 
-    `equal`: bit for bit, after the checkpoint's numbers were brought to the dtype of the file.
+    `equal`: bitwise, after a cast of the checkpoint's elements to the file's dtype.
     """
-    index = flat_ranges.build_index(config, layout_of(config, tensors), vocabulary)
+    index = flat_ranges.build_index(config, layout_of(config, tensors), hf_vocab_size)
     for name, shape in index.hf_shapes.items():
         stored = tensors[name]
-        own = hashlib.sha256()
-        there = hashlib.sha256()
+        hf_hash = hashlib.sha256()
+        megatron_hash = hashlib.sha256()
         equal = True
         for start in range(0, math.prod(shape), BLOCK):
             stop = min(start + BLOCK, math.prod(shape))
             theirs = stored.read(start, stop)
-            ours = [
-                parts.flat(run.key, run.megatron_start + low, run.megatron_start + high)
-                for run, low, high in flat_ranges.overlapping(
-                    index.by_name[name], start, stop, flat_ranges.HF_START
-                )
-            ]
-            mine = torch.cat(ours) if len(ours) > 1 else ours[0]
-            there.update(_bytes(theirs))
-            own.update(_bytes(mine))
-            equal &= bool(
-                torch.equal(theirs.view(torch.uint8), mine.to(stored.dtype).view(torch.uint8))
+            overlaps = flat_ranges.overlapping(
+                index.by_name[name], start, stop, flat_ranges.HF_START
             )
+            blocks = [
+                parts.flat(run.key, run.megatron_start + low, run.megatron_start + high)
+                for run, low, high in overlaps
+            ]
+            ours = torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+            hf_hash.update(_bytes(theirs))
+            megatron_hash.update(_bytes(ours))
+            cast = ours.to(stored.dtype)
+            equal &= torch.equal(theirs.view(torch.uint8), cast.view(torch.uint8))
             advance((stop - start) * stored.dtype.itemsize)
         key = index.by_name[name][0].key
         yield {
             "name": name,
             "shape": list(shape),
-            "dtype": _dtype(stored.dtype),
-            "sha256": there.hexdigest(),
+            "dtype": _dtype_name(stored.dtype),
+            "sha256": hf_hash.hexdigest(),
             "megatron": {
                 "key": key,
                 "shape": list(parts.shapes[key]),
-                "dtype": _dtype(parts.dtypes[key]),
-                "sha256_of_part": own.hexdigest(),
+                "dtype": _dtype_name(parts.dtypes[key]),
+                "sha256_of_part": megatron_hash.hexdigest(),
             },
             "equal": equal,
         }
@@ -72,5 +72,5 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(torch.uint8).numpy())
 
 
-def _dtype(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""From a Megatron-Core checkpoint, whatever run and layout wrote it, to a directory that transformers and vLLM open.
+"""Export a Megatron-Core checkpoint of any run and layout to a directory for transformers and vLLM.
 
-Rule: a tensor is written as it is read, in blocks of BLOCK bytes, so that memory does not grow with the model; and what
-transformers' model would compute differently is refused by its key before anything is written.
+Rule: tensors are read and written in blocks of BLOCK bytes, so memory does not grow with the model.
+A configuration that transformers would compute differently is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -30,45 +30,46 @@ from mixtrain.interop.convert.checkpoint_config import (
     state_of,
     tokenizer_of,
 )
-from mixtrain.interop.convert.dtype_cast import Casting, warn
+from mixtrain.interop.convert.dtype_cast import DtypeCast, warn_nonfinite
 from mixtrain.interop.convert.flat_ranges import RangeIndex
 from mixtrain.interop.convert.hf_config import to_hugging_face
 from mixtrain.interop.convert.hf_files import CONFIG, INDEX, NAMES, SINGLE
-from mixtrain.interop.convert.output import Advance, dealt, in_processes, write_text, written_whole
+from mixtrain.interop.convert.output_directory import write_text, written_whole
 from mixtrain.interop.convert.weights import check_tensors
+from mixtrain.interop.convert.workers import Advance, run_jobs, split_evenly
 from mixtrain.system.links import directory_in
 
 BLOCK = 1 << 26  # bytes
 
 
-class Shard(NamedTuple):
-    """A file of tensors."""
+class SafetensorsFile(NamedTuple):
+    """A file to write."""
 
     path: Path
     names: tuple[str, ...]
     size: int  # bytes of its tensors
 
 
-class Origin(NamedTuple):
-    """Megatron's tensors, to be read by the places of Hugging Face's."""
+class MegatronReader(NamedTuple):
+    """Read Hugging Face tensors from a Megatron checkpoint."""
 
-    parts: Parts
+    parts: Parts | None  # None: only headers are written
     index: RangeIndex
-    cast: Casting  # to the dtype to give them in
+    cast: DtypeCast
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """The elements of a tensor in their order, as they lie together, in blocks of at most BLOCK bytes."""
+        """Yield the elements of a tensor in order, in contiguous blocks of at most BLOCK bytes."""
         most = BLOCK // self.cast.dtype.itemsize
         for run in self.index.by_name[name]:
-            at = run.megatron_start
-            end = run.megatron_start + run.count
-            while at < end:
-                stop = min(end, self.parts.together(run.key, at, most))
-                yield self.cast(name, self.parts.flat(run.key, at, stop))
-                at = stop
+            start = run.megatron_start
+            end = start + run.count
+            while start < end:
+                stop = min(end, self.parts.together(run.key, start, most))
+                yield self.cast(name, self.parts.flat(run.key, start, stop))
+                start = stop
 
     def size(self, name: str) -> int:
-        """Bytes of the tensor as it is written."""
+        """Return the bytes of the tensor in the output dtype."""
         return math.prod(self.index.hf_shapes[name]) * self.cast.dtype.itemsize
 
 
@@ -84,65 +85,68 @@ def convert(
     verify: bool = True,
     allow_nonfinite: bool = False,
 ) -> Path:
-    """Write the newest checkpoint of ckpt_dir (or itself) as a Hugging Face model; which checkpoint it was.
+    """Write a checkpoint, or the newest one in `ckpt_dir`, as a Hugging Face model.
 
-    All is checked before anything is written, but for what the files hold: with `verify` their SHA-256, always that
-    weights are numbers. UserError with everything that is wrong, a Fault if the disk is full: then there is no out_dir.
+    Returns the checkpoint's path.
+
+    Everything is checked before anything is written, except the contents of the weights' files:
+    their SHA-256 (with `verify`) and NaN or infinity are checked while copying. UserError with
+    everything that is wrong, Fault if the disk is full; then there is no out_dir.
     """
     checkpoint = checkpoint_at(ckpt_dir)
-    run = state_of(checkpoint)
+    run_state = state_of(checkpoint)
     config = config_of(checkpoint)
-    values = to_hugging_face(config)
+    config_json = to_hugging_face(config)
     parts = Parts(checkpoint)
-    tokenizer = _tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
-    vocabulary = hf_source.rows(run, config, tokenizer)
-    origin = _origin(
-        parts, flat_ranges.build_index(config, layout, vocabulary), dtype, allow_nonfinite
-    )
-    beside, generation = hf_source.to_export(run, config, tokenizer)
-    values |= beside | {"vocab_size": vocabulary}
-    written = str(origin.cast.dtype).removeprefix("torch.")
-    values |= {"torch_dtype": written, "dtype": written}  # transformers 4, transformers 5
-    size = sum(map(origin.size, origin.index.hf_shapes))
-    hashes = Hashes(checkpoint, parts.files(origin.index.megatron_shapes)) if verify else None
-    with written_whole(out_dir, size, len(origin.index.hf_shapes)) as out:
-        shards = shards_of(out, origin, max_shard_size)
+    tokenizer = _find_tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
+    vocab_size = hf_source.unpadded_vocab_size(run_state, config, tokenizer)
+    index = flat_ranges.build_index(config, layout, vocab_size)
+    reader = _reader(parts, index, dtype, allow_nonfinite)
+    passthrough, generation_config = hf_source.to_export(run_state, config, tokenizer)
+    dtype_name = str(reader.cast.dtype).removeprefix("torch.")
+    config_json |= passthrough | {"vocab_size": vocab_size}
+    config_json |= {"torch_dtype": dtype_name, "dtype": dtype_name}  # transformers 4, 5
+    size = sum(map(reader.size, index.hf_shapes))
+    hashes = Hashes(checkpoint, parts.files(index.megatron_shapes)) if verify else None
+    with written_whole(out_dir, size, len(index.hf_shapes)) as out:
+        files = plan_files(out, reader, max_shard_size)
         jobs = [
-            partial(_write_shards, share, origin)
-            for share in dealt(shards, processes, lambda shard: shard.size)
+            partial(_write_files, share, reader)
+            for share in split_evenly(files, processes, lambda file: file.size)
         ]
-        beside = hashes.jobs(processes) if hashes else []
-        found = in_processes("to Hugging Face", jobs, size + (hashes.size if hashes else 0), beside)
-        if len(shards) > 1:
-            write_weight_map(out / INDEX, shards, origin)
+        hash_jobs = hashes.jobs(processes) if hashes else []
+        work = size + (hashes.size if hashes else 0)
+        nonfinite = run_jobs("to Hugging Face", jobs, work, background=hash_jobs)
+        if len(files) > 1:
+            write_weight_map(out / INDEX, files, reader)
         if tokenizer:
             copy_tokenizer(tokenizer, out)
-        for name, content in ((CONFIG, values), (hf_source.GENERATION, generation)):
+        for name, content in ((CONFIG, config_json), (hf_source.GENERATION, generation_config)):
             if content is not None:
                 write_text(out / name, json.dumps(content, indent=2) + "\n")
-    warn(set().union(*found))
+    warn_nonfinite(set().union(*nonfinite))
     return checkpoint
 
 
-def _tokenizer(
+def _find_tokenizer(
     given: Path | None, checkpoint: Path, config: Config, allow_other: bool
 ) -> Path | None:
-    """The tokenizer that goes with the model. What is wrong with its files is said before anything is copied."""
-    found = given or tokenizer_of(checkpoint, config)
-    if found and not tokenizer_files(found) and given:
+    """Return the tokenizer to export. UserError, before anything is written, if it is unusable."""
+    tokenizer = given or tokenizer_of(checkpoint, config)
+    if tokenizer and not tokenizer_files(tokenizer) and given:
         raise UserError(f"--tokenizer {instead(given)}")
     if given and not allow_other:
-        own = None
-        with suppress(UserError):  # a link to another place, which is not followed
-            own = directory_in(checkpoint.resolve().parent, TOKENIZER)
-        refuse_other(given, own, checkpoint)
-    return found
+        beside = None
+        with suppress(UserError):  # a link to another place is not followed
+            beside = directory_in(checkpoint.resolve().parent, TOKENIZER)
+        refuse_other(given, beside, checkpoint)
+    return tokenizer
 
 
-def _origin(
+def _reader(
     parts: Parts, index: RangeIndex, dtype: torch.dtype | None, allow_nonfinite: bool
-) -> Origin:
-    """The tensors of a checkpoint's model, which must be those of its configuration."""
+) -> MegatronReader:
+    """Return a reader. UserError if the checkpoint's tensors are not those of its configuration."""
     stored = {
         key: torch.empty(shape, dtype=parts.dtypes[key], device="meta")
         for key, shape in parts.shapes.items()
@@ -152,71 +156,81 @@ def _origin(
         check_tensors(index.megatron_shapes, stored, NAMES, mixed=dtype is not None)
     except UserError as error:
         raise UserError(*(f"{parts.directory}: {problem}" for problem in error.problems)) from None
-    return Origin(
-        parts, index, Casting(dtype or next(iter(stored.values())).dtype, allow_nonfinite)
-    )
+    dtype = dtype or next(iter(stored.values())).dtype
+    return MegatronReader(parts, index, DtypeCast(dtype, allow_nonfinite))
 
 
-def shards_of(out: Path, origin: Origin, most: int) -> list[Shard]:
-    """The tensors in their order, in files of at most `most` bytes (but one tensor at least)."""
+def plan_files(out: Path, reader: MegatronReader, max_size: int) -> list[SafetensorsFile]:
+    """Split the tensors, in order, into files of at most `max_size` bytes or of one tensor."""
     groups: list[list[str]] = [[]]
-    room = most
-    for name in origin.index.hf_shapes:
-        if origin.size(name) > room and groups[-1]:
+    room = max_size
+    for name in reader.index.hf_shapes:
+        size = reader.size(name)
+        if size > room and groups[-1]:
             groups.append([])
-            room = most
+            room = max_size
         groups[-1].append(name)
-        room -= origin.size(name)
-    names = [SINGLE] if len(groups) == 1 else [
-        f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)
-    ]  # fmt: skip
+        room -= size
+    total = len(groups)
+    file_names = [SINGLE]
+    if total > 1:
+        file_names = [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
     return [
-        Shard(out / name, tuple(group), sum(map(origin.size, group)))
-        for name, group in zip(names, groups, strict=True)
-    ]  # fmt: skip
+        SafetensorsFile(out / file_name, tuple(names), sum(map(reader.size, names)))
+        for file_name, names in zip(file_names, groups, strict=True)
+    ]
 
 
-def _write_shards(shards: list[Shard], origin: Origin, advance: Advance) -> set[str]:
-    """Write some of the files; the tensors in which NaN or infinite numbers were allowed."""
-    for shard in shards:
+def _write_files(
+    files: list[SafetensorsFile], reader: MegatronReader, advance: Advance
+) -> set[str]:
+    """Write files; return the names of tensors with NaN or infinity, where these are allowed."""
+    for file in files:
         try:
-            with open(shard.path, "wb", buffering=0) as file:
-                _write_all(file, header(shard, origin))
-                for block in (block for name in shard.names for block in origin.blocks(name)):
-                    _write_all(file, block.contiguous().view(torch.uint8).numpy())
-                    advance(block.nbytes)
-                os.fsync(file.fileno())
+            with open(file.path, "wb", buffering=0) as stream:
+                _write_all(stream, header(file, reader))
+                for name in file.names:
+                    for block in reader.blocks(name):
+                        _write_all(stream, block.contiguous().view(torch.uint8).numpy())
+                        advance(block.nbytes)
+                os.fsync(stream.fileno())
         except OSError as error:
-            error.filename = error.filename or str(shard.path)  # a failing write does not say
+            error.filename = error.filename or str(
+                file.path
+            )  # a write error does not name the file
             raise
-    return origin.cast.nonfinite
+    return reader.cast.nonfinite
 
 
-def header(shard: Shard, origin: Origin) -> bytes:
-    """The beginning of a safetensors file: the length of its header, and the header, padded to 8 bytes."""
+def header(file: SafetensorsFile, reader: MegatronReader) -> bytes:
+    """Return the start of a safetensors file: the header's length, and the header.
+
+    The header is padded to a multiple of 8 bytes.
+    """
     entries: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name in shard.names:
-        begin = end
-        end = end + origin.size(name)
+    for name in file.names:
+        start = end
+        end += reader.size(name)
         entries[name] = {
-            "dtype": NAMES[origin.cast.dtype],
-            "shape": list(origin.index.hf_shapes[name]),
-            "data_offsets": [begin, end],
+            "dtype": NAMES[reader.cast.dtype],
+            "shape": list(reader.index.hf_shapes[name]),
+            "data_offsets": [start, end],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_all(file, data) -> None:
+def _write_all(stream, data) -> None:
     view = memoryview(data).cast("B")
-    while view:  # an unbuffered file may take a part
-        view = view[file.write(view) :]
+    while view:  # an unbuffered write may write only a part
+        view = view[stream.write(view) :]
 
 
-def write_weight_map(path: Path, shards: list[Shard], origin: Origin) -> None:
-    total = sum(math.prod(shape) for shape in origin.index.hf_shapes.values())
-    metadata = {"total_parameters": total, "total_size": total * origin.cast.dtype.itemsize}
-    weight_map = {name: shard.path.name for shard in shards for name in shard.names}
+def write_weight_map(path: Path, files: list[SafetensorsFile], reader: MegatronReader) -> None:
+    """Write model.safetensors.index.json."""
+    total = sum(math.prod(shape) for shape in reader.index.hf_shapes.values())
+    metadata = {"total_parameters": total, "total_size": total * reader.cast.dtype.itemsize}
+    weight_map = {name: file.path.name for file in files for name in file.names}
     write_text(path, json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2) + "\n")

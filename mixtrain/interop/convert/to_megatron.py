@@ -1,8 +1,7 @@
-"""From a directory of Hugging Face to a Megatron-Core checkpoint that any layout reads.
+"""Import a Hugging Face directory as a Megatron-Core checkpoint that any layout reads.
 
-Rule: the chunks on the disk follow from the model alone, so that every layout of Hugging Face's
-files gives the same checkpoint, byte for byte. No chunk is larger than BLOCK, and no more than a
-few are in memory.
+Rule: the chunks on disk depend on the model only, so both layouts of Hugging Face's files give the
+same checkpoint, byte for byte. No chunk is larger than BLOCK, and only a few are in memory.
 """
 
 from __future__ import annotations
@@ -39,27 +38,29 @@ from mixtrain.config import tensor_schema
 from mixtrain.config.plan import derive
 from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, tokenizer_files
-from mixtrain.interop.convert import flat_ranges, hf_checkpoint, hf_source, vocab_padding
-from mixtrain.interop.convert.checkpoint_config import configuration, run_state
-from mixtrain.interop.convert.dtype_cast import DTYPES, Casting, warn
+from mixtrain.interop.convert import flat_ranges, hf_checkpoint, hf_source
+from mixtrain.interop.convert.checkpoint_config import configuration, untrained_state
+from mixtrain.interop.convert.dtype_cast import DTYPES, DtypeCast, warn_nonfinite
 from mixtrain.interop.convert.flat_ranges import RangeIndex
 from mixtrain.interop.convert.hf_files import StoredTensor
-from mixtrain.interop.convert.output import Advance, dealt, in_processes, written_whole
+from mixtrain.interop.convert.output_directory import written_whole
+from mixtrain.interop.convert.vocab_padding import VocabPadding, padded_size
 from mixtrain.interop.convert.weights import check_exportable, check_tensors, layout_of
+from mixtrain.interop.convert.workers import Advance, run_jobs, split_evenly
 
 BLOCK = 1 << 26  # bytes of a chunk, at most
 
 
-class Part(NamedTuple):
-    """A chunk of a Megatron tensor: a box of it that lies together in the flat tensor, too."""
+class ChunkToWrite(NamedTuple):
+    """A chunk of a Megatron tensor; its elements are contiguous in the flattened tensor."""
 
     key: str
     offset: tuple[int, ...]
     size: tuple[int, ...]
-    start: int  # in the flat tensor
+    start: int  # in the flattened tensor
     stop: int
 
-    def count(self) -> int:
+    def numel(self) -> int:
         return self.stop - self.start
 
 
@@ -71,168 +72,155 @@ def convert(
     allow_nonfinite: bool = False,
     divisible_by: int = 1,
 ) -> Config:
-    """Write the Megatron checkpoint of a Hugging Face model to out_dir/release, with its tokenizer beside it.
+    """Write a Hugging Face model as a checkpoint, out_dir/release, with its tokenizer beside it.
 
-    `divisible_by`: rows are added to the vocabulary until its size is. All but the numbers is checked before anything
-    is written. UserError with everything that is wrong, a Fault if the disk is full: then there is no out_dir. The
-    Config of the model.
+    Returns the model's Config. `divisible_by`: pad the vocabulary to a multiple. Everything except
+    NaN, infinity and overflow is checked before anything is written. UserError with everything that
+    is wrong, Fault if the disk is full; then there is no out_dir.
     """
-    found = hf_checkpoint.read(hf_dir)
-    tensors = found.tensors
-    vocabulary = found.overrides["model.vocab_size"]
-    config = configuration(
-        found.overrides | {"model.vocab_size": vocab_padding.padded(vocabulary, divisible_by)}
-    )
+    source = hf_checkpoint.read(hf_dir)
+    tensors = source.tensors
+    hf_vocab_size = source.overrides["model.vocab_size"]
+    padded = {"model.vocab_size": padded_size(hf_vocab_size, divisible_by)}
+    config = configuration(source.overrides | padded)
     check_exportable(config)
-    index = flat_ranges.build_index(config, layout_of(config, tensors), vocabulary)
+    index = flat_ranges.build_index(config, layout_of(config, tensors), hf_vocab_size)
     check_tensors(index.hf_shapes, tensors, DTYPES.values(), mixed=dtype is not None)
-    kept = dtype or next(iter(tensors.values())).dtype
-    tokenizer_files(hf_dir)  # what is wrong with them is said before anything is copied
-    parts = [
-        part
-        for key in index.megatron_shapes
-        for part in parts_of(key, index.megatron_shapes[key], kept)
-    ]
-    size = sum(map(Part.count, parts)) * kept.itemsize
-    padded = vocab_padding.Padding(derive(config), vocabulary)
-    origin = Origin(tensors, index, Casting(kept, allow_nonfinite), padded)
-    run_of_none = run_state(config, hf_source.of_directory(hf_dir, found.config_json, vocabulary))
-    for note in [*found.notes, *padded.notes()]:
+    dtype = dtype or next(iter(tensors.values())).dtype
+    tokenizer_files(hf_dir)  # refuses bad files before anything is written
+    shapes = index.megatron_shapes
+    chunks = [chunk for key in shapes for chunk in chunks_of(key, shapes[key], dtype)]
+    size = sum(map(ChunkToWrite.numel, chunks)) * dtype.itemsize
+    padding = VocabPadding(derive(config), hf_vocab_size)
+    reader = HfReader(tensors, index, DtypeCast(dtype, allow_nonfinite), padding)
+    kept = hf_source.of_directory(hf_dir, source.config_json, hf_vocab_size)
+    run_state = untrained_state(config, kept)
+    for note in [*source.notes, *padding.notes()]:
         print(note, file=sys.stderr)
     objects = dict(_extra_states(index))
-    with written_whole(out_dir, size, len(parts) + len(objects)) as out:
+    with written_whole(out_dir, size, len(chunks) + len(objects)) as out:
         release = out / directory.RELEASE
         release.mkdir()
-        nonfinite = _write(release, run_of_none, origin, parts, objects, processes)
+        nonfinite = _write(release, run_state, reader, chunks, objects, processes)
         copy_tokenizer(hf_dir, out / TOKENIZER)
         directory.write_atomically(out / directory.TRACKER, f"{directory.RELEASE}\n")
-    warn(nonfinite)
+    warn_nonfinite(nonfinite)
     return config
 
 
-class Origin(NamedTuple):
-    """Hugging Face's tensors, to be read by the places of Megatron's."""
+class HfReader(NamedTuple):
+    """Read chunks of Megatron tensors from Hugging Face's files."""
 
     tensors: dict[str, StoredTensor]
     index: RangeIndex
-    cast: Casting  # to the dtype to give them in
-    padding: vocab_padding.Padding  # what they have not
+    cast: DtypeCast
+    padding: VocabPadding
 
-    def read(self, part: Part) -> torch.Tensor:
-        """A chunk: a window on a file where it lies together in one, else a copy."""
-        found = list(
-            flat_ranges.overlapping(
-                self.index.by_key[part.key], part.start, part.stop, flat_ranges.MEGATRON_START
-            )
+    def read(self, chunk: ChunkToWrite) -> torch.Tensor:
+        """Return a chunk: mapped from a file where it is contiguous there, else a copy."""
+        overlaps = flat_ranges.overlapping(
+            self.index.by_key[chunk.key], chunk.start, chunk.stop, flat_ranges.MEGATRON_START
         )
-        pieces = [self.cast(run.name, self._part(run, low, high)) for run, low, high in found]
-        if rest := part.stop - part.start - sum(piece.numel() for piece in pieces):
-            pieces.append(
-                self.padding.part(part.key, part.stop - rest, part.stop).to(self.cast.dtype)
-            )
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(part.size)
+        blocks = []
+        for run, low, high in overlaps:
+            block = self.tensors[run.name].read(run.hf_start + low, run.hf_start + high)
+            blocks.append(self.cast(run.name, block))
+        if missing := chunk.numel() - sum(block.numel() for block in blocks):
+            padding = self.padding.elements(chunk.key, chunk.stop - missing, chunk.stop)
+            blocks.append(padding.to(self.cast.dtype))
+        return (blocks[0] if len(blocks) == 1 else torch.cat(blocks)).view(chunk.size)
 
-    def _part(self, run: flat_ranges.FlatRange, low: int, high: int) -> torch.Tensor:
-        return self.tensors[run.name].read(run.hf_start + low, run.hf_start + high)
 
-
-def parts_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Part]:
-    """A tensor's chunks: a layer and an expert each, in even shares of rows where that is more than BLOCK."""
+def chunks_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[ChunkToWrite]:
+    """Yield a tensor's chunks: one for each layer and expert, split by rows if above BLOCK."""
     axes = tensor_schema.stacked(key)
-    inner = math.prod(shape[axes + 1 :])
     rows = shape[axes]
-    shares = -(-rows * inner * dtype.itemsize // BLOCK)
-    step = -(-rows // shares)
-    for number, place in enumerate(product(*map(range, shape[:axes]))):
+    row_shape = shape[axes + 1 :]
+    row_numel = math.prod(row_shape)
+    chunks_per_matrix = -(-rows * row_numel * dtype.itemsize // BLOCK)
+    step = -(-rows // chunks_per_matrix)
+    for number, stack_index in enumerate(product(*map(range, shape[:axes]))):
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            start = (number * rows + first) * inner
-            offset = (*place, first, *(0 for _ in shape[axes + 1 :]))
-            yield Part(
-                key,
-                offset,
-                (*(1 for _ in place), count, *shape[axes + 1 :]),
-                start,
-                start + count * inner,
-            )
+            start = (number * rows + first) * row_numel
+            offset = (*stack_index, first, *(0 for _ in row_shape))
+            size = (*(1 for _ in stack_index), count, *row_shape)
+            yield ChunkToWrite(key, offset, size, start, start + count * row_numel)
 
 
 def _write(
     release: Path,
-    run: RunState,
-    origin: Origin,
-    parts: list[Part],
+    run_state: RunState,
+    reader: HfReader,
+    chunks: list[ChunkToWrite],
     objects: dict[str, Item],
     processes: int,
 ) -> set[str]:
-    """Write the chunks, then what says where they lie, then the manifest, the last file of a checkpoint.
+    """Write the chunks, the index, and at last the manifest, which completes a checkpoint.
 
-    The tensors in which NaN or infinite numbers were allowed. OSError if something could not be written.
+    Returns the names of tensors with NaN or infinity, where these are allowed. OSError if something
+    could not be written.
     """
-    shares = dealt(parts, processes * writing.FILES, Part.count)
-    jobs = [
-        partial(
-            _write_share,
-            release,
-            rank,
-            shares[rank * writing.FILES : (rank + 1) * writing.FILES],
-            origin,
+    files = split_evenly(chunks, processes * writing.FILES, ChunkToWrite.numel)
+    jobs = []
+    for rank in range(processes):
+        first = rank * writing.FILES
+        jobs.append(
+            partial(_write_files, release, rank, files[first : first + writing.FILES], reader)
         )
-        for rank in range(processes)
-    ]
-    done = in_processes(
-        "to Megatron-Core", jobs, sum(map(Part.count, parts)) * origin.cast.dtype.itemsize
-    )
-    written = [share for share, _ in done] + [
-        writing.write(release, processes, list(objects.values()))
-    ]
-    if wrong := next((share for share in written if share.error), None):
-        raise OSError(wrong.number or errno.EIO, wrong.error)
-    small = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
-    common = io.BytesIO()  # of a full disk torch.save says something else
-    torch.save(common_of_weights(origin.padding.plan), common)
+    size = sum(map(ChunkToWrite.numel, chunks)) * reader.cast.dtype.itemsize
+    results = run_jobs("to Megatron-Core", jobs, size)
+    written = [share for share, _ in results]
+    written.append(writing.write(release, processes, list(objects.values())))
+    if failed := next((share for share in written if share.error), None):
+        raise OSError(failed.number or errno.EIO, failed.error)
+    small_files = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
+    # torch.save to a full disk does not raise the disk's OSError
+    common = io.BytesIO()
+    torch.save(common_of_weights(reader.padding.plan), common)
     (release / COMMON).write_bytes(common.getbuffer())
-    (release / state.NAME).write_text(state.to_json(run))
-    write_index(release, _metadata(origin, parts, list(objects)), written)
-    for path in small:
+    (release / state.NAME).write_text(state.to_json(run_state))
+    write_index(release, _metadata(reader, chunks, list(objects)), written)
+    for path in small_files:
         with open(path) as file:
             os.fsync(file.fileno())
-    write_manifest(
-        release, {name: file for share in written for name, file in share.files} | describe(small)
-    )
+    manifest = {name: file for share in written for name, file in share.files}
+    write_manifest(release, manifest | describe(small_files))
     directory.sync(release)
-    return set().union(*(names for _, names in done))
+    return set().union(*(nonfinite for _, nonfinite in results))
 
 
-def _write_share(
-    release: Path, rank: int, shares: list[list[Part]], origin: Origin, advance: Advance
+def _write_files(
+    release: Path,
+    rank: int,
+    files: list[list[ChunkToWrite]],
+    reader: HfReader,
+    advance: Advance,
 ) -> tuple[Written, set[str]]:
-    """Write one process's files, side by side."""
-    written = writing.write_files(
-        release, rank, [_items(share, origin, advance) for share in shares]
-    )
-    return written, origin.cast.nonfinite
+    """Write the files of one process, in parallel."""
+    items = [_items(chunks, reader, advance) for chunks in files]
+    return writing.write_files(release, rank, items), reader.cast.nonfinite
 
 
-def _items(parts: list[Part], origin: Origin, advance: Advance) -> Iterator[Item]:
-    """The chunks of a file, each made when the one before has been written."""
-    for part in parts:
-        yield item(part), origin.read(part)
-        advance(part.count() * origin.cast.dtype.itemsize)
-
-
-def item(part: Part) -> WriteItem:
-    return WriteItem(MetadataIndex(part.key, torch.Size(part.offset)), WriteItemType.SHARD)
+def _items(chunks: list[ChunkToWrite], reader: HfReader, advance: Advance) -> Iterator[Item]:
+    """Yield the chunks of a file; each is read after the one before is written."""
+    for chunk in chunks:
+        index = MetadataIndex(chunk.key, torch.Size(chunk.offset))
+        yield WriteItem(index, WriteItemType.SHARD), reader.read(chunk)
+        advance(chunk.numel() * reader.cast.dtype.itemsize)
 
 
 def _extra_states(index: RangeIndex) -> Iterator[tuple[str, Item]]:
-    """The empty object of each Transformer Engine module that Megatron-LM's loader asks for (content.extra_states)."""
+    """Yield the empty extra state of each Transformer Engine module; Megatron-LM's loader wants it.
+
+    See tensor_schema.extra_state.
+    """
     for key, shape in index.megatron_shapes.items():
         if extra := tensor_schema.extra_state(key):
             sizes = shape[: tensor_schema.stacked(key)] or (1,)
-            for place in product(*map(range, sizes)):
-                # as ShardedObject.unique_key
-                name = f"{extra}/shard_{_dotted(place)}_{_dotted(sizes)}"
+            for stack_index in product(*map(range, sizes)):
+                # as in ShardedObject.unique_key
+                name = f"{extra}/shard_{_dotted(stack_index)}_{_dotted(sizes)}"
                 empty = io.BytesIO()
                 torch.save([None], empty)  # Megatron-Core reads a list of the objects of one key
                 yield name, (WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO), empty)
@@ -242,18 +230,17 @@ def _dotted(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))
 
 
-def _metadata(origin: Origin, parts: list[Part], objects: list[str]) -> Metadata:
-    """The index of the checkpoint: every tensor and its chunks, every object."""
-    chunks: dict[str, list[ChunkStorageMetadata]] = {
-        key: [] for key in origin.index.megatron_shapes
-    }
-    for part in parts:
-        chunks[part.key].append(
-            ChunkStorageMetadata(torch.Size(part.offset), torch.Size(part.size))
+def _metadata(reader: HfReader, chunks: list[ChunkToWrite], objects: list[str]) -> Metadata:
+    """Return the index of the checkpoint: every tensor with its chunks, and every object."""
+    shapes = reader.index.megatron_shapes
+    storage: dict[str, list[ChunkStorageMetadata]] = {key: [] for key in shapes}
+    for chunk in chunks:
+        storage[chunk.key].append(
+            ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size))
         )
-    properties = TensorProperties(dtype=origin.cast.dtype)
+    properties = TensorProperties(dtype=reader.cast.dtype)
     tensors = {
-        key: TensorStorageMetadata(properties, torch.Size(shape), chunks[key])
-        for key, shape in origin.index.megatron_shapes.items()
+        key: TensorStorageMetadata(properties, torch.Size(shape), storage[key])
+        for key, shape in shapes.items()
     }
     return Metadata(tensors | {name: BytesStorageMetadata() for name in objects})

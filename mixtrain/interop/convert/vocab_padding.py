@@ -1,6 +1,6 @@
-"""Rows that a vocabulary has beside a model's own, so that tensor parallelism can divide it.
+"""Pad the vocabulary so that tensor parallelism divides it.
 
-Rule: they are what a new model begins with, and everybody who gives a model away leaves them out.
+Rule: padding rows have the values of a new model; export and generation leave them out.
 """
 
 from __future__ import annotations
@@ -13,34 +13,34 @@ from mixtrain.config.plan import Plan
 from mixtrain.engine import weight_init
 
 
-def padded(size: int, divisible_by: int) -> int:
-    """The least multiple that is as large."""
+def padded_size(size: int, divisible_by: int) -> int:
+    """Round `size` up to a multiple of `divisible_by`."""
     return -(-size // divisible_by) * divisible_by
 
 
-class Padding(NamedTuple):
-    """The rows of a plan's vocabulary from `vocabulary` on."""
+class VocabPadding(NamedTuple):
+    """The rows of a plan's vocabulary from `hf_vocab_size` on."""
 
     plan: Plan
-    vocabulary: int
+    hf_vocab_size: int
 
-    def part(self, key: str, start: int, stop: int) -> torch.Tensor:
-        """The elements start..stop of the flat tensor `key`, all of them of these rows: as a new model has them."""
+    def elements(self, key: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements start..stop of the flattened tensor `key`, all in padding rows."""
         model = self.plan.config.model
-        rows = weight_init.draw(
-            self.plan, key, (), (model.vocab_size - self.vocabulary, model.hidden_size)
-        ).flatten()
-        first = self.vocabulary * model.hidden_size
+        shape = (model.vocab_size - self.hf_vocab_size, model.hidden_size)
+        rows = weight_init.draw(self.plan, key, (), shape).flatten()
+        first = self.hf_vocab_size * model.hidden_size
         return rows[start - first : stop - first]
 
     def notes(self) -> list[str]:
-        """What is to be said of them: nothing, if there are none."""
+        """Return a note about the padding rows, if there are any."""
         size = self.plan.config.model.vocab_size
-        if size == self.vocabulary:
+        added = size - self.hf_vocab_size
+        if not added:
             return []
-        added = size - self.vocabulary
         return [
-            f"model.vocab_size = {size}: {added} {'rows' if added > 1 else 'row'} as a new model"
-            f" has them, beside the {self.vocabulary} of config.json; they are in the softmax of"
-            " the training loss, generation never chooses them, and an export leaves them out"
+            f"model.vocab_size = {size}: {added} {'rows' if added > 1 else 'row'} with the initial"
+            f" values of a new model follow the {self.hf_vocab_size} of config.json; they are in"
+            " the softmax of the training loss, generation never chooses them, and an export"
+            " leaves them out"
         ]

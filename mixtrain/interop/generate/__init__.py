@@ -1,5 +1,5 @@
-"""Continuing prompts from a checkpoint, at any layout: what to generate, with which plan, and the loop that does it.
+"""Continue prompts from a checkpoint, at any layout.
 
-Rule: what a prompt is continued with follows from the weights, the prompt and the seed, and not from the layout or from
-the prompts beside it.
+Rule: a continuation depends on the weights, the prompt and the seed, not on the layout or on the
+other prompts.
 """

@@ -1,6 +1,6 @@
-"""What a user asks to be generated: prompts, how tokens are chosen, when to stop. No torch.
+"""A request to generate: prompts, how tokens are chosen, when to stop. No torch.
 
-Rule: everything that can be refused without a tokenizer is refused here, before a rank is started.
+Rule: everything that can be refused without a tokenizer is refused here, before a rank starts.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ NAME = "request.json"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen of the model's probabilities."""
+    """How the next token is chosen from the model's probabilities."""
 
     temperature: float = 0.0  # divides the logits; 0 takes the likeliest token
-    top_k: int | None = None  # only the so many likeliest
-    # only the likeliest that together have this probability (Holtzman et al. 2020)
+    top_k: int | None = None  # choose among the k likeliest tokens
+    # choose among the likeliest tokens that together have this probability (Holtzman et al. 2020)
     top_p: float | None = None
     seed: int = 0
-    # the ids below it alone: those after it are of rows that were added; None: all
+    # choose ids below this only: higher ids are padding of the vocabulary; None: all ids
     vocabulary: int | None = None
 
     def problems(self) -> Iterator[str]:
@@ -52,15 +52,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """All that the ranks need to know beside the plan."""
+    """What the ranks need beside the plan."""
 
     prompts: list[str]
     tokenizer: str  # a Hugging Face directory
     sampling: Sampling
     max_new_tokens: int
     stop: list[str]  # texts
-    chat: bool  # each prompt is what a user says, in the tokenizer's chat template
-    batch_size: int  # prompts at a time, of each data-parallel replica
+    chat: bool  # each prompt is a user message in the tokenizer's chat template
+    batch_size: int  # prompts at a time in each data-parallel replica
     as_json: bool
 
     def problems(self) -> Iterator[str]:
@@ -77,11 +77,10 @@ class Request:
             yield "--stop '' is in every text; leave it out"
         yield from self.sampling.problems()
 
-    def of_model(self, tokenizer: str, vocabulary: int | None) -> Request:
-        """The same for a model with so many tokens of its own, and its tokenizer."""
-        return replace(
-            self, tokenizer=tokenizer, sampling=replace(self.sampling, vocabulary=vocabulary)
-        )
+    def for_model(self, tokenizer: str, vocabulary: int | None) -> Request:
+        """Return the request with a model's tokenizer and number of unpadded vocabulary rows."""
+        sampling = replace(self.sampling, vocabulary=vocabulary)
+        return replace(self, tokenizer=tokenizer, sampling=sampling)
 
     def write(self, folder: str | Path) -> None:
         Path(folder, NAME).write_text(json.dumps(asdict(self)))
@@ -99,7 +98,10 @@ class Prompt(TypedDict):
 
 
 def read_prompts(path: str) -> list[str]:
-    """The prompts of a file: one a line, or of .jsonl the `prompt` of each object. Empty lines are none."""
+    """Read one prompt per line, or the `prompt` of each object of a .jsonl file.
+
+    Empty lines are skipped. UserError if the file cannot be read or has no prompt.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -108,14 +110,17 @@ def read_prompts(path: str) -> list[str]:
         raise UserError(f"--prompt-file {path}: not UTF-8 at byte {error.start}") from None
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
-        raise UserError(f"--prompt-file {path}: there is no prompt in it")
+        raise UserError(f"--prompt-file {path}: it has no prompt")
     if path.endswith(".jsonl"):
-        return [_prompt(f"--prompt-file {path}, line {number}", line) for number, line in numbered]
+        where = f"--prompt-file {path}, line"
+        return [_parse_prompt(f"{where} {number}", line) for number, line in numbered]
     return [line for _, line in numbered]
 
 
-def _prompt(where: str, line: str) -> str:
+def _parse_prompt(where: str, line: str) -> str:
     try:
         return untrusted_json.parse(line, Prompt, only="prompt")["prompt"]
     except untrusted_json.InvalidJson as error:
-        raise UserError(f'{where}: {error}; an object with a text under "prompt" is read') from None
+        raise UserError(
+            f'{where}: {error}; a line is an object with a text under "prompt"'
+        ) from None

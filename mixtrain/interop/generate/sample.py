@@ -1,7 +1,8 @@
-"""Which token comes next, from the logits of one position.
+"""Choose the next token from the logits of one position.
 
-Rule: a token takes one draw from its prompt's own random stream, and rounding in another layout's
-logits moves no boundary by more than itself: the same seed gives the same text at every layout.
+Rule: each token takes one draw from its prompt's own random stream, and the rounding of another
+layout moves no boundary between tokens by more than itself: the same seed gives the same text at
+every layout.
 """
 
 from __future__ import annotations
@@ -13,37 +14,35 @@ import torch
 from mixtrain.interop.generate.request import Sampling
 
 
-def stream(seed: int, prompt: int) -> torch.Generator:
-    """The random stream of the prompt with this number: other prompts beside it change nothing."""
+def random_stream(seed: int, prompt: int) -> torch.Generator:
+    """Return the random generator of prompt number `prompt`; other prompts do not affect it."""
     digest = hashlib.sha256(f"{seed}/{prompt}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """A token id, given the logits [vocabulary] of its position."""
+def choose_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Return a token id for the logits [vocabulary] of its position."""
     logits = logits[: sampling.vocabulary]
     if sampling.temperature == 0:
         return int(logits.argmax())
-    probabilities = kept(
-        logits.double().cpu() / sampling.temperature, sampling.top_k, sampling.top_p
-    )
-    # in the order of the vocabulary: by size, two tokens as good as equal would change places from
-    # layout to layout
-    ends = probabilities.cumsum(0)
-    draw = torch.rand((), dtype=torch.float64, generator=generator) * ends[-1]
-    return int(
-        torch.searchsorted(ends, draw, right=True).clamp(max=int(probabilities.nonzero()[-1]))
-    )
+    scaled = logits.double().cpu() / sampling.temperature
+    probabilities = truncated_softmax(scaled, sampling.top_k, sampling.top_p)
+    # in the order of token ids: sorted by probability, two almost equal tokens could swap places
+    # between layouts
+    boundaries = probabilities.cumsum(0)
+    draw = torch.rand((), dtype=torch.float64, generator=generator) * boundaries[-1]
+    last_possible = int(probabilities.nonzero()[-1])
+    return int(torch.searchsorted(boundaries, draw, right=True).clamp(max=last_possible))
 
 
-def kept(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
-    """The softmax of [vocabulary] logits, 0 for what top-k and then top-p leave out."""
+def truncated_softmax(logits: torch.Tensor, top_k: int | None, top_p: float | None) -> torch.Tensor:
+    """Return the softmax of logits [vocabulary], 0 for tokens outside top-k and then top-p."""
     order = logits.argsort(descending=True, stable=True)
     if top_k is not None:
         order = order[:top_k]
-    likeliest = logits[order].softmax(0)
+    probabilities = logits[order].softmax(0)
     if top_p is not None:
-        before = likeliest.cumsum(0) - likeliest
-        order = order[before < top_p]
-        likeliest = likeliest[: len(order)]  # `before` rises, so that the first are kept
-    return torch.zeros_like(logits).scatter(0, order, likeliest / likeliest.sum())
+        before = probabilities.cumsum(0) - probabilities
+        order = order[before < top_p]  # a prefix, because `before` increases
+        probabilities = probabilities[: len(order)]
+    return torch.zeros_like(logits).scatter(0, order, probabilities / probabilities.sum())

@@ -14,27 +14,29 @@ import torch
 
 from mixtrain.config.published_models import published
 from mixtrain.interop.convert import checkpoint_config, flat_ranges, hf_config, to_hf
-from mixtrain.interop.convert.dtype_cast import Casting
+from mixtrain.interop.convert.dtype_cast import DtypeCast
 
 BLOCK = 1 << 26  # bytes
 
 
 def write(folder: Path, layers: int) -> None:
     folder.mkdir(parents=True)
-    facts = published()["mistralai/Mixtral-8x7B-v0.1"] | {"model.num_layers": layers}
-    config = checkpoint_config.configuration(facts)
-    whole = to_hf.Origin(None, flat_ranges.build_index(config, "hub"), Casting(torch.bfloat16))
-    shards = to_hf.shards_of(folder, whole, 5 * 10**9)
+    overrides = published()["mistralai/Mixtral-8x7B-v0.1"] | {"model.num_layers": layers}
+    config = checkpoint_config.configuration(overrides)
+    reader = to_hf.MegatronReader(
+        None, flat_ranges.build_index(config, "hub"), DtypeCast(torch.bfloat16)
+    )
+    files = to_hf.plan_files(folder, reader, 5 * 10**9)
     noise = bytearray(os.urandom(BLOCK))
     # numbers below 2: else one in 256 would be none
     noise[1::2] = bytes(byte & 0xBF for byte in noise[1::2])
-    for shard in shards:
-        with open(shard.path, "wb") as file:
-            file.write(to_hf.header(shard, whole))
-            for start in range(0, shard.size, BLOCK):
-                file.write(noise[: min(BLOCK, shard.size - start)])
-    if len(shards) > 1:
-        to_hf.write_weight_map(folder / to_hf.INDEX, shards, whole)
+    for file in files:
+        with open(file.path, "wb") as stream:
+            stream.write(to_hf.header(file, reader))
+            for start in range(0, file.size, BLOCK):
+                stream.write(noise[: min(BLOCK, file.size - start)])
+    if len(files) > 1:
+        to_hf.write_weight_map(folder / to_hf.INDEX, files, reader)
     (folder / to_hf.CONFIG).write_text(json.dumps(hf_config.to_hugging_face(config)))
 
 
