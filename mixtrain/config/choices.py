@@ -38,6 +38,11 @@ class TransformerImpl(Enum):
     transformer_engine = 3
 
 
+class QkLayernormOver(Enum):
+    head = 1
+    projection = 2
+
+
 class AttnBackend(Enum):
     auto = 1
     flash = 2

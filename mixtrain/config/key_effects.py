@@ -23,6 +23,7 @@ CLASSES = {
         model.kv_channels model.num_moe_experts model.moe_router_topk model.moe_ffn_hidden_size
         model.moe_shared_expert_intermediate_size model.vocab_size model.max_position_embeddings model.rotary_base
         model.layernorm_epsilon model.init_method_std model.untie_embeddings_and_output_weights model.qk_layernorm
+        model.qk_layernorm_over model.add_qkv_bias model.moe_shared_expert_gate
         model.extra parallel.acknowledged_faults
         router.moe_router_load_balancing_type router.moe_aux_loss_coeff router.moe_z_loss_coeff
         router.moe_input_jitter_eps router.moe_router_score_function router.moe_router_pre_softmax
@@ -71,6 +72,7 @@ CLASSES = {
 FORWARD = """
     model.num_attention_heads model.num_query_groups model.kv_channels model.moe_router_topk model.rotary_base
     model.layernorm_epsilon model.untie_embeddings_and_output_weights model.qk_layernorm
+    model.qk_layernorm_over model.add_qkv_bias model.moe_shared_expert_gate
     router.moe_router_load_balancing_type router.moe_router_score_function router.moe_router_pre_softmax
     router.moe_router_enable_expert_bias router.moe_router_force_load_balancing router.moe_router_num_groups
     router.moe_router_group_topk router.moe_router_topk_scaling_factor

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from mixtrain.config import pipeline_split
 from mixtrain.config.choices import Precision, Sharding
 from mixtrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
+from mixtrain.config.tensor_schema import layer_counts
 
 GIB = 2**30
 MOMENTS = {"adam": 2, "sgd": 1}  # fp32 tensors beside each parameter
@@ -29,18 +30,12 @@ class LayerParameters:
 
 
 def layer_parameters(model: ModelConfig) -> LayerParameters:
-    """Counts of one layer: no biases, SwiGLU (three matrices), RMSNorm, grouped-query attention."""
-    hidden = model.hidden_size
-    head = model.kv_channels
-    heads = model.num_attention_heads
-    groups = model.num_query_groups
+    """Counts of one layer, from the tensors that config/tensor_schema.py lists."""
     return LayerParameters(
-        attention=hidden * head * (heads + 2 * groups) + heads * head * hidden,
-        replicated=2 * hidden
-        + hidden * model.num_moe_experts
-        + (2 * head if model.qk_layernorm else 0),
-        shared_expert=3 * hidden * (model.moe_shared_expert_intermediate_size or 0),
-        expert=3 * hidden * model.moe_ffn_hidden_size,
+        attention=layer_counts(model, "tp", "self_attention."),
+        replicated=layer_counts(model, ""),
+        shared_expert=layer_counts(model, "tp", "mlp.shared_experts."),
+        expert=layer_counts(model, "ep"),
     )
 
 
@@ -67,9 +62,8 @@ def training_flops(model: ModelConfig, seq_length: int, causal: bool) -> float:
     products of attention are counted for the half of the score matrix that is causal, or for all of
     it, as Megatron-LM's older count does.
     """
-    layer = layer_parameters(model)
-    router = model.hidden_size * model.num_moe_experts
-    weights = layer.attention + router + layer.shared_expert + model.moe_router_topk * layer.expert
+    matrices = layer_counts(model, "tp", axes=2) + layer_counts(model, "", axes=2)
+    weights = matrices + model.moe_router_topk * layer_counts(model, "ep")
     scores = 2 * seq_length * model.num_attention_heads * model.kv_channels / (2 if causal else 1)
     return 6 * (model.num_layers * (weights + scores) + model.vocab_size * model.hidden_size)
 

@@ -37,6 +37,7 @@ from mixtrain.config.choices import (
     OptimizerName,
     Precision,
     Preflight,
+    QkLayernormOver,
     RecomputeMethod,
     Resume,
     RouterDtype,
@@ -88,6 +89,10 @@ class ModelConfig:
     init_method_std: float = at_least(0)
     untie_embeddings_and_output_weights: bool = MISSING
     qk_layernorm: bool = MISSING
+    # of qk_layernorm: each head's values, or a token's whole query (or key) projection
+    qk_layernorm_over: QkLayernormOver = MISSING
+    add_qkv_bias: bool = MISSING
+    moe_shared_expert_gate: bool = MISSING  # a sigmoid weighs the shared expert for each token
     transformer_impl: TransformerImpl = MISSING
     # auto: PyTorch's or Transformer Engine's own choice; fused: cuDNN
     attention_backend: AttnBackend = MISSING

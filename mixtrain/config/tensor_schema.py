@@ -9,9 +9,12 @@ F the FFN size of an expert, S that of the shared expert. Gate and up projection
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import NamedTuple
 
-from mixtrain.config.schema import Config
+from mixtrain.config.choices import QkLayernormOver
+from mixtrain.config.schema import Config, ModelConfig
 
 LAYER = "decoder.layers."
 
@@ -23,60 +26,93 @@ class Tensor(NamedTuple):
     shape: str
     when: str
     init_kind: str
+    split: str  # over tensor-parallel ranks (tp), expert-parallel ones (ep), or on every rank whole
+
+    def whole(self, sizes: dict[str, int]) -> tuple[int, ...]:
+        """The whole shape, with the letters' sizes."""
+        return tuple(sizes[letter] for letter in self.shape.split())
 
 
 # fmt: off
 TENSORS = [Tensor(*row) for row in [
-    ("embedding.word_embeddings.weight",                         "V H",      "always", "normal"),
-    (LAYER + "self_attention.linear_qkv.layer_norm_weight",      "L H",      "always", "ones"),
-    (LAYER + "self_attention.linear_qkv.weight",                 "L Q+2K H", "always", "normal"),
-    (LAYER + "self_attention.q_layernorm.weight",                "L D",      "qk",     "ones"),
-    (LAYER + "self_attention.k_layernorm.weight",                "L D",      "qk",     "ones"),
-    (LAYER + "self_attention.linear_proj.weight",                "L H Q",    "always", "scaled"),
-    (LAYER + "pre_mlp_layernorm.weight",                         "L H",      "always", "ones"),
-    (LAYER + "mlp.router.weight",                                "L E H",    "always", "normal"),
-    (LAYER + "mlp.router.expert_bias",                           "L E",      "bias",   "buffer"),
-    (LAYER + "mlp.experts.experts.linear_fc1.weight",            "L E 2F H", "always", "normal"),
-    (LAYER + "mlp.experts.experts.linear_fc2.weight",            "L E H F",  "always", "scaled"),
-    (LAYER + "mlp.shared_experts.linear_fc1.weight",             "L 2S H",   "shared", "normal"),
-    (LAYER + "mlp.shared_experts.linear_fc2.weight",             "L H S",    "shared", "scaled"),
-    ("decoder.final_layernorm.weight",                           "H",        "always", "ones"),
-    ("output_layer.weight",                                      "V H",      "untied", "normal"),
+    ("embedding.word_embeddings.weight",                         "V H",      "always", "normal", "tp"),
+    (LAYER + "self_attention.linear_qkv.layer_norm_weight",      "L H",      "always", "ones", ""),
+    (LAYER + "self_attention.linear_qkv.weight",                 "L Q+2K H", "always", "normal", "tp"),
+    (LAYER + "self_attention.linear_qkv.bias",                   "L Q+2K",   "qkv bias", "zeros", "tp"),
+    (LAYER + "self_attention.q_layernorm.weight",                "L D",      "head norm", "ones", ""),
+    (LAYER + "self_attention.k_layernorm.weight",                "L D",      "head norm", "ones", ""),
+    (LAYER + "self_attention.q_layernorm.weight",                "L Q",      "projection norm", "ones", "tp"),
+    (LAYER + "self_attention.k_layernorm.weight",                "L K",      "projection norm", "ones", "tp"),
+    (LAYER + "self_attention.linear_proj.weight",                "L H Q",    "always", "scaled", "tp"),
+    (LAYER + "pre_mlp_layernorm.weight",                         "L H",      "always", "ones", ""),
+    (LAYER + "mlp.router.weight",                                "L E H",    "always", "normal", ""),
+    (LAYER + "mlp.router.expert_bias",                           "L E",      "bias",   "buffer", ""),
+    (LAYER + "mlp.experts.experts.linear_fc1.weight",            "L E 2F H", "always", "normal", "ep"),
+    (LAYER + "mlp.experts.experts.linear_fc2.weight",            "L E H F",  "always", "scaled", "ep"),
+    (LAYER + "mlp.shared_experts.gate_weight",                   "L 1 H",    "shared gate", "normal", ""),
+    (LAYER + "mlp.shared_experts.linear_fc1.weight",             "L 2S H",   "shared", "normal", "tp"),
+    (LAYER + "mlp.shared_experts.linear_fc2.weight",             "L H S",    "shared", "scaled", "tp"),
+    ("decoder.final_layernorm.weight",                           "H",        "always", "ones", ""),
+    ("output_layer.weight",                                      "V H",      "untied", "normal", "tp"),
 ]]
 # fmt: on
 # modules with a weight
 NOT_TRANSFORMER_ENGINES = ("embedding.word_embeddings", LAYER + "mlp.router", "output_layer")
 CONDITIONS = {
     "always": lambda config: True,
-    "qk": lambda config: config.model.qk_layernorm,
+    "qkv bias": lambda config: config.model.add_qkv_bias,
+    "head norm": lambda config: _norm_over(config, QkLayernormOver.head),
+    "projection norm": lambda config: _norm_over(config, QkLayernormOver.projection),
+    "shared gate": lambda config: config.model.moe_shared_expert_gate,
     "bias": lambda config: config.router.moe_router_enable_expert_bias,
     "shared": lambda config: config.model.moe_shared_expert_intermediate_size is not None,
     "untied": lambda config: config.model.untie_embeddings_and_output_weights,
 }
 
 
+def _norm_over(config: Config, over: QkLayernormOver) -> bool:
+    return config.model.qk_layernorm and config.model.qk_layernorm_over is over
+
+
 def shapes(config: Config) -> dict[str, tuple[int, ...]]:
     """Key -> whole shape of every tensor that a resolved Config's model has on disk."""
-    model = config.model
+    sizes = _sizes(config.model)
+    return {row.key: row.whole(sizes) for row in TENSORS if CONDITIONS[row.when](config)}
+
+
+def layer_counts(model: ModelConfig, split: str, part: str = "", axes: int = 1) -> int:
+    """Parameters of one layer (of one expert, where `split` is ep) in tensors split that way.
+
+    Counts only tensors whose key contains `part` and that have `axes` axes or more without stacking.
+    """
+    sizes = _sizes(model)
+    config = SimpleNamespace(model=model)
+    return sum(
+        math.prod(shape)
+        for row in TENSORS
+        if row.key.startswith(LAYER) and row.init_kind != "buffer" and row.split == split
+        if part in row.key and CONDITIONS[row.when](config)
+        if len(shape := row.whole(sizes)[stacked(row.key) :]) >= axes
+    )
+
+
+def _sizes(model: ModelConfig) -> dict[str, int]:
     query = model.num_attention_heads * model.kv_channels
     group = model.num_query_groups * model.kv_channels
-    sizes = {
+    return {
         "L": model.num_layers,
         "E": model.num_moe_experts,
         "H": model.hidden_size,
         "V": model.vocab_size,
         "D": model.kv_channels,
+        "1": 1,
         "Q": query,
+        "K": group,
         "Q+2K": query + 2 * group,
         "F": model.moe_ffn_hidden_size,
         "2F": 2 * model.moe_ffn_hidden_size,
         "S": model.moe_shared_expert_intermediate_size,
         "2S": 2 * (model.moe_shared_expert_intermediate_size or 0),
-    }
-    return {
-        row.key: tuple(sizes[part] for part in row.shape.split())
-        for row in TENSORS
-        if CONDITIONS[row.when](config)
     }
 
 

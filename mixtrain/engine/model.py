@@ -152,7 +152,7 @@ def block_spec(
     """Return this stage's layers from the implementation that model.transformer_impl names."""
     match plan.config.model.transformer_impl:
         case TransformerImpl.torch:
-            return torch_layers.block_spec(config, vp_stage)
+            return torch_layers.block_spec(plan.config.model, config, vp_stage)
         case TransformerImpl.transformer_engine:
             return get_gpt_decoder_block_spec(
                 config, use_transformer_engine=True, vp_stage=vp_stage

@@ -107,8 +107,8 @@ def draw(plan: Plan, key: str, numbers: tuple[int, ...], shape: tuple[int, ...])
     writes into the residual stream.
     """
     how = tensor_schema.init_kind(key)
-    if how == "ones":
-        return torch.ones(shape)
+    if how in ("ones", "zeros"):
+        return torch.ones(shape) if how == "ones" else torch.zeros(shape)
     std = plan.config.model.init_method_std
     if how == "scaled":
         std /= math.sqrt(2 * plan.config.model.num_layers)

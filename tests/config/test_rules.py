@@ -791,6 +791,21 @@ CASES = [
         ],
     ),
     (
+        "shared_expert_gate_has_one",
+        "model.moe_shared_expert_gate=true",
+        ["needs a model.moe_shared_expert_intermediate_size"],
+    ),
+    (
+        "qk_layernorm_over_projection",
+        "model.qk_layernorm_over=projection",
+        ["is not read with model.qk_layernorm = false; use head"],
+    ),
+    (
+        "qk_layernorm_over_projection",
+        f"model.qk_layernorm=true model.qk_layernorm_over=projection {LOCAL}",
+        ["needs model.transformer_impl = torch, not local"],
+    ),
+    (
         "shared_expert_overlap_has_one",
         "dispatcher.moe_shared_expert_overlap=true",
         [

@@ -18,9 +18,12 @@ from mixtrain.engine import model, process_groups, shards
 TP = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 ALL_OF_IT = [
     "model.moe_shared_expert_intermediate_size=64",
+    "model.moe_shared_expert_gate=true",
+    "model.add_qkv_bias=true",
     "model.qk_layernorm=true",
     "router=expert_bias",
 ]
+OVER_PROJECTION = ["model.qk_layernorm=true", "model.qk_layernorm_over=projection"]
 LOCAL = ["model.transformer_impl=local", "model.moe_grouped_gemm=false"]
 LAYOUTS = {
     "torch": [EP + "1"],
@@ -32,6 +35,7 @@ LAYOUTS = {
     ],
     "torch, TP2 and ETP2": [EP + "1", "parallel.expert_tensor_parallel_size=2", *TP],
     "torch, everything": [EP + "2", *TP, *ALL_OF_IT],
+    "torch, norm over the projection": [EP + "1", *TP, *OVER_PROJECTION],
     "torch, tied embeddings": [EP + "1", "model.untie_embeddings_and_output_weights=false"],
     "local": [EP + "2", *LOCAL],
     "local, everything": [EP + "1", *LOCAL, *ALL_OF_IT],
@@ -65,6 +69,7 @@ def test_the_keys_and_shapes_on_disk_are_those_of_the_contract(name, tmp_path):
         ["model=qwen3_30b_a3b"],
         ["model=mixtral_small"],
         ALL_OF_IT,
+        OVER_PROJECTION,
     ],
 )
 def test_the_contract_counts_the_parameters_that_the_costs_count(words):
@@ -131,7 +136,7 @@ def test_no_other_module_knows_the_name_of_a_tensor():
     """But for the table of Hugging Face's names, which stands beside it."""
     root = ROOT / "mixtrain"
     for file in root.rglob("*.py"):
-        if file.name == "tensor_schema.py" or file.parent.name == "convert":
+        if file.name == "tensor_schema.py" or file.parent.name in ("convert", "families"):
             continue
         assert not re.search(
             r"linear_qkv\.weight|linear_fc[12]\.weight|router\.weight", file.read_text()

@@ -190,6 +190,8 @@ SHARED = "model.moe_shared_expert_intermediate_size=64"
 GROUPED = ["router.moe_router_num_groups=4", "router.moe_router_group_topk=2"]
 # Switches that leave the mathematics alone at every layout: each is held against one rank with the
 # same switch.
+OVER_PROJECTION = ["model.qk_layernorm=true", "model.qk_layernorm_over=projection"]
+QWEN2 = [SHARED, "model.moe_shared_expert_gate=true", "model.add_qkv_bias=true"]
 SWITCHES = {
     "seq_aux_loss": ["router=seq_aux_loss"],
     "aux_loss and seq_aux_loss": [
@@ -217,6 +219,8 @@ SWITCHES = {
     "shared expert": [SHARED],
     "shared expert, overlapped": [SHARED, "dispatcher.moe_shared_expert_overlap=true"],
     "qk norm": ["model.qk_layernorm=true"],
+    "qk norm over the projection": OVER_PROJECTION,
+    "qkv bias, gated shared expert": QWEN2,
     "tied embeddings": ["model.untie_embeddings_and_output_weights=false"],
     "sgd": ["optimizer=sgd", "optimizer.lr_warmup_steps=0"],
 }
@@ -283,6 +287,8 @@ SPLIT_TOO = {
         "router.moe_z_loss_coeff=0.001",
         *SWITCHES["aux_loss and seq_aux_loss"],
     ],
+    "qk norm over the projection": OVER_PROJECTION,
+    "qkv bias, gated shared expert": QWEN2,
     "expert bias, overlapped shared expert": [
         *SWITCHES["expert_bias"],
         *SWITCHES["shared expert, overlapped"],

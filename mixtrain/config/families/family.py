@@ -102,6 +102,13 @@ KEYS = [
 # Features that a family has or has not.
 NO_QK_NORM = Requirement("model.qk_layernorm", [False], "{} has no norms of queries and keys")
 QK_NORM = Requirement("model.qk_layernorm", [True], "{} has norms of queries and keys")
+HEAD_NORM = Requirement("model.qk_layernorm_over", ["head"], "{} has norms of each head")
+NO_QKV_BIAS = Requirement(
+    "model.add_qkv_bias", [False], "{} has no bias of queries, keys and values"
+)
+NO_SHARED_GATE = Requirement(
+    "model.moe_shared_expert_gate", [False], "{} has no gate of a shared expert"
+)
 NO_SHARED_EXPERT = Requirement(
     "model.moe_shared_expert_intermediate_size", [None], "{} has no shared expert"
 )

@@ -3,10 +3,13 @@
 from mixtrain.config.families.family import (
     FC1,
     FC2,
+    HEAD_NORM,
     KEYS,
     LAYER,
     NO_QK_NORM,
+    NO_QKV_BIAS,
     NO_SHARED_EXPERT,
+    NO_SHARED_GATE,
     ROUTER,
     Family,
     TensorMapping,
@@ -40,7 +43,7 @@ FAMILY = Family(
         "sliding_window": None,
         "tie_word_embeddings": False,
     },
-    features=[NO_QK_NORM, NO_SHARED_EXPERT],
+    features=[NO_QK_NORM, HEAD_NORM, NO_QKV_BIAS, NO_SHARED_EXPERT, NO_SHARED_GATE],
     tensors=[
         TensorMapping(ROUTER, "none", MOE + "gate.weight"),
         TensorMapping(FC1, "gate_up", f"{EXPERT}w1.weight {EXPERT}w3.weight"),

@@ -2,10 +2,13 @@
 
 from mixtrain.config.families.family import (
     ACTIVATION,
+    HEAD_NORM,
     HEAD_NORMS,
     KEYS,
     MLP_EXPERTS,
+    NO_QKV_BIAS,
     NO_SHARED_EXPERT,
+    NO_SHARED_GATE,
     QK_NORM,
     Family,
 )
@@ -38,7 +41,7 @@ FAMILY = Family(
         "tie_word_embeddings": False,
         "norm_topk_prob": False,
     },
-    features=[QK_NORM, NO_SHARED_EXPERT],
+    features=[QK_NORM, HEAD_NORM, NO_QKV_BIAS, NO_SHARED_EXPERT, NO_SHARED_GATE],
     tensors=[*HEAD_NORMS, *MLP_EXPERTS],
     fixed=ACTIVATION
     | {"attention_bias": [False], "decoder_sparse_step": [1], "mlp_only_layers": [[], None]},

@@ -175,6 +175,15 @@ def shared_expert_overlap_has_one(plan: Plan) -> Problems:
         )
 
 
+def shared_expert_gate_has_one(plan: Plan) -> Problems:
+    model = plan.config.model
+    if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
+        yield (
+            "model.moe_shared_expert_gate = true needs a"
+            " model.moe_shared_expert_intermediate_size; it is null"
+        )
+
+
 def _types(plan: Plan) -> list[Balancing]:
     return plan.config.router.moe_router_load_balancing_type
 
@@ -190,4 +199,5 @@ RULES = [
     padding_has_capacity,
     flex_has_its_ranks,
     shared_expert_overlap_has_one,
+    shared_expert_gate_has_one,
 ]

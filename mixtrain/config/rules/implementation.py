@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from mixtrain.config.choices import Accelerator, AttnBackend, Precision, TransformerImpl
+from mixtrain.config.choices import (
+    Accelerator,
+    AttnBackend,
+    Precision,
+    QkLayernormOver,
+    TransformerImpl,
+)
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems, near_multiples
 
@@ -78,7 +84,24 @@ def attention_backend_is_there(plan: Plan) -> Problems:
         )
 
 
+def qk_layernorm_over_projection(plan: Plan) -> Problems:
+    model = plan.config.model
+    if model.qk_layernorm_over is not QkLayernormOver.projection:
+        return
+    if not model.qk_layernorm:
+        yield (
+            "model.qk_layernorm_over = projection is not read with model.qk_layernorm = false;"
+            " use head"
+        )
+    elif model.transformer_impl is not TransformerImpl.torch:
+        yield (
+            "model.qk_layernorm_over = projection needs model.transformer_impl = torch, not"
+            f" {model.transformer_impl.name}; use torch"
+        )
+
+
 RULES = [
+    qk_layernorm_over_projection,
     local_has_its_limits,
     grouped_gemm_reads_aligned_rows,
     attention_backend_is_there,

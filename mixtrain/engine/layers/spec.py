@@ -18,30 +18,35 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from mixtrain.config.choices import QkLayernormOver
+from mixtrain.config.schema import ModelConfig
 from mixtrain.engine.layers.attention import CoreAttention
 from mixtrain.engine.layers.experts import Experts
-from mixtrain.engine.layers.norm import RMSNorm
+from mixtrain.engine.layers.norm import ProjectionNorm, RMSNorm
 
 # Transformer Engine fuses the first norm with the matrix after it and stores it there: so do we, on
 # disk.
 KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    model: ModelConfig, config: TransformerConfig, vp_stage: int | None
+) -> TransformerBlockSubmodules:
     """This stage's (and chunk's) layers, all Mixture-of-Experts, and the norm after the last."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(model, config)] * layers, layer_norm=RMSNorm
+    )
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
+def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
     """Norm, attention, norm, experts."""
-    head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CoreAttention,
         linear_proj=RowParallelLinear,
-        q_layernorm=head_norm,
-        k_layernorm=head_norm,
+        q_layernorm=qk_norm(model, model.num_attention_heads),
+        k_layernorm=qk_norm(model, model.num_query_groups),
     )
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     moe = MoESubmodules(
@@ -61,3 +66,12 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
             sharded_state_dict_keys_map=KEYS,
         ),
     )
+
+
+def qk_norm(model: ModelConfig, heads: int) -> ModuleSpec | type:
+    """The norm of queries or keys, of which there are `heads`."""
+    if not model.qk_layernorm:
+        return IdentityOp
+    if model.qk_layernorm_over is QkLayernormOver.projection:
+        return ModuleSpec(ProjectionNorm, params={"heads": heads})
+    return RMSNorm

@@ -86,7 +86,6 @@ def _linear(
 ) -> torch.Tensor:
     """Stands in for the method of both layers that multiplies."""
     plain = {
-        "bias": None,
         "gradient_accumulation_fusion": False,
         "allreduce_dgrad": False,
         "sequence_parallel": False,
@@ -94,5 +93,6 @@ def _linear(
     if options.get("grad_output_buffer") is None and all(
         options[name] is value for name, value in plain.items()
     ):
-        return Linear.apply(input, weight)
+        product = Linear.apply(input, weight)
+        return product if options["bias"] is None else product + options["bias"]
     return upstream(input=input, weight=weight, **options)
