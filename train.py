@@ -38,10 +38,10 @@ from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.closed_pipe import ended
 from mixtrain.training.preflight import recorded
 from mixtrain.training.run_directory import (
-    claimed,
+    claim,
     console_log,
     finished_already,
-    former,
+    previous_status,
     shared_directories,
 )
 
@@ -122,7 +122,7 @@ def was_stopped(plan: Plan) -> bool:
     """A run of this machine's was: those of the cluster have not begun."""
     return (
         place(plan) is LauncherType.local
-        and former(recorded(plan).config.run_dir).get("state") == "stopped"
+        and previous_status(recorded(plan).config.run_dir).get("state") == "stopped"
     )
 
 
@@ -131,7 +131,7 @@ def train(plan: Plan, identity: Identity) -> int:
     # before torch is imported, whose loggers keep standard error
     streams.forgive(console_log(plan, identity.rank))
     # our own launcher has claimed it before it started this rank
-    with claimed(plan) if identity.rank == 0 and not identity.is_ours else nullcontext():
+    with claim(plan) if identity.rank == 0 and not identity.is_ours else nullcontext():
         from mixtrain.training.worker import run  # the first import of torch
 
         return run(plan, identity)

@@ -34,7 +34,7 @@ from mixtrain.system.closed_pipe import ended
 from mixtrain.system.status import try_write_status
 from mixtrain.system.untrusted_json import Count, InvalidJson
 from mixtrain.training.preflight import recorded
-from mixtrain.training.run_directory import former, is_in_use
+from mixtrain.training.run_directory import is_in_use, previous_status
 
 RETURN = "return"  # to the queue
 RETURNS = "returns.jsonl"  # beside the ranks' logs: the step of each return
@@ -98,7 +98,7 @@ def end(plan: Plan, code: int) -> int | str:
     """Say on stderr what became of the ranks; RETURN, or the exit code of the job."""
     run_dir = Path(recorded(plan).config.run_dir)
     logs = run_dir / "logs" / f"job_{os.environ['SLURM_JOB_ID']}"
-    status = former(str(run_dir))
+    status = previous_status(str(run_dir))
     if code:
         return failed(plan, run_dir, logs, status, code)
     if status.get("state") != "stopped" or plan.config.trainer.mode is not Mode.train:

@@ -179,15 +179,15 @@ def test_a_record_that_cannot_be_written_is_named_and_closing_it_is_no_other_err
     plan = plan_of(f"run_dir={tmp_path}/run", "logging=files")
     with Logs(plan, True, "") as logs:
         logs.begin(0)
-        logs.metrics.close()
-        logs.metrics = open("/dev/full", "w", buffering=1)
+        logs.metrics_file.close()
+        logs.metrics_file = open("/dev/full", "w", buffering=1)
         with pytest.raises(
             Unwritable, match=r"run/metrics.jsonl cannot be written \(No space left on device\)"
         ):
             logs.validation(1, val_loss=2.5)
         (tmp_path / "run").rename(tmp_path / "moved")
         said = f"{tmp_path}/run/status.json.tmp cannot be written (No such file or directory)"
-        assert logs.failed("lm_loss is not finite") == said
+        assert logs.record_failure("lm_loss is not finite") == said
         with pytest.raises(Unwritable):
             logs.status("running", "")
 

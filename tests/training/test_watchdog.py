@@ -25,7 +25,7 @@ from mixtrain.training.watchdog import (
 BEGIN = """
 import sys, time
 from pathlib import Path
-from mixtrain.training.watchdog import Watchdog, beat
+from mixtrain.training.watchdog import Watchdog, heartbeat
 words = lambda text: Path(sys.argv[1], 'words').write_text(text)
 with Watchdog(3, 0.5 / 60, sys.argv[1], words):
 """
@@ -47,13 +47,13 @@ def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path):
     full = "    from mixtrain.training import watchdog; watchdog._active.file = open('/dev/full', 'w')\n"
     done = run(
         tmp_path / "gone",
-        "    beat('start', 1)\n" + full + "    beat('forward', 1); print('goes on')\n",
+        "    heartbeat('start', 1)\n" + full + "    heartbeat('forward', 1); print('goes on')\n",
     )
     assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
 
 
 def test_a_main_thread_that_stands_still_is_shown_and_ended(tmp_path):
-    done = run(tmp_path, "    beat('forward', 12)\n    time.sleep(20)\n")
+    done = run(tmp_path, "    heartbeat('forward', 12)\n    time.sleep(20)\n")
     assert done.returncode == 1
     assert done.stderr.startswith(
         "mixtrain: rank 3 stands still in step 12 (forward) for 0 s; its stacks:\n"
@@ -65,7 +65,7 @@ def test_a_main_thread_that_stands_still_is_shown_and_ended(tmp_path):
 
 def test_a_main_thread_that_lets_no_other_run_is_ended_as_well(tmp_path):
     """A call into C that keeps Python's lock: the thread that watches cannot run."""
-    done = run(tmp_path, "    beat('forward', 12)\n    import re; re.match('(a*)*b', 'a' * 40)\n")
+    done = run(tmp_path, "    heartbeat('forward', 12)\n    import re; re.match('(a*)*b', 'a' * 40)\n")
     assert (
         done.returncode == 1
         and "Timeout" in done.stderr
@@ -132,7 +132,7 @@ def test_after_the_block_nobody_watches(tmp_path):
     ended = "[thread.join(20) for thread in threading.enumerate() if thread.name == 'watchdog']"
     done = run(
         tmp_path,
-        f"    beat('x', 1)\nimport threading; {ended}\ntime.sleep(2)\nbeat('nobody')\nprint('done')\n",
+        f"    heartbeat('x', 1)\nimport threading; {ended}\ntime.sleep(2)\nheartbeat('nobody')\nprint('done')\n",
     )
     assert (done.returncode, done.stdout) == (0, "done\n")
 
