@@ -36,7 +36,7 @@ from mixtrain.launch.choose import launch, place, starts_ranks
 from mixtrain.launch.local import handed_plan
 from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.closed_pipe import ended
-from mixtrain.training.preflight import recorded
+from mixtrain.training.preflight import with_records_dir
 from mixtrain.training.run_directory import (
     claim,
     console_log,
@@ -111,7 +111,7 @@ def run_jobs(plans: list[tuple[Plan, list[str]]], identity: Identity | None) -> 
             )
             continue
         codes.append(
-            launch(plan, overrides) if identity is None else train(recorded(plan), identity)
+            launch(plan, overrides) if identity is None else train(with_records_dir(plan), identity)
         )
         if identity is None and was_stopped(plan):
             break
@@ -122,7 +122,7 @@ def was_stopped(plan: Plan) -> bool:
     """A run of this machine's was: those of the cluster have not begun."""
     return (
         place(plan) is LauncherType.local
-        and previous_status(recorded(plan).config.run_dir).get("state") == "stopped"
+        and previous_status(with_records_dir(plan).config.run_dir).get("state") == "stopped"
     )
 
 

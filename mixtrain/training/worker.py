@@ -90,12 +90,12 @@ def _run(plan: Plan, identity: Identity, logs: Logs, stop: StopRequest) -> None:
     from mixtrain.checkpoint.save import Saver
     from mixtrain.engine import model, optimizer, process_groups
     from mixtrain.training import bad_steps, loop, resume
-    from mixtrain.training.preflight.check import Preflight
+    from mixtrain.training.preflight.check import PreflightRun
 
     rendezvous.check(identity)
     with process_groups.start(plan, identity) as ranks:
-        if preflight.wanted(plan):
-            Preflight(plan, identity, ranks, logs.say).run()
+        if preflight.is_enabled(plan):
+            PreflightRun(plan, identity, ranks, logs.say).run()
         if plan.config.trainer.mode is Mode.preflight:
             logs.status("finished", "preflight")
             return
