@@ -26,7 +26,7 @@ def fingerprints(plan: Plan, identity: Identity) -> dict[str, str]:
     with process_groups.start(plan, identity) as here:
         for chunk in model.build(plan, here.device):
             for shard in shards.shards(chunk):
-                found[str((shard.key, shard.numbers, shard.cut))] = hashlib.sha256(
+                found[str((shard.key, shard.numbers, shard.slices))] = hashlib.sha256(
                     shard.data.detach().contiguous().numpy().tobytes()
                 ).hexdigest()
     return found

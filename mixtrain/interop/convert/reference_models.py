@@ -164,7 +164,7 @@ class Megatron:
             data = self.parts.at(shard.key, numbers)
             if self.change:
                 data = self.change(shard.key, numbers, data)
-            shard.data.copy_(data[shard.cut])
+            shard.data.copy_(data[shard.slices])
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
