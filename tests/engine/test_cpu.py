@@ -109,7 +109,7 @@ def test_a_megatron_module_sees_the_cpu_where_it_asks_for_cuda():
     ],
 )
 def test_a_site_that_has_moved_is_named(site, answer):
-    with pytest.raises(RuntimeError, match="mend mixtrain/engine/compat/cpu.py") as stopped:
+    with pytest.raises(RuntimeError, match="update mixtrain/engine/compat/cpu.py") as stopped:
         answer()
     assert site in str(stopped.value)
 

@@ -216,7 +216,7 @@ def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
 def test_parts_of_a_buffer_go_from_rank_to_rank_as_gloos_own_collectives_send_them(
     size, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(gloo, "PIECE", 3)  # of the 4 numbers of a part
+    monkeypatch.setattr(gloo, "CHUNK", 3)  # of the 4 numbers of a part
 
     def same_on_this_rank(identity) -> list[bool]:
         dist.init_process_group(
