@@ -46,7 +46,7 @@ HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 DROPPED = f" {'dropped':>8}"  # an extra column where tokens can be dropped
 
 
-class Record(TypedDict):
+class MetricsRecord(TypedDict):
     """The fields that every line of metrics.jsonl has."""
 
     step: Count
@@ -281,7 +281,7 @@ def cut_back(metrics: Path, step: int) -> str:
     last = 0
     for last, line in untrusted_json.lines(metrics) if metrics.exists() else ():
         try:
-            record = untrusted_json.parse(line, Record)
+            record = untrusted_json.parse(line, MetricsRecord)
         except InvalidJson as error:
             errors[last] = error
         else:

@@ -12,7 +12,7 @@ from mixtrain.system import untrusted_json
 from mixtrain.system.untrusted_json import Count, InvalidJson
 
 
-class Record(TypedDict):
+class PlotRecord(TypedDict):
     """The fields of a line of metrics.jsonl that are drawn."""
 
     step: Count
@@ -50,12 +50,12 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
     return directory / "report.png"
 
 
-def read(metrics: Path) -> list[Record]:
+def read(metrics: Path) -> list[PlotRecord]:
     """Return the records of a run, skipping other lines (logs.cut_back warns of those)."""
     records = []
     for _, line in untrusted_json.lines(metrics):
         with suppress(InvalidJson):
-            records.append(untrusted_json.parse(line, Record))
+            records.append(untrusted_json.parse(line, PlotRecord))
     return records
 
 

@@ -124,7 +124,7 @@ class Experts(MegatronModule):
         def sharded(
             key: str, weight: torch.Tensor, replica_id: tuple, split
         ) -> list[ShardedTensor]:
-            """Return every expert's shards; `split` gives (shard, axis, index, shards on the axis)."""
+            """Return every expert's shards; `split` yields (shard, axis, index, shards on it)."""
             return [
                 ShardedTensor.from_rank_offsets(
                     key,

@@ -8,8 +8,8 @@ import torch
 def buffer_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
     """Return the buffer that accumulates the gradient of `weight`, or None.
 
-    With None autograd must get the gradient: there is no buffer, if a hook on the weight (it may be
-    added between steps) reads the gradient, or if the table is also the output layer's, which
+    None: autograd must get the gradient. Either there is no buffer, or a hook on the weight reads
+    the gradient (hooks may be added between steps), or the table is also the output layer's, which
     Megatron-Core marks with zero_out_wgrad.
 
     A caller that adds to the buffer sets weight.grad_added_to_main_grad, as Megatron-Core's fused

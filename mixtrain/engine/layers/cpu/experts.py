@@ -15,7 +15,7 @@ from mixtrain.engine.layers.main_grad import buffer_of
 
 
 class ExpertByExpert(torch.autograd.Function):
-    """[T, H] sorted by expert, router weights [T], [E, 2F, H], [E, H, F], rows per expert -> [T, H].
+    """[T, H] sorted by expert, router weights [T], [E, 2F, H], [E, H, F], rows of each -> [T, H].
 
     The router's weight multiplies an expert's result: H numbers per token instead of F. Saves gate,
     up and result of every token for backward and recomputes the rest.
