@@ -1,6 +1,4 @@
-"""A run directory is one job's at a time, goes on with its own run alone, and is not tried for
-ever.
-"""
+"""A run directory is locked by one job, resumes only its own run, and is not retried forever."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def plan(directory: Path, *words: str):
 
 
 def left_by(directory: Path, state: str, step: int, *words: str) -> None:
-    """What a run of these words leaves behind."""
+    """Write the files that a run with these overrides leaves."""
     directory.mkdir(exist_ok=True)
     (directory / "config.yaml").write_text(
         "# a comment\n" + to_yaml(plan(directory, *words).config)
@@ -141,7 +139,8 @@ def test_of_two_processes_one_has_the_directory_and_the_other_is_told_which(tmp_
 def test_a_lock_left_by_a_killed_process_is_not_in_the_way(tmp_path):
     code = (
         "import time, composing\nfrom mixtrain.training.run_directory import claim\n"
-        f"with claim(composing.plan_of('run_dir={tmp_path}/run')): print('has it', flush=True); time.sleep(60)"
+        f"with claim(composing.plan_of('run_dir={tmp_path}/run')):\n"
+        "    print('has it', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     with subprocess.Popen(
@@ -170,7 +169,7 @@ def test_a_claim_keeps_the_step_and_the_end_of_the_run_before(tmp_path):
 
 
 def run_once(directory: Path, step: int, most: int | None, state: str, reason: str) -> str | None:
-    """A run that starts at `step` and ends in `state`; the problem, if it is refused."""
+    """Start a run at `step` and end it in `state`; return the problem if it is refused."""
     with claim(plan(directory)):
         if problem := attempts_problem(str(directory), step, most):
             return problem

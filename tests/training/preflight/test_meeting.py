@@ -1,6 +1,4 @@
-"""A node that is sent to itself to meet the others says so; where the first rank is there too, it
-is right.
-"""
+"""A node whose rendezvous address is loopback is refused, unless the first rank is there too."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The preflight on real ranks that pass for two nodes: it passes, names the node at fault, and
-changes nothing.
-"""
+"""The preflight on real ranks of two pretended nodes: it passes, or names the node at fault."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ WORDS = [*SMALL, "parallel=ep2", "trainer.num_nodes=2", "trainer.devices=1", "ch
 
 
 def fly(plan: Plan, identity: Identity, sabotage: Callable[[Identity, Plan], Plan | None]) -> dict:
-    """The preflight as one of two nodes' only rank: what it said, or why it ended."""
+    """Run the preflight as the only rank of one of two nodes: its output, or why it ended."""
     os.environ["SLURMD_NODENAME"] = f"n{identity.rank}"
     identity = replace(identity, local_rank=0, local_world_size=1)
     plan = sabotage(identity, plan) or plan
@@ -48,7 +46,7 @@ def fly(plan: Plan, identity: Identity, sabotage: Callable[[Identity, Plan], Pla
 
 
 class Field:
-    """Where preflights begin; the CPU's result is made once."""
+    """The folder of preflights; the CPU's result is computed once."""
 
     def __init__(self, folder: Path):
         self.folder = folder

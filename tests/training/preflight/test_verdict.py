@@ -1,4 +1,4 @@
-"""What is wrong with a node is said with its name: from made-up facts, one fault at a time."""
+"""Problems of a node name it: made-up node information with one fault at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ GPU = plan_of(
 
 
 def infos_of(**changed: object) -> list[NodeInfo]:
-    """Three nodes of two ranks; `n1_memory_free=0` is another value on the ranks of n1."""
+    """Return three nodes of two ranks; `n1_memory_free=0` sets a value on the ranks of n1."""
     found = []
     for rank in range(6):
         node = NODES[rank // 2]
