@@ -263,7 +263,7 @@ def test_router_weights_that_are_not_finite_are_named_by_layer_and_rank(router, 
 
 
 def test_routers_that_were_given_what_is_not_finite_are_not_named(tmp_path):
-    """Layer 4 gets it on both tensor ranks, which share sequences; or all layers, by the embedding."""
+    """Layer 4 gets it on both tensor ranks, which share sequences; or all layers do."""
     tensor, _, _ = start(
         tmp_path / "TP2",
         EP + "1",

@@ -50,7 +50,7 @@ def run_of(folder: Path, *words: str) -> Plan:
 
 
 def launched(plan: Plan, rank: str, capfd) -> tuple[int, list[str]]:
-    """Run `rank` on a launcher's one rank, which prints SAID and fails: (exit code, stderr lines)."""
+    """Run `rank`, print SAID and fail on a launcher's one rank: (exit code, stderr lines)."""
     fails = f"print({SAID!r}, file=sys.stderr)\nsys.exit(1)"
     code = f"import os, sys\nrun = {plan.config.run_dir!r}\n{rank}\n{fails}"
     exit_code = local.start(plan, (sys.executable, "-c", code))
