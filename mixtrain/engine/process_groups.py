@@ -1,6 +1,6 @@
 """Process groups, device and seeds of one rank.
 
-Rule: only this file initializes torch.distributed and Megatron-Core's groups.
+Rule: all process groups of a run start here. (data/datasets.py starts a group of one for tools.)
 """
 
 from __future__ import annotations

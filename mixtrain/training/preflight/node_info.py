@@ -102,12 +102,12 @@ def commit() -> str:
         return ""
 
 
-def source_digest(root: Path = ROOT) -> str:
+def source_digest() -> str:
     """Return the SHA-256 of the files that define a run; it also shows uncommitted changes."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in SOURCES for path in root.glob(pattern)}):
+    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
         digest.update(
-            f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
+            f"{path.relative_to(ROOT)}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
         )
     return digest.hexdigest()
 
