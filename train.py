@@ -36,12 +36,12 @@ from mixtrain.launch.choose import launch, place, starts_ranks
 from mixtrain.launch.local import handed_plan
 from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.closed_pipe import ended
-from mixtrain.training.preflight import recorded
+from mixtrain.training.preflight import with_records_dir
 from mixtrain.training.run_directory import (
-    claimed,
+    claim,
     console_log,
     finished_already,
-    former,
+    previous_status,
     shared_directories,
 )
 
@@ -111,7 +111,7 @@ def run_jobs(plans: list[tuple[Plan, list[str]]], identity: Identity | None) -> 
             )
             continue
         codes.append(
-            launch(plan, overrides) if identity is None else train(recorded(plan), identity)
+            launch(plan, overrides) if identity is None else train(with_records_dir(plan), identity)
         )
         if identity is None and was_stopped(plan):
             break
@@ -122,7 +122,7 @@ def was_stopped(plan: Plan) -> bool:
     """A run of this machine's was: those of the cluster have not begun."""
     return (
         place(plan) is LauncherType.local
-        and former(recorded(plan).config.run_dir).get("state") == "stopped"
+        and previous_status(with_records_dir(plan).config.run_dir).get("state") == "stopped"
     )
 
 
@@ -131,7 +131,7 @@ def train(plan: Plan, identity: Identity) -> int:
     # before torch is imported, whose loggers keep standard error
     streams.forgive(console_log(plan, identity.rank))
     # our own launcher has claimed it before it started this rank
-    with claimed(plan) if identity.rank == 0 and not identity.is_ours else nullcontext():
+    with claim(plan) if identity.rank == 0 and not identity.is_ours else nullcontext():
         from mixtrain.training.worker import run  # the first import of torch
 
         return run(plan, identity)

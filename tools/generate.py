@@ -35,7 +35,7 @@ from mixtrain.launch import local  # noqa: E402
 from mixtrain.system import scratch  # noqa: E402
 from mixtrain.system.closed_pipe import ended, reader_has_gone  # noqa: E402
 from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, read_identity  # noqa: E402
-from mixtrain.training.run_directory import former  # noqa: E402
+from mixtrain.training.run_directory import previous_status  # noqa: E402
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -149,7 +149,7 @@ def start_ranks(plan: Plan, request: Request, folder: str) -> int:
     request.write(folder)
     with LogRelay(Path(folder, "logs", "rank_0.log")):
         code = local.start(plan, (sys.executable, str(Path(__file__).resolve())))
-    if code != FINISHED or former(folder).get("state") != "stopped":
+    if code != FINISHED or previous_status(folder).get("state") != "stopped":
         return code
     if reader_has_gone():
         raise BrokenPipeError

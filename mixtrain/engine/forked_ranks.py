@@ -1,8 +1,10 @@
-"""Runs a function on gloo ranks, each forked fresh from this process, which has imported everything.
+"""Run a function on gloo ranks that are forked from this process, with all imports done.
 
-Importing torch and Megatron-Core takes seconds, and re-initialising Megatron's groups in one process leaks threads:
-so every layout gets new processes, and they start with the imports done. Rule: importing this module makes
-Megatron-Core run on the CPU in this process and all that it forks; for tests and tools, never for a run.
+Importing torch and Megatron-Core takes seconds, and re-initializing Megatron's groups in one
+process leaks threads. So every layout gets new processes, which inherit the imports.
+
+Rule: importing this module patches Megatron-Core for the CPU in this process and its children; for
+tests and tools, never for a run.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ cpu.apply()
 
 
 class RankFailure(AssertionError):
-    """A rank that raised, died or did not end in time, with what it printed; `reason` is the last line of a log."""
+    """A rank raised, died or timed out. The message has the logs; `reason` is a log's last line."""
 
     def __init__(self, message: str, reason: str):
         super().__init__(message)
@@ -38,7 +40,10 @@ class RankFailure(AssertionError):
 def run_ranks(
     world_size: int, function: Callable[[Identity], Any], folder: Path, timeout: float = 120
 ) -> list[Any]:
-    """What `function` returns (as JSON) on each of `world_size` forked ranks; every wait is bounded by `timeout` s."""
+    """Return what `function` returns, through JSON, on each of `world_size` forked ranks.
+
+    Raises RankFailure if a rank fails or has not ended after `timeout` seconds.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rendezvous = f"file://{folder}/rendezvous"
     sys.stdout.flush()
@@ -63,22 +68,22 @@ def run_ranks(
 
 
 def _reason(folder: Path, failed: list[int]) -> str:
-    """The last line of the first failed rank that said anything: those that were ended with it are silent."""
+    """Return the last line of the first failed rank with a log; killed ranks print nothing."""
     for rank in failed:
         if lines := (folder / f"rank_{rank}.log").read_text().strip().splitlines():
             return f"rank {rank}: {lines[-1]}"
-    return f"ranks {failed} ended without a word"
+    return f"ranks {failed} ended without output"
 
 
 def _rank(identity: Identity, function: Callable[[Identity], Any], folder: Path) -> None:
-    """The life of one forked rank; it never returns."""
+    """Run `function` in a forked rank and exit; never returns."""
     code = 1
     try:
         os.setsid()
         log = os.open(folder / f"rank_{identity.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        # pytest's are its own
+        # pytest has replaced both
         sys.stdout = open(1, "w", closefd=False)
         sys.stderr = open(2, "w", closefd=False)
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -97,7 +102,10 @@ def _rank(identity: Identity, function: Callable[[Identity], Any], folder: Path)
 
 
 def _wait(children: list[int], timeout: float) -> list[int]:
-    """Reap the children; those that failed. After the first failure, or at the timeout, the others are ended."""
+    """Wait for the children and return the failed ranks.
+
+    5 s after the first failure, or at the timeout, the others are killed.
+    """
     deadline = time.monotonic() + timeout
     codes = {}
     while len(codes) < len(children):
@@ -115,7 +123,7 @@ def _wait(children: list[int], timeout: float) -> list[int]:
                     os.waitpid(child, 0)
                     codes[rank] = -signal.SIGKILL
         time.sleep(0.01)
-    # each was a session of its own: the helpers a checkpoint started end with it
+    # each rank leads its own session: also kill processes that saving a checkpoint started
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)

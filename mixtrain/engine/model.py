@@ -74,7 +74,8 @@ def build_chunk(
         model = gpt_model(plan, config, vp_stage)
         megatron_fixes.mark_tensor_parallel(model)
         # On the CPU, replace the matrix product of Megatron-Core's linear layers (_forward_impl) by
-        # oneDNN's and the embedding's forward by one with a sparse gradient: both are faster there.
+        # oneDNN's, and the embedding's forward by one whose backward touches only the rows that
+        # were looked up: both are faster there.
         if device.type == "cpu" and plan.config.model.transformer_impl is TransformerImpl.torch:
             onednn_matmul.install(model)
             embedding.install(model)

@@ -1,4 +1,4 @@
-"""What the routers did in a step: the load of every expert and the load-balancing loss, the same on every rank."""
+"""Router metrics of a step, the same on every rank: load per expert, balancing loss, biases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from mixtrain.config.plan import Plan
 from mixtrain.engine.process_groups import Ranks
 
-# upstream's name of each auxiliary loss where it is logged
+# each auxiliary loss -> its name in Megatron-Core's tracker
 BALANCING_LOSSES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -21,15 +21,15 @@ BALANCING_LOSSES = {
 
 
 class ExpertLoad:
-    """Counts the tokens that each expert of each layer is sent, by a hook on the routers.
+    """Counts the tokens that each layer routes to each expert, with a forward hook on the routers.
 
-    Counts of shape [num_layers, num_moe_experts], summed over microbatches and ranks, after
-    dropping where there is a capacity; a token counts once for each of its experts.
+    Counts are [num_layers, num_moe_experts], summed over microbatches and ranks, after dropping by
+    capacity. A token counts once for each of its experts.
     """
 
     def __init__(self, plan: Plan, models: list[torch.nn.Module], device: torch.device):
         shape = (plan.config.model.num_layers, plan.config.model.num_moe_experts)
-        # layers where what is not finite began
+        # layers whose router turned finite inputs into probabilities that are not finite
         self.bad = torch.zeros(shape[0], dtype=torch.bool, device=device)
         self.counts = torch.zeros(
             shape, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
@@ -40,39 +40,42 @@ class ExpertLoad:
                     module.register_forward_hook(self._count)
 
     def _count(self, router: TopKRouter, inputs: tuple, outputs: tuple) -> None:
-        # under full recompute a layer runs twice, first without gradients; validation has none
-        # either
+        # gradients are off in validation, and in the first of the two runs under full recompute
         if torch.is_grad_enabled():
             probs, routing_map = outputs
-            # before a token is sent; without waiting for the device, it is only looked at in a step
-            # that is bad
+            # no synchronization with the device: the flags are read only in a bad step
             self.bad[router.layer_number - 1] |= _finite(inputs[0]) & ~_finite(probs)
-            # with padding the map has rows of weight 0 that fill an expert up to its capacity
+            # with padding the map has entries of weight 0 that fill an expert to its capacity
             self.counts[router.layer_number - 1] += (routing_map & (probs != 0)).sum(dim=0)
 
     def clear(self) -> None:
-        """Before a step: forget the counts, and the auxiliary losses that Megatron-Core has added up."""
+        """Reset the counts and Megatron-Core's tracked auxiliary losses before a step."""
         self.counts.zero_()
         self.bad.zero_()
         moe_utils.clear_aux_losses_tracker()
 
     def collect(self) -> list[list[int]]:
-        """The counts of the step over all ranks. Every rank must call."""
+        """Return the step's counts over all ranks. Every rank must call."""
         total = self.counts.clone()
         torch.distributed.all_reduce(total)
         return [[round(count) for count in layer] for layer in total.tolist()]
 
     def not_finite(self, ranks: Ranks) -> list[list[int]]:
-        """[layer, rank] of every router that made in the step, of finite inputs, what is not. Every rank must call."""
-        found: list = [None] * ranks.world_size
-        torch.distributed.all_gather_object(found, (self.bad.nonzero().flatten() + 1).tolist())
-        return sorted([layer, rank] for rank, layers in enumerate(found) for layer in layers)
+        """Return [layer, rank] of the routers that were first to be not finite in this step.
+
+        Their inputs were finite, their probabilities not. Every rank must call.
+        """
+        bad_layers: list = [None] * ranks.world_size
+        local_layers = (self.bad.nonzero().flatten() + 1).tolist()
+        torch.distributed.all_gather_object(bad_layers, local_layers)
+        return sorted([layer, rank] for rank, layers in enumerate(bad_layers) for layer in layers)
 
 
 def token_drop_rate(plan: Plan, counts: list[list[int]], sequences: int) -> dict[str, float]:
-    """{"token_drop_rate": dropped / routed} of a step of `sequences` with the counts of `collect`; {} where dropless.
+    """Return {"token_drop_rate": dropped / routed} of a step; {} without a capacity factor.
 
-    A token is routed once for each of its experts, in every layer.
+    `counts`: what ExpertLoad.collect returned. A token is routed once for each of its experts in
+    every layer.
     """
     if plan.config.dispatcher.moe_expert_capacity_factor is None:
         return {}
@@ -82,7 +85,10 @@ def token_drop_rate(plan: Plan, counts: list[list[int]], sequences: int) -> dict
 
 
 def forget_model() -> None:
-    """Forget what Megatron-Core has recorded of a model: it keeps a tensor of its number of layers for the next one."""
+    """Clear Megatron-Core's tracker, whose tensors have the model's number of layers.
+
+    A next model may have another number.
+    """
     try:
         from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker  # 0.19
     except ImportError:
@@ -92,12 +98,12 @@ def forget_model() -> None:
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Whether all entries are finite, looked at by their sum: that takes no memory and is one kernel."""
+    """Return whether all entries are finite, by their sum: one kernel and no memory."""
     return tensor.detach().sum().isfinite()
 
 
 def expert_biases(models: list[torch.nn.Module]) -> list[torch.Tensor]:
-    """The routers' biases on this rank, which are no parameters; none without them."""
+    """Return the routers' biases on this rank (buffers, not parameters); [] without them."""
     routers = (
         module for model in models for module in model.modules() if isinstance(module, TopKRouter)
     )
@@ -107,9 +113,10 @@ def expert_biases(models: list[torch.nn.Module]) -> list[torch.Tensor]:
 def expert_bias(
     plan: Plan, models: list[torch.nn.Module], device: torch.device
 ) -> dict[str, list[list[float]]]:
-    """{"expert_bias": [num_layers][num_moe_experts]}, the routers' biases; {} without them. Every rank must call.
+    """Return {"expert_bias": [num_layers][num_moe_experts]}; {} without biases.
 
-    Each is the same on all ranks of its pipeline stage; a rank adds those of its own layers, over the pipeline group.
+    Every rank must call. All ranks of a pipeline stage have equal biases; the pipeline group sums
+    each stage's rows.
     """
     if not plan.config.router.moe_router_enable_expert_bias:
         return {}
@@ -125,10 +132,10 @@ def expert_bias(
 
 
 def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) -> float | None:
-    """The step's auxiliary loss without its coefficient, averaged over types, layers and microbatches; None without.
+    """Return the step's auxiliary loss, without its coefficient.
 
-    1 where every expert has the same load; None too where it is not finite, as in a step that was skipped. Every rank
-    must call.
+    The mean over types, layers and microbatches: 1 if every expert has the same load. None without
+    an auxiliary loss, and if it is not finite, as in a skipped step. Every rank must call.
     """
     kinds = balancing_types(plan)
     if not kinds:
@@ -137,9 +144,9 @@ def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) 
     total = torch.zeros((), dtype=torch.float64, device=device)
     for kind in kinds:
         name = BALANCING_LOSSES[kind]
-        if name in tracker:  # not on a pipeline stage without layers
-            # a rank has its tokens' part, of its data-parallel rank's microbatch or of the whole
-            # group's
+        if name in tracker:  # absent on a pipeline stage without layers
+            # a rank's value is its tokens' share of the loss of its data-parallel rank's
+            # microbatch, or for global_aux_loss of the whole data-parallel group's
             replicas = 1 if kind == "global_aux_loss" else plan.data_parallel_size
             total += tracker[name]["values"].sum(dtype=torch.float64) / replicas
     torch.distributed.all_reduce(total)
@@ -148,7 +155,7 @@ def collect_balancing_loss(plan: Plan, microbatches: int, device: torch.device) 
 
 
 def balancing_types(plan: Plan) -> list[str]:
-    """The auxiliary losses that the router has, those with coefficient 0 left out as upstream does."""
+    """Return the router's auxiliary losses; like upstream, without those of coefficient 0."""
     router = plan.config.router
     pairs = zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=True)
     return [

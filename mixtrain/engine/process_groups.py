@@ -1,4 +1,7 @@
-"""Process groups, devices and seeds of one rank. Rule: nothing else in the project starts a process group."""
+"""Process groups, device and seeds of one rank.
+
+Rule: all process groups of a run start here. (data/datasets.py starts a group of one for tools.)
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ from mixtrain.system.rank_identity import INTERFACES, Identity, interface_proble
 
 # fmt: off
 DETERMINISTIC = {
-    # PyTorch's notes on reproducibility: cuBLAS sums in one order
+    # PyTorch's notes on reproducibility: a fixed order of cuBLAS's sums
     "CUBLAS_WORKSPACE_CONFIG":           ":4096:8",
-    # Transformer Engine's attention; Megatron-Core asks for it
+    # Transformer Engine's attention; Megatron-Core requires it
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO":  "0",
-    # a choice by message size and load would add in another order
+    # NCCL's own choice, by message size and load, could change the order of sums
     "NCCL_ALGO":                         "Ring",
 }
 # fmt: on
@@ -35,7 +38,7 @@ DETERMINISTIC = {
 
 @dataclass(frozen=True)
 class Ranks:
-    """This rank and its device, once Megatron-Core's groups are up."""
+    """This rank and its device, after Megatron-Core's groups are initialized."""
 
     rank: int
     world_size: int
@@ -44,25 +47,25 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """The rank that speaks and writes for all."""
+        """Whether this is the rank that prints and writes for all."""
         return self.rank == 0
 
 
 @contextlib.contextmanager
 def start(plan: Plan, identity: Identity) -> Iterator[Ranks]:
-    """torch.distributed and Megatron-Core's groups for the plan's layout, until the block ends."""
-    if (names := os.environ.get(INTERFACES)) and (wrong := interface_problem(names)):
-        raise UserError(wrong)  # gloo's own words for it come after 40 s, and are a traceback
+    """Start torch.distributed and Megatron-Core's groups; destroy them after the block."""
+    if (names := os.environ.get(INTERFACES)) and (problem := interface_problem(names)):
+        raise UserError(problem)  # gloo itself fails after 40 s, with a traceback
     if plan.config.trainer.deterministic:
         be_deterministic()
     device = torch.device("cpu")
     if plan.config.trainer.accelerator is Accelerator.gpu:
         device = torch.device("cuda", identity.local_rank)
         torch.cuda.set_device(device)
-    timeout = timedelta(minutes=patience(plan))
+    timeout = timedelta(minutes=timeout_minutes(plan))
     store = None
     if identity.rendezvous.startswith("tcp://"):
-        store = meeting_store(identity, timeout)
+        store = rendezvous_store(identity, timeout)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=None if store else identity.rendezvous,
@@ -75,41 +78,43 @@ def start(plan: Plan, identity: Identity) -> Iterator[Ranks]:
         initialise_model_parallel(plan)
         seed_everything(plan)
         yield Ranks(identity.rank, identity.world_size, identity.local_rank, device)
-        torch.distributed.barrier()  # nobody leaves while another still talks to it
+        torch.distributed.barrier()  # no rank exits while another still communicates with it
     finally:
-        # after a fault a peer may be gone for good: leave without asking anybody
+        # after a fault a peer may be gone: exit without communication
         with contextlib.suppress(Exception):
             parallel_state.destroy_model_parallel()
         with contextlib.suppress(Exception):
             torch.distributed.destroy_process_group()
 
 
-def meeting_store(identity: Identity, timeout: timedelta) -> torch.distributed.TCPStore:
-    """The store that the ranks meet at; the first rank listens at that address alone: who reaches it may write to it.
+def rendezvous_store(identity: Identity, timeout: timedelta) -> torch.distributed.TCPStore:
+    """Return the ranks' TCPStore; the first rank listens only on the rendezvous address.
 
-    PyTorch's own tcp:// listens on every interface of the node.
+    Whoever reaches the store may write to it, and PyTorch's own tcp:// listens on every interface
+    of the node.
     """
     address = urlparse(identity.rendezvous)
-    listening = None
+    listen_fd = None
     if identity.rank == 0:
-        found = socket.getaddrinfo(address.hostname, address.port, type=socket.SOCK_STREAM)
-        family, kind, _, _, where = found[0]
+        infos = socket.getaddrinfo(address.hostname, address.port, type=socket.SOCK_STREAM)
+        family, kind, _, _, socket_address = infos[0]
         with socket.socket(family, kind) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(where)
-            listening = listener.detach()  # the store closes it
+            listener.bind(socket_address)
+            listen_fd = listener.detach()  # the store closes it
     return torch.distributed.TCPStore(
         address.hostname,
         address.port,
         identity.world_size,
         is_master=identity.rank == 0,
         timeout=timeout,
-        master_listen_fd=listening,
+        master_listen_fd=listen_fd,
     )
 
 
 def initialise_model_parallel(plan: Plan) -> None:
-    """Megatron-Core's groups. By name: the order of the arguments differs between its versions."""
+    """Initialize Megatron-Core's groups."""
+    # arguments by name: their order differs between versions
     parallel = plan.config.parallel
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -119,17 +124,17 @@ def initialise_model_parallel(plan: Plan) -> None:
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
-        distributed_timeout_minutes=patience(plan),
+        distributed_timeout_minutes=timeout_minutes(plan),
     )
 
 
-def patience(plan: Plan) -> float:
-    """Minutes that a collective waits: longer than the watchdog, which has more to say once training has begun."""
+def timeout_minutes(plan: Plan) -> float:
+    """Return the timeout of collectives: longer than the watchdog's, whose message says more."""
     return plan.config.trainer.timeout_minutes + 0.5
 
 
 def seed_everything(plan: Plan) -> None:
-    """The generators that dropout and jitter draw from; weights have their own (engine/weight_init.py)."""
+    """Seed the generators of dropout and jitter; weights have their own (engine/weight_init.py)."""
     seed = plan.config.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     random.seed(seed)
     numpy.random.seed(seed)
@@ -138,7 +143,7 @@ def seed_everything(plan: Plan) -> None:
 
 
 def be_deterministic() -> None:
-    """The same bits again on the same layout, at a price on a GPU. Before anything of CUDA has started."""
+    """Make a rerun at the same layout bitwise equal, slower on a GPU. Call before CUDA starts."""
     for name, value in DETERMINISTIC.items():
         os.environ.setdefault(name, value)
     torch.use_deterministic_algorithms(True)

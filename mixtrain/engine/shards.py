@@ -1,7 +1,7 @@
-"""Where each part of the model on this rank lies in the whole: read, written and compared by place.
+"""This rank's shards of the full tensors; read and write full tensors by key.
 
-Rule: a tensor's place is its ShardedTensor (key, global shape, offset), and tensor_schema.py lists
-the keys. Nothing here, or in who uses it, knows a layer's class or a layout.
+Rule: a shard's slices come from its ShardedTensor (key, global shape, offset); tensor_schema.py
+lists the keys. Neither this file nor its callers know a layer's class or a layout.
 """
 
 from __future__ import annotations
@@ -19,43 +19,43 @@ from mixtrain.config.plan import Plan
 
 
 class Shard(NamedTuple):
-    """A part of a whole tensor on this rank. `data` is a view: writing to it writes to the model."""
+    """A rank's slice of a full tensor. `data` is a view: writing to it writes to the model."""
 
     key: str  # of config/tensor_schema.py
-    # the layer, and the expert: those of the whole tensor's axes that are cut one by one
-    numbers: tuple[int, ...]
-    cut: tuple[slice, ...]  # along the axes that follow
-    data: torch.Tensor  # with the axes that follow
+    numbers: tuple[int, ...]  # layer and expert: indices of the first axes
+    slices: tuple[slice, ...]  # of the other axes
+    data: torch.Tensor  # [other axes]
 
-    def of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This part of the whole tensor, a view of the shape of `data`."""
-        return whole[(*self.numbers, *self.cut)]
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this slice of the full tensor: a view with the shape of `data`."""
+        return tensor[(*self.numbers, *self.slices)]
 
 
 def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    """The GPTModel inside the wrappers for precision and data parallelism: what names and checkpoints are about."""
+    """Return the GPTModel inside the wrappers for precision and data parallelism."""
     while hasattr(model, "module"):
         model = model.module
     return model
 
 
 def shards(model: torch.nn.Module) -> Iterator[Shard]:
-    """Every part of a model chunk, gate and up of SwiGLU as parts of their own."""
+    """Yield the shards of a model chunk; gate and up of SwiGLU are separate shards."""
     tree = {"model": unwrap(model).sharded_state_dict()}
     apply_factories(tree)
     for tensor in _leaves(tree):
         axes = tensor.prepend_axis_num
         sizes = tensor.local_shape[-(len(tensor.global_shape) - axes) :]
         starts = tensor.global_offset[axes:]
-        # the layer is an axis before the tensor, or a number in the key
+        # the layer is a prepended axis or a number in the key
         numbers = (
             tuple(int(number) for number in re.findall(r"\.(\d+)\.", tensor.key))
             + tensor.global_offset[:axes]
         )
-        cut = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
-        yield Shard(
-            re.sub(r"\.\d+\.", ".", tensor.key), tuple(numbers), cut, tensor.data.view(sizes)
+        slices = tuple(
+            slice(start, start + size) for start, size in zip(starts, sizes, strict=True)
         )
+        key = re.sub(r"\.\d+\.", ".", tensor.key)
+        yield Shard(key, tuple(numbers), slices, tensor.data.view(sizes))
 
 
 def _leaves(node: object) -> Iterator[ShardedTensor]:
@@ -71,42 +71,45 @@ def _leaves(node: object) -> Iterator[ShardedTensor]:
 
 @torch.no_grad()
 def read(plan: Plan, chunks: Iterable[torch.nn.Module]) -> dict[str, torch.Tensor]:
-    """Key -> a copy of the whole tensor, of the chunks of a model that lies on one rank."""
+    """Return copies of the full tensors by key, from the chunks of a model that is on one rank."""
     shapes = tensor_schema.shapes(plan.config)
-    wholes = {}
-    written = dict.fromkeys(shapes, 0)
+    tensors = {}
+    copied = dict.fromkeys(shapes, 0)
     for chunk in chunks:
         for shard in shards(chunk):
-            whole = wholes.setdefault(shard.key, shard.data.new_empty(shapes[shard.key]))
-            shard.of(whole).copy_(shard.data)
-            written[shard.key] += shard.data.numel()
-    missing = [
-        key for key, count in written.items() if key not in wholes or count != wholes[key].numel()
+            tensor = tensors.setdefault(shard.key, shard.data.new_empty(shapes[shard.key]))
+            shard.of(tensor).copy_(shard.data)
+            copied[shard.key] += shard.data.numel()
+    incomplete = [
+        key for key, count in copied.items() if key not in tensors or count != tensors[key].numel()
     ]
-    if missing:
-        raise RuntimeError(f"this rank does not hold all of {', '.join(missing)}")
-    return wholes
+    if incomplete:
+        raise RuntimeError(f"this rank does not hold all of {', '.join(incomplete)}")
+    return tensors
 
 
 @torch.no_grad()
-def fill(chunks: Iterable[torch.nn.Module], wholes: dict[str, torch.Tensor]) -> None:
-    """Write each part of this rank's chunks from the whole tensors, at any layout. KeyError if one is not there."""
+def fill(chunks: Iterable[torch.nn.Module], tensors: dict[str, torch.Tensor]) -> None:
+    """Copy full tensors into this rank's shards, at any layout. KeyError if a key is missing."""
     for chunk in chunks:
         for shard in shards(chunk):
-            shard.data.copy_(shard.of(wholes[shard.key]))
+            shard.data.copy_(shard.of(tensors[shard.key]))
 
 
 @contextlib.contextmanager
-def standing_in(
+def substitute_parameters(
     chunks: Iterable[torch.nn.Module], value: Callable[[torch.nn.Parameter], torch.Tensor]
 ) -> Iterator[None]:
-    """Within the block every parameter holds `value(parameter)`, such as its gradient, to be read by place."""
+    """Within the block every parameter holds `value(parameter)`, for example its gradient.
+
+    So that `shards` and `read` give those values.
+    """
     parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    kept = [parameter.detach().clone() for parameter in parameters]
+    originals = [parameter.detach().clone() for parameter in parameters]
     try:
         for parameter in parameters:
             parameter.data.copy_(value(parameter))
         yield
     finally:
-        for parameter, data in zip(parameters, kept, strict=True):
-            parameter.data.copy_(data)
+        for parameter, original in zip(parameters, originals, strict=True):
+            parameter.data.copy_(original)

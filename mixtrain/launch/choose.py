@@ -14,7 +14,7 @@ from mixtrain.config.plan import Plan
 from mixtrain.launch import local, submit
 from mixtrain.system import streams
 from mixtrain.system.rank_identity import Identity
-from mixtrain.training.preflight import recorded
+from mixtrain.training.preflight import with_records_dir
 from mixtrain.training.run_directory import console_log
 
 LOCAL = ("launcher=local", "launcher.type=local")
@@ -42,7 +42,7 @@ def place(plan: Plan) -> LauncherType:
 
 def launch(plan: Plan, words: list[str]) -> int:
     """Run the plan, which the overrides `words` make, wherever it belongs; the exit code."""
-    streams.forgive(console_log(recorded(plan)))
+    streams.forgive(console_log(with_records_dir(plan)))
     if place(plan) is LauncherType.slurm:
         return submit.submit(plan, words)
-    return local.start(recorded(plan))
+    return local.start(with_records_dir(plan))

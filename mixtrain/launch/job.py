@@ -33,8 +33,8 @@ from mixtrain.system import untrusted_json
 from mixtrain.system.closed_pipe import ended
 from mixtrain.system.status import try_write_status
 from mixtrain.system.untrusted_json import Count, InvalidJson
-from mixtrain.training.preflight import recorded
-from mixtrain.training.run_directory import former, is_in_use
+from mixtrain.training.preflight import with_records_dir
+from mixtrain.training.run_directory import is_in_use, previous_status
 
 RETURN = "return"  # to the queue
 RETURNS = "returns.jsonl"  # beside the ranks' logs: the step of each return
@@ -80,7 +80,7 @@ def begin(plan: Plan, words: list[str]) -> int:
             "${now:} and ${hydra:} give another run_dir every time that the job returns; type what"
             " you mean"
         )
-    run_dir = _outside(plan, recorded(plan).config.run_dir)
+    run_dir = _outside(plan, with_records_dir(plan).config.run_dir)
     print("\t".join((str(nodes), str(plan.config.trainer.devices), run_dir)))
     return FINISHED
 
@@ -96,9 +96,9 @@ def _outside(plan: Plan, run_dir: str) -> str:
 
 def end(plan: Plan, code: int) -> int | str:
     """Say on stderr what became of the ranks; RETURN, or the exit code of the job."""
-    run_dir = Path(recorded(plan).config.run_dir)
+    run_dir = Path(with_records_dir(plan).config.run_dir)
     logs = run_dir / "logs" / f"job_{os.environ['SLURM_JOB_ID']}"
-    status = former(str(run_dir))
+    status = previous_status(str(run_dir))
     if code:
         return failed(plan, run_dir, logs, status, code)
     if status.get("state") != "stopped" or plan.config.trainer.mode is not Mode.train:

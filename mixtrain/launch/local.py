@@ -23,7 +23,7 @@ from mixtrain.launch.rank_process import RankProcess
 from mixtrain.system import host_memory, scratch, streams
 from mixtrain.system.rank_identity import FOLDER, INTERFACES, LAUNCHER, interface_problem
 from mixtrain.system.status import try_write_status
-from mixtrain.training.run_directory import claimed, former
+from mixtrain.training.run_directory import claim, previous_status
 from mixtrain.training.signals import StopRequest
 from mixtrain.training.watchdog import (
     STANDS_STILL,
@@ -50,7 +50,7 @@ def start(plan: Plan, command: tuple[str, ...] | None = None) -> int:
     """Run `command`, or train.py, as plan.world_size ranks of this node; their exit code as one."""
     if wrong := interface_problem(os.environ.get(INTERFACES, QUIET.get(INTERFACES, ""))):
         raise UserError(wrong)  # gloo's own words for it come after 40 s, and are a traceback
-    with StopRequest() as stop, scratch.folder() as folder, claimed(plan, "logs"):
+    with StopRequest() as stop, scratch.folder() as folder, claim(plan, "logs"):
         ranks: list[RankProcess] = []
         try:
             _start_ranks(plan, command or TRAIN, folder, ranks)
@@ -211,7 +211,7 @@ def _state(process: int) -> str:
 
 def _ended(plan: Plan, stop: StopRequest) -> int:
     """All ranks have ended as they should; if because of a signal, which one."""
-    if stop.signal and former(plan.config.run_dir).get("state") == "stopped":
+    if stop.signal and previous_status(plan.config.run_dir).get("state") == "stopped":
         reason = f"stopped by {signal.Signals(stop.signal).name}"
         # else it says stopped all the same
         try_write_status(plan.config.run_dir, **_status(plan, reason=reason))
@@ -220,7 +220,7 @@ def _ended(plan: Plan, stop: StopRequest) -> int:
 
 def _stopped(plan: Plan, words: str) -> int:
     """The ranks were ended before rank 0 could say that it stops."""
-    if former(plan.config.run_dir).get("state", "running") != "running":
+    if previous_status(plan.config.run_dir).get("state", "running") != "running":
         return FINISHED
     return FINISHED if _conclude(plan, [f"mixtrain: {words}"], "stopped", words) else FAULT
 
@@ -233,7 +233,7 @@ def _status(plan: Plan, **changes: object) -> dict:
         "max_steps": plan.config.trainer.max_steps,
         "reason": "",
     }
-    return known | former(plan.config.run_dir) | changes
+    return known | previous_status(plan.config.run_dir) | changes
 
 
 def _conclude(plan: Plan, words: list[str], state: str, reason: str) -> bool:
@@ -274,7 +274,7 @@ def _report(
     own = [rank for rank in codes if not said[rank][1].startswith(f"rank {rank} failed")]
     rank = (causes or own or list(codes))[0]
     words, reason = said[rank]
-    status = former(plan.config.run_dir)
+    status = previous_status(plan.config.run_dir)
     if status.get("state") == "failed" and rank == 0:
         reason = status["reason"]  # as rank 0 put it
     still = any(STANDS_STILL in text for _, text in said.values())

@@ -23,7 +23,7 @@ from mixtrain.errors import Fault
 RECORDS = "bad_steps.jsonl"
 
 
-class BadStep(Fault):
+class BadStepFault(Fault):
     """A step that no rank takes.
 
     `ranks`: where the bad value was seen. `stopping`: whether any rank was asked to stop.
@@ -100,7 +100,7 @@ class BadSteps:
         self.skipped = skipped
         self.in_a_row = in_a_row
 
-    def handle(self, bad: BadStep, samples: list[list[int]], routers: list[list[int]]) -> None:
+    def handle(self, bad: BadStepFault, samples: list[list[int]], routers: list[list[int]]) -> None:
         """Record a bad step; count it as skipped, or raise Fault by policy or above the limit.
 
         `samples`: ids of the step's samples. `routers`: [layer, rank] of routers whose output was
@@ -123,7 +123,9 @@ class BadSteps:
             raise Fault(f"{detail}; more than trainer.bad_step_limit = {limit} in a row")
         self.say(f"warning: {detail}; skipped, {self.skipped} so far")
 
-    def _record(self, bad: BadStep, samples: list[list[int]], routers: list[list[int]]) -> None:
+    def _record(
+        self, bad: BadStepFault, samples: list[list[int]], routers: list[list[int]]
+    ) -> None:
         if not self.ranks.is_first:
             return
         record = {"step": bad.step, "what": bad.what, "value": bad.value, "ranks": bad.ranks}

@@ -1,4 +1,4 @@
-"""What of a layout's run differs from the one-rank run, and by how much too much. No torch."""
+"""Compare the measured steps of a layout with those of one rank, against tolerances. No torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-# The largest difference that the order of additions explains in fp32. A sum of a few hundred terms
-# in another order is off by some 1e-7; two layers and a step later that has become a few 1e-6. fmt:
-# off
-LIMITS = {
+# The largest differences that the order of additions explains in fp32: a sum of a few hundred terms
+# in another order differs by about 1e-7, which two layers and a step turn into a few 1e-6.
+# fmt: off
+TOLERANCES = {
     "lm_loss": 1e-5,  # relative
     "balance": 1e-5,  # relative
     "grad_norm": 1e-5,  # relative
@@ -21,56 +21,59 @@ LIMITS = {
 
 @dataclass
 class Verdict:
-    """The largest difference of each kind, and all that is outside its limit.
+    """The largest difference of each kind, and everything outside the tolerances.
 
-    First the first step's figures and gradients, then what follows from them. Of tensors the order
-    is the contract's, and layer by layer.
+    The first step's figures and gradients come first, then what follows from them. Tensors are in
+    the order of config/tensor_schema.py and then by layer.
     """
 
-    differences: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LIMITS, 0.0))
+    differences: dict[str, float] = field(default_factory=lambda: dict.fromkeys(TOLERANCES, 0.0))
     outside: list[str] = field(default_factory=list)
-    # names of those whose gradient or value is outside
-    tensors: list[str] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list)  # whose gradient or value is outside
 
     def note(self, kind: str, difference: float, where: str) -> bool:
-        """Remember a difference, `where` says of what; whether it is outside."""
+        """Record a difference of what `where` names; return whether it is outside."""
         if math.isnan(difference):
             difference = math.inf
         self.differences[kind] = max(self.differences[kind], difference)
-        if difference <= LIMITS[kind]:
+        if difference <= TOLERANCES[kind]:
             return False
-        self.outside.append(f"{where} differs by {difference:.1e}, limit {LIMITS[kind]:.0e}")
+        self.outside.append(f"{where} differs by {difference:.1e}, limit {TOLERANCES[kind]:.0e}")
         return True
 
     def __str__(self) -> str:
-        """What is outside first, and the first tensor."""
+        """Return the first line outside the limits and the first tensor."""
         tensor = f"; the first tensor is {self.tensors[0]}" if self.tensors else ""
         return f"{self.outside[0]}{tensor}" if self.outside else "within the limits"
 
 
 def judge(reference: dict, results: list[dict], shapes: dict[str, tuple[int, ...]]) -> Verdict:
-    """The verdict on a layout's run: `results` are its ranks' (measure.measure), `shapes` the contract's."""
+    """Return the verdict on a layout.
+
+    `reference`, `results`: what measured_step.reference and measured_step.differences (of every
+    rank) returned. `shapes`: the full shapes of config/tensor_schema.py.
+    """
     verdict = Verdict()
     _compare_figures(verdict, reference, results, steps=slice(0, 1))
     order = {key: number for number, key in enumerate(shapes)}
-    parts = [
-        (order[part[0]], part[1] or 0, rank, part)
+    rows = [
+        (order[row[0]], row[1] or 0, rank, row)
         for rank, result in enumerate(results)
-        for part in result["parts"]
+        for row in result["parts"]
     ]
-    parts.sort(key=lambda part: part[:3])
+    rows.sort(key=lambda row: row[:3])
     for kind, column in (("gradient", 4), ("parameter", 5)):
-        for _, layer, rank, part in parts:
-            key = part[0]
-            numbered = part[1] is not None
-            difference = part[column]
-            name = key.replace("layers.", f"layers.{layer}.") if numbered else key
+        for _, layer, rank, row in rows:
+            key = row[0]
+            has_layer = row[1] is not None
+            difference = row[column]
+            name = key.replace("layers.", f"layers.{layer}.") if has_layer else key
             if kind == "gradient":
                 difference /= reference["largest_gradients"][key][layer] or 1.0
             if verdict.note(kind, difference, f"{kind} of {name} on rank {rank}"):
                 verdict.tensors.append(name)
     _compare_figures(verdict, reference, results, steps=slice(1, None))
-    verdict.outside += _missing([part for *_, part in parts], shapes)
+    verdict.outside += _missing([row for *_, row in rows], shapes)
     return verdict
 
 
@@ -82,19 +85,20 @@ def _compare_figures(verdict: Verdict, reference: dict, results: list[dict], ste
                 verdict.note(kind, difference, f"{kind} of step {step + 1} on rank {rank}")
 
 
-def _relative(here: float | None, expected: float | None) -> float:
-    if expected is None or here is None:
-        return 0.0 if here == expected else math.inf
-    return abs(here - expected) / max(abs(expected), 1e-30)
+def _relative(value: float | None, expected: float | None) -> float:
+    if expected is None or value is None:
+        return 0.0 if value == expected else math.inf
+    return abs(value - expected) / max(abs(expected), 1e-30)
 
 
-def _missing(parts: Iterable[list], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Tensors of which the ranks together do not hold every element."""
-    held: dict[str, dict[str, int]] = {key: {} for key in shapes}
-    for key, _, place, elements, _, _ in parts:
-        held[key][place] = elements
+def _missing(rows: Iterable[list], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Return a line for each tensor of which the ranks together do not hold every element."""
+    elements: dict[str, dict[str, int]] = {key: {} for key in shapes}
+    for key, _, shard, count, _, _ in rows:
+        elements[key][shard] = count
+    held = {key: sum(counts.values()) for key, counts in elements.items()}
     return [
-        f"{key}: the ranks hold {sum(places.values())} of {math.prod(shapes[key])} elements"
-        for key, places in held.items()
-        if sum(places.values()) != math.prod(shapes[key])
+        f"{key}: the ranks hold {held[key]} of {math.prod(shape)} elements"
+        for key, shape in shapes.items()
+        if held[key] != math.prod(shape)
     ]

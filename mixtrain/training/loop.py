@@ -36,7 +36,7 @@ from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault
 from mixtrain.training.bad_steps import (
     BadNorm,
-    BadStep,
+    BadStepFault,
     BadSteps,
     ranks_where,
     ranks_with_bad_gradients,
@@ -121,7 +121,7 @@ class Loop:
                 self.batch_size,
             )
             self.bad_steps.reset_streak()
-        except BadStep as bad:
+        except BadStepFault as bad:
             samples = self.sample_ids.gather(self.ranks.device)
             self.bad_steps.handle(bad, samples, self.load.not_finite(self.ranks))
             stopping = bad.stopping
@@ -179,13 +179,13 @@ def train_step(
     """Take one optimizer step on `batch_size` sequences.
 
     Returns (LM loss per token, gradient norm before clipping, whether any rank was asked to stop).
-    Raises BadStep on all ranks, with nothing changed, if the step must not be taken.
+    Raises BadStepFault on all ranks, with nothing changed, if the step must not be taken.
     """
     # finalize_model_grads updates the expert biases before the norm is checked
     biases = [bias.clone() for bias in expert_biases(training.chunks)]
     try:
         return _train_step(plan, ranks, training, microbatches, stop, step, batch_size)
-    except BadStep:
+    except BadStepFault:
         for bias, before in zip(expert_biases(training.chunks), biases, strict=True):
             bias.copy_(before)
         raise
@@ -200,7 +200,7 @@ def _train_step(
     step: int,
     batch_size: int,
 ) -> tuple[float, float, bool]:
-    """As train_step, but a BadStep leaves the expert biases changed."""
+    """As train_step, but a BadStepFault leaves the expert biases changed."""
     for chunk in training.chunks:
         chunk.zero_grad_buffer()
         chunk.train()
@@ -218,14 +218,14 @@ def _train_step(
     loss_sum, token_sum, bad_ranks, stop_ranks = sums.tolist()
     stopping = stop_ranks > 0
     if bad_ranks:
-        raise BadStep(step, "lm_loss", "not finite", ranks_where(is_bad, ranks), stopping)
+        raise BadStepFault(step, "lm_loss", "not finite", ranks_where(is_bad, ranks), stopping)
     try:
         # computes the gradient norm, checks it (bad_steps.norm_check), clips, updates the
         # parameters
         _, grad_norm, _ = training.optimizer.step()
     except BadNorm as bad_norm:
         bad_gradient_ranks = ranks_with_bad_gradients(training, ranks)
-        raise BadStep(step, "grad_norm", str(bad_norm), bad_gradient_ranks, stopping) from None
+        raise BadStepFault(step, "grad_norm", str(bad_norm), bad_gradient_ranks, stopping) from None
     training.scheduler.step(increment=1)
     return loss_sum / token_sum, float(grad_norm or 0.0), stopping
 

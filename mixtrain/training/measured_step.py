@@ -1,4 +1,4 @@
-"""What one rank measures of two training steps, and how its parts differ from those of the one-rank run."""
+"""Measure two training steps of a rank and compare its shards with the one-rank run."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from mixtrain.training import loop
 from mixtrain.training.signals import StopRequest
 
 STEPS = 2
-# a choice of experts nearer to a tie could fall the other way where sums are taken in another order
+# an expert choice nearer to a tie could flip when sums are taken in another order
 MARGIN = 1e-4
-MASKED = 0.1  # of the tokens
-SEEDS = 100  # tried for a batch without such a choice
+MASKED_SHARE = 0.1  # of the tokens
+SEEDS = 100  # tried to find a batch without such a choice
 
 
 class ChoiceMargin(TorchFunctionMode):
-    """Within the block, remembers how near any top-k choice was to another: its last chosen logit less the next one.
+    """Records the smallest margin of any top-k choice: last chosen logit less the next one.
 
-    Of scores, which are never negative, it takes logarithms: what shifts a logit shifts those as much at the most. It
-    sees every choice that the installed router makes: of experts, of groups of experts, of tokens under a capacity.
+    For scores, which are never negative, it compares logarithms: a change of a logit changes those
+    by at most as much. It sees every choice that the installed router makes: experts, groups of
+    experts, tokens under a capacity.
     """
 
     smallest = math.inf
@@ -39,10 +40,10 @@ class ChoiceMargin(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if function in (torch.topk, torch.Tensor.topk):
-            self._look(*args, **kwargs)
+            self._record(*args, **kwargs)
         return function(*args, **kwargs)
 
-    def _look(self, values: torch.Tensor, k: int, dim: int = -1, **_: object) -> None:
+    def _record(self, values: torch.Tensor, k: int, dim: int = -1, **_: object) -> None:
         if k >= values.shape[dim]:
             return
         best = values.detach().double().topk(k + 1, dim=dim).values
@@ -50,110 +51,106 @@ class ChoiceMargin(TorchFunctionMode):
             best = best.log()
         last = best.select(dim, k - 1)
         following = best.select(dim, k)
-        # a capacity looks at tokens that were never sent, too
+        # -inf: with a capacity, top-k also ranks tokens that were never routed to the expert
         differences = (last - following)[last > -math.inf]
         if differences.numel():
             self.smallest = min(self.smallest, differences.min().item())
 
 
 def reference(plan: Plan, identity: Identity, file: Path) -> dict:
-    """The one-rank run: its figures, with the first seed whose choices all have MARGIN; its tensors go to `file`.
+    """Take the steps on one rank with the first seed whose choices all have MARGIN.
 
-    Gives {seed, margin, tried, largest_gradients, lm_loss, balance, grad_norm}, the last three a number a step.
+    Returns {seed, margin, tried, largest_gradients, lm_loss, balance, grad_norm}, the last three
+    one number per step. Writes `file`: {"gradients", "parameters"}: the full tensors by key.
     """
-    with process_groups.start(plan, identity) as here:
+    with process_groups.start(plan, identity) as ranks:
         for tried in range(SEEDS):
             seeded = replace(plan, config=replace(plan.config, seed=plan.config.seed + tried))
             with ChoiceMargin() as margin:
-                figures, gradients, parameters = two_steps(seeded, here)
+                figures, gradients, parameters = two_steps(seeded, ranks)
             if margin.smallest > MARGIN:
                 break
-        wholes = {}
-        for name, (chunks, held) in {"gradients": gradients, "parameters": parameters}.items():
-            with shards.standing_in(chunks, held.__getitem__):
-                wholes[name] = shards.read(seeded, chunks)
-        torch.save(wholes, file)
+        tensors = {}
+        for name, (chunks, values) in {"gradients": gradients, "parameters": parameters}.items():
+            with shards.substitute_parameters(chunks, values.__getitem__):
+                tensors[name] = shards.read(seeded, chunks)
+        torch.save(tensors, file)
     return {
         "seed": seeded.config.seed,
         "margin": margin.smallest,
         "tried": tried + 1,
         "largest_gradients": {
-            key: _largest(key, whole) for key, whole in wholes["gradients"].items()
+            key: _largest(key, gradient) for key, gradient in tensors["gradients"].items()
         },
         **figures,
     }
 
 
-def _largest(key: str, whole: torch.Tensor) -> list[float]:
-    """The largest absolute entry of each layer of a stacked tensor, or of the one that is not stacked."""
-    layers = whole if key.startswith(tensor_schema.LAYER) else whole[None]
+def _largest(key: str, tensor: torch.Tensor) -> list[float]:
+    """Return the largest absolute entry of each layer; one if there is no layer axis."""
+    layers = tensor if key.startswith(tensor_schema.LAYER) else tensor[None]
     return layers.flatten(1).abs().amax(dim=1).tolist()
 
 
 def measure(plan: Plan, identity: Identity, file: Path) -> dict:
-    """The run at the plan's layout, on one of its ranks: `differences` from the one-rank run's tensors in `file`."""
-    wholes = torch.load(file, mmap=True, weights_only=True)
-    with process_groups.start(plan, identity) as here:
-        return differences(plan, here, wholes)
+    """Return `differences` of this rank, at the plan's layout, from the reference in `file`."""
+    reference_tensors = torch.load(file, mmap=True, weights_only=True)
+    with process_groups.start(plan, identity) as ranks:
+        return differences(plan, ranks, reference_tensors)
 
 
 def differences(
-    plan: Plan, here: process_groups.Ranks, wholes: dict[str, dict[str, torch.Tensor]]
+    plan: Plan, ranks: process_groups.Ranks, reference_tensors: dict[str, dict[str, torch.Tensor]]
 ) -> dict:
-    """Two steps in the groups that there are: this rank's figures, and a line for each of its parts of a tensor.
+    """Take two steps in the current process groups; return this rank's figures and a row per shard.
 
-    A line is [key, layer, part, elements, difference of the gradient, of the parameter], differences being the largest
-    absolute ones.
+    A row is [key, layer, shard, elements, largest absolute difference of the gradient, of the
+    parameter].
     """
-    figures, gradients, parameters = two_steps(plan, here)
-    lines = {}
-    for column, (chunks, held) in enumerate((gradients, parameters)):
-        whole = wholes["parameters" if column else "gradients"]
-        with shards.standing_in(chunks, held.__getitem__):
+    figures, gradients, parameters = two_steps(plan, ranks)
+    rows = {}
+    for column, (chunks, values) in enumerate((gradients, parameters)):
+        tensors = reference_tensors["parameters" if column else "gradients"]
+        with shards.substitute_parameters(chunks, values.__getitem__):
             for shard in (shard for chunk in chunks for shard in shards.shards(chunk)):
-                part = str((shard.numbers, [(cut.start, cut.stop) for cut in shard.cut]))
-                line = lines.setdefault(
-                    (shard.key, part),
-                    [
-                        shard.key,
-                        shard.numbers[0] if shard.numbers else None,
-                        part,
-                        shard.data.numel(),
-                        0.0,
-                        0.0,
-                    ],
-                )
-                difference = (shard.data.cpu() - shard.of(whole[shard.key])).abs().max().item()
-                line[4 + column] = difference if math.isfinite(difference) else 1e30
-    return {**figures, "parts": list(lines.values())}
+                name = str((shard.numbers, [(axis.start, axis.stop) for axis in shard.slices]))
+                layer = shard.numbers[0] if shard.numbers else None
+                new_row = [shard.key, layer, name, shard.data.numel(), 0.0, 0.0]
+                row = rows.setdefault((shard.key, name), new_row)
+                difference = (shard.data.cpu() - shard.of(tensors[shard.key])).abs().max().item()
+                row[4 + column] = difference if math.isfinite(difference) else 1e30
+    return {**figures, "parts": list(rows.values())}
 
 
-Held = tuple[list[torch.nn.Module], dict[torch.nn.Parameter, torch.Tensor]]
+Values = tuple[list[torch.nn.Module], dict[torch.nn.Parameter, torch.Tensor]]
 
 
-def two_steps(plan: Plan, here: process_groups.Ranks) -> tuple[dict, Held, Held]:
-    """(figures a step, gradients of the first step, parameters after the last), the latter by parameter."""
-    training = optimizer.build(plan, model.build(plan, here.device))
-    load = ExpertLoad(plan, training.chunks, here.device)
+def two_steps(plan: Plan, ranks: process_groups.Ranks) -> tuple[dict, Values, Values]:
+    """Take STEPS steps; return (figures per step, first gradients, last parameters).
+
+    Gradients and parameters as (model chunks, tensor by parameter).
+    """
+    training = optimizer.build(plan, model.build(plan, ranks.device))
+    load = ExpertLoad(plan, training.chunks, ranks.device)
     streams = [batches(plan) for _ in training.chunks]
     figures: dict[str, list] = {"lm_loss": [], "balance": [], "grad_norm": []}
     gradients: dict[torch.nn.Parameter, torch.Tensor] = {}
-    before_step = training.optimizer.step
+    optimizer_step = training.optimizer.step
 
-    def remember_gradients_then_step():
+    def record_gradients_then_step():
         if not gradients:
             gather_gradients(training)
             gradients.update(
                 {parameter: parameter.main_grad.clone() for parameter in parameters_of(training)}
             )
-        return before_step()
+        return optimizer_step()
 
-    training.optimizer.step = remember_gradients_then_step
+    training.optimizer.step = record_gradients_then_step
     for step in range(1, STEPS + 1):
         load.clear()
         batch = plan.config.trainer.global_batch_size
-        loss, norm, _ = loop.train_step(plan, here, training, streams, StopRequest(), step, batch)
-        balance = collect_balancing_loss(plan, plan.num_microbatches, here.device)
+        loss, norm, _ = loop.train_step(plan, ranks, training, streams, StopRequest(), step, batch)
+        balance = collect_balancing_loss(plan, plan.num_microbatches, ranks.device)
         for name, value in (("lm_loss", loss), ("balance", balance), ("grad_norm", norm)):
             figures[name].append(value)
     optimizer.gather_parameters(plan, training)
@@ -170,21 +167,21 @@ def parameters_of(training: Training) -> Iterator[torch.nn.Parameter]:
 
 
 def gather_gradients(training: Training) -> None:
-    """With a distributed optimizer a rank has reduced only its shard of the gradients: fetch those of the others."""
+    """Gather the reduced gradients: with a distributed optimizer a rank has only its shard."""
     for chunk in training.chunks:
         if not chunk.ddp_config.use_distributed_optimizer:
             continue
         for buckets in [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups]:
             group = buckets.intra_distributed_optimizer_instance_group
             for bucket in buckets.buckets:
-                mine = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
-                torch.distributed.all_gather_into_tensor(bucket.grad_data, mine, group=group)
+                shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+                torch.distributed.all_gather_into_tensor(bucket.grad_data, shard, group=group)
 
 
 def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's microbatches, dealt out as mixtrain.data.batches does; every step the same samples.
+    """Yield this rank's microbatches, ordered as in mixtrain.data.batches; all steps are equal.
 
-    Some tokens are masked, in each sequence others: a layout must not change what a token weighs.
+    Each sequence masks other tokens: a layout must not change the weight of a token.
     """
     dp = parallel_state.get_data_parallel_world_size()
     rank = parallel_state.get_data_parallel_rank()
@@ -202,15 +199,15 @@ def batches(plan: Plan) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _sample(plan: Plan, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens [seq_length + 1], loss mask [seq_length]) of a sample.
+    """Return (tokens [seq_length + 1], loss mask [seq_length]) of a sample.
 
-    A microbatch weighs its tokens alike, and each microbatch weighs the same: where a layout
-    changes how many sequences one has, each sequence has as many tokens.
+    The loss weighs microbatches equally, and tokens equally within one. So where a layout changes
+    the sequences per microbatch, every sequence has the same number of unmasked tokens.
     """
     length = plan.config.data.seq_length
     generator = torch.Generator().manual_seed(1000 * plan.config.seed + number)
     tokens = torch.randint(0, plan.config.model.vocab_size, (length + 1,), generator=generator)
     chance = torch.rand(length, generator=generator)
     if layout_sensitive.counts_over_a_step(plan.config):
-        return tokens, (chance.argsort() >= MASKED * length).float()
-    return tokens, (chance < 1 - MASKED).float()
+        return tokens, (chance.argsort() >= MASKED_SHARE * length).float()
+    return tokens, (chance < 1 - MASKED_SHARE).float()

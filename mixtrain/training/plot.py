@@ -12,8 +12,8 @@ from mixtrain.system import untrusted_json
 from mixtrain.system.untrusted_json import Count, InvalidJson
 
 
-class Record(TypedDict):
-    """A line of metrics.jsonl, as far as it is drawn."""
+class PlotRecord(TypedDict):
+    """The fields of a line of metrics.jsonl that are drawn."""
 
     step: Count
     lm_loss: NotRequired[float | None]
@@ -22,8 +22,11 @@ class Record(TypedDict):
 
 
 def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
-    """Draw report.png from the run's metrics.jsonl. `entropy`: unigram entropy of the validation tokens, in nats."""
-    # not pyplot, which takes twice as long and looks for a display
+    """Draw report.png from the run's metrics.jsonl; return its path.
+
+    `entropy`: unigram entropy of the validation tokens in nats.
+    """
+    # not pyplot, which imports twice as slowly and looks for a display
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -47,12 +50,12 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
     return directory / "report.png"
 
 
-def read(metrics: Path) -> list[Record]:
-    """The records of a run. What else stands in the file is not drawn: what was there before the run is said then."""
+def read(metrics: Path) -> list[PlotRecord]:
+    """Return the records of a run, skipping other lines (logs.cut_back warns of those)."""
     records = []
     for _, line in untrusted_json.lines(metrics):
         with suppress(InvalidJson):
-            records.append(untrusted_json.parse(line, Record))
+            records.append(untrusted_json.parse(line, PlotRecord))
     return records
 
 
@@ -71,9 +74,11 @@ def _losses(axes, records: list[dict], entropy: float | None) -> None:
 
 
 def _load(steps: list[dict]) -> numpy.ndarray:
-    """[layers, experts]: tokens of each expert over the even share, pooled over the last tenth of the logged steps."""
+    """Return each expert's tokens over the even share: [layers, experts].
+
+    Pooled over the last tenth of the logged steps.
+    """
     tail = [record["tokens_per_expert"] for record in steps[-max(1, len(steps) // 10) :]]
-    counts = numpy.sum(
-        [load for load in tail if list(map(len, load)) == list(map(len, tail[-1]))], axis=0
-    )
+    shape = list(map(len, tail[-1]))
+    counts = numpy.sum([load for load in tail if list(map(len, load)) == shape], axis=0)
     return counts / numpy.maximum(counts.mean(axis=1, keepdims=True), 1e-9)

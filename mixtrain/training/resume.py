@@ -1,6 +1,7 @@
-"""Where a run starts: at a checkpoint of its own, from the weights of another, or at its beginning; and whether it may.
+"""Where a run starts: its newest checkpoint, the weights of another one, or step 0.
 
-Rule: what is not as it was is said or refused, before anything of the former run is touched.
+Rule: what changed since the checkpoint is reported or refused before anything of the previous run
+is modified.
 """
 
 from __future__ import annotations
@@ -28,22 +29,28 @@ from mixtrain.errors import UserError
 from mixtrain.training.run_directory import attempts_problem, record_attempt
 
 LIBRARIES = ("megatron-core", "torch")
-SAID = ("checkpoint.load_weights", "trainer.max_steps")  # changes that need no word
-SCHEDULE = tuple(f"optimizer.{name}" for name in (
-    "lr", "min_lr", "lr_decay_style", "lr_decay_steps", "lr_warmup_steps", "lr_wsd_decay_style", "lr_wsd_decay_steps",
-))  # fmt: skip
+NOT_REPORTED = ("checkpoint.load_weights", "trainer.max_steps")  # changes of these keys
+SCHEDULE = (
+    "optimizer.lr",
+    "optimizer.min_lr",
+    "optimizer.lr_decay_style",
+    "optimizer.lr_decay_steps",
+    "optimizer.lr_warmup_steps",
+    "optimizer.lr_wsd_decay_style",
+    "optimizer.lr_wsd_decay_steps",
+)
 
 
 @dataclass(frozen=True)
 class Start:
-    """The checkpoint a run goes on from, and where that is; (None, RunState()) at the beginning."""
+    """The checkpoint that a run resumes from and its state; (None, RunState()) for a new run."""
 
     path: Path | None
     state: RunState
 
 
 def find(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Start:
-    """Look for the checkpoint to go on from. Every rank must call."""
+    """Find the checkpoint to resume from. Every rank must call."""
     if ranks.is_first:
         directory.remove_leftovers(plan.config.run_dir)
     path = load.find(plan, ranks, say)
@@ -57,18 +64,20 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Start:
 
 
 def refuse_a_crash_loop(plan: Plan, ranks: Ranks, start: Start) -> None:
-    """UserError if run after run has started here and died; note that this one starts. Every rank must call."""
+    """Record that this run starts; UserError if checkpoint.max_attempts runs in a row failed here.
+
+    Every rank must call.
+    """
     run_dir = plan.config.run_dir
-    most = plan.config.checkpoint.max_attempts
     problem = None
     if ranks.is_first and plan.saves:
-        problem = attempts_problem(run_dir, start.state.step, most)
+        problem = attempts_problem(run_dir, start.state.step, plan.config.checkpoint.max_attempts)
         try:
             if not problem:
                 record_attempt(run_dir, start.state.step)
         except OSError as error:
             problem = f"run_dir = {run_dir}: {error.filename} cannot be written ({error.strerror})"
-    if problem := _of_first(ranks, problem):
+    if problem := _from_first_rank(ranks, problem):
         raise UserError(problem)
 
 
@@ -80,34 +89,33 @@ def enter(
     data: dict[str, str],
     say: Callable[[str], None],
 ) -> RunState:
-    """Bring the run to its start; where it is then, with all that its own checkpoints will say of it.
+    """Load what the run starts from; return its RunState for its own checkpoints.
 
-    `data` is the fingerprint of the training data, on the first rank.
+    `data`: the fingerprint of the training data, on the first rank. Every rank must call.
     """
-    data = _of_first(ranks, data)
+    data = _from_first_rank(ranks, data)
+    state = start.state
     if start.path:
-        if changed := difference(start.state.data, data):
+        if changed := difference(state.data, data):
             raise UserError(
                 f"{start.path} was trained on other data: {changed};"
                 f" checkpoint.load_weights={start.path} in a new run_dir starts a new run from its"
                 " weights"
             )
-        load.resume(plan, ranks, training, start.path, start.state, say)
+        load.resume(plan, ranks, training, start.path, state, say)
         say(
-            f"resumed from {start.path}, after {start.state.step} steps and"
-            f" {start.state.consumed_samples:,} sequences"
+            f"resumed from {start.path}, after {state.step} steps and"
+            f" {state.consumed_samples:,} sequences"
         )
-        for line in changed_since(plan.config, start.state):
+        for line in changed_since(plan.config, state):
             say(f"changed since then: {line}")
     elif plan.config.checkpoint.load_weights:
         path = load.weights_at(plan, ranks)
-        say(f"weights of {path}; everything else starts anew")
+        say(f"weights of {path}; everything else starts from step 0")
         load.load_weights(plan, ranks, training, path, say)
-        start = replace(
-            start, state=replace(start.state, hf_source=load.read_state(path).hf_source)
-        )
+        state = replace(state, hf_source=load.read_state(path).hf_source)
     return replace(
-        start.state,
+        state,
         data=data,
         config=OmegaConf.to_container(OmegaConf.create(to_yaml(plan.config))),
         layout=load.layout(plan),
@@ -116,36 +124,39 @@ def enter(
 
 
 def changed_since(config: Config, state: RunState) -> list[str]:
-    """The keys that are part of the mathematics and have another value than in the checkpoint, and what that does."""
+    """Return a line for each key of the mathematics whose value differs from the checkpoint's.
+
+    The last line gives the first learning rate that changes with it.
+    """
     try:
         before = Config.from_hydra(OmegaConf.create(state.config))
     except (UserError, OmegaConfBaseException):
         return ["its configuration is of another version of mixtrain and was not compared"]
-    found = [change for change in changes(before, config)[MATHEMATICS] if change.key not in SAID]
-    lines = [f"{change.key} = {show(change.here)} (was {show(change.recipe)})" for change in found]
-    return lines + other_rate(
-        before, config, state, [change for change in found if change.key in SCHEDULE]
-    )
+    changed = [
+        change for change in changes(before, config)[MATHEMATICS] if change.key not in NOT_REPORTED
+    ]
+    lines = [
+        f"{change.key} = {show(change.here)} (was {show(change.recipe)})" for change in changed
+    ]
+    schedule_changes = [change for change in changed if change.key in SCHEDULE]
+    return lines + changed_rate(before, config, state, schedule_changes)
 
 
-def other_rate(before: Config, config: Config, state: RunState, found: list[Change]) -> list[str]:
-    """The first learning rate that is not what it would have been, and what to type to have that.
-
-    `found`: what has changed of the schedule.
-    """
-    if not found:
+def changed_rate(
+    before: Config, config: Config, state: RunState, schedule_changes: list[Change]
+) -> list[str]:
+    """Return a line: the first learning rate that changes and the overrides that keep it."""
+    if not schedule_changes:
         return []
     was = schedule_in_steps(before)
     now = config.optimizer
     if not lr_schedule.is_one(was):
-        return [
-            "the schedule of its configuration is none, and the learning rates were not compared"
-        ]
+        return ["its configuration has no valid schedule, and the learning rates were not compared"]
     ahead = (state.schedule_steps + n for n in range(config.trainer.max_steps - state.step))
     done = next((n for n in ahead if lr_schedule.rate(was, n) != lr_schedule.rate(now, n)), None)
     if done is None:
         return []
-    keys = {change.key: show(change.recipe) for change in found}
+    keys = {change.key: show(change.recipe) for change in schedule_changes}
     follows = ""
     if "optimizer.lr_decay_steps" in keys and now == schedule_in_steps(_with_open_decay(config)):
         follows = (
@@ -153,12 +164,12 @@ def other_rate(before: Config, config: Config, state: RunState, found: list[Chan
             " optimizer.lr_decay_steps = null follows it"
         )
         if now.lr_warmup_fraction is not None:
-            keys.pop("optimizer.lr_warmup_steps", None)  # so does this
-    words = " ".join(f"{key}={value}" for key, value in keys.items())
+            keys.pop("optimizer.lr_warmup_steps", None)  # follows max_steps too
+    overrides = " ".join(f"{key}={value}" for key, value in keys.items())
     return [
         f"the learning rate of step {state.step + done - state.schedule_steps + 1} is"
         f" {lr_schedule.rate(now, done):.3e} (was {lr_schedule.rate(was, done):.3e}){follows}; to"
-        f" keep it, type {words}"
+        f" keep it, type {overrides}"
     ]
 
 
@@ -166,8 +177,8 @@ def _with_open_decay(config: Config) -> Config:
     return replace(config, optimizer=replace(config.optimizer, lr_decay_steps=None))
 
 
-def _of_first(ranks: Ranks, mine: Any) -> Any:
-    """The first rank's object, on all ranks."""
-    box = [mine]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+def _from_first_rank(ranks: Ranks, value: Any) -> Any:
+    """Return the first rank's `value` on all ranks. Every rank must call."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,4 +1,4 @@
-"""The request to end a run: a signal, noted at any time, granted after the running step. No torch."""
+"""Stop requests: signals, recorded at any time; the run stops after its current step. No torch."""
 
 from __future__ import annotations
 
@@ -8,28 +8,33 @@ import signal
 
 from mixtrain.errors import FINISHED
 
-# batch systems; Ctrl-C; a closed terminal; Slurm's warning of the time limit (--signal=USR1@120):
-# one meaning for all
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+SIGNALS = (
+    signal.SIGTERM,  # batch systems
+    signal.SIGINT,  # Ctrl-C
+    signal.SIGHUP,  # a closed terminal
+    signal.SIGUSR1,  # Slurm's warning of the time limit (--signal=USR1@120)
+)
 
-
-_early: list[int] = []  # signals that were noted before there was a StopRequest
+_early: list[int] = []  # signals recorded by note_requests before a StopRequest was entered
 
 
 class StopRequest:
-    """The signals that asked, in their order. Use as a context manager, on the main thread."""
+    """The stop signals received so far, in order; a context manager for the main thread."""
 
     def __init__(self) -> None:
         self.signals: list[int] = []
 
     @property
     def signal(self) -> int | None:
-        """The signal that asked first, or None."""
+        """The first stop signal, or None."""
         return self.signals[0] if self.signals else None
 
     @property
     def at_once(self) -> bool:
-        """Asked again by Ctrl-C or SIGTERM: somebody will not wait. A closed terminal may send SIGHUP twice itself."""
+        """Whether to stop without finishing the step: two or more of Ctrl-C and SIGTERM.
+
+        SIGHUP does not count: a closed terminal may send it twice.
+        """
         return sum(number in (signal.SIGINT, signal.SIGTERM) for number in self.signals) > 1
 
     def __enter__(self) -> StopRequest:
@@ -43,26 +48,30 @@ class StopRequest:
 
 
 def exit_on_request() -> None:
-    """From now on, until a StopRequest is entered, a signal ends this process: nothing has been started or written."""
+    """Have a stop signal end this process until a StopRequest is entered.
+
+    For the time in which nothing has been started or written.
+    """
 
     def leave(_number: int, _frame: object) -> None:
-        with contextlib.suppress(OSError):  # the reader of a pipe has heard Ctrl-C too
-            # print may be interrupted in a print
+        with contextlib.suppress(OSError):  # Ctrl-C ends the reader of a pipe too
+            # not print, which the signal may have interrupted
             os.write(2, b"mixtrain: stopped before a run was started\n")
-        os._exit(FINISHED)  # an exception would be caught by whatever import or Hydra is at
+        os._exit(FINISHED)  # Hydra or an import could catch an exception
 
     _handle(leave)
 
 
 def note_requests() -> None:
-    """From now on, until a StopRequest is entered, a signal is noted for it: the run then stops after its first step.
+    """Record stop signals for the next StopRequest: the run then stops after its first step.
 
-    For a rank that torchrun or Slurm has started: all ranks are signalled, and one that left alone would be waited for.
+    For ranks that torchrun or Slurm started: all ranks get the signal, and the others would wait
+    for one that exits.
     """
     _handle(lambda number, _frame: _early.append(number))
 
 
 def _handle(handler) -> dict[int, object]:
-    """Set the handler of every signal that asks; the handlers before. What nohup has had ignored stays ignored."""
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in heard}
+    """Set the handler of every stop signal that nohup does not ignore; return the old ones."""
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in handled}

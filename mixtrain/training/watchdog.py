@@ -1,7 +1,8 @@
-"""Whether this rank still moves: beats of the main thread, and what is said and done when none comes. No torch.
+"""Watch the main thread's heartbeats; print stacks and exit when they stop. No torch.
 
-Rule: one watchdog a process, and it ends the process. A rank that waits for a hung one stands still as well, so that
-all of them say where they are; the launcher asks those that cannot.
+Rule: one watchdog per process, and it ends the process. A rank that waits for a hung rank stands
+still too, so every rank reports where it is; the launcher asks (SIGUSR2) those that cannot report
+by themselves.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from typing import NamedTuple
 from mixtrain.errors import FAULT
 
 LENGTH = 64  # bytes of a record in the file that the launcher reads
-SECONDS = 0.2  # between two settings of the backstop
-PAUSE = 1.0  # s before the end, for other ranks to speak before they lose this one
-STANDS_STILL = "stands still"  # in the line of a watchdog that has ended its rank
-BACKSTOP = 1.5  # times the timeout: for a main thread that never lets another run
+ARM_SECONDS = 0.2  # between two calls that re-arm the backstop
+PAUSE = 1.0  # s before the exit: other ranks report before they lose this one
+STANDS_STILL = "stands still"  # in the message of a watchdog that ended its rank
+BACKSTOP = 1.5  # times the timeout: for a main thread that never releases the GIL
 
 
 class Heartbeat(NamedTuple):
-    """The last sign of life: the step it was in, and what it was doing."""
+    """The last heartbeat: the step and what the rank was doing."""
 
     step: int
     doing: str
@@ -38,23 +39,22 @@ class Heartbeat(NamedTuple):
 
 
 class Watchdog:
-    """Watches this process from the first beat on. Use as a context manager, on the main thread.
+    """Watches this process from its first heartbeat; a context manager for the main thread.
 
-    `last_words` is called with the line that says what has happened, before the process ends.
+    Before it ends the process it calls `on_stall` with the message.
     """
 
     def __init__(
-        self, rank: int, minutes: float, folder: str | None, last_words: Callable[[str], None]
+        self, rank: int, minutes: float, folder: str | None, on_stall: Callable[[str], None]
     ):
         self.rank = rank
         self.timeout = 60 * minutes
-        self.last_words = last_words
+        self.on_stall = on_stall
         self.file = self.stacks = None
-        # a full disk: the launcher will say less of a rank that fails
+        # without these files, as on a full disk, the launcher reports less of a rank that fails
         with contextlib.suppress(OSError):
             self.file = open(heartbeat_file(folder, rank), "w") if folder else None
-            # a file of its own: a process that goes on after SIGCONT has several timers that write
-            # to stderr at once
+            # not stderr: after SIGCONT several timers of a process write there at once
             self.stacks = open(stacks_file(folder, rank), "w") if folder else None
         self.last = Heartbeat(0, "start")
         self.at = None
@@ -65,7 +65,7 @@ class Watchdog:
         global _active
         _active = self
         faulthandler.enable()  # a fatal signal prints the stacks: NCCL aborts
-        # the launcher asks
+        # SIGUSR2: the launcher asks for the stacks
         faulthandler.register(signal.SIGUSR2, self.stacks or sys.stderr, all_threads=True)
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
@@ -81,17 +81,14 @@ class Watchdog:
                 file.close()
 
     def heartbeat(self, doing: str, step: int | None = None) -> None:
-        """The main thread is alive, and doing this."""
+        """Record that the main thread is alive, and what it is doing."""
         self.last = Heartbeat(self.last.step if step is None else step, doing)
         self.at = time.monotonic()
         if self.file:
+            record = f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode()
             with contextlib.suppress(OSError):
-                os.pwrite(
-                    self.file.fileno(),
-                    f"{self.last.step} {doing}".ljust(LENGTH)[:LENGTH].encode(),
-                    0,
-                )
-        if self.at - self.armed > SECONDS:
+                os.pwrite(self.file.fileno(), record, 0)
+        if self.at - self.armed > ARM_SECONDS:
             self.armed = self.at
             faulthandler.dump_traceback_later(BACKSTOP * self.timeout + 1, exit=True)
 
@@ -101,11 +98,11 @@ class Watchdog:
                 self._end()
 
     def _end(self) -> None:
-        words = f"rank {self.rank} {STANDS_STILL} in {self.last} for {self.timeout:.0f} s"
-        print(f"mixtrain: {words}; its stacks:", file=sys.stderr, flush=True)
+        message = f"rank {self.rank} {STANDS_STILL} in {self.last} for {self.timeout:.0f} s"
+        print(f"mixtrain: {message}; its stacks:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         try:
-            self.last_words(words)
+            self.on_stall(message)
             time.sleep(PAUSE)
         finally:
             os._exit(FAULT)
@@ -115,23 +112,23 @@ _active: Watchdog | None = None
 
 
 def heartbeat(doing: str, step: int | None = None) -> None:
-    """A sign of life from wherever the main thread is; nothing where nobody watches."""
+    """Record a heartbeat of the main thread with the active watchdog, if there is one."""
     if _active is not None:
         _active.heartbeat(doing, step)
 
 
 def heartbeat_file(folder: str | Path, rank: int) -> Path:
-    """Where a rank of our own launcher leaves its beats."""
+    """Return the file of a rank's heartbeat, which this project's launcher reads."""
     return Path(folder) / f"heartbeat_{rank}"
 
 
 def stacks_file(folder: str | Path, rank: int) -> Path:
-    """Where it prints its stacks when it is asked with SIGUSR2."""
+    """Return the file to which a rank prints its stacks on SIGUSR2."""
     return Path(folder) / f"stacks_{rank}"
 
 
 def read_heartbeat(path: Path) -> Heartbeat | None:
-    """The last sign of life that a rank has left; None if there was none."""
+    """Return a rank's last heartbeat; None if there is none."""
     try:
         step, _, doing = path.read_text().strip().partition(" ")
         return Heartbeat(int(step), doing)
@@ -140,7 +137,10 @@ def read_heartbeat(path: Path) -> Heartbeat | None:
 
 
 def main_stack(log: str) -> list[str]:
-    """The frames of the main thread, innermost first, in a dump of stacks: those that do not end in _bootstrap."""
+    """Return the main thread's frames, innermost first, from faulthandler's dump of all threads.
+
+    The main thread is the one whose outermost frame is not _bootstrap.
+    """
     for dump in log.split("(most recent call first):\n")[1:]:
         frames = []
         for line in dump.splitlines():

@@ -1,4 +1,4 @@
-"""One rank of a run: build everything, train, leave the records behind."""
+"""One rank of a run: build everything, train, write the records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from mixtrain.training.watchdog import Watchdog, heartbeat
 
 
 def run(plan: Plan, identity: Identity) -> int:
-    """Train the plan as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
+    """Train the plan on this rank and return the exit code.
+
+    Internal errors print a traceback; user errors and Faults print one line.
+    """
     streams.forgive(console_log(plan, identity.rank))
     folder = os.environ.get(FOLDER) if identity.is_ours else None
     with (
@@ -37,14 +40,14 @@ def run(plan: Plan, identity: Identity) -> int:
             identity.rank,
             plan.config.trainer.timeout_minutes,
             folder,
-            logs.failed,
+            logs.record_failure,
         ),
     ):
         try:
             _run(plan, identity, logs, stop)
             return FINISHED
         except UserError as error:
-            logs.failed(" | ".join(error.problems))
+            logs.record_failure(" | ".join(error.problems))
             print_problems(error.problems, identity.node)
             return REFUSED
         except Exception as error:
@@ -52,23 +55,26 @@ def run(plan: Plan, identity: Identity) -> int:
 
 
 def _fault(plan: Plan, identity: Identity, logs: Logs, error: Exception) -> int:
-    """Say what has gone wrong, in one line if it explains itself, in status.json too if that can be written."""
-    words = (
-        str(error)
-        if isinstance(error, Fault)
-        else f"rank {identity.rank}: {type(error).__name__}: {error}"
-    )
-    unwritten = isinstance(error, Unwritable)
-    if plain := not unwritten and explains_itself(plan, error):
-        words = f"rank {identity.rank}: {error.filename or plan.config.run_dir}: {error.strerror}"
-        unwritten = True
-    if unwritten:
-        words = f"{words}; {outlook(plan, error.errno)}"
-    # our launcher says it itself
-    if (wrong := logs.failed(words)) and wrong not in words and not identity.is_ours:
-        words = f"{words}; {wrong}"
-    if plain or isinstance(error, Fault):
-        print(f"mixtrain: {words}", file=sys.stderr)
+    """Report an error on stderr and in status.json; return its exit code.
+
+    Faults and file system errors print one line, other errors a traceback.
+    """
+    is_file_error = not isinstance(error, Unwritable) and explains_itself(plan, error)
+    if isinstance(error, Fault):
+        message = str(error)
+    elif is_file_error:
+        path = error.filename or plan.config.run_dir
+        message = f"rank {identity.rank}: {path}: {error.strerror}"
+    else:
+        message = f"rank {identity.rank}: {type(error).__name__}: {error}"
+    if isinstance(error, Unwritable) or is_file_error:
+        message = f"{message}; {outlook(plan, error.errno)}"
+    status_problem = logs.record_failure(message)
+    # this project's launcher reports it itself
+    if status_problem and status_problem not in message and not identity.is_ours:
+        message = f"{message}; {status_problem}"
+    if is_file_error or isinstance(error, Fault):
+        print(f"mixtrain: {message}", file=sys.stderr)
     else:
         print(f"rank {identity.rank}:", file=sys.stderr)
         traceback.print_exc()
@@ -79,25 +85,26 @@ def _run(plan: Plan, identity: Identity, logs: Logs, stop: StopRequest) -> None:
     megatron_fixes.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
-    # imported here: what Megatron-Core defines on import must find engine/compat/cpu.py applied
+    # imported here: engine/compat/cpu.py must be applied before Megatron-Core's modules are
+    # imported
     from mixtrain.checkpoint.save import Saver
     from mixtrain.engine import model, optimizer, process_groups
     from mixtrain.training import bad_steps, loop, resume
-    from mixtrain.training.preflight.check import Preflight
+    from mixtrain.training.preflight.check import PreflightRun
 
     rendezvous.check(identity)
     with process_groups.start(plan, identity) as ranks:
-        if preflight.wanted(plan):
-            Preflight(plan, identity, ranks, logs.say).run()
+        if preflight.is_enabled(plan):
+            PreflightRun(plan, identity, ranks, logs.say).run()
         if plan.config.trainer.mode is Mode.preflight:
             logs.status("finished", "preflight")
             return
         start = resume.find(plan, ranks, logs.say)
         resume.refuse_a_crash_loop(plan, ranks, start)
-        data, entropy, found = build_data(plan, ranks, logs, start.state)
+        data, entropy, fingerprint = build_data(plan, ranks, logs, start.state)
         check_norm = bad_steps.norm_check(plan, ranks.device)
         training = optimizer.build(plan, model.build(plan, ranks.device), check_norm)
-        state = resume.enter(plan, ranks, training, start, found, logs.say)
+        state = resume.enter(plan, ranks, training, start, fingerprint, logs.say)
         logs.begin(state.step)
         saver = Saver(plan, ranks, training, logs.say, lambda: heartbeat("save"))
         state = loop.Loop(plan, ranks, training, data, logs, state).run(stop, saver)
@@ -112,10 +119,11 @@ def _run(plan: Plan, identity: Identity, logs: Logs, stop: StopRequest) -> None:
 def build_data(
     plan: Plan, ranks, logs: Logs, state
 ) -> tuple[dict[str, object], float | None, dict[str, str]]:
-    """This rank's microbatches by part, from where the run is in the training data.
+    """Return (microbatches, entropy of the validation tokens, fingerprint of the data).
 
-    Also the unigram entropy of the validation tokens in nats (None for mock), and the fingerprint
-    of the data.
+    This rank's microbatches by split, those of "train" from where the run is; the unigram entropy
+    of the validation tokens in nats (first rank, None for mock data); the fingerprint of the
+    training data (first rank, else {}). Every rank must call.
     """
     from megatron.core import parallel_state
 
@@ -128,14 +136,14 @@ def build_data(
     config = plan.config
     train, validation, test = plan.samples_from(state.step, state.consumed_samples)
     prefixes, tokenizer = data_source(plan, ranks, logs)
-    # the others would see the copy
-    other = problem(config, tokenizer) if tokenizer and ranks.is_first else None
-    if problems := first_of_all_ranks([other] if other else []):
+    # on the first rank alone: the other ranks could already see the copy that is made below
+    mismatch = problem(config, tokenizer) if tokenizer and ranks.is_first else None
+    if problems := first_of_all_ranks([mismatch] if mismatch else []):
         raise UserError(*problems)
     if tokenizer and ranks.is_first and plan.saves:
-        # beside the checkpoints, where it is looked for
+        # beside the checkpoints, where tools look for it
         copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)
-    parts = build(
+    splits = build(
         "mock" if plan.is_mock else "indexed",
         data_path=prefixes,
         split=config.data.split,
@@ -149,15 +157,14 @@ def build_data(
         path_to_cache=Path(config.data.path_to_cache),
         log=logs.say,
     )
-    named = {
-        name: part
-        for name, part in zip(("train", "validation", "test"), parts, strict=True)
-        if part is not None
+    datasets = {
+        name: dataset
+        for name, dataset in zip(("train", "validation", "test"), splits, strict=True)
+        if dataset is not None
     }
     batches = partial(
         Batches,
-        # with a ramp-up steps differ in size, microbatches do not: the stream of microbatches is
-        # the same
+        # a batch size ramp-up changes the microbatches of a step, not their order
         global_batch_size=config.trainer.micro_batch_size * plan.data_parallel_size,
         micro_batch_size=config.trainer.micro_batch_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
@@ -165,20 +172,24 @@ def build_data(
         vocab_size=config.model.vocab_size,
         num_workers=config.data.num_workers,
     )
-    found = (
-        unigram_entropy(named["validation"]) if ranks.is_first and "validation" in named else None
-    )
-    if found:
-        logs.say(f"validation: {found[1]:,} tokens with a unigram entropy of {found[0]:.4f} nats")
+    entropy = None
+    if ranks.is_first and "validation" in datasets:
+        if entropy_and_tokens := unigram_entropy(datasets["validation"]):
+            entropy, tokens = entropy_and_tokens
+            logs.say(f"validation: {tokens:,} tokens with a unigram entropy of {entropy:.4f} nats")
     starts = {"train": state.consumed_samples}
-    streams = {
-        name: batches(part, name=name, start=starts.get(name, 0)) for name, part in named.items()
+    microbatches = {
+        name: batches(dataset, name=name, start=starts.get(name, 0))
+        for name, dataset in datasets.items()
     }
-    return streams, found and found[0], fingerprint(named["train"]) if ranks.is_first else {}
+    return microbatches, entropy, fingerprint(datasets["train"]) if ranks.is_first else {}
 
 
 def data_source(plan: Plan, ranks, logs: Logs) -> tuple[list[str] | None, Path | None]:
-    """(Megatron's data_path, tokenizer directory); the standard library's text is made ready once a node."""
+    """Return (Megatron's data_path, tokenizer directory). Every rank must call.
+
+    data.kind = stdlib: the first rank of each node prepares the standard library's text.
+    """
     data = plan.config.data
     if data.kind is not DataKind.stdlib:
         return data.data_path, data.tokenizer and Path(data.tokenizer)

@@ -245,7 +245,7 @@ def test_a_schedule_in_a_checkpoint_that_is_none_is_said_and_ends_nothing():
     )
     assert (
         lines[-1]
-        == "the schedule of its configuration is none, and the learning rates were not compared"
+        == "its configuration has no valid schedule, and the learning rates were not compared"
     )
 
 

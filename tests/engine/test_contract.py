@@ -1,6 +1,4 @@
-"""What is on disk: every implementation at every layout writes the keys and shapes of
-tensor_schema.py alone.
-"""
+"""Every implementation writes the same keys and shapes to disk at every layout."""
 
 from __future__ import annotations
 
@@ -95,9 +93,7 @@ def test_the_contract_of_the_published_model():
 
 @pytest.mark.parametrize("name", ["torch", "torch, TP2 and ETP2", "local"])
 def test_what_is_filled_in_by_place_is_read_back_by_place(name, tmp_path):
-    """Tensors of numbers that are all different go into a model at a layout; from one rank they
-    come back.
-    """
+    """Distinct numbers go into a model at a layout; one rank reads the same full tensors back."""
     plan = plan_of(*TINY, *LAYOUTS[name])
     wholes = {
         key: torch.arange(torch.Size(shape).numel(), dtype=torch.float32).view(shape)
@@ -133,7 +129,7 @@ def test_a_rank_that_holds_only_a_part_cannot_be_read_as_the_whole(tmp_path):
 
 
 def test_no_other_module_knows_the_name_of_a_tensor():
-    """But for the table of Hugging Face's names, which stands beside it."""
+    """Except for the table of Hugging Face's names beside it."""
     root = ROOT / "mixtrain"
     for file in root.rglob("*.py"):
         if file.name == "tensor_schema.py" or file.parent.name in ("convert", "families"):

@@ -1,6 +1,4 @@
-"""Megatron-Core on the CPU: every site is answered by name, torch stays as it is, and an upgrade
-shows what is new.
-"""
+"""Megatron-Core on the CPU: patched sites exist, torch is unchanged, upgrades are noticed."""
 
 from __future__ import annotations
 
@@ -33,9 +31,7 @@ MODULES = sorted(
 
 
 def cuda_sites(module_name: str) -> list[str]:
-    """The functions of a module that say torch.cuda, .cuda() or have a CUDA literal, from its
-    source.
-    """
+    """The functions of a module that use torch.cuda, .cuda() or a CUDA literal, from its source."""
     source = Path(importlib.import_module(f"megatron.core.{module_name}").__file__)
     code = compile(source.read_text(), str(source), "exec")
     return sorted({name for name, inner in functions(code, "") if mentions_cuda(inner)})
@@ -109,7 +105,7 @@ def test_a_megatron_module_sees_the_cpu_where_it_asks_for_cuda():
     ],
 )
 def test_a_site_that_has_moved_is_named(site, answer):
-    with pytest.raises(RuntimeError, match="mend mixtrain/engine/compat/cpu.py") as stopped:
+    with pytest.raises(RuntimeError, match="update mixtrain/engine/compat/cpu.py") as stopped:
         answer()
     assert site in str(stopped.value)
 
@@ -133,7 +129,7 @@ def test_the_random_tracker_of_megatron_gives_the_same_numbers_again(tmp_path):
 
 
 def test_importing_the_module_alone_changes_nothing(tmp_path):
-    """What tests import applies it; a run on a GPU imports mixtrain.engine.compat.cpu and must not."""
+    """Tests import what applies the patch; a GPU run must not even import engine/compat/cpu.py."""
     import subprocess
 
     code = (

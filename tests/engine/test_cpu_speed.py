@@ -1,4 +1,4 @@
-"""What makes a step on the CPU quick computes the same as what it stands for, and is taken."""
+"""The fast CPU implementations compute the same as what they replace, and they are used."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mixtrain.engine.layers.cpu.experts import ExpertByExpert
 from mixtrain.system import host_memory
 from mixtrain.training.measured_step import batches
 
-# rows, in, out: above and below products.WORTHWHILE
+# rows, in, out: above and below onednn_matmul.WORTHWHILE
 LARGE = (300, 512, 256)
 SMALL = (30, 16, 8)
 ONEDNN = "mkldnn::_linear_pointwise"
@@ -114,7 +114,7 @@ def test_token_losses_are_cross_entropy(dtype, tolerance):
 
 
 def peak_bytes(work) -> int:
-    """The most that `work` has allocated at a time beyond what was there."""
+    """Return the peak memory that `work` allocates."""
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -156,9 +156,7 @@ def test_attention_takes_pytorchs_kernel_where_the_configuration_names_one():
 
 
 def test_a_looked_up_embedding_adds_its_rows_to_the_buffer():
-    """Of a row that two tokens name, twice; autograd's own tensor is then nobody's, unless there is
-    a hook.
-    """
+    """A row that two tokens look up is summed; autograd's own tensor is unused without a hook."""
     torch.manual_seed(0)
     tokens = torch.tensor([[3, 1, 3], [0, 4, 4]])
     table = torch.nn.Parameter(torch.randn(6, 5))
@@ -183,9 +181,7 @@ def test_a_looked_up_embedding_adds_its_rows_to_the_buffer():
 
 
 def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
-    """Twice, as in two microbatches; autograd's own tensor is then nobody's, unless there is a hook
-    on the weight.
-    """
+    """Twice, as in two microbatches; autograd's own tensor is unused without a hook."""
     torch.manual_seed(0)
     tokens = torch.randn(9, 16)
     probs = torch.rand(9)
@@ -216,7 +212,7 @@ def test_experts_add_their_gradient_to_the_buffer_that_megatron_core_reduces():
 def test_parts_of_a_buffer_go_from_rank_to_rank_as_gloos_own_collectives_send_them(
     size, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(gloo, "PIECE", 3)  # of the 4 numbers of a part
+    monkeypatch.setattr(gloo, "CHUNK", 3)  # of the 4 numbers of a part
 
     def same_on_this_rank(identity) -> list[bool]:
         dist.init_process_group(
@@ -317,9 +313,7 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 @pytest.mark.skipif(not HUGE_PAGES.exists(), reason="this kernel has no huge pages")
 def test_a_rank_keeps_the_memory_it_has_freed_and_asks_for_large_pages():
-    """Whether the kernel has large pages to give depends on who else is there; what it was asked
-    for does not.
-    """
+    """Check what the kernel is asked for: free large pages depend on other processes."""
     code = """
 import re, torch
 def mapping(tensor):

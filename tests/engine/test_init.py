@@ -1,6 +1,4 @@
-"""Weights follow from the seed alone: one number a tensor, whatever the layout, and no memory
-before it is needed.
-"""
+"""Weights depend on the seed alone, not on the layout; the meta device takes no memory."""
 
 from __future__ import annotations
 
@@ -21,19 +19,19 @@ VPP = "parallel.virtual_pipeline_model_parallel_size="
 
 
 def fingerprints(plan: Plan, identity: Identity) -> dict[str, str]:
-    """A hash of every shard that this rank holds, by global name, place and part."""
+    """Return a hash of every shard of this rank, by key, numbers and slices."""
     found = {}
     with process_groups.start(plan, identity) as here:
         for chunk in model.build(plan, here.device):
             for shard in shards.shards(chunk):
-                found[str((shard.key, shard.numbers, shard.cut))] = hashlib.sha256(
+                found[str((shard.key, shard.numbers, shard.slices))] = hashlib.sha256(
                     shard.data.detach().contiguous().numpy().tobytes()
                 ).hexdigest()
     return found
 
 
 def all_fingerprints(folder, *overrides: str) -> dict[str, str]:
-    """The shards of all ranks; ranks that hold the same shard must hold the same numbers."""
+    """Return the shards of all ranks; equal shards must hold equal numbers."""
     plan = plan_of(*TINY, *overrides)
     together = {}
     for found in run_ranks(plan.world_size, lambda identity: fingerprints(plan, identity), folder):
@@ -68,9 +66,7 @@ def test_no_two_tensors_are_alike_but_the_norms(one_rank):
 
 
 def statistics(plan: Plan, identity: Identity) -> dict[str, list[float]]:
-    """Mean and standard deviation by name; parameters of the real model as config/memory.py counts
-    them.
-    """
+    """Mean and standard deviation by name; the parameter count of config/memory.py."""
     with process_groups.start(plan, identity) as here:
         (chunk,) = model.build(plan, here.device)
         assert sum(parameter.numel() for parameter in chunk.parameters()) == sum(
@@ -93,7 +89,7 @@ def test_weights_are_normal_with_the_std_that_megatron_gives_them(tmp_path):
 
 
 def attributes(plan: Plan, identity: Identity) -> list[bool]:
-    """Marks that Megatron-Core puts on parameters and its optimizer reads."""
+    """Attributes that Megatron-Core sets on parameters and its optimizer reads."""
     with process_groups.start(plan, identity) as here:
         (chunk,) = model.build(plan, here.device)
         marks = {

@@ -1,4 +1,4 @@
-"""The layers on PyTorch alone, each held against the formula it stands for."""
+"""The layers on PyTorch alone, each compared with its formula."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def test_the_norm_is_marked_where_the_sequence_is_split():
 
 
 def exact_attention(query, key, value, scale: float) -> torch.Tensor:
-    """[s, b, h, d] and keys [t, b, g, d], the queries being the last positions; the whole score
-    matrix, in fp64.
-    """
+    """Queries [s, b, h, d] at the last positions, keys [t, b, g, d]; the whole score matrix."""
     query, key, value = (tensor.double().permute(1, 2, 0, 3) for tensor in (query, key, value))
     repeats = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(repeats, dim=1) for tensor in (key, value))
@@ -123,7 +121,7 @@ def test_attention_is_the_formula(groups, path, backend, monkeypatch):
 def test_attention_by_blocks_is_the_formula(
     rows, queries, keys, heads, groups, dtype, tolerance, monkeypatch
 ):
-    """Also of queries that are the last of the positions, as in context parallelism."""
+    """Also for queries at the last positions, as in context parallelism."""
     monkeypatch.setattr(cpu_attention, "ROWS", rows)
     query = leaf(queries, 2, heads, 8, dtype=dtype)
     given = torch.randn(queries, 2, heads, 8, dtype=dtype)
@@ -162,7 +160,7 @@ def kernels(work) -> set[str]:
 
 
 def test_keys_and_values_are_not_copied_for_the_queries_that_share_them(monkeypatch):
-    """On the path of a GPU."""
+    """On the GPU's code path."""
     monkeypatch.setattr(attention.CoreAttention, "_is_cpu", staticmethod(lambda _: False))
     made = attention.CoreAttention(config_of(), pg_collection=ALONE)
     query = leaf(64, 1, 8, 16)
@@ -242,7 +240,7 @@ COUNTS = {
 
 
 def expert_by_expert(experts: Experts, tokens, counts, probs) -> torch.Tensor:
-    """The formula, an expert and a token at a time, in fp64."""
+    """The formula, one expert and token at a time, in fp64."""
     rows = []
     start = 0
     for number, count in enumerate(counts):
@@ -289,7 +287,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros():
 
 
 def test_recomputing_the_activation_gives_the_same_to_the_last_bit(monkeypatch):
-    """Of grouped_mm, which a GPU takes: expert by expert it is always made anew."""
+    """With grouped_mm, the GPU's path: expert by expert the activation is always recomputed."""
     monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _: False))
     results = []
     for recompute in ({}, {"recompute_granularity": "selective", "recompute_modules": ["moe_act"]}):
@@ -324,7 +322,7 @@ def test_the_activation_is_computed_twice_where_it_is_named_and_only_there(
 
 @pytest.mark.parametrize("how", ["expert by expert", "grouped_mm", "loop"])
 def test_the_routers_gradient_of_bf16_tokens_is_added_up_in_fp32(how, monkeypatch):
-    """40 (1 + 3/128) takes ten bits, a bf16 number has eight."""
+    """40 (1 + 3/128) needs ten bits; a bf16 number has eight."""
     monkeypatch.setattr(Experts, "_is_cpu", staticmethod(lambda _: how != "grouped_mm"))
     made = Experts(
         4,
@@ -344,7 +342,7 @@ def test_the_routers_gradient_of_bf16_tokens_is_added_up_in_fp32(how, monkeypatc
 
 
 def test_weights_are_marked_as_megatron_reduces_and_counts_them():
-    """Experts go with the dense weights only where the same ranks share them."""
+    """Experts are reduced like dense weights only where the same ranks share them."""
     for expert_ranks, tensor_ranks, dense in ((1, 1, True), (2, 1, False), (1, 2, False)):
         config = SimpleNamespace(
             **vars(config_of())

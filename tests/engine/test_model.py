@@ -1,4 +1,4 @@
-"""A key reaches Megatron-Core under its own name, and what no key covers is known."""
+"""Every key reaches Megatron-Core under its name; the fields that no key covers are listed."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_the_interleaved_schedule_never_batches_its_messages():
 
 
 def test_building_takes_no_memory_before_materialise(tmp_path):
-    """A stage of the real 8x7B: 7.2 billion parameters, none of which has storage."""
+    """A stage of the real 8x7B has 7.2 billion parameters, none with storage."""
     plan = plan_of(
         "+recipe=mixtral_8x7b_ep8", "+shrink=laptop", "parallel.expert_model_parallel_size=1"
     )

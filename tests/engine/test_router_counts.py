@@ -1,4 +1,4 @@
-"""What a router counts is exact in every precision: in bf16 a count of tokens ends at 256."""
+"""Router counts are exact in every precision; bf16 cannot count past 256."""
 
 from __future__ import annotations
 
@@ -63,9 +63,7 @@ def buffers_of(plan, identity) -> dict[str, str]:
 @pytest.mark.parametrize("experts", ["1", "2"])
 @pytest.mark.parametrize("router", ["expert_bias", "global_aux_loss"])
 def test_in_bf16_a_router_counts_every_token_over_twenty_steps(router, experts, tmp_path):
-    """A step has 4,096 assignments a layer; each rank counts them itself, as whole numbers, for the
-    comparison.
-    """
+    """A step has 4,096 assignments per layer; the reference counts them as integers."""
     plan = plan_of(*TINY, *WORDS, EP + experts, f"router={router}", f"trainer.max_steps={STEPS}")
     results = run_ranks(plan.world_size, lambda identity: counted(plan, identity), tmp_path)
     assert all(result == results[0] for result in results) and len(results[0]) == STEPS
@@ -78,9 +76,7 @@ def test_in_bf16_a_router_counts_every_token_over_twenty_steps(router, experts, 
 
 
 def counted(plan, identity) -> list[dict]:
-    """Of each step what the routers counted, or how their biases moved, and what that is by counts
-    of whole numbers.
-    """
+    """Per step: what the routers counted, or how biases moved, and the same from integer counts."""
     from test_parity import random_batches
 
     with process_groups.start(plan, identity) as here:

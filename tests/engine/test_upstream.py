@@ -1,7 +1,6 @@
-"""Megatron-Core's own faults, shown: what a rule refuses or a mend answers would go wrong without
-it.
+"""Megatron-Core's own faults: each test shows what a rule refuses or a fix prevents.
 
-When an upgrade makes one of these tests fail, its rule or mend can go.
+If an upgrade makes one of these tests fail, its rule or fix can be removed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ OLD = version("megatron-core").startswith("0.16.")
 
 
 def unchecked(overrides: list[str]):
-    """The plan of a configuration that the rules refuse."""
+    """Return the plan of a configuration that the rules refuse."""
     plan = derive(resolve(config_of(*TINY, *overrides)))
     assert broken_rules(plan)
     return plan
@@ -49,7 +48,7 @@ def test_batched_messages_mix_up_the_interleaved_schedule_on_two_stages(tmp_path
 
 
 def test_expert_tensor_parallelism_over_the_local_layers_is_wrong(tmp_path):
-    """0.16: the experts' gradients are not reduced over their tensor ranks, in silence."""
+    """0.16: the experts' gradients are silently not reduced over their tensor ranks."""
     local = ["model.transformer_impl=local", "model.moe_grouped_gemm=false"]
     plan = unchecked([EP + "1", ETP, "trainer.devices=2", *local])
     right = measure([EP + "1", *local], tmp_path / "right")
@@ -72,9 +71,7 @@ WEIGHED_OTHERWISE = {
 
 @pytest.mark.parametrize("name", WEIGHED_OTHERWISE)
 def test_per_token_losses_weigh_what_a_router_adds_otherwise(name, tmp_path):
-    """0.16: with calculate_per_token_loss it is another run under TP and CP, or with other
-    microbatches.
-    """
+    """0.16: with calculate_per_token_loss TP, CP and other batches change the result."""
     words, other = WEIGHED_OTHERWISE[name]
     right = measure([*PER_TOKEN, *words], tmp_path / "right")
     if not OLD:
@@ -89,7 +86,7 @@ def test_per_token_losses_weigh_what_a_router_adds_otherwise(name, tmp_path):
 
 
 def test_the_global_auxiliary_loss_is_divided_by_the_data_parallel_size(tmp_path):
-    """megatron_fixes.py multiplies by it. Both versions, in silence."""
+    """megatron_fixes.py multiplies by it. Both versions are silently wrong."""
     words = [EP + "1", "router=global_aux_loss", "router.moe_aux_loss_coeff=10"]
     right = measure([*words, "trainer.micro_batch_size=8"], tmp_path / "right")
     plan = plan_of(*TINY, *words, "trainer.devices=4", "trainer.micro_batch_size=2")
@@ -108,8 +105,9 @@ def test_the_global_auxiliary_loss_is_divided_by_the_data_parallel_size(tmp_path
 
 @pytest.mark.skipif(not OLD, reason="mended by 0.19")
 def test_the_norm_forgets_split_weights_that_megatron_did_not_draw_itself(tmp_path):
-    """megatron_fixes.py marks them; 0.16 does so only where it draws them. All but the first rank's
-    were left out.
+    """megatron_fixes.py marks them; 0.16 does so only where it draws them.
+
+    Without it the norm counts only the first rank's shard.
     """
     words = [EP + "1", *TP]
     right = measure(words, tmp_path / "right")
@@ -153,9 +151,7 @@ def test_a_router_without_transformer_engine_misses_a_name():
 
 @pytest.mark.skipif(OLD, reason="0.16 copies by itself")
 def test_a_discarded_output_is_filled_again_without_a_compiler():
-    """0.19 would compile a C++ extension for it; megatron_fixes.py copies, where every view of the
-    output sees it.
-    """
+    """0.19 would compile a C++ extension; megatron_fixes.py copies into the shared storage."""
     import torch
     from megatron.core.tensor_parallel import random
 

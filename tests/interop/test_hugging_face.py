@@ -185,7 +185,7 @@ def here_and_there(plan: Plan, config: Config, folder: Path, identity: Identity)
         first = first_difference(there["outputs"], outputs, plan.config.model.num_layers)
         loss = chunk(tokens, positions, attention_mask=None, labels=labels).mean()
         loss.backward()
-        with shards.standing_in([chunk], lambda parameter: parameter.grad):
+        with shards.substitute_parameters([chunk], lambda parameter: parameter.grad):
             gradients = to_hugging_face(config, shards.read(plan, [chunk]))
     assert set(gradients) == set(there["gradients"])
     # no expert was left without tokens

@@ -404,14 +404,14 @@ def test_a_stopped_rank_is_named_with_its_step_and_every_ranks_stack_is_shown(tm
 
 HANGS = """
 import os, sys, time, composing
-from mixtrain.training.watchdog import Watchdog, beat
+from mixtrain.training.watchdog import Watchdog, heartbeat
 def collective(): time.sleep(60)
 def forgotten_loop():
     while True: time.sleep(0.01)
 rank = int(os.environ['RANK'])
 code = compile('def waits(f): f()', '/torch/distributed/c10d.py', 'exec'); exec(code)
 with Watchdog(rank, 1 / 60, os.environ['MIXTRAIN_FOLDER'], lambda words: None):
-    beat('forward', 7)
+    heartbeat('forward', 7)
     waits(collective) if rank == 0 else forgotten_loop()
 """
 

@@ -223,7 +223,7 @@ def test_the_jobs_of_a_sweep_need_a_directory_each_and_are_all_checked_before_th
     assert main(["seed=1", "--multirun", "trainer.max_steps=5,6,7"]) == REFUSED
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
     assert line.startswith(
-        "  - run_dir = runs/laptop is that of the jobs 1, 2, 3 of the sweep; type run_dir='runs/"
+        "  - run_dir = runs/laptop is used by the jobs 1, 2, 3 of the sweep; type run_dir='runs/"
     )
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "status.json").write_text("")

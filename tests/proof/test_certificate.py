@@ -26,8 +26,7 @@ from mixtrain.proof.parity.certificate import (
 )
 from mixtrain.proof.parity.layouts import Layout, all_layouts
 from mixtrain.training import measured_step
-from mixtrain.training.compare_steps import LIMITS as TOLERANCES
-from mixtrain.training.compare_steps import Verdict, judge
+from mixtrain.training.compare_steps import TOLERANCES, Verdict, judge
 
 pytestmark = pytest.mark.long
 SIZES = ["+shrink=parity", "checkpoint=none"]

@@ -17,7 +17,7 @@ from composing import plan_of
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.output_directory import written_whole
 from mixtrain.system import locks
-from mixtrain.training.run_directory import LOCK, claimed, is_in_use
+from mixtrain.training.run_directory import LOCK, claim, is_in_use
 
 NOBODY = 65534
 HERE = socket.gethostname()
@@ -29,7 +29,7 @@ def mode(path: str | Path) -> int:
 
 
 def refused(run_dir: Path) -> str:
-    with pytest.raises(UserError) as caught, claimed(plan_of(f"run_dir={run_dir}")):
+    with pytest.raises(UserError) as caught, claim(plan_of(f"run_dir={run_dir}")):
         pass
     return str(caught.value)
 
@@ -57,7 +57,7 @@ def test_a_run_directorys_lock_is_its_users_alone_also_one_that_a_former_run_lef
             (tmp_path / name).mkdir()
             (tmp_path / name / LOCK).write_text(OLD)
             (tmp_path / name / LOCK).chmod(0o666)
-        with claimed(plan_of(f"run_dir={tmp_path}/{name}")):
+        with claim(plan_of(f"run_dir={tmp_path}/{name}")):
             assert mode(tmp_path / name / LOCK) == 0o600
             assert f"process {os.getpid()} on" in (tmp_path / name / LOCK).read_text()
 
@@ -106,7 +106,7 @@ def test_another_users_lock_can_neither_be_held_nor_is_its_run_said_to_have_ende
     folder = Path(tempfile.mkdtemp())
     try:
         os.chmod(folder, 0o777)
-        with claimed(plan_of(f"run_dir={folder}")):
+        with claim(plan_of(f"run_dir={folder}")):
             pass
         plan = plan_of(f"run_dir={folder}")
         child = os.fork()
@@ -119,7 +119,7 @@ def test_another_users_lock_can_neither_be_held_nor_is_its_run_said_to_have_ende
                 with pytest.raises(
                     UserError, match=r"\.lock: it is user root's, who alone can say whether"
                 ):
-                    with claimed(plan):
+                    with claim(plan):
                         pass
                 assert is_in_use(str(folder))
                 code = 0

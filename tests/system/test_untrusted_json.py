@@ -26,7 +26,7 @@ from mixtrain.interop.generate.request import read_prompts
 from mixtrain.system import status, untrusted_json
 from mixtrain.system.untrusted_json import Count, InvalidJson, Name, whole
 from mixtrain.training import logs, plot
-from mixtrain.training.run_directory import attempts_problem, former
+from mixtrain.training.run_directory import attempts_problem, previous_status
 
 STATE = {"step": 20, "consumed_samples": 0, "schedule_steps": 0, "optimizer_steps": 0}
 # where a process reads what it has made itself, or a child of its own
@@ -184,7 +184,7 @@ def test_a_broken_manifest_is_a_damage_of_its_checkpoint_and_no_more(tmp_path, t
 )
 def test_a_status_that_is_none_is_as_if_there_were_no_run(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
-    assert former(str(tmp_path)) == {}
+    assert previous_status(str(tmp_path)) == {}
     (tmp_path / "attempts.jsonl").write_text(
         f'{{"step": 0}}\n{text}\n{{"step": 0, "before": null}}\n'
     )
@@ -198,8 +198,8 @@ def test_a_run_goes_on_beside_a_line_that_is_no_record_and_the_file_is_kept(tmp_
     said = logs.cut_back(metrics, 2)
     assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert said == (
-        f"line 2 and 1 more of {metrics} is no record (5 is not an object) and was left out;"
-        " metrics.jsonl.damaged is the file as it was"
+        f"line 2 and 1 more of {metrics} is not a record (5 is not an object) and was removed;"
+        " metrics.jsonl.damaged is the original file"
     )
     assert (tmp_path / "metrics.jsonl.damaged").read_text().startswith('{"step": 1}\n5\n')
 
@@ -328,7 +328,7 @@ def read_all(folder: Path, name: str) -> None:
         with contextlib.suppress(ValueError, UserError):
             untrusted_tree(state.read(folder))
     elif name == "status.json":
-        assert isinstance(former(str(folder)), dict)
+        assert isinstance(previous_status(str(folder)), dict)
         with contextlib.suppress(InvalidJson):
             status.read_status(folder)
         attempts_problem(str(folder), 0, 1)

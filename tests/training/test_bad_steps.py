@@ -1,4 +1,4 @@
-"""A step with a bad loss or gradient is seen by all ranks together, recorded, and changes nothing."""
+"""All ranks detect a bad loss or gradient together; it is recorded and changes nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SKIP = "trainer.bad_step_policy=skip"
 
 
 def poisoned_losses(steps: set[int], rank: int = 1):
-    """A `before` after which the loss of one rank is not a number in these steps."""
+    """Return a `before` that makes the loss of one rank NaN in these steps."""
 
     def before(identity) -> None:
         calls = {"step": 0}
@@ -47,10 +47,9 @@ def poisoned_losses(steps: set[int], rank: int = 1):
 
 
 def poisoned_gradients(steps: set[int], value: float = math.inf, rank: int = 1):
-    """A `before` after which one entry of a gradient on one rank has this value in these steps,
-    before the norm.
+    """Return a `before` that sets one gradient entry of a rank before the norm, in these steps.
 
-    It is in the second half of the buffer, which is rank 1's to step where two ranks share it.
+    The entry is in the second half of the buffer, which rank 1 updates if two ranks share it.
     """
 
     def before(identity) -> None:
@@ -106,9 +105,7 @@ def test_a_loss_that_is_not_a_number_stops_all_ranks_with_a_record(layout, tmp_p
     ids=["plain", "without the distributed optimizer", "unclipped", "overlapped", "bf16", "sgd"],
 )
 def test_a_skipped_step_changes_nothing_and_is_counted(words, tmp_path):
-    """Skipped in its last step, a run has the state of the one that ended before it, to the last
-    bit.
-    """
+    """A run whose last step is skipped ends with bitwise the state of a run one step shorter."""
     once, codes, log = start(tmp_path / "once", *TWO, *words, SKIP, "trainer.max_steps=2")
     assert codes == {FINISHED}, log
     both, codes, log = start(
@@ -195,9 +192,7 @@ SPOILED = {
 
 @pytest.mark.parametrize("layout", SPOILED)
 def test_a_gradient_that_backward_makes_infinite_on_one_rank_is_bad_on_all(layout, tmp_path):
-    """Of a weight of the experts, so that it goes through the reductions and into one rank's part
-    of the norm.
-    """
+    """An expert's gradient passes the reductions into one rank's part of the norm."""
 
     def before(identity) -> None:
         build = model.build
@@ -234,7 +229,7 @@ def test_an_expert_bias_is_what_it_was_before_a_skipped_step(tmp_path):
 
 
 def rigged_routers(identity, change) -> None:
-    """Before a run: `change(router, rank)` for every router of the model."""
+    """Call `change(router, rank)` for every router of the model before the run."""
     build = model.build
 
     def rigged(*arguments):
@@ -268,9 +263,7 @@ def test_router_weights_that_are_not_finite_are_named_by_layer_and_rank(router, 
 
 
 def test_routers_that_were_given_what_is_not_finite_are_not_named(tmp_path):
-    """Layer 4 is given it on both tensor ranks, which share their sequences; and all layers, by the
-    embedding.
-    """
+    """Layer 4 gets it on both tensor ranks, which share sequences; or all layers do."""
     tensor, _, _ = start(
         tmp_path / "TP2",
         EP + "1",
@@ -296,7 +289,7 @@ def test_routers_that_were_given_what_is_not_finite_are_not_named(tmp_path):
 
 
 def test_a_run_whose_every_step_is_skipped_for_a_router_ends_with_its_report(tmp_path):
-    """Not even the balancing loss is a number then, and there is none in metrics.jsonl."""
+    """The balancing loss is not finite either, and metrics.jsonl has none."""
     words = [*TWO, SKIP, "trainer.max_steps=2"]
     run_dir, codes, log = start(
         tmp_path, *words, before=lambda identity: rigged_routers(identity, spoil)
@@ -311,7 +304,7 @@ def test_a_run_whose_every_step_is_skipped_for_a_router_ends_with_its_report(tmp
 
 
 def test_all_tokens_to_two_experts_is_a_warning_and_the_others_learn_nothing(tmp_path):
-    """The router's own bias makes the choice; the experts that get no token get no gradient."""
+    """The router's bias makes the choice; experts without tokens get no gradient."""
 
     def collapse(router, rank) -> None:
         if router.layer_number == 2:

@@ -1,6 +1,4 @@
-"""A run goes on without its console, and Ctrl-C stops it as ever, whatever its output is piped
-into.
-"""
+"""A run continues without its console, and Ctrl-C stops it whatever its output is piped into."""
 
 from __future__ import annotations
 
@@ -129,7 +127,7 @@ def test_a_run_goes_on_to_its_end_without_its_console(rest, tmp_path):
 def test_ctrl_c_of_a_run_that_is_piped_into_tee_stops_it_with_a_checkpoint_that_goes_on(
     rest, tmp_path
 ):
-    """In a terminal it goes to all of a pipeline: tee dies of it."""
+    """In a terminal Ctrl-C reaches the whole pipeline: tee dies of it."""
     words = ["trainer.max_steps=60", "trainer.val_check_interval=60"]
     (here, whole) = (tmp_path / "a", tmp_path / "b")
     for folder in (here, whole):
@@ -169,7 +167,9 @@ def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_has_it_go_on(nohup, 
 def test_a_bar_is_not_drawn_into_the_log_of_a_terminal_that_has_gone(tmp_path):
     log = tmp_path / "run" / "logs" / "console.log"
     code = (
-        "import os, time, composing; from mixtrain.system import streams; from mixtrain.training.logs import Logs\n"
+        "import os, time, composing\n"
+        "from mixtrain.system import streams\n"
+        "from mixtrain.training.logs import Logs\n"
         f"streams.forgive({str(log)!r}); plan = composing.plan_of('run_dir={tmp_path}/run')\n"
         "with Logs(plan, True, '') as log:\n"
         "    log.begin(0)\n"

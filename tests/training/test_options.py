@@ -1,6 +1,4 @@
-"""Every option of every group trains two steps on CPU ranks, or is refused with a message that says
-what to do.
-"""
+"""Every option of every group trains two steps on CPU ranks or is refused with what to do."""
 
 from __future__ import annotations
 
@@ -110,7 +108,7 @@ def test_an_option_about_records_leaves_them_or_not(group, name, tmp_path):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> str:
-    """Where the first recipe's run leaves the data that it has made; the others read it."""
+    """The cache for the data of the first recipe's run; the others read it."""
     return f"data.path_to_cache={tmp_path_factory.mktemp('cache')}"
 
 
@@ -119,7 +117,7 @@ def cache(tmp_path_factory) -> str:
     [pytest.param(name, marks=pytest.mark.long) if name in LARGE else name for name in RECIPES],
 )
 def test_a_shrunk_recipe_trains_two_steps_at_its_layout_or_the_nearest(recipe, cache, tmp_path):
-    """What the refusal offers is what is typed next."""
+    """The command that the refusal offers works."""
     words = [
         f"+recipe={recipe}",
         "+shrink=laptop",

@@ -1,6 +1,4 @@
-"""Overlapping reductions and gathers with computing leaves the same weights; validation in between
-changes nothing.
-"""
+"""Overlapped reductions and gathers give the same weights, also with validation in between."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The directory of a finished run of three steps, each run once."""
+    """Return the directory of a finished run of three steps; each run once."""
 
     @cache
     def start(*overrides: str) -> Path:
@@ -68,7 +66,7 @@ def logged(directory: Path, key: str) -> list[float]:
 
 
 def differing(here: Path, there: Path) -> list[str]:
-    """Tensors of two checkpoints after step 3 that are not equal bit for bit, the optimizer's too."""
+    """Return the tensors of two checkpoints after step 3 that differ in any bit."""
     a = here / "iter_0000003"
     b = there / "iter_0000003"
     layout = (

@@ -1,6 +1,4 @@
-"""A run that goes on is the run that was never interrupted; at another layout, to the last bit of
-its state.
-"""
+"""A resumed run equals an uninterrupted one; at another layout its state is bitwise the same."""
 
 from __future__ import annotations
 
@@ -38,9 +36,7 @@ INTERVAL = "checkpoint.save_interval=2"
 
 
 def start(folder: Path, *overrides: str, before=None) -> tuple[Path, set[int], str]:
-    """Run on forked ranks in folder/run, going on with what is there: (run_dir, exit codes, what
-    rank 0 said).
-    """
+    """Run or resume on forked ranks in folder/run; return (run_dir, codes, rank 0's output)."""
     plan = plan_of(
         *SHORT, f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", *overrides
     )
@@ -68,9 +64,7 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The directory of a run of four steps that saves after the second, with the given words; each
-    run once.
-    """
+    """Return the directory of a run of four steps that saves after the second; each run once."""
 
     @cache
     def trained(*overrides: str) -> Path:
@@ -83,9 +77,7 @@ def whole(tmp_path_factory):
 
 
 def interrupted(run_dir: Path, folder: Path, step: int = 2) -> Path:
-    """A copy of a run as it was when it had saved after `step`, in folder/run; its metrics go on
-    beyond it.
-    """
+    """Copy a run to folder/run as it was after saving `step`; its metrics continue beyond it."""
     shutil.copytree(run_dir, folder / "run")
     for later in (folder / "run").glob("iter_*"):
         if int(later.name[5:]) > step:

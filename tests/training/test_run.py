@@ -1,4 +1,4 @@
-"""A whole run on forked ranks: what it leaves behind, how it stops, how it fails."""
+"""A whole run on forked ranks: its records, how it stops, how it fails."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from test_init import EP
 from test_parity import TINY
 
 from mixtrain.config.schema import Config
-from mixtrain.engine import model, process_groups
-from mixtrain.engine import shards as places
+from mixtrain.engine import model, process_groups, shards
 from mixtrain.errors import FAULT, FINISHED
 from mixtrain.system.status import read_status
 from mixtrain.training.worker import run
@@ -47,8 +46,9 @@ RUN = [
 
 
 def start(folder: Path, *overrides: str, before=None, world: int = 2) -> tuple[Path, list[int]]:
-    """Run on forked ranks; the run directory and every rank's exit code. `before` is called on each
-    rank first.
+    """Run on forked ranks; return the run directory and every rank's exit code.
+
+    `before` is called on each rank first.
     """
     plan = plan_of(*RUN, f"run_dir={folder}/run", f"data.path_to_cache={folder}/cache", *overrides)
 
@@ -134,14 +134,14 @@ def test_the_lines_of_the_terminal_fit_100_columns(finished):
 
 
 def test_the_weights_load_at_another_layout(finished, tmp_path):
-    """Saved by two expert-parallel ranks, read by one: whole, and not what the seed gave."""
+    """Saved by two expert-parallel ranks, loaded by one: complete, and not the initial weights."""
     assert (finished / "latest_checkpointed_iteration.txt").read_text() == "4\n"
     plan = plan_of(*TINY, EP + "1")
 
     def load(identity) -> list[float]:
         with process_groups.start(plan, identity) as here:
             (chunk,) = model.build(plan, here.device)
-            before = [shard.data.detach().clone() for shard in places.shards(chunk)]
+            before = [shard.data.detach().clone() for shard in shards.shards(chunk)]
             state = {
                 "model": {
                     k: v for k, v in chunk.sharded_state_dict().items() if "_extra_state" not in k
@@ -149,10 +149,9 @@ def test_the_weights_load_at_another_layout(finished, tmp_path):
             }
             loaded = dist_checkpointing.load(state, str(finished / "iter_0000004"))
             chunk.load_state_dict(loaded["model"], strict=False)
-            shards = list(places.shards(chunk))
             return [
                 (shard.data - old).abs().max().item()
-                for shard, old in zip(shards, before, strict=True)
+                for shard, old in zip(shards.shards(chunk), before, strict=True)
             ]
 
     (moved,) = run_ranks(1, load, tmp_path)
@@ -304,9 +303,7 @@ def test_dropped_tokens_are_not_counted_padded_or_not(tmp_path):
 
 
 def test_the_part_that_is_dropped_is_of_all_ranks_and_of_the_batch_of_the_step(tmp_path):
-    """Of room for one token an expert each rank's microbatch keeps eight rows at most; of room for
-    all, all.
-    """
+    """With room for one token per expert a microbatch keeps at most eight rows; else all."""
     layout = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
     ramp = ["trainer.rampup_batch_size=[4,4,4]", "trainer.max_steps=2", "checkpoint=none"]
     least = ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.1", *layout, *ramp]

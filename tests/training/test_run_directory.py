@@ -1,6 +1,4 @@
-"""A run directory is one job's at a time, goes on with its own run alone, and is not tried for
-ever.
-"""
+"""A run directory is locked by one job, resumes only its own run, and is not retried forever."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from mixtrain.system.status import read_status, write_status
 from mixtrain.training.run_directory import (
     RUN_FILES,
     attempts_problem,
-    claimed,
+    claim,
     directory_problems,
     finished_already,
     record_attempt,
@@ -32,7 +30,7 @@ def plan(directory: Path, *words: str):
 
 
 def left_by(directory: Path, state: str, step: int, *words: str) -> None:
-    """What a run of these words leaves behind."""
+    """Write the files that a run with these overrides leaves."""
     directory.mkdir(exist_ok=True)
     (directory / "config.yaml").write_text(
         "# a comment\n" + to_yaml(plan(directory, *words).config)
@@ -86,7 +84,7 @@ def test_a_finished_run_is_not_started_again_and_a_longer_one_is(tmp_path):
 def test_a_finished_run_that_left_no_checkpoint_is_not_begun_anew_over_its_records(tmp_path):
     left_by(tmp_path / "run", "finished", 300)
     (problem,) = directory_problems(plan(tmp_path / "run", "trainer.max_steps=400"))
-    assert problem.endswith("(that one has finished, and left no checkpoint to go on from)")
+    assert problem.endswith("(that one has finished and left no checkpoint to resume from)")
 
 
 def test_another_warm_up_is_another_run(tmp_path):
@@ -121,27 +119,28 @@ def test_garbage_in_what_a_run_left_is_no_traceback(tmp_path, name, garbage):
     (tmp_path / "run" / name).write_bytes(garbage)
     list(directory_problems(plan(tmp_path / "run", "seed=5")))
     finished_already(plan(tmp_path / "run"))
-    with claimed(plan(tmp_path / "run")):
+    with claim(plan(tmp_path / "run")):
         assert read_status(tmp_path / "run")["state"] == "running"
 
 
 def test_of_two_processes_one_has_the_directory_and_the_other_is_told_which(tmp_path):
     run = plan(tmp_path / "run")
-    with claimed(run, "logs"):
+    with claim(run, "logs"):
         assert (tmp_path / "run" / "logs").is_dir()
         with pytest.raises(
             UserError, match=f"in use by process {os.getpid()} on .*run_dir={tmp_path}/run-2"
         ):
-            with claimed(run):
+            with claim(run):
                 pass
-    with claimed(run):
+    with claim(run):
         pass
 
 
 def test_a_lock_left_by_a_killed_process_is_not_in_the_way(tmp_path):
     code = (
-        "import time, composing\nfrom mixtrain.training.run_directory import claimed\n"
-        f"with claimed(composing.plan_of('run_dir={tmp_path}/run')): print('has it', flush=True); time.sleep(60)"
+        "import time, composing\nfrom mixtrain.training.run_directory import claim\n"
+        f"with claim(composing.plan_of('run_dir={tmp_path}/run')):\n"
+        "    print('has it', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
     with subprocess.Popen(
@@ -149,11 +148,11 @@ def test_a_lock_left_by_a_killed_process_is_not_in_the_way(tmp_path):
     ) as other:
         assert other.stdout.readline() == "has it\n"
         with pytest.raises(UserError, match=f"in use by process {other.pid} on"):
-            with claimed(plan(tmp_path / "run")):
+            with claim(plan(tmp_path / "run")):
                 pass
         other.send_signal(signal.SIGKILL)
     assert (tmp_path / "run" / ".lock").exists()
-    with claimed(plan(tmp_path / "run")):
+    with claim(plan(tmp_path / "run")):
         pass
 
 
@@ -163,15 +162,15 @@ def test_a_claim_keeps_the_step_and_the_end_of_the_run_before(tmp_path):
     write_status(
         directory, state="failed", step=137, max_steps=300, reason="rank 1 was ended by SIGKILL"
     )
-    with claimed(plan(directory)):
+    with claim(plan(directory)):
         status = read_status(directory)
     assert (status["state"], status["step"]) == ("running", 137)
     assert status["before"] == {"state": "failed", "reason": "rank 1 was ended by SIGKILL"}
 
 
 def run_once(directory: Path, step: int, most: int | None, state: str, reason: str) -> str | None:
-    """A run that starts at `step` and ends in `state`; the problem, if it is refused."""
-    with claimed(plan(directory)):
+    """Start a run at `step` and end it in `state`; return the problem if it is refused."""
+    with claim(plan(directory)):
         if problem := attempts_problem(str(directory), step, most):
             return problem
         record_attempt(str(directory), step)
@@ -210,8 +209,8 @@ def test_a_diagnosis_does_not_quote_the_one_before_it(tmp_path):
 
 def test_a_child_that_outlives_the_process_does_not_keep_the_lock(tmp_path):
     code = (
-        "import os, time, composing\nfrom mixtrain.training.run_directory import claimed\n"
-        f"with claimed(composing.plan_of('run_dir={tmp_path}/run')):\n"
+        "import os, time, composing\nfrom mixtrain.training.run_directory import claim\n"
+        f"with claim(composing.plan_of('run_dir={tmp_path}/run')):\n"
         "    child = os.fork()\n    if not child: time.sleep(30); os._exit(0)\n"
         "    print(child, flush=True); time.sleep(60)"
     )
@@ -223,7 +222,7 @@ def test_a_child_that_outlives_the_process_does_not_keep_the_lock(tmp_path):
         other.send_signal(signal.SIGKILL)
         other.wait(10)
         try:
-            with claimed(plan(tmp_path / "run")):
+            with claim(plan(tmp_path / "run")):
                 pass
         finally:
             os.kill(child, signal.SIGKILL)

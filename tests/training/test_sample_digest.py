@@ -1,6 +1,4 @@
-"""The digest of the samples of a step says what was read, whatever the layout and the number of
-readers.
-"""
+"""The digest of a step's samples does not depend on the layout or the number of readers."""
 
 from __future__ import annotations
 
@@ -53,9 +51,7 @@ class Part:
 
 
 class Blend:
-    """What a BlendedDataset of Megatron-Core has: which part a sample is of, and which of its
-    samples.
-    """
+    """The fields of Megatron-Core's BlendedDataset: each sample's dataset and its index in it."""
 
     datasets = [Part([3, 1, 2, 0]), Part([0, 1])]
     dataset_index = numpy.array([0, 1, 0])

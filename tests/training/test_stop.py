@@ -1,4 +1,4 @@
-"""A request to stop is never lost: also one that comes before there is a run that could stop."""
+"""A stop request is never lost, even before there is a run that could stop."""
 
 from __future__ import annotations
 

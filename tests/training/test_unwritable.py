@@ -1,6 +1,4 @@
-"""Where nothing can be written, the last line says what has happened, which checkpoint is whole and
-what to type.
-"""
+"""If nothing can be written, the last line says why, which checkpoint is valid, what to type."""
 
 from __future__ import annotations
 
@@ -27,15 +25,13 @@ GO_ON = "type the same command again, and it goes on from there"
 
 @pytest.fixture(autouse=True)
 def from_the_checkout(monkeypatch):
-    """A rank here is `python -c`, which imports from where it starts."""
+    """A rank here is `python -c`, which imports from the current directory."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests")
 
 
 def run_of(folder: Path, *words: str) -> Plan:
-    """The plan of a run in folder/run, which has a whole checkpoint of step 2 and half a one of
-    step 4.
-    """
+    """Return the plan of a run with a complete checkpoint of step 2 and half of step 4's."""
     plan = plan_of(
         f"run_dir={folder}/run",
         "trainer.devices=1",
@@ -54,10 +50,9 @@ def run_of(folder: Path, *words: str) -> Plan:
 
 
 def launched(plan: Plan, rank: str, capfd) -> tuple[int, list[str]]:
-    """(exit code, the lines on the terminal) of a launcher whose one rank runs this code, then says
-    SAID and fails.
-    """
-    code = f"import os, sys\nrun = {plan.config.run_dir!r}\n{rank}\nprint({SAID!r}, file=sys.stderr)\nsys.exit(1)"
+    """Run `rank`, print SAID and fail on a launcher's one rank: (exit code, stderr lines)."""
+    fails = f"print({SAID!r}, file=sys.stderr)\nsys.exit(1)"
+    code = f"import os, sys\nrun = {plan.config.run_dir!r}\n{rank}\n{fails}"
     exit_code = local.start(plan, (sys.executable, "-c", code))
     lines = capfd.readouterr().err.splitlines()
     assert not any("Traceback" in line for line in lines), lines
@@ -179,15 +174,15 @@ def test_a_record_that_cannot_be_written_is_named_and_closing_it_is_no_other_err
     plan = plan_of(f"run_dir={tmp_path}/run", "logging=files")
     with Logs(plan, True, "") as logs:
         logs.begin(0)
-        logs.metrics.close()
-        logs.metrics = open("/dev/full", "w", buffering=1)
+        logs.metrics_file.close()
+        logs.metrics_file = open("/dev/full", "w", buffering=1)
         with pytest.raises(
             Unwritable, match=r"run/metrics.jsonl cannot be written \(No space left on device\)"
         ):
             logs.validation(1, val_loss=2.5)
         (tmp_path / "run").rename(tmp_path / "moved")
         said = f"{tmp_path}/run/status.json.tmp cannot be written (No such file or directory)"
-        assert logs.failed("lm_loss is not finite") == said
+        assert logs.record_failure("lm_loss is not finite") == said
         with pytest.raises(Unwritable):
             logs.status("running", "")
 

@@ -1,4 +1,4 @@
-"""A rank that stands still says so, shows its stacks and ends; one that moves is left alone."""
+"""A rank that stands still reports it, prints its stacks and exits; a working rank continues."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from mixtrain.training.watchdog import (
 BEGIN = """
 import sys, time
 from pathlib import Path
-from mixtrain.training.watchdog import Watchdog, beat
+from mixtrain.training.watchdog import Watchdog, heartbeat
 words = lambda text: Path(sys.argv[1], 'words').write_text(text)
 with Watchdog(3, 0.5 / 60, sys.argv[1], words):
 """
 
 
 def run(folder: Path, body: str) -> subprocess.CompletedProcess:
-    """A process of this body within a watchdog of half a second."""
+    """Run this body within a watchdog of half a second."""
     return subprocess.run(
         [sys.executable, "-c", BEGIN + body, str(folder)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -44,16 +44,19 @@ def run(folder: Path, body: str) -> subprocess.CompletedProcess:
 
 
 def test_a_beat_that_cannot_be_written_ends_nothing(tmp_path):
-    full = "    from mixtrain.training import watchdog; watchdog._active.file = open('/dev/full', 'w')\n"
+    full = (
+        "    from mixtrain.training import watchdog\n"
+        "    watchdog._active.file = open('/dev/full', 'w')\n"
+    )
     done = run(
         tmp_path / "gone",
-        "    beat('start', 1)\n" + full + "    beat('forward', 1); print('goes on')\n",
+        "    heartbeat('start', 1)\n" + full + "    heartbeat('forward', 1); print('goes on')\n",
     )
     assert (done.returncode, done.stdout) == (0, "goes on\n"), done.stderr
 
 
 def test_a_main_thread_that_stands_still_is_shown_and_ended(tmp_path):
-    done = run(tmp_path, "    beat('forward', 12)\n    time.sleep(20)\n")
+    done = run(tmp_path, "    heartbeat('forward', 12)\n    time.sleep(20)\n")
     assert done.returncode == 1
     assert done.stderr.startswith(
         "mixtrain: rank 3 stands still in step 12 (forward) for 0 s; its stacks:\n"
@@ -64,8 +67,10 @@ def test_a_main_thread_that_stands_still_is_shown_and_ended(tmp_path):
 
 
 def test_a_main_thread_that_lets_no_other_run_is_ended_as_well(tmp_path):
-    """A call into C that keeps Python's lock: the thread that watches cannot run."""
-    done = run(tmp_path, "    beat('forward', 12)\n    import re; re.match('(a*)*b', 'a' * 40)\n")
+    """A call into C that holds the GIL: the watchdog's thread cannot run."""
+    done = run(
+        tmp_path, "    heartbeat('forward', 12)\n    import re; re.match('(a*)*b', 'a' * 40)\n"
+    )
     assert (
         done.returncode == 1
         and "Timeout" in done.stderr
@@ -75,9 +80,7 @@ def test_a_main_thread_that_lets_no_other_run_is_ended_as_well(tmp_path):
 
 @dataclass
 class Looks:
-    """The watchdog's event on a clock of its own: each look of its thread comes a tenth of the
-    timeout later.
-    """
+    """The watchdog's event on its own clock: each look comes a tenth of the timeout later."""
 
     clock: float = 100.0
     seen: int = 0
@@ -94,7 +97,7 @@ class Looks:
 
 @pytest.fixture
 def looks(monkeypatch) -> Iterator[tuple[Looks, Watchdog]]:
-    """A watchdog of half a second whose thread is this one, and the event that it waits for."""
+    """A watchdog of half a second that runs on this thread, and the event that it waits for."""
     found = Looks()
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: found.clock)
     monkeypatch.setattr(
@@ -130,10 +133,8 @@ def test_who_has_stopped_moving_is_ended_at_the_first_look_after_the_timeout(loo
 def test_after_the_block_nobody_watches(tmp_path):
     """Neither the thread nor the backstop, which would end the process after 1.75 s."""
     ended = "[thread.join(20) for thread in threading.enumerate() if thread.name == 'watchdog']"
-    done = run(
-        tmp_path,
-        f"    beat('x', 1)\nimport threading; {ended}\ntime.sleep(2)\nbeat('nobody')\nprint('done')\n",
-    )
+    after = f"import threading; {ended}\ntime.sleep(2)\nheartbeat('nobody')\nprint('done')\n"
+    done = run(tmp_path, "    heartbeat('x', 1)\n" + after)
     assert (done.returncode, done.stdout) == (0, "done\n")
 
 

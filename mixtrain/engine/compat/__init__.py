@@ -1,5 +1,5 @@
-"""What Megatron-Core and PyTorch need mended: running without CUDA, gloo's gaps, faults of Megatron-Core.
+"""Patches of Megatron-Core and PyTorch: running without CUDA, gloo's gaps, Megatron-Core's faults.
 
 May import: config, system, errors.
-Does not belong here: anything that is not a patch of somebody else's code.
+Does not belong here: anything that is not a patch of upstream code.
 """

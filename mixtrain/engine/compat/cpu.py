@@ -1,10 +1,10 @@
-"""Megatron-Core without CUDA: the one module that knows that Megatron-Core expects a GPU.
+"""Run Megatron-Core without CUDA: the one module that knows that Megatron-Core expects a GPU.
 
-Rule: torch itself is not patched. A Megatron module that says `torch.cuda` gets a `torch` of its
-own whose `cuda` answers with the CPU; a function with a CUDA literal in it gets the CPU's literal;
-a few functions are replaced. Every site is in a table below and must still be there: an upgrade
-that moved one stops here, by name. training/worker.py applies it where trainer.accelerator is cpu,
-and on a GPU run nothing of it happens.
+Rule: torch itself is not patched. A Megatron module that uses `torch.cuda` gets its own `torch`
+whose `cuda` returns the CPU; a function with a CUDA literal gets the CPU's literal; a few functions
+are replaced. Every patched site is in a table below and must exist: after an upgrade that moved
+one, `apply` raises RuntimeError with its name. training/worker.py calls `apply` where
+trainer.accelerator is cpu; a GPU run is not patched.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch
 
 from mixtrain.engine.compat import gloo
 
-# Modules that call torch.cuda functions on the way of a training step (current_device, streams, RNG
-# states). fmt: off
+# Modules that call torch.cuda functions in a training step (current_device, streams, RNG states).
+# fmt: off
 NAMESPACES = {
     "tensor_parallel.layers": "devices of weights and of gathered activations",
     "tensor_parallel.mappings": "devices of collectives' outputs",
@@ -60,7 +60,7 @@ LITERALS = [
     ("transformer.utils", "get_default_causal_mask"),
     ("utils", "local_multi_tensor_l2_norm"),
 ]
-# Literals that only one of the supported versions has.
+# literals that only Megatron-Core 0.19 has
 LITERALS_019 = [
     ("optimizer.optimizer", "MegatronOptimizer.has_grad_norm_group"),
 ]
@@ -74,14 +74,15 @@ CPU_LITERALS = {
 
 
 def apply() -> None:
-    """Make the installed Megatron-Core run on the CPU, in this process. Once; a second call does nothing."""
+    """Patch the installed Megatron-Core for the CPU, in this process; once."""
     from megatron.core import jit
     from megatron.core.transformer.moe import token_dispatcher
 
     if isinstance(vars(token_dispatcher).get("torch"), _Torch):
         return
-    # Megatron's fuser is torch.compile, which needs a C++ compiler and takes up to minutes for one
-    # small kernel: off for what is decorated from here on, and eager for what is decorated already
+    # Megatron's fuser is torch.compile, which needs a C++ compiler and up to minutes per small
+    # kernel: disable it for functions decorated from now on, and run those decorated already
+    # eagerly
     jit.disable_jit_fuser()
     torch.compiler.set_stance("force_eager")
     for name in NAMESPACES:
@@ -96,7 +97,7 @@ def apply() -> None:
 
 
 class _Stream:
-    """A stream on which everything has been done already. All are equal: there is no other stream to wait for."""
+    """A stream whose work is always done. All streams are equal: there is none to wait for."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
     def wait_stream(self, _: Any) -> None: ...
@@ -104,7 +105,7 @@ class _Stream:
     def synchronize(self) -> None: ...
 
     def record_event(self, _: Any = None) -> _Stream:
-        # an event that has happened: it can be synchronised with, and that is all it is for
+        # also serves as an event that has happened: it can be synchronized with
         return self
 
     def __eq__(self, other: object) -> bool:
@@ -115,7 +116,7 @@ class _Stream:
 
 
 class _Cuda:
-    """torch.cuda as a Megatron module sees it on the CPU. A name that is not answered here is torch.cuda's own."""
+    """torch.cuda as a Megatron module sees it on the CPU; other names are torch.cuda's own."""
 
     Stream = _Stream
     current_device = staticmethod(lambda: torch.device("cpu"))
@@ -132,7 +133,7 @@ class _Cuda:
 
 
 class _Torch:
-    """torch as a Megatron module sees it on the CPU: torch, but for `cuda`."""
+    """torch as a Megatron module sees it on the CPU: all of torch except `cuda`."""
 
     cuda = _Cuda()
 
@@ -151,12 +152,12 @@ def _set_rng_state(new_state: torch.Tensor, device: int = -1, graph_safe: bool =
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-    """The dispatcher wants split sizes as numpy; upstream converts them only on their way from a GPU."""
+    """Return split sizes as numpy for the dispatcher; upstream converts only tensors of a GPU."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _positions_on_this_rank(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
-    """Rotary positions of this context-parallel rank's two chunks; upstream takes the way over pinned memory."""
+    """Return the rotary positions of this rank's two chunks. Upstream uses pinned memory."""
     chunks = pos_emb.chunk(2 * cp_group.size(), dim=seq_dim)
     return torch.cat(
         [chunks[cp_group.rank()], chunks[2 * cp_group.size() - 1 - cp_group.rank()]], dim=seq_dim
@@ -189,14 +190,17 @@ def _give_namespace(name: str) -> None:
     module = _module(name)
     if "torch.cuda" not in inspect.getsource(module) or vars(module).get("torch") is not torch:
         raise RuntimeError(
-            f"megatron.core.{name} no longer says torch.cuda: mend mixtrain/engine/compat/cpu.py,"
+            f"megatron.core.{name} no longer uses torch.cuda: update mixtrain/engine/compat/cpu.py,"
             " NAMESPACES"
         )
     module.torch = _Torch()
 
 
 def _replace_literals(module_name: str, path: str) -> None:
-    """Exchange the CUDA literals among the constants of one function's code, wherever it is known by."""
+    """Replace the CUDA literals among the constants of one function's code object.
+
+    So every module that imported the function gets the change.
+    """
     owner: Any = _module(module_name)
     for part in path.split("."):
         owner = getattr(owner, part, None)
@@ -205,29 +209,27 @@ def _replace_literals(module_name: str, path: str) -> None:
     replaced = tuple(_cpu_literal(constant) for constant in constants)
     if replaced == constants:
         raise RuntimeError(
-            f"megatron.core.{module_name}.{path} has no CUDA literal any more: mend"
+            f"megatron.core.{module_name}.{path} has no CUDA literal any more: update"
             " mixtrain/engine/compat/cpu.py, LITERALS"
         )
     function.__code__ = function.__code__.replace(co_consts=replaced)
 
 
 def _cpu_literal(constant: Any) -> Any:
-    if isinstance(constant, tuple):  # `in ["a", "b"]` is a tuple by the time it is compiled
+    if isinstance(constant, tuple):  # the compiler turns `in ["a", "b"]` into a tuple
         return tuple(_cpu_literal(part) for part in constant)
     return CPU_LITERALS.get(constant, constant) if isinstance(constant, str) else constant
 
 
 def _replace_function(module_name: str, name: str, function: Callable) -> None:
-    """Put `function` in the place of an upstream one, also where other Megatron modules imported it by name."""
+    """Replace an upstream function, also in Megatron modules that imported it by name."""
     old = getattr(_module(module_name), name, None)
     if old is None:
         raise RuntimeError(
-            f"megatron.core.{module_name}.{name} is gone: mend mixtrain/engine/compat/cpu.py,"
+            f"megatron.core.{module_name}.{name} is gone: update mixtrain/engine/compat/cpu.py,"
             " REPLACEMENTS"
         )
     for module in list(sys.modules.values()):
-        if (
-            getattr(module, "__name__", "").startswith("megatron.core")
-            and vars(module).get(name) is old
-        ):
+        is_megatron = getattr(module, "__name__", "").startswith("megatron.core")
+        if is_megatron and vars(module).get(name) is old:
             setattr(module, name, function)

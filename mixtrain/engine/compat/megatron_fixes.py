@@ -1,6 +1,8 @@
-"""Mends of Megatron-Core's own faults, on any device. (What is only for want of CUDA is in engine/compat/cpu.py.)
+"""Fixes of Megatron-Core's own faults, on any device.
 
-Rule: a mend says which version needs it and does nothing where it is not needed.
+Patches for missing CUDA are in engine/compat/cpu.py.
+
+Rule: each fix names the versions that need it and does nothing on others.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 
 class _NoFP8:
-    """Stands in for Transformer Engine's FP8GlobalStateManager where there is no Transformer Engine: never fp8."""
+    """Replaces Transformer Engine's FP8GlobalStateManager if that package is missing: never fp8."""
 
     @staticmethod
     def is_fp8_enabled() -> bool:
@@ -20,29 +22,32 @@ class _NoFP8:
 
 
 def apply() -> None:
-    """Mend the installed Megatron-Core, in this process, and let it import in silence."""
-    # on import Megatron-Core says once a module that Apex and Transformer Engine are absent: the
-    # plan says what is used
+    """Fix the installed Megatron-Core in this process and silence warnings that do not apply."""
+    # on import each module warns that Apex and Transformer Engine are missing; the plan page lists
+    # what is used
     warnings.filterwarnings("ignore", message=".*not installed. Falling back")
     # torch 2.13 renames collectives that Megatron-Core calls in every step
     warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning)
-    # of its own shards, in every save
+    # about Megatron-Core's own shards, in every save
     warnings.filterwarnings("ignore", message="Please use DTensor")
-    # of the distributed optimizer's shards, views of the model's parameters, in every step
+    # about the distributed optimizer's shards, which are views of the parameters, in every step
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    # of CUDA graphs, which nobody asked for
+    # about CUDA graphs, which are not used
     warnings.filterwarnings("ignore", message="full scope is deprecated")
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.router import TopKRouter
 
-    # 0.16: any MoE layer without Transformer Engine ends in NameError: te_general_gemm (router_gating_linear)
+    # 0.16: an MoE layer without Transformer Engine raises NameError: te_general_gemm
+    # (router_gating_linear)
     _define(moe_utils, "te_general_gemm", None)
-    # 0.16 and 0.19: selective recompute of layernorm and moe_act without Transformer Engine ends in NameError
+    # 0.16 and 0.19: selective recompute of layernorm and moe_act without Transformer Engine raises
+    # NameError
     _define(random, "FP8GlobalStateManager", _NoFP8)
     _define(random, "activation_recompute_forward", lambda *_, **__: contextlib.nullcontext())
     _define(random, "fp8_autocast", lambda *_, **__: contextlib.nullcontext())
-    # 0.19: the same recompute compiles a C++ extension in the first backward pass: it wants ninja and a compiler
+    # 0.19: the same recompute compiles a C++ extension in the first backward pass, which needs
+    # ninja and a compiler
     if hasattr(random, "_get_share_storage"):
         random._get_share_storage = lambda: _copy_storage
     # 0.16 and 0.19: the gradient of global_aux_loss is divided by the data-parallel size
@@ -51,18 +56,18 @@ def apply() -> None:
 
 
 def _copy_storage(output: Any, recomputed: Any) -> None:
-    """Give a discarded output its numbers again, in its own storage, where all its views see them; 0.16's way."""
+    """Copy a recomputed output into the discarded output's storage, as 0.16 does."""
     storage = recomputed.untyped_storage()
     output.untyped_storage().resize_(storage.size())
     output.untyped_storage().copy_(storage)
 
 
 def _make_global_aux_loss_whole(router_class: type) -> None:
-    """Have global_aux_loss attached as what data parallelism averages.
+    """Multiply global_aux_loss by the data-parallel size before it is attached.
 
-    A data-parallel rank computes its own tokens' part of that loss, and the ranks' gradients are
-    averaged: the mean of the parts is the whole divided by the number of ranks. Megatron-LM's pull
-    request 3769 multiplies by it, too.
+    A data-parallel rank computes its own tokens' share of that loss, and gradients are averaged
+    over ranks: the mean of the shares is the loss divided by the number of ranks. Megatron-LM's
+    pull request 3769 multiplies by it too.
     """
     attach = router_class.attach_and_log_load_balancing_loss
     if hasattr(attach, "__wrapped__"):
@@ -74,7 +79,7 @@ def _make_global_aux_loss_whole(router_class: type) -> None:
     ) -> Any:
         if name == "global_load_balancing_loss":
             ranks = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
-            # what is logged is the one divided by the other
+            # upstream logs loss / coeff, which stays the same
             coeff = coeff * ranks
             loss = loss * ranks
         return attach(router, probs, coeff, loss, name, *args, **kwargs)
@@ -83,9 +88,10 @@ def _make_global_aux_loss_whole(router_class: type) -> None:
 
 
 def mark_tensor_parallel(model: Any) -> None:
-    """Mark the weights that tensor ranks split, by which the gradient's norm tells them from copies.
+    """Mark the weights that tensor ranks split: the gradient norm must not take them for copies.
 
-    0.16 marks them only where it draws them itself; without, the norm (and so clipping) forgets all but the first rank.
+    0.16 marks them only if it draws them itself. Without the mark the norm, and so clipping, counts
+    only the first tensor rank.
     """
     from megatron.core.tensor_parallel import layers
 
@@ -96,11 +102,9 @@ def mark_tensor_parallel(model: Any) -> None:
     }
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if (
-            type(module) in axes
-            and weight is not None
-            and not hasattr(weight, "tensor_model_parallel")
-        ):
+        if type(module) not in axes or weight is None:
+            continue
+        if not hasattr(weight, "tensor_model_parallel"):
             layers.set_tensor_model_parallel_attributes(weight, True, axes[type(module)], 1)
 
 

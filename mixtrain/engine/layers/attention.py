@@ -1,4 +1,4 @@
-"""Core attention, whole sequences or context parallel: PyTorch's kernels, on the CPU products by blocks.
+"""Core attention, with or without context parallelism: PyTorch's kernels, BlockAttention on CPU.
 
 Legend of shapes: s length on this rank, b batch, h query heads, g key/value heads, d head size.
 """
@@ -19,7 +19,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from mixtrain.engine.layers.context import chunks_of, gather_in_order
 from mixtrain.engine.layers.cpu.attention import BlockAttention
 
-KERNELS = {  # model.attention_backend; Megatron-Core calls cuDNN's kernel fused
+KERNELS = {  # by model.attention_backend; "fused" is Megatron-Core's name for cuDNN's kernel
     AttnBackend.flash: SDPBackend.FLASH_ATTENTION,
     AttnBackend.fused: SDPBackend.CUDNN_ATTENTION,
     AttnBackend.unfused: SDPBackend.MATH,
@@ -27,10 +27,10 @@ KERNELS = {  # model.attention_backend; Megatron-Core calls cuDNN's kernel fused
 
 
 class CoreAttention(MegatronModule):
-    """softmax(q k^T / sqrt(d)) v, each query seeing the keys up to its own position.
+    """Causal attention: softmax(q k^T / sqrt(d)) v.
 
     Keys and values are not repeated for the query heads that share them. Under context parallelism
-    each rank gathers the keys and values of the whole sequence and attends with its own two chunks
+    each rank gathers the keys and values of the full sequence and attends with its own two chunks
     of queries.
     """
 
@@ -54,34 +54,33 @@ class CoreAttention(MegatronModule):
         if self.cp_group.size() == 1:
             attended = self._attend(query, key, value)
         else:
-            key, value = gather_in_order(torch.stack([key, value], dim=1), self.cp_group).unbind(
-                dim=1
-            )
+            stacked = gather_in_order(torch.stack([key, value], dim=1), self.cp_group)
+            key, value = stacked.unbind(dim=1)
             length = query.shape[0] // 2  # of a chunk
-            ends = [
-                (chunk + 1) * length
-                for chunk in chunks_of(self.cp_group.rank(), self.cp_group.size())
-            ]
+            chunks = chunks_of(self.cp_group.rank(), self.cp_group.size())
+            ends = [(index + 1) * length for index in chunks]
             attended = torch.cat(
                 [
-                    self._attend(part, key[:end], value[:end])
-                    for part, end in zip(query.chunk(2), ends, strict=True)
+                    self._attend(chunk, key[:end], value[:end])
+                    for chunk, end in zip(query.chunk(2), ends, strict=True)
                 ]
             )
         return attended.flatten(2)
 
     @staticmethod
     def _is_cpu(query: torch.Tensor) -> bool:
-        """There PyTorch's kernel takes 1.3 to 3 times as long as products of blocks do (measured with AVX-512)."""
+        """Return whether to use BlockAttention.
+
+        On the CPU PyTorch's kernel takes 1.3 to 3 times as long (measured with AVX-512).
+        """
         return query.device.type == "cpu"
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The queries are the last positions of the keys. [s, b, h, d], [>=s, b, g, d] twice -> [s, b, h, d]."""
+        """[s, b, h, d], 2 x [n, b, g, d] -> [s, b, h, d]; queries are the last s of n positions."""
         forced = KERNELS.get(self.config.attention_backend)
         if forced is None and self._is_cpu(query):
-            return BlockAttention.apply(
-                query, key, value, self.softmax_scale or query.shape[3] ** -0.5
-            )
+            scale = self.softmax_scale or query.shape[3] ** -0.5
+            return BlockAttention.apply(query, key, value, scale)
         with sdpa_kernel(forced) if forced else contextlib.nullcontext():
             attended = F.scaled_dot_product_attention(
                 *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
@@ -93,22 +92,22 @@ class CoreAttention(MegatronModule):
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, aligned: bool) -> dict[str, object]:
-    """The causal mask, without a tensor wherever the kernel knows how; `aligned`: flash attention may be taken."""
+    """Return the arguments for a causal mask, without a mask tensor if the kernel can do without.
+
+    `aligned`: flash attention, which aligns the mask to the last key, may run.
+    """
     rows = query.shape[0]
     columns = key.shape[0]
     if rows == columns:
         return {"is_causal": True}
     if aligned and query.is_cuda and query.dtype is torch.bfloat16:
         return {"attn_mask": _lower_right(rows, columns)}
-    return {
-        "attn_mask": torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(
-            columns - rows
-        )
-    }
+    visible = torch.ones(rows, columns, dtype=torch.bool, device=query.device)
+    return {"attn_mask": visible.tril(columns - rows)}
 
 
 def _lower_right(rows: int, columns: int) -> CausalBias:
-    """PyTorch's causal_lower_right without the tensor of [2, rows, columns] that its constructor allocates."""
+    """Return PyTorch's causal_lower_right without allocating its [2, rows, columns] tensor."""
     bias = torch.Tensor.__new__(CausalBias)
     bias.__init__(CausalVariant.LOWER_RIGHT, rows, columns)
     return bias

@@ -1,7 +1,7 @@
 """The experts of a layer: one grouped matrix product each for fc1 and fc2, SwiGLU between.
 
-Legend of shapes: T tokens sent to this rank, sorted by expert; E experts here; H hidden; F the part
-of the FFN here.
+Legend of shapes: T tokens routed to this rank, sorted by expert; E local experts; H hidden; F local
+FFN size.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from mixtrain.engine.layers.cpu.experts import ExpertByExpert
 
 
 class Experts(MegatronModule):
-    """E experts, each down(silu(gate(x)) * up(x)) (Shazeer 2020, SwiGLU), split over expert and tensor ranks.
+    """E SwiGLU experts down(silu(gate(x)) * up(x)) (Shazeer 2020), over expert and tensor ranks.
 
-    `weight1` [E, 2F, H] holds gate above up, `weight2` [E, H, F]. `moe_grouped_gemm` chooses how each is multiplied,
-    not what: one grouped_mm for all experts, or a loop over them.
+    `weight1` [E, 2F, H] holds gate above up; `weight2` is [E, H, F]. `moe_grouped_gemm` does not
+    change the result: it chooses one grouped_mm for all experts or a loop over them.
     """
 
     def __init__(
@@ -37,35 +37,32 @@ class Experts(MegatronModule):
         self.recompute_act = selective and "moe_act" in config.recompute_modules
 
     def _weight(self, *shape: int, split: int) -> torch.nn.Parameter:
-        """A weight with the marks by which Megatron-Core reduces its gradient and adds it to the norm."""
+        """Create a weight with Megatron-Core's attributes for gradient reduction and norm."""
         weight = torch.nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype))
         weight.tensor_model_parallel = True
         weight.partition_dim = split
         weight.partition_stride = 1
-        # false: reduced over the ranks that share these experts, not over those that share dense
-        # weights. Upstream's experts (0.16) look at the first condition alone and are left
-        # unreduced over TP where ETP is less
-        dense = (
-            self.config.expert_model_parallel_size == 1
-            and self.etp.size() == self.config.tensor_model_parallel_size
-        )
-        weight.allreduce = dense
+        # True: reduced like dense weights; False: over the ranks that share these experts.
+        # Upstream's experts (0.16) check only EP == 1, so their gradients are not reduced over TP
+        # if ETP < TP
+        is_like_dense = self.etp.size() == self.config.tensor_model_parallel_size
+        weight.allreduce = self.config.expert_model_parallel_size == 1 and is_like_dense
         return weight
 
     def forward(
         self, tokens: torch.Tensor, tokens_per_expert: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """[T, H], [E], the router's weights [T] -> ([T, H], no bias)."""
+        """Tokens [T, H], rows per expert [E], router weights [T] -> ([T, H], no bias)."""
         counts = tokens_per_expert
         if self.config.moe_grouped_gemm and self._is_cpu(tokens):
-            return ExpertByExpert.apply(
+            output = ExpertByExpert.apply(
                 tokens, probs, self.weight1, self.weight2, counts.tolist()
-            ), None
-        multiply = (
-            self._grouped(counts, tokens.device)
-            if self.config.moe_grouped_gemm
-            else self._loop(counts)
-        )
+            )
+            return output, None
+        if self.config.moe_grouped_gemm:
+            multiply = self._grouped(counts, tokens.device)
+        else:
+            multiply = self._loop(counts)
         hidden = multiply(tokens, self.weight1)
         if not self.recompute_act:
             return multiply(_swiglu(hidden, probs), self.weight2), None
@@ -76,13 +73,16 @@ class Experts(MegatronModule):
 
     @staticmethod
     def _is_cpu(tokens: torch.Tensor) -> bool:
-        """There grouped_mm is a loop over experts too, and a slower one."""
+        """Whether to use ExpertByExpert: on the CPU grouped_mm is a slower loop over experts."""
         return tokens.device.type == "cpu"
 
     @staticmethod
     def _grouped(tokens_per_expert: torch.Tensor, device: torch.device):
-        """Rows of each expert times its own matrix [E, out, in], all at once. Experts without rows are fine."""
-        # the dispatcher counts on the host, and nobody there waits for the copy
+        """Return a function that multiplies each expert's rows by its matrix, with grouped_mm.
+
+        The matrices are [E, out, in]; an expert may have no rows.
+        """
+        # the dispatcher counts on the host, which does not wait for the copy
         ends = tokens_per_expert.cumsum(0).to(torch.int32).to(device, non_blocking=True)
 
         def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -95,47 +95,48 @@ class Experts(MegatronModule):
 
     @staticmethod
     def _loop(tokens_per_expert: torch.Tensor):
-        """The same, expert by expert."""
+        """Return the same function, as a loop over experts."""
         counts = tokens_per_expert.tolist()
 
         def multiply(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return torch.cat(
-                [
-                    F.linear(part, matrix)
-                    for part, matrix in zip(rows.split(counts), weight, strict=True)
-                ]
-            )
+            pairs = zip(rows.split(counts), weight, strict=True)
+            return torch.cat([F.linear(expert_rows, matrix) for expert_rows, matrix in pairs])
 
         return multiply
 
     def backward_dw(self) -> None:
-        """Nothing is left over: Megatron-Core asks for delayed weight gradients where it has delayed them."""
+        """Do nothing: Megatron-Core calls this for delayed weight gradients, and there are none."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """As Megatron-LM with Transformer Engine writes experts: [.., expert, 2F, H] and [.., expert, H, F]."""
-        axes = len(sharded_offsets)  # before the expert's: the layer
+        """Return the keys and shapes of Megatron-LM with Transformer Engine.
+
+        [..., expert, 2F, H] for weight1 and [..., expert, H, F] for weight2.
+        """
+        axes = len(sharded_offsets)  # the axes before the expert's: the layer
         rank = self.etp.rank()
         ranks = self.etp.size()
         replica = (0, 0, self.edp.rank())
         first = self.ep.rank() * len(self.weight1)
         total = self.ep.size() * len(self.weight1)
 
-        def pieces(key: str, weight: torch.Tensor, replica_id: tuple, cut) -> list[ShardedTensor]:
-            """Expert by expert: `cut` gives its parts and their places along the axis that tensor ranks split."""
+        def sharded(
+            key: str, weight: torch.Tensor, replica_id: tuple, split
+        ) -> list[ShardedTensor]:
+            """Return every expert's shards; `split` yields (shard, axis, index, shards on it)."""
             return [
                 ShardedTensor.from_rank_offsets(
                     key,
-                    part,
+                    shard,
                     *sharded_offsets,
                     (axes, first + number, total),
-                    (axes + 1 + axis, at, of),
+                    (axes + 1 + axis, index, count),
                     replica_id=replica_id,
                     prepend_axis_num=axes + 1,
                 )
                 for number, expert in enumerate(weight)
-                for part, axis, at, of in cut(expert)
+                for shard, axis, index, count in split(expert)
             ]
 
         def gate_and_up(expert: torch.Tensor):
@@ -145,17 +146,17 @@ class Experts(MegatronModule):
         def down(expert: torch.Tensor):
             return ((expert, 1, rank, ranks),)
 
-        def factory(name: str, weight: torch.Tensor, cut) -> ShardedTensorFactory:
+        def factory(name: str, weight: torch.Tensor, split) -> ShardedTensorFactory:
             def build(
                 key: str,
                 data: torch.Tensor,
                 replica_id: tuple,
                 flattened_range: slice | None = None,
             ):
-                return pieces(key, data, replica_id, cut)
+                return sharded(key, data, replica_id, split)
 
-            def merge(parts: list[torch.Tensor]) -> torch.Tensor:
-                return torch.cat(parts).view(weight.shape)
+            def merge(shards: list[torch.Tensor]) -> torch.Tensor:
+                return torch.cat(shards).view(weight.shape)
 
             return ShardedTensorFactory(
                 f"{prefix}experts.{name}.weight", weight, build, merge, replica
@@ -168,15 +169,15 @@ class Experts(MegatronModule):
 
 
 def _contiguous(gradient: torch.Tensor) -> torch.Tensor:
-    """grouped_mm's backward takes no expanded gradient, as that of a sum is, not even an empty one."""
+    """Copy an expanded gradient, as of a sum: grouped_mm's backward refuses it, even if empty."""
     return gradient.contiguous() if gradient.numel() else gradient.new_empty(gradient.shape)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(gate) * up * weight, keeping nothing for the backward pass but what it was given.
+    """silu(gate) * up * weight that saves only its inputs for backward.
 
-    PyTorch would keep silu(gate), its product with up and more: as much again, in every layer and
-    microbatch.
+    PyTorch would also save silu(gate), its product with up and more: twice the memory in every
+    layer and microbatch.
     """
 
     @staticmethod
@@ -198,9 +199,9 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def _swiglu(hidden: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up times the router's weight of the token: [T, 2F], [T] -> [T, F].
+    """silu(gate) * up times the token's router weight: [T, 2F], [T] -> [T, F].
 
-    The weight goes in before the second matrix, where a pass is made anyway, in the router's
+    The weight is applied before the second matrix, in a pass that is needed anyway, in the router's
     precision.
     """
     return _SwiGLU.apply(hidden, probs)

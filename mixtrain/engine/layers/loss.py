@@ -1,4 +1,4 @@
-"""The loss of each token where the vocabulary is whole on its rank: one tensor of logits, and no other of its size."""
+"""The loss of each token, for an unsplit vocabulary: no second tensor of the logits' size."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Iterator
 
 import torch
 
-# Tokens whose logits are in fp32 at a time: on the CPU as many as its cache holds, on a GPU as many
-# as keep it busy.
+# tokens whose logits are in fp32 at a time: what fits a CPU's cache, what keeps a GPU busy
 ROWS = {"cpu": 64, "cuda": 4096}
 
 
 class TokenLosses(torch.autograd.Function):
-    """Cross entropy in fp32 of logits [n, V] against labels [n] -> [n]. The logits are overwritten by their gradient.
+    """Cross entropy in fp32: logits [n, V], labels [n] -> [n].
 
-    Megatron-Core's takes three fp32 tensors of the logits' size, for a vocabulary that is split over tensor ranks;
-    PyTorch's takes four.
+    Overwrites the logits with their gradient. Megatron-Core's, for a vocabulary split over tensor
+    ranks, takes three fp32 tensors of the logits' size; PyTorch's takes four.
     """
 
     @staticmethod
@@ -25,11 +24,11 @@ class TokenLosses(torch.autograd.Function):
             highest = part.amax(dim=1, keepdim=True).float()
             of_label = part.gather(1, label).float()
             softmax = torch.softmax(part, dim=1, dtype=torch.float32)
-            # the highest score's softmax is one over the sum of all exponentials less the highest
+            # the highest logit's softmax is 1 / sum(exp(logits - highest))
             loss.copy_(highest - of_label - softmax.amax(dim=1, keepdim=True).log())
             softmax.scatter_add_(1, label, softmax.new_full(label.shape, -1.0))  # the gradient
             part.copy_(softmax)
-        ctx.gradient = logits.detach()  # not saved as an input: it is one no more
+        ctx.gradient = logits.detach()  # not save_for_backward: the input has been overwritten
         return losses.squeeze(1)
 
     @staticmethod
@@ -44,6 +43,6 @@ def _parts(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """[s, b, V], which are overwritten, [b, s] -> [b, s] in fp32."""
+    """Logits [s, b, V], which are overwritten, labels [b, s] -> losses [b, s] in fp32."""
     losses = TokenLosses.apply(logits.flatten(0, 1), labels.t().flatten())
     return losses.view(logits.shape[:2]).t().contiguous()

@@ -1,4 +1,4 @@
-"""Megatron-Core's gradient buffers, for layers of ours that add to them without a detour over autograd."""
+"""Megatron-Core's gradient buffers, for layers that add to them directly, not through autograd."""
 
 from __future__ import annotations
 
@@ -6,18 +6,16 @@ import torch
 
 
 def buffer_of(weight: torch.nn.Parameter) -> torch.Tensor | None:
-    """Where the gradient of `weight` is added up.
+    """Return the buffer that accumulates the gradient of `weight`, or None.
 
-    None: autograd must be given it. There is no such place, or a hook on the weight (put there
-    between steps) reads it, or it meets another: Megatron-Core says zero_out_wgrad of a table that
-    is the output layer's too.
+    None: autograd must get the gradient. Either there is no buffer, or a hook on the weight reads
+    the gradient (hooks may be added between steps), or the table is also the output layer's, which
+    Megatron-Core marks with zero_out_wgrad.
 
-    Whoever adds to it says so in weight.grad_added_to_main_grad, as Megatron-Core's own fused
-    kernels do, and gives autograd a tensor that nobody reads.
+    A caller that adds to the buffer sets weight.grad_added_to_main_grad, as Megatron-Core's fused
+    kernels do, and returns a tensor to autograd that is never read.
     """
     readers = ("_backward_hooks", "_post_accumulate_grad_hooks", "zero_out_wgrad")
-    return (
-        None
-        if any(getattr(weight, name, None) for name in readers)
-        else getattr(weight, "main_grad", None)
-    )
+    if any(getattr(weight, name, None) for name in readers):
+        return None
+    return getattr(weight, "main_grad", None)

@@ -1,4 +1,4 @@
-"""The norm: PyTorch's fused RMSNorm, on the CPU one of ours, with the mark that sequence parallelism needs."""
+"""RMSNorm: PyTorch's fused kernel, or CpuNorm on the CPU; marked for sequence parallelism."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis of [..., hidden_size] (Zhang and Sennrich 2019).
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019).
 
-    Under sequence parallelism each tensor-parallel rank sees its part of the sequence, so the weight's gradient must be
-    added up over these ranks; Megatron-Core does so for parameters that are marked `sequence_parallel`.
+    x is [..., hidden_size]. Under sequence parallelism each tensor-parallel rank sees its part of
+    the sequence, so the weight's gradient must be summed over these ranks. Megatron-Core does that
+    for parameters marked `sequence_parallel`.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object):
@@ -29,12 +30,15 @@ class RMSNorm(torch.nn.RMSNorm):
 
     @staticmethod
     def _is_cpu(x: torch.Tensor) -> bool:
-        """There PyTorch's takes twice as long."""
+        """Return whether to use CpuNorm: on the CPU PyTorch's kernel takes twice as long."""
         return x.device.type == "cpu"
 
 
 class CpuNorm(torch.autograd.Function):
-    """The same in fp32, keeping x and one number a row. PyTorch has it in many operations there, and keeps each."""
+    """RMSNorm in fp32 that saves x and one number per row for backward.
+
+    On the CPU PyTorch runs many operations and saves the result of each.
+    """
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -24,15 +24,14 @@ from mixtrain.engine.layers.attention import CoreAttention
 from mixtrain.engine.layers.experts import Experts
 from mixtrain.engine.layers.norm import ProjectionNorm, RMSNorm
 
-# Transformer Engine fuses the first norm with the matrix after it and stores it there: so do we, on
-# disk.
+# on disk as Transformer Engine, which fuses the first norm with the next matrix and stores it there
 KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
 def block_spec(
     model: ModelConfig, config: TransformerConfig, vp_stage: int | None
 ) -> TransformerBlockSubmodules:
-    """This stage's (and chunk's) layers, all Mixture-of-Experts, and the norm after the last."""
+    """Return the layers of this stage (and chunk), all Mixture-of-Experts, and the final norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
         layer_specs=[layer_spec(model, config)] * layers, layer_norm=RMSNorm
@@ -40,7 +39,7 @@ def block_spec(
 
 
 def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
-    """Norm, attention, norm, experts."""
+    """Return the spec of a layer: norm, attention, norm, experts."""
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
         core_attention=CoreAttention,

@@ -179,7 +179,7 @@ class MegatronLayers:
             data = self.parts.at(shard.key, numbers)
             if self.transform:
                 data = self.transform(shard.key, numbers, data)
-            shard.data.copy_(data[shard.cut])
+            shard.data.copy_(data[shard.slices])
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

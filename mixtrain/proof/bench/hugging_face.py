@@ -52,7 +52,7 @@ def built(plan: Plan, chosen: dict[str, str], device: torch.device) -> PreTraine
     dtype = DTYPES[plan.config.trainer.precision]
     with device:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=dtype)
-    weights = to_hugging_face(plan.config, weight_init.wholes(plan, dtype), "fused")
+    weights = to_hugging_face(plan.config, weight_init.initial_tensors(plan, dtype), "fused")
     model.load_state_dict(weights, strict=plan.config.model.untie_embeddings_and_output_weights)
     return model.train()
 

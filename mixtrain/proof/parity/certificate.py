@@ -24,7 +24,7 @@ from mixtrain.proof.parity import table
 from mixtrain.proof.parity.layouts import Layout, all_layouts, legal_plan
 from mixtrain.system import scratch
 from mixtrain.training import measured_step
-from mixtrain.training.compare_steps import LIMITS, Verdict, judge
+from mixtrain.training.compare_steps import TOLERANCES, Verdict, judge
 
 # at most, or twice as many as a token goes to: more of them need more tokens, and show no more
 EXPERTS = 8
@@ -222,7 +222,7 @@ def at_layout(
             plan.world_size, lambda identity: work(seeded, identity, wholes), folder, PATIENCE_S
         )
     except RankFailure as failure:
-        return Verdict(dict.fromkeys(LIMITS, math.inf), [failure.reason])
+        return Verdict(dict.fromkeys(TOLERANCES, math.inf), [failure.reason])
     return judge(one, results, tensor_schema.shapes(plan.config))
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from mixtrain.proof.parity.layouts import Layout
-from mixtrain.training.compare_steps import LIMITS, Verdict
+from mixtrain.training.compare_steps import TOLERANCES, Verdict
 
 NAMES = 44  # columns for a layout's name
-HEADER = f"{'layout':<{NAMES}} ranks " + " ".join(f"{kind:>9}" for kind in LIMITS)
+HEADER = f"{'layout':<{NAMES}} ranks " + " ".join(f"{kind:>9}" for kind in TOLERANCES)
 
 
 def line(layout: Layout, verdict: Verdict) -> str:
     """A layout's largest differences under HEADER."""
     return f"{layout!s:<{NAMES}} {layout.ranks:>5} " + " ".join(
-        f"{verdict.differences[kind]:>9.0e}" for kind in LIMITS
+        f"{verdict.differences[kind]:>9.0e}" for kind in TOLERANCES
     )
 
 
@@ -22,10 +22,10 @@ def markdown(title: str, facts: Iterable[tuple[str, str]], verdicts: dict[Layout
     """The certificate as a page: facts, then the largest differences for each set of axes that are split."""
     lines = [f"# {title}", "", *[f"* {name}: {value}" for name, value in facts], ""]
     lines += [
-        "| split | layouts | " + " | ".join(LIMITS) + " |",
-        "|---|---|" + "---|" * len(LIMITS),
+        "| split | layouts | " + " | ".join(TOLERANCES) + " |",
+        "|---|---|" + "---|" * len(TOLERANCES),
     ]
-    lines += [f"| limit | | {' | '.join(f'{limit:.0e}' for limit in LIMITS.values())} |"]
+    lines += [f"| limit | | {' | '.join(f'{limit:.0e}' for limit in TOLERANCES.values())} |"]
     lines += list(_rows(verdicts))
     outside = [
         f"* OUTSIDE at {layout}: {verdict}"
@@ -41,7 +41,7 @@ def _rows(verdicts: dict[Layout, Verdict]) -> Iterator[str]:
     for layout, verdict in verdicts.items():
         groups.setdefault(layout.axes, []).append(verdict)
     for axes, members in sorted(groups.items(), key=lambda group: (len(group[0]), group[0])):
-        worst = [max(member.differences[kind] for member in members) for kind in LIMITS]
+        worst = [max(member.differences[kind] for member in members) for kind in TOLERANCES]
         yield (
             f"| {', '.join(axes) or 'nothing'} | {len(members)} |"
             f" {' | '.join(f'{value:.1e}' for value in worst)} |"

@@ -1,7 +1,7 @@
-"""What a run finds out about its nodes in seconds, before a model is built and hours are spent. No torch here.
+"""Quick checks of nodes, network and numerics before the model is built. No torch here.
 
-Rule: every failure names the node, all that can be found out is found out before it is said, and nothing that the run
-will compute changes for it.
+Rule: every failure names its node, all problems are collected before they are reported, and the
+preflight changes nothing that the run computes.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from mixtrain.config.plan import Plan
 FOLDER = "preflight"  # in run_dir
 
 
-def wanted(plan: Plan) -> bool:
-    """Whether the run begins with a preflight."""
+def is_enabled(plan: Plan) -> bool:
+    """Whether the run starts with a preflight."""
     trainer = plan.config.trainer
     if trainer.mode is Mode.preflight or trainer.preflight is not Preflight.auto:
         return trainer.mode is Mode.preflight or trainer.preflight is Preflight.always
     return trainer.num_nodes > 1 or trainer.accelerator is Accelerator.gpu
 
 
-def recorded(plan: Plan) -> Plan:
-    """The plan with the directory that its records go to: a preflight alone leaves those of a run as they are."""
+def with_records_dir(plan: Plan) -> Plan:
+    """Return the plan with the run_dir for its records: a subfolder if the mode is preflight.
+
+    So a preflight alone does not touch the records of a run.
+    """
     if plan.config.trainer.mode is not Mode.preflight:
         return plan
     config = plan.config
-    # what is there are older preflights
+    # the subfolder holds older preflights, which must not be refused
     checkpoint = replace(config.checkpoint, resume=Resume.auto)
     return replace(
         plan,
@@ -37,6 +40,6 @@ def recorded(plan: Plan) -> Plan:
 
 
 def run_dir_of(plan: Plan) -> Path:
-    """The directory of the run, of a `recorded` plan."""
+    """Return the directory of the run itself, from a plan that with_records_dir returned."""
     run_dir = Path(plan.config.run_dir)
     return run_dir.parent if plan.config.trainer.mode is Mode.preflight else run_dir

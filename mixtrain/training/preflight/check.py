@@ -1,6 +1,6 @@
-"""The preflight on all ranks: facts, wires, two steps of the shrunk recipe; what it says and leaves in preflight.json.
+"""The preflight on all ranks: nodes, network, two steps of the shrunk recipe; preflight.json.
 
-Rule: every rank takes part in every stage, and every verdict is the same on all of them.
+Rule: every rank takes part in every stage, and every verdict is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault, UserError
 from mixtrain.system.rank_identity import Identity
 from mixtrain.training.preflight import FOLDER, network, node_info, parity, run_dir_of, verdict
-from mixtrain.training.preflight.node_info import Facts
-from mixtrain.training.preflight.shrink import Shrunk, shrunk
+from mixtrain.training.preflight.node_info import NodeInfo
+from mixtrain.training.preflight.shrink import ShrunkPlans, shrink
 
-# of one exchange: the first rank may wait for the CPU's result
+# of one exchange, in which the first rank may wait for the CPU's result
 PATIENCE = timedelta(seconds=parity.PATIENCE_S + 60)
 RECORD = "preflight.json"
 
 
-class Preflight:
-    """One preflight. Every rank makes one, and calls `run`."""
+class PreflightRun:
+    """One preflight. Every rank creates one and calls `run`."""
 
     def __init__(self, plan: Plan, identity: Identity, ranks: Ranks, say: Callable[[str], None]):
         self.plan = plan
@@ -37,22 +37,22 @@ class Preflight:
         self.ranks = ranks
         self.say = say
         self.run_dir = run_dir_of(plan)
-        # words go over gloo: what NCCL cannot do must still be told
-        self.words = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        # results go over gloo, so that an NCCL failure can still be reported
+        self.gloo_group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
         self.record: dict[str, Any] = {"world_size": plan.world_size}
 
     def run(self) -> None:
-        """UserError with all that is wrong with the nodes; a Fault where the wires or the numbers are."""
+        """Run all checks: UserError with the nodes' problems, Fault for network or numerics."""
         started = time.monotonic()
-        plans = shrunk(self.plan)
+        plans = shrink(self.plan)
         self.say(f"preflight of {self.plan.world_size} ranks")
         reference = None
         try:
-            gathered = self._facts()
-            if isinstance(plans, Shrunk) and self.ranks.is_first:
-                reference = parity.Reference(plans.one, self.run_dir / FOLDER)
-            self._wires([fact.node for fact in gathered])
-            self._parity(plans, reference, [fact.node for fact in gathered])
+            nodes = [info.node for info in self._check_nodes()]
+            if isinstance(plans, ShrunkPlans) and self.ranks.is_first:
+                reference = parity.Reference(plans.one_rank, self.run_dir / FOLDER)
+            self._check_network(nodes)
+            self._check_parity(plans, reference, nodes)
         finally:
             if reference:
                 reference.end()
@@ -60,39 +60,39 @@ class Preflight:
         self._write({"seconds": seconds})
         self._row("ready", f"in {seconds:.1f} s")
 
-    def gather(self, mine: Any) -> list:
-        """Every rank's object, on every rank."""
-        found: list = [None] * self.ranks.world_size
-        torch.distributed.all_gather_object(found, mine, group=self.words)
-        return found
+    def gather(self, value: Any) -> list:
+        """Return every rank's `value`, on every rank."""
+        values: list = [None] * self.ranks.world_size
+        torch.distributed.all_gather_object(values, value, group=self.gloo_group)
+        return values
 
-    def _facts(self) -> list[Facts]:
+    def _check_nodes(self) -> list[NodeInfo]:
+        """Return the node information of every rank; UserError with all problems."""
         token = self.gather(f".preflight_{secrets.token_hex(8)}")[0]
-        said = None
+        problem = None
         if self.ranks.is_first:
             try:
                 node_info.leave_token(self.run_dir, token)
             except OSError as error:
-                said = f"run_dir = {self.run_dir} cannot be written: {error.strerror or error}"
-        if said := self.gather(said)[0]:
-            raise UserError(said)
-        found = self.gather(
-            node_info.gather(
-                self.plan, self.identity, self.run_dir, token, network.device_facts(self.ranks)
-            )
+                problem = f"run_dir = {self.run_dir} cannot be written: {error.strerror or error}"
+        if problem := self.gather(problem)[0]:
+            raise UserError(problem)
+        device = network.device_info(self.ranks)
+        infos = self.gather(
+            node_info.collect(self.plan, self.identity, self.run_dir, token, device)
         )
         if self.ranks.is_first:
             (self.run_dir / token).unlink(missing_ok=True)
-        problems = verdict.problems(self.plan, found)
-        self._write({"ranks": [fact._asdict() for fact in found], "problems": problems})
+        problems = verdict.problems(self.plan, infos)
+        self._write({"ranks": [info._asdict() for info in infos], "problems": problems})
         if problems:
             raise UserError(*problems)
-        self._say_facts(found)
-        return found
+        self._print_nodes(infos)
+        return infos
 
-    def _say_facts(self, found: list[Facts]) -> None:
-        first = found[0]
-        nodes = list(dict.fromkeys(fact.node for fact in found))
+    def _print_nodes(self, infos: list[NodeInfo]) -> None:
+        first = infos[0]
+        nodes = list(dict.fromkeys(info.node for info in infos))
         shown = ", ".join(nodes[:6]) + (f" and {len(nodes) - 6} more" if len(nodes) > 6 else "")
         self._row("nodes", f"{len(nodes)}: {shown}")
         self._row(
@@ -104,20 +104,21 @@ class Preflight:
             self._row(
                 "  GPUs", f"{first.gpus} of {first.gpu_name}, {first.gpu_memory / 2**30:.0f} GiB"
             )
-        disk = min(fact.disk_free for fact in found) / 2**30
+        disk = min(info.disk_free for info in infos) / 2**30
         self._row("  run_dir", f"seen and written by all, {disk:,.0f} GiB free")
 
-    def _wires(self, nodes: list[str]) -> None:
+    def _check_network(self, nodes: list[str]) -> None:
         speeds = []
         fault = None
         try:
             speeds = network.measure(self.ranks)
-        except Fault as wrong:
-            fault = str(wrong)
-        self._all_or_none(fault)
-        for row in (table := network.rows(self.gather(speeds), nodes)):
-            (slow, middle) = row.all_reduce
-            (slow_all, middle_all) = row.all_to_all
+        except Fault as error:
+            fault = str(error)
+        self._raise_if_any(fault)
+        table = network.rows(self.gather(speeds), nodes)
+        for row in table:
+            slow, middle = row.all_reduce
+            slow_all, middle_all = row.all_to_all
             uneven = f"; SLOW: {', '.join(row.slowest)}" if row.is_uneven else ""
             self._row(
                 f"  {row.kind} of {row.ranks}",
@@ -126,42 +127,42 @@ class Preflight:
             )
         self._write({"wires": [row._asdict() for row in table]})
 
-    def _parity(
-        self, plans: Shrunk | str, reference: parity.Reference | None, nodes: list[str]
+    def _check_parity(
+        self, plans: ShrunkPlans | str, reference: parity.Reference | None, nodes: list[str]
     ) -> None:
         if isinstance(plans, str):
-            self._row("parity", f"not asked: {plans}")
+            self._row("parity", f"not checked: {plans}")
             return
-        out, wrong = self.gather((reference.out, reference.wait()) if reference else (None, None))[
-            0
-        ]
-        if wrong:
-            raise Fault(f"node {nodes[0]}: {wrong}")
+        outcome = (reference.out, reference.wait()) if reference else (None, None)
+        out, problem = self.gather(outcome)[0]
+        if problem:
+            raise Fault(f"node {nodes[0]}: {problem}")
         fault = result = None
         try:
             result = parity.differences(self.plan, plans, self.ranks, Path(out))
-        except Exception as error:  # the others must not wait for this rank
+        except Exception as error:  # the other ranks must not wait for this one
             fault = (
                 f"node {nodes[self.ranks.rank]}, rank {self.ranks.rank}:"
                 f" {type(error).__name__}: {error}"
             )
-        self._all_or_none(fault)
-        found, figures = parity.verdict(plans, Path(out), self.gather(result))
-        self._write({"parity": {"differences": found.differences, "outside": found.outside[:20]}})
-        if found.outside:
+        self._raise_if_any(fault)
+        comparison, figures = parity.verdict(plans, Path(out), self.gather(result))
+        differences = comparison.differences
+        self._write({"parity": {"differences": differences, "outside": comparison.outside[:20]}})
+        if comparison.outside:
             raise Fault(
-                "the shrunk recipe is not what the CPU computes:"
-                f" {parity.first_outside(found, nodes)}"
+                "the shrunk recipe differs from the CPU's result:"
+                f" {parity.first_outside(comparison, nodes)}"
             )
-        worst = max(found.differences["lm_loss"], found.differences["grad_norm"])
+        worst = max(differences["lm_loss"], differences["grad_norm"])
         self._row(
             "parity",
-            f"lm_loss {figures['lm_loss'][0]:.4f} and all gradients are the CPU's, within"
+            f"lm_loss {figures['lm_loss'][0]:.4f} and all gradients match the CPU's, within"
             f" {worst:.0e}",
         )
 
-    def _all_or_none(self, fault: str | None) -> None:
-        """A Fault on all ranks if there is one on any."""
+    def _raise_if_any(self, fault: str | None) -> None:
+        """Raise a Fault on all ranks if any rank has one. Every rank must call."""
         if faults := [text for text in self.gather(fault) if text]:
             raise Fault("; ".join(dict.fromkeys(faults)))
 

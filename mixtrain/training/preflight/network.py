@@ -1,6 +1,6 @@
-"""The wires between the ranks: a small all-reduce and all-to-all in every parallel group, right and how fast.
+"""Check the network: result and speed of a small all-reduce and all-to-all in every parallel group.
 
-Rule: what comes back is held against what it must be, and every wait has an end.
+Rule: every result is compared with the expected one, and every wait has a timeout.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault
 from mixtrain.system.rank_identity import node_name
 
-# of the tensor: large enough for the wire to count and not the start
+# of the tensor: large enough that bandwidth counts, not latency
 BYTES = {"cpu": 2**20, "cuda": 2**26}
-REPEATS = 3  # the best counts: the first one opens connections
+REPEATS = 3  # the fastest counts; one more call before them opens connections
 PATIENCE = timedelta(seconds=60)
 GB = 1e9
-SLOW = 0.5  # of the median of the groups of a kind: worth a warning
+SLOW = 0.5  # times the median of the kind: slower groups get a warning
 
 # fmt: off
 GROUPS: dict[str, Callable[[], ProcessGroup]] = {
@@ -41,7 +41,7 @@ GROUPS: dict[str, Callable[[], ProcessGroup]] = {
 
 
 class Speed(NamedTuple):
-    """Of one rank in one of its groups: bus bandwidth in GB/s as NVIDIA's nccl-tests define it."""
+    """One rank's speeds in one group: bus bandwidth in GB/s as NVIDIA's nccl-tests define it."""
 
     kind: str
     members: list[int]  # ranks
@@ -49,8 +49,8 @@ class Speed(NamedTuple):
     all_to_all: float
 
 
-def device_facts(ranks: Ranks) -> dict:
-    """What there is to say of this rank's GPU, by the names of Facts."""
+def device_info(ranks: Ranks) -> dict:
+    """Return the fields of NodeInfo that describe this rank's GPU."""
     if ranks.device.type != "cuda":
         return {"gpus": 0, "gpu_name": "", "gpu_memory": 0, "gpu_free": 0}
     free, total = torch.cuda.mem_get_info(ranks.device)
@@ -64,56 +64,48 @@ def device_facts(ranks: Ranks) -> dict:
 
 
 def measure(ranks: Ranks) -> list[Speed]:
-    """This rank's groups of more than one rank. Every rank must call. A Fault names the group and this node."""
-    found = []
+    """Measure this rank's groups of more than one rank. Every rank must call.
+
+    Raises a Fault that names the group and this node.
+    """
+    speeds = []
     for kind, group_of in GROUPS.items():
         group = group_of()
         if group.size() > 1:
-            found.append(
-                Speed(
-                    kind,
-                    torch.distributed.get_process_group_ranks(group),
-                    *_speeds(ranks, kind, group),
-                )
-            )
-    return found
+            members = torch.distributed.get_process_group_ranks(group)
+            speeds.append(Speed(kind, members, *_speeds(ranks, kind, group)))
+    return speeds
 
 
 def _speeds(ranks: Ranks, kind: str, group: ProcessGroup) -> tuple[float, float]:
+    """Return (all-reduce, all-to-all) in GB/s; Fault if a result is wrong."""
     size = group.size()
-    mine = group.rank()
+    rank = group.rank()
     count = max(1, BYTES[ranks.device.type] // 4 // size) * size
-    ones = torch.full((count,), mine + 1.0, device=ranks.device)
-    # to the j-th rank goes mine * size + j, so that from the i-th comes i * size + mine
-    parts = (
-        (mine * size + torch.arange(size, device=ranks.device))
-        .float()
-        .repeat_interleave(count // size)
-    )
-    total = torch.empty_like(ones)
-    received = torch.empty_like(parts)
+    addend = torch.full((count,), rank + 1.0, device=ranks.device)
+    # rank i sends i * size + j to rank j
+    peers = torch.arange(size, device=ranks.device)
+    sent = (rank * size + peers).float().repeat_interleave(count // size)
+    total = torch.empty_like(addend)
+    received = torch.empty_like(sent)
 
     def all_reduce():
-        total.copy_(ones)
+        total.copy_(addend)
         return torch.distributed.all_reduce(total, group=group, async_op=True)
 
     def all_to_all():
-        return torch.distributed.all_to_all_single(received, parts, group=group, async_op=True)
+        return torch.distributed.all_to_all_single(received, sent, group=group, async_op=True)
 
     seconds = [
         _best(ranks, kind, name, work)
         for name, work in (("all-reduce", all_reduce), ("all-to-all", all_to_all))
     ]
-    expected = (
-        (torch.arange(size, device=ranks.device) * size + mine)
-        .float()
-        .repeat_interleave(count // size)
-    )
-    for name, result, right in (
+    expected = (peers * size + rank).float().repeat_interleave(count // size)
+    for name, result, correct in (
         ("all-reduce", total, size * (size + 1) / 2),
         ("all-to-all", received, expected),
     ):
-        if wrong := int((result != right).sum()):
+        if wrong := int((result != correct).sum()):
             raise Fault(
                 f"node {node_name()}: the {name} of the {kind} group gave {wrong} wrong numbers of"
                 f" {count}"
@@ -123,8 +115,8 @@ def _speeds(ranks: Ranks, kind: str, group: ProcessGroup) -> tuple[float, float]
 
 
 def _best(ranks: Ranks, kind: str, name: str, work: Callable) -> float:
-    """Seconds of the quickest of REPEATS + 1 calls."""
-    taken = []
+    """Return the seconds of the fastest of REPEATS + 1 calls; Fault if one fails."""
+    seconds = []
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         try:
@@ -136,12 +128,12 @@ def _best(ranks: Ranks, kind: str, name: str, work: Callable) -> float:
             raise Fault(
                 f"node {node_name()}: the {name} of the {kind} group has failed: {reason}"
             ) from error
-        taken.append(time.perf_counter() - started)
-    return max(min(taken), 1e-9)
+        seconds.append(time.perf_counter() - started)
+    return max(min(seconds), 1e-9)
 
 
-class Row(NamedTuple):
-    """All groups of a kind: the slowest and the median rank, and the nodes of the slowest group."""
+class KindSpeeds(NamedTuple):
+    """All groups of a kind: (slowest, median) over ranks, and the nodes of the slowest group."""
 
     kind: str
     ranks: int
@@ -157,8 +149,8 @@ class Row(NamedTuple):
         )
 
 
-def rows(speeds: list[list[Speed]], nodes: list[str]) -> list[Row]:
-    """The table of what all ranks have measured, `nodes` being the ranks' nodes."""
+def rows(speeds: list[list[Speed]], nodes: list[str]) -> list[KindSpeeds]:
+    """Return a row per kind of group; `speeds` of all ranks, `nodes`: the ranks' nodes."""
     table = []
     for kind in GROUPS:
         of_kind = [speed for rank in speeds for speed in rank if speed.kind == kind]
@@ -169,7 +161,7 @@ def rows(speeds: list[list[Speed]], nodes: list[str]) -> list[Row]:
             (min(values), median(values))
             for values in ([s.all_reduce for s in of_kind], [s.all_to_all for s in of_kind])
         ]
-        where = list(dict.fromkeys(nodes[rank] for rank in slowest.members))
+        slowest_nodes = list(dict.fromkeys(nodes[rank] for rank in slowest.members))
         groups = len({tuple(speed.members) for speed in of_kind})
-        table.append(Row(kind, len(slowest.members), groups, *figures, where))
+        table.append(KindSpeeds(kind, len(slowest.members), groups, *figures, slowest_nodes))
     return table

@@ -1,6 +1,6 @@
-"""What one rank knows of its node, and can tell the others. No torch.
+"""What one rank knows about its node and sends to the others. No torch.
 
-Rule: every fact is looked at here and now, none is taken from the configuration.
+Rule: every value is read from the machine now, none from the configuration.
 """
 
 from __future__ import annotations
@@ -43,30 +43,34 @@ LIBRARIES = (
 SEEN_WITHIN_S = 20  # how long a network file system may take to show a file to another node
 
 
-class Facts(NamedTuple):
-    """Of one rank; sizes in bytes. `gpu_*` are those of its own device, 0 on the CPU."""
+class NodeInfo(NamedTuple):
+    """One rank's node; sizes in bytes. `gpu_*`: the rank's own device, 0 on the CPU."""
 
     rank: int
     local_rank: int
     node: str
-    machine: str  # two nodes of Slurm may be one
-    commit: str  # "" where git does not say
-    source: str  # of the files of the project, whatever git says
+    machine: str  # two Slurm nodes may share one
+    commit: str  # "" if git does not know
+    source: str  # digest of the project's files, independent of git
     versions: dict[str, str]
     memory_free: int
     gpus: int
     gpu_name: str
     gpu_memory: int
     gpu_free: int
-    directories: list[str]  # what is wrong with them, on the first rank of a node
+    directories: list[str]  # their problems; only on the first rank of a node
     disk_free: int
-    data: dict[str, int]  # path -> size, -1 where it is not there
+    data: dict[str, int]  # path -> size, -1 if it cannot be read
 
 
-def gather(plan: Plan, identity: Identity, run_dir: Path, token: str, device: dict) -> Facts:
-    """The facts of this rank. `token`: what the first rank has left in run_dir; `device`: fabric.device_facts."""
-    first_here = identity.local_rank == 0
-    return Facts(
+def collect(plan: Plan, identity: Identity, run_dir: Path, token: str, device: dict) -> NodeInfo:
+    """Collect this rank's node information.
+
+    `token`: the file that the first rank wrote to run_dir. `device`: the result of
+    network.device_info.
+    """
+    is_first_of_node = identity.local_rank == 0
+    return NodeInfo(
         rank=identity.rank,
         local_rank=identity.local_rank,
         node=node_name(),
@@ -75,9 +79,9 @@ def gather(plan: Plan, identity: Identity, run_dir: Path, token: str, device: di
         source=source_digest(),
         versions=versions(),
         memory_free=psutil.virtual_memory().available,
-        directories=[*directory_problems(plan, run_dir, token)] if first_here else [],
+        directories=[*directory_problems(plan, run_dir, token)] if is_first_of_node else [],
         disk_free=shutil.disk_usage(run_dir).free if run_dir.is_dir() else 0,
-        data=data_sizes(plan) if first_here else {},
+        data=data_sizes(plan) if is_first_of_node else {},
         **device,
     )
 
@@ -88,7 +92,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit that is checked out; "" without git or outside of a checkout, as in a container's image."""
+    """Return the checked-out commit; "" without git or outside a checkout, as in a container."""
     command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), "rev-parse", "HEAD"]
     try:
         return subprocess.run(
@@ -98,41 +102,41 @@ def commit() -> str:
         return ""
 
 
-def source_digest(root: Path = ROOT) -> str:
-    """SHA-256 of the files that make a run: the same commit with a change in it is another source."""
+def source_digest() -> str:
+    """Return the SHA-256 of the files that define a run; it also shows uncommitted changes."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in SOURCES for path in root.glob(pattern)}):
+    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
         digest.update(
-            f"{path.relative_to(root)}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
+            f"{path.relative_to(ROOT)}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
         )
     return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            installed[name] = "not installed"
+    return installed
 
 
 def leave_token(run_dir: Path, token: str) -> None:
-    """On the first rank: a file that every node must see, else run_dir is another directory there."""
+    """Write, on the first rank, a file that every node must see if run_dir is shared."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / token).write_text(token)
 
 
 def directory_problems(plan: Plan, run_dir: Path, token: str) -> list[str]:
-    """What is wrong with the directories that this node writes to."""
+    """Return the problems of the directories that this node writes to."""
     deadline = time.monotonic() + SEEN_WITHIN_S
-    found = []
+    problems = []
     while not (run_dir / token).exists() and time.monotonic() < deadline:
-        os.listdir(run_dir) if run_dir.is_dir() else None  # has a network file system look again
+        os.listdir(run_dir) if run_dir.is_dir() else None  # refreshes a network file system
         time.sleep(0.1)
     if not (run_dir / token).exists():
-        found.append(
+        problems.append(
             f"run_dir = {run_dir} is not the directory that the first rank writes to: it must be"
             " shared"
         )
@@ -141,24 +145,24 @@ def directory_problems(plan: Plan, run_dir: Path, token: str) -> list[str]:
         ("data.path_to_cache", Path(plan.config.data.path_to_cache)),
     ):
         if problem := unwritable(directory):
-            found.append(f"{key} = {directory} cannot be written: {problem}")
-    return found
+            problems.append(f"{key} = {directory} cannot be written: {problem}")
+    return problems
 
 
 def unwritable(directory: Path) -> str | None:
-    """Why no file can be written there, by writing one."""
-    mark = directory / f".preflight_{node_name()}_{os.getpid()}"
+    """Return why no file can be written there, or None; it writes and deletes one."""
+    probe = directory / f".preflight_{node_name()}_{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        mark.write_text("mixtrain\n")
-        mark.unlink()
+        probe.write_text("mixtrain\n")
+        probe.unlink()
     except OSError as error:
         return error.strerror or str(error)
     return None
 
 
 def data_sizes(plan: Plan) -> dict[str, int]:
-    """Every file of the run's data with its size here."""
+    """Return every file of the run's data with its size on this node."""
     data = plan.config.data
     if data.kind is not DataKind.indexed:
         return {}

@@ -1,7 +1,7 @@
-"""The shrunk recipe at the run's own layout, on its hardware, against one CPU rank: two steps, every gradient.
+"""Compare two steps of the shrunk recipe, at the run's layout, with those of one CPU rank.
 
-Rule: this is the parity certificate's measurement, in the groups that the run will use; what it leaves behind in
-Megatron-Core is taken away again.
+Rule: it is the parity certificate's measurement in the process groups of the run, and it removes
+everything that it leaves in Megatron-Core.
 """
 
 from __future__ import annotations
@@ -28,22 +28,27 @@ from mixtrain.errors import Fault
 from mixtrain.system import untrusted_json
 from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import Verdict, judge
-from mixtrain.training.preflight.node_info import ROOT, source_digest, versions
-from mixtrain.training.preflight.shrink import Shrunk
+from mixtrain.training.preflight.node_info import ROOT, SEEN_WITHIN_S, source_digest, versions
+from mixtrain.training.preflight.shrink import ShrunkPlans
 
 PATIENCE_S = 180
-STARTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 class Reference:
-    """The CPU's result, made by a process beside this one while the ranks do something else, and kept in `folder`."""
+    """The CPU's result: computed by a child process in the background and cached in `folder`."""
 
     def __init__(self, plan: Plan, folder: Path):
         text = to_yaml(plan.config)
-        key = hashlib.sha256(json.dumps([text, source_digest(), versions()]).encode()).hexdigest()[
-            :16
-        ]
-        self.out = folder / f"reference_{key}"
+        key = json.dumps([text, source_digest(), versions()]).encode()
+        self.out = folder / f"reference_{hashlib.sha256(key).hexdigest()[:16]}"
         self.process = None
         if self.out.with_suffix(".json").exists():
             return
@@ -51,29 +56,28 @@ class Reference:
         config = self.out.with_suffix(".yaml")
         config.write_text(text)
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        kept = {
+        environment = {
             name: value
             for name, value in os.environ.items()
-            if name not in STARTED and "SLURM" not in name
+            if name not in RANK_VARIABLES and "SLURM" not in name
         }
+        environment |= {
+            "CUDA_VISIBLE_DEVICES": "",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": path,
+        }
+        module = "mixtrain.training.preflight.reference"
         with open(self.out.with_suffix(".log"), "w") as log:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "mixtrain.training.preflight.reference",
-                    str(config),
-                    str(self.out),
-                ],
-                env=kept
-                | {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path},
+                [sys.executable, "-m", module, str(config), str(self.out)],
+                env=environment,
                 stdout=log,
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
 
     def wait(self) -> str | None:
-        """Until it is there; what went wrong, or None."""
+        """Wait for the result; return what went wrong, or None."""
         if self.process is None:
             return None
         try:
@@ -88,59 +92,62 @@ class Reference:
         return f"the CPU's result failed: {lines[-1] if lines else code}" if code else None
 
     def end(self) -> None:
-        """Leave no process behind."""
+        """Kill the child process if it still runs."""
         if self.process and self.process.poll() is None:
             self.process.kill()
             self.process.wait()
 
 
-def differences(plan: Plan, plans: Shrunk, here: Ranks, out: Path) -> dict:
-    """What this rank's parts differ by from the CPU's in `out`. Every rank must call."""
-    seen_within(out.with_suffix(".json"))
+def differences(plan: Plan, plans: ShrunkPlans, ranks: Ranks, out: Path) -> dict:
+    """Return how this rank's shards differ from the CPU's result in `out`. Every rank must call."""
+    wait_for_file(out.with_suffix(".json"))
     figures = figures_in(out)
-    wholes = torch.load(out.with_suffix(".pt"), mmap=True, weights_only=True)
-    seeded = replace(plans.here, config=replace(plans.here.config, seed=figures["seed"]))
+    reference = torch.load(out.with_suffix(".pt"), mmap=True, weights_only=True)
+    seeded = replace(plans.layout, config=replace(plans.layout.config, seed=figures["seed"]))
     precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers have TF32 on
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers enable TF32
     try:
-        return measured_step.differences(seeded, here, wholes)
+        return measured_step.differences(seeded, ranks, reference)
     finally:
         torch.set_float32_matmul_precision(precision)
-        take_away(plan)
+        clean_up(plan)
 
 
-def verdict(plans: Shrunk, out: Path, results: list[dict]) -> tuple[Verdict, dict]:
-    """(the verdict on what all ranks found, the CPU's figures)."""
+def verdict(plans: ShrunkPlans, out: Path, results: list[dict]) -> tuple[Verdict, dict]:
+    """Return (the verdict on all ranks' differences, the CPU's figures)."""
     figures = figures_in(out)
-    return judge(figures, results, tensor_schema.shapes(plans.here.config)), figures
+    return judge(figures, results, tensor_schema.shapes(plans.layout.config)), figures
 
 
 def figures_in(out: Path) -> dict:
     return untrusted_json.read(out.with_suffix(".json"))
 
 
-def first_outside(found: Verdict, nodes: list[str]) -> str:
-    """What is outside first, with its node: a gradient, as that of an expert is a rank's own; a norm is everybody's."""
-    words = next(
-        (line for line in found.outside if line.startswith("gradient of")), found.outside[0]
-    )
+def first_outside(comparison: Verdict, nodes: list[str]) -> str:
+    """Return the first line outside the limits, with its node.
+
+    A gradient if there is one: an expert's gradient points to a rank, a norm concerns all ranks.
+    """
+    gradients = (line for line in comparison.outside if line.startswith("gradient of"))
     return re.sub(
-        r"on rank (\d+)", lambda found: f"on rank {found[1]}, node {nodes[int(found[1])]},", words
+        r"on rank (\d+)",
+        lambda match: f"on rank {match[1]}, node {nodes[int(match[1])]},",
+        next(gradients, comparison.outside[0]),
     )
 
 
-def seen_within(path: Path, seconds: float = 20) -> None:
-    """Wait for a file that another node has written. A Fault if it does not show."""
-    deadline = time.monotonic() + seconds
+def wait_for_file(path: Path) -> None:
+    """Wait for a file that another node wrote; Fault if it does not appear in SEEN_WITHIN_S."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
     while not path.exists():
         if time.monotonic() > deadline:
-            raise Fault(f"{path}, which the first rank has written, is not seen here")
-        os.listdir(path.parent)  # has a network file system look again
+            raise Fault(f"{path}, which the first rank wrote, is not visible on this node")
+        os.listdir(path.parent)  # refreshes a network file system
         time.sleep(0.1)
 
 
-def take_away(plan: Plan) -> None:
-    """What the small model leaves in Megatron-Core, in the random generators and on the device."""
+def clean_up(plan: Plan) -> None:
+    """Undo what the small model left in Megatron-Core, the random generators and GPU memory."""
     forget_model()
     seed_everything(plan)
     gc.collect()

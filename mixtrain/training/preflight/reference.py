@@ -1,6 +1,9 @@
-"""The CPU's result of the shrunk recipe on one rank: `python -m mixtrain.training.preflight.reference CONFIG.yaml OUT`.
+"""Compute the CPU's result of the shrunk recipe on one rank, as a command.
 
-Rule: a process of its own. It has Megatron-Core made to run on the CPU, which a rank with a GPU must not.
+    python -m mixtrain.training.preflight.reference CONFIG.yaml OUT
+
+Rule: runs in its own process. It patches Megatron-Core for the CPU (engine/compat/cpu.py), which a
+rank with a GPU must not do.
 """
 
 from __future__ import annotations
@@ -18,9 +21,9 @@ from mixtrain.system.rank_identity import Identity
 
 
 def main(config: Path, out: Path) -> None:
-    """Write OUT.pt (gradients and parameters, whole) and then OUT.json (the figures)."""
+    """Write OUT.pt (full gradients and parameters), then OUT.json (the figures)."""
     plan = make_plan(Config.from_hydra(OmegaConf.load(config)))
-    from mixtrain.engine.compat import cpu, megatron_fixes  # the first import of torch
+    from mixtrain.engine.compat import cpu, megatron_fixes  # imports torch
 
     megatron_fixes.apply()
     cpu.apply()

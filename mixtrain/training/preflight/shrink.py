@@ -1,7 +1,7 @@
-"""The recipe at the sizes of the parity certificate: at its own layout, and on one CPU rank. No torch.
+"""Shrink the recipe to the parity certificate's sizes, for its layout and one CPU rank. No torch.
 
-Rule: what may change a number stays the recipe's: router, dispatcher, sharding, recompute, implementation of the
-layers. Sizes, precision and what a CPU has no kernels for do not.
+Rule: settings that may change a number stay the recipe's: router, dispatcher, sharding, recompute,
+layer implementation. Only sizes, precision and what a CPU has no kernels for change.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from mixtrain.config.rules.upstream import present
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 
-# of conf/shrink/parity.yaml; its layout is the certificate's own
+# sections taken from conf/shrink/parity.yaml; the layout is not
 SIZES = ("model", "data", "trainer", "optimizer")
-TOKENS = 8  # of a sequence: few choices of experts, so that none is near a tie
-LEAST = 8  # experts, or twice as many as a token goes to
-
+TOKENS = 8  # per sequence: few expert choices, so that none is near a tie
+FEWEST_EXPERTS = 8  # or 2 * topk if that is more
 
 # fmt: off
-WHOLE = {  # what else splits a model
+UNSPLIT = {  # parallel settings, besides the sizes, that split a model
     "virtual_pipeline_model_parallel_size":       None,
     "sequence_parallel":                          False,
     "data_parallel_sharding_strategy":            None,
@@ -40,25 +39,26 @@ WHOLE = {  # what else splits a model
 # fmt: on
 
 
-class Shrunk(NamedTuple):
-    here: Plan  # at the run's layout, on its hardware
-    one: Plan  # one CPU rank
+class ShrunkPlans(NamedTuple):
+    layout: Plan  # at the run's layout, on its hardware
+    one_rank: Plan  # on one CPU rank
 
 
-def shrunk(plan: Plan) -> Shrunk | str:
-    """Both plans, or the reason why this layout must compute something else than one rank."""
-    config = _sizes(plan)
-    if beyond := layout_sensitive.broken(config, plan.data_parallel_size):
-        return f"{beyond[0][0].name}: {beyond[0][0].why}"
-    if met := present(derive(resolve(config))):
-        return f"megatron-core, {met[0].file}: {met[0].wrong}"
+def shrink(plan: Plan) -> ShrunkPlans | str:
+    """Return both plans, or the reason why this layout cannot compute what one rank does."""
+    config = _small_config(plan)
+    if broken := layout_sensitive.broken(config, plan.data_parallel_size):
+        return f"{broken[0][0].name}: {broken[0][0].why}"
+    if upstream_faults := present(derive(resolve(config))):
+        return f"megatron-core, {upstream_faults[0].file}: {upstream_faults[0].wrong}"
     try:
-        return Shrunk(make_plan(config), make_plan(_on_one_rank(config, plan.data_parallel_size)))
+        one_rank = _on_one_rank(config, plan.data_parallel_size)
+        return ShrunkPlans(make_plan(config), make_plan(one_rank))
     except UserError as error:
         return error.problems[0]
 
 
-def _sizes(plan: Plan) -> Config:
+def _small_config(plan: Plan) -> Config:
     config = plan.config
     tree = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
     small = OmegaConf.to_container(OmegaConf.load(CONF / "shrink" / "parity.yaml"))
@@ -66,7 +66,7 @@ def _sizes(plan: Plan) -> Config:
         tree[section] |= {
             key: value for key, value in small[section].items() if key in tree[section]
         }
-    # the same result for every run of these switches
+    # fixed, so that runs with these settings share one cached reference
     tree |= {"name": "preflight", "run_dir": "preflight"}
     trainer = config.trainer
     tree["trainer"] |= {
@@ -76,33 +76,31 @@ def _sizes(plan: Plan) -> Config:
         "num_nodes": trainer.num_nodes,
         "global_batch_size": _sequences(plan),
     }
-    tokens = max(
-        TOKENS,
-        2 * config.parallel.tensor_model_parallel_size * config.parallel.context_parallel_size,
-    )
+    tp = config.parallel.tensor_model_parallel_size
+    cp = config.parallel.context_parallel_size
+    tokens = max(TOKENS, 2 * tp * cp)
     tree["data"] |= {"seq_length": tokens, "data_path": None, "tokenizer": None}
     tree["model"] |= _layers_and_experts(config, tree["model"], tokens)
-    if config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex:  # its kernels take no fp32
+    if (
+        config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex
+    ):  # its kernels do not take fp32
         tree["dispatcher"]["moe_token_dispatcher_type"] = Dispatcher.alltoall.name
     return Config.from_hydra(OmegaConf.create(tree))
 
 
 def _sequences(plan: Plan) -> int:
-    """The fewest of a step: one a rank, and for virtual stages as many microbatches as stages."""
+    """Return the fewest sequences of a step: one per rank; VPP needs PP microbatches of each."""
     parallel = plan.config.parallel
-    stages = (
-        parallel.pipeline_model_parallel_size
-        if parallel.virtual_pipeline_model_parallel_size
-        else 1
-    )
-    return plan.data_parallel_size * stages
+    has_virtual_stages = parallel.virtual_pipeline_model_parallel_size
+    microbatches = parallel.pipeline_model_parallel_size if has_virtual_stages else 1
+    return plan.data_parallel_size * microbatches
 
 
 def _layers_and_experts(config: Config, small: dict, tokens: int) -> dict:
-    """As few layers as the pipeline needs, as few experts as the layout lets be split."""
+    """Return the fewest layers that the pipeline needs and the fewest experts that EP can split."""
     tp = config.parallel.tensor_model_parallel_size
     ep = config.parallel.expert_model_parallel_size
-    fewest = max(LEAST, 2 * config.model.moe_router_topk)
+    fewest = max(FEWEST_EXPERTS, 2 * config.model.moe_router_topk)
     sizes = {
         "num_layers": None,
         "max_position_embeddings": max(tokens, small["max_position_embeddings"]),
@@ -125,6 +123,7 @@ def _on_one_rank(config: Config, data_parallel_size: int) -> Config:
         attention_backend=AttnBackend.auto,
     )
     trainer = replace(config.trainer, accelerator=Accelerator.cpu, devices=1, num_nodes=1)
-    if layout_sensitive.counts_over_a_step(config):  # as many microbatches, each that of all ranks
+    # as many microbatches as the layout has, each of all its data-parallel ranks
+    if layout_sensitive.counts_over_a_step(config):
         trainer = replace(trainer, micro_batch_size=trainer.micro_batch_size * data_parallel_size)
-    return replace(config, parallel=replace(parallel, **WHOLE), model=model, trainer=trainer)
+    return replace(config, parallel=replace(parallel, **UNSPLIT), model=model, trainer=trainer)

@@ -1,7 +1,7 @@
-"""From the facts of all ranks to what is wrong, each with its node. No torch.
+"""Find the problems in the node information of all ranks, each with its node. No torch.
 
-Rule: pure; a node is held against what most of the others have, the first rank's where there is no
-majority.
+Rule: pure functions; a node is compared with the most common value, or the first rank's if there is
+none.
 """
 
 from __future__ import annotations
@@ -13,120 +13,130 @@ from mixtrain.checkpoint.directory import MARGIN
 from mixtrain.config.choices import Accelerator
 from mixtrain.config.memory import GIB
 from mixtrain.config.plan import Plan
-from mixtrain.training.preflight.node_info import Facts
+from mixtrain.training.preflight.node_info import NodeInfo
 
 Problems = Iterator[str]
-TO_SPARE = 0.97  # of what was promised: drivers keep some
+MEMORY_SHARE = 0.97  # of trainer.device_memory_gib that must exist: drivers reserve some
 
 
-def problems(plan: Plan, facts: list[Facts]) -> list[str]:
-    """Every problem of every node, one sentence each."""
-    found = [*same_code(facts), *same_libraries(facts), *directories(facts), *same_data(facts)]
-    return found + [
-        *enough_disk(plan, facts),
-        *enough_gpus(plan, facts),
-        *enough_memory(plan, facts),
+def problems(plan: Plan, infos: list[NodeInfo]) -> list[str]:
+    """Return every problem of every node, one sentence each."""
+    return [
+        *same_code(infos),
+        *same_libraries(infos),
+        *directories(infos),
+        *same_data(infos),
+        *enough_disk(plan, infos),
+        *enough_gpus(plan, infos),
+        *enough_memory(plan, infos),
     ]
 
 
-def same_code(facts: list[Facts]) -> Problems:
-    def words(fact: Facts) -> str:
-        return f"commit {fact.commit[:10] or 'unknown'}, source {fact.source[:10]}"
+def same_code(infos: list[NodeInfo]) -> Problems:
+    def code(info: NodeInfo) -> str:
+        return f"commit {info.commit[:10] or 'unknown'}, source {info.source[:10]}"
 
-    for node, here, common in odd(first_ranks(facts), lambda fact: (fact.commit, fact.source)):
+    for info, common in deviations(first_ranks(infos), lambda info: (info.commit, info.source)):
         yield (
-            f"node {node} has another mixtrain ({words(here)}) than {common.node} ({words(common)})"
+            f"node {info.node} has another mixtrain ({code(info)}) than {common.node}"
+            f" ({code(common)})"
         )
 
 
-def same_libraries(facts: list[Facts]) -> Problems:
-    for name in sorted({name for fact in facts for name in fact.versions}):
-        said = set()
-        for node, here, common in odd(facts, lambda fact, name=name: fact.versions.get(name)):
-            if node not in said:  # its ranks have most likely the same
+def same_libraries(infos: list[NodeInfo]) -> Problems:
+    for name in sorted({name for info in infos for name in info.versions}):
+        reported = set()
+        for info, common in deviations(infos, lambda info, name=name: info.versions.get(name)):
+            if info.node not in reported:  # its other ranks most likely have the same version
                 yield (
-                    f"node {node} has {name} {here.versions.get(name)} (rank {here.rank}),"
+                    f"node {info.node} has {name} {info.versions.get(name)} (rank {info.rank}),"
                     f" {common.node} has {common.versions.get(name)}"
                 )
-            said.add(node)
+            reported.add(info.node)
 
 
-def directories(facts: list[Facts]) -> Problems:
-    for fact in facts:
-        for problem in fact.directories:
-            yield f"node {fact.node}: {problem}"
+def directories(infos: list[NodeInfo]) -> Problems:
+    for info in infos:
+        for problem in info.directories:
+            yield f"node {info.node}: {problem}"
 
 
-def same_data(facts: list[Facts]) -> Problems:
-    nodes = first_ranks(facts)
-    for path in sorted({path for fact in nodes for path in fact.data}):
-        for node, here, common in odd(nodes, lambda fact, path=path: fact.data.get(path, -1)):
-            size = here.data.get(path, -1)
-            others = common.data.get(path, -1)
+def same_data(infos: list[NodeInfo]) -> Problems:
+    nodes = first_ranks(infos)
+    for path in sorted({path for info in nodes for path in info.data}):
+        for info, common in deviations(nodes, lambda info, path=path: info.data.get(path, -1)):
+            size = info.data.get(path, -1)
+            common_size = common.data.get(path, -1)
             has = "cannot be read" if size < 0 else f"has {size:,} bytes"
-            than = "it cannot be read" if others < 0 else f"it has {others:,} bytes"
-            yield f"node {node}: {path} {has}, on {common.node} {than}"
+            common_has = "it cannot be read" if common_size < 0 else f"it has {common_size:,} bytes"
+            yield f"node {info.node}: {path} {has}, on {common.node} {common_has}"
 
 
-def enough_disk(plan: Plan, facts: list[Facts]) -> Problems:
+def enough_disk(plan: Plan, infos: list[NodeInfo]) -> Problems:
     needed = plan.checkpoint_bytes
-    for fact in first_ranks(facts):
-        if plan.saves and fact.disk_free < needed + MARGIN and not fact.directories:
+    for info in first_ranks(infos):
+        if plan.saves and info.disk_free < needed + MARGIN and not info.directories:
             yield (
-                f"node {fact.node}: a checkpoint takes {needed:,} bytes and a margin of"
-                f" {MARGIN:,}, but {fact.disk_free:,} are free on the disk of run_dir"
+                f"node {info.node}: a checkpoint takes {needed:,} bytes and a margin of"
+                f" {MARGIN:,}, but {info.disk_free:,} are free on the disk of run_dir"
             )
 
 
-def enough_gpus(plan: Plan, facts: list[Facts]) -> Problems:
-    """GPUs of a node against trainer.devices, and their memory against the plan's state and device_memory_gib."""
+def enough_gpus(plan: Plan, infos: list[NodeInfo]) -> Problems:
+    """Check each node's GPUs: their number (trainer.devices) and their memory.
+
+    The memory must hold trainer.device_memory_gib in total, and the plan's state of a rank must be
+    free.
+    """
     trainer = plan.config.trainer
     if trainer.accelerator is not Accelerator.gpu:
         return
-    for fact in first_ranks(facts):
-        if fact.gpus < trainer.devices:
-            yield f"node {fact.node} has {fact.gpus} GPUs, but trainer.devices = {trainer.devices}"
-    for fact in facts:
-        where = f"node {fact.node}: GPU {fact.local_rank} ({fact.gpu_name or 'unknown'})"
-        promised = (trainer.device_memory_gib or 0) * GIB
-        if fact.gpus and fact.gpu_memory < TO_SPARE * promised:
+    for info in first_ranks(infos):
+        if info.gpus < trainer.devices:
+            yield f"node {info.node} has {info.gpus} GPUs, but trainer.devices = {trainer.devices}"
+    for info in infos:
+        where = f"node {info.node}: GPU {info.local_rank} ({info.gpu_name or 'unknown'})"
+        expected = (trainer.device_memory_gib or 0) * GIB
+        if info.gpus and info.gpu_memory < MEMORY_SHARE * expected:
             yield (
-                f"{where} has {fact.gpu_memory / GIB:.1f} GiB, but trainer.device_memory_gib ="
+                f"{where} has {info.gpu_memory / GIB:.1f} GiB, but trainer.device_memory_gib ="
                 f" {trainer.device_memory_gib:g}"
             )
-        elif fact.gpus and fact.gpu_free < plan.state_bytes:
+        elif info.gpus and info.gpu_free < plan.state_bytes:
             yield (
-                f"{where} has {fact.gpu_free / GIB:.1f} GiB free of {fact.gpu_memory / GIB:.1f},"
-                f" but the state of a rank is {plan.state_bytes / GIB:.1f} GiB; is somebody else"
-                " on it?"
+                f"{where} has {info.gpu_free / GIB:.1f} GiB free of {info.gpu_memory / GIB:.1f},"
+                f" but the state of a rank is {plan.state_bytes / GIB:.1f} GiB; is another"
+                " process using it?"
             )
 
 
-def enough_memory(plan: Plan, facts: list[Facts]) -> Problems:
-    """On the CPU the state of a node's ranks lies in its memory."""
+def enough_memory(plan: Plan, infos: list[NodeInfo]) -> Problems:
+    """Check, on the CPU, that the memory of each node holds the state of its ranks."""
     if plan.config.trainer.accelerator is not Accelerator.cpu:
         return
-    ranks = Counter(fact.node for fact in facts)
-    for fact in first_ranks(facts):
-        needed = ranks[fact.node] * plan.state_bytes
-        if fact.memory_free < needed:
+    ranks = Counter(info.node for info in infos)
+    for info in first_ranks(infos):
+        needed = ranks[info.node] * plan.state_bytes
+        if info.memory_free < needed:
             yield (
-                f"node {fact.node} has {fact.memory_free / GIB:.1f} GiB of memory free, but the"
-                f" state of its {ranks[fact.node]} ranks is {needed / GIB:.1f} GiB"
+                f"node {info.node} has {info.memory_free / GIB:.1f} GiB of memory free, but the"
+                f" state of its {ranks[info.node]} ranks is {needed / GIB:.1f} GiB"
             )
 
 
-def first_ranks(facts: list[Facts]) -> list[Facts]:
-    """One rank of every node."""
-    return [fact for fact in facts if fact.local_rank == 0]
+def first_ranks(infos: list[NodeInfo]) -> list[NodeInfo]:
+    """Return the first rank of every node."""
+    return [info for info in infos if info.local_rank == 0]
 
 
-def odd(facts: list[Facts], value: Callable[[Facts], object]) -> Iterator[tuple[str, Facts, Facts]]:
-    """(node, its facts, those of one with the common value) of all whose value is not the common one."""
-    values = [value(fact) for fact in facts]
+def deviations(
+    infos: list[NodeInfo], value: Callable[[NodeInfo], object]
+) -> Iterator[tuple[NodeInfo, NodeInfo]]:
+    """Yield (rank, a rank with the most common value) for every rank with another value."""
+    values = [value(info) for info in infos]
     counts = Counter(values)
-    common = max(counts, key=lambda each: (counts[each], -values.index(each)))
-    example = facts[values.index(common)]
-    for fact, here in zip(facts, values, strict=True):
-        if here != common:
-            yield fact.node, fact, example
+    common_value = max(counts, key=lambda each: (counts[each], -values.index(each)))
+    common = infos[values.index(common_value)]
+    for info, own_value in zip(infos, values, strict=True):
+        if own_value != common_value:
+            yield info, common

@@ -1,6 +1,4 @@
-"""A node that is sent to itself to meet the others says so; where the first rank is there too, it
-is right.
-"""
+"""A node whose rendezvous address is loopback is refused, unless the first rank is there too."""
 
 from __future__ import annotations
 
@@ -57,7 +55,7 @@ def test_two_nodes_on_one_machine_meet_there():
 
 
 @pytest.mark.parametrize(
-    "me",
+    "identity",
     [
         Identity(1, 4, 1, 2, "tcp://127.0.0.1:9"),  # on the node of the first rank
         Identity(1, 2, 1, 2, "file:///somewhere/rendezvous"),

@@ -1,6 +1,4 @@
-"""The preflight on real ranks that pass for two nodes: it passes, names the node at fault, and
-changes nothing.
-"""
+"""The preflight on real ranks of two pretended nodes: it passes, or names the node at fault."""
 
 from __future__ import annotations
 
@@ -25,21 +23,21 @@ from mixtrain.system.rank_identity import Identity
 from mixtrain.system.status import read_status
 from mixtrain.training import preflight, worker
 from mixtrain.training.preflight import network, node_info
-from mixtrain.training.preflight.check import RECORD, Preflight
-from mixtrain.training.preflight.shrink import Shrunk, shrunk
+from mixtrain.training.preflight.check import RECORD, PreflightRun
+from mixtrain.training.preflight.shrink import ShrunkPlans, shrink
 
 WORDS = [*SMALL, "parallel=ep2", "trainer.num_nodes=2", "trainer.devices=1", "checkpoint=none"]
 
 
 def fly(plan: Plan, identity: Identity, sabotage: Callable[[Identity, Plan], Plan | None]) -> dict:
-    """The preflight as one of two nodes' only rank: what it said, or why it ended."""
+    """Run the preflight as the only rank of one of two nodes: its output, or why it ended."""
     os.environ["SLURMD_NODENAME"] = f"n{identity.rank}"
     identity = replace(identity, local_rank=0, local_world_size=1)
     plan = sabotage(identity, plan) or plan
     said = []
     with process_groups.start(plan, identity) as here:
         try:
-            Preflight(plan, identity, here, said.append).run()
+            PreflightRun(plan, identity, here, said.append).run()
         except UserError as error:
             return {"refused": list(error.problems)}
         except Fault as fault:
@@ -48,7 +46,7 @@ def fly(plan: Plan, identity: Identity, sabotage: Callable[[Identity, Plan], Pla
 
 
 class Field:
-    """Where preflights begin; the CPU's result is made once."""
+    """The folder of preflights; the CPU's result is computed once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -84,7 +82,7 @@ def test_two_sound_nodes_pass_and_are_told_what_was_seen(field):
         "libraries",
         "EP of 2",
         "GB/s",
-        "all gradients are the CPU's, within",
+        "all gradients match the CPU's, within",
         "ready",
     ):
         assert fragment in text
@@ -168,7 +166,7 @@ def test_a_rank_that_computes_something_else_is_a_fault_with_its_node(field):
 
     results, _ = field.fly(sabotage)
     for result in results:
-        assert result["fault"].startswith("the shrunk recipe is not what the CPU computes: ")
+        assert result["fault"].startswith("the shrunk recipe differs from the CPU's result: ")
         assert "on rank 1, node n1," in result["fault"]
 
 
@@ -208,7 +206,7 @@ def test_a_preflight_alone_leaves_the_run_as_it_was(field, tmp_path):
     )
     shutil.copytree(field.folder / "1" / preflight.FOLDER, tmp_path / preflight.FOLDER)
     words = [*SMALL, "parallel=ep2", "trainer.mode=preflight", f"run_dir={tmp_path}"]
-    plan = preflight.recorded(plan_of(*words, f"data.path_to_cache={field.folder}/cache"))
+    plan = preflight.with_records_dir(plan_of(*words, f"data.path_to_cache={field.folder}/cache"))
     assert (
         run_ranks(2, lambda identity: worker.run(plan, identity), tmp_path / "ranks")
         == [FINISHED] * 2
@@ -230,35 +228,38 @@ def test_a_preflight_alone_leaves_the_run_as_it_was(field, tmp_path):
     (["trainer.accelerator=gpu"], True),
 ])  # fmt: skip
 def test_a_preflight_is_asked_for_on_several_nodes_on_gpus_and_where_it_is_typed(words, asked):
-    assert preflight.wanted(plan_of(*words)) is asked
+    assert preflight.is_enabled(plan_of(*words)) is asked
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_shrunk_at_its_own_layout_or_the_reason_is_said(name):
     plan = plan_of(f"+recipe={name}")
-    plans = shrunk(plan)
+    plans = shrink(plan)
     if isinstance(plans, str):
         assert any(
             beyond.name in plans
             for beyond, _ in layout_sensitive.broken(plan.config, plan.data_parallel_size)
         )
         return
-    assert isinstance(plans, Shrunk) and plans.one.world_size == 1
-    here = plans.here.config
+    assert isinstance(plans, ShrunkPlans) and plans.one_rank.world_size == 1
+    here = plans.layout.config
     theirs = plan.config
-    assert plans.here.world_size == plan.world_size and here.parallel == theirs.parallel
+    assert plans.layout.world_size == plan.world_size and here.parallel == theirs.parallel
     assert (here.router, here.model.transformer_impl) == (
         theirs.router,
         theirs.model.transformer_impl,
     )
-    assert plans.here.total_parameters == plans.one.total_parameters < 10_000_000
-    assert here.trainer.global_batch_size == plans.one.config.trainer.global_batch_size
+    assert plans.layout.total_parameters == plans.one_rank.total_parameters < 10_000_000
+    assert here.trainer.global_batch_size == plans.one_rank.config.trainer.global_batch_size
 
 
 @pytest.mark.parametrize("router, coefficient", [("global_aux_loss", "1"), ("combined", "[1,1]")])
 def test_the_global_auxiliary_loss_is_compared_at_as_many_microbatches(router, coefficient):
     words = [f"router={router}", f"router.moe_aux_loss_coeff={coefficient}"]
-    plans = shrunk(plan_of("+recipe=mixtral_8x7b_ep8", *words))
-    assert isinstance(plans, Shrunk) and plans.here.data_parallel_size == 16
-    assert plans.one.num_microbatches == plans.here.num_microbatches
-    assert plans.one.config.trainer.global_batch_size == plans.here.config.trainer.global_batch_size
+    plans = shrink(plan_of("+recipe=mixtral_8x7b_ep8", *words))
+    assert isinstance(plans, ShrunkPlans) and plans.layout.data_parallel_size == 16
+    assert plans.one_rank.num_microbatches == plans.layout.num_microbatches
+    assert (
+        plans.one_rank.config.trainer.global_batch_size
+        == plans.layout.config.trainer.global_batch_size
+    )

@@ -1,4 +1,4 @@
-"""What is wrong with a node is said with its name: from made-up facts, one fault at a time."""
+"""Problems of a node name it: made-up node information with one fault at a time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from composing import plan_of
 
 from mixtrain.config.memory import GIB
 from mixtrain.training.preflight import network
-from mixtrain.training.preflight.node_info import Facts
+from mixtrain.training.preflight.node_info import NodeInfo
 from mixtrain.training.preflight.verdict import problems
 
 NODES = ("n0", "n1", "n2")
@@ -27,12 +27,12 @@ GPU = plan_of(
 )
 
 
-def facts_of(**changed: object) -> list[Facts]:
-    """Three nodes of two ranks; `n1_memory_free=0` is another value on the ranks of n1."""
+def infos_of(**changed: object) -> list[NodeInfo]:
+    """Return three nodes of two ranks; `n1_memory_free=0` sets a value on the ranks of n1."""
     found = []
     for rank in range(6):
         node = NODES[rank // 2]
-        fact = Facts(
+        info = NodeInfo(
             rank=rank,
             local_rank=rank % 2,
             node=node,
@@ -54,12 +54,12 @@ def facts_of(**changed: object) -> list[Facts]:
             for key, value in changed.items()
             if key.startswith(f"{node}_")
         }
-        found.append(fact._replace(**own))
+        found.append(info._replace(**own))
     return found
 
 
 def test_nodes_that_are_alike_have_no_problem():
-    assert problems(CPU, facts_of()) == problems(GPU, facts_of()) == []
+    assert problems(CPU, infos_of()) == problems(GPU, infos_of()) == []
 
 
 @pytest.mark.parametrize(
@@ -114,29 +114,29 @@ def test_nodes_that_are_alike_have_no_problem():
 def test_a_node_that_is_not_like_the_others_or_the_plan_is_named_with_both_values(
     plan, changed, said
 ):
-    assert problems(plan, facts_of(**changed))[0] == said
+    assert problems(plan, infos_of(**changed))[0] == said
 
 
 def test_what_a_node_says_of_its_directories_is_said_with_its_name():
     assert problems(
-        CPU, facts_of(n2_directories=["run_dir = x cannot be written: Read-only file system"])
+        CPU, infos_of(n2_directories=["run_dir = x cannot be written: Read-only file system"])
     )[0] == ("node n2: run_dir = x cannot be written: Read-only file system")
 
 
 def test_a_gpu_that_is_too_small_or_taken_is_named_with_its_number():
-    small = problems(GPU, facts_of(n1_gpu_memory=40 * GIB, n1_gpu_name="A100"))
+    small = problems(GPU, infos_of(n1_gpu_memory=40 * GIB, n1_gpu_name="A100"))
     assert small == [
         f"node n1: GPU {number} (A100) has 40.0 GiB, but trainer.device_memory_gib = 79"
         for number in (0, 1)
     ]
-    (taken, _) = problems(GPU, facts_of(n1_gpu_free=GIB // 100))
+    (taken, _) = problems(GPU, infos_of(n1_gpu_free=GIB // 100))
     assert taken.startswith(
         "node n1: GPU 0 (H100) has 0.0 GiB free of 79.2, but the state of a rank is 0.1 GiB"
     )
 
 
 def test_all_that_is_wrong_is_said_together():
-    facts = facts_of(n1_commit="c" * 40, n2_memory_free=0)
+    facts = infos_of(n1_commit="c" * 40, n2_memory_free=0)
     facts[0] = facts[0]._replace(directories=["no"])  # the first rank of a node speaks of them
     assert [problem.split(" ")[1].strip(":") for problem in problems(CPU, facts)] == [
         "n1",

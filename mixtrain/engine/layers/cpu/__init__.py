@@ -1,5 +1,5 @@
-"""Layers that only run on a CPU; those of a GPU lie beside this folder.
+"""Implementations for the CPU only; engine/layers/ calls them on CPU tensors.
 
 May import: config, system, errors.
-Does not belong here: anything that a GPU run imports.
+Does not belong here: anything that a GPU run executes.
 """

@@ -1,10 +1,11 @@
-"""Causal attention on the CPU: block of queries by block of queries, forward and backward, as matrix products.
+"""Causal attention on the CPU as matrix products over blocks of queries, forward and backward.
 
-Rule: the formula of attention.py. Scores and softmax are in fp32; the weights that values are multiplied with, and the
-gradient of the scores, are in the precision of the run, as in PyTorch's own kernel.
+Rule: the formula of layers/attention.py. Scores and softmax are in fp32; attention weights and the
+gradient of the scores are multiplied in the precision of the run, as in PyTorch's own kernel.
 
-Legend of shapes: s queries, n >= s keys (the queries are the last positions), b batch, h query heads, g key/value
-heads, d head size; r = h / g query heads share a key/value head: a group of s * r rows.
+Legend of shapes: s queries, n >= s keys (the queries are the last positions), b batch, h query
+heads, g key/value heads, d head size; r = h / g query heads share a key/value head: a group of s *
+r rows.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from mixtrain.engine.layers.cpu import onednn_matmul
 
-ROWS = 512  # of a block: a product of them is worth a call, and its scores find room in a cache
+ROWS = 512  # of a block: large enough for an efficient product, and its scores fit a cache
 
 _product = partial(onednn_matmul.product, again=True)
 
@@ -23,7 +24,7 @@ _product = partial(onednn_matmul.product, again=True)
 class BlockAttention(torch.autograd.Function):
     """softmax(q k^T * scale) v: [s, b, h, d], [n, b, g, d] twice, scale -> [s, b, h, d].
 
-    For the backward pass it keeps what it was given, and makes the weights anew.
+    Saves only its inputs and recomputes the attention weights in backward.
     """
 
     @staticmethod
@@ -66,7 +67,7 @@ class BlockAttention(torch.autograd.Function):
                 to_q[group, rows] = _product(to_scores, k[group, :seen])
                 to_k[group, :seen].add_(_product(to_scores.t(), q[group, rows]))
         pairs = ((to_q, query), (to_k, key), (to_v, value))
-        return *(_from_groups(found.to(like.dtype), like.shape) for found, like in pairs), None
+        return *(_from_groups(grad.to(like.dtype), like.shape) for grad, like in pairs), None
 
 
 def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
@@ -77,7 +78,7 @@ def _by_group(tensor: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 def _from_groups(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """And back to that shape."""
+    """[b * g, s * r, d] -> `shape`, which is [s, b, h, d]."""
     length, batch, heads, size = shape
     groups = len(rows) // batch
     return (
@@ -88,7 +89,11 @@ def _from_groups(rows: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _blocks(query: torch.Tensor, key: torch.Tensor) -> list[tuple[slice, int, torch.Tensor]]:
-    """(rows of a group, the keys up to the last row's position, -inf where a row does not see the last of these)."""
+    """Return for each block: rows of a group, number of visible keys, mask.
+
+    The mask [rows, m] is -inf where a row does not see one of the block's last m keys, and 0
+    elsewhere.
+    """
     heads = query.shape[2] // key.shape[2]
     length = max(1, ROWS // heads)
     after = torch.full((length, length), -torch.inf).triu_(1).repeat_interleave(heads, dim=0)
@@ -102,7 +107,7 @@ def _blocks(query: torch.Tensor, key: torch.Tensor) -> list[tuple[slice, int, to
 
 
 def _softmax(q: torch.Tensor, k: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """[rows, d] with the scale in them, [m, d], what hides the last of the m keys -> [rows, m]."""
+    """Scaled queries [rows, d], keys [m, d], mask of the last keys -> weights [rows, m]."""
     scores = _product(q, k.t())
     scores[:, -hidden.shape[1] :].add_(hidden)
     return torch.softmax(scores, dim=1)

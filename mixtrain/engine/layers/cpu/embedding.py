@@ -1,4 +1,4 @@
-"""The embedding on the CPU: the gradient of the rows that were looked up, and no passes over the whole table."""
+"""The embedding on the CPU: its gradient touches only the rows that were looked up."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mixtrain.engine.layers.main_grad import buffer_of
 
 
 class Lookup(torch.autograd.Function):
-    """Tokens [...] of a table [V, H] -> [..., H]."""
+    """Embedding lookup: tokens [...], table [V, H] -> [..., H]."""
 
     @staticmethod
     def forward(ctx, tokens: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -29,11 +29,11 @@ class Lookup(torch.autograd.Function):
             )
         buffer.index_add_(0, tokens.flatten(), gradient.flatten(0, -2).to(buffer.dtype))
         table.grad_added_to_main_grad = True
-        return None, torch.empty_like(table)  # nobody reads it
+        return None, torch.empty_like(table)  # never read
 
 
 def install(model: torch.nn.Module) -> None:
-    """From now on `model` looks up by this, where its table is whole on this rank."""
+    """Replace the forward of `model`'s embedding by Lookup, unless tensor ranks split the table."""
     for module in model.modules():
         is_table = isinstance(module, VocabParallelEmbedding)
         if is_table and module.tp_group.size() == 1 and not module.reduce_scatter_embeddings:

@@ -1,7 +1,8 @@
-"""The experts of a layer on the CPU: one after the other, forward and backward, while what one needs is in the cache.
+"""The experts of a layer on the CPU: one expert at a time, so that its data stays in the cache.
 
-Rule: the same formula as experts.py, with the router's weight after the second matrix. There all rows go through one
-operation after the other; here memory is the limit, and so the rows of one expert go through all of them.
+Rule: the formula of layers/experts.py, with the router's weight applied after the second matrix.
+There each operation runs on all rows; on the CPU memory bandwidth is the limit, so all operations
+run on the rows of one expert.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from mixtrain.engine.layers.main_grad import buffer_of
 
 
 class ExpertByExpert(torch.autograd.Function):
-    """([T, H] sorted by expert, the router's weights [T], [E, 2F, H], [E, H, F], rows of each expert) -> [T, H].
+    """[T, H] sorted by expert, router weights [T], [E, 2F, H], [E, H, F], rows of each -> [T, H].
 
-    The router's weight is multiplied with what an expert gives, H numbers a token and not F. For the backward pass it
-    keeps gate, up and result of every token, and makes the rest anew.
+    The router's weight multiplies an expert's result: H numbers per token instead of F. Saves gate,
+    up and result of every token for backward and recomputes the rest.
     """
 
     @staticmethod
@@ -46,30 +47,31 @@ class ExpertByExpert(torch.autograd.Function):
             zip(*rows, hiddens, weight1, weight2, strict=True)
         ):
             activated, to_hidden = swiglu_backward(hidden, product(g, w2))
-            to_weight2.give(expert, product(g.t(), activated))
-            to_weight1.give(expert, product(to_hidden.t(), x))
+            to_weight2.add(expert, product(g.t(), activated))
+            to_weight1.add(expert, product(to_hidden.t(), x))
             to_x.copy_(product(to_hidden, w1))
-        return to_tokens, to_probs, to_weight1.given(), to_weight2.given(), None
+        return to_tokens, to_probs, to_weight1.result(), to_weight2.result(), None
 
 
 class WeightGradient:
-    """The gradient of a weight [E, ...], expert by expert: added to Megatron-Core's buffer where there is one."""
+    """The gradient of a weight [E, ...], in Megatron-Core's buffer if there is one."""
 
     def __init__(self, weight: torch.nn.Parameter):
         self.weight = weight
-        self.whole = torch.empty_like(weight)
+        self.gradient = torch.empty_like(weight)
         self.buffer = buffer_of(weight)
 
-    def give(self, expert: int, gradient: torch.Tensor) -> None:
+    def add(self, expert: int, gradient: torch.Tensor) -> None:
         if self.buffer is None:
-            self.whole[expert] = gradient
+            self.gradient[expert] = gradient
         else:
             self.buffer[expert].add_(gradient)
 
-    def given(self) -> torch.Tensor:
+    def result(self) -> torch.Tensor:
+        """Return the gradient for autograd, which is never read if a buffer has it."""
         if self.buffer is not None:
             self.weight.grad_added_to_main_grad = True
-        return self.whole
+        return self.gradient
 
 
 def swiglu(hidden: torch.Tensor) -> torch.Tensor:
@@ -81,8 +83,8 @@ def swiglu(hidden: torch.Tensor) -> torch.Tensor:
 def swiglu_backward(
     hidden: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What swiglu gave, the gradient of `hidden`. That of what it gave is overwritten."""
-    (gate, up) = hidden.chunk(2, dim=1)
+    """Return (swiglu(hidden), the gradient of hidden); overwrites `gradient`."""
+    gate, up = hidden.chunk(2, dim=1)
     to_hidden = torch.empty_like(hidden)
     to_gate, to_up = to_hidden.chunk(2, dim=1)
     silu = F.silu(gate)

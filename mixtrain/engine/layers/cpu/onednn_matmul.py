@@ -1,10 +1,11 @@
-"""Matrix products of the CPU: oneDNN's where they are faster than those that PyTorch takes.
+"""Matrix products on the CPU by oneDNN, where that is faster than PyTorch's choice.
 
-PyTorch multiplies fp32 matrices on the CPU by MKL, which leaves AVX-512 to Intel's processors; the
-oneDNN that PyTorch carries takes it wherever it is: on an AMD EPYC of 2024 the products of a
-training step are 2.2 times as fast (docs/benchmarks.md). Elsewhere, and for bf16, which goes
-through oneDNN already, PyTorch's own choice stays; but for sums of many terms. Rule: the same sums,
-in another order.
+PyTorch multiplies fp32 matrices on the CPU by MKL, which uses AVX-512 only on Intel's processors.
+The oneDNN in PyTorch uses it on all: on an AMD EPYC of 2024 the products of a training step are 2.2
+times as fast (docs/benchmarks.md). Without AVX-512, and for bf16, which already uses oneDNN,
+PyTorch's choice stays; bf16 sums of many terms go by the transpose.
+
+Rule: the same sums, in another order.
 """
 
 from __future__ import annotations
@@ -15,19 +16,16 @@ from functools import partial
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-# Multiplications below which preparing oneDNN's kernel, which is made anew for every shape, costs
-# more than it saves; and where the same few shapes come again and again.
+# multiplications from which oneDNN is faster: it builds a kernel for every new shape
 WORTHWHILE = 3e7
-WORTHWHILE_AGAIN = 1e6
-# Terms of a sum, as many as a vocabulary has words, from which on a bf16 product is quicker by its
-# transpose.
-LONG = 16000
+WORTHWHILE_AGAIN = 1e6  # for the same few shapes
+LONG = 16000  # terms of a sum (a vocabulary) from which a bf16 product is faster by its transpose
 
 
 def product(a: torch.Tensor, b: torch.Tensor, again: bool = False) -> torch.Tensor:
-    """[m, k] times [k, n], both of any strides; `again`: of one of few shapes."""
+    """Multiply [m, k] by [k, n], of any strides; `again`: the call has one of few shapes."""
     if _is_onednns(a, b, WORTHWHILE_AGAIN if again else WORTHWHILE):
-        # the operator that torch.compile puts in the place of a linear layer: a times a transposed
+        # the operator that torch.compile uses for a linear layer: a times b.t() transposed
         return torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
     if a.dtype is torch.bfloat16 and a.shape[1] >= LONG and a.device.type == "cpu":
         return (b.t() @ a.t()).t().contiguous()
@@ -38,22 +36,22 @@ def _is_onednns(a: torch.Tensor, b: torch.Tensor, worthwhile: float = WORTHWHILE
     large = (
         a.dtype is torch.float32 and a.shape[0] * b.numel() >= worthwhile and a.device.type == "cpu"
     )
-    return large and by_onednn() and _is_whole(a) and _is_whole(b)
+    return large and by_onednn() and _is_dense(a) and _is_dense(b)
 
 
-def _is_whole(matrix: torch.Tensor) -> bool:
-    """Whether it lies in one piece. oneDNN's products of some columns of a wider matrix take minutes."""
+def _is_dense(matrix: torch.Tensor) -> bool:
+    """Whether it or its transpose is contiguous; oneDNN takes minutes for a slice of columns."""
     return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
 def by_onednn() -> bool:
-    """Whether large fp32 products are oneDNN's on this machine."""
-    has_it = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
-    return has_it and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether this machine multiplies large fp32 matrices by oneDNN."""
+    is_enabled = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    return is_enabled and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class Linear(torch.autograd.Function):
-    """x times the transposed weight: [..., in], [out, in] -> [..., out]."""
+    """x times weight.t(): [..., in], [out, in] -> [..., out]."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -70,12 +68,16 @@ class Linear(torch.autograd.Function):
 
 
 def _weight_gradient(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[n, in], [n, out] -> [out, in]. By oneDNN its transpose, which is quicker; in bf16 that is slow to add up."""
+    """[n, in], [n, out] -> [out, in].
+
+    oneDNN computes the transpose, which is faster; in bf16 a transposed gradient is slow to
+    accumulate.
+    """
     return product(x.t(), rows).t() if _is_onednns(x.t(), rows) else rows.t() @ x
 
 
 def install(model: torch.nn.Module) -> None:
-    """From now on Megatron-Core's linear layers in `model` take Linear where no tensor ranks exchange anything."""
+    """Have Megatron-Core's linear layers multiply by Linear, unless tensor ranks communicate."""
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
             module._forward_impl = partial(_linear, module._forward_impl)
@@ -84,15 +86,14 @@ def install(model: torch.nn.Module) -> None:
 def _linear(
     upstream: Callable, input: torch.Tensor, weight: torch.Tensor, **options
 ) -> torch.Tensor:
-    """Stands in for the method of both layers that multiplies."""
-    plain = {
+    """Replace _forward_impl of ColumnParallelLinear and RowParallelLinear."""
+    supported = {
         "gradient_accumulation_fusion": False,
         "allreduce_dgrad": False,
         "sequence_parallel": False,
     }
-    if options.get("grad_output_buffer") is None and all(
-        options[name] is value for name, value in plain.items()
-    ):
+    is_supported = all(options[name] is value for name, value in supported.items())
+    if options.get("grad_output_buffer") is None and is_supported:
         product = Linear.apply(input, weight)
         return product if options["bias"] is None else product + options["bias"]
     return upstream(input=input, weight=weight, **options)
