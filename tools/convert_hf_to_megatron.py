@@ -64,7 +64,7 @@ def main(words: list[str]) -> int:
 
     megatron_fixes.apply()
     from mixtrain.config.key_effects import value_of
-    from mixtrain.data.tokenizer import instead
+    from mixtrain.data.tokenizer import no_tokenizer_message
     from mixtrain.interop.convert import hf_files, settings, source_config, to_megatron
     from mixtrain.interop.convert.casting import DTYPES
 
@@ -86,7 +86,7 @@ def main(words: list[str]) -> int:
     words = f" data.tokenizer={tokenizer}" if usable else ""
     print(f"train from it with checkpoint.load_weights={given.out_dir}{words}")
     if not usable:
-        print(f"its tokenizer: {instead(given.hf_dir)}")
+        print(f"its tokenizer: {no_tokenizer_message(given.hf_dir)}")
     if config_file:
         keys = settings.from_hugging_face(hf_files.read_config(given.hf_dir))
         values = {key: value_of(config, key) for key in keys}

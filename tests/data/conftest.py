@@ -34,7 +34,7 @@ def source(library) -> Files:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory, source) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
-    train_bpe((item.text() for item in source.items()), VOCAB_SIZE, directory)
+    train_bpe((item.text() for item in source.documents()), VOCAB_SIZE, directory)
     return directory
 
 

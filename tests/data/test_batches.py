@@ -145,13 +145,6 @@ def test_a_negative_token_is_refused():
         next(iter(batches(Damaged(8))))
 
 
-def test_a_global_batch_that_does_not_divide_is_refused():
-    with pytest.raises(
-        UserError, match="global_batch_size = 8 must be a multiple .* = 3 times the data-par"
-    ):
-        batches(Counting(8), micro=3)
-
-
 @pytest.fixture(scope="module")
 def indexed_train(indexed, tokenizer):
     from mixtrain.data.datasets import build

@@ -82,16 +82,14 @@ def test_a_bin_of_another_size_than_its_index_says_is_named_with_both_numbers(co
     with open(f"{copied}.bin", "r+b") as stream:
         stream.truncate(size - 2)
     problem = only(check_files([copied], tokenizer, 512))
-    assert (
-        problem == f"{copied}.bin: {size - 2:,} bytes, but by {copied}.idx it should have {size:,}"
-    )
+    assert problem == f"{copied}.bin: {size - 2:,} bytes, but {copied}.idx implies {size:,}"
 
 
 def test_an_index_cut_short_is_named_with_both_numbers(copied, tokenizer):
     size = Path(f"{copied}.idx").stat().st_size
     with open(f"{copied}.idx", "r+b") as stream:
         stream.truncate(size - 8)
-    assert f"{size - 8:,} bytes, but its header (16 sequences) makes it {size:,}" in only(
+    assert f"{size - 8:,} bytes, but its header (16 sequences) implies {size:,}" in only(
         check_files([copied], tokenizer, 512)
     )
 
@@ -127,13 +125,13 @@ BOUNDARY = HEADER.size + 12 * 16
             LENGTH + 4 * 6,
             "<i",
             -5,
-            f"sequence 6 of document 6 has -5 tokens (byte {LENGTH + 24}); 0 is the least",
+            f"sequence 6 of document 6 has -5 tokens (byte {LENGTH + 24}); the minimum is 0",
         ),
         (
             LENGTH,
             "<i",
             -1,
-            f"sequence 0 of document 0 has -1 tokens (byte {LENGTH}); 0 is the least",
+            f"sequence 0 of document 0 has -1 tokens (byte {LENGTH}); the minimum is 0",
         ),
         (
             LENGTH + 4 * 6,
@@ -340,9 +338,9 @@ def test_a_part_that_cannot_fill_one_sequence_is_refused_with_both_numbers(index
     assert check_files([indexed], tokenizer, 512, **split, seq_length=tokens - 1) == []
     problem = only(check_files([indexed], tokenizer, 512, **split, seq_length=tokens))
     assert problem == (
-        f'data.split = "80,14,6" gives test {tokens} tokens of {indexed} (1 of its 16 documents), but 7 samples are '
-        f"wanted, and one takes data.seq_length + 1 = {tokens + 1}; give it a larger share, as in data.split='90,5,5', "
-        "or data.split='80,14,0'"
+        f'data.split = "80,14,6" gives test {tokens} tokens of {indexed} (1 of its 16 documents),'
+        f" but 7 samples are wanted, and one takes data.seq_length + 1 = {tokens + 1}; give it a"
+        " larger share, as in data.split='90,5,5', or data.split='80,14,0'"
     )
     assert check_files([indexed], tokenizer, 512, "80,14,6", (10, 0, 0), seq_length=tokens) == []
 

@@ -11,7 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mixtrain.data.items import Unreadable
+from mixtrain.data.documents import UnreadableDocument
 from mixtrain.data.sources import open_source
 from mixtrain.errors import UserError
 
@@ -31,7 +31,7 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 def read(path, *arguments, **given) -> list[str]:
     # all: a checksum stands at the end
-    items = list(open_source(str(path), *arguments, **given).items())
+    items = list(open_source(str(path), *arguments, **given).documents())
     return [item.text() for item in items]
 
 
@@ -81,7 +81,8 @@ def test_a_damaged_file_is_named_and_nothing_of_it_is_taken_for_the_whole(
     cut = {"cut in half": len(packed) // 2, "cut by a few bytes": -3, "empty": 0}.get(damage)
     path = tmp_path / f"a.{kind}{suffix}"
     path.write_bytes(LINES if damage == "never compressed" else bytes(packed[:cut]))
-    said = "no byte is in it" if damage == "empty" else f"damaged, cut short, or no {suffix} file"
+    damaged = f"damaged, truncated, or not a {suffix} file"
+    said = "the file is empty" if damage == "empty" else damaged
     assert said in refusal(path)
 
 
@@ -135,9 +136,9 @@ def test_a_column_of_bytes_is_text_where_it_is_utf_8(tmp_path):
         [b"one", "zwölf".encode(), b'{"text": "x"}', b"\xff\xd8"], pyarrow.binary()
     )
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    *good, bad = open_source(str(tmp_path / "a.parquet")).items()
+    *good, bad = open_source(str(tmp_path / "a.parquet")).documents()
     assert [item.text() for item in good] == ["one", "zwölf", '{"text": "x"}']
-    with pytest.raises(Unreadable, match="not valid UTF-8"):
+    with pytest.raises(UnreadableDocument, match="not valid UTF-8"):
         bad.text()
 
 

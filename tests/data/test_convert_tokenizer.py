@@ -125,8 +125,8 @@ OTHER = {
     "its model_type is not BPE": {"model_type": "unigram"},
     "byte_fallback is false": {"byte_fallback": False},
     "its normalizer is nmt_nfkc, not identity": {"normalization_rule_name": "nmt_nfkc"},
-    "spaces are taken away": {"remove_extra_whitespaces": True},
-    "no space is put before a text": {"add_dummy_prefix": False},
+    "it removes spaces": {"remove_extra_whitespaces": True},
+    "it puts no space before a text": {"add_dummy_prefix": False},
 }
 
 
@@ -155,7 +155,7 @@ def test_what_is_no_tokenizer_file_is_refused_by_the_tool_with_exit_code_2(tmp_p
     (tmp_path / "broken.json").write_text("{")
     wrong = {
         "gone.model": "gone.model: no such file",
-        "tokenizer.model": "is no sentencepiece model, or it is damaged",
+        "tokenizer.model": "is not a sentencepiece model, or it is damaged",
         "tekken.json": "config.default_num_special_tokens is missing",
         "broken.json": "not valid JSON",
     }
@@ -191,9 +191,7 @@ def test_what_is_written_is_what_the_tokenizers_library_writes_again(tmp_path):
     assert Tokenizer.from_file(str(path)).to_str(pretty=True) == path.read_text()
 
 
-def test_a_folder_of_that_name_with_other_files_is_never_cleared_and_what_a_killed_conversion_left_is(
-    tmp_path,
-):
+def test_output_of_a_killed_conversion_is_cleared_and_a_folder_with_other_files_is_not(tmp_path):
     left = tmp_path / "made.writing"
     left.mkdir()
     (left / "thesis.txt").write_text("mine")

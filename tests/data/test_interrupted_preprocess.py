@@ -13,7 +13,7 @@ import pytest
 from preprocessing import TOOL, command, wait_for
 from tiny_disks import tiny_disk
 
-from mixtrain.data.lines import JsonLines
+from mixtrain.data.json_lines import JsonLines
 from mixtrain.data.preprocess import preprocess
 from mixtrain.errors import UserError
 from mixtrain.system.partial import claimed

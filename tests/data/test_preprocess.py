@@ -50,7 +50,9 @@ def published(tmp_path_factory) -> Path:
 
 def test_every_document_is_its_tokens_and_the_end_of_document_token(source, indexed, tokenizer):
     encode = load_tokenizer(tokenizer).encode
-    wanted = [encode(item.text(), add_special_tokens=False).ids + [0] for item in source.items()]
+    wanted = [
+        encode(item.text(), add_special_tokens=False).ids + [0] for item in source.documents()
+    ]
     assert [document.tolist() for document in read_back(indexed)] == wanted
 
 
@@ -93,7 +95,7 @@ def test_the_description_says_what_is_in_the_files(indexed, tokenizer):
 
 
 def test_one_worker_and_three_write_the_same_bytes(lines, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtrain.data.lines.BLOCK", 4096)  # more pieces than may wait at once
+    monkeypatch.setattr("mixtrain.data.json_lines.BLOCK", 4096)  # more pieces than may wait at once
     for workers in (1, 3):
         preprocess(lines, tmp_path / str(workers) / "x", tokenizer, workers=workers, log=quiet)
     for suffix in (".bin", ".idx", ".json"):

@@ -13,14 +13,15 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from mistral_files import V1, as_published
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from mixtrain.data.json_lines import JsonLines
 from mixtrain.data.preprocess import preprocess
-from mixtrain.data.proof_texts import proof_texts
-from mixtrain.data.sources import JsonLines
+from mixtrain.data.tokenizer_test_texts import tokenizer_test_texts
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import to_hf, to_megatron
 from mixtrain.interop.generate.text import Text
 
-TEXTS = [text for text in proof_texts() if text.strip()]  # a document of spaces alone is none
+# a text of spaces alone is not a document
+TEXTS = [text for text in tokenizer_test_texts() if text.strip()]
 CHATS = [text for text in TEXTS if "\n" in text or "return" in text][:40]
 SIZES = dict(
     hidden_size=16,

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mixtrain.checkpoint import integrity, state
 from mixtrain.data import check, tokenizer
-from mixtrain.data.items import Item, Unreadable
+from mixtrain.data.documents import Document, UnreadableDocument
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.settings import from_hugging_face
 from mixtrain.interop.generate.request import read_prompts
@@ -346,12 +346,12 @@ def read_all(folder: Path, name: str) -> None:
             with contextlib.suppress(UserError):
                 ask(folder)
     elif name == "data.json":
-        assert isinstance(check._sidecar_problems(str(folder / "data"), folder, 100), list)
+        assert isinstance(check._description_problems(str(folder / "data"), folder, 100), list)
     elif name == "prompts.jsonl":
         with contextlib.suppress(UserError):
             read_prompts(str(path))
-        with contextlib.suppress(Unreadable):
-            Item("x", path.read_bytes(), "prompt").text()
+        with contextlib.suppress(UnreadableDocument):
+            Document("x", path.read_bytes(), "prompt").text()
     else:
         with contextlib.suppress(UserError):
             from_hugging_face(untrusted_json.read(path))

@@ -20,7 +20,7 @@ import torch
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.checkpoint.same_tokenizer import refuse_other
 from mixtrain.config.schema import Config
-from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, instead, tokenizer_files
+from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, no_tokenizer_message, tokenizer_files
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import hf_source, spans
 from mixtrain.interop.convert.casting import Casting, warn
@@ -128,7 +128,7 @@ def _tokenizer(
     """The tokenizer that goes with the model. What is wrong with its files is said before anything is copied."""
     found = given or tokenizer_of(checkpoint, config)
     if found and not tokenizer_files(found) and given:
-        raise UserError(f"--tokenizer {instead(given)}")
+        raise UserError(f"--tokenizer {no_tokenizer_message(given)}")
     if given and not allow_other:
         own = None
         with suppress(UserError):  # a link to another place, which is not followed
