@@ -14,10 +14,10 @@ from mixtrain.config import memory
 from mixtrain.errors import Fault, UserError
 from mixtrain.proof.bench import reading, report, run, scenario
 from mixtrain.proof.bench.figures import figures, ratio
-from mixtrain.proof.bench.interleaved import Computed
 from mixtrain.proof.bench.machine import peak_tflops
 from mixtrain.proof.bench.reading import Reading
-from mixtrain.proof.bench.scenario import Measure, Request
+from mixtrain.proof.bench.scenario import BenchRequest, Measure
+from mixtrain.proof.bench.variant_processes import WarmupResult
 from mixtrain.proof.bench.variants import variants_of
 
 RESULTS = sorted((ROOT / "benchmarks").glob("*.csv"))
@@ -58,7 +58,7 @@ WRONG = {
     ("rounds=3",): "scenario=: there are checkpoint, ",
     ("scenario=cpu_small", "variants=[jax]"): "variants=jax: there are torch, local, hf_eager, ",
     ("scenario=cpu_small", "rows=[step]"): "rows=step: there are forward_backward_fp32, ",
-    ("scenario=cpu_small", "--fast"): "--fast is no key=value; ",
+    ("scenario=cpu_small", "--fast"): "--fast is not key=value; ",
     ("scenario=cpu_small", "rounds=0"): "rounds = 0 must be at least 1",
     ("scenario=cpu_small", "rounds=many"): "cpu_small.yaml: ",
     ("scenario=cpu_small", "rounds=[3"): "cpu_small.yaml: ",
@@ -80,12 +80,14 @@ def test_what_is_wrong_is_said_before_anything_runs(words):
     assert any(WRONG[words] in problem for problem in problems_of(*words))
 
 
-def test_words_of_the_command_line_win_over_those_of_a_variant_over_those_of_its_row_over_the_scenarios():
-    tree = scenario.Row(Measure.step, words=["seed=2", "name=b"], variants={"one": ["seed=3"]})
-    whole = scenario.Scenario(
-        1, 1, 1, True, None, 0, ["seed=1", "name=a", "parallel=ep1"], {"row": tree}
+def test_overrides_rank_command_line_over_variant_over_row_over_scenario():
+    row = scenario.ScenarioRow(
+        Measure.step, words=["seed=2", "name=b"], variants={"one": ["seed=3"]}
     )
-    rows, _ = variants_of(Request("made", whole, ["name=c"], None))
+    whole = scenario.Scenario(
+        1, 1, 1, True, None, 0, ["seed=1", "name=a", "parallel=ep1"], {"row": row}
+    )
+    rows, _ = variants_of(BenchRequest("made", whole, ["name=c"], None))
     config = rows["row"][0].plan.config
     assert (config.seed, config.name, config.parallel.expert_model_parallel_size) == (3, "c", 1)
 
@@ -151,15 +153,17 @@ def test_variants_that_compute_something_else_are_not_compared():
         )
     )
     variants = rows["forward_backward_fp32"][:2]
-    right = Computed([10.0, 9.0], 2.0, None)
+    right = WarmupResult([10.0, 9.0], 2.0, None)
     for wrong in (
-        Computed([10.0, 9.001], 2.0, None),
-        Computed([10.0, 9.0], 2.1, None),
-        Computed([float("nan")] * 2, 2, 0),
+        WarmupResult([10.0, 9.001], 2.0, None),
+        WarmupResult([10.0, 9.0], 2.1, None),
+        WarmupResult([float("nan")] * 2, 2, 0),
     ):
         with pytest.raises(Fault, match="local does not compute what torch does"):
-            run.same("row", variants, {"torch": right, "local": wrong})
-    run.same("row", variants, {"torch": right, "local": replace(right, losses=[10.00001, 9.0])})
+            run.check_same_results("row", variants, {"torch": right, "local": wrong})
+    run.check_same_results(
+        "row", variants, {"torch": right, "local": replace(right, losses=[10.00001, 9.0])}
+    )
 
 
 def test_a_file_of_readings_is_read_as_it_was_written_and_another_is_refused(tmp_path):

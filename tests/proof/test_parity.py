@@ -312,7 +312,7 @@ def test_an_implementation_computes_what_another_computes(implementation, one_ra
 
 
 def test_tied_embeddings_get_the_gradients_of_both_their_uses(alone, tmp_path):
-    """Megatron-Core's own layers, which add nothing to its buffers themselves, say what these are."""
+    """The reference is Megatron-Core's own layers, which add nothing to its buffers themselves."""
     tied = ["model.untie_embeddings_and_output_weights=false"]
     assert_same(measure([EP + "2", *IMPLEMENTATIONS["local"], *tied], tmp_path), alone(tied))
 

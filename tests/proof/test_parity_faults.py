@@ -36,7 +36,7 @@ class Bench:
         self.config = Config.from_hydra(quick_tree_of(*SMALL))
         self.folder = folder
         self.count = 0
-        self.one = certificate.one_rank(
+        self.one = certificate.run_one_rank(
             make_plan(Layout().of(self.config)), folder / "wholes.pt", folder
         )
 
@@ -47,7 +47,7 @@ class Bench:
 
         self.count += 1
         plan = make_plan(layout.of(self.config))
-        return certificate.at_layout(
+        return certificate.compare_layout(
             plan, self.one, self.folder / "wholes.pt", self.folder / str(self.count), work
         )
 

@@ -26,7 +26,7 @@ SPLIT_BY_DATA = {"DP2": ([EP + "1", DP2], 2), "EP2xDP2": ([EP + "2", "trainer.de
 
 
 def test_the_global_auxiliary_loss_counts_over_the_microbatches_of_a_step(tmp_path):
-    """Its counts run over them: with two ranks a step has half as many, each of twice the tokens."""
+    """With two ranks a step has half as many microbatches, each of twice as many tokens."""
     one = measure([EP + "1", *GLOBAL], tmp_path / "one")
     two = measure([EP + "1", DP2, *GLOBAL], tmp_path / "two")
     assert one["losses"][0] == pytest.approx(two["losses"][0], rel=1e-6)  # forward: the same
