@@ -184,7 +184,7 @@ def _with_fixed_microbatches(config: Config, data_parallel_size: int) -> Config:
         micro_batch_size=LAPTOP_RANKS // data_parallel_size,
         global_batch_size=LAPTOP_RANKS * MICROBATCHES,
     )
-    # the least that every layout can split (2*CP*TP): few expert choices, so that none is near a tie
+    # the minimum that every layout can split (2*CP*TP): few expert choices, so none is near a tie
     data = replace(config.data, seq_length=LAPTOP_RANKS * 2)
     return replace(config, data=data, trainer=trainer)
 

@@ -18,7 +18,7 @@ def line(layout: Layout, verdict: Verdict) -> str:
 
 
 def markdown(title: str, info: Iterable[tuple[str, str]], verdicts: dict[Layout, Verdict]) -> str:
-    """Return the certificate as a page: info, then the largest differences per set of split axes."""
+    """Return the certificate as a page: info, then the largest differences per set of axes."""
     lines = [f"# {title}", "", *[f"* {name}: {value}" for name, value in info], ""]
     lines += [
         "| split | layouts | " + " | ".join(LIMITS) + " |",
