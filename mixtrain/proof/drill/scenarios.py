@@ -176,7 +176,7 @@ def sigkill_in_a_save(arena: Arena) -> Outcome:
 
 
 def killed_rank(arena: Arena) -> Outcome:
-    """One rank dies: the others stop, exit 1, one line names rank and step; resumes, same metrics"""
+    """One rank dies: the others stop, exit 1, a line names rank and step; resumes, same metrics"""
     with arena.run(SHORT) as run:
         run.wait_for_step(7)
         run.kill(1)
@@ -332,7 +332,7 @@ def kill_all(children: Path) -> bool:
 
 
 def dead_writer(arena: Arena) -> Outcome:
-    """The writer process of an async save dies: exit 1; resumes from the save before; same metrics"""
+    """The writer of an async save dies: exit 1; resumes from the save before, same metrics"""
     # many saves, of a few milliseconds each
     overrides = [SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1"]
     with arena.run(*overrides) as run:
@@ -433,7 +433,8 @@ def other_layout(arena: Arena) -> Outcome:
     )
     return Outcome(
         ok,
-        f"exits {one.code}, {four.code}; losses within {worst:.0e}, the same samples: {same_samples}",
+        f"exits {one.code}, {four.code}; losses within {worst:.0e}, the same samples:"
+        f" {same_samples}",
         0,
     )
 
