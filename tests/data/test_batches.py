@@ -6,7 +6,7 @@ from mixtrain.errors import UserError
 
 
 class Counting:
-    """Sample i holds the number i everywhere."""
+    """A dataset whose sample i has the number i everywhere."""
 
     def __init__(self, length: int):
         self.length = length
@@ -33,7 +33,7 @@ def batches(dataset, rank=0, size=1, micro=2, start=0, **more) -> Batches:
 
 
 def steps_of(*ranks: Batches) -> list[set[int]]:
-    """The samples of each step, all ranks together."""
+    """Return the samples of each step on all ranks."""
     per_rank = [[batch["tokens"][:, 0].tolist() for batch in rank] for rank in ranks]
     microbatches = 8 // (len(ranks) * ranks[0].micro_batch_size)
     steps = len(per_rank[0]) // microbatches

@@ -23,7 +23,7 @@ from mixtrain.errors import UserError
 
 @pytest.fixture
 def copied(indexed, tmp_path) -> str:
-    """A copy of the small data set that may be damaged."""
+    """The prefix of a copy of the small dataset, which a test may damage."""
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"{indexed}{suffix}", tmp_path / f"copy{suffix}")
     return str(tmp_path / "copy")
@@ -39,7 +39,7 @@ def test_good_data_has_no_problem(indexed, tokenizer):
 
 
 def test_two_names_of_one_file_are_found_through_any_link(indexed, copied, tokenizer, tmp_path):
-    # a copy cannot be told from other data
+    # a copy is not recognised as the same data
     assert check_files(["0.3", indexed, "0.7", copied], tokenizer, 600) == []
     for number, link in enumerate((os.symlink, os.link)):
         other = str(tmp_path / f"link{number}")
@@ -228,7 +228,7 @@ def test_a_negative_last_entry_is_named_without_reading_the_others(
 
 
 def test_every_byte_of_an_index_counts(copied):
-    """None can change without a word."""
+    """A change of any byte is reported."""
     for position in range(Path(f"{copied}.idx").stat().st_size):
         with open(f"{copied}.idx", "r+b") as stream:
             stream.seek(position)

@@ -1,6 +1,4 @@
-"""Compressed files and other kinds, read as what they are, or refused in one line; what is damaged
-is never taken.
-"""
+"""Compressed and other files are read in their format or refused; damaged files are refused."""
 
 import bz2
 import gzip
@@ -30,7 +28,7 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 
 def read(path, *arguments, **given) -> list[str]:
-    # all: a checksum stands at the end
+    # to the end, where the checksum is
     items = list(open_source(str(path), *arguments, **given).documents())
     return [item.text() for item in items]
 
@@ -46,7 +44,7 @@ def refusal(path, *arguments, **given) -> str:
 @pytest.mark.parametrize("suffix", PACK)
 def test_compressed_files_are_read_as_what_is_in_them(suffix, tmp_path):
     packed = PACK[suffix](LINES)
-    # two streams one behind the other are one file
+    # two concatenated streams are one file
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed + packed)
     assert read(tmp_path / f"a.jsonl{suffix}") == TEXTS * 2
     (tmp_path / f"b.TXT{suffix}").write_bytes(PACK[suffix]("zwölf\n".encode() * 3))

@@ -1,6 +1,4 @@
-"""tools/convert_tokenizer.py: Mistral's own tokenizer files become directories with the same ids,
-or none.
-"""
+"""tools/convert_tokenizer.py converts Mistral's tokenizer files with the same ids, or refuses."""
 
 from __future__ import annotations
 
@@ -81,7 +79,7 @@ def test_a_tekken_json_gives_the_same_ids(tmp_path):
 def test_a_file_whose_merges_come_in_another_order_is_refused_and_nothing_is_written(
     tmp_path, monkeypatch
 ):
-    """The order that put four merges of spaces first, as a reader of the same file once did."""
+    """Four merges of spaces come first, as in an earlier converter of the same file."""
     right = convert_tokenizer._merges
 
     def other(pieces):

@@ -1,6 +1,4 @@
-"""What a directory is read as, arrangement by arrangement: no file as what it may not be, and none
-left out unsaid.
-"""
+"""The format of a directory, by its files: none is misread, and none is left out silently."""
 
 import json
 from pathlib import Path
@@ -22,8 +20,7 @@ configs:
 """
 TABLE = "---\nsize_categories:\n- n<1K\n---\n# Card\n"
 
-# (files, of which README.md has a card where it says so), what is read: names of files in order, or
-# why nothing is fmt: off
+# (files; some have a dataset card in README.md, files read in order or "!" and the refusal)
 ARRANGEMENTS = [
     # text
     ("a.txt b.md c/d.py", "a.txt b.md c/d.py"),
@@ -54,7 +51,7 @@ ARRANGEMENTS = [
     ("a.csv", "a.csv"),
     ("a.tsv b.tsv", "a.tsv b.tsv"),
     ("a.json README.md", "a.json"),
-    # a clone of the hub's, with a card
+    # a clone of a Hub dataset, with its card
     ("en/0.jsonl de/0.jsonl README.md:card", "!['en', 'de']"),
     ("en/0.parquet de/0.parquet README.md:card", "!['en', 'de']"),
     ("data/x/0.parquet README.md:table", "data/x/0.parquet"),
@@ -76,7 +73,7 @@ def offline(monkeypatch):
 
 
 def lay_out(root: Path, files: str) -> Path:
-    """Files with their own names as their text."""
+    """Write files that contain their own names."""
     import gzip
 
     for word in files.split():

@@ -1,6 +1,4 @@
-"""Rows of data sets as they lie on disks: which a split takes, and that no file is left out in
-silence.
-"""
+"""Rows of datasets on disk: which rows a split selects, and that no file is left out silently."""
 
 import json
 from pathlib import Path
@@ -30,7 +28,7 @@ def offline(monkeypatch):
 
 
 def write(root: Path, *files: str, rows: int = 3) -> Path:
-    """Files of so many rows each, `STEM 0` and so on."""
+    """Write files of `rows` rows each: `STEM 0`, `STEM 1`, ..."""
     for file in files:
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +55,7 @@ def refusal(name, *arguments, **given) -> str:
 
 
 def saved(root: Path, rows: int) -> Path:
-    """What save_to_disk writes of the splits train and test."""
+    """The output of save_to_disk for the splits train and test."""
     texts = {part: [f"{part} {number}" for number in range(rows)] for part in ("train", "test")}
     made = datasets.DatasetDict(
         {part: datasets.Dataset.from_dict({"text": texts[part]}) for part in texts}
@@ -214,7 +212,7 @@ def test_a_jsonl_file_can_be_sliced_as_a_data_set(tmp_path):
     assert texts(tmp_path / "d.jsonl", "datasets", split="train[:20%]") == ["d 0", "d 1"]
 
 
-# Clones of the hub's repositories
+# Clones of Hub repositories
 
 
 LAYOUTS = {

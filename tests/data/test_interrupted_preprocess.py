@@ -1,6 +1,4 @@
-"""A run that is ended, or whose disk is full: no worker goes on, and nothing of it is left for
-long.
-"""
+"""Interrupted runs and full disks: no worker survives, and incomplete output is removed."""
 
 import json
 import os
@@ -22,7 +20,7 @@ pytestmark = pytest.mark.long
 
 
 class Endless:
-    """A run of the command on a file that stops in the middle, for as long as we like."""
+    """A run of the command on a pipe, which the test keeps open."""
 
     def __init__(self, folder: Path, tokenizer: Path):
         self.folder = folder
@@ -51,7 +49,7 @@ class Endless:
         assert self.process.poll() is None
         try:
             descriptor = os.open(self.folder / "endless.jsonl", os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads it yet
+        except OSError:  # the pipe has no reader yet
             return False
         os.set_blocking(descriptor, True)
         self.stream = open(descriptor, "w")  # noqa: SIM115

@@ -27,12 +27,12 @@ def read_back(prefix) -> list[numpy.ndarray]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     data = IndexedDataset(str(prefix))
-    return [data[i].copy() for i in range(len(data))]  # the file is unmapped when `data` goes
+    return [data[i].copy() for i in range(len(data))]  # the file is unmapped with `data`
 
 
 @pytest.fixture
 def lines(tmp_path, library) -> JsonLines:
-    """More documents than one worker is given at a time, some of them empty or unreadable."""
+    """More documents than one block, some of them empty or unreadable."""
     words = (library / "heapq.py").read_text().split()
     path = tmp_path / "lines.jsonl"
     with open(path, "w") as stream:
@@ -95,7 +95,7 @@ def test_the_description_says_what_is_in_the_files(indexed, tokenizer):
 
 
 def test_one_worker_and_three_write_the_same_bytes(lines, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtrain.data.json_lines.BLOCK", 4096)  # more pieces than may wait at once
+    monkeypatch.setattr("mixtrain.data.json_lines.BLOCK", 4096)  # more blocks than may be pending
     for workers in (1, 3):
         preprocess(lines, tmp_path / str(workers) / "x", tokenizer, workers=workers, log=quiet)
     for suffix in (".bin", ".idx", ".json"):
@@ -145,7 +145,7 @@ def test_a_directory_that_is_no_tokenizer_is_never_replaced(source, tmp_path):
 
 
 def test_a_killed_run_leaves_no_file_under_a_final_name(tokenizer, tmp_path):
-    # a source that stops in the middle, for as long as we like
+    # a pipe, which the test keeps open
     os.mkfifo(tmp_path / "endless.jsonl")
     child = os.fork()
     if not child:

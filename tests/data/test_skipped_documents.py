@@ -1,4 +1,4 @@
-"""Documents that cannot be read: a few are left out and named, many are an error."""
+"""Unreadable documents: a few are left out and named, many are an error."""
 
 import json
 
@@ -11,9 +11,7 @@ from mixtrain.errors import UserError
 
 
 def lines(path, good: int, bad: int) -> JsonLines:
-    """A file of so many documents under the key `text`, and so many lines with other keys behind
-    them.
-    """
+    """Write a file of documents under the key `text`, followed by lines with other keys."""
     found = [{"text": f"words {number}"} for number in range(good)] + [
         {"body": "x", "id": n} for n in range(bad)
     ]

@@ -8,7 +8,7 @@ from mixtrain.errors import UserError
 
 
 def texts(source) -> dict[str, str]:
-    """Name and text of every item, or why it has none."""
+    """Return {name: text} of every document, or why it has none."""
     found = {}
     for item in source.documents():
         try:

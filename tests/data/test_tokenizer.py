@@ -55,7 +55,7 @@ def test_the_same_text_gives_the_same_tokenizer_in_another_process(tokenizer, so
 
 
 def test_a_trained_tokenizer_cuts_texts_as_gpt_2_does(tokenizer):
-    """Under that name llama.cpp knows it."""
+    """llama.cpp supports this pre-tokenizer under GPT-2's name."""
     gpt_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     cut = load_tokenizer(tokenizer).pre_tokenizer.pre_tokenize_str
     for text in [*tokenizer_test_texts(), TEXT, "I'll we'VE 3.14 x1y2"]:

@@ -26,7 +26,7 @@ def test_every_byte_is_the_builders(vocab_size, tmp_path):
         for begin in range(0, len(documents), 700):
             block = documents[begin : begin + 700]
             writer.add(numpy.concatenate(block), array("i", map(len, block)))
-        writer.add(numpy.empty(0, numpy.int32), array("i"))  # a block of which no document survived
+        writer.add(numpy.empty(0, numpy.int32), array("i"))  # a block without readable documents
         writer.finish()
     assert (writer.documents, writer.tokens) == (len(documents), sum(map(len, documents)))
     for suffix in (".bin", ".idx"):

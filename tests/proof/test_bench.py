@@ -1,6 +1,4 @@
-"""The benchmark without running anything: scenarios, figures, files. What it measures is in
-test_bench_run.py.
-"""
+"""Benchmark scenarios, figures and files; test_bench_run.py runs benchmarks."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ def problems_of(*words: str) -> tuple[str, ...]:
     return caught.value.problems
 
 
-@pytest.mark.long  # Hydra composes each of some sixty
+@pytest.mark.long  # Hydra composes about sixty variants
 @pytest.mark.parametrize("name", scenario.names())
 def test_every_variant_of_a_scenario_is_a_legal_run_of_this_machine_or_left_out_with_a_reason(name):
     words = ["+shrink=laptop"] if name.endswith("_1gpu") else []
@@ -93,9 +91,7 @@ def test_overrides_rank_command_line_over_variant_over_row_over_scenario():
 
 
 def test_flops_are_those_of_the_published_conventions():
-    """Mixtral 8x7B at 4096: 79.7 GF a token with the causal half of the scores, 82.9 with all of
-    them.
-    """
+    """Mixtral 8x7B at 4096: 79.7 GFLOP per token with the causal half of the scores, else 82.9."""
     model = config_of("+recipe=mixtral_8x7b_ep8").model
     assert memory.training_flops(model, 4096, causal=True) == pytest.approx(79.7e9, rel=1e-3)
     assert memory.training_flops(model, 4096, causal=False) == pytest.approx(82.9e9, rel=1e-3)
@@ -103,9 +99,7 @@ def test_flops_are_those_of_the_published_conventions():
 
 
 def test_the_interval_of_a_median_is_that_of_the_sign_test():
-    """Of 15 values the 4th to the 12th has the median with 96.5 %, of 20 the 6th to the 15th with
-    95.9 % (tables).
-    """
+    """From tables: of 15 values 4th to 12th, 96.5 %; of 20 values 6th to 15th, 95.9 %."""
     found = ratio([float(value) for value in range(15, 0, -1)])
     assert (found.median, found.low, found.high) == (8, 4, 12)
     found = ratio([float(value) for value in range(1, 21)])
@@ -200,6 +194,6 @@ def test_a_checked_in_result_says_where_it_is_from_and_the_page_has_its_tables(p
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert f"show benchmarks/{path.name}" in page
     report.show({}, taken)
-    tables = capsys.readouterr().out.split("\n\n")[:-1]  # what the columns mean stands below
+    tables = capsys.readouterr().out.split("\n\n")[:-1]  # without the legend
     for line in "\n".join(tables).splitlines():
         assert line.strip(" ─") in page

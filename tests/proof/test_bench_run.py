@@ -38,7 +38,7 @@ TINY = [
 def taken(
     folder, measure: Measure, rounds: int = 2, **variants: list[str]
 ) -> list[reading.Reading]:
-    """The readings of a row of these variants."""
+    """Return the readings of a row of these variants."""
     row = ScenarioRow(measure, variants=variants)
     scenario = Scenario(
         rounds, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY
@@ -49,7 +49,7 @@ def taken(
 
 @pytest.mark.long
 def test_ours_and_transformers_take_turns_with_the_same_loss_and_gradient(tmp_path):
-    """That they compute the same is checked before the first turn: see the next test."""
+    """The benchmark itself checks that they compute the same: see the tests below."""
     variants = {
         "torch": [],
         "hf_eager": ["hf.experts_implementation=eager"],
@@ -65,7 +65,7 @@ def test_ours_and_transformers_take_turns_with_the_same_loss_and_gradient(tmp_pa
 
 
 def environment_of(child: subprocess.Popen) -> dict[str, str]:
-    """Known once the child's program has begun, a little after Popen returns."""
+    """Return a child's environment, which is its own only shortly after Popen returns."""
     ends = time.monotonic() + 20
     while not (found := psutil.Process(child.pid).environ()) and time.monotonic() < ends:
         time.sleep(0.01)
@@ -125,7 +125,7 @@ def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
         rows={"row": ScenarioRow(Measure.command, variants={"slow": [slow]})},
     )
     rows, _ = variants_of(BenchRequest("made", scenario, [], None))
-    # s that the command goes on for after what is timed
+    # seconds for which the command continues after the timed line
     for until, left in (("^seen", 1), (None, 0)):
         row.until = until
         began = time.perf_counter()
@@ -154,7 +154,7 @@ def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_pa
 
 
 def workers() -> list[psutil.Process]:
-    """Those of variants that are running now."""
+    """Return the running worker processes of variants."""
     there = [
         child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE
     ]
@@ -162,7 +162,7 @@ def workers() -> list[psutil.Process]:
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """A process of the training that the tool has started in turn."""
+    """Return a process of the training that the tool has started."""
     try:
         return "RANK" in process.environ()
     except psutil.Error:

@@ -1,6 +1,4 @@
-"""The layout-parity certificate: which layouts it takes, what it says, and that its exit code is
-the verdict.
-"""
+"""The layout-parity certificate: its layouts, its output and its exit code."""
 
 from __future__ import annotations
 
@@ -107,7 +105,7 @@ def test_layouts_that_are_another_run_by_design_are_left_out_and_counted():
 
 @pytest.mark.parametrize("router", ["global_aux_loss", "combined"])
 def test_the_global_auxiliary_loss_is_compared_over_data_parallel_ranks(router, tmp_path):
-    """At as many microbatches everywhere, whose samples are the same: the counts run over them."""
+    """Every layout has the same number of microbatches, since the counts run over them."""
     plans, left_out = comparable(
         shrunk(
             f"router={router}",
@@ -162,7 +160,7 @@ SHAPES = {"a": (4,), "decoder.layers.b": (2, 3)}
 
 
 def ranks_result(**changes) -> list[dict]:
-    """One rank that has everything and differs nowhere."""
+    """The result of one rank that has every tensor and differs nowhere."""
     parts = [
         ["a", None, "x", 4, 0.0, 0.0],
         ["decoder.layers.b", 0, "y", 3, 0.0, 0.0],

@@ -1,6 +1,4 @@
-"""A shortened drill: real runs are broken and resumed, and a run that is not as it should be fails
-it.
-"""
+"""A shortened drill: real runs are broken and resumed, and a wrong result fails."""
 
 from __future__ import annotations
 
