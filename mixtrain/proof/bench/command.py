@@ -116,5 +116,5 @@ def _terminating(child: subprocess.Popen) -> Iterator[None]:
 
 def _peak(usage: resource.struct_rusage) -> int | None:
     """Return peak resident bytes; None if not above this process's peak, which a child inherits."""
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return usage.ru_maxrss * 1024 if usage.ru_maxrss > 1.2 * own else None
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return usage.ru_maxrss * 1024 if usage.ru_maxrss > 1.2 * own_peak else None

@@ -71,8 +71,8 @@ class BenchRequest:
 
 def parse(argv: list[str]) -> BenchRequest:
     """Parse `scenario=NAME [keys of OWN_KEYS] [overrides of train.py]`."""
-    own, overrides = _split_arguments(argv)
-    name = own.pop("scenario", None)
+    bench_arguments, overrides = _split_arguments(argv)
+    name = bench_arguments.pop("scenario", None)
     if name not in names():
         near = get_close_matches(str(name), names(), n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -80,9 +80,9 @@ def parse(argv: list[str]) -> BenchRequest:
             f"scenario={'' if name is None else name}: {hint}there are {', '.join(names())}"
         )
     only_rows, only_variants, csv, folder = (
-        own.pop(key, None) for key in ("rows", "variants", "csv", "folder")
+        bench_arguments.pop(key, None) for key in ("rows", "variants", "csv", "folder")
     )
-    scenario = select(load(FOLDER / f"{name}.yaml", own), only_rows, only_variants)
+    scenario = select(load(FOLDER / f"{name}.yaml", bench_arguments), only_rows, only_variants)
     keys = ("rows", "variants", *CHANGEABLE)
     changes = [argument for argument in argv if argument.partition("=")[0] in keys]
     return BenchRequest(name, scenario, overrides, changes, csv, folder)
@@ -99,12 +99,12 @@ OWN_KEYS = ("scenario", "rows", "variants", "csv", "folder", *CHANGEABLE)
 
 def _split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
     """Return (the benchmark's own keys and values, the overrides of train.py)."""
-    own = {}
+    bench_arguments = {}
     overrides = []
     for argument in argv:
         key, equals, value = argument.partition("=")
         if key in OWN_KEYS and equals:
-            own[key] = value
+            bench_arguments[key] = value
         elif argument.startswith("-") or not equals:
             raise UserError(
                 f"{argument} is not key=value; the benchmark's keys are {', '.join(OWN_KEYS)}, all"
@@ -112,7 +112,7 @@ def _split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
             )
         else:
             overrides.append(argument)
-    return own, overrides
+    return bench_arguments, overrides
 
 
 def load(path: Path, changes: dict[str, str]) -> Scenario:

@@ -94,7 +94,7 @@ def _variant(
                 f"{request.overrides[0]}: this row runs commands, which take no words of train.py"
             )
         return Variant(name, row.measure, None, {}, " ".join(overrides))
-    own: list[str] = []
+    training_overrides: list[str] = []
     foreign: dict[str, dict[str, str]] = {}
     for override in overrides:
         key, _, value = override.partition("=")
@@ -102,13 +102,13 @@ def _variant(
         if prefix in FOREIGN_PREFIXES:
             foreign.setdefault(prefix, {})[rest] = value
         else:
-            own.append(override)
+            training_overrides.append(override)
     if foreign.get("host", NO_MEMORY_SETTINGS) != NO_MEMORY_SETTINGS:
         raise UserError(
             "the only key of host. is host.memory_settings=false, without"
             " mixtrain/system/host_memory.py's settings"
         )
-    merged = _merged(request.scenario.words, row.words, own, request.overrides)
+    merged = _merged(request.scenario.words, row.words, training_overrides, request.overrides)
     config, problems = _config(merged)
     if not problems and (missing := _missing_requirement(config, request)):
         return missing

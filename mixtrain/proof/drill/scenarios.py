@@ -418,22 +418,22 @@ def crash_loop(arena: Arena) -> Outcome:
 def other_layout(arena: Arena) -> Outcome:
     """Saved at EP2, resumed on one rank, then at EP4: losses of the reference within 1e-5"""
     arena.finish("trainer.max_steps=10")
-    one = arena.finish("trainer.max_steps=15", "parallel.expert_model_parallel_size=1")
-    four = arena.finish(SHORT, "parallel.expert_model_parallel_size=4")
+    at_ep1 = arena.finish("trainer.max_steps=15", "parallel.expert_model_parallel_size=1")
+    at_ep4 = arena.finish(SHORT, "parallel.expert_model_parallel_size=4")
     pairs = zip(records(arena.run_dir), records(arena.reference), strict=False)
     worst = max(abs(a["lm_loss"] / b["lm_loss"] - 1) for a, b in pairs)
     digests = [record["sample_digest"] for record in records(arena.run_dir)]
     expected_digests = [record["sample_digest"] for record in records(arena.reference)[:20]]
     same_samples = digests == expected_digests
     ok = (
-        one.code == four.code == FINISHED
+        at_ep1.code == at_ep4.code == FINISHED
         and worst < 1e-5
         and same_samples
         and len(records(arena.run_dir)) == 20
     )
     return Outcome(
         ok,
-        f"exits {one.code}, {four.code}; losses within {worst:.0e}, the same samples:"
+        f"exits {at_ep1.code}, {at_ep4.code}; losses within {worst:.0e}, the same samples:"
         f" {same_samples}",
         0,
     )
