@@ -139,7 +139,7 @@ def test_existing_output_is_kept_unless_it_may_be_replaced(source, tokenizer, tm
 def test_a_directory_that_is_no_tokenizer_is_never_replaced(source, tmp_path):
     (tmp_path / "x-tokenizer").mkdir()
     (tmp_path / "x-tokenizer" / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(UserError, match="x-tokenizer is no tokenizer directory"):
+    with pytest.raises(UserError, match="x-tokenizer is not a tokenizer directory"):
         preprocess(source, tmp_path / "x", train_vocab_size=300, overwrite=True, log=quiet)
     assert (tmp_path / "x-tokenizer" / "thesis.txt").read_text() == "irreplaceable"
 
@@ -233,9 +233,9 @@ def test_special_tokens_are_parsed_where_that_is_asked_for_as_generation_and_tra
         JsonLines(path, "text"), prefix, published, parse_special_tokens=True, log=said.append
     )
     assert (
-        "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), and it is"
-        " one" in said
-    )
+        "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), which"
+        " became that token"
+    ) in said
     assert json.loads((tmp_path / "x.json").read_text()) == facts
     assert facts["spell_special_tokens"] == 2 and facts["parse_special_tokens"] is True
     there = PreTrainedTokenizerFast(tokenizer_file=str(published / "tokenizer.json"))
