@@ -107,7 +107,7 @@ ACCEPTED = """
 
 
 def test_a_run_says_what_survived_what_was_accepted_and_what_is_there_no_more(tmp_path):
-    for name in ("mutants.py", "mutations.py", "watching.py"):
+    for name in ("mutants.py", "mutations.py", "mutant_plugins.py"):
         (tmp_path / "tools").mkdir(exist_ok=True)
         shutil.copy(ROOT / "tools" / name, tmp_path / "tools" / name)
     for name, text in {
@@ -115,8 +115,8 @@ def test_a_run_says_what_survived_what_was_accepted_and_what_is_there_no_more(tm
         "tests/test_small.py": TESTS,
         "tests/mutants_accepted.yaml": ACCEPTED,
         "pytest.ini": "[pytest]\npythonpath = .\nmarkers =\n    long\n    slurm\n",
-        "go.py": "import sys\nsys.path.insert(0, 'tools')\nimport mutants, watching\n"
-        "mutants.SECONDS, watching.SECONDS = 60, 1\n"
+        "go.py": "import sys\nsys.path.insert(0, 'tools')\nimport mutants, mutant_plugins\n"
+        "mutants.SECONDS, mutant_plugins.SECONDS = 60, 1\n"
         "mutants.MODULES = {'small': ['tests/test_small.py']}\nsys.exit(mutants.main([]))\n",
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)

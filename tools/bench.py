@@ -1,22 +1,23 @@
-"""How fast, against whom: the same work by several implementations, in turn, each in processes of
-its own.
+"""Benchmark several implementations on the same work: they take turns, each in its own processes.
 
-    python tools/bench.py scenario=cpu_small                        the table, and
-      runs/bench/cpu_small.csv
-    python tools/bench.py scenario=cpu_small rounds=3 rows=[step_fp32] variants=[torch,local]
-      csv=FILE
-    python tools/bench.py scenario=conversion folder=/data         the disk to measure
-    python tools/bench.py scenario=mixtral_slice_1gpu +shrink=laptop   a GPU's scenario to its end,
-      tiny, on this CPU
-    python tools/bench.py show benchmarks/cpu_small.csv             the table of readings taken
-      before
+    # print the table, and write runs/bench/cpu_small.csv
+    python tools/bench.py scenario=cpu_small
+    # a part of a scenario, with fewer rounds
+    python tools/bench.py scenario=cpu_small rounds=3 rows=[step_fp32] variants=[torch,local] \\
+        csv=FILE
+    # choose the disk to measure
+    python tools/bench.py scenario=conversion folder=/data
+    # run a GPU scenario to its end on this CPU, at tiny sizes
+    python tools/bench.py scenario=mixtral_slice_1gpu +shrink=laptop
+    # print the table of earlier readings
+    python tools/bench.py show benchmarks/cpu_small.csv
 
-Scenarios are conf/bench/*.yaml: rows of variants that are compared, in words of train.py. Other
-words of train.py on the command line go to every variant. docs/benchmarks.md says what is measured
-and how.
+Scenarios are conf/bench/*.yaml: rows of variants that are compared, given by overrides of train.py.
+Other overrides of train.py on the command line apply to every variant. docs/benchmarks.md describes
+what is measured and how.
 
-Exit codes: 0 measured, 1 a fault, or variants that do not compute the same, 2 the arguments or the
-machine are wrong, 130 interrupted.
+Exit codes: 0 measured; 1 an internal error, or variants that do not compute the same; 2 wrong
+arguments or an unsuitable machine; 130 interrupted.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# run from a checkout, nothing installed
+# runs from a checkout, without installation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import run as run_tool  # noqa: E402
@@ -59,57 +60,60 @@ def main(argv: list[str]) -> int:
     return measure(request, rows, left_out)
 
 
-def measure(request: scenario.Request, rows: dict[str, list[Variant]], left_out: list[str]) -> int:
-    """Take every row's readings; what there is by then is in the file after each round."""
+def measure(
+    request: scenario.BenchRequest, rows: dict[str, list[Variant]], left_out: list[str]
+) -> int:
+    """Take the readings of every row; write all readings so far to the file after each round."""
     for line in left_out:
         say(f"left out: {line}")
-    facts = {"scenario": described(request), **machine.facts()} | (
-        {"left out": "; ".join(left_out)} if left_out else {}
-    )
+    info = {"scenario": describe(request), **machine.machine_info()}
+    if left_out:
+        info["left out"] = "; ".join(left_out)
     path = Path(request.csv or RESULTS / f"{request.name}.csv")
-    taken = []
-    with working(path, Path(request.folder or RESULTS)) as folder:
+    readings = []
+    with working_folder(path, Path(request.folder or RESULTS)) as folder:
         for name, variants in rows.items():
             row = request.scenario.rows[name]
             rounds = request.scenario.rounds
-            # closed before `folder` goes, whatever happens
-            with contextlib.closing(
-                run.readings_of(name, row, variants, request.scenario, folder / name, say)
-            ) as made:
-                for number, one in enumerate(made):
-                    taken.append(one)
+            new_readings = run.readings_of(
+                name, row, variants, request.scenario, folder / name, say
+            )
+            # closes the generator, and with it the processes, before the folder is removed
+            with contextlib.closing(new_readings):
+                for number, latest in enumerate(new_readings):
+                    readings.append(latest)
                     if number % len(variants) == len(variants) - 1:
                         say(
-                            f"{name}: round {one.round} of {rounds}, others kept {one.others:.1f}"
-                            " CPUs busy"
+                            f"{name}: round {latest.round} of {rounds}, other processes kept"
+                            f" {latest.others:.1f} CPUs busy"
                         )
-                        reading.write(path, facts, taken)
-    report.show(facts, taken)
+                        reading.write(path, info, readings)
+    report.show(info, readings)
     print(f"\n{path}")
     return FINISHED
 
 
 @contextlib.contextmanager
-def working(path: Path, folder: Path) -> Iterator[Path]:
-    """A folder for what is written while measuring, in `folder`.
+def working_folder(path: Path, folder: Path) -> Iterator[Path]:
+    """Create a temporary folder in `folder` for files written while measuring.
 
-    UserError where it, or `path`, cannot be written.
+    Raises UserError if it, or `path`, cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("a").close()
         folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(prefix="working-", dir=folder)
+        temporary = tempfile.TemporaryDirectory(prefix="working-", dir=folder)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from None
-    with made as name:
+    with temporary as name:
         yield Path(name).resolve()
 
 
-def described(request: scenario.Request) -> str:
-    return " ".join([request.name, *request.changes, *request.words])
+def describe(request: scenario.BenchRequest) -> str:
+    return " ".join([request.name, *request.changes, *request.overrides])
 
 
 if __name__ == "__main__":
-    os.environ.pop("RANK", None)  # its variants start their own ranks
+    os.environ.pop("RANK", None)  # the variants start their own ranks
     sys.exit(run_tool(main, sys.argv[1:]))

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
 
     megatron_fixes.apply()
     from mixtrain.config.key_effects import value_of
-    from mixtrain.data.tokenizer import instead
+    from mixtrain.data.tokenizer import no_tokenizer_message
     from mixtrain.interop.convert import checkpoint_config, hf_config, hf_files, to_megatron
     from mixtrain.interop.convert.dtype_cast import DTYPES
 
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> int:
     override = f" data.tokenizer={tokenizer}" if has_tokenizer else ""
     print(f"train from it with checkpoint.load_weights={args.out_dir}{override}")
     if not has_tokenizer:
-        print(f"its tokenizer: {instead(args.hf_dir)}")
+        print(f"its tokenizer: {no_tokenizer_message(args.hf_dir)}")
     if yaml_path:
         keys = hf_config.from_hugging_face(hf_files.read_config(args.hf_dir))
         values = {key: value_of(config, key) for key in keys}

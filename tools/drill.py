@@ -1,12 +1,11 @@
-"""The fault drill: real training runs, broken in every way that is known to break them, and
-resumed.
+"""Run the fault drill: break real training runs in every known way, and resume them.
 
-    python tools/drill.py                             every scenario, 20 random SIGKILLs included
+    python tools/drill.py                             every scenario, with 20 random SIGKILLs
     python tools/drill.py sigterm flipped_byte        only these (--list shows the names)
 
-Prints, for each scenario, what was expected, what was seen, and how many steps had to be done again
-at the most: never more than there were since the last save. Exit codes: 0 all as expected, 1 one
-was not, 2 there is no such scenario.
+For each scenario, prints what was expected, what was seen, and the maximum number of steps that had
+to be repeated: never more than since the last save. Exit codes: 0 all as expected, 1 one was not,
+2 an unknown scenario.
 """
 
 import argparse
@@ -15,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-# run from a checkout, nothing installed
+# runs from a checkout, without installation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import run  # noqa: E402
@@ -31,50 +30,52 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("scenario", nargs="*")
     parser.add_argument("--list", action="store_true", help="show the scenarios")
-    parser.add_argument("--kills", type=int, default=scenarios.KILLS, help="of sigkill_at_random")
-    parser.add_argument("--seed", type=int, default=int(time.time()), help="of the random moments")
     parser.add_argument(
-        "--folder", help="work there, and leave everything; else a temporary folder"
+        "--kills", type=int, default=scenarios.KILLS, help="number of kills in sigkill_at_random"
     )
-    given = parser.parse_args(arguments)
-    if given.list:
+    parser.add_argument(
+        "--seed", type=int, default=int(time.time()), help="seed of the random moments"
+    )
+    parser.add_argument(
+        "--folder", help="folder to work in; it is not removed (default: a temporary folder)"
+    )
+    args = parser.parse_args(arguments)
+    if args.list:
         for name, scenario in names.items():
             print(f"{name:<20} {scenario.__doc__}")
         return FINISHED
-    if unknown := [name for name in given.scenario if name not in names]:
+    if unknown := [name for name in args.scenario if name not in names]:
         print_problems([f"{name} is not a scenario; --list shows them" for name in unknown])
         return REFUSED
     with scratch.folder("drill-") as temporary:
-        return drill(
-            [names[name] for name in given.scenario or names],
-            Path(given.folder or temporary),
-            given,
-        )
+        selected = [names[name] for name in args.scenario or names]
+        return drill(selected, Path(args.folder or temporary), args.seed, args.kills)
 
 
-def drill(chosen: list, folder: Path, given: argparse.Namespace) -> int:
-    """Run the scenarios one after the other."""
-    print(f"seed {given.seed}; training the run that nothing happens to ...", flush=True)
+def drill(selected: list, folder: Path, seed: int, kills: int) -> int:
+    """Run the scenarios one after the other; return the exit code."""
+    print(f"seed {seed}; training the undisturbed run ...", flush=True)
     reference = scenarios.reference(folder / "reference")
     failed = []
-    for scenario in chosen:
+    for scenario in selected:
         started = time.monotonic()
-        arena = scenarios.Arena(folder / scenario.__name__, reference, given.seed, given.kills)
+        arena = scenarios.Arena(folder / scenario.__name__, reference, seed, kills)
         try:
-            seen = scenario(arena)
+            outcome = scenario(arena)
         except Exception as error:
-            seen = scenarios.Seen(False, f"{type(error).__name__}: {error}")
-        if not seen.ok:
+            outcome = scenarios.Outcome(False, f"{type(error).__name__}: {error}")
+        if not outcome.ok:
             failed.append(scenario.__name__)
-        lost = "" if seen.lost is None else f"   steps lost: {seen.lost}"
+        lost = "" if outcome.lost is None else f"   steps lost: {outcome.lost}"
         seconds = time.monotonic() - started
-        print(f"{'pass' if seen.ok else 'FAIL'}  {scenario.__name__} ({seconds:.0f} s){lost}")
-        print(f"      expected  {scenario.__doc__}\n      seen      {seen.words}", flush=True)
-    rest = f"; not: {', '.join(failed)}" if failed else ""
-    print(f"{len(chosen) - len(failed)} of {len(chosen)} as expected{rest}")
+        print(f"{'pass' if outcome.ok else 'FAIL'}  {scenario.__name__} ({seconds:.0f} s){lost}")
+        print(f"      expected  {scenario.__doc__}\n      seen      {outcome.message}", flush=True)
+    not_as_expected = f"; not: {', '.join(failed)}" if failed else ""
+    passed = len(selected) - len(failed)
+    print(f"{passed} of {len(selected)} as expected{not_as_expected}")
     return FAULT if failed else FINISHED
 
 
 if __name__ == "__main__":
-    os.environ.pop("RANK", None)  # its runs start their own ranks
+    os.environ.pop("RANK", None)  # the runs start their own ranks
     sys.exit(run(main, sys.argv[1:]))

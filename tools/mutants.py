@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Put small faults into the pure modules, one at a time, and see whether their tests notice.
+"""Mutation tests: put small faults into the pure modules, one at a time, and run their tests.
 
     python tools/mutants.py                         all of MODULES: up to two hours on two cores
     python tools/mutants.py config/rules/experts    a part; --list shows the faults and runs nothing
 
-A fault that no test notices is printed, and is an error unless tests/mutants_accepted.yaml says why
-nothing could notice it. Nothing is written to the sources: this process has imported what they
-import, and forks a child for each fault, in which the faulty module is what its tests import.
+A fault that no test notices is printed, and is an error unless tests/mutants_accepted.yaml explains
+why no test can notice it. The sources are not changed: this process imports their dependencies and
+forks a child for each fault, in which the tests import the faulty module.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from types import CodeType, ModuleType
 
 import pytest
 import yaml
-from mutations import REACHED, Mutant, mutants, telling
-from watching import Choice, Test, Watch
+from mutant_plugins import LineRecorder, TestRun, TestSelection
+from mutations import RECORD_LINE, Mutant, mutants, record_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 ACCEPTED = ROOT / "tests/mutants_accepted.yaml"
 RULES = ["tests/config/test_rules.py", "tests/config/test_rules_edges.py"]
 CONVERSION = ["tests/checkpoint/test_parts.py", "tests/interop/test_convert.py"]
 READING = ["reading_files", "pickle_edges", "index_edges", "archive_edges", "object_edges"]
-# and the tests that are to notice a fault, of which those that start processes are left out
+# module -> the tests that must notice its faults; tests that start processes are left out
 MODULES = {
     **{
         f"config/rules/{name}": RULES
@@ -77,19 +77,19 @@ MODULES = {
     "interop/convert/tensor_mapping": CONVERSION,
     "interop/convert/flat_ranges": CONVERSION,
 }
-MEMORY = 8 << 30  # bytes that a fault may ask for
-# that a fault may take to be imported, and beyond ten times what its tests take without it
+MAX_MEMORY = 8 << 30  # bytes that a faulty module may allocate
+# time limit of a fault: this plus ten times the time of its tests without a fault
 SECONDS = 20
 PR_SET_PDEATHSIG = 1
-# exit codes of a child; whatever else it ends with, the fault was noticed
+# exit codes of a child; any other exit code means that the fault was noticed
 SURVIVED = 0
 KILLED = 1
 BROKEN = 70
 NO_FAULT = Mutant("", "", "", range(0), 0, lambda node: None)
 
 
-class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives a module another code than its file has. `names` are in it beforehand."""
+class ModuleReplacement(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Import hook that gives a module other code than its file; `names` are defined before it."""
 
     def __init__(self, name: str, path: Path, code: CodeType, **names: object):
         self.name = name
@@ -110,38 +110,31 @@ class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self.code, module.__dict__)
 
 
-def pytest_of(files: list[str], folder: Path, *plugins: object) -> int:
-    words = [
-        "-q",
-        "--tb=no",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not long and not slurm",
-        "-o",
-        "addopts=",
-    ]
-    return pytest.main([*words, f"--basetemp={folder}", *files], plugins=list(plugins))
+def run_pytest(files: list[str], folder: Path, *plugins: object) -> int:
+    options = "-q --tb=no -p no:cacheprovider -o addopts=".split()
+    options += ["-m", "not long and not slurm", f"--basetemp={folder}"]
+    return pytest.main([*options, *files], plugins=list(plugins))
 
 
 @contextlib.contextmanager
 def silence() -> Iterator[None]:
     sys.stdout.flush()
-    kept = [os.dup(stream) for stream in (1, 2)]
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    saved = [os.dup(stream) for stream in (1, 2)]
+    null = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
-        os.dup2(nowhere, stream)
+        os.dup2(null, stream)
     try:
         yield
     finally:
         sys.stdout.flush()
-        for stream, own in zip((1, 2), kept, strict=True):
-            os.dup2(own, stream)
+        for stream, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, stream)
 
 
-def forked(work: Callable[[], int], limit: float | None) -> int | None:
-    """The exit code of `work` in a forked child; None if a signal or the limit ended it. Its group
-    ends with it.
+def run_forked(work: Callable[[], int], limit: float | None) -> int | None:
+    """Run `work` in a forked child; return its exit code, None after a signal or the time limit.
+
+    The child's process group ends with it.
     """
     sys.stdout.flush()
     child = os.fork()
@@ -149,7 +142,7 @@ def forked(work: Callable[[], int], limit: float | None) -> int | None:
         code = BROKEN
         try:
             os.setsid()
-            # whoever ends the parent ends this one too
+            # the child ends with its parent
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             code = work()
         except BaseException as error:
@@ -171,91 +164,90 @@ def forked(work: Callable[[], int], limit: float | None) -> int | None:
             os.waitpid(child, 0)
 
 
-class Faults:
-    """The faults of a module, and the tests that are to notice them.
-
-    To be made in a process of its own.
-    """
+class ModuleFaults:
+    """The faults of a module and the tests that must notice them. Create it in its own process."""
 
     def __init__(self, module: str, folder: Path):
         self.files = MODULES[module]
         self.folder = folder
         self.path = path_of(module)
-        self.name = ".".join(self.path.relative_to(ROOT).with_suffix("").parts).removesuffix(
-            ".__init__"
-        )
+        dotted = ".".join(self.path.relative_to(ROOT).with_suffix("").parts)
+        self.name = dotted.removesuffix(".__init__")
         self.source = self.path.read_text()
-        self.tests = self._without_a_fault()
+        self.tests = self._run_without_fault()
 
-    def _without_a_fault(self) -> dict[str, Test]:
-        """Leaves imported, and cached, what does not depend on the module."""
-        watch = Watch(active=False)
-        code = compile(telling(self.source), str(self.path), "exec")
-        instead = Instead(self.name, self.path, code, **{REACHED: watch.reached})
-        sys.meta_path.insert(0, instead)
+    def _run_without_fault(self) -> dict[str, TestRun]:
+        """Run all tests; what does not depend on the module stays imported and cached."""
+        recorder = LineRecorder(active=False)
+        code = compile(record_lines(self.source), str(self.path), "exec")
+        names = {RECORD_LINE: recorder.record_line}
+        replacement = ModuleReplacement(self.name, self.path, code, **names)
+        sys.meta_path.insert(0, replacement)
         with silence():
-            pytest_of(self.files, self.folder / "tests", watch)
-        sys.meta_path.remove(instead)
+            run_pytest(self.files, self.folder / "tests", recorder)
+        sys.meta_path.remove(replacement)
         forget_dependents_of(self.name)
         gc.freeze()
-        return watch.tests(ROOT)
+        return recorder.usable_tests(ROOT)
 
-    def chosen(self, mutant: Mutant) -> dict[str, Test]:
-        """The tests that run the faulty statement: first those named after its function, then the
-        most particular.
+    def tests_of(self, mutant: Mutant) -> dict[str, TestRun]:
+        """Return the tests that run the faulty statement, the most specific first.
+
+        Tests that are parametrized with the function's name come before all others.
         """
-        own = f"[{mutant.function.split('.')[-1]}-"
+        parameter = f"[{mutant.function.split('.')[-1]}-"
         lines = {*mutant.lines}
-        reaching = {
-            name: test for name, test in self.tests.items() if not lines or lines & test.lines
-        }
-        return dict(
-            sorted(
-                reaching.items(), key=lambda of: (own not in of[0], len(of[1].lines), of[1].seconds)
-            )
-        )
+
+        def order(entry: tuple[str, TestRun]) -> tuple:
+            name, test = entry
+            return parameter not in name, len(test.lines), test.seconds
+
+        tests = [
+            (name, test) for name, test in self.tests.items() if not lines or lines & test.lines
+        ]
+        return dict(sorted(tests, key=order))
 
     def survives(self, mutant: Mutant) -> bool:
-        tests = self.chosen(mutant)
+        tests = self.tests_of(mutant)
         files = [file for file in self.files if any(name.startswith(file) for name in tests)]
 
         def work() -> int:
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-            sys.meta_path.insert(
-                0, Instead(self.name, self.path, mutant.code(self.source, str(self.path)))
-            )
+            resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
+            code = mutant.code(self.source, str(self.path))
+            sys.meta_path.insert(0, ModuleReplacement(self.name, self.path, code))
+            plugins = TestSelection(tests), LineRecorder(active=True)
             with silence():
-                ended = pytest_of(
-                    ["-x", *files], self.folder / "tests", Choice(tests), Watch(active=True)
-                )
-            return SURVIVED if ended == 0 else KILLED
+                status = run_pytest(["-x", *files], self.folder / "tests", *plugins)
+            return SURVIVED if status == 0 else KILLED
 
         seconds = sum(test.seconds for test in tests.values())
-        ended = forked(work, limit=SECONDS + 10 * seconds) if tests else SURVIVED
-        if ended == BROKEN:
-            raise RuntimeError(f"{mutant.key} could not be tried")
+        status = run_forked(work, limit=SECONDS + 10 * seconds) if tests else SURVIVED
+        if status == BROKEN:
+            raise RuntimeError(f"{mutant.key} could not be tested")
         shutil.rmtree(self.folder / "tests", ignore_errors=True)
-        return ended == SURVIVED
+        return status == SURVIVED
 
 
 def forget_dependents_of(name: str) -> None:
-    """As if a module, what imports it and all tests had never been imported."""
+    """Remove a module, the modules that import it, and all tests from sys.modules."""
     ours = {key: module for key, module in sys.modules.items() if _is_ours(module)}
     imports = {key: _imported(Path(module.__file__)) for key, module in ours.items()}
-    gone = {name}
+    removed = {name}
     tests = {key for key in ours if key.rpartition(".")[2].startswith(("test_", "conftest"))}
-    while more := {key for key in ours if key not in gone and imports[key] & gone} | tests - gone:
-        gone |= more
-    for key in gone & {*sys.modules}:
+    while more := (
+        {key for key in ours if key not in removed and imports[key] & removed} | tests - removed
+    ):
+        removed |= more
+    for key in removed & {*sys.modules}:
         package, _, last = key.rpartition(".")
         parent = sys.modules.get(package)
         if parent is not None and last in vars(parent):
-            delattr(parent, last)  # `from package import last` looks there first
+            delattr(parent, last)  # `from package import last` looks up the attribute first
         del sys.modules[key]
 
 
 def _imported(path: Path) -> set[str]:
-    """The names that a file imports, but for those that a function does when it is called."""
+    """Return the names that a file imports outside functions."""
     nodes = list(ast.parse(path.read_text()).body)
     names = set()
     while nodes:
@@ -285,30 +277,27 @@ def accepted() -> dict[tuple[str, str, str], str]:
 
 
 def run_module(module: str, known: dict, folder: Path) -> Counter:
-    """Faults, and those that are accepted, survived and killed.
+    """Return the numbers of faults, and of those accepted, survived and killed.
 
-    In a child: it imports what the next must not have.
+    Runs in a child, so that its imports do not reach the next module.
     """
     answer = folder / "answer.json"
 
     def work() -> int:
-        # threads do not come along when it forks
+        # threads do not survive a fork
         os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-        faults = Faults(module, folder)
+        faults = ModuleFaults(module, folder)
         count = Counter()
         if not faults.survives(NO_FAULT):
             raise RuntimeError("the tests do not pass in a forked child without a fault")
-        found = mutants(faults.source)
-        for number, mutant in enumerate(found, 1):
-            fate = (
-                "accepted"
-                if mutant.key in known
-                else "survived"
-                if faults.survives(mutant)
-                else "killed"
-            )
-            count.update(["faults", fate])
-            if fate == "survived":
+        mutants_of_module = mutants(faults.source)
+        for number, mutant in enumerate(mutants_of_module, 1):
+            if mutant.key in known:
+                result = "accepted"
+            else:
+                result = "survived" if faults.survives(mutant) else "killed"
+            count.update(["faults", result])
+            if result == "survived":
                 where = f"line {mutant.lines.start}" if mutant.lines else "on import"
                 print(
                     f"\r{module}.py, {where}, {mutant.function}:\n"
@@ -316,7 +305,7 @@ def run_module(module: str, known: dict, folder: Path) -> Counter:
                     f"    + {mutant.after}"
                 )
             print(
-                f"\r{module}: {number}/{len(found)}, {count['survived']} survived ",
+                f"\r{module}: {number}/{len(mutants_of_module)}, {count['survived']} survived ",
                 end="",
                 flush=True,
             )
@@ -324,49 +313,50 @@ def run_module(module: str, known: dict, folder: Path) -> Counter:
         answer.write_text(json.dumps(count))
         return 0
 
-    if forked(work, limit=None) != 0:
-        sys.exit(f"mutants: {module} could not be done")
+    if run_forked(work, limit=None) != 0:
+        sys.exit(f"mutants: {module} could not be tested")
     return Counter(json.loads(answer.read_text()))
 
 
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("modules", nargs="*", help="parts of their names (default: all of them)")
+    parser.add_argument("modules", nargs="*", help="parts of module names (default: all modules)")
     parser.add_argument("--list", action="store_true", help="show the faults and run nothing")
-    asked = parser.parse_args(words)
+    args = parser.parse_args(argv)
     modules = [
-        name for name in MODULES if not asked.modules or any(word in name for word in asked.modules)
+        name for name in MODULES if not args.modules or any(part in name for part in args.modules)
     ]
     if not modules:
         print(
-            f"mutants: none of {', '.join(MODULES)} has {' or '.join(asked.modules)} in its name",
+            f"mutants: none of {', '.join(MODULES)} has {' or '.join(args.modules)} in its name",
             file=sys.stderr,
         )
         return 2
-    if asked.list:
+    if args.list:
         for module in modules:
             for mutant in mutants(path_of(module).read_text()):
                 print(f"{module} {mutant.function}\n    - {mutant.before}\n    + {mutant.after}")
         return 0
     os.chdir(ROOT)
     known = accepted()
-    there = {mutant.key for module in MODULES for mutant in mutants(path_of(module).read_text())}
-    spare = [key for key in known if key not in there]
+    existing = {mutant.key for module in MODULES for mutant in mutants(path_of(module).read_text())}
+    obsolete = [key for key in known if key not in existing]
     table = []
     with tempfile.TemporaryDirectory() as folder:
         for module in modules:
             table.append((module, run_module(module, known, Path(folder))))
     print(f"\n{'module':24}{'faults':>8}{'killed':>8}{'accepted':>9}{'survived':>9}")
-    all_of_them = sum((count for _, count in table), Counter())
-    for module, count in [*table, ("all", all_of_them)]:
+    total = sum((count for _, count in table), Counter())
+    for module, count in [*table, ("all", total)]:
         print(
-            f"{module:24}{count['faults']:8}{count['killed']:8}{count['accepted']:9}{count['survived']:9}"
+            f"{module:24}{count['faults']:8}{count['killed']:8}"
+            f"{count['accepted']:9}{count['survived']:9}"
         )
-    for function, before, after in spare:
+    for function, before, after in obsolete:
         print(f"no longer there, take it out of {ACCEPTED.name}: {function}: {before} -> {after}")
-    return 1 if all_of_them["survived"] or spare else 0
+    return 1 if total["survived"] or obsolete else 0
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Small faults of a Python source: each changes one comparison, operator, constant, element or
-statement of it.
-"""
+"""Small faults of a Python source: each changes a comparison, operator, constant or statement."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-OTHER = {  # what is put for an operator, and for the name of a function
+REPLACEMENTS = {  # of operators, and of names of functions
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
     ast.Gt: ast.GtE,
@@ -41,19 +39,19 @@ OTHER = {  # what is put for an operator, and for the name of a function
     "endswith": "startswith",
     "sorted": "list",
 }
-REACHED = "_reached"
+RECORD_LINE = "_record_line"
 DROPPED = (ast.Expr, ast.AugAssign, ast.Raise, ast.Continue, ast.Break)
 Change = Callable[[ast.AST], None]  # changes a node in place
 
 
 class Mutant(NamedTuple):
-    """A fault: the key says what it is wherever the function is moved to."""
+    """A fault; its key does not depend on the position of the function."""
 
-    function: str  # with its class; what a table is called, for what is in no function
+    function: str  # with its class; outside functions, the name of the assigned variable
     before: str
     after: str
-    lines: range  # of the statement it is in; empty for what runs on import
-    node: int  # its number in the order of ast.walk
+    lines: range  # of its statement; empty for code that runs on import
+    node: int  # its position in the order of ast.walk
     change: Change
 
     @property
@@ -61,82 +59,73 @@ class Mutant(NamedTuple):
         return self.function, self.before, self.after
 
     def code(self, source: str, path: str):
-        """The faulty module, compiled."""
+        """Return the faulty module, compiled."""
         tree = ast.parse(source)
         self.change(list(ast.walk(tree))[self.node])
         return compile(ast.fix_missing_locations(tree), path, "exec")
 
 
 def mutants(source: str) -> list[Mutant]:
-    """Every fault of a module, in the order of its lines."""
+    """Return every fault of a module, in the order of its lines."""
     tree = ast.parse(source)
-    found = []
+    faults = []
     seen = Counter()
     nodes = list(ast.walk(tree))
     numbers = {node: number for number, node in enumerate(nodes)}
     parents = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
-    for node, function, lines in _places(tree, "", range(0)):
+    for node, function, lines in _changeable_nodes(tree, "", range(0)):
         for before, after, change in _changes(node, parents.get(node)):
             seen[function, before, after] += 1
             if (count := seen[function, before, after]) > 1:
                 before += f"  # {count}"  # the second of its kind in a function
-            found.append(Mutant(function, before, after, lines, numbers[node], change))
-    return found
+            faults.append(Mutant(function, before, after, lines, numbers[node], change))
+    return faults
 
 
-def telling(source: str) -> ast.Module:
-    """The module with a call of REACHED before every statement of a function: the line at which it
-    begins.
-    """
+def record_lines(source: str) -> ast.Module:
+    """Return the module with a call of RECORD_LINE(line) before every statement of a function."""
     tree = ast.parse(source)
     for node in [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]:
         for inner in ast.walk(node):
             for name in ("body", "orelse", "finalbody"):
                 statements = _list(inner, name)
                 if statements and isinstance(statements[0], ast.stmt):
-                    setattr(
-                        inner,
-                        name,
-                        [
-                            part
-                            for statement in statements
-                            for part in (_tells(statement), statement)
-                        ],
-                    )
+                    pairs = [(_record_call(statement), statement) for statement in statements]
+                    setattr(inner, name, [statement for pair in pairs for statement in pair])
     return ast.fix_missing_locations(tree)
 
 
-def _tells(statement: ast.stmt) -> ast.Expr:
-    call = ast.Call(ast.Name(REACHED, ast.Load()), [ast.Constant(statement.lineno)], [])
+def _record_call(statement: ast.stmt) -> ast.Expr:
+    call = ast.Call(ast.Name(RECORD_LINE, ast.Load()), [ast.Constant(statement.lineno)], [])
     return ast.copy_location(ast.Expr(call), statement)
 
 
-def _places(node: ast.AST, function: str, lines: range) -> Iterator[tuple[ast.AST, str, range]]:
-    """Every node that may be changed, the function it is in, and the lines of its statement."""
+def _changeable_nodes(
+    node: ast.AST, function: str, lines: range
+) -> Iterator[tuple[ast.AST, str, range]]:
+    """Yield (node, its function, the lines of its statement) of every node that may be changed."""
     yield node, function, lines
+    if getattr(node, "arg", "") == "strict":
+        return  # zip's strict= changes no result
     for name, value in ast.iter_fields(node):
-        if (
-            name in ("annotation", "returns", "format_spec", "type_params")
-            or getattr(node, "arg", "") == "strict"
-        ):
-            continue  # what zip is promised is no behaviour
+        if name in ("annotation", "returns", "format_spec", "type_params"):
+            continue
         for child in value if isinstance(value, list) else [value]:
             if not isinstance(child, ast.AST) or _is_text(node, child):
                 continue
-            inside = function
-            at = lines
+            child_function = function
+            child_lines = lines
             if isinstance(child, (ast.FunctionDef, ast.ClassDef)):
-                inside = f"{function}.{child.name}".lstrip(".")
+                child_function = f"{function}.{child.name}".lstrip(".")
             elif isinstance(child, (ast.Assign, ast.AnnAssign)) and isinstance(node, ast.Module):
-                inside = ast.unparse(
-                    child.targets[0] if isinstance(child, ast.Assign) else child.target
-                )
+                target = child.targets[0] if isinstance(child, ast.Assign) else child.target
+                child_function = ast.unparse(target)
             if isinstance(node, ast.FunctionDef):
                 # defaults and decorators run on import
-                at = _lines(child) if name == "body" else range(0)
+                child_lines = _lines(child) if name == "body" else range(0)
             elif isinstance(child, ast.stmt) and lines:
-                at = _lines(child)
-            yield from _places(child, inside, at)
+                child_lines = _lines(child)
+            yield from _changeable_nodes(child, child_function, child_lines)
 
 
 def _lines(statement: ast.AST) -> range:
@@ -146,30 +135,29 @@ def _lines(statement: ast.AST) -> range:
 
 
 def _is_text(parent: ast.AST, node: ast.AST) -> bool:
-    """Words for people: docstrings, what is said between the values of an f-string, and what joins
-    a list.
-    """
-    said = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-    joins = isinstance(parent, ast.Attribute) and parent.attr == "join"
-    return said or (joins or isinstance(parent, ast.JoinedStr)) and isinstance(node, ast.Constant)
+    """Whether a node is text for people: docstring, text of an f-string, separator of join."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return True
+    is_join = isinstance(parent, ast.Attribute) and parent.attr == "join"
+    return isinstance(node, ast.Constant) and (is_join or isinstance(parent, ast.JoinedStr))
 
 
 def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, str, Change]]:
     shown = node
     if isinstance(node, (ast.Constant, ast.Name, ast.Attribute)) and isinstance(parent, ast.expr):
-        shown = parent if len(ast.unparse(parent)) <= 100 else node  # a 0 alone says nothing
-    place = list(ast.walk(shown)).index(node)
-    for change in _in_place(node):
-        other = copy.deepcopy(shown)
-        change(list(ast.walk(other))[place])
-        yield ast.unparse(shown), ast.unparse(other), change
+        shown = parent if len(ast.unparse(parent)) <= 100 else node  # a single 0 is not clear
+    position = list(ast.walk(shown)).index(node)
+    for change in _node_changes(node):
+        changed = copy.deepcopy(shown)
+        change(list(ast.walk(changed))[position])
+        yield ast.unparse(shown), ast.unparse(changed), change
     for name in ("body", "orelse", "finalbody"):
         for number, statement in enumerate(_list(node, name)):
             if isinstance(statement, DROPPED) and not _is_text(node, statement):
                 yield ast.unparse(statement), "pass", _put(name, number, ast.Pass())
     if isinstance(node, (ast.If, ast.While, ast.IfExp)) and not _is_negated_by_operator(node.test):
         test = ast.unparse(node.test)
-        yield f"if {test}", f"if not ({test})", _negated
+        yield f"if {test}", f"if not ({test})", _negate
     for number, test in enumerate(_list(node, "ifs")):
         yield f"for if {ast.unparse(test)}", "for", _without("ifs", number)
     if isinstance(node, (ast.List, ast.Tuple, ast.Set)) and not _is_unpacked(node, parent):
@@ -177,42 +165,35 @@ def _changes(node: ast.AST, parent: ast.AST | None) -> Iterator[tuple[str, str, 
             yield ast.unparse(element), "without", _without("elts", number)
     if isinstance(node, ast.Dict):
         for number, (key, value) in enumerate(zip(node.keys, node.values, strict=True)):
-            yield (
-                f"{ast.unparse(key) if key else '**'}: {ast.unparse(value)}",
-                "without",
-                _without_key(number),
-            )
+            entry = f"{ast.unparse(key) if key else '**'}: {ast.unparse(value)}"
+            yield entry, "without", _without_key(number)
     if _is_split(node):
         for word in node.func.value.value.split():
             yield word, "without", _without_word(word)
 
 
-def _in_place(node: ast.AST) -> Iterator[Change]:
+def _node_changes(node: ast.AST) -> Iterator[Change]:
     if isinstance(node, ast.Compare):
         for number, operator in enumerate(node.ops):
-            yield _put("ops", number, OTHER[type(operator)]())
-    elif isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in OTHER:
-        yield _set("op", OTHER[type(node.op)]())
+            yield _put("ops", number, REPLACEMENTS[type(operator)]())
+    elif isinstance(node, (ast.BinOp, ast.BoolOp, ast.AugAssign)) and type(node.op) in REPLACEMENTS:
+        yield _set("op", REPLACEMENTS[type(node.op)]())
         if isinstance(node, ast.BoolOp):
             neutral = ast.Constant(isinstance(node.op, ast.And))
-            # as False
-            last = [
-                value for value in node.values if ast.unparse(value) not in ("0", "''", "[]", "{}")
-            ]
-            yield from (_put("values", node.values.index(value), neutral) for value in last)
+            false = ("0", "''", "[]", "{}")  # replacing these with False changes nothing
+            values = [value for value in node.values if ast.unparse(value) not in false]
+            yield from (_put("values", node.values.index(value), neutral) for value in values)
     elif isinstance(node, ast.UnaryOp):
-        other = ast.UAdd() if isinstance(node.op, ast.USub) else ast.Not()  # not not x
-        yield (
-            _set("op", other)
-            if isinstance(node.op, ast.USub)
-            else _set("operand", ast.UnaryOp(other, node.operand))
-        )
+        if isinstance(node.op, ast.USub):
+            yield _set("op", ast.UAdd())
+        else:
+            yield _set("operand", ast.UnaryOp(ast.Not(), node.operand))  # not not x
     elif isinstance(node, ast.Return) and node.value and not _is(node.value, None):
         yield _set("value", ast.Constant(None))
-    elif isinstance(node, ast.Name) and node.id in OTHER:
-        yield _set("id", OTHER[node.id])
-    elif isinstance(node, ast.Attribute) and node.attr in OTHER:
-        yield _set("attr", OTHER[node.attr])
+    elif isinstance(node, ast.Name) and node.id in REPLACEMENTS:
+        yield _set("id", REPLACEMENTS[node.id])
+    elif isinstance(node, ast.Attribute) and node.attr in REPLACEMENTS:
+        yield _set("attr", REPLACEMENTS[node.attr])
     elif isinstance(node, ast.Constant):
         yield from (_set("value", other) for other in _other_constants(node.value))
 
@@ -222,13 +203,13 @@ def _other_constants(value: object) -> Iterator[object]:
         yield not value
     elif isinstance(value, (int, float)):
         yield value + 1
-    # sentences are what tests of messages hold
+    # a string with spaces is a message, which tests of messages check
     elif isinstance(value, (str, bytes)) and len(value.split()) == 1:
         yield value + ("x" if isinstance(value, str) else b"x")
 
 
 def _is_unpacked(node: ast.AST, parent: ast.AST | None) -> bool:
-    """One element less is a ValueError wherever it runs, or is no value at all."""
+    """Whether removing an element would always raise a ValueError, or would remove no value."""
     assigned = isinstance(parent, ast.Assign) and isinstance(parent.targets[0], ast.Tuple)
     return (
         assigned
@@ -238,11 +219,10 @@ def _is_unpacked(node: ast.AST, parent: ast.AST | None) -> bool:
 
 
 def _is_negated_by_operator(test: ast.expr) -> bool:
-    """Another fault is the same."""
-    compared = isinstance(test, ast.Compare) and not isinstance(
-        test.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE)
-    )
-    return compared or isinstance(test, ast.UnaryOp)
+    """Whether negating the test is the same as another fault."""
+    if not isinstance(test, ast.Compare):
+        return isinstance(test, ast.UnaryOp)
+    return not isinstance(test.ops[0], (ast.Lt, ast.LtE, ast.Gt, ast.GtE))
 
 
 def _is(node: ast.AST, value: object) -> bool:
@@ -281,12 +261,11 @@ def _without_key(number: int) -> Change:
 
 def _without_word(word: str) -> Change:
     def change(node: ast.Call) -> None:
-        node.func.value.value = " ".join(
-            part for part in node.func.value.value.split() if part != word
-        )
+        words = node.func.value.value.split()
+        node.func.value.value = " ".join(each for each in words if each != word)
 
     return change
 
 
-def _negated(node: ast.AST) -> None:
+def _negate(node: ast.AST) -> None:
     node.test = ast.UnaryOp(ast.Not(), node.test)

@@ -1,24 +1,24 @@
-"""Prove that a layout does not change the mathematics: every layout against one rank.
+"""Certify that the parallel layout does not change the result: compare every layout with one rank.
 
     python tools/parity.py +recipe=NAME [KEY=VALUE ...]
     python tools/parity.py +recipe=NAME --sample 30
 
-Takes the switches of a recipe (router, dispatcher options, sharding, recompute, implementation),
+Takes the settings of a recipe (router, dispatcher options, sharding, recompute, implementation),
 shrinks its sizes (conf/shrink/parity.yaml) and trains the same weights on the same global batch for
 two steps at every legal layout of up to 8 CPU ranks: EP, ETP, TP, PP, VPP, CP, DP, hybrid shard,
-both dispatchers. Prints, and writes to the run directory (parity.json, parity.md), the largest
-difference from the one-rank run of LM loss, load-balancing loss, gradient norm, every parameter's
-gradient, and the parameters after the steps.
+both dispatchers. Compares LM loss, load-balancing loss, gradient norm, every parameter's gradient,
+and the parameters after the steps with the one-rank run. Prints the largest differences and writes
+them to the run directory (parity.json, parity.md).
 
-Exit codes: 0 all within the limits of mixtrain/training/compare_steps.py, 1 one is not (the first
-parameter is named), 2 the configuration or the arguments are wrong, 130 interrupted.
+Exit codes: 0 all within the limits of mixtrain/training/compare_steps.py; 1 one is not (the first
+parameter is named); 2 wrong configuration or arguments; 130 interrupted.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-# run from a checkout, nothing installed
+# runs from a checkout, without installation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.config.choices import Accelerator, Precision  # noqa: E402
@@ -36,18 +36,22 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument("--sample", metavar="N", type=int, help="N random layouts instead of all")
     parser.add_argument(
-        "--sample-seed", metavar="SEED", type=int, default=0, help="which ones (default: 0)"
+        "--sample-seed",
+        metavar="SEED",
+        type=int,
+        default=0,
+        help="seed of the random choice (default: 0)",
     )
-    arguments, words = parser.parse_known_args(arguments)
-    if unknown := [word for word in words if word.startswith("-")]:
+    args, overrides = parser.parse_known_args(arguments)
+    if unknown := [override for override in overrides if override.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if arguments.sample is not None and arguments.sample < 1:
-        parser.error(f"--sample {arguments.sample}: at least 1")
-    return arguments, words
+    if args.sample is not None and args.sample < 1:
+        parser.error(f"--sample {args.sample}: at least 1")
+    return args, overrides
 
 
-# What the tool itself sets, in turn.
-VARIED = {
+# Keys that the certificate sets itself, for each layout.
+VARIED_KEYS = {
     "parallel",
     "parallel.tensor_model_parallel_size",
     "parallel.pipeline_model_parallel_size",
@@ -64,62 +68,60 @@ VARIED = {
 INTERRUPTED = 130
 
 
-def shrunk(words: list[str]) -> Config:
-    """The configuration of the words at the certificate's sizes; what the words set themselves
-    stays.
+def shrink(overrides: list[str]) -> Config:
+    """Return the configuration at the certificate's sizes; overrides of sizes still apply.
 
-    UserError with every problem of the words, or if this machine lacks something.
+    Raises UserError with every problem of the overrides, or of this machine.
     """
-    recipes = [word for word in words if word.startswith("+recipe=")]
-    others = [word for word in words if word not in recipes]
-    jobs, problems = compose([*recipes, "+shrink=parity", *others])
+    recipes = [override for override in overrides if override.startswith("+recipe=")]
+    rest = [override for override in overrides if override not in recipes]
+    jobs, problems = compose([*recipes, "+shrink=parity", *rest])
     if len(jobs) != 1:
         raise UserError(*problems, "one configuration at a time: no --multirun here")
-    varied = [word for word in words if word.split("=")[0] in VARIED]
     problems += [
-        f"{word}: the certificate runs every layout and sets this itself; take it out"
-        for word in varied
+        f"{override}: the certificate runs every layout and sets this itself; remove it"
+        for override in overrides
+        if override.split("=")[0] in VARIED_KEYS
     ]
     config = Config.from_hydra(jobs[0].tree, problems)
-    if (
-        config.trainer.precision is not Precision.fp32
-        or config.trainer.accelerator is not Accelerator.cpu
-    ):
+    trainer = config.trainer
+    if trainer.precision is not Precision.fp32 or trainer.accelerator is not Accelerator.cpu:
         problems.append(
-            "the certificate is for trainer.precision=fp32 on trainer.accelerator=cpu; take out"
-            " others"
+            "the certificate is for trainer.precision=fp32 on trainer.accelerator=cpu; remove other"
+            " values"
         )
-    if config.trainer.micro_batch_size != 1:
+    if trainer.micro_batch_size != 1:
         problems.append(
-            f"trainer.micro_batch_size = {config.trainer.micro_batch_size} must be 1 for the"
-            " certificate"
+            f"trainer.micro_batch_size = {trainer.micro_batch_size} must be 1 for the certificate"
         )
-    if lacking := machine_problems(make_plan(config, None, problems), None, words):
-        raise UserError(*lacking)
+    plan = make_plan(config, None, problems)
+    if missing := machine_problems(plan, None, overrides):
+        raise UserError(*missing)
     return config
 
 
 def main() -> int:
-    arguments, words = parse_arguments()
+    args, overrides = parse_arguments()
     try:
-        config = shrunk(words)
-        from mixtrain.proof.parity.certificate import Certificate  # the first import of torch
+        config = shrink(overrides)
+        from mixtrain.proof.parity.certificate import Certificate  # imports torch
 
         certificate = Certificate(
             config.name, config, Path(config.run_dir), lambda text: print(text, flush=True)
         )
-        same = certificate.run(arguments.sample, arguments.sample_seed)
+        is_same = certificate.run(args.sample, args.sample_seed)
     except UserError as error:
         print_problems(error.problems)
         return REFUSED
     except KeyboardInterrupt:
         print(
-            "\ninterrupted; parity.json and parity.md have the layouts up to the last tenth",
+            "\ninterrupted; parity.json and parity.md are updated every ten layouts and have the"
+            " layouts up to then",
             file=sys.stderr,
         )
         return INTERRUPTED
     print(f"\n{certificate.folder}/parity.json and parity.md")
-    if same:
+    if is_same:
         print("every layout computes what one rank computes")
         return FINISHED
     outside = [layout for layout, verdict in certificate.verdicts.items() if verdict.outside]

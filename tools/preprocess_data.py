@@ -1,31 +1,31 @@
-"""Turn text into the .bin and .idx files that Megatron-Core's data sets read.
+"""Tokenize text into the .bin and .idx files that Megatron-Core's datasets read.
 
     python tools/preprocess_data.py INPUT --output PREFIX --tokenizer DIR
     python tools/preprocess_data.py INPUT --output PREFIX --train-tokenizer 32000
 
-INPUT is a text file (one document), a .jsonl file (one document a line, under --json-key), a
-directory, a path or name that `datasets.load_dataset` takes (--column of --split), or a quoted
-pattern of files such as 'data/*.parquet'. A file is read as its suffix says: .jsonl .ndjson as JSON
-lines; .txt .text .md .rst .py as text; .parquet .arrow .json .csv .tsv by `datasets`; all but
-.parquet and .arrow also compressed (.gz .bz2 .xz .zst behind it). A name that is no path is a data
-set's.
+INPUT is a text file (one document), a .jsonl file (one document per line, under --json-key), a
+directory, a path or name for `datasets.load_dataset` (--column of --split), or a quoted pattern of
+files such as 'data/*.parquet'. The suffix determines the format of a file: .jsonl .ndjson JSON
+lines; .txt .text .md .rst .py text; .parquet .arrow .json .csv .tsv read by `datasets`. All but
+.parquet and .arrow may be compressed (followed by .gz .bz2 .xz .zst). A name that is not a path is
+a dataset of the Hub.
 
-In a directory a suffix means the same, and its files are read in order of their names, those of
-folders in it as well, hidden ones left out. README and LICENSE are documents among text, and none
-beside data. JSON lines are a data set where the directory is a clone of the hub's or has a split
-for tests or validation, or --split, --subset or --column is given. A file that would be left out,
-or has a suffix that says nothing, and text beside data are errors: say what to read with --suffix
-(each file as its suffix says, and text if it says nothing), --exclude, a pattern, or --input-format
-directory (all of it is text).
+In a directory a suffix means the same. Files are read in order of their names, including those in
+subdirectories, without hidden files. README and LICENSE are documents if the other files are text,
+and are ignored beside data. JSON lines are read as a dataset if the directory is a clone of a Hub
+dataset, if it has a test or validation split, or if --split, --subset or --column is given. It is
+an error if a file would be left out, has an unknown suffix, or is text beside data. Then select the
+files with --suffix (an unknown suffix means text), --exclude, a pattern, or --input-format
+directory (every file is text).
 
 Writes PREFIX.bin, PREFIX.idx, PREFIX.json (counts, highest token id, hashes) and, with
 --train-tokenizer, PREFIX-tokenizer. Every document ends with the tokenizer's end-of-document token.
-Documents that are empty or cannot be read are left out, counted, and the first ten named on stderr;
-if many cannot be read, that is an error (--max-unreadable). A special token that a text spells
-stays text, which is counted and said; --parse-special-tokens makes it the token that generation,
-transformers and vLLM read there. While it runs, its output is in PREFIX.writing.
+Empty and unreadable documents are left out and counted, and the first ten are named on stderr; too
+many unreadable ones are an error (--max-unreadable). If a text spells a special token, it stays
+text and is counted; --parse-special-tokens makes it the special token, as generation, transformers
+and vLLM read it. Output is written to PREFIX.writing until it is complete.
 
-Exit codes: 0 written, 2 the input or the arguments are wrong, 1 a fault, 130 interrupted.
+Exit codes: 0 written; 2 wrong input or arguments; 1 an internal error; 130 interrupted.
 """
 
 import argparse
@@ -33,7 +33,7 @@ import os
 import sys
 from pathlib import Path
 
-# run from a checkout, nothing installed
+# runs from a checkout, without installation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import run, share  # noqa: E402
@@ -43,7 +43,7 @@ from mixtrain.data.sources import open_source  # noqa: E402
 from mixtrain.errors import FINISHED  # noqa: E402
 
 
-def parse_arguments(words: list[str]) -> argparse.Namespace:
+def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -71,7 +71,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         "--suffix",
         nargs="+",
         default=(),
-        help="take files of a directory that end so: --suffix .py .rst",
+        help="read the files of a directory that end in these: --suffix .py .rst",
     )
     add(
         "--exclude",
@@ -91,38 +91,39 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
         "--workers",
         type=int,
         default=os.cpu_count(),
-        help="processes that tokenize (default: %(default)s, the cores)",
+        help="tokenizing processes (default: %(default)s, the number of cores)",
     )
     add(
         "--parse-special-tokens", action="store_true",
-        help="a special token that a text spells, as </s> of a rendered chat, is that token"
-             " (default: it stays text)",
+        help="if a text spells a special token, such as </s> in a rendered chat, make it that"
+             " token (default: it stays text)",
     )  # fmt: skip
     add(
         "--max-unreadable", type=share, metavar="SHARE",
-        help="of the documents that may be left out unread: 0.5 (default: 0.01, or two if they are"
-             " less than half)",
+        help="share of the documents that may be unreadable: 0.5 (default: 0.01, or two documents"
+             " if they are less than half)",
     )  # fmt: skip
     add("--overwrite", action="store_true", help="replace existing output")
-    return parser.parse_args(words)
+    return parser.parse_args(argv)
 
 
-def main(words: list[str]) -> int:
-    args = parse_arguments(words)
+def main(argv: list[str]) -> int:
+    args = parse_arguments(argv)
     source = open_source(
         args.input, args.input_format, json_key=args.json_key, suffixes=tuple(args.suffix),
         exclude=tuple(args.exclude), split=args.split, column=args.column, subset=args.subset,
     )  # fmt: skip
-    facts = preprocess(
+    description = preprocess(
         source, Path(args.output), args.tokenizer, train_vocab_size=args.train_tokenizer,
         workers=args.workers, overwrite=args.overwrite, max_unreadable=args.max_unreadable,
         parse_special_tokens=args.parse_special_tokens,
     )  # fmt: skip
     print(
-        f"{args.output}: {facts['documents']:,} documents, {facts['tokens']:,} tokens"
-        f" ({facts['dtype']}), {facts['empty']:,} empty and {facts['unreadable']:,} unreadable"
-        f" left out; vocabulary {facts['vocab_size']:,}, highest id {facts['max_token_id']:,},"
-        f" tokenizer {Path(args.output).parent / facts['tokenizer']}"
+        f"{args.output}: {description['documents']:,} documents, {description['tokens']:,} tokens"
+        f" ({description['dtype']}), {description['empty']:,} empty and"
+        f" {description['unreadable']:,} unreadable left out; vocabulary"
+        f" {description['vocab_size']:,}, highest id {description['max_token_id']:,},"
+        f" tokenizer {Path(args.output).parent / description['tokenizer']}"
     )
     return FINISHED
 

@@ -1,5 +1,5 @@
-"""Text in, token batches out: preparing, indexing and reading data through Megatron-Core's datasets.
+"""Text in, token batches out: prepares, indexes and reads data through Megatron-Core's datasets.
 
 May import: config, system, errors.
-Does not belong here: the model, and where a run is.
+Does not belong here: the model, and the progress of a run.
 """

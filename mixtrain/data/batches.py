@@ -1,7 +1,7 @@
 """Microbatches of one rank, in Megatron's order.
 
-The rule it keeps: the samples of a step depend on how many samples were consumed and on nothing of
-the layout, so that a run goes on with the same data at any number of ranks.
+Rule: the samples of a step depend only on the number of samples consumed before it, never on the
+parallel layout. A run therefore resumes with the same data at any number of ranks.
 """
 
 from collections.abc import Iterator
@@ -15,25 +15,19 @@ IDS = "sample_ids"
 
 
 class Batches:
-    """This rank's microbatches of a data set, from sample `start` on: every iter() begins there again.
+    """The microbatches of this rank, from sample `start` on; every iter() starts there again.
 
-    Microbatch i of a step holds, for j < micro_batch_size, the samples
-    consumed + (i * dp_size + dp_rank) * micro_batch_size + j, as Megatron's pretraining sampler deals them out.
-    Yields dicts of CPU tensors tokens, labels, loss_mask, position_ids [micro_batch_size, seq_length] and sample_ids
-    [micro_batch_size, 2]; ends where no whole global batch is left. `num_workers` > 0 reads ahead in that many
-    processes.
+    Microbatch i of a step holds samples consumed + (i * dp_size + dp_rank) * micro_batch_size + j,
+    j < micro_batch_size: the order of Megatron's pretraining sampler. Yields dicts of CPU tensors:
+    tokens, labels, loss_mask, position_ids [micro_batch_size, seq_length] and sample_ids
+    [micro_batch_size, 2]. Drops the last, incomplete global batch. `num_workers` > 0 prefetches in
+    that many processes. `global_batch_size` is a multiple of micro_batch_size * dp_size.
     """
 
     def __init__(
-        self, dataset, *, start: int = 0, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int,
-        vocab_size: int, name: str = "train", num_workers: int = 0,
+        self, dataset, *, start: int = 0, global_batch_size: int, micro_batch_size: int,
+        dp_rank: int, dp_size: int, vocab_size: int, name: str = "train", num_workers: int = 0,
     ):  # fmt: skip
-        if global_batch_size % (micro_batch_size * dp_size):
-            raise UserError(
-                f"trainer.global_batch_size = {global_batch_size} must be a multiple of"
-                f" trainer.micro_batch_size = {micro_batch_size} times the data-parallel size"
-                f" {dp_size}"
-            )
         self.dataset = dataset
         self.start = start
         self.name = name
@@ -45,7 +39,7 @@ class Batches:
         self.vocab_size = vocab_size
 
     def __len__(self) -> int:
-        """Microbatches that one iter() yields."""
+        """Return the number of microbatches that one iter() yields."""
         steps = max(0, len(self.dataset) - self.start) // self.global_batch_size
         return steps * (self.global_batch_size // (self.micro_batch_size * self.dp_size))
 
@@ -56,7 +50,7 @@ class Batches:
                 batch_sampler=self._indices(),
                 num_workers=self.num_workers,
                 collate_fn=_collate,
-                # else every iter() takes a number from the run's own random stream
+                # without it every iter() draws from the run's global random stream
                 generator=torch.Generator(),
             )
         else:
@@ -64,41 +58,39 @@ class Batches:
                 _collate([self.dataset[i] for i in indices]) for indices in self._indices()
             )
         for indices, microbatch in zip(self._indices(), microbatches, strict=True):
-            self._refuse_unknown_tokens(indices, microbatch)
+            self._check_token_ids(indices, microbatch)
             yield {**microbatch, IDS: sample_ids(self.dataset, indices)}
 
     def _indices(self) -> Iterator[list[int]]:
-        """The sample numbers of each of this rank's microbatches."""
-        across = self.micro_batch_size * self.dp_size  # samples that all ranks read at once
+        """Yield the sample numbers of each microbatch of this rank."""
+        samples_of_all_ranks = self.micro_batch_size * self.dp_size  # per microbatch
         first = self.start + self.dp_rank * self.micro_batch_size
         for i in range(len(self)):
-            begin = first + i * across
+            begin = first + i * samples_of_all_ranks
             yield list(range(begin, begin + self.micro_batch_size))
 
-    def _refuse_unknown_tokens(
-        self, indices: list[int], microbatch: dict[str, torch.Tensor]
-    ) -> None:
-        """An id outside the embedding is an index error on a CPU, and on a GPU a fault with no name."""
+    def _check_token_ids(self, indices: list[int], microbatch: dict[str, torch.Tensor]) -> None:
+        """Raise UserError for an id outside the embedding, which on a GPU faults without a name."""
         for key in ("tokens", "labels"):
             for row, index in zip(microbatch[key], indices, strict=True):
                 low, high = (int(bound) for bound in row.aminmax())
-                if low < 0 or high >= self.vocab_size:
-                    found, advice = (
-                        (low, "the file is damaged")
-                        if low < 0
-                        else (high, f"use at least {high + 1}")
-                    )
-                    raise UserError(
-                        f"{self._part_of(index)}: {self.name} sample {index} holds token id"
-                        f" {found}, but model.vocab_size = {self.vocab_size}; {advice}"
-                    )
+                if low < 0:
+                    token_id, advice = low, "the file is damaged"
+                elif high >= self.vocab_size:
+                    token_id, advice = high, f"use at least {high + 1}"
+                else:
+                    continue
+                raise UserError(
+                    f"{self._source_of(index)}: {self.name} sample {index} holds token id"
+                    f" {token_id}, but model.vocab_size = {self.vocab_size}; {advice}"
+                )
 
-    def _part_of(self, index: int) -> str:
-        """The path of the data set that the sample comes from."""
-        part = self.dataset
-        if hasattr(part, "datasets"):
-            part = part.datasets[part.dataset_index[index]]
-        return str(getattr(part, "dataset_path", None) or type(part).__name__)
+    def _source_of(self, index: int) -> str:
+        """Return the path of the dataset that the sample comes from."""
+        dataset = self.dataset
+        if hasattr(dataset, "datasets"):
+            dataset = dataset.datasets[dataset.dataset_index[index]]
+        return str(getattr(dataset, "dataset_path", None) or type(dataset).__name__)
 
 
 def _collate(samples: list[dict]) -> dict[str, torch.Tensor]:
@@ -106,14 +98,17 @@ def _collate(samples: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def sample_ids(dataset, indices: list[int]) -> torch.Tensor:
-    """[len(indices), 2]: what samples are, in whatever order: part of the blend, sample before it was shuffled."""
-    found = []
+    """Return [len(indices), 2]: (dataset of the blend, sample number before shuffling) of each.
+
+    The ids identify samples independently of their order.
+    """
+    ids = []
     for index in indices:
-        part = 0
-        of_part = dataset
+        blend_index = 0
+        source = dataset
         if hasattr(dataset, "datasets"):
-            part = int(dataset.dataset_index[index])
-            of_part = dataset.datasets[part]
+            blend_index = int(dataset.dataset_index[index])
+            source = dataset.datasets[blend_index]
             index = int(dataset.dataset_sample_index[index])
-        found.append((part, int(of_part.shuffle_index[index])))
-    return torch.tensor(found, dtype=torch.int64).view(-1, 2)
+        ids.append((blend_index, int(source.shuffle_index[index])))
+    return torch.tensor(ids, dtype=torch.int64).view(-1, 2)

@@ -1,8 +1,8 @@
-"""What is wrong with the data a configuration names, found before torch is imported.
+"""Checks of the data files that a configuration names, before torch is imported.
 
-The rule it keeps: nothing heavy on import, and no token is read; every problem found is reported,
-and each names the file or key and both numbers. Sizes, headers and JSON take milliseconds, every
-entry of an index seconds for 10^8.
+Rule: importing this module imports nothing heavy, and no token is read. Every problem found is
+reported, with the file or key and both numbers. Sizes, headers and JSON take milliseconds; checking
+every entry of an index takes seconds for 10^8 entries.
 """
 
 import os
@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NotRequired, TypedDict
 
 from mixtrain.config.data_blend import named_twice, parse_blend, split_ranges, split_weights
-from mixtrain.data.index import Index, entries_problem, read_index
+from mixtrain.data.index import IdxFile, entries_problem, read_index
 from mixtrain.data.tokenizer import (
-    instead,
+    no_tokenizer_message,
     tokenizer_eod_id,
     tokenizer_files,
     tokenizer_sha256,
@@ -26,8 +26,8 @@ from mixtrain.system.untrusted_json import Count, InvalidJson, Name
 SPLITS = ("train", "valid", "test")
 
 
-class Facts(TypedDict):
-    """PREFIX.json, as far as it is compared."""
+class DataDescription(TypedDict):
+    """The keys of PREFIX.json that are compared."""
 
     max_token_id: Count
     tokenizer_sha256: Name
@@ -44,26 +44,27 @@ def check_files(
     seq_length: int = 1,
     every_entry: bool = False,
 ) -> list[str]:
-    """Every problem with the indexed data and its tokenizer, one sentence each; an empty list where there is none.
+    """Return every problem of the indexed data and its tokenizer, one sentence each.
 
-    `split`, `samples` (train, valid, test; as many as the run will ask for) and `seq_length` (tokens) are checked
-    against the documents where they are given. `every_entry`: of the index files, not the last one alone.
+    If `split` is given, checks that each split is long enough for `samples` (train, valid, test:
+    the samples that the run needs) of `seq_length` tokens. `every_entry` checks all entries of the
+    index files, not only the last one.
     """
     try:
         prefixes, _ = parse_blend(data_path)
     except UserError as error:
         return [*error.problems, *_tokenizer_problems(tokenizer_dir, vocab_size)]
-    problems = list(named_twice({prefix: _file_of(prefix) for prefix in prefixes}, prefixes))
+    problems = list(named_twice({prefix: _file_id(prefix) for prefix in prefixes}, prefixes))
     for prefix in prefixes:
         problems += _index_problems(prefix, split, samples or (1, 0, 0), seq_length, every_entry)
-        problems += _sidecar_problems(prefix, tokenizer_dir, vocab_size)
+        problems += _description_problems(prefix, tokenizer_dir, vocab_size)
     return problems + _tokenizer_problems(tokenizer_dir, vocab_size)
 
 
 def _index_problems(
     prefix: str, split: str | None, samples, seq_length: int, every_entry: bool
 ) -> list[str]:
-    """What is wrong with the index, or, where nothing is, with how the split cuts its documents."""
+    """Return the problems of the index; if it has none, those of the split."""
     try:
         index = read_index(prefix)
         if every_entry and (problem := entries_problem(index)):
@@ -75,50 +76,57 @@ def _index_problems(
         return [f"{prefix}.idx: cannot be read: {error.strerror or error}"]
 
 
-def _file_of(prefix: str) -> Hashable:
-    """The file that holds a prefix's tokens, whatever leads to it; the prefix itself where there is none."""
+def _file_id(prefix: str) -> Hashable:
+    """Return device and inode of the .bin of a prefix (links resolved), or the prefix if none."""
     try:
-        found = os.stat(f"{prefix}.bin")
+        status = os.stat(f"{prefix}.bin")
     except OSError:
         return prefix
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
-def _split_problems(prefix: str, index: Index, split: str, samples, seq_length: int) -> list[str]:
-    """Parts that samples are wanted of and that are shorter than one: Megatron would fill each by reading them again.
+def _split_problems(prefix: str, index: IdxFile, split: str, samples, seq_length: int) -> list[str]:
+    """Return a problem for each split that needs samples and is shorter than one sample.
 
-    A sample is seq_length tokens and the one that the last of them predicts. Of no token Megatron adds epochs for ever.
+    A sample is seq_length + 1 tokens: each of seq_length tokens predicts the next one. Megatron
+    would repeat a shorter split to fill a sample, and with no token would add epochs forever.
     """
-    return [
-        f'data.split = "{split}" gives {name} {tokens or "no"} token{"s" * (tokens > 1)} of {prefix} ({end - begin} of '
-        f"its {index.sequences} {index.parts}), but {wanted} samples are wanted, and one takes data.seq_length + 1 = "
-        f"{seq_length + 1}; give it a larger share, as in data.split='90,5,5', or {_without(name, split)}"
-        for name, (begin, end), wanted in zip(
-            SPLITS, split_ranges(index.sequences, split), samples, strict=True
-        )
-        if wanted
-        and (tokens := (index.offset(end) - index.offset(begin)) // index.token_bytes) <= seq_length
-    ]
+    problems = []
+    ranges = split_ranges(index.sequences, split)
+    for name, (begin, end), needed in zip(SPLITS, ranges, samples, strict=True):
+        tokens = (index.offset(end) - index.offset(begin)) // index.token_bytes if needed else 0
+        if needed and tokens <= seq_length:
+            problems.append(
+                f'data.split = "{split}" gives {name} {tokens or "no"} token{"s" * (tokens > 1)}'
+                f" of {prefix} ({end - begin} of its {index.sequences} {index.entry_kind}), but"
+                f" {needed} samples are wanted, and one takes data.seq_length + 1 ="
+                f" {seq_length + 1}; give it a larger share, as in data.split='90,5,5', or"
+                f" {_alternative(name, split)}"
+            )
+    return problems
 
 
-def _without(name: str, split: str) -> str:
-    """How a run asks for no sample of a part."""
+def _alternative(name: str, split: str) -> str:
+    """Return the setting with which a run needs no sample of the split; for train, "more text"."""
     train, valid, _ = split_weights(split)
-    none = {"valid": "trainer.limit_val_batches=0", "test": f"data.split='{train:g},{valid:g},0'"}
-    return none.get(name, "more text")
+    settings = {
+        "valid": "trainer.limit_val_batches=0",
+        "test": f"data.split='{train:g},{valid:g},0'",
+    }
+    return settings.get(name, "more text")
 
 
-def _sidecar_problems(prefix: str, tokenizer_dir: Path | None, vocab_size: int) -> list[str]:
-    """What preprocess.py noted about the data, where it did (data of Megatron's own tool has no such file)."""
+def _description_problems(prefix: str, tokenizer_dir: Path | None, vocab_size: int) -> list[str]:
+    """Check PREFIX.json, which preprocess.py writes; data of Megatron's own tool has none."""
     path = Path(f"{prefix}.json")
     if not path.is_file():
         return []
     try:
-        facts = untrusted_json.read(path, Facts)
+        description = untrusted_json.read(path, DataDescription)
     except InvalidJson as error:
         return [f"{error}; it is not a description written by tools/preprocess_data.py"]
-    highest = facts["max_token_id"]
-    sha256 = facts["tokenizer_sha256"]
+    highest = description["max_token_id"]
+    sha256 = description["tokenizer_sha256"]
     problems = []
     if highest >= vocab_size:
         problems.append(
@@ -128,8 +136,8 @@ def _sidecar_problems(prefix: str, tokenizer_dir: Path | None, vocab_size: int) 
     if tokenizer_dir is not None and (Path(tokenizer_dir) / "tokenizer.json").is_file():
         if tokenizer_sha256(tokenizer_dir) != sha256:
             problems.append(
-                f"{path}: the data was made by another tokenizer ({facts.get('tokenizer')}, sha256"
-                f" {sha256[:12]}) than data.tokenizer = {tokenizer_dir} (sha256"
+                f"{path}: the data was made by another tokenizer ({description.get('tokenizer')},"
+                f" sha256 {sha256[:12]}) than data.tokenizer = {tokenizer_dir} (sha256"
                 f" {tokenizer_sha256(tokenizer_dir)[:12]})"
             )
     return problems
@@ -141,11 +149,11 @@ def _tokenizer_problems(tokenizer_dir: Path | None, vocab_size: int) -> list[str
             "data.tokenizer is not set; give the tokenizer directory that the data was made with"
         ]
     if not Path(tokenizer_dir).is_dir():
-        return [f"data.tokenizer = {instead(Path(tokenizer_dir))}"]
+        return [f"data.tokenizer = {no_tokenizer_message(Path(tokenizer_dir))}"]
     try:
         size = tokenizer_vocab_size(tokenizer_dir)
         tokenizer_eod_id(tokenizer_dir)
-        tokenizer_files(tokenizer_dir)  # they are copied to the checkpoints
+        tokenizer_files(tokenizer_dir)  # a run copies them beside its checkpoints
     except UserError as error:
         return [f"data.tokenizer: {problem}" for problem in error.problems]
     if size > vocab_size:

@@ -1,6 +1,6 @@
-"""Files as they are, and those that gzip, bzip2, xz or Zstandard has compressed: read as a stream.
+"""Plain and compressed files (gzip, bzip2, xz, Zstandard), read as streams.
 
-The rule it keeps: of a file that is damaged, or ends too early, nothing is taken for the whole.
+Rule: a damaged or truncated compressed file raises an error; it is never taken for a complete one.
 """
 
 import bz2
@@ -14,17 +14,17 @@ from mixtrain.data.directory import is_pointer
 from mixtrain.errors import UserError
 
 
-def _zstandard(file):
-    import pyarrow  # of `datasets`; Python's own is as new as 3.14
+def _open_zstandard(file):
+    import pyarrow  # a dependency of `datasets`; Python itself has zstd only from 3.14 on
 
     return pyarrow.CompressedInputStream(file, "zstd")
 
 
-COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstandard}
-# how files begin that are no text, and the suffix that says so
-BEGINS = {
-    b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst", b"PAR1": ".parquet",
-    b"PK\x03\x04": ".zip",
+COMPRESSED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstandard}
+# first bytes of binary files -> their suffix
+MAGIC_BYTES = {
+    b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst",
+    b"PAR1": ".parquet", b"PK\x03\x04": ".zip",
 }  # fmt: skip
 
 
@@ -32,30 +32,30 @@ def is_compressed(name: str) -> bool:
     return Path(name).suffix.lower() in COMPRESSED
 
 
-def pieces(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
-    """(at most `size` bytes of what the file holds, bytes of the file that were read for them), in order.
+def read_chunks(path: Path, size: int) -> Iterator[tuple[bytes, int]]:
+    """Yield (at most `size` bytes of decompressed content, bytes read from the file for them).
 
-    OSError if the file cannot be opened; UserError if what it holds is damaged or cut short.
+    Raises OSError if the file cannot be opened, UserError if its content is damaged or truncated.
     """
     with open(path, "rb", buffering=0) as file:
         if not is_compressed(path.name):
-            while piece := file.read(size):
-                yield piece, len(piece)
+            while chunk := file.read(size):
+                yield chunk, len(chunk)
             return
         if is_pointer(path):
             raise UserError(
                 f"{path}: a Git LFS pointer, its content was not fetched; type git lfs pull there"
             )
-        # gzip and Zstandard would take it for an empty text
+        # gzip and Zstandard would decompress an empty file to an empty text
         if path.is_file() and not path.stat().st_size:
             raise UserError(
-                f"{path}: no byte is in it, and a {path.suffix} file has some; fetch it anew"
+                f"{path}: the file is empty, and a {path.suffix} file never is; fetch it again"
             )
         stream = COMPRESSED[path.suffix.lower()](file)
         before = 0
-        while piece := _read(stream, path, size):
+        while chunk := _read(stream, path, size):
             after = file.tell() if file.seekable() else before
-            yield piece, after - before
+            yield chunk, after - before
             before = after
 
 
@@ -64,13 +64,13 @@ def _read(stream, path: Path, size: int) -> bytes:
         return stream.read(size)
     except (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
         why = " ".join(str(error).split())
-        raise UserError(f"{path}: damaged, cut short, or no {path.suffix} file ({why})") from error
+        raise UserError(
+            f"{path}: damaged, truncated, or not a {path.suffix} file ({why})"
+        ) from error
 
 
-def read(path: Path) -> bytes:
-    """All that a file holds. Raises as `pieces` does."""
-    return (
-        b"".join(piece for piece, _ in pieces(path, 1 << 24))
-        if is_compressed(path.name)
-        else path.read_bytes()
-    )
+def read_file(path: Path) -> bytes:
+    """Return the whole decompressed content of a file. Raises as `read_chunks` does."""
+    if not is_compressed(path.name):
+        return path.read_bytes()
+    return b"".join(chunk for chunk, _ in read_chunks(path, 1 << 24))

@@ -1,6 +1,7 @@
-"""Mistral's own tokenizer files as Hugging Face tokenizer directories: sentencepiece models and tekken.json.
+"""Converts Mistral's tokenizer files (sentencepiece, tekken.json) to Hugging Face directories.
 
-Rule: what is written gives the ids that the file's own library gives, on every text of proof_texts; else it is refused.
+Rule: on every text of tokenizer_test_texts.py the converted tokenizer gives the same ids as the
+file's own library; otherwise the conversion is refused.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from tokenizers import (
     processors,
 )
 
-from mixtrain.data.proof_texts import proof_texts
+from mixtrain.data.tokenizer_test_texts import tokenizer_test_texts
 from mixtrain.errors import Fault, UserError
 from mixtrain.system import partial, untrusted_json
 from mixtrain.system.untrusted_json import LARGE, Count
 
 SPACE = "\u2581"  # sentencepiece's character for a space
-# sentencepiece's types of pieces
+# sentencepiece's piece types
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-BPE = 2  # its model_type
+BPE = 2  # sentencepiece's model_type
 WRITTEN = {"tokenizer.json", "tokenizer.model", "tokenizer_config.json"}
-SHOWN = 60  # characters of a text that the two readers encode otherwise
+SHOWN = 60  # characters shown of a text that the two tokenizers encode differently
 
 
 class TekkenSettings(TypedDict):
@@ -50,33 +51,32 @@ class TekkenToken(TypedDict):
 
 
 class Tekken(TypedDict):
-    """tekken.json, as far as it is read."""
+    """The keys of tekken.json that are read."""
 
     config: TekkenSettings
     vocab: list[TekkenToken]
 
 
 def convert(file: Path, out_dir: Path) -> int:
-    """Write the tokenizer of a file to a new directory; the number of its tokens.
+    """Write the tokenizer of a file to a new directory and return its number of tokens.
 
-    UserError, or Fault if the disk ends it; then there is no directory.
+    Raises UserError, or Fault for a write error; then no directory is left.
     """
     if not file.is_file():
         raise UserError(
-            f"{file}: no such file; a sentencepiece model (tokenizer.model) or a tekken.json is"
-            " converted"
+            f"{file}: no such file; give a sentencepiece model (tokenizer.model) or a tekken.json"
         )
     if out_dir.exists():
         raise UserError(f"{out_dir} is there already; give a new directory")
     read = from_tekken if file.suffix == ".json" else from_sentencepiece
-    made, special, reference = read(file)
+    tokenizer, special, reference = read(file)
     if bos := special.get("bos_token"):
-        made.post_processor = processors.TemplateProcessing(
-            [bos, "$A"], special_tokens=[(bos, made.token_to_id(bos))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            [bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
-    _prove(file, made, reference)
+    _check_same_ids(file, tokenizer, reference)
     settings = {
-        # LlamaTokenizer: transformers 5 would build another one
+        # not LlamaTokenizer: transformers 5 would rebuild it from the vocabulary
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": "bos_token" in special,  # for transformers 4
         "add_eos_token": False,
@@ -85,13 +85,13 @@ def convert(file: Path, out_dir: Path) -> int:
         "model_max_length": 1 << 30,
     }
     writing = out_dir.with_name(out_dir.name + ".writing")
-    made_folders = partial.make(writing)
+    new_directories = partial.make(writing)
     with partial.claimed(writing, "conversion"):
         partial.clear(writing, WRITTEN)
         try:
-            made.save(str(writing / "tokenizer.json"))
+            tokenizer.save(str(writing / "tokenizer.json"))
             if read is from_sentencepiece:
-                # llama.cpp has the scores from there alone
+                # llama.cpp reads the scores, which tokenizer.json does not have
                 shutil.copyfile(file, writing / "tokenizer.model")
             (writing / "tokenizer_config.json").write_text(
                 json.dumps(settings, indent=2) + "\n", encoding="utf-8"
@@ -101,51 +101,53 @@ def convert(file: Path, out_dir: Path) -> int:
         except OSError as error:
             raise Fault(partial.words(out_dir, writing, error)) from None
         finally:
-            partial.remove(made_folders or [writing])
-    return made.get_vocab_size()
+            partial.remove(new_directories or [writing])
+    return tokenizer.get_vocab_size()
 
 
-def _prove(file: Path, made: Tokenizer, reference: Callable[[str], list[int]]) -> None:
-    made.encode_special_tokens = True
-    for text in proof_texts():
-        here = made.encode(text, add_special_tokens=False).ids
-        there = reference(text)
-        if here != there:
+def _check_same_ids(
+    file: Path, tokenizer: Tokenizer, reference: Callable[[str], list[int]]
+) -> None:
+    tokenizer.encode_special_tokens = True
+    for text in tokenizer_test_texts():
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        expected = reference(text)
+        if ids != expected:
             raise UserError(
-                f"{file} cannot be converted exactly: {text[:SHOWN]!r} would be {here[:8]} ...,"
-                f" and its own library gives {there[:8]} ...; nothing was written"
+                f"{file} cannot be converted exactly: {text[:SHOWN]!r} would be {ids[:8]} ...,"
+                f" and its own library gives {expected[:8]} ...; nothing was written"
             )
-    made.encode_special_tokens = False
+    tokenizer.encode_special_tokens = False
 
 
 # sentencepiece
 
 
 def from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[[str], list[int]]]:
-    """(the tokenizer, its special tokens by their names, the ids that sentencepiece gives) of a model file."""
+    """Return (tokenizer, {name: special token}, sentencepiece's own encode) of a model file."""
     sentencepiece = _library("sentencepiece", "sentencepiece", file)
     layout = _library("sentencepiece.sentencepiece_model_pb2", "sentencepiece protobuf", file)
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError, TypeError):
-        raise UserError(f"{file} is no sentencepiece model, or it is damaged") from None
+        raise UserError(f"{file} is not a sentencepiece model, or it is damaged") from None
     model = layout.ModelProto.FromString(processor.serialized_model_proto())
-    if wrong := list(_not_as_mistral(model)):
+    if problems := list(_unsupported_settings(model)):
         raise UserError(
-            f"{file}: {', '.join(wrong)}; only a byte-pair model with byte fallback and plain"
-            " spaces, as Mistral's and Llama's, can be converted exactly"
+            f"{file}: {', '.join(problems)}; only a byte-pair model with byte fallback and plain"
+            " spaces, like Mistral's and Llama's, can be converted exactly"
         )
     pieces = [piece.piece for piece in model.pieces]
-    made = Tokenizer(
+    tokenizer = Tokenizer(
         models.BPE(
             {piece: number for number, piece in enumerate(pieces)}, list(_merges(model.pieces)),
             unk_token=pieces[processor.unk_id()], fuse_unk=True, byte_fallback=True,
         )
     )  # fmt: skip
-    made.normalizer = normalizers.Sequence(
+    tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
     )
-    made.decoder = decoders.Sequence(
+    tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace(SPACE, " "),
             decoders.ByteFallback(),
@@ -156,13 +158,13 @@ def from_sentencepiece(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[
     special = [
         piece.piece for piece in model.pieces if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
-    made.add_special_tokens(
+    tokenizer.add_special_tokens(
         [AddedToken(piece, normalized=False, special=True) for piece in special]
     )
-    return made, _named(processor, pieces), processor.encode
+    return tokenizer, _special_tokens_of(processor, pieces), processor.encode
 
 
-def _not_as_mistral(model: Any) -> Iterator[str]:
+def _unsupported_settings(model: Any) -> Iterator[str]:
     trainer = model.trainer_spec
     normalizer = model.normalizer_spec
     if trainer.model_type != BPE:
@@ -172,31 +174,31 @@ def _not_as_mistral(model: Any) -> Iterator[str]:
     if normalizer.precompiled_charsmap:
         yield f"its normalizer is {normalizer.name}, not identity"
     if not normalizer.add_dummy_prefix or trainer.treat_whitespace_as_suffix:
-        yield "no space is put before a text"
+        yield "it puts no space before a text"
     if normalizer.remove_extra_whitespaces or not normalizer.escape_whitespaces:
-        yield "spaces are taken away"
+        yield "it removes spaces"
     if any(piece.type == UNUSED for piece in model.pieces):
         yield "it has unused pieces"
 
 
 def _merges(pieces: Iterable) -> Iterator[tuple[str, str]]:
-    """Every pair of pieces that make another, in the order in which sentencepiece merges them.
+    """Return every pair of pieces that forms another piece, in sentencepiece's merge order.
 
-    By the score of what they make. Runs of spaces all have one score: then by place, which is also
-    the published order.
+    The order is that of the merged pieces' scores. Runs of spaces all have the same score; the
+    position in the vocabulary, which is also the published order, decides between them.
     """
     numbers = {piece.piece: number for number, piece in enumerate(pieces) if piece.type == NORMAL}
-    found = []
+    merges = []
     for piece, number in numbers.items():
         for cut in range(1, len(piece)):
             left = numbers.get(piece[:cut])
             right = numbers.get(piece[cut:])
             if left is not None and right is not None:
-                found.append((-pieces[number].score, number, left, right))
-    return ((pieces[left].piece, pieces[right].piece) for *_, left, right in sorted(found))
+                merges.append((-pieces[number].score, number, left, right))
+    return ((pieces[left].piece, pieces[right].piece) for *_, left, right in sorted(merges))
 
 
-def _named(processor: Any, pieces: list[str]) -> dict[str, str]:
+def _special_tokens_of(processor: Any, pieces: list[str]) -> dict[str, str]:
     ids = {
         "bos_token": processor.bos_id(),
         "eos_token": processor.eos_id(),
@@ -209,13 +211,15 @@ def _named(processor: Any, pieces: list[str]) -> dict[str, str]:
 
 
 def from_tekken(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[[str], list[int]]]:
-    """As from_sentencepiece, of a tekken.json: bytes merged by rank after a cut by a pattern."""
+    """Return what from_sentencepiece returns, of a tekken.json: byte pairs merged by rank.
+
+    A pattern splits the text before the merges.
+    """
     content = untrusted_json.read(file, Tekken, most=LARGE)
     tekken = _library("mistral_common.tokens.tokenizers.tekken", "mistral-common", file)
     try:
         reference = tekken.Tekkenizer.from_file(file)
-    # whatever its parts make of it: AssertionError, ValueError, KeyError
-    except Exception as error:
+    except Exception as error:  # AssertionError, ValueError, KeyError, ...
         raise UserError(
             f"{file}: mistral-common cannot read it ({type(error).__name__}: {error})"
         ) from None
@@ -223,18 +227,20 @@ def from_tekken(file: Path) -> tuple[Tokenizer, dict[str, str], Callable[[str], 
     names = [reference.id_to_piece(number) for number in range(special)]
     ranks = _ranks(content, content["config"]["default_vocab_size"] - special)
     vocab = {name: number for number, name in enumerate(names)}
-    vocab |= {_shown(token): special + rank for token, rank in ranks.items()}
-    made = Tokenizer(models.BPE(vocab, _merges_by_rank(ranks), ignore_merges=True))
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    vocab |= {_as_characters(token): special + rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(models.BPE(vocab, _merges_by_rank(ranks), ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(content["config"]["pattern"]), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names])
-    named = {"bos_token": names[reference.bos_id], "eos_token": names[reference.eos_id]}
-    return made, named, lambda text: reference.encode(text, bos=False, eos=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, normalized=False, special=True) for name in names]
+    )
+    special_tokens = {"bos_token": names[reference.bos_id], "eos_token": names[reference.eos_id]}
+    return tokenizer, special_tokens, lambda text: reference.encode(text, bos=False, eos=False)
 
 
 def _ranks(content: Tekken, most: int) -> dict[bytes, int]:
@@ -243,27 +249,28 @@ def _ranks(content: Tekken, most: int) -> dict[bytes, int]:
 
 
 def _merges_by_rank(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
-    found = []
+    merges = []
     for token, rank in ranks.items():
         for cut in range(1, len(token)):
             left = ranks.get(token[:cut])
             right = ranks.get(token[cut:])
             if left is not None and right is not None:
-                found.append((rank, left, right, _shown(token[:cut]), _shown(token[cut:])))
-    return [(left, right) for *_, left, right in sorted(found)]
+                pair = _as_characters(token[:cut]), _as_characters(token[cut:])
+                merges.append((rank, left, right, *pair))
+    return [(left, right) for *_, left, right in sorted(merges)]
 
 
 def _byte_characters() -> list[str]:
-    """GPT-2's character for each byte: printable ones stand for themselves, the others from 256 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in plain else chr(next(others)) for byte in range(256)]
+    """Return GPT-2's character for each byte: printable bytes as they are, others from 256 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    substitutes = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
 
 
 CHARACTER = _byte_characters()
 
 
-def _shown(token: bytes) -> str:
+def _as_characters(token: bytes) -> str:
     return "".join(CHARACTER[byte] for byte in token)
 
 

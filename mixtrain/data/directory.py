@@ -1,4 +1,4 @@
-"""What lies in a directory that is to be read: files of text or of records, and what stands beside them."""
+"""Lists the files of an input directory, and recognises files beside the data (README, LICENSE)."""
 
 import os
 import re
@@ -8,24 +8,24 @@ from pathlib import Path
 
 from mixtrain.errors import UserError
 
-# how the file begins that Git LFS puts in the place of another
+# first bytes of the pointer file that Git LFS leaves in place of a file that was not fetched
 POINTER = b"version https://git-lfs.github.com/spec/"
-# what save_to_disk leaves in a directory
+# files that datasets.save_to_disk writes
 SAVED_BY_DATASETS = ("dataset_info.json", "dataset_dict.json")
-# what lies beside the data of a repository and is none
-BESIDE = re.compile(
+# files of a repository that are not data
+NOT_DATA = re.compile(
     r"(readme|licen[cs]e|notice|citation|changelog|contributing)[\w-]*(\.(md|txt|rst|cff|bib))?",
     re.I,
 )
-INFOS = "dataset_infos.json"  # what `datasets` once kept beside them
-CARD = re.compile(
+INFOS = "dataset_infos.json"  # written beside the data by older versions of `datasets`
+DATASET_CARD = re.compile(
     r"^(configs|dataset_info|task_categories|task_ids|size_categories|annotations_creators):",
     re.MULTILINE,
 )
 
 
 def walk(root: Path, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Files below the root in order of their names; hidden ones and __pycache__ are left out: nobody wrote those."""
+    """Return the files below the root, sorted by name, without hidden files and __pycache__."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}")
@@ -41,30 +41,32 @@ def walk(root: Path, suffixes: tuple[str, ...] = ()) -> list[str]:
             if not name.startswith(".") and (not suffixes or name.endswith(suffixes)):
                 names.append((Path(folder) / name).relative_to(root).as_posix())
     if not names:
-        raise UserError(
-            f"{root}: no file{' that ends in ' + ' or '.join(suffixes) if suffixes else ''} there"
-        )
+        ending = " that ends in " + " or ".join(suffixes) if suffixes else ""
+        raise UserError(f"{root}: no file{ending} there")
     return sorted(names)
 
 
 def without(root: Path, names: list[str], patterns: Iterable[str]) -> list[str]:
-    """The names that fit none of the patterns, whole or by their last part. UserError for a pattern that none fits."""
+    """Return the names that match no pattern, neither as a path nor by their last component.
+
+    Raises UserError for a pattern that matches no name.
+    """
     for pattern in patterns:
-        left = [
+        remaining = [
             name
             for name in names
             if not fnmatch(name, pattern) and not fnmatch(Path(name).name, pattern)
         ]
-        if len(left) == len(names):
-            raise UserError(f"{root}: no file there fits --exclude {pattern}; leave it out")
-        names = left
+        if len(remaining) == len(names):
+            raise UserError(f"{root}: no file there matches --exclude {pattern}; leave it out")
+        names = remaining
     if not names:
         raise UserError(f"{root}: --exclude {' '.join(patterns)} leaves no file")
     return names
 
 
 def is_pointer(path: Path) -> bool:
-    """The file is a Git LFS pointer; no file of that name is none."""
+    """Return whether the file is a Git LFS pointer; False if it cannot be read."""
     try:
         with open(path, "rb") as stream:
             return stream.read(len(POINTER)) == POINTER
@@ -76,17 +78,17 @@ def saved_by_datasets(path: Path) -> bool:
     return any((path / name).is_file() for name in SAVED_BY_DATASETS)
 
 
-def lies_beside(name: str) -> bool:
-    """A file that no repository means as data: README.md, LICENSE, dataset_infos.json."""
-    return Path(name).name == INFOS or bool(BESIDE.fullmatch(Path(name).name))
+def is_not_data(name: str) -> bool:
+    """Return whether a file of a repository is not data: README.md, LICENSE, dataset_infos.json."""
+    return Path(name).name == INFOS or bool(NOT_DATA.fullmatch(Path(name).name))
 
 
-def has_card(root: Path) -> bool:
-    """The directory is a data set's repository: its README.md begins with what the hub reads of one."""
+def has_dataset_card(root: Path) -> bool:
+    """Return whether the README.md begins with a dataset's metadata, as in a Hub repository."""
     if (root / INFOS).is_file():
         return True
     try:
         text = (root / "README.md").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return False
-    return text.startswith("---\n") and bool(CARD.search(text[4:].split("\n---")[0]))
+    return text.startswith("---\n") and bool(DATASET_CARD.search(text[4:].split("\n---")[0]))

@@ -1,7 +1,7 @@
-"""What a name given as input is read as: by its suffix, and a directory by what lies in it.
+"""Detects the input format: of a file by its suffix, of a directory by the files in it.
 
-The rule it keeps: a suffix means in a directory what it means for a file, and no file is read as
-what it may not be, or left out, unless the user has said so.
+Rule: a suffix has the same meaning in a directory as for a single file. Without an explicit option
+no file is read in a format that it may not have, and none is left out.
 """
 
 import glob
@@ -9,32 +9,34 @@ import re
 from pathlib import Path
 
 from mixtrain.data.compressed import COMPRESSED
-from mixtrain.data.directory import has_card, lies_beside, saved_by_datasets, walk, without
+from mixtrain.data.directory import has_dataset_card, is_not_data, saved_by_datasets, walk, without
 from mixtrain.errors import UserError
 
 FORMATS = ("auto", "text", "jsonl", "directory", "datasets")
 # fmt: off
 FORMAT_OF_SUFFIX = {
     ".jsonl":   "jsonl",    ".ndjson": "jsonl",
-    ".txt":     "text",     ".text":   "text",     ".md":    "text",     ".rst": "text",     ".py": "text",
-    ".parquet": "datasets", ".arrow":  "datasets", ".json":  "datasets", ".csv": "datasets", ".tsv": "datasets",
+    ".txt":     "text",     ".text":   "text",
+    ".md":      "text",     ".rst":    "text",     ".py":   "text",
+    ".parquet": "datasets", ".arrow":  "datasets",
+    ".json":    "datasets", ".csv":    "datasets", ".tsv":  "datasets",
 }
 # fmt: on
-TABLES = (".parquet", ".arrow")  # no text is in these, and they are never compressed as a whole
-# names by which `datasets` tells that not all of the files are for training
+TABLES = (".parquet", ".arrow")  # binary tables: never text, and never compressed as a whole
+# file names that `datasets` assigns to a split other than train
 OTHER_SPLIT = re.compile(
     r"(^|[-._/ \d])(validation|valid|dev|val|test|testing|eval|evaluation)([-._/ \d]|$)"
 )
 
 
 def suffix_of(name: str) -> str:
-    """The suffix that says what is in a file: .jsonl of a.jsonl.gz."""
+    """Return the suffix without that of the compression: .jsonl of a.jsonl.gz."""
     path = Path(name.lower())
     return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
 
 
 def format_of(name: str) -> str | None:
-    """What a file is read as, by its name; None where that says nothing."""
+    """Return the format of a file by its name; None for an unknown suffix."""
     suffix = suffix_of(name)
     if suffix in TABLES and Path(name.lower()).suffix != suffix:
         return None
@@ -42,35 +44,37 @@ def format_of(name: str) -> str | None:
 
 
 def matching(name: str) -> list[str]:
-    """The files that a pattern such as data/*.parquet stands for, in order of their names; none if it is no pattern."""
+    """Return the files that match a pattern such as data/*.parquet, sorted; [] for a plain name."""
     if not glob.has_magic(name) or Path(name).exists():
         return []
-    found = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
-    if not found:
-        raise UserError(f"{name}: no file fits this pattern")
-    return found
+    files = sorted(file for file in glob.glob(name, recursive=True) if Path(file).is_file())
+    if not files:
+        raise UserError(f"{name}: no file matches this pattern")
+    return files
 
 
 def detect_format(name: str) -> str:
-    """What `auto` means for what is no directory: a file by its suffix, and any other name a data set."""
-    # a pipe is no file, but can be read
+    """Return the format that `auto` means for anything but a directory.
+
+    A file's format follows from its suffix; a name that is no file is a dataset of the Hub.
+    """
+    # exists(), not is_file(): a pipe can be read too
     files = matching(name) or ([name] if Path(name).exists() else [])
-    kinds = {format_of(file): file for file in files}
-    if None in kinds:
-        file = kinds[None]
-        known = (
-            f"{' '.join(FORMAT_OF_SUFFIX)}, or one of text with {' '.join(COMPRESSED)} behind it"
-        )
+    file_of_format = {format_of(file): file for file in files}
+    if None in file_of_format:
+        file = file_of_format[None]
+        known = f"{' '.join(FORMAT_OF_SUFFIX)}, or one of text followed by {' '.join(COMPRESSED)}"
         raise UserError(
             f"{file}: no format goes with the suffix {Path(file).suffix!r} ({known}); give"
             " --input-format"
         )
-    if len(kinds) > 1:
+    if len(file_of_format) > 1:
         raise UserError(
-            f"{name}: {' and '.join(kinds.values())} are not of one format; give a narrower pattern"
+            f"{name}: {' and '.join(file_of_format.values())} are not of one format; give a"
+            " narrower pattern"
         )
-    if kinds:
-        return next(iter(kinds))
+    if file_of_format:
+        return next(iter(file_of_format))
     if format_of(name) or name.startswith((".", "/", "~")):
         raise UserError(f"{name}: no such file or directory")
     return "datasets"
@@ -79,67 +83,71 @@ def detect_format(name: str) -> str:
 def detect_in_directory(
     path: Path, suffixes: tuple[str, ...] = (), exclude: tuple[str, ...] = ()
 ) -> tuple[str, list[str]]:
-    """(what `auto` means for a directory, the files to read in order of their names).
+    """Return (the format that `auto` means for a directory, the files to read, sorted by name).
 
-    A mixture, of which some file would be read as what it may not be, or not at all, is a
-    UserError.
+    Raises UserError for a mixture in which a file would be left out, or read in a format that it
+    may not have.
     """
     if saved_by_datasets(path):
         return "datasets", []
     names = without(path, walk(path, suffixes), exclude)
     if suffixes:
-        return _chosen(path, names), names
-    data = [name for name in names if not lies_beside(name)]
-    kinds = {format_of(name): name for name in reversed(data)}  # and the first file of each
-    records = kinds.keys() & {"jsonl", "datasets"}
+        return _format_of_suffixes(path, names), names
+    data = [name for name in names if not is_not_data(name)]
+    first_file = {format_of(name): name for name in reversed(data)}  # of each format
+    record_formats = first_file.keys() & {"jsonl", "datasets"}
     unknown = [name for name in data if not format_of(name)]
-    out = f"*{Path(unknown[0]).suffix or Path(unknown[0]).name}" if unknown else "*.md"
-    say = (
-        f"say what to read: --suffix .txt, --exclude '{out}', a pattern as in '{path}/**/*.jsonl',"
-        " or --input-format directory, which takes all of it for text"
+    excluded = f"*{Path(unknown[0]).suffix or Path(unknown[0]).name}" if unknown else "*.md"
+    options = (
+        f"say what to read: --suffix .txt, --exclude '{excluded}', a pattern as in"
+        f" '{path}/**/*.jsonl', or --input-format directory, which reads every file as text"
     )
-    if has_card(path) and not records:
+    if has_dataset_card(path) and not record_formats:
         raise UserError(
-            f"{path}/README.md describes a data set, and there is no file of records; {say}"
+            f"{path}/README.md describes a data set, and there is no file of records; {options}"
         )
     if not data:
         raise UserError(
-            f"{path}: there is only {names[0]}, which lies beside data; give its path if it is the"
-            " text"
+            f"{path}: the only file is {names[0]}, which is not read as data; give its path if it"
+            " is the text"
         )
-    if any(suffix_of(name) in TABLES for name in data if format_of(name)) or (
-        records and has_card(path)
-    ):
-        return "datasets", names  # which sees to it that no file is left out
+    has_table = any(format_of(name) and suffix_of(name) in TABLES for name in data)
+    if has_table or (record_formats and has_dataset_card(path)):
+        return "datasets", names  # hf_dataset.py checks that no file is left out
     if unknown:
         more = f" and {len(unknown) - 1:,} more" * (len(unknown) > 1)
-        raise UserError(f"{path}/{unknown[0]}{more}: no suffix that says what it is; {say}")
-    if records and "text" in kinds:
-        record = kinds[min(records, key=lambda kind: kinds[kind])]
-        raise UserError(f"{path}/{record} is no text, and {kinds['text']} beside it may be; {say}")
-    if not records:
-        return "directory", names
-    alone = "datasets" not in kinds and not any(OTHER_SPLIT.search(name.lower()) for name in data)
-    return ("jsonl", data) if alone else ("datasets", names)
-
-
-def _chosen(path: Path, names: list[str]) -> str:
-    """How files are read that the user has chosen by their suffix: each as its suffix says, text if it says nothing."""
-    kinds = {format_of(name) or "text": name for name in reversed(names)}
-    if "datasets" in kinds and len(kinds) > 1:
+        raise UserError(f"{path}/{unknown[0]}{more}: the suffix names no format; {options}")
+    if record_formats and "text" in first_file:
+        record_file = min(first_file[name] for name in record_formats)
         raise UserError(
-            f"{path}: {' and '.join(kinds.values())} are not of one kind; give fewer suffixes"
+            f"{path}/{record_file} is not text, and {first_file['text']} beside it may be;"
+            f" {options}"
         )
-    return "directory" if kinds.keys() == {"text"} else min(kinds)  # datasets or jsonl
+    if not record_formats:
+        return "directory", names
+    if "datasets" in first_file or any(OTHER_SPLIT.search(name.lower()) for name in data):
+        return "datasets", names
+    return "jsonl", data
 
 
-def of_one_kind(path: Path, names: list[str], kind: str) -> list[str]:
-    """The names without what lies beside data, of the kind that the user has given; no suffix may say another."""
-    names = [name for name in names if not lies_beside(name)]
-    others = [name for name in names if format_of(name) not in (kind, None)]
-    if others:
+def _format_of_suffixes(path: Path, names: list[str]) -> str:
+    """Return the format of files chosen with --suffix; an unknown suffix means text."""
+    first_file = {format_of(name) or "text": name for name in reversed(names)}
+    if "datasets" in first_file and len(first_file) > 1:
         raise UserError(
-            f"{path}/{others[0]} is no {kind} by its suffix; leave it out with --exclude"
-            f" '*{Path(others[0]).suffix}'"
+            f"{path}: {' and '.join(first_file.values())} are not of one format; give fewer"
+            " suffixes"
+        )
+    return "directory" if first_file.keys() == {"text"} else min(first_file)  # datasets or jsonl
+
+
+def of_format(path: Path, names: list[str], input_format: str) -> list[str]:
+    """Return the data files among the names. UserError if a suffix means another format."""
+    names = [name for name in names if not is_not_data(name)]
+    unexpected = [name for name in names if format_of(name) not in (input_format, None)]
+    if unexpected:
+        raise UserError(
+            f"{path}/{unexpected[0]} is not {input_format} by its suffix; leave it out with"
+            f" --exclude '*{Path(unexpected[0]).suffix}'"
         )
     return names

@@ -1,7 +1,6 @@
-"""How far preprocessing is: a bar on a terminal, a line now and then elsewhere.
+"""Progress of preprocessing: a bar on a terminal, otherwise a line every few seconds.
 
-The rule it keeps: everything goes to stderr (or to the log given), so that stdout holds the result
-alone.
+Rule: everything goes to stderr (or to the given log); stdout holds only the result.
 """
 
 import sys
@@ -12,11 +11,11 @@ from mixtrain.characters import escaped
 SECONDS_BETWEEN_LINES = 10
 
 
-class Progress:
-    """Shows how much of the input was read, as a context manager. Where `log` is None it prints to stderr."""
+class PreprocessProgress:
+    """Context manager that shows how much input was read, on stderr unless `log` is given."""
 
-    def __init__(self, doing: str, total: int | None, unit: str, log=None):
-        self.doing = doing
+    def __init__(self, activity: str, total: int | None, unit: str, log=None):
+        self.activity = activity
         self.total = total
         self.unit = unit
         self.done = 0
@@ -24,10 +23,10 @@ class Progress:
         self.bar = _bar() if log is None and sys.stderr.isatty() else None
         self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "PreprocessProgress":
         if self.bar is not None:
             self.bar.start()
-            self.task = self.bar.add_task(self.doing, total=self.total, note="")
+            self.task = self.bar.add_task(self.activity, total=self.total, note="")
         return self
 
     def __exit__(self, *_) -> None:
@@ -35,21 +34,19 @@ class Progress:
             self.bar.stop()
 
     def advance(self, done: int, note: str = "") -> None:
-        """Count `done` more units of input; the note says what came of all of it so far."""
+        """Add `done` units of input; the note shows the result so far."""
         self.done += done
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=note)
         elif time.monotonic() >= self.next_line:
-            of = f" of {self.total:,}" if self.total is not None else ""
-            self.log(
-                f"preprocess: {self.doing}, {self.done:,}{of} {self.unit}"
-                + (f": {note}" if note else "")
-            )
+            of_total = f" of {self.total:,}" if self.total is not None else ""
+            suffix = f": {note}" if note else ""
+            self.log(f"preprocess: {self.activity}, {self.done:,}{of_total} {self.unit}{suffix}")
             self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
 
     def complain(self, line: str) -> None:
-        """Print one line about a document, above the bar where there is one."""
-        line = escaped(line)  # a file may have any name, and any keys
+        """Print one line about a document, above the bar if there is one."""
+        line = escaped(line)  # file names and JSON keys may contain any character
         if self.bar is not None:
             self.bar.console.print(f"preprocess: {line}", markup=False, highlight=False)
         else:

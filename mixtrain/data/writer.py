@@ -1,8 +1,7 @@
-"""Megatron-Core's .bin and .idx, written a block of documents at a time.
+"""Writes Megatron-Core's .bin and .idx, one block of documents at a time.
 
-The rule it keeps: every byte is the one that Megatron-Core's IndexedDatasetBuilder writes of the
-same documents added one by one, and of a document that is written no more than its length stays in
-memory.
+Rule: the files are identical to those of Megatron-Core's IndexedDatasetBuilder for the same
+documents. After a document is written, only its length stays in memory.
 """
 
 import contextlib
@@ -15,13 +14,13 @@ from pathlib import Path
 import numpy
 
 
-class Writer:
-    """Writes PREFIX.bin within the block, and PREFIX.idx when it is finished."""
+class IndexedDatasetWriter:
+    """Context manager that writes PREFIX.bin; finish() writes PREFIX.idx."""
 
     def __init__(self, prefix: Path, vocab_size: int):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of missing GPU libraries, which have no part in this
-            from megatron.core.datasets import indexed_dataset  # seconds, and torch with it
+            warnings.simplefilter("ignore")  # about missing GPU libraries, which are not used here
+            from megatron.core.datasets import indexed_dataset  # takes seconds and imports torch
 
         self.prefix = prefix
         self.upstream = indexed_dataset
@@ -30,12 +29,12 @@ class Writer:
         self.tokens = 0
         self.sha256 = hashlib.sha256()
 
-    def __enter__(self) -> "Writer":
+    def __enter__(self) -> "IndexedDatasetWriter":
         self.file = open(f"{self.prefix}.bin", "wb")  # noqa: SIM115
         return self
 
     def __exit__(self, *_) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, which has been said
+        with contextlib.suppress(OSError):  # a full disk, already reported
             self.file.close()
 
     @property
@@ -43,7 +42,7 @@ class Writer:
         return len(self.lengths)
 
     def add(self, ids: numpy.ndarray, lengths: array) -> None:
-        """Append documents: their ids one document after the other, and how many each has."""
+        """Append documents: the ids of all, concatenated, and the length of each."""
         data = ids.astype(self.dtype).tobytes()
         self.file.write(data)
         self.sha256.update(data)
@@ -51,7 +50,7 @@ class Writer:
         self.tokens += len(ids)
 
     def finish(self) -> str:
-        """See the .bin on the disk and write the .idx; the sha256 of the first."""
+        """Flush the .bin to disk, write the .idx, and return the sha256 of the .bin."""
         self.file.flush()
         os.fsync(self.file.fileno())
         lengths = numpy.frombuffer(self.lengths, numpy.int32)
@@ -60,7 +59,7 @@ class Writer:
         return self.sha256.hexdigest()
 
     def _index_writer(self) -> type:
-        """Megatron-Core's writer, which counts where each document begins in a loop of Python: here numpy does."""
+        """Return Megatron-Core's index writer, with its Python loop over documents in numpy."""
         width = numpy.dtype(self.dtype).itemsize
 
         class IndexWriter(self.upstream._IndexWriter):

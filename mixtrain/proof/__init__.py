@@ -1,4 +1,4 @@
-"""Whether it is right and fast: parity, benchmarks, drills. Never imported by a run.
+"""Proofs of correctness and speed: parity, benchmarks, fault drills. Never imported by a run.
 
 May import: everything.
 Does not belong here: what a run needs.

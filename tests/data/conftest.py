@@ -1,6 +1,4 @@
-"""A small corpus, a tokenizer trained on it and the data set made of both, once a session; and
-ranks to read it on.
-"""
+"""Fixtures: a small corpus, its tokenizer and indexed dataset, and gloo ranks."""
 
 import multiprocessing
 import os
@@ -34,13 +32,13 @@ def source(library) -> Files:
 @pytest.fixture(scope="session")
 def tokenizer(tmp_path_factory, source) -> Path:
     directory = tmp_path_factory.mktemp("tokenizer")
-    train_bpe((item.text() for item in source.items()), VOCAB_SIZE, directory)
+    train_bpe((item.text() for item in source.documents()), VOCAB_SIZE, directory)
     return directory
 
 
 @pytest.fixture(scope="session")
 def indexed(tmp_path_factory, source, tokenizer) -> str:
-    """The prefix of a data set of sixteen documents."""
+    """The prefix of an indexed dataset of sixteen documents."""
     prefix = tmp_path_factory.mktemp("indexed") / "small"
     preprocess(source, prefix, tokenizer, log=lambda line: None)
     return str(prefix)
@@ -48,14 +46,12 @@ def indexed(tmp_path_factory, source, tokenizer) -> str:
 
 @pytest.fixture
 def on_ranks():
-    """A function that runs another one on several ranks."""
+    """A function that runs another function on several ranks."""
     return run_on_ranks
 
 
 def run_on_ranks(world_size: int, function, directory: Path) -> list:
-    """What function(rank) returns on each of so many forked gloo ranks, which meet in a file and
-    open no port.
-    """
+    """Return the results of function(rank) on forked gloo ranks, which open no port."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
 
@@ -76,6 +72,5 @@ def run_on_ranks(world_size: int, function, directory: Path) -> list:
             for other in processes:
                 other.kill()
             raise AssertionError(f"a rank ended with {process.exitcode}")
-    return [
-        value for _, value in sorted((results.get() for _ in processes), key=lambda pair: pair[0])
-    ]
+    values = dict(results.get() for _ in processes)
+    return [values[rank] for rank in range(world_size)]

@@ -23,7 +23,7 @@ from mixtrain.errors import UserError
 
 @pytest.fixture
 def copied(indexed, tmp_path) -> str:
-    """A copy of the small data set that may be damaged."""
+    """The prefix of a copy of the small dataset, which a test may damage."""
     for suffix in (".bin", ".idx", ".json"):
         shutil.copy(f"{indexed}{suffix}", tmp_path / f"copy{suffix}")
     return str(tmp_path / "copy")
@@ -39,7 +39,7 @@ def test_good_data_has_no_problem(indexed, tokenizer):
 
 
 def test_two_names_of_one_file_are_found_through_any_link(indexed, copied, tokenizer, tmp_path):
-    # a copy cannot be told from other data
+    # a copy is not recognised as the same data
     assert check_files(["0.3", indexed, "0.7", copied], tokenizer, 600) == []
     for number, link in enumerate((os.symlink, os.link)):
         other = str(tmp_path / f"link{number}")
@@ -82,16 +82,14 @@ def test_a_bin_of_another_size_than_its_index_says_is_named_with_both_numbers(co
     with open(f"{copied}.bin", "r+b") as stream:
         stream.truncate(size - 2)
     problem = only(check_files([copied], tokenizer, 512))
-    assert (
-        problem == f"{copied}.bin: {size - 2:,} bytes, but by {copied}.idx it should have {size:,}"
-    )
+    assert problem == f"{copied}.bin: {size - 2:,} bytes, but {copied}.idx implies {size:,}"
 
 
 def test_an_index_cut_short_is_named_with_both_numbers(copied, tokenizer):
     size = Path(f"{copied}.idx").stat().st_size
     with open(f"{copied}.idx", "r+b") as stream:
         stream.truncate(size - 8)
-    assert f"{size - 8:,} bytes, but its header (16 sequences) makes it {size:,}" in only(
+    assert f"{size - 8:,} bytes, but its header (16 sequences) implies {size:,}" in only(
         check_files([copied], tokenizer, 512)
     )
 
@@ -127,13 +125,13 @@ BOUNDARY = HEADER.size + 12 * 16
             LENGTH + 4 * 6,
             "<i",
             -5,
-            f"sequence 6 of document 6 has -5 tokens (byte {LENGTH + 24}); 0 is the least",
+            f"sequence 6 of document 6 has -5 tokens (byte {LENGTH + 24}); the minimum is 0",
         ),
         (
             LENGTH,
             "<i",
             -1,
-            f"sequence 0 of document 0 has -1 tokens (byte {LENGTH}); 0 is the least",
+            f"sequence 0 of document 0 has -1 tokens (byte {LENGTH}); the minimum is 0",
         ),
         (
             LENGTH + 4 * 6,
@@ -230,7 +228,7 @@ def test_a_negative_last_entry_is_named_without_reading_the_others(
 
 
 def test_every_byte_of_an_index_counts(copied):
-    """None can change without a word."""
+    """A change of any byte is reported."""
     for position in range(Path(f"{copied}.idx").stat().st_size):
         with open(f"{copied}.idx", "r+b") as stream:
             stream.seek(position)
@@ -340,9 +338,9 @@ def test_a_part_that_cannot_fill_one_sequence_is_refused_with_both_numbers(index
     assert check_files([indexed], tokenizer, 512, **split, seq_length=tokens - 1) == []
     problem = only(check_files([indexed], tokenizer, 512, **split, seq_length=tokens))
     assert problem == (
-        f'data.split = "80,14,6" gives test {tokens} tokens of {indexed} (1 of its 16 documents), but 7 samples are '
-        f"wanted, and one takes data.seq_length + 1 = {tokens + 1}; give it a larger share, as in data.split='90,5,5', "
-        "or data.split='80,14,0'"
+        f'data.split = "80,14,6" gives test {tokens} tokens of {indexed} (1 of its 16 documents),'
+        f" but 7 samples are wanted, and one takes data.seq_length + 1 = {tokens + 1}; give it a"
+        " larger share, as in data.split='90,5,5', or data.split='80,14,0'"
     )
     assert check_files([indexed], tokenizer, 512, "80,14,6", (10, 0, 0), seq_length=tokens) == []
 

@@ -1,6 +1,4 @@
-"""Compressed files and other kinds, read as what they are, or refused in one line; what is damaged
-is never taken.
-"""
+"""Compressed and other files are read in their format or refused; damaged files are refused."""
 
 import bz2
 import gzip
@@ -11,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from mixtrain.data.items import Unreadable
+from mixtrain.data.documents import UnreadableDocument
 from mixtrain.data.sources import open_source
 from mixtrain.errors import UserError
 
@@ -30,8 +28,8 @@ PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst"
 
 
 def read(path, *arguments, **given) -> list[str]:
-    # all: a checksum stands at the end
-    items = list(open_source(str(path), *arguments, **given).items())
+    # to the end, where the checksum is
+    items = list(open_source(str(path), *arguments, **given).documents())
     return [item.text() for item in items]
 
 
@@ -46,7 +44,7 @@ def refusal(path, *arguments, **given) -> str:
 @pytest.mark.parametrize("suffix", PACK)
 def test_compressed_files_are_read_as_what_is_in_them(suffix, tmp_path):
     packed = PACK[suffix](LINES)
-    # two streams one behind the other are one file
+    # two concatenated streams are one file
     (tmp_path / f"a.jsonl{suffix}").write_bytes(packed + packed)
     assert read(tmp_path / f"a.jsonl{suffix}") == TEXTS * 2
     (tmp_path / f"b.TXT{suffix}").write_bytes(PACK[suffix]("zwölf\n".encode() * 3))
@@ -81,7 +79,8 @@ def test_a_damaged_file_is_named_and_nothing_of_it_is_taken_for_the_whole(
     cut = {"cut in half": len(packed) // 2, "cut by a few bytes": -3, "empty": 0}.get(damage)
     path = tmp_path / f"a.{kind}{suffix}"
     path.write_bytes(LINES if damage == "never compressed" else bytes(packed[:cut]))
-    said = "no byte is in it" if damage == "empty" else f"damaged, cut short, or no {suffix} file"
+    damaged = f"damaged, truncated, or not a {suffix} file"
+    said = "the file is empty" if damage == "empty" else damaged
     assert said in refusal(path)
 
 
@@ -135,9 +134,9 @@ def test_a_column_of_bytes_is_text_where_it_is_utf_8(tmp_path):
         [b"one", "zwölf".encode(), b'{"text": "x"}', b"\xff\xd8"], pyarrow.binary()
     )
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
-    *good, bad = open_source(str(tmp_path / "a.parquet")).items()
+    *good, bad = open_source(str(tmp_path / "a.parquet")).documents()
     assert [item.text() for item in good] == ["one", "zwölf", '{"text": "x"}']
-    with pytest.raises(Unreadable, match="not valid UTF-8"):
+    with pytest.raises(UnreadableDocument, match="not valid UTF-8"):
         bad.text()
 
 

@@ -1,6 +1,4 @@
-"""tools/convert_tokenizer.py: Mistral's own tokenizer files become directories with the same ids,
-or none.
-"""
+"""tools/convert_tokenizer.py converts Mistral's tokenizer files with the same ids, or refuses."""
 
 from __future__ import annotations
 
@@ -81,7 +79,7 @@ def test_a_tekken_json_gives_the_same_ids(tmp_path):
 def test_a_file_whose_merges_come_in_another_order_is_refused_and_nothing_is_written(
     tmp_path, monkeypatch
 ):
-    """The order that put four merges of spaces first, as a reader of the same file once did."""
+    """Four merges of spaces come first, as in an earlier converter of the same file."""
     right = convert_tokenizer._merges
 
     def other(pieces):
@@ -125,8 +123,8 @@ OTHER = {
     "its model_type is not BPE": {"model_type": "unigram"},
     "byte_fallback is false": {"byte_fallback": False},
     "its normalizer is nmt_nfkc, not identity": {"normalization_rule_name": "nmt_nfkc"},
-    "spaces are taken away": {"remove_extra_whitespaces": True},
-    "no space is put before a text": {"add_dummy_prefix": False},
+    "it removes spaces": {"remove_extra_whitespaces": True},
+    "it puts no space before a text": {"add_dummy_prefix": False},
 }
 
 
@@ -155,7 +153,7 @@ def test_what_is_no_tokenizer_file_is_refused_by_the_tool_with_exit_code_2(tmp_p
     (tmp_path / "broken.json").write_text("{")
     wrong = {
         "gone.model": "gone.model: no such file",
-        "tokenizer.model": "is no sentencepiece model, or it is damaged",
+        "tokenizer.model": "is not a sentencepiece model, or it is damaged",
         "tekken.json": "config.default_num_special_tokens is missing",
         "broken.json": "not valid JSON",
     }
@@ -191,9 +189,7 @@ def test_what_is_written_is_what_the_tokenizers_library_writes_again(tmp_path):
     assert Tokenizer.from_file(str(path)).to_str(pretty=True) == path.read_text()
 
 
-def test_a_folder_of_that_name_with_other_files_is_never_cleared_and_what_a_killed_conversion_left_is(
-    tmp_path,
-):
+def test_output_of_a_killed_conversion_is_cleared_and_a_folder_with_other_files_is_not(tmp_path):
     left = tmp_path / "made.writing"
     left.mkdir()
     (left / "thesis.txt").write_text("mine")

@@ -1,6 +1,4 @@
-"""What a directory is read as, arrangement by arrangement: no file as what it may not be, and none
-left out unsaid.
-"""
+"""The format of a directory, by its files: none is misread, and none is left out silently."""
 
 import json
 from pathlib import Path
@@ -11,29 +9,36 @@ import pytest
 from mixtrain.data.sources import open_source
 from mixtrain.errors import UserError
 
-CARD = "---\nconfigs:\n- config_name: en\n  data_files: en/*\n- config_name: de\n  data_files: de/*\n---\n# Card\n"
+CARD = """---
+configs:
+- config_name: en
+  data_files: en/*
+- config_name: de
+  data_files: de/*
+---
+# Card
+"""
 TABLE = "---\nsize_categories:\n- n<1K\n---\n# Card\n"
 
-# (files, of which README.md has a card where it says so), what is read: names of files in order, or
-# why nothing is fmt: off
+# (files; some have a dataset card in README.md, files read in order or "!" and the refusal)
 ARRANGEMENTS = [
     # text
     ("a.txt b.md c/d.py", "a.txt b.md c/d.py"),
     ("a.txt README.md LICENSE", "LICENSE README.md a.txt"),
     ("a.txt .gitattributes .git/config", "a.txt"),
     ("a.txt.gz b.txt", "a.txt.gz b.txt"),
-    ("README.md", "!there is only README.md, which lies beside data"),
-    ("README.md LICENSE", "!there is only LICENSE, which lies beside data"),
+    ("README.md", "!the only file is README.md, which is not read as data"),
+    ("README.md LICENSE", "!the only file is LICENSE, which is not read as data"),
     # JSON lines
     ("a.jsonl b.ndjson", "a.jsonl b.ndjson"),
     ("b/c/d.jsonl b/a.jsonl a.jsonl", "a.jsonl b/a.jsonl b/c/d.jsonl"),
     ("a.jsonl README.md LICENSE .gitattributes", "a.jsonl"),
     ("a.jsonl.gz b.jsonl README.md", "a.jsonl.gz b.jsonl"),
     ("train.jsonl test.jsonl", "train.jsonl"),
-    ("a.jsonl b.txt", "!a.jsonl is no text, and b.txt beside it may be"),
-    ("a.jsonl notes.md README.md", "!a.jsonl is no text, and notes.md beside it may be"),
+    ("a.jsonl b.txt", "!a.jsonl is not text, and b.txt beside it may be"),
+    ("a.jsonl notes.md README.md", "!a.jsonl is not text, and notes.md beside it may be"),
     ("a.jsonl b.csv", "!b.csv would be left out"),
-    ("a.jsonl photo.png", "!photo.png: no suffix that says what it is"),
+    ("a.jsonl photo.png", "!photo.png: the suffix names no format"),
     # tables
     ("20231101.en/train-0.parquet README.md", "20231101.en/train-0.parquet"),
     ("20231101.en/0.parquet 20231101.de/0.parquet", "20231101.de/0.parquet 20231101.en/0.parquet"),
@@ -46,19 +51,19 @@ ARRANGEMENTS = [
     ("a.csv", "a.csv"),
     ("a.tsv b.tsv", "a.tsv b.tsv"),
     ("a.json README.md", "a.json"),
-    # a clone of the hub's, with a card
+    # a clone of a Hub dataset, with its card
     ("en/0.jsonl de/0.jsonl README.md:card", "!['en', 'de']"),
     ("en/0.parquet de/0.parquet README.md:card", "!['en', 'de']"),
     ("data/x/0.parquet README.md:table", "data/x/0.parquet"),
     ("a.txt README.md:table", "!README.md describes a data set"),
     # neither text nor known
-    ("a.py package.json", "!package.json is no text, and a.py beside it may be"),
-    ("a.py Makefile README.md", "!Makefile: no suffix that says what it is"),
-    ("a.c a.h", "!a.c and 1 more: no suffix that says what it is"),
-    ("AA/wiki_00 AA/wiki_01 AB/wiki_00", "!AA/wiki_00 and 2 more: no suffix that says what it is"),
-    ("a.txt photo.png", "!photo.png: no suffix that says what it is"),
-    ("a.txt b.zip", "!b.zip: no suffix that says what it is"),
-    ("a.parquet.gz", "!a.parquet.gz: no suffix that says what it is"),
+    ("a.py package.json", "!package.json is not text, and a.py beside it may be"),
+    ("a.py Makefile README.md", "!Makefile: the suffix names no format"),
+    ("a.c a.h", "!a.c and 1 more: the suffix names no format"),
+    ("AA/wiki_00 AA/wiki_01 AB/wiki_00", "!AA/wiki_00 and 2 more: the suffix names no format"),
+    ("a.txt photo.png", "!photo.png: the suffix names no format"),
+    ("a.txt b.zip", "!b.zip: the suffix names no format"),
+    ("a.parquet.gz", "!a.parquet.gz: the suffix names no format"),
 ]
 
 
@@ -68,7 +73,7 @@ def offline(monkeypatch):
 
 
 def lay_out(root: Path, files: str) -> Path:
-    """Files with their own names as their text."""
+    """Write files that contain their own names."""
     import gzip
 
     for word in files.split():
@@ -88,7 +93,7 @@ def lay_out(root: Path, files: str) -> Path:
 
 
 def read(root, *arguments, **given) -> list[str]:
-    return [item.text() for item in open_source(str(root), *arguments, **given).items()]
+    return [item.text() for item in open_source(str(root), *arguments, **given).documents()]
 
 
 def refusal(root, *arguments, **given) -> str:
@@ -124,10 +129,10 @@ def test_a_directory_is_read_as_its_suffixes_say_or_refused(files, outcome, tmp_
         ("AA/wiki_00 AB/wiki_00", {"input_format": "directory"}, "AA/wiki_00 AB/wiki_00"),
         ("a.jsonl b.jsonl README.md", {"input_format": "jsonl"}, "a.jsonl b.jsonl"),
         ("train.jsonl test.jsonl", {"input_format": "jsonl"}, "test.jsonl train.jsonl"),
-        ("a.parquet b.txt", {"suffixes": (".parquet", ".txt")}, "!are not of one kind"),
+        ("a.parquet b.txt", {"suffixes": (".parquet", ".txt")}, "!are not of one format"),
         ("a.parquet b.parquet", {"exclude": ("b*",)}, "!--exclude would leave out b.parquet"),
-        ("a.jsonl b.txt", {"input_format": "jsonl"}, "!b.txt is no jsonl by its suffix"),
-        ("a.txt", {"exclude": ("*.png",)}, "!no file there fits --exclude *.png"),
+        ("a.jsonl b.txt", {"input_format": "jsonl"}, "!b.txt is not jsonl by its suffix"),
+        ("a.txt", {"exclude": ("*.png",)}, "!no file there matches --exclude *.png"),
         ("a.txt", {"exclude": ("*",)}, "!--exclude * leaves no file"),
     ],
 )
@@ -144,7 +149,7 @@ def test_json_lines_without_a_suffix_are_read_when_that_is_said(tmp_path):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
     assert read(tmp_path, "jsonl") == ["AA/wiki_00", "AB/wiki_00"]
-    assert [item.name for item in open_source(str(tmp_path), "jsonl").items()] == [
+    assert [item.name for item in open_source(str(tmp_path), "jsonl").documents()] == [
         "AA/wiki_00 line 1",
         "AB/wiki_00 line 1",
     ]
@@ -152,7 +157,7 @@ def test_json_lines_without_a_suffix_are_read_when_that_is_said(tmp_path):
 
 def test_json_lines_of_a_directory_are_read_under_the_key_that_is_given(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"body": "one"}\n{bad\n{"body": "two"}\n')
-    items = list(open_source(str(tmp_path), json_key="body").items())
+    items = list(open_source(str(tmp_path), json_key="body").documents())
     # the rest is still read
     assert [item.text() for item in items if item.name != "a.jsonl line 2"] == ["one", "two"]
 

@@ -1,6 +1,4 @@
-"""A run that is ended, or whose disk is full: no worker goes on, and nothing of it is left for
-long.
-"""
+"""Interrupted runs and full disks: no worker survives, and incomplete output is removed."""
 
 import json
 import os
@@ -13,7 +11,7 @@ import pytest
 from preprocessing import TOOL, command, wait_for
 from tiny_disks import tiny_disk
 
-from mixtrain.data.lines import JsonLines
+from mixtrain.data.json_lines import JsonLines
 from mixtrain.data.preprocess import preprocess
 from mixtrain.errors import UserError
 from mixtrain.system.partial import claimed
@@ -22,7 +20,7 @@ pytestmark = pytest.mark.long
 
 
 class Endless:
-    """A run of the command on a file that stops in the middle, for as long as we like."""
+    """A run of the command on a pipe, which the test keeps open."""
 
     def __init__(self, folder: Path, tokenizer: Path):
         self.folder = folder
@@ -51,7 +49,7 @@ class Endless:
         assert self.process.poll() is None
         try:
             descriptor = os.open(self.folder / "endless.jsonl", os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:  # nobody reads it yet
+        except OSError:  # the pipe has no reader yet
             return False
         os.set_blocking(descriptor, True)
         self.stream = open(descriptor, "w")  # noqa: SIM115

@@ -27,12 +27,12 @@ def read_back(prefix) -> list[numpy.ndarray]:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     data = IndexedDataset(str(prefix))
-    return [data[i].copy() for i in range(len(data))]  # the file is unmapped when `data` goes
+    return [data[i].copy() for i in range(len(data))]  # the file is unmapped with `data`
 
 
 @pytest.fixture
 def lines(tmp_path, library) -> JsonLines:
-    """More documents than one worker is given at a time, some of them empty or unreadable."""
+    """More documents than one block, some of them empty or unreadable."""
     words = (library / "heapq.py").read_text().split()
     path = tmp_path / "lines.jsonl"
     with open(path, "w") as stream:
@@ -50,7 +50,9 @@ def published(tmp_path_factory) -> Path:
 
 def test_every_document_is_its_tokens_and_the_end_of_document_token(source, indexed, tokenizer):
     encode = load_tokenizer(tokenizer).encode
-    wanted = [encode(item.text(), add_special_tokens=False).ids + [0] for item in source.items()]
+    wanted = [
+        encode(item.text(), add_special_tokens=False).ids + [0] for item in source.documents()
+    ]
     assert [document.tolist() for document in read_back(indexed)] == wanted
 
 
@@ -93,7 +95,7 @@ def test_the_description_says_what_is_in_the_files(indexed, tokenizer):
 
 
 def test_one_worker_and_three_write_the_same_bytes(lines, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtrain.data.lines.BLOCK", 4096)  # more pieces than may wait at once
+    monkeypatch.setattr("mixtrain.data.json_lines.BLOCK", 4096)  # more blocks than may be pending
     for workers in (1, 3):
         preprocess(lines, tmp_path / str(workers) / "x", tokenizer, workers=workers, log=quiet)
     for suffix in (".bin", ".idx", ".json"):
@@ -137,13 +139,13 @@ def test_existing_output_is_kept_unless_it_may_be_replaced(source, tokenizer, tm
 def test_a_directory_that_is_no_tokenizer_is_never_replaced(source, tmp_path):
     (tmp_path / "x-tokenizer").mkdir()
     (tmp_path / "x-tokenizer" / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(UserError, match="x-tokenizer is no tokenizer directory"):
+    with pytest.raises(UserError, match="x-tokenizer is not a tokenizer directory"):
         preprocess(source, tmp_path / "x", train_vocab_size=300, overwrite=True, log=quiet)
     assert (tmp_path / "x-tokenizer" / "thesis.txt").read_text() == "irreplaceable"
 
 
 def test_a_killed_run_leaves_no_file_under_a_final_name(tokenizer, tmp_path):
-    # a source that stops in the middle, for as long as we like
+    # a pipe, which the test keeps open
     os.mkfifo(tmp_path / "endless.jsonl")
     child = os.fork()
     if not child:
@@ -231,9 +233,9 @@ def test_special_tokens_are_parsed_where_that_is_asked_for_as_generation_and_tra
         JsonLines(path, "text"), prefix, published, parse_special_tokens=True, log=said.append
     )
     assert (
-        "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), and it is"
-        " one" in said
-    )
+        "preprocess: 2 texts spell a special token (first: `<s>` in chats.jsonl line 1), which"
+        " became that token"
+    ) in said
     assert json.loads((tmp_path / "x.json").read_text()) == facts
     assert facts["spell_special_tokens"] == 2 and facts["parse_special_tokens"] is True
     there = PreTrainedTokenizerFast(tokenizer_file=str(published / "tokenizer.json"))

@@ -1,6 +1,4 @@
-"""Mixtral's published tokenizer: who prepares, trains, generates and serves gives a text the same
-token ids.
-"""
+"""Mixtral's published tokenizer: all readers (data, generation, serving) give the same ids."""
 
 from __future__ import annotations
 
@@ -13,14 +11,15 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from mistral_files import V1, as_published
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from mixtrain.data.json_lines import JsonLines
 from mixtrain.data.preprocess import preprocess
-from mixtrain.data.proof_texts import proof_texts
-from mixtrain.data.sources import JsonLines
+from mixtrain.data.tokenizer_test_texts import tokenizer_test_texts
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import to_hf, to_megatron
 from mixtrain.interop.generate.tokenization import PromptTokenizer
 
-TEXTS = [text for text in proof_texts() if text.strip()]  # a document of spaces alone is none
+# a text of spaces alone is not a document
+TEXTS = [text for text in tokenizer_test_texts() if text.strip()]
 CHATS = [text for text in TEXTS if "\n" in text or "return" in text][:40]
 SIZES = dict(
     hidden_size=16,
@@ -40,7 +39,7 @@ def published(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(published, tmp_path_factory) -> Path:
-    """A small model with the tokenizer, from Hugging Face to Megatron and back."""
+    """A small model with the tokenizer, converted from Hugging Face to Megatron and back."""
     folder = tmp_path_factory.mktemp("model")
     MixtralForCausalLM(MixtralConfig(**SIZES)).to(torch.bfloat16).save_pretrained(folder / "there")
     for path in published.iterdir():
@@ -52,7 +51,7 @@ def exported(published, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def mistrals() -> list[list[int]]:
-    """The ids that Mistral's own package gives each text."""
+    """Return the ids of each text from Mistral's own package."""
     encode = SentencePieceTokenizer(V1).encode
     return [encode(text, bos=False, eos=False) for text in TEXTS]
 
@@ -77,7 +76,7 @@ def test_a_prompt_has_the_ids_of_mistrals_own_package(published, mistrals):
 
 def test_an_exported_model_gives_a_text_the_same_ids(exported, mistrals):
     encode = AutoTokenizer.from_pretrained(exported)
-    # where llama.cpp has the scores from
+    # llama.cpp reads the scores from it
     assert (exported / "tokenizer.model").read_bytes() == V1.read_bytes()
     assert [encode(each)["input_ids"] for each in TEXTS] == [[1, *ids] for ids in mistrals]
 

@@ -2,18 +2,18 @@ import json
 
 import pytest
 
-from mixtrain.data.items import Unreadable
+from mixtrain.data.documents import UnreadableDocument
 from mixtrain.data.sources import open_source
 from mixtrain.errors import UserError
 
 
 def texts(source) -> dict[str, str]:
-    """Name and text of every item, or why it has none."""
+    """Return {name: text} of every document, or why it has none."""
     found = {}
-    for item in source.items():
+    for item in source.documents():
         try:
             found[item.name] = item.text()
-        except Unreadable as error:
+        except UnreadableDocument as error:
             found[item.name] = f"unreadable: {error}"
     return found
 
@@ -136,7 +136,7 @@ def test_a_format_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(UserError, match="is a directory; use --input-format directory or datasets"):
         open_source(str(tmp_path), "text")
     with pytest.raises(
-        UserError, match="a.txt is no jsonl by its suffix; leave it out with --exclude"
+        UserError, match="a.txt is not jsonl by its suffix; leave it out with --exclude"
     ):
         open_source(str(tmp_path), "jsonl")
     with pytest.raises(UserError, match="no file that ends in .py there"):

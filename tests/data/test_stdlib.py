@@ -18,7 +18,7 @@ def quiet(line: str) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """(cache directory, prefix, tokenizer directory, what was said) at the default vocabulary."""
+    """(cache directory, prefix, tokenizer directory, log lines) at the default vocabulary size."""
     cache = tmp_path_factory.mktemp("cache")
     said = []
     return cache, *stdlib.prepare(cache, 4096, said.append), said
@@ -83,7 +83,7 @@ def test_a_split_of_90_5_5_validates_and_tests_on_enough_ordinary_text(prepared)
     held_out = [range(*part) for part in (valid, test)]
     for part in held_out:
         sizes = [index.offset(i + 1) - index.offset(i) for i in part]
-        assert len(sizes) == 8 and max(sizes) < 0.5 * sum(sizes)  # no one file is most of it
+        assert len(sizes) == 8 and max(sizes) < 0.5 * sum(sizes)  # no single file dominates
     assert stdlib.ordered_names().index("pydoc_data/topics.py") < valid[0]
 
 
@@ -91,12 +91,12 @@ def test_a_second_call_uses_what_the_first_one_made(prepared):
     cache, prefix, tokenizer, _ = prepared
     before = os.stat(f"{prefix}.bin")
     (lock,) = cache.glob("*.lock")
-    assert lock.stat().st_mode & 0o777 == 0o600  # who can open it can hold it
+    assert lock.stat().st_mode & 0o777 == 0o600  # only the owner can lock it
     lock.unlink()
     assert stdlib.prepare(cache, 4096, quiet) == (prefix, tokenizer)
     after = os.stat(f"{prefix}.bin")
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    assert not list(cache.glob("*.lock"))  # who only reads needs none, and no right to make one
+    assert not list(cache.glob("*.lock"))  # readers need no lock file
 
 
 def test_several_processes_at_once_make_one_data_set(tmp_path):

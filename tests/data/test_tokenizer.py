@@ -8,13 +8,13 @@ import pytest
 import regex
 
 from mixtrain.data.check import check_files
-from mixtrain.data.proof_texts import proof_texts
 from mixtrain.data.tokenizer import (
     load_tokenizer,
     tokenizer_eod_id,
     tokenizer_vocab_size,
     train_bpe,
 )
+from mixtrain.data.tokenizer_test_texts import tokenizer_test_texts
 from mixtrain.errors import UserError
 
 TEXT = "def f(x):\r\n\treturn 'größer 日本 🙂' + x , it 's .  \n\n\x00 <|endoftext|>\n"
@@ -37,8 +37,11 @@ def test_text_that_spells_the_end_of_document_token_ends_no_document(tokenizer):
 
 def test_the_same_text_gives_the_same_tokenizer_in_another_process(tokenizer, source, tmp_path):
     program = (
-        "import sys; from mixtrain.data.tokenizer import train_bpe; from mixtrain.data.sources import Files\n"
-        "train_bpe((i.text() for i in Files(sys.argv[1], sys.argv[3:]).items()), 512, sys.argv[2])"
+        "import sys\n"
+        "from mixtrain.data.sources import Files\n"
+        "from mixtrain.data.tokenizer import train_bpe\n"
+        "documents = Files(sys.argv[1], sys.argv[3:]).documents()\n"
+        "train_bpe((document.text() for document in documents), 512, sys.argv[2])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
     subprocess.run(
@@ -52,10 +55,10 @@ def test_the_same_text_gives_the_same_tokenizer_in_another_process(tokenizer, so
 
 
 def test_a_trained_tokenizer_cuts_texts_as_gpt_2_does(tokenizer):
-    """Under that name llama.cpp knows it."""
+    """llama.cpp supports this pre-tokenizer under GPT-2's name."""
     gpt_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
     cut = load_tokenizer(tokenizer).pre_tokenizer.pre_tokenize_str
-    for text in [*proof_texts(), TEXT, "I'll we'VE 3.14 x1y2"]:
+    for text in [*tokenizer_test_texts(), TEXT, "I'll we'VE 3.14 x1y2"]:
         assert [text[begin:end] for _, (begin, end) in cut(text)] == regex.findall(gpt_2, text)
 
 
@@ -142,7 +145,8 @@ def test_reading_a_tokenizer_imports_neither_torch_nor_numpy_nor_transformers(to
     program = (
         "import sys; from mixtrain.data.check import check_files\n"
         "check_files(['none'], sys.argv[1], 512)\n"
-        "print([name for name in ('torch', 'numpy', 'transformers', 'tokenizers') if name in sys.modules])"
+        "heavy = ('torch', 'numpy', 'transformers', 'tokenizers')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, tokenizer], capture_output=True, text=True, timeout=60

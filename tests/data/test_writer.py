@@ -1,4 +1,4 @@
-"""The .bin and .idx that are written in blocks are those of Megatron-Core's builder, byte for byte."""
+"""The .bin and .idx written in blocks are identical to those of Megatron-Core's builder."""
 
 from array import array
 
@@ -6,7 +6,7 @@ import numpy
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from mixtrain.data.writer import Writer
+from mixtrain.data.writer import IndexedDatasetWriter
 
 
 @pytest.mark.parametrize("vocab_size", [65_499, 65_500, 200_000])
@@ -22,11 +22,11 @@ def test_every_byte_is_the_builders(vocab_size, tmp_path):
     for document in documents:
         builder.add_document(document, [len(document)])
     builder.finalize(str(tmp_path / "one.idx"))
-    with Writer(tmp_path / "two", vocab_size) as writer:
+    with IndexedDatasetWriter(tmp_path / "two", vocab_size) as writer:
         for begin in range(0, len(documents), 700):
             block = documents[begin : begin + 700]
             writer.add(numpy.concatenate(block), array("i", map(len, block)))
-        writer.add(numpy.empty(0, numpy.int32), array("i"))  # a block of which no document survived
+        writer.add(numpy.empty(0, numpy.int32), array("i"))  # a block without readable documents
         writer.finish()
     assert (writer.documents, writer.tokens) == (len(documents), sum(map(len, documents)))
     for suffix in (".bin", ".idx"):

@@ -1,6 +1,4 @@
-"""The benchmark without running anything: scenarios, figures, files. What it measures is in
-test_bench_run.py.
-"""
+"""Benchmark scenarios, figures and files; test_bench_run.py runs benchmarks."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ from mixtrain.config import memory
 from mixtrain.errors import Fault, UserError
 from mixtrain.proof.bench import reading, report, run, scenario
 from mixtrain.proof.bench.figures import figures, ratio
-from mixtrain.proof.bench.interleaved import Computed
 from mixtrain.proof.bench.machine import peak_tflops
 from mixtrain.proof.bench.reading import Reading
-from mixtrain.proof.bench.scenario import Measure, Request
+from mixtrain.proof.bench.scenario import BenchRequest, Measure
+from mixtrain.proof.bench.variant_processes import WarmupResult
 from mixtrain.proof.bench.variants import variants_of
 
 RESULTS = sorted((ROOT / "benchmarks").glob("*.csv"))
@@ -29,7 +27,7 @@ def problems_of(*words: str) -> tuple[str, ...]:
     return caught.value.problems
 
 
-@pytest.mark.long  # Hydra composes each of some sixty
+@pytest.mark.long  # Hydra composes about sixty variants
 @pytest.mark.parametrize("name", scenario.names())
 def test_every_variant_of_a_scenario_is_a_legal_run_of_this_machine_or_left_out_with_a_reason(name):
     words = ["+shrink=laptop"] if name.endswith("_1gpu") else []
@@ -58,7 +56,7 @@ WRONG = {
     ("rounds=3",): "scenario=: there are checkpoint, ",
     ("scenario=cpu_small", "variants=[jax]"): "variants=jax: there are torch, local, hf_eager, ",
     ("scenario=cpu_small", "rows=[step]"): "rows=step: there are forward_backward_fp32, ",
-    ("scenario=cpu_small", "--fast"): "--fast is no key=value; ",
+    ("scenario=cpu_small", "--fast"): "--fast is not key=value; ",
     ("scenario=cpu_small", "rounds=0"): "rounds = 0 must be at least 1",
     ("scenario=cpu_small", "rounds=many"): "cpu_small.yaml: ",
     ("scenario=cpu_small", "rounds=[3"): "cpu_small.yaml: ",
@@ -80,20 +78,20 @@ def test_what_is_wrong_is_said_before_anything_runs(words):
     assert any(WRONG[words] in problem for problem in problems_of(*words))
 
 
-def test_words_of_the_command_line_win_over_those_of_a_variant_over_those_of_its_row_over_the_scenarios():
-    tree = scenario.Row(Measure.step, words=["seed=2", "name=b"], variants={"one": ["seed=3"]})
-    whole = scenario.Scenario(
-        1, 1, 1, True, None, 0, ["seed=1", "name=a", "parallel=ep1"], {"row": tree}
+def test_overrides_rank_command_line_over_variant_over_row_over_scenario():
+    row = scenario.ScenarioRow(
+        Measure.step, words=["seed=2", "name=b"], variants={"one": ["seed=3"]}
     )
-    rows, _ = variants_of(Request("made", whole, ["name=c"], None))
+    whole = scenario.Scenario(
+        1, 1, 1, True, None, 0, ["seed=1", "name=a", "parallel=ep1"], {"row": row}
+    )
+    rows, _ = variants_of(BenchRequest("made", whole, ["name=c"], None))
     config = rows["row"][0].plan.config
     assert (config.seed, config.name, config.parallel.expert_model_parallel_size) == (3, "c", 1)
 
 
 def test_flops_are_those_of_the_published_conventions():
-    """Mixtral 8x7B at 4096: 79.7 GF a token with the causal half of the scores, 82.9 with all of
-    them.
-    """
+    """Mixtral 8x7B at 4096: 79.7 GFLOP per token with the causal half of the scores, else 82.9."""
     model = config_of("+recipe=mixtral_8x7b_ep8").model
     assert memory.training_flops(model, 4096, causal=True) == pytest.approx(79.7e9, rel=1e-3)
     assert memory.training_flops(model, 4096, causal=False) == pytest.approx(82.9e9, rel=1e-3)
@@ -101,9 +99,7 @@ def test_flops_are_those_of_the_published_conventions():
 
 
 def test_the_interval_of_a_median_is_that_of_the_sign_test():
-    """Of 15 values the 4th to the 12th has the median with 96.5 %, of 20 the 6th to the 15th with
-    95.9 % (tables).
-    """
+    """From tables: of 15 values 4th to 12th, 96.5 %; of 20 values 6th to 15th, 95.9 %."""
     found = ratio([float(value) for value in range(15, 0, -1)])
     assert (found.median, found.low, found.high) == (8, 4, 12)
     found = ratio([float(value) for value in range(1, 21)])
@@ -151,15 +147,17 @@ def test_variants_that_compute_something_else_are_not_compared():
         )
     )
     variants = rows["forward_backward_fp32"][:2]
-    right = Computed([10.0, 9.0], 2.0, None)
+    right = WarmupResult([10.0, 9.0], 2.0, None)
     for wrong in (
-        Computed([10.0, 9.001], 2.0, None),
-        Computed([10.0, 9.0], 2.1, None),
-        Computed([float("nan")] * 2, 2, 0),
+        WarmupResult([10.0, 9.001], 2.0, None),
+        WarmupResult([10.0, 9.0], 2.1, None),
+        WarmupResult([float("nan")] * 2, 2, 0),
     ):
         with pytest.raises(Fault, match="local does not compute what torch does"):
-            run.same("row", variants, {"torch": right, "local": wrong})
-    run.same("row", variants, {"torch": right, "local": replace(right, losses=[10.00001, 9.0])})
+            run.check_same_results("row", variants, {"torch": right, "local": wrong})
+    run.check_same_results(
+        "row", variants, {"torch": right, "local": replace(right, losses=[10.00001, 9.0])}
+    )
 
 
 def test_a_file_of_readings_is_read_as_it_was_written_and_another_is_refused(tmp_path):
@@ -196,6 +194,6 @@ def test_a_checked_in_result_says_where_it_is_from_and_the_page_has_its_tables(p
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     assert f"show benchmarks/{path.name}" in page
     report.show({}, taken)
-    tables = capsys.readouterr().out.split("\n\n")[:-1]  # what the columns mean stands below
+    tables = capsys.readouterr().out.split("\n\n")[:-1]  # without the legend
     for line in "\n".join(tables).splitlines():
         assert line.strip(" ─") in page

@@ -14,8 +14,8 @@ from composing import ROOT, unstarted_environment
 
 from mixtrain.errors import Fault, UserError
 from mixtrain.proof.bench import reading, run
-from mixtrain.proof.bench.interleaved import Processes
-from mixtrain.proof.bench.scenario import Measure, Request, Row, Scenario
+from mixtrain.proof.bench.scenario import BenchRequest, Measure, Scenario, ScenarioRow
+from mixtrain.proof.bench.variant_processes import VariantProcesses
 from mixtrain.proof.bench.variants import variants_of
 from mixtrain.system.host_memory import SETTINGS
 
@@ -38,20 +38,18 @@ TINY = [
 def taken(
     folder, measure: Measure, rounds: int = 2, **variants: list[str]
 ) -> list[reading.Reading]:
-    """The readings of a row of these variants."""
-    row = Row(measure, variants=variants)
+    """Return the readings of a row of these variants."""
+    row = ScenarioRow(measure, variants=variants)
     scenario = Scenario(
         rounds, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY
     )
-    rows, _ = variants_of(Request("made", replace(scenario, rows={"row": row}), [], None))
+    rows, _ = variants_of(BenchRequest("made", replace(scenario, rows={"row": row}), [], None))
     return list(run.readings_of("row", row, rows["row"], scenario, folder, print))
 
 
 @pytest.mark.long
-def test_ours_and_transformers_take_turns_on_the_same_loss_and_gradient_and_a_rank_of_several_its_part(
-    tmp_path,
-):
-    """That they compute the same is checked before the first turn: see the next test."""
+def test_ours_and_transformers_take_turns_with_the_same_loss_and_gradient(tmp_path):
+    """The benchmark itself checks that they compute the same: see the tests below."""
     variants = {
         "torch": [],
         "hf_eager": ["hf.experts_implementation=eager"],
@@ -67,7 +65,7 @@ def test_ours_and_transformers_take_turns_on_the_same_loss_and_gradient_and_a_ra
 
 
 def environment_of(child: subprocess.Popen) -> dict[str, str]:
-    """Known once the child's program has begun, a little after Popen returns."""
+    """Return a child's environment, which is its own only shortly after Popen returns."""
     ends = time.monotonic() + 20
     while not (found := psutil.Process(child.pid).environ()) and time.monotonic() < ends:
         time.sleep(0.01)
@@ -77,24 +75,24 @@ def environment_of(child: subprocess.Popen) -> dict[str, str]:
 def test_a_variant_can_be_without_our_memory_settings(tmp_path, monkeypatch):
     for name in SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    row = Row(
+    row = ScenarioRow(
         Measure.forward_backward, variants={"with": [], "without": ["host.memory_settings=false"]}
     )
     words = [word for word in TINY if not word.startswith("parallel=")]
     scenario = Scenario(1, 1, 0, True, None, 0, words=[*words, "parallel=ep2"], rows={"row": row})
-    rows, _ = variants_of(Request("made", scenario, [], None))
+    rows, _ = variants_of(BenchRequest("made", scenario, [], None))
     seen = []
     for variant in rows["row"]:
-        processes = Processes(variant, scenario, tmp_path / variant.name)
+        processes = VariantProcesses(variant, scenario, tmp_path / variant.name)
         try:
             given = environment_of(processes.children[1])
             seen.append([name for name in SETTINGS if name in given])
         finally:
-            processes.end()
+            processes.kill()
     assert seen == [list(SETTINGS), []]
     row.variants["other"] = ["host.threads=3"]
-    with pytest.raises(UserError, match=r"row, other: host\. has one word"):
-        variants_of(Request("made", scenario, [], None))
+    with pytest.raises(UserError, match=r"row, other: the only key of host\. is"):
+        variants_of(BenchRequest("made", scenario, [], None))
 
 
 @pytest.mark.long
@@ -115,13 +113,19 @@ def test_saving_is_timed_against_plain_files_of_as_many_bytes(tmp_path):
 
 
 def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
-    row = Row(Measure.command, variants={}, prepare="echo ready > {shared}/file")
+    row = ScenarioRow(Measure.command, variants={}, prepare="echo ready > {shared}/file")
     slow = 'cat {shared}/file; echo seen; sleep 1; test -z "$(ls {folder})"'
     scenario = Scenario(
-        1, 1, 0, True, None, 0, rows={"row": Row(Measure.command, variants={"slow": [slow]})}
+        1,
+        1,
+        0,
+        True,
+        None,
+        0,
+        rows={"row": ScenarioRow(Measure.command, variants={"slow": [slow]})},
     )
-    rows, _ = variants_of(Request("made", scenario, [], None))
-    # s that the command goes on for after what is timed
+    rows, _ = variants_of(BenchRequest("made", scenario, [], None))
+    # seconds for which the command continues after the timed line
     for until, left in (("^seen", 1), (None, 0)):
         row.until = until
         began = time.perf_counter()
@@ -135,11 +139,11 @@ def test_commands_are_timed_to_their_end_or_to_a_line(tmp_path):
 
 @pytest.mark.long
 def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_path):
-    row = Row(Measure.step, variants={"torch": [], "ep2": ["parallel=ep2"]})
+    row = ScenarioRow(Measure.step, variants={"torch": [], "ep2": ["parallel=ep2"]})
     scenario = Scenario(
         2, repeats=1, warmup=1, resident=True, threads=1, patience_seconds=0, words=TINY
     )
-    rows, _ = variants_of(Request("made", replace(scenario, rows={"row": row}), [], None))
+    rows, _ = variants_of(BenchRequest("made", replace(scenario, rows={"row": row}), [], None))
     readings = run.readings_of("row", row, rows["row"], scenario, tmp_path, print)
     next(readings)
     (killed,) = [child for child in workers() if "ep2/spec_1" in " ".join(child.cmdline())]
@@ -150,7 +154,7 @@ def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_pa
 
 
 def workers() -> list[psutil.Process]:
-    """Those of variants that are running now."""
+    """Return the running worker processes of variants."""
     there = [
         child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE
     ]
@@ -158,7 +162,7 @@ def workers() -> list[psutil.Process]:
 
 
 def is_rank(process: psutil.Process) -> bool:
-    """A process of the training that the tool has started in turn."""
+    """Return a process of the training that the tool has started."""
     try:
         return "RANK" in process.environ()
     except psutil.Error:

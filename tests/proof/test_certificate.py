@@ -1,6 +1,4 @@
-"""The layout-parity certificate: which layouts it takes, what it says, and that its exit code is
-the verdict.
-"""
+"""The layout-parity certificate: its layouts, its output and its exit code."""
 
 from __future__ import annotations
 
@@ -20,9 +18,9 @@ from mixtrain.proof.parity import table
 from mixtrain.proof.parity.certificate import (
     MICROBATCHES,
     Certificate,
-    at_layout,
     comparable,
-    one_rank,
+    compare_layout,
+    run_one_rank,
 )
 from mixtrain.proof.parity.layouts import Layout, all_layouts
 from mixtrain.training import measured_step
@@ -106,7 +104,7 @@ def test_layouts_that_are_another_run_by_design_are_left_out_and_counted():
 
 @pytest.mark.parametrize("router", ["global_aux_loss", "combined"])
 def test_the_global_auxiliary_loss_is_compared_over_data_parallel_ranks(router, tmp_path):
-    """At as many microbatches everywhere, whose samples are the same: the counts run over them."""
+    """Every layout has the same number of microbatches, since the counts run over them."""
     plans, left_out = comparable(
         shrunk(
             f"router={router}",
@@ -118,8 +116,10 @@ def test_the_global_auxiliary_loss_is_compared_over_data_parallel_ranks(router, 
     )
     assert not left_out and {layout.dp for layout in plans} == {1, 2, 4, 8}
     assert {plan.num_microbatches for plan in plans.values()} == {MICROBATCHES}
-    one = one_rank(plans[Layout()], tmp_path / "one.pt", tmp_path)
-    verdict = at_layout(plans[Layout(ranks=4, ep=2)], one, tmp_path / "one.pt", tmp_path / "four")
+    one = run_one_rank(plans[Layout()], tmp_path / "one.pt", tmp_path)
+    verdict = compare_layout(
+        plans[Layout(ranks=4, ep=2)], one, tmp_path / "one.pt", tmp_path / "four"
+    )
     assert verdict.outside == [] and verdict.differences["parameter"] > 0
 
 
@@ -159,7 +159,7 @@ SHAPES = {"a": (4,), "decoder.layers.b": (2, 3)}
 
 
 def ranks_result(**changes) -> list[dict]:
-    """One rank that has everything and differs nowhere."""
+    """The result of one rank that has every tensor and differs nowhere."""
     parts = [
         ["a", None, "x", 4, 0.0, 0.0],
         ["decoder.layers.b", 0, "y", 3, 0.0, 0.0],
@@ -336,8 +336,8 @@ def test_a_layout_that_differs_ends_in_exit_code_1_and_is_named(tmp_path, monkey
     bad.note("gradient", 0.5, "gradient of a on rank 1")
     bad.tensors.append("a")
     one = {"seed": 1, "margin": 1.0, "tried": 1, "lm_loss": [1.0, 1.0]}
-    monkeypatch.setattr(certificate, "one_rank", lambda *_: one)
-    monkeypatch.setattr(certificate, "at_layout", lambda *_: bad)
+    monkeypatch.setattr(certificate, "run_one_rank", lambda *_: one)
+    monkeypatch.setattr(certificate, "compare_layout", lambda *_: bad)
     monkeypatch.setattr(sys, "argv", ["parity.py", "--sample", "2", f"run_dir={tmp_path}"])
     assert tool.main() == 1
     assert "2 layouts differ, first " in capsys.readouterr().out

@@ -1,6 +1,4 @@
-"""A shortened drill: real runs are broken and resumed, and a run that is not as it should be fails
-it.
-"""
+"""A shortened drill: real runs are broken and resumed, and a wrong result fails."""
 
 from __future__ import annotations
 
@@ -34,13 +32,12 @@ def test_a_shortened_drill_passes(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.endswith("3 of 3 as expected\n") and done.stdout.count("pass  ") == 3
     assert done.stdout.count("expected  ") == done.stdout.count("seen      ") == 3
-    # the same runs, held against a reference that one number was changed in, are not as they should
-    # be
+    # the same runs compared with a reference in which one number was changed: they differ
     metrics = tmp_path / "reference" / "run" / "metrics.jsonl"
     arena = scenarios.Arena(tmp_path / "flipped_byte", metrics.parent, seed=0, kills=2)
-    assert arena.same(20) and len(records(arena.run_dir)) == 20
+    assert arena.has_reference_metrics(20) and len(records(arena.run_dir)) == 20
     metrics.write_text(metrics.read_text().replace('"grad_norm": ', '"grad_norm": 1', 1))
-    assert not arena.same(20)
+    assert not arena.has_reference_metrics(20)
 
 
 def test_every_scenario_says_in_a_line_what_is_expected():

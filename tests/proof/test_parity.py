@@ -1,9 +1,8 @@
-"""The layout does not change the mathematics: the same seed and global batch, the same loss and
-gradient norm.
+"""The layout does not change the result: same seed and global batch, same loss and gradient norm.
 
-fp32 on real gloo ranks against one rank. Tolerances: sums of a few hundred fp32 terms in another
-order differ by some 1e-7 relative; 1e-5 leaves room for that and for nothing else. After three Adam
-steps the difference has gone through 1/sqrt(v) of entries near zero, hence 1e-4.
+fp32 on real gloo ranks compared with one rank. Tolerances: sums of a few hundred fp32 terms in
+another order differ by about 1e-7 relative; 1e-5 allows for that and nothing else. Three Adam steps
+amplify the difference by 1/sqrt(v) of entries near zero, hence 1e-4.
 """
 
 from __future__ import annotations
@@ -94,9 +93,7 @@ LAYOUTS = {
 
 
 def three_steps(plan: Plan, identity: Identity) -> dict:
-    """Three training steps on one random global batch: losses, norms, loads, balance, and a
-    held-out loss.
-    """
+    """Train three steps on one batch; return losses, norms, loads, balance, held-out loss."""
     with process_groups.start(plan, identity) as here:
         training = optimizer.build(plan, model.build(plan, here.device))
         load = ExpertLoad(plan, training.chunks, here.device)
@@ -127,9 +124,7 @@ def three_steps(plan: Plan, identity: Identity) -> dict:
 
 
 def random_batches(plan: Plan, steps: int = 3) -> list[dict[str, torch.Tensor]]:
-    """This rank's microbatches in the order of mixtrain.data.batches; every step has the same
-    samples.
-    """
+    """This rank's microbatches in the order of mixtrain.data.batches, the same every step."""
     from megatron.core import parallel_state
 
     dp = parallel_state.get_data_parallel_world_size()
@@ -161,7 +156,7 @@ def random_tokens(plan: Plan, number: int) -> torch.Tensor:
 
 
 def measure(overrides: list[str], folder) -> dict:
-    """The figures of a layout; every rank must report the same ones."""
+    """Return the figures of a layout; every rank must report the same ones."""
     plan = plan_of(*TINY, *overrides)
     results = run_ranks(plan.world_size, lambda identity: three_steps(plan, identity), folder)
     assert all(result == results[0] for result in results)
@@ -188,10 +183,10 @@ def test_the_loss_falls_and_every_token_is_sent_to_two_experts(one_rank):
 
 SHARED = "model.moe_shared_expert_intermediate_size=64"
 GROUPED = ["router.moe_router_num_groups=4", "router.moe_router_group_topk=2"]
-# Switches that leave the mathematics alone at every layout: each is held against one rank with the
-# same switch.
 OVER_PROJECTION = ["model.qk_layernorm=true", "model.qk_layernorm_over=projection"]
 QWEN2 = [SHARED, "model.moe_shared_expert_gate=true", "model.add_qkv_bias=true"]
+# Settings that give the same result at every layout: each is compared with one rank with the same
+# setting.
 SWITCHES = {
     "seq_aux_loss": ["router=seq_aux_loss"],
     "aux_loss and seq_aux_loss": [
@@ -248,7 +243,7 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """The figures of one rank with given switches, measured once each."""
+    """The figures of one rank with given settings, measured once each."""
     known = {}
 
     def figures(switches: list[str]) -> dict:
@@ -273,12 +268,12 @@ def assert_same(here: dict, there: dict) -> None:
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_switch_computes_the_same_over_experts_stages_and_data(switch, alone, tmp_path):
-    """EP2 x PP2 on four ranks: a layer and two data-parallel ranks a stage."""
+    """EP2 x PP2 on four ranks: one layer and two data-parallel ranks per stage."""
     words = ["model.num_layers=2", *SWITCHES[switch]]
     assert_same(measure([EP + "2", PP + "2", *words], tmp_path), alone(words))
 
 
-# Switches with weights or sums of their own to split over tensor and context ranks, all at once.
+# Settings with their own weights or sums to split over tensor and context ranks, all at once.
 SPLIT_TOO = {
     "weights and losses": [
         SHARED,
@@ -313,12 +308,12 @@ IMPLEMENTATIONS = {
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_an_implementation_computes_what_another_computes(implementation, one_rank, tmp_path):
-    """The same weights from the seed, through other operations."""
+    """The same weights from the seed, computed with other operations."""
     assert_same(measure([EP + "2", *IMPLEMENTATIONS[implementation]], tmp_path), one_rank)
 
 
 def test_tied_embeddings_get_the_gradients_of_both_their_uses(alone, tmp_path):
-    """Megatron-Core's own layers, which add nothing to its buffers themselves, say what these are."""
+    """The reference is Megatron-Core's own layers, which add nothing to its buffers themselves."""
     tied = ["model.untie_embeddings_and_output_weights=false"]
     assert_same(measure([EP + "2", *IMPLEMENTATIONS["local"], *tied], tmp_path), alone(tied))
 
@@ -327,7 +322,7 @@ def test_tied_embeddings_get_the_gradients_of_both_their_uses(alone, tmp_path):
     "words", [[], ["trainer.recompute_granularity=selective", MOE_ACT]], ids=["", "moe_act"]
 )
 def test_a_gpus_path_computes_what_the_cpus_computes(words, one_rank, tmp_path, monkeypatch):
-    """On the CPU: grouped_mm, its activation made anew, PyTorch's attention and norm."""
+    """On the CPU: grouped_mm with recomputed activation, PyTorch's attention and norm."""
     for layer in (Experts, CoreAttention, RMSNorm):
         monkeypatch.setattr(layer, "_is_cpu", staticmethod(lambda _: False))
     assert_same(measure([EP + "2", *words], tmp_path), one_rank)

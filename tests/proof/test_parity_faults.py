@@ -1,7 +1,7 @@
-"""Faults of the kind that ruin runs, made on purpose: the certificate sees each and says where.
+"""Deliberate faults of layouts: the certificate detects and names each.
 
-Each rank of a layout is sabotaged before it measures; the one-rank run is right. The same layouts
-pass unharmed.
+The ranks of a layout get a fault before they measure; the one-rank run is correct. The same layouts
+pass without the fault.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ CP2 = Layout(2, cp=2)
 
 
 class Bench:
-    """The one-rank run, and any layout beside it."""
+    """The one-rank run, and comparisons of layouts with it."""
 
     def __init__(self, folder: Path):
         self.config = Config.from_hydra(quick_tree_of(*SMALL))
         self.folder = folder
         self.count = 0
-        self.one = certificate.one_rank(
+        self.one = certificate.run_one_rank(
             make_plan(Layout().of(self.config)), folder / "wholes.pt", folder
         )
 
@@ -47,7 +47,7 @@ class Bench:
 
         self.count += 1
         plan = make_plan(layout.of(self.config))
-        return certificate.at_layout(
+        return certificate.compare_layout(
             plan, self.one, self.folder / "wholes.pt", self.folder / str(self.count), work
         )
 
@@ -58,7 +58,7 @@ def bench(tmp_path_factory) -> Bench:
 
 
 def with_built_model(change) -> None:
-    """Have `change(model chunk)` done to every chunk that this process builds."""
+    """Apply `change` to every model chunk that this process builds."""
     build = model.build_chunk
 
     def changed(*arguments):
@@ -77,7 +77,7 @@ def experts_of(chunk: torch.nn.Module) -> list[torch.nn.Parameter]:
 def test_without_a_fault_the_layout_is_within_the_limits(bench, layout):
     verdict = bench.at(layout)
     assert verdict.outside == [] and str(verdict) == "within the limits"
-    assert 0 < verdict.differences["gradient"] < 1e-5  # and it is not that nothing was compared
+    assert 0 < verdict.differences["gradient"] < 1e-5  # not 0: something was compared
 
 
 def test_the_gradient_of_the_experts_doubled_on_one_rank(bench):
@@ -99,11 +99,11 @@ def test_the_gradient_of_the_experts_doubled_on_one_rank(bench):
 
 
 def test_one_expert_forgotten_in_the_norm(bench):
-    """Clipping then moves every weight too far, though every gradient is right."""
+    """Clipping then changes every weight too much, although every gradient is correct."""
 
     def sabotage(identity) -> None:
         def forget(chunk) -> None:
-            experts_of(chunk)[0].shared = True  # Megatron-Core's mark for what another stage counts
+            experts_of(chunk)[0].shared = True  # marks a weight that another stage counts
 
         if identity.rank == 1:
             with_built_model(forget)
@@ -125,7 +125,7 @@ def test_the_auxiliary_loss_dropped_under_tensor_parallelism(bench):
 
 
 def test_the_auxiliary_loss_scaled_by_the_tensor_ranks(bench):
-    """It reads right in the log; only gradients tell."""
+    """The log shows the correct value; only gradients differ."""
 
     def sabotage(identity) -> None:
         from megatron.core.transformer.moe.router import MoEAuxLossAutoScaler
@@ -158,7 +158,7 @@ def test_rotary_positions_shifted_on_one_rank_under_context_parallelism(bench):
 
 
 def test_a_norm_that_is_not_added_up_over_the_sequence(bench):
-    """The mark that sequence parallelism needs, lost: the first of the norms is named."""
+    """Without the mark that sequence parallelism needs, the first norm is named."""
 
     def sabotage(identity) -> None:
         def lose(chunk) -> None:

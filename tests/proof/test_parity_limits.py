@@ -1,4 +1,4 @@
-"""Where another layout is another run, and that this is the only reason.
+"""Settings whose result depends on the layout, and that each is the only reason.
 
 docs/parity.md has the table.
 """
@@ -26,7 +26,7 @@ SPLIT_BY_DATA = {"DP2": ([EP + "1", DP2], 2), "EP2xDP2": ([EP + "2", "trainer.de
 
 
 def test_the_global_auxiliary_loss_counts_over_the_microbatches_of_a_step(tmp_path):
-    """Its counts run over them: with two ranks a step has half as many, each of twice the tokens."""
+    """With two ranks a step has half as many microbatches, each of twice as many tokens."""
     one = measure([EP + "1", *GLOBAL], tmp_path / "one")
     two = measure([EP + "1", DP2, *GLOBAL], tmp_path / "two")
     assert one["losses"][0] == pytest.approx(two["losses"][0], rel=1e-6)  # forward: the same
@@ -40,9 +40,9 @@ def test_the_global_auxiliary_loss_counts_over_the_microbatches_of_a_step(tmp_pa
 def test_the_global_auxiliary_loss_weighs_the_same_at_every_data_parallel_size(
     router, layout, tmp_path
 ):
-    """Where a step has as many microbatches.
+    """With the same number of microbatches per step.
 
-    A coefficient of 1: the norm is the auxiliary loss's above all.
+    At a coefficient of 1 the auxiliary loss dominates the gradient norm.
     """
     coefficient = "1" if router == "global_aux_loss" else "[1,0.5]"
     words = [f"router={router}", f"router.moe_aux_loss_coeff={coefficient}"]
@@ -78,9 +78,7 @@ def test_nothing_but_its_coefficient_makes_the_global_auxiliary_loss_depend_on_t
 
 
 def test_jitter_draws_a_number_a_rank(tmp_path):
-    """Each rank has a random stream: other data-parallel sizes draw other numbers, expert
-    parallelism does not.
-    """
+    """Each rank has a random stream: numbers depend on the data-parallel size, not on EP."""
     one = measure([EP + "1", *JITTER], tmp_path / "one")
     two = measure([EP + "1", DP2, *JITTER], tmp_path / "two")
     experts = measure([EP + "2", *JITTER], tmp_path / "experts")
@@ -106,8 +104,7 @@ def test_forced_balance_is_the_same_again_at_the_same_layout(layout, tmp_path):
     )
 
 
-# What one rank sees of a sequence: under tensor parallelism (its router's part of it) and context
-# parallelism, a half.
+# Under tensor parallelism (in the router) and context parallelism a rank sees half of a sequence.
 HALVES = {"TP2": [EP + "1", *TP], "CP2": [EP + "1", CP]}
 CAPACITY = ["dispatcher=drop", "dispatcher.moe_expert_capacity_factor=0.75"]
 
@@ -121,7 +118,7 @@ def test_what_balances_or_drops_looks_at_the_tokens_of_one_rank(switch, layout, 
     assert one["loads"][0] != here["loads"][0] and one["losses"][0] != pytest.approx(
         here["losses"][0], rel=5e-7
     )
-    # another choice of experts, no more
+    # a different choice of experts, nothing else
     assert one["losses"][0] == pytest.approx(here["losses"][0], rel=1e-2)
     assert layout_sensitive.broken(plan_of(*TINY, *HALVES[layout], *switch).config, 1)
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from mixtrain.checkpoint import integrity, state
 from mixtrain.data import check, tokenizer
-from mixtrain.data.items import Item, Unreadable
+from mixtrain.data.documents import Document, UnreadableDocument
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.hf_config import from_hugging_face
 from mixtrain.interop.generate.request import read_prompts
@@ -32,7 +32,7 @@ STATE = {"step": 20, "consumed_samples": 0, "schedule_steps": 0, "optimizer_step
 # where a process reads what it has made itself, or a child of its own
 OWN = {
     "mixtrain/engine/forked_ranks.py",
-    "mixtrain/proof/bench/interleaved.py",
+    "mixtrain/proof/bench/variant_processes.py",
     "mixtrain/proof/drill/runs.py",
     "mixtrain/proof/drill/scenarios.py",
     "tools/mutants.py",
@@ -346,12 +346,12 @@ def read_all(folder: Path, name: str) -> None:
             with contextlib.suppress(UserError):
                 ask(folder)
     elif name == "data.json":
-        assert isinstance(check._sidecar_problems(str(folder / "data"), folder, 100), list)
+        assert isinstance(check._description_problems(str(folder / "data"), folder, 100), list)
     elif name == "prompts.jsonl":
         with contextlib.suppress(UserError):
             read_prompts(str(path))
-        with contextlib.suppress(Unreadable):
-            Item("x", path.read_bytes(), "prompt").text()
+        with contextlib.suppress(UnreadableDocument):
+            Document("x", path.read_bytes(), "prompt").text()
     else:
         with contextlib.suppress(UserError):
             from_hugging_face(untrusted_json.read(path))

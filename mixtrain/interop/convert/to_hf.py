@@ -20,7 +20,7 @@ import torch
 from mixtrain.checkpoint.parts import Parts
 from mixtrain.checkpoint.same_tokenizer import refuse_other
 from mixtrain.config.schema import Config
-from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, instead, tokenizer_files
+from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, no_tokenizer_message, tokenizer_files
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import flat_ranges, hf_source
 from mixtrain.interop.convert.checkpoint_config import (
@@ -134,7 +134,7 @@ def _find_tokenizer(
     """Return the tokenizer to export. UserError, before anything is written, if it is unusable."""
     tokenizer = given or tokenizer_of(checkpoint, config)
     if tokenizer and not tokenizer_files(tokenizer) and given:
-        raise UserError(f"--tokenizer {instead(given)}")
+        raise UserError(f"--tokenizer {no_tokenizer_message(given)}")
     if given and not allow_other:
         beside = None
         with suppress(UserError):  # a link to another place is not followed

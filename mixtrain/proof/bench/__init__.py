@@ -1,5 +1,5 @@
 """Benchmarks: the same work by several implementations, each in its own processes, in turn.
 
-Rule: what is compared must first have computed the same; a figure without its machine, versions and
-commit is not kept.
+Rule: variants are compared only after they have computed the same result. Readings are saved with
+machine, versions and commit.
 """

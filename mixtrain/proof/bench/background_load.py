@@ -1,6 +1,6 @@
-"""What else keeps the machine busy: machines are shared, and a turn beside somebody else's work says little. No torch.
+"""Measures the CPU load of other processes: a turn on a busy machine says little. No torch.
 
-Rule: it is measured in every turn and stands in the readings; nothing is left out silently.
+Rule: the load is measured in every turn and is part of the reading; no reading is dropped silently.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import os
 import time
 from pathlib import Path
 
-QUIET = 0.2  # CPUs that others may keep busy in a turn that counts as quiet
-LOOK = 0.5  # seconds
+QUIET = 0.2  # CPUs that other processes may keep busy in a turn that counts as quiet
+POLL_SECONDS = 0.5
 
 
 def busy_seconds() -> float:
-    """CPU time that this machine has spent on anything since it started, what other guests of its host took included.
+    """Return the CPU time spent since this machine booted, including time stolen by other guests.
 
-    Linux says so; elsewhere it is always 0.
+    From Linux's /proc/stat; always 0 on other systems.
     """
     try:
         ticks = [
@@ -28,28 +28,28 @@ def busy_seconds() -> float:
     return (user + nice + system + interrupts + soft + stolen) / os.sysconf("SC_CLK_TCK")
 
 
-class Others:
-    """Within the block something of ours works."""
+class BackgroundLoad:
+    """Context manager that measures the load of other processes while a variant works."""
 
-    def __enter__(self) -> Others:
+    def __enter__(self) -> BackgroundLoad:
         self.busy_before = busy_seconds()
         self.began = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.seconds = time.monotonic() - self.began
-        self.all = busy_seconds() - self.busy_before
+        self.cpu_seconds = busy_seconds() - self.busy_before
 
-    def busy(self, own: float = 0.0) -> float:
-        """CPUs that others kept busy on average; `own`: CPU seconds of ours."""
-        return max(0.0, self.all - own) / self.seconds
+    def busy_cpus(self, own_cpu_seconds: float = 0.0) -> float:
+        """Return the CPUs that other processes kept busy on average."""
+        return max(0.0, self.cpu_seconds - own_cpu_seconds) / self.seconds
 
 
 def wait_for_quiet(patience_seconds: float) -> None:
-    """Until others leave the machine alone, for as long as patience lasts. Nothing of ours works meanwhile."""
+    """Wait until other processes leave the machine idle, at most `patience_seconds`."""
     deadline = time.monotonic() + patience_seconds
     while time.monotonic() < deadline:
-        with Others() as others:
-            time.sleep(LOOK)
-        if others.busy() <= QUIET:
+        with BackgroundLoad() as load:
+            time.sleep(POLL_SECONDS)
+        if load.busy_cpus() <= QUIET:
             return

@@ -1,4 +1,4 @@
-"""The one batch that every variant of a row trains on: tokens from the seed, none masked."""
+"""The batch that every variant of a row trains on: random tokens from the seed, none masked."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from mixtrain.data.batches import IDS
 
 
 def microbatches(plan: Plan, rank: int = 0, size: int = 1) -> Iterator[dict[str, torch.Tensor]]:
-    """The microbatches of data-parallel rank `rank` of `size`: together they are the same batch at every size."""
+    """Yield the microbatches of data-parallel rank `rank` of `size`.
+
+    All ranks together have the same global batch at every size.
+    """
     trainer = plan.config.trainer
     length = plan.config.data.seq_length
     generator = torch.Generator().manual_seed(plan.config.seed)
     shape = (trainer.global_batch_size, length + 1)
     tokens = torch.randint(0, plan.config.model.vocab_size, shape, generator=generator)
-    for part in tokens[rank::size].split(trainer.micro_batch_size):
+    for rows in tokens[rank::size].split(trainer.micro_batch_size):
         yield {
-            "tokens": part[:, :-1].contiguous(),
-            "labels": part[:, 1:].contiguous(),
-            "loss_mask": torch.ones(len(part), length),
-            "position_ids": torch.arange(length).repeat(len(part), 1),
-            IDS: torch.zeros(len(part), dtype=torch.int64),
+            "tokens": rows[:, :-1].contiguous(),
+            "labels": rows[:, 1:].contiguous(),
+            "loss_mask": torch.ones(len(rows), length),
+            "position_ids": torch.arange(length).repeat(len(rows), 1),
+            IDS: torch.zeros(len(rows), dtype=torch.int64),
         }

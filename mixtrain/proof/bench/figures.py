@@ -1,9 +1,8 @@
-"""From readings to figures: medians, ratios pair by pair, and how sure a median is. No torch.
+"""Computes figures from readings: medians, paired ratios, confidence intervals. No torch.
 
-Rule: a ratio is taken within a round, of two turns one shortly after the other, and then the median
-over rounds: on a machine that others use too, two medians of the whole time would compare two
-different machines. Where ENOUGH rounds were quiet, the figures are theirs alone; how many they were
-is said.
+Rule: a ratio compares two turns of one round, which are close in time; the figure is the median
+over rounds. On a shared machine two medians over the whole time would compare different loads. If
+at least ENOUGH rounds were quiet, only those count; the report shows how many they were.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from mixtrain.proof.bench.background_load import QUIET
 from mixtrain.proof.bench.reading import Reading
 
 CONFIDENCE = 0.95
-ENOUGH = 6  # below it there is no such interval
+ENOUGH = 6  # with fewer rounds there is no interval of this confidence
 FLOPS = ("flops_causal", "flops_whole")
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median over rounds, and an interval that has the true median with CONFIDENCE, whatever the distribution."""
+    """The median over rounds, and a distribution-free CONFIDENCE interval for the true median."""
 
     median: float
     low: float
@@ -35,17 +34,17 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Figures:
-    """What is said of one variant. Bytes are the most of all rounds."""
+    """The figures of one variant. Bytes are the maximum over rounds."""
 
     row: str
     variant: str
     rounds: int
-    quiet_rounds: int  # in which others kept fewer than QUIET CPUs busy in every turn
-    rate: float  # amounts a second: the median
+    quiet_rounds: int  # rounds with at most QUIET CPUs kept busy by other processes in every turn
+    rate: float  # amount per second, median
     unit: str
-    seconds: float  # a turn: the median
-    ratio: Ratio | None  # the first variant's rate over this one's; null for the first itself
-    cpu_ratio: Ratio | None  # the same of amounts a second of CPU time
+    seconds: float  # per turn, median
+    ratio: Ratio | None  # the first variant's rate / this variant's; None for the first itself
+    cpu_ratio: Ratio | None  # the same for the amount per second of CPU time
     ranks: int
     peak_bytes: int | None
     held_bytes: int | None
@@ -55,7 +54,7 @@ class Figures:
 
 
 def figures(readings: Iterable[Reading]) -> list[Figures]:
-    """Of every row and variant, in the order of the readings."""
+    """Return the figures of every row and variant, in the order of the readings."""
     rows: dict[str, list[Reading]] = {}
     for reading in readings:
         rows.setdefault(reading.row, []).append(reading)
@@ -76,24 +75,22 @@ def _row(readings: list[Reading]) -> Iterator[Figures]:
 
 def _figures(name: str, variants: dict[str, list[Reading]], rounds: int, quiet: int) -> Figures:
     first = next(iter(variants.values()))
-    own = variants[name]
-    peaks = [reading.peak_bytes for reading in own if reading.peak_bytes is not None]
-    same = {
-        key: getattr(own[0], key) for key in ("unit", "ranks", "held_bytes", "state_bytes", *FLOPS)
-    }
+    second = variants[name]
+    paired = [] if second is first else pairs(first, second)
+    peaks = [reading.peak_bytes for reading in second if reading.peak_bytes is not None]
+    constant_keys = ("unit", "ranks", "held_bytes", "state_bytes", *FLOPS)
+    constants = {key: getattr(second[0], key) for key in constant_keys}
     return Figures(
-        own[0].row,
+        second[0].row,
         name,
         rounds=rounds,
         quiet_rounds=quiet,
-        rate=median(rate(reading) for reading in own),
-        seconds=median(reading.seconds for reading in own),
-        ratio=None if own is first else ratio([rate(a) / rate(b) for a, b in pairs(first, own)]),
-        cpu_ratio=None
-        if own is first
-        else ratio([cpu_rate(a) / cpu_rate(b) for a, b in pairs(first, own)]),
+        rate=median(rate(reading) for reading in second),
+        seconds=median(reading.seconds for reading in second),
+        ratio=ratio([rate(a) / rate(b) for a, b in paired]) if paired else None,
+        cpu_ratio=ratio([cpu_rate(a) / cpu_rate(b) for a, b in paired]) if paired else None,
         peak_bytes=max(peaks) if peaks else None,
-        **same,
+        **constants,
     )
 
 
@@ -106,24 +103,24 @@ def cpu_rate(reading: Reading) -> float:
 
 
 def pairs(first: list[Reading], second: list[Reading]) -> list[tuple[Reading, Reading]]:
-    """The turns of the same rounds."""
+    """Return the pairs of readings of the same round."""
     of_round = {reading.round: reading for reading in second}
     return [(reading, of_round[reading.round]) for reading in first if reading.round in of_round]
 
 
 def ratio(values: list[float]) -> Ratio:
-    """The sign test's interval: the widest pair of order statistics that leaves out at most 1 - CONFIDENCE.
+    """Return the median and the sign test's interval, bounded by two order statistics.
 
-    With fewer than six values there is none so sure, and it is all of them.
+    The interval is the narrowest one that misses the true median with a probability of at most
+    1 - CONFIDENCE. With fewer than six values there is none, and all values are the interval.
     """
     ordered = sorted(values)
     count = len(values)
 
-    def left_out(cut: int) -> float:
-        """How often the true median lies outside of the values that are left when `cut` are cut off at each end."""
+    def miss_probability(cut: int) -> float:
+        """Return how often the true median is outside after removing `cut` values at each end."""
         return 2 * sum(math.comb(count, number) for number in range(cut + 1)) / 2**count
 
-    cut = max(
-        (cut for cut in range((count + 1) // 2) if left_out(cut) <= 1 - CONFIDENCE), default=0
-    )
+    allowed = [cut for cut in range((count + 1) // 2) if miss_probability(cut) <= 1 - CONFIDENCE]
+    cut = max(allowed, default=0)
     return Ratio(median(ordered), ordered[cut], ordered[count - 1 - cut])

@@ -1,4 +1,4 @@
-"""What a figure is worth nothing without: the machine, the versions, the commit. No torch."""
+"""Describes the machine, the package versions and the commit of a benchmark. No torch."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine")
-# Dense bf16 peak in TFLOP/s by a word of the GPU's name (NVIDIA's data sheets, without sparsity).
+# Dense bf16 peak in TFLOP/s, by part of the GPU's name (NVIDIA's data sheets, without sparsity).
 PEAKS = {"H100": 989, "H200": 989, "A100": 312}
 
 
-def facts() -> dict[str, str]:
+def machine_info() -> dict[str, str]:
+    gpu = _gpu()
+    versions = [f"{name} {version}" for name in PACKAGES if (version := _version(name))]
     return {
         "machine": _cpu(),
-        **({"gpu": gpu} if (gpu := _gpu()) else {}),
+        **({"gpu": gpu} if gpu else {}),
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        "versions": ", ".join(
-            f"{name} {version}" for name in PACKAGES if (version := _version(name))
-        ),
+        "versions": ", ".join(versions),
         "commit": _commit(),
     }
 
 
 def peak_tflops(gpu: str) -> int | None:
-    """Where it is one of PEAKS."""
+    """Return the peak of a GPU; None if it is not in PEAKS."""
     return next((peak for word, peak in PEAKS.items() if word in gpu), None)
 
 
@@ -43,14 +43,8 @@ def _cpu() -> str:
 
 def _gpu() -> str | None:
     try:
-        asked = [
-            "nvidia-smi",
-            "--query-gpu=name,memory.total,driver_version",
-            "--format=csv,noheader",
-        ]
-        return subprocess.run(
-            asked, capture_output=True, text=True, timeout=30, check=True
-        ).stdout.splitlines()[0]
+        query = "--query-gpu=name,memory.total,driver_version"
+        return _output("nvidia-smi", query, "--format=csv,noheader").splitlines()[0]
     except (OSError, subprocess.SubprocessError, IndexError):
         return None
 
@@ -63,10 +57,13 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    asked = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(
-            asked, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
-        ).stdout.strip()
+        return _output("git", "describe", "--always", "--dirty", "--exclude=*").strip()
     except (OSError, subprocess.SubprocessError):
         return "not a git checkout"
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True
+    ).stdout

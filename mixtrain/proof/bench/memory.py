@@ -1,6 +1,6 @@
-"""How much memory a process takes: of the GPU where it has one, else resident memory as Linux counts it.
+"""Measures a process's memory: GPU memory if it uses a GPU, else resident memory from Linux.
 
-Rule: what libraries take before anything is built is not the work's and is left out of both figures.
+Rule: memory that libraries use before the model is built is subtracted from both figures.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 class Memory:
-    """`begin` is called when everything is imported and before anything is built."""
+    """Call `begin` after all imports and before the model is built."""
 
     def __init__(self, gpu: bool):
         self.gpu = gpu
@@ -20,19 +20,18 @@ class Memory:
     def begin(self) -> None:
         self.base = 0 if self.gpu else resident()
 
-    def forget_peak(self) -> None:
-        """From now on a new peak is looked for."""
+    def reset_peak(self) -> None:
         if self.gpu:
             import torch
 
             torch.cuda.reset_peak_memory_stats()
         else:
-            # a container may forbid it: then the peak is that of the process's life
+            # a container may forbid this; then the peak is over the life of the process
             with contextlib.suppress(OSError):
                 Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        """Bytes at the most since `forget_peak`, of tensors on a GPU, of everything on a CPU."""
+        """Return peak bytes since `reset_peak`: of tensors on a GPU, of the process on a CPU."""
         if self.gpu:
             import torch
 
@@ -40,13 +39,13 @@ class Memory:
         return _status("VmHWM") - self.base
 
     def held(self) -> int:
-        """Bytes held now, when no step is under way."""
+        """Return the bytes in use now, between steps."""
         if self.gpu:
             import torch
 
             return torch.cuda.memory_allocated()
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # give back what is free but kept
+            ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
         return resident() - self.base
 
 

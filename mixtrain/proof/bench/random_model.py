@@ -1,4 +1,4 @@
-"""A Mixtral of Hugging Face's files at the widths of Mixtral 8x7B, in bf16, of random bits: something to convert.
+"""Writes a Hugging Face Mixtral with random bf16 weights at the widths of Mixtral 8x7B, to convert.
 
 python -m mixtrain.proof.bench.random_model FOLDER LAYERS                 a layer has 2.9 GB
 """
@@ -28,7 +28,7 @@ def write(folder: Path, layers: int) -> None:
     )
     files = to_hf.plan_files(folder, reader, 5 * 10**9)
     noise = bytearray(os.urandom(BLOCK))
-    # numbers below 2: else one in 256 would be none
+    # absolute values below 2: otherwise one in 256 would be NaN or infinite
     noise[1::2] = bytes(byte & 0xBF for byte in noise[1::2])
     for file in files:
         with open(file.path, "wb") as stream:

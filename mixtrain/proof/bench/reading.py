@@ -1,7 +1,7 @@
-"""One turn of one variant, as a line of a CSV file. No torch.
+"""Readings: one turn of one variant is a line of a CSV file. No torch.
 
-Rule: a line has all that its figures need; what is the same for all lines (machine, versions,
-commit) stands above them as `# name: value`.
+Rule: a line has all values that its figures need. Values common to all lines (machine, versions,
+commit) are above them as `# name: value`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from mixtrain.errors import UserError
 
 @dataclass(frozen=True)
 class Reading:
-    """Bytes are those of the fullest rank; null where there are none."""
+    """One turn of one variant. Bytes are the maximum over ranks; None if not measured."""
 
     row: str
     round: int
     variant: str
     seconds: float  # of the slowest rank
-    # of all ranks and their threads together: what it costs where others use the machine too
+    # of all ranks and threads: less disturbed by other processes than `seconds`
     cpu_seconds: float
     amount: float
     unit: str  # of the amount: tokens, bytes, runs
-    others: float  # CPUs that other processes of the machine kept busy meanwhile
+    others: float  # CPUs that other processes of the machine kept busy during the turn
     ranks: int = 1
     peak_bytes: int | None = None
     held_bytes: int | None = None  # between steps
-    state_bytes: int | None = None  # what the plan says of that
-    flops_causal: float | None = None  # a token: costs.training_flops
+    state_bytes: int | None = None  # the same according to the plan
+    flops_causal: float | None = None  # per token: config.memory.training_flops
     flops_whole: float | None = None
 
 
-def write(path: Path, facts: dict[str, str], readings: Iterable[Reading]) -> None:
+def write(path: Path, info: dict[str, str], readings: Iterable[Reading]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
-        file.writelines(f"# {name}: {value}\n" for name, value in facts.items())
+        file.writelines(f"# {name}: {value}\n" for name, value in info.items())
         writer = csv.DictWriter(
             file, [field.name for field in fields(Reading)], lineterminator="\n"
         )
@@ -50,16 +50,18 @@ def write(path: Path, facts: dict[str, str], readings: Iterable[Reading]) -> Non
 
 
 def _text(value: object) -> object:
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else value
 
 
 def read(path: Path) -> tuple[dict[str, str], list[Reading]]:
-    """The facts and the readings of a file that `write` wrote. UserError if it is none."""
+    """Return (info, readings) of a file that `write` wrote. UserError for any other file."""
     try:
         lines = path.read_text().splitlines()
-        facts = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
+        info = dict(line[2:].split(": ", 1) for line in lines if line.startswith("# "))
         rows = list(csv.DictReader(line for line in lines if not line.startswith("# ")))
-        return facts, [_reading(row) for row in rows]
+        return info, [_reading(row) for row in rows]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is not a file of this benchmark's readings: {error}") from None
 

@@ -1,4 +1,4 @@
-"""How a benchmark reads in a terminal: a table a row, made of nothing but readings and facts. No torch."""
+"""Prints a benchmark's readings in a terminal, one table per row. No torch."""
 
 from __future__ import annotations
 
@@ -21,47 +21,47 @@ UNITS = {
 }
 
 
-def show(facts: dict[str, str], readings: Iterable[Reading]) -> None:
-    """Print the facts, a table for each row, and what the columns mean."""
+def show(info: dict[str, str], readings: Iterable[Reading]) -> None:
+    """Print the machine's info, a table for each row, and a legend of the columns."""
     console = Console(width=WIDTH, highlight=False, markup=False)
-    for name, value in facts.items():
+    for name, value in info.items():
         console.print(f"{name:<9} {value}")
     rows: dict[str, list[Figures]] = {}
     for figure in figures(readings):
         rows.setdefault(figure.row, []).append(figure)
-    for row, found in rows.items():
-        console.print(f"\n{row}: {_rounds(found[0])}")
-        console.print(_table(found, facts.get("gpu")))
+    for row, variants in rows.items():
+        console.print(f"\n{row}: {_rounds(variants[0])}")
+        console.print(_table(variants, info.get("gpu")))
     console.print()
-    for line in legend(facts, [figure for found in rows.values() for figure in found]):
+    for line in legend(info, [figure for variants in rows.values() for figure in variants]):
         console.print(line)
 
 
-def _table(found: list[Figures], gpu: str | None) -> Table:
-    unit, scale, form = UNITS[found[0].unit]
-    first = found[0].variant
+def _table(variants: list[Figures], gpu: str | None) -> Table:
+    unit, scale, form = UNITS[variants[0].unit]
+    first = variants[0].variant
+    speeds = [figure.rate * scale if scale else figure.seconds for figure in variants]
+    cpu_ratios = [figure.cpu_ratio for figure in variants]
     columns = {
-        unit: [f"{figure.rate * scale if scale else figure.seconds:{form}}" for figure in found],
-        f"{first} / this": [str(figure.ratio or "") for figure in found],
-        "CPU time": [
-            f"{figure.cpu_ratio.median:.2f}" if figure.cpu_ratio else "" for figure in found
-        ],
-        "peak": [_gib(figure.peak_bytes) for figure in found],
-        "state": [_gib(figure.held_bytes) for figure in found],
-        "planned": [_gib(figure.state_bytes) for figure in found],
+        unit: [f"{speed:{form}}" for speed in speeds],
+        f"{first} / this": [str(figure.ratio or "") for figure in variants],
+        "CPU time": [f"{ratio.median:.2f}" if ratio else "" for ratio in cpu_ratios],
+        "peak": [_gib(figure.peak_bytes) for figure in variants],
+        "state": [_gib(figure.held_bytes) for figure in variants],
+        "planned": [_gib(figure.state_bytes) for figure in variants],
     }
     if gpu:
         columns |= {
-            "TF/s": [_tflops(figure, figure.flops_causal) for figure in found],
-            "whole": [_tflops(figure, figure.flops_whole) for figure in found],
-            "MFU": [_mfu(figure, peak_tflops(gpu)) for figure in found],
+            "TF/s": [_tflops(figure, figure.flops_causal) for figure in variants],
+            "whole": [_tflops(figure, figure.flops_whole) for figure in variants],
+            "MFU": [_mfu(figure, peak_tflops(gpu)) for figure in variants],
         }
     table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("variant", no_wrap=True, min_width=13)
     shown = {name: cells for name, cells in columns.items() if any(cells)}
     for name in shown:
         table.add_column(name, justify="right", no_wrap=True)
-    for number, figure in enumerate(found):
+    for number, figure in enumerate(variants):
         table.add_row(figure.variant, *(cells[number] for cells in shown.values()))
     return table
 
@@ -79,7 +79,7 @@ def _gib(count: int | None) -> str:
 
 
 def _tflops(figure: Figures, flops: float | None) -> str:
-    """A rank, that is a GPU."""
+    """Return TFLOP/s per rank, that is per GPU."""
     if not flops:
         return ""
     tflops = figure.rate * flops / figure.ranks / 1e12
@@ -92,27 +92,16 @@ def _mfu(figure: Figures, peak: int | None) -> str:
     return f"{figure.rate * figure.flops_whole / figure.ranks / 1e12 / peak:.1%}"
 
 
-def legend(facts: dict[str, str], found: list[Figures]) -> Iterator[str]:
-    """What the columns mean, in lines of a terminal."""
-    yield (
-        "speed: median over rounds; ratio: median of those within a round (95% interval); CPU"
-        " time: that"
-    )
-    yield "of work per second of CPU time, which others on the machine disturb less"
-    if any(figure.held_bytes for figure in found):
-        yield (
-            "peak, state: GiB on the fullest rank within steps and of what lives on between"
-            " them; planned:"
-        )
-        yield "that state by the plan"
-    if "gpu" in facts:
-        yield (
-            "TF/s: TFLOP/s a GPU, 6 a weight and token and the causal half of attention's"
-            " scores; whole: all of"
-        )
-        yield (
-            "the scores, as in Megatron-Core's published figures. What is recomputed is not"
-            " counted."
-        )
-        if peak := peak_tflops(facts["gpu"]):
-            yield f"MFU: whole over the dense bf16 peak of {peak} TFLOP/s"
+def legend(info: dict[str, str], figures_shown: list[Figures]) -> Iterator[str]:
+    """Yield the lines that explain the columns."""
+    yield "speed: median over rounds; ratio: median of the ratios within a round (95% interval);"
+    yield "CPU time: ratio of work per CPU second, less disturbed by other processes of the machine"
+    if any(figure.held_bytes for figure in figures_shown):
+        yield "peak, state: maximum GiB of a rank during steps, and between steps; planned: the"
+        yield "state according to the plan"
+    if "gpu" in info:
+        yield "TF/s: TFLOP/s per GPU, 6 per weight and token plus the causal half of attention's"
+        yield "scores; whole: with all scores, as in Megatron-Core's published figures."
+        yield "Recomputation is not counted."
+        if peak := peak_tflops(info["gpu"]):
+            yield f"MFU: whole / dense bf16 peak of {peak} TFLOP/s"

@@ -1,7 +1,7 @@
-"""A benchmark from its variants to its readings. No torch.
+"""Runs a benchmark: from its variants to its readings. No torch.
 
-Rule: no ratio is given of variants that have not been seen to compute the same, before the first of
-them is timed where their processes live side by side.
+Rule: every variant must compute the same as the first one. If all processes are resident, this is
+checked before the first timed turn; otherwise at the start of each variant's process.
 """
 
 from __future__ import annotations
@@ -17,16 +17,15 @@ from mixtrain.config import memory
 from mixtrain.config.choices import Precision
 from mixtrain.errors import Fault
 from mixtrain.proof.bench import command
-from mixtrain.proof.bench.background_load import Others, wait_for_quiet
-from mixtrain.proof.bench.interleaved import Computed, Processes
+from mixtrain.proof.bench.background_load import BackgroundLoad, wait_for_quiet
 from mixtrain.proof.bench.machine import ROOT
 from mixtrain.proof.bench.reading import Reading
-from mixtrain.proof.bench.scenario import Measure, Row, Scenario
+from mixtrain.proof.bench.scenario import Measure, Scenario, ScenarioRow
+from mixtrain.proof.bench.variant_processes import VariantProcesses, WarmupResult
 from mixtrain.proof.bench.variants import Variant
 
-# How far LM losses and norms of gradients may differ, relatively. fp32: sums in another order.
-# bf16: every product is rounded to 3 digits, in another order, and the choice of experts nearest to
-# a tie may fall the other way.
+# Relative tolerance of (LM loss, gradient norm). fp32: sums in another order. bf16: every product
+# is rounded to 3 digits, in another order, and an expert choice that is nearly a tie may change.
 TOLERANCE = {
     Precision.fp32: (1e-5, 1e-3),
     Precision.bf16: (5e-3, 5e-2),
@@ -37,54 +36,51 @@ Say = Callable[[str], None]
 
 
 def readings_of(
-    name: str, row: Row, variants: list[Variant], scenario: Scenario, folder: Path, say: Say
+    name: str, row: ScenarioRow, variants: list[Variant], scenario: Scenario, folder: Path, say: Say
 ) -> Iterator[Reading]:
-    """The readings of a row, in the order in which they are taken."""
+    """Yield the readings of a row, in the order in which they are taken."""
     if row.measure is Measure.command:
-        yield from _commands(name, row, variants, scenario, folder)
+        yield from _command_readings(name, row, variants, scenario, folder)
         return
     label = f"{name} FORCED" if any(variant.is_forced for variant in variants) else name
     with contextlib.ExitStack() as stack:
 
-        def started(variant: Variant, turn: int) -> Processes:
-            found = Processes(variant, scenario, folder / str(turn) / variant.name)
-            # after an error nobody is waited for
-            stack.push(lambda kind, *_: found.end() if kind else None)
-            stack.callback(found.close)
-            return found
+        def start(variant: Variant, turn: int) -> VariantProcesses:
+            processes = VariantProcesses(variant, scenario, folder / str(turn) / variant.name)
+            # after an error, kill them instead of waiting
+            stack.push(lambda kind, *_: processes.kill() if kind else None)
+            stack.callback(processes.close)
+            return processes
 
-        say(
-            f"{name}: {', '.join(variant.name for variant in variants)} build their models and"
-            " warm up ..."
-        )
+        names = ", ".join(variant.name for variant in variants)
+        say(f"{name}: {names} build their models and warm up ...")
+        results: dict[str, WarmupResult] = {}
         if scenario.resident:
-            resident = {variant.name: started(variant, 0) for variant in variants}  # all at once
-            same(name, variants, {own: processes.ready() for own, processes in resident.items()})
-        first: dict[str, Computed] = {}
+            resident = {variant.name: start(variant, 0) for variant in variants}  # all at once
+            for variant_name, processes in resident.items():
+                results[variant_name] = processes.wait_until_ready()
+            check_same_results(name, variants, results)
         for number in range(1, scenario.rounds + 1):
             wait_for_quiet(scenario.patience_seconds)
             for variant in variants:
-                mine = resident[variant.name] if scenario.resident else started(variant, number)
+                if scenario.resident:
+                    processes = resident[variant.name]
+                else:
+                    processes = start(variant, number)
+                    results[variant.name] = processes.wait_until_ready()
+                    ready = [each for each in variants if each.name in results]
+                    check_same_results(name, ready, results)
+                with BackgroundLoad() as load:
+                    measured = processes.take_turn()
+                measured["others"] = load.busy_cpus(measured["cpu_seconds"])
+                constants = constants_of(variant, results[variant.name])
+                yield Reading(label, number, variant.name, **measured, **constants)
                 if not scenario.resident:
-                    first[variant.name] = mine.ready()
-                    same(name, [one for one in variants if one.name in first], first)
-                with Others() as others:
-                    taken = mine.turn()
-                busy = others.busy(taken["cpu_seconds"])
-                yield Reading(
-                    label,
-                    number,
-                    variant.name,
-                    others=busy,
-                    **taken,
-                    **facts_of(variant, mine.computed),
-                )
-                if not scenario.resident:
-                    mine.close()
+                    processes.close()
 
 
-def facts_of(variant: Variant, computed: Computed) -> dict[str, Any]:
-    """What a reading says of its variant."""
+def constants_of(variant: Variant, result: WarmupResult) -> dict[str, Any]:
+    """Return the fields that are the same in all readings of a variant."""
     if variant.measure is Measure.save:
         return {"unit": "bytes"}
     config = variant.plan.config
@@ -92,38 +88,39 @@ def facts_of(variant: Variant, computed: Computed) -> dict[str, Any]:
         name: memory.training_flops(config.model, config.data.seq_length, name == "flops_causal")
         for name in ("flops_causal", "flops_whole")
     }
-    # without an optimizer there is less than the plan says
-    whole_state = variant.measure is Measure.step
+    # the plan's state includes the optimizer's
+    has_optimizer = variant.measure is Measure.step
     return {
         "unit": "tokens",
         "ranks": variant.ranks,
-        "held_bytes": computed.held_bytes,
-        "state_bytes": variant.plan.state_bytes if whole_state else None,
+        "held_bytes": result.held_bytes,
+        "state_bytes": variant.plan.state_bytes if has_optimizer else None,
         **flops,
     }
 
 
-def same(row: str, variants: list[Variant], computed: dict[str, Computed]) -> None:
-    """A Fault if a variant has not computed what the first one has: then there is nothing to compare."""
-    first, *others = variants
-    for other in others:
-        of_loss, of_norm = TOLERANCE[other.plan.config.trainer.precision]
-        one = computed[first.name]
-        two = computed[other.name]
-        pairs = [("LM loss", a, b, of_loss) for a, b in zip(one.losses, two.losses, strict=True)]
-        if one.norm is not None and two.norm is not None:
-            pairs.append(("gradient norm", one.norm, two.norm, of_norm))
-        for what, a, b, tolerance in pairs:
+def check_same_results(row: str, variants: list[Variant], results: dict[str, WarmupResult]) -> None:
+    """Raise Fault if a variant has not computed the same as the first one."""
+    first, *rest = variants
+    expected = results[first.name]
+    for variant in rest:
+        loss_tolerance, norm_tolerance = TOLERANCE[variant.plan.config.trainer.precision]
+        result = results[variant.name]
+        losses = zip(expected.losses, result.losses, strict=True)
+        pairs = [("LM loss", a, b, loss_tolerance) for a, b in losses]
+        if expected.norm is not None and result.norm is not None:
+            pairs.append(("gradient norm", expected.norm, result.norm, norm_tolerance))
+        for quantity, a, b, tolerance in pairs:
             if not abs(a - b) <= tolerance * abs(a):
                 raise Fault(
-                    f"{row}: {other.name} does not compute what {first.name} does: {what} {b:.6g}"
-                    f" against {a:.6g}, on the same weights and batch (limit {tolerance:g} of it);"
-                    " there is nothing to compare"
+                    f"{row}: {variant.name} does not compute what {first.name} does: {quantity}"
+                    f" {b:.6g} against {a:.6g}, on the same weights and batch (limit {tolerance:g}"
+                    " of it); there is nothing to compare"
                 )
 
 
-def _commands(
-    name: str, row: Row, variants: list[Variant], scenario: Scenario, folder: Path
+def _command_readings(
+    name: str, row: ScenarioRow, variants: list[Variant], scenario: Scenario, folder: Path
 ) -> Iterator[Reading]:
     shared = folder / "shared"
     shared.mkdir(parents=True)
@@ -133,11 +130,9 @@ def _commands(
         wait_for_quiet(scenario.patience_seconds)
         for variant in variants:
             turn = folder / f"turn_{number}_{variant.name}"
-            with Others() as others:
-                taken = command.run(variant.name, variant.line, shared, turn, row.until, ROOT)
+            with BackgroundLoad() as load:
+                result = command.run(variant.name, variant.command, shared, turn, row.until, ROOT)
             if number > 0:
-                busy = others.busy(taken.cpu_seconds)
-                yield Reading(
-                    name, number, variant.name, amount=1, unit="runs", others=busy, **asdict(taken)
-                )
+                measured = asdict(result) | {"others": load.busy_cpus(result.cpu_seconds)}
+                yield Reading(name, number, variant.name, amount=1, unit="runs", **measured)
     shutil.rmtree(shared)

@@ -1,7 +1,7 @@
-"""From a scenario's words to variants that are ready to run: each with its plan, or with why it is left out. No torch.
+"""Turns a scenario's overrides into variants with plans, or leaves one out for a reason. No torch.
 
-Rule: a variant is left out only for want of an optional package or its hardware, and is named where that happens; any
-other problem with any variant ends the benchmark before it begins.
+Rule: a variant is left out only if an optional package or its hardware is missing, and is then
+reported. Any other problem with any variant ends the benchmark before it begins.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.hf_config import export_problems
 from mixtrain.launch.machine_checks import gpu_count, installed
-from mixtrain.proof.bench.scenario import Measure, Request, Row
+from mixtrain.proof.bench.scenario import BenchRequest, Measure, ScenarioRow
 
-# Prefixes of words that are not train.py's: transformers' model, plain files, what processes get
-# from this machine.
-FOREIGN = ("hf", "plain", "host")
-OWN_MEMORY = {"memory_settings": "false"}  # all that can be said of the machine
+# Prefixes of overrides that are not train.py's: transformers' model, plain files, environment of
+# the processes.
+FOREIGN_PREFIXES = ("hf", "plain", "host")
+NO_MEMORY_SETTINGS = {"memory_settings": "false"}  # the only override of `host.`
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One column of a comparison: what its processes get."""
+    """One variant of a row: what its processes run."""
 
     name: str
     measure: Measure
-    plan: Plan | None  # null for a command
+    plan: Plan | None  # None for a command
     foreign: dict[str, dict[str, str]]  # {"hf": {"experts_implementation": "eager"}}
-    line: str | None  # a command
+    command: str | None
 
     @property
     def ranks(self) -> int:
-        return (
-            1 if self.plan is None or {"hf", "plain"} & set(self.foreign) else self.plan.world_size
-        )
+        if self.plan is None or {"hf", "plain"} & set(self.foreign):
+            return 1
+        return self.plan.world_size
 
     @property
     def has_memory_settings(self) -> bool:
-        """Whether its processes start with those of mixtrain/system/host_memory.py."""
+        """Whether its processes start with the settings of mixtrain/system/host_memory.py."""
         return "host" not in self.foreign
 
     @property
@@ -50,90 +50,96 @@ class Variant:
         return self.plan is not None and self.plan.is_forced
 
 
-def variants_of(request: Request) -> tuple[dict[str, list[Variant]], list[str]]:
-    """Row -> its variants, and those left out, with the reason. UserError with every problem of all of them."""
-    found = {}
+def variants_of(request: BenchRequest) -> tuple[dict[str, list[Variant]], list[str]]:
+    """Return ({row: its variants}, the variants left out with the reason).
+
+    Raises UserError with the problems of all variants.
+    """
+    variants: dict[str, list[Variant]] = {}
     left_out = []
-    problems = {}
-    wanted = 0
-    for name, row in request.scenario.rows.items():
-        found[name] = []
-        for variant, words in row.variants.items():
+    problems: dict[str, list[str]] = {}
+    runnable = 0  # variants that are not left out
+    for row_name, row in request.scenario.rows.items():
+        variants[row_name] = []
+        for name, overrides in row.variants.items():
             try:
-                made = _variant(variant, row, request, words)
+                variant = _variant(name, row, request, overrides)
             except UserError as error:
-                wanted += 1
+                runnable += 1
                 for problem in error.problems:
-                    problems.setdefault(problem, []).append(f"{name}, {variant}")
+                    problems.setdefault(problem, []).append(f"{row_name}, {name}")
                 continue
-            if isinstance(made, str):
-                left_out.append(f"{variant} ({made})")
+            if isinstance(variant, str):
+                left_out.append(f"{name} ({variant})")
             else:
-                wanted += 1
-                found[name].append(made)
+                runnable += 1
+                variants[row_name].append(variant)
     if problems:
         raise UserError(
             *[
-                text if len(of) == wanted else f"{'; '.join(of)}: {text}"
-                for text, of in problems.items()
+                problem if len(names) == runnable else f"{'; '.join(names)}: {problem}"
+                for problem, names in problems.items()
             ]
         )
-    return {name: row for name, row in found.items() if row}, list(dict.fromkeys(left_out))
+    return {name: row for name, row in variants.items() if row}, list(dict.fromkeys(left_out))
 
 
-def _variant(name: str, row: Row, request: Request, words: list[str]) -> Variant | str:
-    """The variant, or why this machine has none."""
+def _variant(
+    name: str, row: ScenarioRow, request: BenchRequest, overrides: list[str]
+) -> Variant | str:
+    """Return the variant, or the reason why this machine cannot run it."""
     if row.measure is Measure.command:
-        if request.words:
+        if request.overrides:
             raise UserError(
-                f"{request.words[0]}: this row runs commands, which take no words of train.py"
+                f"{request.overrides[0]}: this row runs commands, which take no words of train.py"
             )
-        return Variant(name, row.measure, None, {}, " ".join(words))
+        return Variant(name, row.measure, None, {}, " ".join(overrides))
+    training_overrides: list[str] = []
     foreign: dict[str, dict[str, str]] = {}
-    for prefix, key, value in (_cut(word) for word in words):
-        if prefix in FOREIGN:
-            foreign.setdefault(prefix, {})[key] = value
-    if foreign.get("host", OWN_MEMORY) != OWN_MEMORY:
+    for override in overrides:
+        key, _, value = override.partition("=")
+        prefix, _, rest = key.partition(".")
+        if prefix in FOREIGN_PREFIXES:
+            foreign.setdefault(prefix, {})[rest] = value
+        else:
+            training_overrides.append(override)
+    if foreign.get("host", NO_MEMORY_SETTINGS) != NO_MEMORY_SETTINGS:
         raise UserError(
-            "host. has one word: host.memory_settings=false, without"
+            "the only key of host. is host.memory_settings=false, without"
             " mixtrain/system/host_memory.py's settings"
         )
-    own = [word for word in words if _cut(word)[0] not in FOREIGN]
-    config, problems = _config(_merged(request.scenario.words, row.words, own, request.words))
-    if not problems and (missing := _lacks(config, request)):
+    merged = _merged(request.scenario.words, row.words, training_overrides, request.overrides)
+    config, problems = _config(merged)
+    if not problems and (missing := _missing_requirement(config, request)):
         return missing
     plan = make_plan(config, None, problems)
-    if "hf" in foreign and (wrong := export_problems(plan.config)):
-        raise UserError(*wrong)
+    if "hf" in foreign and (conversion_problems := export_problems(plan.config)):
+        raise UserError(*conversion_problems)
     return Variant(name, row.measure, plan, foreign, None)
 
 
-def _cut(word: str) -> tuple[str, str, str]:
-    """hf.experts_implementation=eager -> hf, experts_implementation, eager."""
-    key, _, value = word.partition("=")
-    prefix, _, rest = key.partition(".")
-    return prefix, rest, value
-
-
 def _merged(*lists: list[str]) -> list[str]:
-    """The words of all lists; of those with the same key the last, where the first one stood."""
+    """Return the overrides of all lists; a later one replaces one with the same key in place."""
     merged: dict[str, str] = {}
-    for word in (word for words in lists for word in words):
-        merged[word.split("=")[0].lstrip("+")] = word
+    for override in (override for overrides in lists for override in overrides):
+        merged[override.split("=")[0].lstrip("+")] = override
     groups = [merged.pop(key) for key in ("recipe", "shrink") if key in merged]
     return [*groups, *merged.values()]
 
 
-def _config(words: list[str]) -> tuple[Config, list[str]]:
-    """The configuration of words of train.py, and what is wrong with the words."""
-    jobs, problems = compose(words)
+def _config(overrides: list[str]) -> tuple[Config, list[str]]:
+    """Return (the configuration of overrides of train.py, the problems of the overrides)."""
+    jobs, problems = compose(overrides)
     if len(jobs) != 1:
         raise UserError(*problems, "one configuration at a time: no sweep here")
     return Config.from_hydra(jobs[0].tree, problems), problems
 
 
-def _lacks(config: Config, request: Request) -> str | None:
-    """Why this machine cannot run an optional implementation; UserError where it cannot run the scenario at all."""
+def _missing_requirement(config: Config, request: BenchRequest) -> str | None:
+    """Return why this machine cannot run an optional implementation, or None.
+
+    Raises UserError if the machine cannot run the scenario at all.
+    """
     trainer = config.trainer
     model = config.model
     if model.transformer_impl is TransformerImpl.transformer_engine:

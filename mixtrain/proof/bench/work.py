@@ -1,4 +1,4 @@
-"""What a benchmark measures: something that is done again and again."""
+"""The repeated work that a benchmark measures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Work:
-    """What is measured. `once` does it and says what it computed, `amount` is how much that is (tokens, bytes)."""
+    """`once` does the work and returns what it computed; `amount` is its size (tokens, bytes)."""
 
-    once: Callable[[], dict[str, float]]  # with "seconds" where that is not the time that it takes
+    once: Callable[[], dict[str, float]]  # "seconds" in the result replaces the measured time
     amount: float
-    # until everything before has happened, here and on other ranks
+    # waits until all earlier work has finished, on this rank and the others
     wait: Callable[[], None] = lambda: None
-    # of the gradients that `once` has left, where it does not say so itself
+    # the norm of the gradients that `once` leaves; None if its result has it or it is not known
     norm: Callable[[], float] | None = None

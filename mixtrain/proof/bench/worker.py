@@ -2,8 +2,8 @@
 
     python -m mixtrain.proof.bench.worker SPEC
 
-Rule: answers are lines of JSON on standard output, and nothing else is written there; whatever
-libraries print goes where standard error goes. The time of a turn is that of the work alone.
+Rule: standard output has only the answers, as lines of JSON; output of libraries goes to standard
+error. The time of a turn is that of the work alone.
 """
 
 from __future__ import annotations
@@ -28,44 +28,42 @@ from mixtrain.system.rank_identity import Identity
 
 
 @dataclass(frozen=True)
-class Spec:
-    """What a worker is told."""
-
+class WorkerSpec:
     variant: Variant
     identity: Identity
     repeats: int
     warmup: int
     threads: int | None  # of this process
-    folder: Path  # its own
+    folder: Path  # of this process
 
 
 @contextlib.contextmanager
-def work_of(spec: Spec, memory: Memory) -> Iterator[Work]:
-    """The work of a variant. Its libraries are imported here."""
+def work_of(spec: WorkerSpec, memory: Memory) -> Iterator[Work]:
+    """Yield the work of a variant. Its libraries are imported here."""
     variant = spec.variant
     if "hf" in variant.foreign:
-        from mixtrain.proof.bench.hugging_face import forward_backward
+        from mixtrain.proof.bench.transformers_work import forward_backward
 
         yield forward_backward(variant.plan, variant.foreign["hf"], memory)
     elif "plain" in variant.foreign:
-        from mixtrain.proof.bench.saving import plain_writes
+        from mixtrain.proof.bench.saving_work import plain_writes
 
         yield plain_writes(variant.plan, spec.folder, int(variant.foreign["plain"]["files"]))
     elif variant.measure is Measure.save:
-        from mixtrain.proof.bench.saving import saves
+        from mixtrain.proof.bench.saving_work import checkpoint_saves
 
-        with saves(variant.plan, spec.identity, spec.folder, memory) as work:
+        with checkpoint_saves(variant.plan, spec.identity, spec.folder, memory) as work:
             yield work
     else:
-        from mixtrain.proof.bench.ours import trains
+        from mixtrain.proof.bench.mixtrain_work import training_work
 
-        with trains(variant.plan, spec.identity, variant.measure, memory) as work:
+        with training_work(variant.plan, spec.identity, variant.measure, memory) as work:
             yield work
 
 
-def turn(work: Work, memory: Memory, repeats: int) -> dict[str, Any]:
-    """One turn: seconds, amount, peak memory."""
-    memory.forget_peak()
+def take_turn(work: Work, memory: Memory, repeats: int) -> dict[str, Any]:
+    """Repeat the work; return its seconds, CPU seconds, amount and peak memory."""
+    memory.reset_peak()
     seconds = 0.0
     cpu_began = time.process_time()
     for _ in range(repeats):
@@ -84,7 +82,7 @@ def turn(work: Work, memory: Memory, repeats: int) -> dict[str, Any]:
     }
 
 
-def serve(spec: Spec, answer: Callable[[dict], None]) -> None:
+def serve(spec: WorkerSpec, answer: Callable[[dict], None]) -> None:
     import torch
 
     if spec.threads:
@@ -97,21 +95,21 @@ def serve(spec: Spec, answer: Callable[[dict], None]) -> None:
             computed[-1]["norm"] = work.norm()
         answer({"computed": computed, "held_bytes": memory.held()})
         for _ in sys.stdin:
-            answer(turn(work, memory, spec.repeats))
+            answer(take_turn(work, memory, spec.repeats))
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(facts: dict) -> None:
-        print(json.dumps(facts), file=answers, flush=True)
+    def answer(result: dict) -> None:
+        print(json.dumps(result), file=answers, flush=True)
 
     serve(pickle.loads(Path(sys.argv[1]).read_bytes()), answer)
 
 
 if __name__ == "__main__":
-    # the spec was pickled with classes of this name, not of __main__
+    # the spec was pickled with classes of this module, not of __main__
     from mixtrain.proof.bench import worker
 
     worker.main()

@@ -1,5 +1,5 @@
-"""Breaking real training runs on purpose, and looking at what is left.
+"""Fault drills: break real training runs on purpose and check the result.
 
-Rule: whatever is broken here is broken from outside, or in the process of a rank that was started
-to be broken (faulty_rank.py); a run of train.py knows nothing of it.
+Rule: faults come from outside, or from a rank process started for that purpose (faulty_rank.py).
+train.py has no code for them.
 """

@@ -1,6 +1,7 @@
-"""train.py with a fault in its ranks: MIXTRAIN_FAULT names it. Started as a launcher, it starts itself as the ranks.
+"""train.py with a fault, named by MIXTRAIN_FAULT, in its ranks. The launcher starts it as ranks.
 
-Rule: faults are put in once everything is built, where a defect of the hardware or the model would show.
+Rule: the fault is injected after everything is built, where a defect of the hardware or the model
+would show.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from mixtrain.launch import local
 
-AT = 8  # the step in which a fault shows
+FAULTY_STEP = 8
 
 
 def main() -> None:
@@ -22,34 +23,34 @@ def main() -> None:
     if "RANK" not in os.environ:
         local.TRAIN = (sys.executable, "-m", "mixtrain.proof.drill.faulty_rank")
     else:
-        put_in(FAULTS[os.environ["MIXTRAIN_FAULT"]], int(os.environ["RANK"]))
+        inject(FAULTS[os.environ["MIXTRAIN_FAULT"]], int(os.environ["RANK"]))
     runpy.run_path(script, run_name="__main__")
 
 
-def put_in(fault: Callable[[Any, int], None], rank: int) -> None:
-    """Have `fault` called with what is trained, on every rank, before the first step."""
+def inject(fault: Callable[[Any, int], None], rank: int) -> None:
+    """Call `fault` with the Training on every rank before the first step."""
     from mixtrain.training import worker
 
-    begin = worker._run
+    original_run = worker._run
 
-    def faulty(*arguments: Any) -> None:
+    def faulty_run(*arguments: Any) -> None:
         from mixtrain.engine.compat import cpu, megatron_fixes
 
         megatron_fixes.apply()
         cpu.apply()  # before Megatron-Core is imported, as the run itself does
         from mixtrain.training import resume
 
-        enter = resume.enter
+        original_enter = resume.enter
 
-        def entered(plan: Any, ranks: Any, training: Any, *rest: Any) -> Any:
-            state = enter(plan, ranks, training, *rest)
+        def enter_and_break(plan: Any, ranks: Any, training: Any, *rest: Any) -> Any:
+            state = original_enter(plan, ranks, training, *rest)
             fault(training, rank)
             return state
 
-        resume.enter = entered
-        begin(*arguments)
+        resume.enter = enter_and_break
+        original_run(*arguments)
 
-    worker._run = faulty
+    worker._run = faulty_run
 
 
 def routers(training: Any) -> list[Any]:
@@ -63,68 +64,70 @@ def routers(training: Any) -> list[Any]:
     ]
 
 
-def in_step(training: Any, act: Callable[[], None]) -> None:
-    """Call `act` before the forward passes of step AT and of no other."""
+def before_faulty_step(training: Any, act: Callable[[], None]) -> None:
+    """Call `act` before the forward passes of FAULTY_STEP, once."""
     chunk = training.chunks[0]
-    steps = []
-    zero = chunk.zero_grad_buffer
+    steps = 0
+    original_zero = chunk.zero_grad_buffer
 
-    def counted() -> None:
-        steps.append(None)
-        zero()
-        if len(steps) == AT:
+    def zero_and_count() -> None:
+        nonlocal steps
+        steps += 1
+        original_zero()
+        if steps == FAULTY_STEP:
             act()
 
-    chunk.zero_grad_buffer = counted
+    chunk.zero_grad_buffer = zero_and_count
 
 
 def nan_router(training: Any, rank: int) -> None:
-    """In one step the second layer's router on rank 1 gives weights that are no numbers."""
+    """In one step the second layer's router on rank 1 gives NaN weights."""
     router = routers(training)[1]
     gating = router.gating
 
-    def spoil() -> None:
+    def break_router() -> None:
         router.gating = lambda hidden: gating(hidden) * math.nan
-        zero = training.optimizer.zero_grad
-        calls: list[None] = []
+        original_zero = training.optimizer.zero_grad
+        calls = 0
 
-        def healed(*arguments: Any) -> None:
-            calls.append(None)
-            if len(calls) > 1:  # the next step
+        def zero_and_repair(*arguments: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > 1:  # the next step
                 router.gating = gating
-            zero(*arguments)
+            original_zero(*arguments)
 
-        training.optimizer.zero_grad = healed
+        training.optimizer.zero_grad = zero_and_repair
 
     if rank == 1:
-        in_step(training, spoil)
+        before_faulty_step(training, break_router)
 
 
 def huge_gradient(training: Any, rank: int) -> None:
-    """In one step a gradient of rank 1 is a million times too large."""
+    """In one step 1e6 is added to the first parameter's gradient."""
     parameter = next(training.chunks[0].parameters())
 
-    def enlarge() -> None:
-        prepare = training.optimizer.prepare_grads
+    def enlarge_gradient() -> None:
+        original_prepare = training.optimizer.prepare_grads
 
-        def once() -> Any:
-            training.optimizer.prepare_grads = prepare
+        def prepare_enlarged() -> Any:
+            training.optimizer.prepare_grads = original_prepare
             parameter.main_grad.add_(1e6)
-            return prepare()
+            return original_prepare()
 
-        training.optimizer.prepare_grads = once
+        training.optimizer.prepare_grads = prepare_enlarged
 
-    in_step(training, enlarge)
+    before_faulty_step(training, enlarge_gradient)
 
 
 def collapse(training: Any, rank: int) -> None:
-    """Every token goes to the same two experts, in every layer."""
+    """The router of every layer sends every token to the same two experts."""
     import torch
 
     for router in routers(training):
-        favour = torch.zeros(router.config.num_moe_experts)
-        favour[:2] = 100.0
-        router.gating = lambda hidden, gating=router.gating, favour=favour: gating(hidden) + favour
+        bias = torch.zeros(router.config.num_moe_experts)
+        bias[:2] = 100.0
+        router.gating = lambda hidden, gating=router.gating, bias=bias: gating(hidden) + bias
 
 
 FAULTS = {"nan_router": nan_router, "huge_gradient": huge_gradient, "collapse": collapse}

@@ -1,7 +1,7 @@
-"""The scenarios of the drill: what is done to a run, and what must be left. The docstring says what is expected.
+"""The scenarios of the fault drill. Each docstring states what is expected, and is printed.
 
-Rule: a scenario looks at what a user would look at: exit codes, what was printed, status.json, the checkpoints, and the
-metrics beside those of a run that nothing happened to.
+Rule: a scenario checks what a user sees: exit codes, output, status.json, checkpoints, and the
+metrics, which are compared with those of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import NamedTuple
 
 from mixtrain.checkpoint import directory, integrity
 from mixtrain.errors import FAULT, FINISHED, REFUSED
-from mixtrain.proof.drill.runs import Run, newest_step, records, wait
+from mixtrain.proof.drill.runs import DrillRun, newest_step, records, wait
 from mixtrain.system.status import read_status
 
-LENGTH = 320  # steps of the run that nothing happens to: as long as any scenario needs
+REFERENCE_STEPS = 320  # of the undisturbed run: as many as any scenario needs
 SHORT = "trainer.max_steps=20"
 KILLS = 20
 
 
-class Seen(NamedTuple):
-    """What came of a scenario; `lost` is the most steps that had to be done again, where there was any to lose."""
+class Outcome(NamedTuple):
+    """The result of a scenario; `lost` is the maximum number of repeated steps, if any could be."""
 
     ok: bool
-    words: str
+    message: str
     lost: int | None = None
 
 
 class Arena:
-    """Where a scenario happens: a folder, the reference, and random numbers that can be had again."""
+    """What a scenario works with: a folder, the reference run, and seeded random numbers."""
 
     def __init__(self, folder: Path, reference: Path, seed: int, kills: int):
         self.run_dir = folder / "run"
@@ -43,83 +43,83 @@ class Arena:
         self.kills = kills
         self.random = random.Random(seed)
 
-    def run(self, *words: str, fault: str = "") -> Run:
-        return Run(self.run_dir, *words, fault=fault)
+    def run(self, *overrides: str, fault: str = "") -> DrillRun:
+        return DrillRun(self.run_dir, *overrides, fault=fault)
 
-    def finish(self, *words: str) -> Run:
-        """Run to the end, from whatever is there."""
-        with self.run(*words) as run:
+    def finish(self, *overrides: str) -> DrillRun:
+        """Run to the end, resuming from what is in the run directory."""
+        with self.run(*overrides) as run:
             run.code = run.wait(180)
         return run
 
-    def same(self, steps: int) -> bool:
-        """Whether the metrics of the first steps are those of the reference, to the last bit."""
-        here = [record for record in records(self.run_dir) if "lm_loss" in record]
-        return len(here) == steps and here == records(self.reference)[:steps]
+    def has_reference_metrics(self, steps: int) -> bool:
+        """Whether there are metrics of exactly `steps` steps, bit-identical to the reference's."""
+        metrics = [record for record in records(self.run_dir) if "lm_loss" in record]
+        return len(metrics) == steps and metrics == records(self.reference)[:steps]
 
-    def resumed(self, run: Run) -> Seen:
-        """The verdict on a run that went on to step 20 and should be as if nothing had happened."""
-        same = self.same(20)
-        words = f"exit {run.code}, {'metrics identical' if same else 'metrics DIFFER'}"
-        return Seen(run.code == FINISHED and same, words)
+    def check_resumed(self, run: DrillRun) -> Outcome:
+        """Check a run that resumed and ended at step 20: its metrics must equal the reference's."""
+        is_same = self.has_reference_metrics(20)
+        message = f"exit {run.code}, {'metrics identical' if is_same else 'metrics DIFFER'}"
+        return Outcome(run.code == FINISHED and is_same, message)
 
 
 def reference(folder: Path) -> Path:
-    """Train the run that nothing happens to."""
-    with Run(folder / "run", f"trainer.max_steps={LENGTH}", "checkpoint=none") as run:
+    """Train the undisturbed run."""
+    with DrillRun(folder / "run", f"trainer.max_steps={REFERENCE_STEPS}", "checkpoint=none") as run:
         if run.wait(600) != FINISHED:
             raise RuntimeError(f"the reference run failed:\n{run.text()[-2000:]}")
     return folder / "run"
 
 
-def stopped_by(arena: Arena, number: int, who: int | None = None) -> Seen:
+def stopped_by(arena: Arena, number: int) -> Outcome:
     with arena.run(SHORT) as run:
         run.wait_for_step(7)
-        run.kill(who, number)
+        run.kill(None, number)
         code = run.wait(60)
     status = read_status(arena.run_dir)
     saved = newest_step(arena.run_dir) == status["step"]
-    again = arena.resumed(arena.finish(SHORT))
+    resumed = arena.check_resumed(arena.finish(SHORT))
     ok = (
         code == FINISHED
         and status["state"] == "stopped"
         and signal.Signals(number).name in status["reason"]
         and saved
     )
-    return Seen(
-        ok and again.ok,
-        f"{status['state']} in step {status['step']}, saved; resumed: {again.words}",
+    return Outcome(
+        ok and resumed.ok,
+        f"{status['state']} in step {status['step']}, saved; resumed: {resumed.message}",
         0,
     )
 
 
-def sigterm(arena: Arena) -> Seen:
-    """SIGTERM: the step ends, is saved, exit 0; resumed, nothing differs"""
+def sigterm(arena: Arena) -> Outcome:
+    """SIGTERM: the step ends and is saved, exit 0; resumes with the same metrics"""
     return stopped_by(arena, signal.SIGTERM)
 
 
-def sigusr1(arena: Arena) -> Seen:
-    """SIGUSR1 (Slurm's warning): as SIGTERM"""
+def sigusr1(arena: Arena) -> Outcome:
+    """SIGUSR1 (Slurm's warning): like SIGTERM"""
     return stopped_by(arena, signal.SIGUSR1)
 
 
-def sigint(arena: Arena) -> Seen:
-    """Ctrl-C: as SIGTERM"""
+def sigint(arena: Arena) -> Outcome:
+    """Ctrl-C: like SIGTERM"""
     return stopped_by(arena, signal.SIGINT)
 
 
-def sigterm_to_one_rank(arena: Arena) -> Seen:
-    """SIGTERM to one rank alone: all stop after the same step; resumed, nothing differs"""
+def sigterm_to_one_rank(arena: Arena) -> Outcome:
+    """SIGTERM to one rank: all stop after the same step; resumes with the same metrics"""
     with arena.run(SHORT) as run:
         run.wait_for_step(7)
         run.kill(1, signal.SIGTERM)
         code = run.wait(60)
-    again = arena.resumed(arena.finish(SHORT))
-    return Seen(code == FINISHED and again.ok, f"exit {code}; resumed: {again.words}", 0)
+    resumed = arena.check_resumed(arena.finish(SHORT))
+    return Outcome(code == FINISHED and resumed.ok, f"exit {code}; resumed: {resumed.message}", 0)
 
 
-def killed(arena: Arena, run: Run, in_save: bool) -> tuple[int, int]:
-    """Kill a rank or the launcher at a random moment: (the step that was reached, that of the newest checkpoint)."""
+def kill_at_random(arena: Arena, run: DrillRun, in_save: bool) -> tuple[int, int]:
+    """Kill a rank or the launcher at a random moment; return (last step, newest saved step)."""
     start = newest_step(arena.run_dir)
     if in_save:
         run.wait_for_a_save()
@@ -133,50 +133,50 @@ def killed(arena: Arena, run: Run, in_save: bool) -> tuple[int, int]:
     return run.step(), newest_step(arena.run_dir)
 
 
-def sigkill_at_random(arena: Arena) -> Seen:
-    """SIGKILL at random moments of training and of saves: each time it goes on from the newest save; nothing differs"""
-    words = [f"trainer.max_steps={15 * arena.kills + 20}", "checkpoint.max_attempts=null"]
+def sigkill_at_random(arena: Arena) -> Outcome:
+    """SIGKILL at random moments, also in saves: resumes from the newest save; same metrics"""
+    overrides = [f"trainer.max_steps={15 * arena.kills + 20}", "checkpoint.max_attempts=null"]
     lost = []
     start = 0
     for number in range(arena.kills):
-        with arena.run(*words) as run:
-            step, saved = killed(arena, run, in_save=number % 2 == 1)
+        with arena.run(*overrides) as run:
+            step, saved = kill_at_random(arena, run, in_save=number % 2 == 1)
             if start and f"after {start} steps" not in run.text():
-                return Seen(False, f"life {number + 1} did not go on from step {start}")
+                return Outcome(False, f"run {number + 1} did not resume from step {start}")
         lost.append(step - saved)
         start = saved
-    run = arena.finish(*words)
-    same = arena.same(15 * arena.kills + 20)
-    ok = run.code == FINISHED and same and max(lost) <= 5
-    return Seen(
+    run = arena.finish(*overrides)
+    is_same = arena.has_reference_metrics(15 * arena.kills + 20)
+    ok = run.code == FINISHED and is_same and max(lost) <= 5
+    return Outcome(
         ok,
-        f"{arena.kills} kills, exit {run.code}, {'metrics identical' if same else 'DIFFER'}",
+        f"{arena.kills} kills, exit {run.code}, {'metrics identical' if is_same else 'DIFFER'}",
         max(lost),
     )
 
 
-def sigkill_in_a_save(arena: Arena) -> Seen:
-    """SIGKILL during a save: the one before is the target, what was half written is removed"""
+def sigkill_in_a_save(arena: Arena) -> Outcome:
+    """SIGKILL during a save: resumes from the save before; the incomplete one is removed"""
     with arena.run(SHORT) as run:
         run.wait_for_step(6)
         run.wait_for_a_save()
         run.kill(0)
         run.wait(60)
-    half = [path.name for path in arena.run_dir.glob("iter_*.saving")]
+    incomplete = [path.name for path in arena.run_dir.glob("iter_*.saving")]
     step = run.step()
     saved = newest_step(arena.run_dir)
-    again = arena.finish(SHORT)
-    gone = not list(arena.run_dir.glob("iter_*.saving"))
-    seen = arena.resumed(again)
-    return Seen(
-        seen.ok and gone and saved > 0,
-        f"left {', '.join(half) or 'nothing'}; resumed: {seen.words}",
+    resumed_run = arena.finish(SHORT)
+    is_removed = not list(arena.run_dir.glob("iter_*.saving"))
+    resumed = arena.check_resumed(resumed_run)
+    return Outcome(
+        resumed.ok and is_removed and saved > 0,
+        f"left {', '.join(incomplete) or 'nothing'}; resumed: {resumed.message}",
         step - saved,
     )
 
 
-def killed_rank(arena: Arena) -> Seen:
-    """One rank dies: the others stop, exit 1, one line names rank and step; resumed, nothing differs"""
+def killed_rank(arena: Arena) -> Outcome:
+    """One rank dies: the others stop, exit 1, a line names rank and step; resumes, same metrics"""
     with arena.run(SHORT) as run:
         run.wait_for_step(7)
         run.kill(1)
@@ -184,15 +184,17 @@ def killed_rank(arena: Arena) -> Seen:
         code = run.wait(60)
     seconds = time.monotonic() - started
     reason = read_status(arena.run_dir)["reason"]
-    seen = arena.resumed(arena.finish(SHORT))
+    resumed = arena.check_resumed(arena.finish(SHORT))
     ok = code == FAULT and reason.startswith("rank 1 was ended by SIGKILL in step") and seconds < 30
-    return Seen(
-        ok and seen.ok, f"exit {code} after {seconds:.0f} s: {reason}; resumed: {seen.words}", 7 - 5
+    return Outcome(
+        ok and resumed.ok,
+        f"exit {code} after {seconds:.0f} s: {reason}; resumed: {resumed.message}",
+        7 - 5,
     )
 
 
-def stopped_rank(arena: Arena) -> Seen:
-    """A rank hangs: named with its step and all stacks, exit 1 within the timeout; resumed, nothing differs"""
+def stopped_rank(arena: Arena) -> Outcome:
+    """A rank hangs: its step and all stacks are printed, exit 1 in time; same metrics on resume"""
     with arena.run(SHORT) as run:
         run.wait_for_step(7)
         run.kill(1, signal.SIGSTOP)
@@ -201,30 +203,32 @@ def stopped_rank(arena: Arena) -> Seen:
     seconds = time.monotonic() - started
     reason = read_status(arena.run_dir)["reason"]
     stacks = run.text().count("innermost first")
-    seen = arena.resumed(arena.finish(SHORT))
+    resumed = arena.check_resumed(arena.finish(SHORT))
     ok = (
         code == FAULT
         and reason.startswith("rank 1 did not answer in step")
         and stacks == 2
         and seconds < 60
     )
-    return Seen(
-        ok and seen.ok,
-        f"exit {code} after {seconds:.0f} s: {reason[:60]}; {stacks} stacks; {seen.words}",
+    return Outcome(
+        ok and resumed.ok,
+        f"exit {code} after {seconds:.0f} s: {reason[:60]}; {stacks} stacks; {resumed.message}",
         2,
     )
 
 
-def damaged(arena: Arena, damage: Callable[[Path], object], word: str) -> Seen:
-    """Train to step 15, damage the newest checkpoint, go on to 20."""
+def resume_from_damaged(
+    arena: Arena, damage: Callable[[Path], object], expected_text: str
+) -> Outcome:
+    """Train to step 15, damage the newest checkpoint, resume to step 20."""
     arena.finish("trainer.max_steps=15")
     damage(directory.path_of(arena.run_dir, 15))
     run = arena.finish(SHORT)
-    seen = arena.resumed(run)
-    named = word in run.text() and "after 10 steps" in run.text()
-    return Seen(
-        seen.ok and named,
-        f"{'named, went on from step 10' if named else 'NOT NAMED'}; {seen.words}",
+    resumed = arena.check_resumed(run)
+    named = expected_text in run.text() and "after 10 steps" in run.text()
+    return Outcome(
+        resumed.ok and named,
+        f"{'named, resumed from step 10' if named else 'NOT NAMED'}; {resumed.message}",
         5,
     )
 
@@ -239,41 +243,45 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def truncated_shard(arena: Arena) -> Seen:
-    """A shard cut short: named, the checkpoint before is taken"""
-    return damaged(arena, lambda path: os.truncate(shard(path), 5000), "has 5,000 bytes")
+def truncated_shard(arena: Arena) -> Outcome:
+    """A truncated shard: reported, the checkpoint before is used"""
+    return resume_from_damaged(
+        arena, lambda path: os.truncate(shard(path), 5000), "has 5,000 bytes"
+    )
 
 
-def flipped_byte(arena: Arena) -> Seen:
-    """A flipped byte: named, the checkpoint before is taken"""
-    return damaged(arena, lambda path: flip(shard(path)), "SHA-256")
+def flipped_byte(arena: Arena) -> Outcome:
+    """A flipped byte: reported, the checkpoint before is used"""
+    return resume_from_damaged(arena, lambda path: flip(shard(path)), "SHA-256")
 
 
-def missing_shard(arena: Arena) -> Seen:
-    """A missing shard: named, the checkpoint before is taken"""
-    return damaged(arena, lambda path: shard(path).unlink(), ".distcp is missing")
+def missing_shard(arena: Arena) -> Outcome:
+    """A missing shard: reported, the checkpoint before is used"""
+    return resume_from_damaged(arena, lambda path: shard(path).unlink(), ".distcp is missing")
 
 
-def missing_metadata(arena: Arena) -> Seen:
-    """A missing .metadata: named, the checkpoint before is taken"""
-    return damaged(arena, lambda path: (path / ".metadata").unlink(), ".metadata is missing")
+def missing_metadata(arena: Arena) -> Outcome:
+    """A missing .metadata: reported, the checkpoint before is used"""
+    return resume_from_damaged(
+        arena, lambda path: (path / ".metadata").unlink(), ".metadata is missing"
+    )
 
 
-def garbage_pointer(arena: Arena) -> Seen:
-    """Garbage in the pointer: said, and the newest is found all the same"""
+def garbage_pointer(arena: Arena) -> Outcome:
+    """Garbage in the tracker file: reported, and the newest checkpoint is found anyway"""
     arena.finish("trainer.max_steps=15")
     (arena.run_dir / directory.TRACKER).write_text("\0rubbish")
     run = arena.finish(SHORT)
-    seen = arena.resumed(run)
-    return Seen(
-        seen.ok and "after 15 steps" in run.text() and "names no checkpoint" in run.text(),
-        seen.words,
+    resumed = arena.check_resumed(run)
+    return Outcome(
+        resumed.ok and "after 15 steps" in run.text() and "names no checkpoint" in run.text(),
+        resumed.message,
         0,
     )
 
 
-def nothing_valid(arena: Arena) -> Seen:
-    """Every checkpoint damaged: exit 2, each is named, nothing starts from random weights"""
+def nothing_valid(arena: Arena) -> Outcome:
+    """Every checkpoint damaged: exit 2, each is named, no start from random weights"""
     arena.finish("trainer.max_steps=10", "checkpoint.keep_last=1")
     flip(shard(directory.path_of(arena.run_dir, 10)))
     before = (arena.run_dir / "metrics.jsonl").read_text()
@@ -283,50 +291,51 @@ def nothing_valid(arena: Arena) -> Seen:
         and "holds no valid checkpoint" in run.text()
         and "Traceback" not in run.text()
     )
-    kept = (arena.run_dir / "metrics.jsonl").read_text() == before
-    return Seen(ok and kept, f"exit {run.code}, metrics {'kept' if kept else 'LOST'}")
+    unchanged = (arena.run_dir / "metrics.jsonl").read_text() == before
+    return Outcome(ok and unchanged, f"exit {run.code}, metrics {'kept' if unchanged else 'LOST'}")
 
 
-def full_disk(arena: Arena) -> Seen:
-    """The disk fills during a save: bytes needed and free are said, the old checkpoint stays; with room it goes on"""
-    words = [SHORT, "checkpoint.keep_last=1"]
-    with Run(arena.run_dir.parent / "warm", SHORT, "checkpoint=none") as run:
-        run.wait()  # leaves the index of the data, which must not be what the limit meets
-    arena.finish("trainer.max_steps=10", *words[1:])
+def full_disk(arena: Arena) -> Outcome:
+    """A full disk during a save: bytes needed and free are printed, the old save stays; resumes"""
+    overrides = [SHORT, "checkpoint.keep_last=1"]
+    with DrillRun(arena.run_dir.parent / "warm", SHORT, "checkpoint=none") as run:
+        run.wait()  # builds the data index, so that the limit below meets only the save
+    arena.finish("trainer.max_steps=10", *overrides[1:])
     size = max(path.stat().st_size for path in directory.path_of(arena.run_dir, 10).iterdir())
     import resource
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # the run's, which inherits it
+    # the run inherits the limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     try:
-        run = arena.finish(*words)
+        run = arena.finish(*overrides)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = "are free; iter_0000010 is whole" in read_status(arena.run_dir)["reason"]
-    whole = integrity.problem(directory.path_of(arena.run_dir, 10), full=True) == ""
-    seen = arena.resumed(arena.finish(*words))
-    ok = run.code == FAULT and said and whole
-    return Seen(
-        ok and seen.ok,
-        f"exit {run.code}, {'both numbers said' if said else 'NOT SAID'}; {seen.words}",
+    reported = "are free; iter_0000010 is whole" in read_status(arena.run_dir)["reason"]
+    is_valid = integrity.problem(directory.path_of(arena.run_dir, 10), full=True) == ""
+    resumed = arena.check_resumed(arena.finish(*overrides))
+    ok = run.code == FAULT and reported and is_valid
+    return Outcome(
+        ok and resumed.ok,
+        f"exit {run.code}, {'both numbers reported' if reported else 'NOT REPORTED'};"
+        f" {resumed.message}",
         5,
     )
 
 
 def kill_all(children: Path) -> bool:
-    """Kill the processes that a rank has forked; whether there were any."""
-    found = children.read_text().split() if children.exists() else []
-    for child in found:
-        os.kill(int(child), signal.SIGKILL)
-    return bool(found)
+    """Kill the processes that a rank has forked; return whether there were any."""
+    pids = children.read_text().split() if children.exists() else []
+    for pid in pids:
+        os.kill(int(pid), signal.SIGKILL)
+    return bool(pids)
 
 
-def dead_writer(arena: Arena) -> Seen:
-    """A process that writes an async save dies: an error soon; resumed from the save before, nothing differs"""
-    # many, each of a few milliseconds
-    words = [SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1"]
-    with arena.run(*words) as run:
+def dead_writer(arena: Arena) -> Outcome:
+    """The writer of an async save dies: exit 1; resumes from the save before, same metrics"""
+    # many saves, of a few milliseconds each
+    overrides = [SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1"]
+    with arena.run(*overrides) as run:
         run.wait_for_step(6)
         children = Path("/proc/{0}/task/{0}/children".format(run.ranks()[1]))
         wait(lambda: run.ended() or kill_all(children), 60, pause=0)
@@ -334,34 +343,35 @@ def dead_writer(arena: Arena) -> Seen:
     reason = read_status(arena.run_dir)["reason"]
     step = run.step()
     saved = newest_step(arena.run_dir)
-    seen = arena.resumed(arena.finish(*words))
+    resumed = arena.check_resumed(arena.finish(*overrides))
     ok = code == FAULT and "the writer of rank 1 was ended by SIGKILL" in reason
-    return Seen(ok and seen.ok, f"exit {code}: {reason[:90]}; {seen.words}", step - saved)
+    return Outcome(
+        ok and resumed.ok, f"exit {code}: {reason[:90]}; {resumed.message}", step - saved
+    )
 
 
-def async_saves(arena: Arena) -> Seen:
-    """A save a step, written beside training: in order, the last one whole at the end"""
-    words = [SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1"]
-    run = arena.finish(*words)
+def async_saves(arena: Arena) -> Outcome:
+    """An async save every step: the saves are in order and valid at the end"""
+    run = arena.finish(SHORT, "checkpoint.async_save=true", "checkpoint.save_interval=1")
     names = [
         line.split()[1].rstrip(":")
         for line in run.text().splitlines()
         if line.startswith("saved iter_")
     ]
     ordered = names == [f"iter_{step:07d}" for step in range(1, 21)]
-    whole = all(
+    are_valid = all(
         not integrity.problem(directory.path_of(arena.run_dir, at), True)
         for at in directory.steps_in(arena.run_dir)
     )
-    return Seen(
-        run.code == FINISHED and ordered and whole and arena.same(20),
-        f"{len(names)} saves, whole: {whole}",
+    return Outcome(
+        run.code == FINISHED and ordered and are_valid and arena.has_reference_metrics(20),
+        f"{len(names)} saves, valid: {are_valid}",
         0,
     )
 
 
-def two_jobs(arena: Arena) -> Seen:
-    """A second job on the directory: exit 2, the first is not disturbed"""
+def two_jobs(arena: Arena) -> Outcome:
+    """A second job on the same run directory: exit 2, the first is not disturbed"""
     with arena.run(SHORT) as first:
         first.wait_for_step(3)
         second = arena.finish(SHORT)
@@ -370,96 +380,101 @@ def two_jobs(arena: Arena) -> Seen:
         second.code == REFUSED
         and "is in use by process" in second.text()
         and code == FINISHED
-        and arena.same(20)
+        and arena.has_reference_metrics(20)
     )
-    return Seen(ok, f"exit {second.code} and {code}")
+    return Outcome(ok, f"exit {second.code} and {code}")
 
 
-def lock_left_behind(arena: Arena) -> Seen:
-    """A launcher killed outright: its ranks end, its lock is not in the way"""
+def lock_left_behind(arena: Arena) -> Outcome:
+    """The launcher gets SIGKILL: its ranks end, and its lock file does not block the next run"""
     with arena.run(SHORT) as run:
         run.wait_for_step(7)
         run.kill(None)
         run.wait(30)
         wait(lambda: not run.ranks(), 20)
-        there = (arena.run_dir / ".lock").exists()
-    seen = arena.resumed(arena.finish(SHORT))
-    return Seen(seen.ok and there, seen.words, 2)
+        has_lock_file = (arena.run_dir / ".lock").exists()
+    resumed = arena.check_resumed(arena.finish(SHORT))
+    return Outcome(resumed.ok and has_lock_file, resumed.message, 2)
 
 
-def crash_loop(arena: Arena) -> Seen:
-    """The same crash again and again: after three tries a diagnosis, exit 2"""
-    words = [SHORT, "checkpoint.max_attempts=3", "checkpoint.save_interval=100"]
+def crash_loop(arena: Arena) -> Outcome:
+    """The same crash repeatedly: a diagnosis after three attempts, exit 2"""
+    overrides = [SHORT, "checkpoint.max_attempts=3", "checkpoint.save_interval=100"]
     arena.finish("trainer.max_steps=5")
     codes = []
     for _ in range(4):
-        with arena.run(*words, fault="nan_router") as run:
+        with arena.run(*overrides, fault="nan_router") as run:
             codes.append(run.wait(90))
-    said = (
+    diagnosed = (
         "3 runs in a row started at step 5" in run.text()
         and "lm_loss is not finite on rank 1" in run.text()
     )
-    return Seen(
-        codes == [FAULT] * 3 + [REFUSED] and said,
-        f"exits {codes}, {'diagnosis' if said else 'NO diagnosis'}",
+    return Outcome(
+        codes == [FAULT] * 3 + [REFUSED] and diagnosed,
+        f"exits {codes}, {'diagnosis' if diagnosed else 'NO diagnosis'}",
     )
 
 
-def other_layout(arena: Arena) -> Seen:
-    """Saved at EP2, resumed on one rank and then at EP4: the losses of an uninterrupted run to 1e-5"""
+def other_layout(arena: Arena) -> Outcome:
+    """Saved at EP2, resumed on one rank, then at EP4: losses of the reference within 1e-5"""
     arena.finish("trainer.max_steps=10")
-    one = arena.finish("trainer.max_steps=15", "parallel.expert_model_parallel_size=1")
-    four = arena.finish(SHORT, "parallel.expert_model_parallel_size=4")
+    at_ep1 = arena.finish("trainer.max_steps=15", "parallel.expert_model_parallel_size=1")
+    at_ep4 = arena.finish(SHORT, "parallel.expert_model_parallel_size=4")
     pairs = zip(records(arena.run_dir), records(arena.reference), strict=False)
     worst = max(abs(a["lm_loss"] / b["lm_loss"] - 1) for a, b in pairs)
-    read = [a["sample_digest"] for a in records(arena.run_dir)] == [
-        b["sample_digest"] for b in records(arena.reference)[:20]
-    ]
+    digests = [record["sample_digest"] for record in records(arena.run_dir)]
+    expected_digests = [record["sample_digest"] for record in records(arena.reference)[:20]]
+    same_samples = digests == expected_digests
     ok = (
-        one.code == four.code == FINISHED
+        at_ep1.code == at_ep4.code == FINISHED
         and worst < 1e-5
-        and read
+        and same_samples
         and len(records(arena.run_dir)) == 20
     )
-    return Seen(
-        ok, f"exits {one.code}, {four.code}; losses within {worst:.0e}, the same samples: {read}", 0
+    return Outcome(
+        ok,
+        f"exits {at_ep1.code}, {at_ep4.code}; losses within {worst:.0e}, the same samples:"
+        f" {same_samples}",
+        0,
     )
 
 
-def other_architecture(arena: Arena) -> Seen:
-    """Resumed as another model: exit 2 with the names and shapes that differ, nothing touched"""
+def other_architecture(arena: Arena) -> Outcome:
+    """Resumed as another model: exit 2 with the names and shapes that differ, nothing changed"""
     arena.finish("trainer.max_steps=10")
     run = arena.finish(SHORT, "model.moe_ffn_hidden_size=96")
     named = "weight is [2, 8, 128, 64] there, [2, 8, 192, 64] here" in run.text()
-    seen = arena.resumed(arena.finish(SHORT))
-    return Seen(
-        run.code == REFUSED and named and seen.ok, f"exit {run.code}; afterwards: {seen.words}", 0
+    resumed = arena.check_resumed(arena.finish(SHORT))
+    return Outcome(
+        run.code == REFUSED and named and resumed.ok,
+        f"exit {run.code}; afterwards: {resumed.message}",
+        0,
     )
 
 
-def other_batch(arena: Arena) -> Seen:
-    """Resumed with twice the batch: the next samples in the same order"""
+def other_batch(arena: Arena) -> Outcome:
+    """Resumed with twice the batch size: the next samples in the same order"""
     arena.finish("trainer.max_steps=10")
     run = arena.finish("trainer.max_steps=15", "trainer.global_batch_size=8")
     consumed = [record["consumed_samples"] for record in records(arena.run_dir)]
     ok = run.code == FINISHED and consumed == [*range(4, 44, 4), *range(48, 88, 8)]
-    return Seen(
+    return Outcome(
         ok and "global_batch_size = 8 (was 4)" in run.text(),
         f"exit {run.code}, {consumed[-1]} samples read",
         0,
     )
 
 
-def other_data(arena: Arena) -> Seen:
-    """Resumed with other data: exit 2, said what changed"""
+def other_data(arena: Arena) -> Outcome:
+    """Resumed with other data: exit 2, the change is reported"""
     arena.finish("trainer.max_steps=10")
     run = arena.finish(SHORT, "data.seq_length=16")
     ok = run.code == REFUSED and "was trained on other data" in run.text()
-    return Seen(ok, f"exit {run.code}")
+    return Outcome(ok, f"exit {run.code}")
 
 
-def nan_loss(arena: Arena) -> Seen:
-    """A loss that is no number on one rank: all stop, step, rank, layer and samples are recorded; resumed, as before"""
+def nan_loss(arena: Arena) -> Outcome:
+    """NaN loss on one rank: all stop; step, rank, layer, samples recorded; resumes, same metrics"""
     with arena.run(SHORT, fault="nan_router") as run:
         code = run.wait(90)
     reason = read_status(arena.run_dir)["reason"]
@@ -468,63 +483,68 @@ def nan_loss(arena: Arena) -> Seen:
         code == FAULT
         and "step 8: lm_loss is not finite on rank 1; the router of layer 2 on rank 1" in reason
     )
-    seen = arena.resumed(arena.finish(SHORT))
-    return Seen(
-        ok and len(record["samples"]) == 4 and seen.ok,
-        f"exit {code}: {reason[:70]}; {seen.words}",
+    resumed = arena.check_resumed(arena.finish(SHORT))
+    return Outcome(
+        ok and len(record["samples"]) == 4 and resumed.ok,
+        f"exit {code}: {reason[:70]}; {resumed.message}",
         2,
     )
 
 
-def huge_gradient(arena: Arena) -> Seen:
-    """A gradient far too large: the step is skipped and counted, the run goes on"""
-    words = [SHORT, "trainer.bad_step_policy=skip", "trainer.bad_step_grad_norm=1000"]
-    with arena.run(*words, fault="huge_gradient") as run:
+def huge_gradient(arena: Arena) -> Outcome:
+    """A gradient that is far too large: the step is skipped and counted, the run continues"""
+    overrides = [SHORT, "trainer.bad_step_policy=skip", "trainer.bad_step_grad_norm=1000"]
+    with arena.run(*overrides, fault="huge_gradient") as run:
         code = run.wait(90)
     counts = [record["skipped_steps"] for record in records(arena.run_dir)]
     ok = code == FINISHED and counts == [0] * 7 + [1] * 13
-    return Seen(ok, f"exit {code}, {counts[-1] if counts else '?'} step skipped")
+    return Outcome(ok, f"exit {code}, {counts[-1] if counts else '?'} step skipped")
 
 
-def one_expert(arena: Arena) -> Seen:
-    """Every token to the same two experts: no crash, no hang, a warning with the load"""
+def one_expert(arena: Arena) -> Outcome:
+    """Every token goes to the same two experts: no crash, no hang, a warning with the load"""
     with arena.run(SHORT, fault="collapse") as run:
         code = run.wait(90)
-    said = "sends 100% of its tokens to experts 0, 1: 128 128 0 0 0 0 0 0" in run.text()
-    return Seen(code == FINISHED and said, f"exit {code}, {'warned' if said else 'NOT WARNED'}")
+    warned = "sends 100% of its tokens to experts 0, 1: 128 128 0 0 0 0 0 0" in run.text()
+    return Outcome(
+        code == FINISHED and warned, f"exit {code}, {'warned' if warned else 'NOT WARNED'}"
+    )
 
 
-def deterministic(arena: Arena) -> Seen:
-    """trainer.deterministic=true, twice: the same bits"""
+def deterministic(arena: Arena) -> Outcome:
+    """trainer.deterministic=true, twice: bit-identical metrics"""
     runs = []
     for _ in range(2):
         shutil.rmtree(arena.run_dir, ignore_errors=True)
         runs.append(
             (arena.finish(SHORT, "trainer.deterministic=true").code, records(arena.run_dir))
         )
-    return Seen(
+    return Outcome(
         runs[0] == runs[1] and runs[0][0] == FINISHED,
         f"{len(runs[0][1])} steps, the same: {runs[0] == runs[1]}",
     )
 
 
-def preempted(arena: Arena) -> Seen:
-    """SIGTERM and, 5 s later, SIGKILL: saved within the grace; resumed, nothing differs"""
+def preempted(arena: Arena) -> Outcome:
+    """SIGTERM, SIGKILL 5 s later: saved within the grace period; resumes with the same metrics"""
     with arena.run(SHORT) as run:
         run.wait_for_step(7)
         run.kill(None, signal.SIGTERM)
         started = time.monotonic()
         code = run.wait(5)
         seconds = time.monotonic() - started
-    seen = arena.resumed(arena.finish(SHORT))
-    return Seen(
-        seen.ok and code == FINISHED, f"exit {code} after {seconds:.1f} s; resumed: {seen.words}", 0
+    resumed = arena.check_resumed(arena.finish(SHORT))
+    return Outcome(
+        resumed.ok and code == FINISHED,
+        f"exit {code} after {seconds:.1f} s; resumed: {resumed.message}",
+        0,
     )
 
 
 SCENARIOS = [
-    sigterm, sigusr1, sigint, sigterm_to_one_rank, preempted, sigkill_at_random, sigkill_in_a_save, killed_rank,
-    stopped_rank, truncated_shard, flipped_byte, missing_shard, missing_metadata, garbage_pointer, nothing_valid,
-    full_disk, dead_writer, async_saves, two_jobs, lock_left_behind, crash_loop, other_layout, other_architecture,
-    other_batch, other_data, nan_loss, huge_gradient, one_expert, deterministic,
+    sigterm, sigusr1, sigint, sigterm_to_one_rank, preempted, sigkill_at_random, sigkill_in_a_save,
+    killed_rank, stopped_rank, truncated_shard, flipped_byte, missing_shard, missing_metadata,
+    garbage_pointer, nothing_valid, full_disk, dead_writer, async_saves, two_jobs,
+    lock_left_behind, crash_loop, other_layout, other_architecture, other_batch, other_data,
+    nan_loss, huge_gradient, one_expert, deterministic,
 ]  # fmt: skip

@@ -1,6 +1,5 @@
-"""The certificate that a layout does not change the mathematics: every layout against one rank.
+"""Certifies that a parallel layout does not change the result: compares every layout with one rank.
 
-Rule: the same weights and the same global batch go through every layout; all that training computes
-is held against the one-rank run by its place in the whole. Pure parts (layouts, verdict, table)
-know no torch.
+Rule: every layout trains the same weights on the same global batch. Each tensor slice on a rank is
+compared with the same slice of the one-rank run's tensor. layouts.py and table.py need no torch.
 """

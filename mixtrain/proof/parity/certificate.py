@@ -1,4 +1,4 @@
-"""Runs a configuration at every layout and writes down how each differs from one rank."""
+"""Runs a configuration at every layout and records how each differs from one rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,18 +25,19 @@ from mixtrain.system import scratch
 from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import TOLERANCES, Verdict, judge
 
-# at most, or twice as many as a token goes to: more of them need more tokens, and show no more
+# maximum number of experts (or 2 * top-k): more experts need more tokens, and show nothing new
 EXPERTS = 8
-# a step, where they must be as many at every layout: of virtual stages four take them by four
+# per step, where every layout must have the same number; four pipeline stages with virtual stages
+# need a multiple of four
 MICROBATCHES = 4
-PATIENCE_S = 300  # for one layout; the slowest take some 10 s on two cores
+TIMEOUT_SECONDS = 300  # for one layout; the slowest take about 10 s on two cores
 
 
 class Certificate:
-    """A configuration's runs at its layouts, held against its one-rank run.
+    """A configuration's runs at its layouts, compared with its one-rank run.
 
-    `plans` has every layout that is compared, one rank first; `left_out` how many another run is
-    expected of, and why.
+    `plans` has every layout that is compared, one rank first. `left_out` has the reasons for which
+    layouts are not compared, and their number.
     """
 
     def __init__(self, name: str, config: Config, folder: Path, say: Callable[[str], None] = print):
@@ -55,13 +55,13 @@ class Certificate:
             )
 
     def run(self, sample: int | None = None, seed: int = 0) -> bool:
-        """Run the layouts, or `sample` of them drawn at random; whether all are within the limits."""
+        """Run all layouts, or `sample` random ones; return whether all are within the limits."""
         layouts = list(self.plans)
         if sample is not None and sample < len(layouts):
             layouts = sorted(random.Random(seed).sample(layouts, sample), key=layouts.index)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for name in ("parity.json", "parity.md"):  # an earlier certificate is not this one's
+            for name in ("parity.json", "parity.md"):  # remove an earlier certificate
                 (self.folder / name).unlink(missing_ok=True)
                 (self.folder / f"{name}.tmp").write_text("")
         except OSError as error:
@@ -79,21 +79,21 @@ class Certificate:
         return not any(verdict.outside for verdict in self.verdicts.values())
 
     def _run(self, layouts: list[Layout], folder: Path) -> None:
-        wholes = folder / "one_rank.pt"
+        tensors_file = folder / "one_rank.pt"
         started = time.monotonic()
-        self.one = one_rank(next(iter(self.plans.values())), wholes, folder)
+        self.one_rank = run_one_rank(next(iter(self.plans.values())), tensors_file, folder)
+        losses = " ".join(f"{loss:.4f}" for loss in self.one_rank["lm_loss"])
         self.say(
-            f"one rank: seed {self.one['seed']} ({self.one['tried']} tried), smallest top-k margin"
-            f" {self.one['margin']:.1e}, lm_loss"
-            f" {' '.join(f'{loss:.4f}' for loss in self.one['lm_loss'])}"
+            f"one rank: seed {self.one_rank['seed']} ({self.one_rank['tried']} tried), smallest"
+            f" top-k margin {self.one_rank['margin']:.1e}, lm_loss {losses}"
         )
-        if self.one["margin"] == math.inf:
+        if self.one_rank["margin"] == math.inf:
             raise UserError(
                 f"model.num_moe_experts = {self.config.model.num_moe_experts} with"
                 f" model.moe_router_topk = {self.config.model.moe_router_topk}: the router has no"
                 " choice, so there is nothing to certify of it"
             )
-        if self.one["margin"] <= measured_step.MARGIN:
+        if self.one_rank["margin"] <= measured_step.MARGIN:
             raise UserError(
                 f"no seed of {measured_step.SEEDS} has a top-k margin above"
                 f" {measured_step.MARGIN:.0e}: a choice of experts is too near a tie to compare;"
@@ -101,7 +101,9 @@ class Certificate:
             )
         self.say(f"\n{table.HEADER}")
         for number, layout in enumerate(layouts, start=1):
-            verdict = at_layout(self.plans[layout], self.one, wholes, folder / str(number))
+            verdict = compare_layout(
+                self.plans[layout], self.one_rank, tensors_file, folder / str(number)
+            )
             self.verdicts[layout] = verdict
             self.say(table.line(layout, verdict))
             if verdict.outside:
@@ -112,13 +114,14 @@ class Certificate:
                 self.write()
 
     def write(self) -> None:
-        """parity.json has every layout, parity.md the table; both whole at any time."""
+        """Write parity.json (every layout) and parity.md (the table), each atomically."""
+        one_rank = {
+            key: value for key, value in self.one_rank.items() if key != "largest_gradients"
+        }
         record = {
             "name": self.name,
             "versions": _versions(),
-            "one_rank": {
-                key: value for key, value in self.one.items() if key != "largest_gradients"
-            },
+            "one_rank": one_rank,
             "left_out": self.left_out,
             "layouts": [
                 {
@@ -130,65 +133,50 @@ class Certificate:
                 for layout, verdict in self.verdicts.items()
             ],
         }
-        for name, text in (
-            ("parity.json", json.dumps(record, indent=1) + "\n"),
-            ("parity.md", self.page()),
-        ):
+        texts = {"parity.json": json.dumps(record, indent=1) + "\n", "parity.md": self.page()}
+        for name, text in texts.items():
             temporary = self.folder / f"{name}.tmp"
             temporary.write_text(text)
             temporary.replace(self.folder / name)
 
     def page(self) -> str:
-        """The certificate in Markdown."""
+        """Return the certificate in Markdown."""
         inside = sum(not verdict.outside for verdict in self.verdicts.values())
-        facts = [
+        seed, margin = self.one_rank["seed"], self.one_rank["margin"]
+        info = [
             ("made with", _versions()),
             ("layouts within the limits", f"{inside} of {len(self.verdicts)}"),
-            (
-                "one rank",
-                f"seed {self.one['seed']}, smallest top-k margin {self.one['margin']:.1e}",
-            ),
-            *self._microbatches(),
-            *(
-                ("left out", f"{count} layouts, {reason}")
-                for reason, count in self.left_out.items()
-            ),
+            ("one rank", f"seed {seed}, smallest top-k margin {margin:.1e}"),
         ]
-        return table.markdown(f"Layout parity of {self.name}", facts, self.verdicts)
-
-    def _microbatches(self) -> list[tuple[str, str]]:
-        if not layout_sensitive.counts_over_a_step(self.config):
-            return []
-        return [
-            (
-                "microbatches a step",
-                f"{MICROBATCHES} at every layout, as global_aux_loss counts over them",
-            )
-        ]
+        if layout_sensitive.counts_over_a_step(self.config):
+            reason = "as global_aux_loss counts over them"
+            info.append(("microbatches a step", f"{MICROBATCHES} at every layout, {reason}"))
+        for reason, count in self.left_out.items():
+            info.append(("left out", f"{count} layouts, {reason}"))
+        return table.markdown(f"Layout parity of {self.name}", info, self.verdicts)
 
 
 def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
-    """(the plans of the layouts that must compute what one rank computes, reason -> how many of the others there are).
+    """Return (plans of the layouts that must equal one rank, {reason: number of other layouts}).
 
-    A layout at which Megatron-Core is known to be wrong is one of the others, with the upstream file.
+    A layout at which Megatron-Core is known to be wrong is left out, with the upstream file.
     """
     plans = {}
     left_out = Counter()
     for layout in all_layouts():
-        at = resolve(_with_its_microbatches(layout.of(config), layout.dp))
-        if beyond := layout_sensitive.broken(at, layout.dp):
-            left_out.update(
-                f"another run by design: {limit.name}, {limit.why}" for limit, _ in beyond[:1]
-            )
-        elif faults := present(derive(at)):
-            left_out.update(f"refused: {fault.file}, {fault.wrong}" for fault in faults[:1])
-        elif (plan := legal_plan(at)) is not None:
+        at_layout = resolve(_with_fixed_microbatches(layout.of(config), layout.dp))
+        if broken := layout_sensitive.broken(at_layout, layout.dp):
+            limit, _ = broken[0]
+            left_out[f"another run by design: {limit.name}, {limit.why}"] += 1
+        elif faults := present(derive(at_layout)):
+            left_out[f"refused: {faults[0].file}, {faults[0].wrong}"] += 1
+        elif (plan := legal_plan(at_layout)) is not None:
             plans[layout] = plan
     return plans, dict(left_out)
 
 
-def _with_its_microbatches(config: Config, data_parallel_size: int) -> Config:
-    """The configuration with as many microbatches a step at every layout, where the router counts over them."""
+def _with_fixed_microbatches(config: Config, data_parallel_size: int) -> Config:
+    """Give every layout the same number of microbatches if the router counts over a step."""
     if not layout_sensitive.counts_over_a_step(config):
         return config
     trainer = replace(
@@ -196,34 +184,39 @@ def _with_its_microbatches(config: Config, data_parallel_size: int) -> Config:
         micro_batch_size=LAPTOP_RANKS // data_parallel_size,
         global_batch_size=LAPTOP_RANKS * MICROBATCHES,
     )
-    # 2*CP*TP at most: few choices, so that none is near a tie
+    # the minimum that every layout can split (2*CP*TP): few expert choices, so none is near a tie
     data = replace(config.data, seq_length=LAPTOP_RANKS * 2)
     return replace(config, data=data, trainer=trainer)
 
 
-def one_rank(plan: Plan, wholes: Path, folder: Path) -> dict:
-    """The figures of the one-rank run (measure.reference), its tensors in the file `wholes`."""
-    work = partial(_reference, plan, wholes)
-    (figures,) = run_ranks(1, work, folder / "one_rank", PATIENCE_S)
+def run_one_rank(plan: Plan, tensors_file: Path, folder: Path) -> dict:
+    """Return the figures of the one-rank run (measured_step.reference); write its tensors."""
+
+    def work(identity) -> dict:
+        return measured_step.reference(plan, identity, tensors_file)
+
+    (figures,) = run_ranks(1, work, folder / "one_rank", TIMEOUT_SECONDS)
     return figures
 
 
-def _reference(plan: Plan, wholes: Path, identity) -> dict:
-    return measured_step.reference(plan, identity, wholes)
-
-
-def at_layout(
-    plan: Plan, one: dict, wholes: Path, folder: Path, work: Callable = measured_step.measure
+def compare_layout(
+    plan: Plan,
+    one_rank: dict,
+    tensors_file: Path,
+    folder: Path,
+    measure: Callable = measured_step.measure,
 ) -> Verdict:
-    """The verdict on a plan's layout; ranks that fail are outside, with what the one at fault said last."""
-    seeded = replace(plan, config=replace(plan.config, seed=one["seed"]))
+    """Run a plan's layout and compare it with one rank; a rank failure is outside the limits."""
+    seeded = replace(plan, config=replace(plan.config, seed=one_rank["seed"]))
+
+    def work(identity) -> dict:
+        return measure(seeded, identity, tensors_file)
+
     try:
-        results = run_ranks(
-            plan.world_size, lambda identity: work(seeded, identity, wholes), folder, PATIENCE_S
-        )
+        results = run_ranks(plan.world_size, work, folder, TIMEOUT_SECONDS)
     except RankFailure as failure:
         return Verdict(dict.fromkeys(TOLERANCES, math.inf), [failure.reason])
-    return judge(one, results, tensor_schema.shapes(plan.config))
+    return judge(one_rank, results, tensor_schema.shapes(plan.config))
 
 
 def _versions() -> str:

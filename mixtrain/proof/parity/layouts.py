@@ -1,4 +1,4 @@
-"""Which layouts there are: all that the rules let through, up to LAPTOP_RANKS ranks. No torch."""
+"""Lists the parallel layouts that the rules allow, up to LAPTOP_RANKS ranks. No torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = [2**power for power in range(LAPTOP_RANKS.bit_length())]  # 1, 2, 4, 8
 
 
 class Layout(NamedTuple):
-    """Sizes of one way to split a run. The data-parallel size follows from the ranks."""
+    """The parallel sizes of a run. The data-parallel size follows from the number of ranks."""
 
     ranks: int = 1
     tp: int = 1
@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     vpp: int = 1
     ep: int = 1
     etp: int = 1
-    instances: int = 1  # of the distributed optimizer; 2 is a hybrid shard
+    instances: int = 1  # of the distributed optimizer; 2: hybrid shard
     dispatcher: Dispatcher = Dispatcher.alltoall
 
     @property
@@ -36,21 +36,25 @@ class Layout(NamedTuple):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The names of what is split: ("TP", "EP")."""
-        named = {
-            "TP": self.tp, "CP": self.cp, "PP": self.pp, "VPP": self.vpp, "EP": self.ep, "ETP": self.etp,
-            "DP": self.dp, "hybrid shard": self.instances,
-        }  # fmt: skip
-        return tuple(name for name, size in named.items() if size > 1)
+        """Return the names of the axes that are split, e.g. ("TP", "EP")."""
+        return tuple(name for name, size in self._sizes().items() if size > 1)
 
     def __str__(self) -> str:
-        sizes = (("TP", self.tp), ("CP", self.cp), ("PP", self.pp), ("VPP", self.vpp), ("EP", self.ep),
-                 ("ETP", self.etp), ("DP", self.dp), ("hybrid shard ", self.instances))  # fmt: skip
-        named = "x".join(f"{name}{size}" for name, size in sizes if size > 1)
-        return f"{named or 'one rank'}, {self.dispatcher.name}"
+        split = [
+            f"{name} {size}" if " " in name else f"{name}{size}"
+            for name, size in self._sizes().items()
+            if size > 1
+        ]
+        return f"{'x'.join(split) or 'one rank'}, {self.dispatcher.name}"
+
+    def _sizes(self) -> dict[str, int]:
+        return {
+            "TP": self.tp, "CP": self.cp, "PP": self.pp, "VPP": self.vpp, "EP": self.ep,
+            "ETP": self.etp, "DP": self.dp, "hybrid shard": self.instances,
+        }  # fmt: skip
 
     def of(self, config: Config) -> Config:
-        """The configuration at this layout."""
+        """Return the configuration at this layout."""
         parallel = replace(
             config.parallel,
             tensor_model_parallel_size=self.tp,
@@ -68,23 +72,23 @@ class Layout(NamedTuple):
 
 
 def all_layouts() -> Iterator[Layout]:
-    """Every combination whose sizes can fill its ranks, whatever the model is; fewest ranks first."""
+    """Yield every combination of sizes that fits its ranks, for any model; fewest ranks first."""
     for ranks in SIZES:
         sizes = [size for size in SIZES if size <= ranks]
         for tp, cp, pp, ep, etp in product(sizes, repeat=5):
             if tp * cp * pp > ranks or ep * etp * pp > ranks:
                 continue
-            copies = ranks // (ep * etp * pp)
+            expert_copies = ranks // (ep * etp * pp)
             for vpp, instances, dispatcher in product(
                 (1, 2) if pp > 1 else (1,),
-                (1, 2) if copies > 1 else (1,),
+                (1, 2) if expert_copies > 1 else (1,),
                 (Dispatcher.alltoall, Dispatcher.allgather),
             ):
                 yield Layout(ranks, tp, cp, pp, vpp, ep, etp, instances, dispatcher)
 
 
 def legal_plan(config: Config) -> Plan | None:
-    """The plan of a configuration, None where the rules refuse it."""
+    """Return the plan of a configuration; None if the rules refuse it."""
     try:
         return make_plan(config)
     except UserError:

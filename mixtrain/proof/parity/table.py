@@ -1,4 +1,4 @@
-"""How a certificate reads: a line a layout in the terminal, a table by what is split in Markdown. No torch."""
+"""Formats a certificate: a terminal line per layout, a Markdown table per set of axes. No torch."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from collections.abc import Iterable, Iterator
 from mixtrain.proof.parity.layouts import Layout
 from mixtrain.training.compare_steps import TOLERANCES, Verdict
 
-NAMES = 44  # columns for a layout's name
-HEADER = f"{'layout':<{NAMES}} ranks " + " ".join(f"{kind:>9}" for kind in TOLERANCES)
+NAME_WIDTH = 44  # columns for a layout's name
+HEADER = f"{'layout':<{NAME_WIDTH}} ranks " + " ".join(f"{kind:>9}" for kind in TOLERANCES)
 
 
 def line(layout: Layout, verdict: Verdict) -> str:
-    """A layout's largest differences under HEADER."""
-    return f"{layout!s:<{NAMES}} {layout.ranks:>5} " + " ".join(
-        f"{verdict.differences[kind]:>9.0e}" for kind in TOLERANCES
-    )
+    """Return the line of a layout's largest differences, under HEADER."""
+    differences = " ".join(f"{verdict.differences[kind]:>9.0e}" for kind in TOLERANCES)
+    return f"{layout!s:<{NAME_WIDTH}} {layout.ranks:>5} {differences}"
 
 
-def markdown(title: str, facts: Iterable[tuple[str, str]], verdicts: dict[Layout, Verdict]) -> str:
-    """The certificate as a page: facts, then the largest differences for each set of axes that are split."""
-    lines = [f"# {title}", "", *[f"* {name}: {value}" for name, value in facts], ""]
+def markdown(title: str, info: Iterable[tuple[str, str]], verdicts: dict[Layout, Verdict]) -> str:
+    """Return the certificate as a page: info, then the largest differences per set of axes."""
+    lines = [f"# {title}", "", *[f"* {name}: {value}" for name, value in info], ""]
     lines += [
         "| split | layouts | " + " | ".join(TOLERANCES) + " |",
         "|---|---|" + "---|" * len(TOLERANCES),

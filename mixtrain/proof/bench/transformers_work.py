@@ -1,7 +1,8 @@
-"""The work of transformers' own model, Mixtral or Qwen3-MoE: forward and backward, the same batch and weights.
+"""Forward and backward of transformers' Mixtral or Qwen3-MoE on the same batch and weights.
 
-Rule: transformers' public classes as they are, with the fastest settings it has for training unless the scenario names
-another: PyTorch's attention, no cache, no router logits, gradients set to None between passes.
+Rule: uses transformers' public classes unchanged, with their fastest settings for training unless
+the scenario names others: PyTorch's attention, no cache, no router logits, gradients set to None
+between passes.
 """
 
 from __future__ import annotations
@@ -21,23 +22,27 @@ from mixtrain.proof.bench.work import Work
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
-def forward_backward(plan: Plan, chosen: dict[str, str], memory: Memory) -> Work:
-    """Each repeat takes the whole global batch in the plan's microbatches; `chosen`: values of its config."""
+def forward_backward(plan: Plan, config_overrides: dict[str, str], memory: Memory) -> Work:
+    """Return the work: each repeat takes the whole global batch in the plan's microbatches."""
     trainer = plan.config.trainer
     device = torch.device("cuda" if trainer.accelerator is Accelerator.gpu else "cpu")
     memory.begin()
-    model = built(plan, chosen, device)
-    batch = [
-        {"input_ids": part["tokens"].to(device), "shift_labels": part["labels"].to(device)}
-        for part in microbatches(plan)
+    model = build_model(plan, config_overrides, device)
+    inputs = [
+        {
+            "input_ids": microbatch["tokens"].to(device),
+            "shift_labels": microbatch["labels"].to(device),
+        }
+        for microbatch in microbatches(plan)
     ]
 
     def once() -> dict[str, float]:
         model.zero_grad(set_to_none=True)
         losses = []
-        for part in batch:
-            # `labels` asks for a loss, `shift_labels` says that they are shifted already
-            loss = model(**part, labels=part["shift_labels"], use_cache=False).loss / len(batch)
+        for tensors in inputs:
+            # `labels` requests a loss; `shift_labels` are labels that are already shifted
+            output = model(**tensors, labels=tensors["shift_labels"], use_cache=False)
+            loss = output.loss / len(inputs)
             loss.backward()
             losses.append(loss.detach())
         return {"sum": torch.stack(losses).sum().item(), "tokens": 1}
@@ -46,9 +51,12 @@ def forward_backward(plan: Plan, chosen: dict[str, str], memory: Memory) -> Work
     return Work(once, plan.tokens_per_step, wait, lambda: gradient_norm(model))
 
 
-def built(plan: Plan, chosen: dict[str, str], device: torch.device) -> PreTrainedModel:
-    """The model with the weights that the plan's seed gives ours."""
-    values = hf_config.to_hugging_face(plan.config) | {"attn_implementation": "sdpa"} | chosen
+def build_model(
+    plan: Plan, config_overrides: dict[str, str], device: torch.device
+) -> PreTrainedModel:
+    """Build the model with the same weights as mixtrain's model of the plan's seed."""
+    values = hf_config.to_hugging_face(plan.config) | {"attn_implementation": "sdpa"}
+    values |= config_overrides
     dtype = DTYPES[plan.config.trainer.precision]
     with device:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=dtype)
@@ -58,6 +66,5 @@ def built(plan: Plan, chosen: dict[str, str], device: torch.device) -> PreTraine
 
 
 def gradient_norm(model: torch.nn.Module) -> float:
-    return (
-        sum(parameter.grad.double().pow(2).sum().item() for parameter in model.parameters()) ** 0.5
-    )
+    gradients = (parameter.grad for parameter in model.parameters())
+    return sum(gradient.double().pow(2).sum().item() for gradient in gradients) ** 0.5

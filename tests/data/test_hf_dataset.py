@@ -1,6 +1,4 @@
-"""Rows of data sets as they lie on disks: which a split takes, and that no file is left out in
-silence.
-"""
+"""Rows of datasets on disk: which rows a split selects, and that no file is left out silently."""
 
 import json
 from pathlib import Path
@@ -9,7 +7,7 @@ import datasets
 import pyarrow.parquet
 import pytest
 
-from mixtrain.data.directory import lies_beside
+from mixtrain.data.directory import is_not_data
 from mixtrain.data.sources import Rows, open_source
 from mixtrain.errors import UserError
 
@@ -30,7 +28,7 @@ def offline(monkeypatch):
 
 
 def write(root: Path, *files: str, rows: int = 3) -> Path:
-    """Files of so many rows each, `STEM 0` and so on."""
+    """Write files of `rows` rows each: `STEM 0`, `STEM 1`, ..."""
     for file in files:
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +43,7 @@ def write(root: Path, *files: str, rows: int = 3) -> Path:
 
 
 def texts(name, *arguments, **given) -> list[str]:
-    return [item.text() for item in open_source(str(name), *arguments, **given).items()]
+    return [item.text() for item in open_source(str(name), *arguments, **given).documents()]
 
 
 def refusal(name, *arguments, **given) -> str:
@@ -57,7 +55,7 @@ def refusal(name, *arguments, **given) -> str:
 
 
 def saved(root: Path, rows: int) -> Path:
-    """What save_to_disk writes of the splits train and test."""
+    """The output of save_to_disk for the splits train and test."""
     texts = {part: [f"{part} {number}" for number in range(rows)] for part in ("train", "test")}
     made = datasets.DatasetDict(
         {part: datasets.Dataset.from_dict({"text": texts[part]}) for part in texts}
@@ -126,7 +124,8 @@ def test_the_two_sides_of_a_percentage_share_no_row_and_leave_none_out(tmp_path)
 def test_a_slice_may_join_splits_and_knows_its_length(tmp_path):
     write(tmp_path / "d", "train.parquet", "test.parquet", rows=10)
     source = open_source(str(tmp_path / "d"), split="train[:20%]+test[1:3]")
-    assert [item.text() for item in source.items()] == ["train 0", "train 1", "test 1", "test 2"]
+    texts = [document.text() for document in source.documents()]
+    assert texts == ["train 0", "train 1", "test 1", "test 2"]
     assert isinstance(source, Rows) and source.total() == 4
 
 
@@ -143,9 +142,9 @@ def test_a_slice_may_join_splits_and_knows_its_length(tmp_path):
         ("train[:ten]", "--split train[:ten] cannot be read"),
         ("train[::2]", "--split train[::2] cannot be read"),
         ("train[:200%]", "--split train[:200%] cannot be read"),
-        ("train[:1%]", "--split train[:1%] takes no row of the 10 in it"),
-        ("train[10:]", "--split train[10:] takes no row of the 10 in it"),
-        ("test+train[5:5]", "--split train[5:5] takes no row of the 10 in it"),
+        ("train[:1%]", "--split train[:1%] selects no row of the 10 in it"),
+        ("train[10:]", "--split train[10:] selects no row of the 10 in it"),
+        ("test+train[5:5]", "--split train[5:5] selects no row of the 10 in it"),
         ("train[:10%](pct1_dropremainder)", "cannot be read"),
     ],
 )
@@ -213,7 +212,7 @@ def test_a_jsonl_file_can_be_sliced_as_a_data_set(tmp_path):
     assert texts(tmp_path / "d.jsonl", "datasets", split="train[:20%]") == ["d 0", "d 1"]
 
 
-# Clones of the hub's repositories
+# Clones of Hub repositories
 
 
 LAYOUTS = {
@@ -266,7 +265,7 @@ def test_a_file_that_a_data_set_would_leave_out_is_named_and_a_pattern_says_what
 
 
 @pytest.mark.parametrize(
-    "name, beside",
+    "name, not_data",
     [
         ("README.md", True),
         ("readme_de.txt", True),
@@ -281,8 +280,8 @@ def test_a_file_that_a_data_set_would_leave_out_is_named_and_a_pattern_says_what
         ("dataset_infos.csv", False),
     ],
 )
-def test_what_lies_beside_the_data_is_known_by_its_whole_name(name, beside):
-    assert lies_beside(name) is beside
+def test_a_file_that_is_not_data_is_known_by_its_whole_name(name, not_data):
+    assert is_not_data(name) is not_data
 
 
 def test_records_beside_text_are_refused_until_it_is_said_what_to_read(tmp_path):
@@ -290,7 +289,7 @@ def test_records_beside_text_are_refused_until_it_is_said_what_to_read(tmp_path)
     (tmp_path / "d" / "a.txt").write_text("text")
     problem = refusal(tmp_path / "d")
     assert problem.startswith(
-        f"{tmp_path}/d/b.jsonl is no text, and a.txt beside it may be; say what to read: --suffix"
+        f"{tmp_path}/d/b.jsonl is not text, and a.txt beside it may be; say what to read: --suffix"
     )
     assert texts(tmp_path / "d", suffixes=(".txt",)) == ["text"]
     assert texts(f"{tmp_path}/d/*.jsonl") == ["b 0", "c 0"]
@@ -313,7 +312,7 @@ def test_a_file_that_is_no_text_is_not_passed_over_beside_text(name, tmp_path):
     else:
         (tmp_path / name).write_bytes(b"\x1f\x8b")
         assert refusal(tmp_path).startswith(
-            f"{tmp_path}/{name}: no suffix that says what it is; say what to read"
+            f"{tmp_path}/{name}: the suffix names no format; say what to read"
         )
 
 
@@ -336,7 +335,7 @@ def test_a_git_lfs_pointer_is_not_read_in_the_place_of_its_file(tmp_path):
         in refusal(tmp_path)
     )
     (tmp_path / "a.txt").write_text(pointer)
-    (item,) = open_source(str(tmp_path / "a.txt")).items()
+    (item,) = open_source(str(tmp_path / "a.txt")).documents()
     with pytest.raises(Exception, match="a Git LFS pointer, its content was not fetched"):
         item.text()
 
@@ -349,7 +348,7 @@ def test_a_file_that_is_broken_behind_good_ones_is_a_users_error_with_its_row(tm
 
 def test_a_pattern_takes_files_of_one_format_and_some(tmp_path):
     write(tmp_path, "a.jsonl", "b.csv")
-    assert "no file fits this pattern" in refusal(f"{tmp_path}/*.parquet")
+    assert "no file matches this pattern" in refusal(f"{tmp_path}/*.parquet")
     assert "are not of one format; give a narrower pattern" in refusal(f"{tmp_path}/*")
     write(tmp_path / "tables", "a.parquet", "b.csv")
     assert "are not of one format; give a narrower pattern" in refusal(f"{tmp_path}/tables/*")

@@ -1,6 +1,6 @@
-"""The work of saving: a checkpoint, the part of an asynchronous one that training waits for, or plain files.
+"""The work of saving: a checkpoint, the time an asynchronous save blocks training, or plain files.
 
-Rule: whatever is written is on the disk (fsync) before the time stops; one checkpoint is kept, and no plain file.
+Rule: the time includes fsync of everything written. One checkpoint is kept, and no plain file.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from mixtrain.system.rank_identity import Identity
 
 
 @contextlib.contextmanager
-def saves(plan: Plan, identity: Identity, folder: Path, memory) -> Iterator[Work]:
-    """Checkpoints of a model that has taken a step. With checkpoint.async_save the time is what training is held up."""
-    from mixtrain.proof.bench.ours import started, steps
+def checkpoint_saves(plan: Plan, identity: Identity, folder: Path, memory) -> Iterator[Work]:
+    """Yield the work of saving a model that has taken a step.
+
+    With checkpoint.async_save the time is that for which training is blocked.
+    """
+    from mixtrain.proof.bench.mixtrain_work import optimizer_steps, started
 
     plan = replace(plan, config=replace(plan.config, run_dir=str(folder)))
     with started(plan, identity, memory) as ranks:
-        training, step = steps(plan, ranks)
+        training, step = optimizer_steps(plan, ranks)
         from mixtrain.checkpoint.save import Saver
         from mixtrain.checkpoint.state import RunState
 
@@ -38,28 +41,28 @@ def saves(plan: Plan, identity: Identity, folder: Path, memory) -> Iterator[Work
             number += 1
             began = time.perf_counter()
             saver.save(RunState(step=number))
-            held_up = time.perf_counter() - began
+            blocked_seconds = time.perf_counter() - began
             while saver.pending:
                 step()
                 began = time.perf_counter()
                 saver.poll()
-                held_up += time.perf_counter() - began
-            return {"seconds": held_up}
+                blocked_seconds += time.perf_counter() - began
+            return {"seconds": blocked_seconds}
 
         yield Work(once, plan.checkpoint_bytes)
         saver.drain()
 
 
 def plain_writes(plan: Plan, folder: Path, files: int) -> Work:
-    """As many bytes as a checkpoint of the plan has, in a few files, two at a time as a rank writes its own."""
+    """Return the work of writing a checkpoint's bytes to plain files, two at a time like a rank."""
     data = memoryview(os.urandom(1 << 26))
     sizes = [plan.checkpoint_bytes // files] * files
 
     def write(number: int) -> None:
         with open(folder / f"plain_{number}", "wb", buffering=0) as file:
-            left = sizes[number]
-            while left:
-                left -= file.write(data[: min(left, len(data))])
+            remaining = sizes[number]
+            while remaining:
+                remaining -= file.write(data[: min(remaining, len(data))])
             os.fsync(file.fileno())
 
     def once() -> dict[str, float]:

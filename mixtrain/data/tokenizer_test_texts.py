@@ -1,6 +1,6 @@
-"""Texts, made by rule, on which two readers of one vocabulary part if one of them has the merges in another order.
+"""Generated texts that two tokenizers of one vocabulary encode differently if their merges differ.
 
-Rule: no text spells a special token. Of those the readers differ on purpose.
+Rule: no text spells a special token, since tokenizers treat those differently on purpose.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ CHARACTERS = (
 )
 
 
-def proof_texts() -> list[str]:
-    """Each text once: indented code, runs of every character, numbers, scripts, spaces in every place."""
+def tokenizer_test_texts() -> list[str]:
+    """Return each text once: indented code, runs of a character, numbers, scripts, spaces."""
     return list(dict.fromkeys(_texts()))
 
 

@@ -1,19 +1,17 @@
-"""Documents that cannot be read: a few are left out and named, many are an error."""
+"""Unreadable documents: a few are left out and named, many are an error."""
 
 import json
 
 import pytest
 from preprocessing import command
 
-from mixtrain.data.lines import JsonLines
+from mixtrain.data.json_lines import JsonLines
 from mixtrain.data.preprocess import preprocess
 from mixtrain.errors import UserError
 
 
 def lines(path, good: int, bad: int) -> JsonLines:
-    """A file of so many documents under the key `text`, and so many lines with other keys behind
-    them.
-    """
+    """Write a file of documents under the key `text`, followed by lines with other keys."""
     found = [{"text": f"words {number}"} for number in range(good)] + [
         {"body": "x", "id": n} for n in range(bad)
     ]
@@ -76,7 +74,7 @@ def test_the_share_that_the_error_names_is_enough(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_the_keys_that_there_are_are_said_once(workers, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("mixtrain.data.lines.BLOCK", 64)
+    monkeypatch.setattr("mixtrain.data.json_lines.BLOCK", 64)
     source = lines(tmp_path / "a.jsonl", 20, 20)
     said = []
     preprocess(
@@ -94,7 +92,7 @@ def test_of_many_keys_the_first_are_named_and_a_line_without_an_object_has_none(
     many = {f"key{number}": number for number in range(100)}
     (tmp_path / "a.jsonl").write_text(json.dumps(many) + '\n"text"\n["text"]\n{}\n{"text": "x"}\n')
     found = []
-    for item in JsonLines(tmp_path / "a.jsonl", "text").items():
+    for item in JsonLines(tmp_path / "a.jsonl", "text").documents():
         try:
             item.text()
         except Exception as error:

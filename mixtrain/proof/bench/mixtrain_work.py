@@ -1,6 +1,6 @@
-"""The work of this project: forward and backward, or whole steps, of a plan on one batch of made-up tokens.
+"""mixtrain's own work: forward and backward, or whole steps, of a plan on one random batch.
 
-Rule: what is measured is what a run does, through the same functions.
+Rule: the benchmark calls the same functions as a training run.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from mixtrain.system.rank_identity import Identity
 
 @contextlib.contextmanager
 def started(plan: Plan, identity: Identity, memory: Memory) -> Iterator[Any]:
-    """This rank, with Megatron-Core ready for the plan's device."""
+    """Yield this rank, with Megatron-Core initialized for the plan's device."""
     megatron_fixes.apply()
     if plan.config.trainer.accelerator is Accelerator.cpu:
         cpu.apply()
     from mixtrain.engine import process_groups
-    from mixtrain.training import loop  # noqa: F401  (all of Megatron-Core that a step needs)
+    from mixtrain.training import loop  # noqa: F401  (imports all of Megatron-Core that a step needs)
 
     memory.begin()
     with process_groups.start(plan, identity) as ranks:
@@ -37,14 +37,16 @@ def started(plan: Plan, identity: Identity, memory: Memory) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def trains(plan: Plan, identity: Identity, measure: Measure, memory: Memory) -> Iterator[Work]:
-    """A rank's work. Each repeat takes the whole global batch, always the same."""
+def training_work(
+    plan: Plan, identity: Identity, measure: Measure, memory: Memory
+) -> Iterator[Work]:
+    """Yield a rank's work: each repeat takes the same whole global batch."""
     with started(plan, identity, memory) as ranks:
         if measure is Measure.step:
-            (_, once) = steps(plan, ranks)
+            _, once = optimizer_steps(plan, ranks)
             norm = None
         else:
-            once, norm = passes(plan, ranks)
+            once, norm = forward_backward_passes(plan, ranks)
 
         def wait() -> None:
             if ranks.device.type == "cuda":
@@ -55,8 +57,8 @@ def trains(plan: Plan, identity: Identity, measure: Measure, memory: Memory) -> 
         yield Work(once, plan.tokens_per_step, wait, norm)
 
 
-def steps(plan: Plan, ranks: Any):
-    """(what is trained, a function that takes a whole optimizer step as the loop does)."""
+def optimizer_steps(plan: Plan, ranks: Any):
+    """Return (the Training, a function that takes a whole optimizer step as the loop does)."""
     from mixtrain.checkpoint.state import RunState
     from mixtrain.engine import model, optimizer
     from mixtrain.training import loop
@@ -66,22 +68,25 @@ def steps(plan: Plan, ranks: Any):
     check_norm = norm_check(plan, ranks.device)
     training = optimizer.build(plan, model.build(plan, ranks.device), check_norm)
     logs = SimpleNamespace(say=print)
-    run = loop.Loop(plan, ranks, training, {"train": Forever(plan)}, logs, RunState())
+    run = loop.Loop(plan, ranks, training, {"train": RepeatedBatch(plan)}, logs, RunState())
     stop = StopRequest()
 
     def once() -> dict[str, float]:
         metrics, _ = run.take_step(run.state.step + 1, stop)
         if metrics["lm_loss"] is None:
             raise RuntimeError(
-                f"step {metrics['step']} was skipped: this benchmark is of steps that are taken"
+                f"step {metrics['step']} was skipped, and this benchmark measures no skipped steps"
             )
         return {"sum": metrics["lm_loss"], "tokens": 1, "norm": metrics["grad_norm"]}
 
     return training, once
 
 
-def passes(plan: Plan, ranks: Any):
-    """(a function that passes forward and backward into zeroed gradient buffers, the norm of what is in them)."""
+def forward_backward_passes(plan: Plan, ranks: Any):
+    """Return (a function that runs forward and backward, a function for the gradient norm or None).
+
+    Each pass zeroes the gradient buffers first. The norm is only available on one rank.
+    """
     from mixtrain.engine import model, optimizer
     from mixtrain.engine.optimizer import Training
     from mixtrain.training import loop
@@ -89,7 +94,7 @@ def passes(plan: Plan, ranks: Any):
     chunks = optimizer.wrap_for_data_parallel(plan, model.build(plan, ranks.device))
     optimizer.set_schedule_callbacks(plan, chunks, optimizer=None)
     training = Training(chunks, optimizer=None, scheduler=None)
-    data = [iter(Forever(plan)) for _ in chunks]
+    data = [iter(RepeatedBatch(plan)) for _ in chunks]
 
     def once() -> dict[str, float]:
         for chunk in chunks:
@@ -104,13 +109,13 @@ def passes(plan: Plan, ranks: Any):
 
 
 def gradient_norm(chunks: list[torch.nn.Module]) -> float:
-    """The norm of all gradients, of a model that lies on one rank."""
+    """Return the norm of all gradients of a model on one rank."""
     gradients = (parameter.main_grad for chunk in chunks for parameter in chunk.parameters())
     return sum(gradient.double().pow(2).sum().item() for gradient in gradients) ** 0.5
 
 
-class Forever:
-    """The rank's microbatches of the one batch, again and again."""
+class RepeatedBatch:
+    """An endless iterable of the rank's microbatches of one batch."""
 
     def __init__(self, plan: Plan):
         from megatron.core import parallel_state

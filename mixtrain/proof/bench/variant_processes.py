@@ -1,7 +1,7 @@
-"""The processes of variants and their turns: A B C D A B C D. No torch.
+"""The processes of each variant, which take turns: A B C D A B C D. No torch.
 
-Rule: one variant works at a time and all others wait; every wait for a process is bounded, and a
-process that fails ends the benchmark with its last words.
+Rule: one variant works at a time and all others wait. Every wait for a process has a time limit. A
+process that fails ends the benchmark, and its last output is shown.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from mixtrain.errors import Fault
 from mixtrain.proof.bench.machine import ROOT
 from mixtrain.proof.bench.scenario import Scenario
 from mixtrain.proof.bench.variants import Variant
-from mixtrain.proof.bench.worker import Spec
+from mixtrain.proof.bench.worker import WorkerSpec
 from mixtrain.system.host_memory import SETTINGS
 from mixtrain.system.rank_identity import Identity
 
-MINUTES = 30  # for one answer
+TIMEOUT_MINUTES = 30  # for one answer
 
 
 @dataclass(frozen=True)
-class Computed:
-    """What a variant computed while it warmed up: an LM loss a repeat, the gradients' norm where it is known."""
+class WarmupResult:
+    """What a variant computed in warmup: an LM loss per repeat, and the gradient norm if known."""
 
     losses: list[float]
     norm: float | None
-    held_bytes: int | None  # between steps, of the fullest rank
+    held_bytes: int | None  # between steps, of the rank with the most
 
 
-def computed(answers: list[dict[str, Any]]) -> Computed:
-    """What the ranks say together: each has a part of the batch, and the losses of its tokens."""
+def combine_ranks(answers: list[dict[str, Any]]) -> WarmupResult:
+    """Combine the ranks' answers: each has the losses of its share of the batch."""
     repeats = zip(*(answer["computed"] for answer in answers), strict=True)
     losses = [
         sum(result["sum"] for result in results) / sum(result["tokens"] for result in results)
         for results in repeats
         if "sum" in results[0]
     ]
-    held = max(answer["held_bytes"] for answer in answers)
-    return Computed(losses, answers[0]["computed"][-1].get("norm"), held)
+    held_bytes = max(answer["held_bytes"] for answer in answers)
+    return WarmupResult(losses, answers[0]["computed"][-1].get("norm"), held_bytes)
 
 
-class Processes:
-    """The ranks of one variant."""
+class VariantProcesses:
+    """The processes of one variant: one per rank."""
 
     def __init__(self, variant: Variant, scenario: Scenario, folder: Path):
         folder.mkdir(parents=True)
@@ -63,63 +63,59 @@ class Processes:
             identity = Identity(
                 rank, variant.ranks, rank, variant.ranks, f"file://{folder}/rendezvous"
             )
-            spec = folder / f"spec_{rank}"
-            own = folder / f"rank_{rank}"
-            own.mkdir()
-            spec.write_bytes(
-                pickle.dumps(
-                    Spec(variant, identity, scenario.repeats, scenario.warmup, threads, own)
-                )
+            rank_folder = folder / f"rank_{rank}"
+            rank_folder.mkdir()
+            spec = WorkerSpec(
+                variant, identity, scenario.repeats, scenario.warmup, threads, rank_folder
             )
-            self.children.append(self._start(spec, own, threads))
+            spec_file = folder / f"spec_{rank}"
+            spec_file.write_bytes(pickle.dumps(spec))
+            self.children.append(self._start(spec_file, rank_folder, threads))
 
-    def ready(self) -> Computed:
-        """Wait until all ranks have built their part and warmed up."""
-        self.computed = computed(self._answers())
-        return self.computed
+    def wait_until_ready(self) -> WarmupResult:
+        """Wait until all ranks have built their share of the model and warmed up."""
+        return combine_ranks(self._answers())
 
-    def _start(self, spec: Path, own: Path, threads: int | None) -> subprocess.Popen:
+    def _start(self, spec_file: Path, folder: Path, threads: int | None) -> subprocess.Popen:
         paths = os.pathsep.join(path for path in (str(ROOT), os.environ.get("PYTHONPATH")) if path)
         settings = SETTINGS if self.variant.has_memory_settings else {}
         environment = {**settings, **os.environ, "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": paths}
         if threads:
             environment |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         return subprocess.Popen(
-            [sys.executable, "-m", "mixtrain.proof.bench.worker", str(spec)],
+            [sys.executable, "-m", "mixtrain.proof.bench.worker", str(spec_file)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(own / "log").open("w"),
+            stderr=(folder / "log").open("w"),
             env=environment,
             text=True,
             start_new_session=True,
         )
 
-    def turn(self) -> dict[str, Any]:
-        """The turn of all ranks: the slowest one's time, everybody's CPU time, the fullest one's memory."""
+    def take_turn(self) -> dict[str, Any]:
+        """Run a turn on all ranks; return maximum time, total CPU time and maximum peak memory."""
         for child in self.children:
-            with contextlib.suppress(BrokenPipeError):  # it has ended: its answer says so
+            with contextlib.suppress(BrokenPipeError):  # it has ended: _answer reports it
                 child.stdin.write("\n")
                 child.stdin.flush()
         answers = self._answers()
-        slowest = {
-            key: max(answer[key] for answer in answers)
-            for key in ("seconds", "amount", "peak_bytes")
-        }
-        return slowest | {"cpu_seconds": sum(answer["cpu_seconds"] for answer in answers)}
+        keys = ("seconds", "amount", "peak_bytes")
+        maxima = {key: max(answer[key] for answer in answers) for key in keys}
+        return maxima | {"cpu_seconds": sum(answer["cpu_seconds"] for answer in answers)}
 
     def _answers(self) -> list[dict[str, Any]]:
-        """One of each rank. The first rank that ends instead is the cause: what others say then follows from it."""
+        """Return one answer per rank. The first rank that ends instead is reported as the cause."""
         answers: dict[int, dict[str, Any]] = {}
         with selectors.DefaultSelector() as selector:
             for rank, child in enumerate(self.children):
                 selector.register(child.stdout, selectors.EVENT_READ, rank)
             while len(answers) < len(self.children):
-                ready = selector.select(60 * MINUTES)
+                ready = selector.select(60 * TIMEOUT_MINUTES)
                 if not ready:
                     silent = sorted(set(range(len(self.children))) - set(answers))
                     raise Fault(
-                        f"{self.variant.name}: rank {silent[0]} has not answered for {MINUTES}"
-                        " minutes"
+                        f"{self.variant.name}: rank {silent[0]} has not answered for"
+                        f" {TIMEOUT_MINUTES} minutes"
                     )
                 for key, _ in ready:
                     answers[key.data] = self._answer(key.data)
@@ -129,14 +125,14 @@ class Processes:
     def _answer(self, rank: int) -> dict[str, Any]:
         child = self.children[rank]
         if not (line := child.stdout.readline()):
-            words = (self.folder / f"rank_{rank}" / "log").read_text().strip()[-2000:]
+            output = (self.folder / f"rank_{rank}" / "log").read_text().strip()[-2000:]
             raise Fault(
-                f"{self.variant.name}: rank {rank} ended with exit code {child.wait()}:\n{words}"
+                f"{self.variant.name}: rank {rank} ended with exit code {child.wait()}:\n{output}"
             )
         return json.loads(line)
 
     def close(self) -> None:
-        """No more turns: what reads from an empty pipe ends; who does not is ended."""
+        """Close the workers' standard input, so that they end; kill those that do not."""
         for child in self.children:
             with contextlib.suppress(BrokenPipeError):
                 child.stdin.close()
@@ -148,8 +144,7 @@ class Processes:
             child.wait()
             child.stdout.close()
 
-    def end(self) -> None:
-        """At once, whatever they do."""
+    def kill(self) -> None:
         for child in self.children:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
