@@ -23,7 +23,7 @@ from pathlib import Path
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import counted, of_size, run  # noqa: E402
+from mixtrain.cli import positive_int, directory_size, run  # noqa: E402
 from mixtrain.config.compose import CONF  # noqa: E402
 from mixtrain.errors import UserError  # noqa: E402
 
@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument(
         "--processes",
-        type=counted,
+        type=positive_int,
         default=1,
         metavar="N",
         help="that copy side by side (default: 1)",
@@ -52,7 +52,7 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument(
         "--make-vocab-size-divisible-by",
-        type=counted,
+        type=positive_int,
         default=1,
         metavar="N",
         help="add rows to the vocabulary, for tensor parallelism to divide it; an export cuts them"
@@ -80,7 +80,7 @@ def main(words: list[str]) -> int:
         given.make_vocab_size_divisible_by,
     )
     seconds = time.monotonic() - started
-    print(f"{given.out_dir / 'release'}: {of_size(given.out_dir)} in {seconds:.1f} s")
+    print(f"{given.out_dir / 'release'}: {directory_size(given.out_dir)} in {seconds:.1f} s")
     tokenizer = given.out_dir / "tokenizer"
     usable = (tokenizer / "tokenizer.json").is_file()
     words = f" data.tokenizer={tokenizer}" if usable else ""

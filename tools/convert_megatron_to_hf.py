@@ -24,7 +24,7 @@ from pathlib import Path
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import byte_size, counted, of_size, run  # noqa: E402
+from mixtrain.cli import byte_size, positive_int, directory_size, run  # noqa: E402
 
 
 def main(words: list[str]) -> int:
@@ -59,7 +59,7 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument(
         "--processes",
-        type=counted,
+        type=positive_int,
         default=1,
         metavar="N",
         help="that copy side by side (default: 1)",
@@ -101,7 +101,7 @@ def main(words: list[str]) -> int:
         allow_nonfinite=given.allow_nonfinite,
     )
     print(
-        f"{given.out_dir}: {checkpoint}, {of_size(given.out_dir)} in"
+        f"{given.out_dir}: {checkpoint}, {directory_size(given.out_dir)} in"
         f" {time.monotonic() - started:.1f} s"
     )
     if not (given.out_dir / "tokenizer.json").is_file():

@@ -36,7 +36,7 @@ from pathlib import Path
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import run, share  # noqa: E402
+from mixtrain.cli import fraction, run  # noqa: E402
 from mixtrain.data.formats import FORMATS  # noqa: E402
 from mixtrain.data.preprocess import preprocess  # noqa: E402
 from mixtrain.data.sources import open_source  # noqa: E402
@@ -99,7 +99,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
              " (default: it stays text)",
     )  # fmt: skip
     add(
-        "--max-unreadable", type=share, metavar="SHARE",
+        "--max-unreadable", type=fraction, metavar="SHARE",
         help="of the documents that may be left out unread: 0.5 (default: 0.01, or two if they are"
              " less than half)",
     )  # fmt: skip

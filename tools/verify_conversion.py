@@ -31,7 +31,7 @@ from pathlib import Path
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import counted, run  # noqa: E402
+from mixtrain.cli import positive_int, run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, UserError  # noqa: E402
 
 
@@ -49,12 +49,12 @@ def main(words: list[str]) -> int:
         default="fp32",
         help="to compute in (default: fp32)",
     )
-    parser.add_argument("--sequences", type=counted, default=2, metavar="N", help="(default: 2)")
+    parser.add_argument("--sequences", type=positive_int, default=2, metavar="N", help="(default: 2)")
     parser.add_argument(
-        "--length", type=counted, default=128, metavar="N", help="tokens of each (default: 128)"
+        "--length", type=positive_int, default=128, metavar="N", help="tokens of each (default: 128)"
     )
     parser.add_argument(
-        "--layers", type=counted, metavar="N", help="only the first N layers, and then the logits"
+        "--layers", type=positive_int, metavar="N", help="only the first N layers, and then the logits"
     )
     parser.add_argument(
         "--manifest",

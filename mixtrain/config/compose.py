@@ -139,7 +139,7 @@ def file_problems(overrides: list[str], conf: Path = CONF) -> list[str]:
             continue
         seen.add(path)
         try:
-            found = yaml_file.plain(path)
+            found = yaml_file.load_plain(path)
         except UserError as error:
             problems += error.problems
         else:
@@ -269,7 +269,7 @@ def _hydra(words: list[str], conf: Path, known: list[str]) -> list[Composed]:
 
     @hydra.main(version_base="1.3", config_path=str(conf), config_name="config")
     def collect(tree: DictConfig) -> None:
-        if too_large := yaml_file.growth(tree):
+        if too_large := yaml_file.expansion_problem(tree):
             refused.append(too_large)
             return
         overrides = HydraConfig.get().overrides.task  # unresolved: the ${...} in them is the tree's

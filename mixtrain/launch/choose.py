@@ -42,7 +42,7 @@ def place(plan: Plan) -> LauncherType:
 
 def launch(plan: Plan, words: list[str]) -> int:
     """Run the plan, which the overrides `words` make, wherever it belongs; the exit code."""
-    streams.forgive(console_log(recorded(plan)))
+    streams.make_tolerant(console_log(recorded(plan)))
     if place(plan) is LauncherType.slurm:
         return submit.submit(plan, words)
     return local.start(recorded(plan))

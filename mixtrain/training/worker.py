@@ -28,7 +28,7 @@ from mixtrain.training.watchdog import Watchdog, heartbeat
 
 def run(plan: Plan, identity: Identity) -> int:
     """Train the plan as rank `me`; the exit code. A fault's traceback goes to stderr, of a user's mistake one line."""
-    streams.forgive(console_log(plan, identity.rank))
+    streams.make_tolerant(console_log(plan, identity.rank))
     folder = os.environ.get(FOLDER) if identity.is_ours else None
     with (
         StopRequest() as stop,

@@ -197,7 +197,7 @@ def test_a_folder_of_that_name_with_other_files_is_never_cleared_and_what_a_kill
     left = tmp_path / "made.writing"
     left.mkdir()
     (left / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="thesis.txt is no file of an interrupted run"):
+    with pytest.raises(UserError, match="thesis.txt was not written by an interrupted run"):
         convert(V1, tmp_path / "made")
     assert (left / "thesis.txt").read_text() == "mine"
     (left / "thesis.txt").rename(left / "tokenizer.json")

@@ -119,4 +119,4 @@ def test_a_pipe_to_somebody_else_is_another_fault():
 
 
 def test_what_is_read_to_its_end_ends_as_ever():
-    assert code_of(lambda: closed_pipe.ended(lambda: 3), closed=())[0] == 3
+    assert code_of(lambda: closed_pipe.run_main(lambda: 3), closed=())[0] == 3

@@ -87,8 +87,8 @@ OTHERS = {
     "is a link that leads out of its directory, to /dev/zero": lambda path: path.symlink_to(
         "/dev/zero"
     ),
-    "is a link to nowhere, which is no file": lambda path: path.symlink_to("nowhere"),
-    "is a link to other, which is no file": loop,
+    "is a link to nowhere, which is not a file": lambda path: path.symlink_to("nowhere"),
+    "is a link to other, which is not a file": loop,
     "is a named pipe; a file was expected": os.mkfifo,
     "is a directory; a file was expected": Path.mkdir,
 }

@@ -117,7 +117,7 @@ def test_another_users_lock_can_neither_be_held_nor_is_its_run_said_to_have_ende
                 with pytest.raises(PermissionError):
                     os.open(folder / LOCK, os.O_RDONLY)
                 with pytest.raises(
-                    UserError, match=r"\.lock: it is user root's, who alone can say whether"
+                    UserError, match=r"\.lock: it belongs to user root, who alone can tell whether"
                 ):
                     with claimed(plan):
                         pass

@@ -24,7 +24,7 @@ from mixtrain.errors import UserError
 from mixtrain.interop.convert.settings import from_hugging_face
 from mixtrain.interop.generate.request import read_prompts
 from mixtrain.system import status, untrusted_json
-from mixtrain.system.untrusted_json import Count, InvalidJson, Name, whole
+from mixtrain.system.untrusted_json import Count, InvalidJson, Name, integer
 from mixtrain.training import logs, plot
 from mixtrain.training.run_directory import attempts_problem, former
 
@@ -51,11 +51,11 @@ class Inner(TypedDict):
         ("[" * 100_000, Any, "nested more than 64 deep"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, Any, "nested more than 64 deep"),
         ("[" * 65 + "]" * 65, Any, "nested more than 64 deep"),
-        ("NaN", Any, "NaN is no number of JSON"),
-        ("[-Infinity]", Any, "-Infinity is no number of JSON"),
+        ("NaN", Any, "NaN is not a JSON number"),
+        ("[-Infinity]", Any, "-Infinity is not a JSON number"),
         ("[1e999]", Any, "the number 1e999 is too large"),
         ("9" * 100_000, Any, "a number of 100,000 digits; 40 are read at most"),
-        ('{"a": {"b": 1, "b": 2}}', Any, 'the key "b" stands in it twice'),
+        ('{"a": {"b": 1, "b": 2}}', Any, 'the key "b" occurs twice'),
         (b'{"a": "\xff"}', Any, "not UTF-8 at byte 7"),
         ("", Any, "not valid JSON (Expecting value: line 1 column 1 (char 0))"),
         ("5", dict[str, Any], "5 is not an object"),
@@ -71,7 +71,7 @@ class Inner(TypedDict):
         ),
         ('{"a": [1, "x"]}', dict[str, list[int] | str], 'a[1] = "x" is not a whole number'),
         ("[1, 2, 3]", tuple[Count, Count], "a list of 3 is not a list of 2"),
-        ("9", whole(0, 8), "9 is not a whole number from 0 to 8"),
+        ("9", integer(0, 8), "9 is not a whole number from 0 to 8"),
         (json.dumps("x" * 10_000), int, f'"{"x" * 59} ... is not a whole number'),
     ],
 )
@@ -94,7 +94,7 @@ def test_what_fits_is_given_as_it_is():
 def test_of_a_line_of_a_corpus_only_the_key_that_is_read_must_be_right():
     text = b'{"text": "x", "score": NaN, "id": 1e999, "tag": 1, "tag": 2}'
     assert untrusted_json.parse(text, Any, only="text")["text"] == "x"
-    with pytest.raises(InvalidJson, match='the key "text" stands in it twice'):
+    with pytest.raises(InvalidJson, match='the key "text" occurs twice'):
         untrusted_json.parse(b'{"text": "x", "text": "y"}', Any, only="text")
 
 
@@ -103,9 +103,9 @@ def test_a_file_is_read_only_if_it_is_one_and_of_a_size_that_is_read(tmp_path):
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "large").write_text('"' + "x" * 100 + '"')
     for name, said in {
-        "pipe": "is refused: no regular file",
-        "zero": "is refused: no regular file",
-        "large": "is refused: more than 100 bytes",
+        "pipe": "is refused: not a regular file",
+        "zero": "is refused: not a regular file",
+        "large": "is refused: larger than 100 bytes",
         "none": "is missing: why",
         ".": "cannot be read (Is a directory)",
     }.items():

@@ -18,7 +18,7 @@ from mixtrain.errors import UserError
 from mixtrain.interop.convert import strangers
 from mixtrain.system import untrusted_json
 from mixtrain.system.links import file_in
-from mixtrain.system.mmap_tensor import window
+from mixtrain.system.mmap_tensor import map_tensor
 from mixtrain.system.untrusted_json import LARGE, Count, InvalidJson, Name
 
 SINGLE = "model.safetensors"
@@ -61,7 +61,7 @@ class Stored(NamedTuple):
 
     def part(self, start: int, stop: int) -> torch.Tensor:
         """The elements start..stop of the flat tensor: a window on the file."""
-        return window(
+        return map_tensor(
             self.path, self.offset + start * self.dtype.itemsize, (stop - start,), self.dtype
         )
 

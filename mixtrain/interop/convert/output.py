@@ -54,7 +54,7 @@ def written_whole(out: Path, size: int, parts: int) -> Iterator[Path]:
         raise UserError(f"{out} is there already: give a new directory, or remove it")
     writing = out.with_name(out.name + ".writing")
     made = partial.make(writing)
-    with partial.claimed(writing, "conversion"):
+    with partial.claim(writing, "conversion"):
         try:
             for path in writing.iterdir():  # of a conversion that was killed
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -69,7 +69,7 @@ def written_whole(out: Path, size: int, parts: int) -> Iterator[Path]:
             sync(out.parent)
         except OSError as error:
             # measured before it is removed
-            words = partial.words(out, writing, error, _takes(size, margin))
+            words = partial.failure_message(out, writing, error, _takes(size, margin))
             partial.remove(made or [writing])
             raise Fault(words) from None
         except BaseException:
