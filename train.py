@@ -26,7 +26,7 @@ if __name__ == "__main__":  # before the other imports, which take half a second
         note_requests()
 
 from mixtrain.config.choices import LauncherType, Mode
-from mixtrain.config.compose import Composed, compose
+from mixtrain.config.compose import ComposedJob, compose
 from mixtrain.config.jobs import plan_of
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import render
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> int:
 
 
 def checked_plans(
-    jobs: list[Composed], problems: list[str], identity: Identity | None
+    jobs: list[ComposedJob], problems: list[str], identity: Identity | None
 ) -> list[tuple[Plan, list[str]]]:
     """Print the plan of every job; return (plan, overrides) of the jobs to run.
 

@@ -23,7 +23,7 @@ from pathlib import Path
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import positive_int, directory_size, run  # noqa: E402
+from mixtrain.cli import directory_size, positive_int, run  # noqa: E402
 from mixtrain.config.compose import CONF  # noqa: E402
 from mixtrain.errors import UserError  # noqa: E402
 

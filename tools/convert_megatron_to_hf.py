@@ -24,7 +24,7 @@ from pathlib import Path
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import byte_size, positive_int, directory_size, run  # noqa: E402
+from mixtrain.cli import byte_size, directory_size, positive_int, run  # noqa: E402
 
 
 def main(words: list[str]) -> int:

@@ -34,7 +34,7 @@ from mixtrain.interop.generate.request import Request, Sampling, read_prompts  #
 from mixtrain.interop.generate.words import Follower, say  # noqa: E402
 from mixtrain.launch import local  # noqa: E402
 from mixtrain.system import scratch  # noqa: E402
-from mixtrain.system.closed_pipe import run_main, reader_has_gone  # noqa: E402
+from mixtrain.system.closed_pipe import reader_has_gone, run_main  # noqa: E402
 from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, read_identity  # noqa: E402
 from mixtrain.training.run_directory import former  # noqa: E402
 

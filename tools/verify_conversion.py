@@ -49,12 +49,21 @@ def main(words: list[str]) -> int:
         default="fp32",
         help="to compute in (default: fp32)",
     )
-    parser.add_argument("--sequences", type=positive_int, default=2, metavar="N", help="(default: 2)")
     parser.add_argument(
-        "--length", type=positive_int, default=128, metavar="N", help="tokens of each (default: 128)"
+        "--sequences", type=positive_int, default=2, metavar="N", help="(default: 2)"
     )
     parser.add_argument(
-        "--layers", type=positive_int, metavar="N", help="only the first N layers, and then the logits"
+        "--length",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="tokens of each (default: 128)",
+    )
+    parser.add_argument(
+        "--layers",
+        type=positive_int,
+        metavar="N",
+        help="only the first N layers, and then the logits",
     )
     parser.add_argument(
         "--manifest",

@@ -90,7 +90,7 @@ def wholes(plan: Plan, dtype: torch.dtype = torch.float32) -> dict[str, torch.Te
 
     with draws() as pool:
         for key, shape in shapes.items():
-            every = list(itertools.product(*map(range, shape[: tensor_schema.stacked(key)])))
+            every = list(itertools.product(*map(range, shape[: tensor_schema.stacked_axes(key)])))
             list(pool.map(fill, [key] * len(every), every))
     return drawn
 

@@ -122,7 +122,7 @@ def changed_since(config: Config, state: RunState) -> list[str]:
     except (UserError, OmegaConfBaseException):
         return ["its configuration is of another version of mixtrain and was not compared"]
     found = [change for change in changes(before, config)[MATHEMATICS] if change.key not in SAID]
-    lines = [f"{change.key} = {show(change.here)} (was {show(change.recipe)})" for change in found]
+    lines = [f"{change.key} = {show(change.value)} (was {show(change.recipe)})" for change in found]
     return lines + other_rate(
         before, config, state, [change for change in found if change.key in SCHEDULE]
     )
@@ -137,7 +137,7 @@ def other_rate(before: Config, config: Config, state: RunState, found: list[Chan
         return []
     was = schedule_in_steps(before)
     now = config.optimizer
-    if not lr_schedule.is_one(was):
+    if not lr_schedule.is_valid(was):
         return [
             "the schedule of its configuration is none, and the learning rates were not compared"
         ]

@@ -19,7 +19,7 @@ from rank_workers import run_ranks
 from test_parity import TINY, three_steps
 from test_rules_edges import TE, problems
 
-from mixtrain.config.extra_fields import CLASS_OF, NEEDS, READ, TABLES, keys_of_their_own
+from mixtrain.config.extra_fields import CLASS_OF, NEEDS, READ, TABLES, dedicated_keys
 from mixtrain.config.transformer_fields import ARCHITECTURE, transformer_config_defaults
 from mixtrain.engine.forked_ranks import RankFailure
 
@@ -27,7 +27,7 @@ RECORD = ROOT / "tests" / "transformer_fields.json"  # of each version that is s
 RECORDED = json.loads(RECORD.read_text()) if RECORD.exists() else {}
 VERSION = version("megatron-core")
 EVERY = set().union(*map(set, RECORDED.values()))
-OWN = set(keys_of_their_own(derived()))
+OWN = set(dedicated_keys(derived()))
 MODEL = ["parallel=ep1", "model.num_layers=2"]
 ENGINE = "model.transformer_impl=transformer_engine"
 LOCAL = ["model.transformer_impl=local", "model.moe_grouped_gemm=false"]
@@ -149,14 +149,14 @@ def test_a_field_that_is_read_beside_another_alone_names_it():
     (said,) = problems(
         "extra_fields_do_something", *TE, model={"extra": {"window_attn_skip_freq": 2}}
     )
-    assert "needs model.extra.window_size, where alone it is read; use null" in said
+    assert "is read only with model.extra.window_size; use null" in said
     both = {"window_attn_skip_freq": 2, "window_size": [1, 0]}
     assert problems("extra_fields_do_something", *TE, model={"extra": both}) == []
 
 
 @pytest.mark.parametrize("name", sorted(OWN & EVERY))
 def test_a_field_with_a_key_of_its_own_names_the_key(name):
-    own = keys_of_their_own(derived())
+    own = dedicated_keys(derived())
     (said,) = problems("extra_fields_are_fields", model={"extra": {name: 1}})
     assert said == f"model.extra.{name} has a key of its own; set {own[name]}"
 

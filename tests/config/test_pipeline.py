@@ -1,4 +1,4 @@
-"""Layers of a stage: the same numbers as Megatron-Core's, and refused where Megatron-Core refuses."""
+"""Layers of a stage: Megatron-Core's numbers, and refused where Megatron-Core refuses."""
 
 from __future__ import annotations
 

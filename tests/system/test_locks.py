@@ -72,7 +72,7 @@ def test_who_holds_a_lock_is_named_and_not_who_signed_it_last(tmp_path, holder):
 
 def test_a_holder_that_cannot_be_seen_is_not_guessed(tmp_path, holder, monkeypatch):
     # on another host, or another user's
-    monkeypatch.setattr(locks, "_holders", lambda descriptor: [])
+    monkeypatch.setattr(locks, "_local_holders", lambda descriptor: [])
     said = refused(tmp_path)
     assert (
         f"in use by a process that cannot be seen from {HERE} (the last one that signed it:"

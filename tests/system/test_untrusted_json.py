@@ -320,7 +320,7 @@ def damaged(draw) -> tuple[str, bytes]:
 
 
 def read_all(folder: Path, name: str) -> None:
-    """Every reader of a file, each as its callers have it: only what it promises to raise passes."""
+    """Call every reader of a file as its callers do; only the promised exceptions pass."""
     path = folder / name
     if name == "integrity.json":
         assert isinstance(integrity.problem(folder, full=True), str)

@@ -21,7 +21,7 @@ LAUGHS = "a0: &a0 [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".joi
 WRONG = {
     "line 3, column 8: mapping values are not allowed in this context": "seed: 1: 2\n",
     "line 4, column 1: the key seed occurs twice": "seed: 1\nseed: 2\n",
-    "line 4, column 1: did not find expected ',' or ']', while parsing a flow sequence": "a: [1, 2\n",
+    "line 4, column 1: did not find expected ',' or ']', while parsing a flow sequence": "a: [1\n",
     "line 3, column 4: found undefined alias": "a: *b\n",
     "line 3, column 1: found a tab character that violates indentation": "\tseed: 1\n",
     "line 3, column 4: could not determine a constructor for the tag"

@@ -132,7 +132,7 @@ class Origin(NamedTuple):
 
 def parts_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[Part]:
     """A tensor's chunks: a layer and an expert each, in even shares of rows where that is more than BLOCK."""
-    axes = tensor_schema.stacked(key)
+    axes = tensor_schema.stacked_axes(key)
     inner = math.prod(shape[axes + 1 :])
     rows = shape[axes]
     shares = -(-rows * inner * dtype.itemsize // BLOCK)
@@ -223,7 +223,7 @@ def _extra_states(index: Index) -> Iterator[tuple[str, Item]]:
     """The empty object of each Transformer Engine module that Megatron-LM's loader asks for (content.extra_states)."""
     for key, shape in index.shapes.items():
         if extra := tensor_schema.extra_state(key):
-            sizes = shape[: tensor_schema.stacked(key)] or (1,)
+            sizes = shape[: tensor_schema.stacked_axes(key)] or (1,)
             for place in product(*map(range, sizes)):
                 # as ShardedObject.unique_key
                 name = f"{extra}/shard_{_dotted(place)}_{_dotted(sizes)}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from mixtrain.config import layout_sensitive, tensor_schema
 from mixtrain.config.laptop_layout import LAPTOP_RANKS
 from mixtrain.config.plan import Plan, derive, resolve
-from mixtrain.config.rules.upstream import present
+from mixtrain.config.rules.upstream import triggered_faults
 from mixtrain.config.schema import Config
 from mixtrain.engine.forked_ranks import RankFailure, run_ranks
 from mixtrain.errors import UserError
@@ -176,11 +176,11 @@ def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
     left_out = Counter()
     for layout in all_layouts():
         at = resolve(_with_its_microbatches(layout.of(config), layout.dp))
-        if beyond := layout_sensitive.broken(at, layout.dp):
+        if beyond := layout_sensitive.exceeded_limits(at, layout.dp):
             left_out.update(
                 f"another run by design: {limit.name}, {limit.why}" for limit, _ in beyond[:1]
             )
-        elif faults := present(derive(at)):
+        elif faults := triggered_faults(derive(at)):
             left_out.update(f"refused: {fault.file}, {fault.wrong}" for fault in faults[:1])
         elif (plan := legal_plan(at)) is not None:
             plans[layout] = plan

@@ -16,7 +16,7 @@ from mixtrain.config.choices import Accelerator, AttnBackend, Dispatcher, Transf
 from mixtrain.config.compose import CONF
 from mixtrain.config.plan import Plan, derive, resolve
 from mixtrain.config.planner import make_plan
-from mixtrain.config.rules.upstream import present
+from mixtrain.config.rules.upstream import triggered_faults
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 
@@ -48,9 +48,9 @@ class Shrunk(NamedTuple):
 def shrunk(plan: Plan) -> Shrunk | str:
     """Both plans, or the reason why this layout must compute something else than one rank."""
     config = _sizes(plan)
-    if beyond := layout_sensitive.broken(config, plan.data_parallel_size):
+    if beyond := layout_sensitive.exceeded_limits(config, plan.data_parallel_size):
         return f"{beyond[0][0].name}: {beyond[0][0].why}"
-    if met := present(derive(resolve(config))):
+    if met := triggered_faults(derive(resolve(config))):
         return f"megatron-core, {met[0].file}: {met[0].wrong}"
     try:
         return Shrunk(make_plan(config), make_plan(_on_one_rank(config, plan.data_parallel_size)))
