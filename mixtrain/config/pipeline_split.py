@@ -91,16 +91,16 @@ def _per_stage(parallel: ParallelConfig, num_layers: int) -> list[int]:
 
 
 def _uneven_problems(parallel: ParallelConfig) -> list[str]:
-    found = []
+    problems = []
     sizes = [key for key in SIZES if getattr(parallel, key) is not None]
     flags = [key for key in FLAGS if getattr(parallel, key)]
     if sizes and flags:
-        found.append(
+        problems.append(
             f"parallel.{sizes[0]} and parallel.{flags[0]} cannot be set together; use one kind of"
             " uneven split"
         )
     if (sizes or flags) and parallel.pipeline_model_parallel_size == 1:
-        found.append(
+        problems.append(
             f"parallel.{(sizes + flags)[0]} needs parallel.pipeline_model_parallel_size of 2 or"
             " more, not 1"
         )
@@ -109,8 +109,8 @@ def _uneven_problems(parallel: ParallelConfig) -> list[str]:
         if (size := getattr(parallel, key)) % vpp:
             below = size // vpp * vpp
             near = " or ".join(str(number) for number in (below, below + vpp) if number)
-            found.append(f"parallel.{key} = {size} must be a multiple of VPP = {vpp}; use {near}")
-    return found
+            problems.append(f"parallel.{key} = {size} must be a multiple of VPP = {vpp}; use {near}")
+    return problems
 
 
 def _division_problems(parallel: ParallelConfig, num_layers: int) -> list[str]:
@@ -159,24 +159,24 @@ def _layout_problems(parallel: ParallelConfig, num_layers: int) -> list[str]:
     pp = parallel.pipeline_model_parallel_size
     joined = "".join(chunks)
     single_ends = joined.count("E") == joined.count("L") == 1
-    found = []
+    problems = []
     if wrong := sorted(set(joined) - set("EtL")):
-        found.append(
+        problems.append(
             f'{key} has "{wrong[0]}"; E is the embedding, t a layer, L the loss, | the next stage'
         )
     elif not (joined.startswith("E") and joined.endswith("L") and single_ends):
-        found.append(f"{key} = {text} must begin with its only E and end with its only L")
+        problems.append(f"{key} = {text} must begin with its only E and end with its only L")
     if joined.count("t") != num_layers:
-        found.append(f"{key} has {joined.count('t')} layers, model.num_layers = {num_layers}")
+        problems.append(f"{key} has {joined.count('t')} layers, model.num_layers = {num_layers}")
     if len(chunks) % pp:
-        found.append(f"{key} has {len(chunks)} segments, which must be a multiple of PP = {pp}")
+        problems.append(f"{key} has {len(chunks)} segments, which must be a multiple of PP = {pp}")
     vpp = parallel.virtual_pipeline_model_parallel_size
     implied = chunks_of_layout(parallel)
     if vpp is not None and vpp != implied and len(chunks) % pp == 0:
-        found.append(
+        problems.append(
             f"parallel.virtual_pipeline_model_parallel_size = {vpp}, but the layout has"
             f" {implied or 1}; use null"
         )
-    if others := [name for name in (*SIZES, *FLAGS) if getattr(parallel, name)]:
-        found.append(f"parallel.{others[0]} cannot be set together with {key}")
-    return found
+    if uneven := [name for name in (*SIZES, *FLAGS) if getattr(parallel, name)]:
+        problems.append(f"parallel.{uneven[0]} cannot be set together with {key}")
+    return problems

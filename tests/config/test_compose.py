@@ -64,9 +64,9 @@ def test_shrink_composes_after_the_recipe():
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_the_command_line_wins_over_recipe_and_shrink_wherever_it_stands(place):
-    words = [RECIPE, "+shrink=laptop"]
-    words.insert(place, "trainer.max_steps=7")
-    assert composed(*words).trainer.max_steps == 7
+    overrides = [RECIPE, "+shrink=laptop"]
+    overrides.insert(place, "trainer.max_steps=7")
+    assert composed(*overrides).trainer.max_steps == 7
 
 
 def test_a_group_chosen_on_the_command_line_wins_over_the_recipes_choice():
@@ -93,20 +93,20 @@ def test_the_overrides_of_a_job_compose_to_the_same_again():
 
 
 def test_the_tests_quick_way_to_compose_gives_what_hydra_gives():
-    words = [
+    overrides = [
         RECIPE,
         "+shrink=laptop",
         "router=sinkhorn",
         "router.moe_aux_loss_coeff=0",
         "data.split='98,1,1'",
     ]
-    words += [
+    overrides += [
         "model.extra.foo=[1,2]",
         "trainer.devices=null",
         "name=mine",
         "trainer.recompute_modules=[moe]",
     ]
-    assert quick_tree_of(*words) == tree_of(*words)
+    assert quick_tree_of(*overrides) == tree_of(*overrides)
 
 
 # The traps of Hydra
@@ -196,13 +196,13 @@ def test_a_recipe_that_picks_two_options_of_a_group_is_refused(conf):
         (
             ["router=[aux_loss,seq_aux_loss]"],
             [
-                "router=[aux_loss,seq_aux_loss]: one option of router at a time",
+                "router=[aux_loss,seq_aux_loss]: type one option of router",
                 "the last alone",
                 "router=combined",
             ],
         ),
-        (["router=[aux_loss]"], ["router=[aux_loss]: one option of router at a time"]),
-        (["+recipe=[mixtral_8x7b_ep8,qwen3_30b_a3b]"], ["one option of recipe at a time"]),
+        (["router=[aux_loss]"], ["router=[aux_loss]: type one option of router"]),
+        (["+recipe=[mixtral_8x7b_ep8,qwen3_30b_a3b]"], ["type one option of recipe"]),
         (
             ["+shrink=[laptop,parity]"],
             ["type one option of shrink; of several only the last would count"],

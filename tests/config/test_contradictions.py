@@ -40,20 +40,22 @@ def rows() -> list[list[str]]:
 
 def test_every_value_of_an_option_that_is_typed_is_composed_or_is_said_with_the_other_value():
     refused = 0
-    for words in rows():
-        job = composed(RECIPE, SHRINK, *words)
+    for overrides in rows():
+        job = composed(RECIPE, SHRINK, *overrides)
         tree = OmegaConf.to_container(job.tree)
         problems = contradictions(job)
-        for word in words:
+        for word in overrides:
             group, _, option = word.partition("=")
-            said = " ".join(problem for problem in problems if problem.startswith(f"{word} sets "))
+            message = " ".join(
+                problem for problem in problems if problem.startswith(f"{word} sets ")
+            )
             own = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
             for name, value in own.items():
                 if name == "defaults" or value == "???":
                     continue
                 key = f"{group}.{name}"
                 here = tree[group][name]
-                both = f" {key}={show(value)}" in said and f" {key}={show(here)}" in said
+                both = f" {key}={show(value)}" in message and f" {key}={show(here)}" in message
                 assert both == (here != value), key
                 refused += both
     assert refused > 10
@@ -92,7 +94,7 @@ def test_what_the_recipe_and_what_the_shrink_change_of_an_option_is_told_apart()
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["trainer=laptop", "model=mixtral_8x7b", "router=none"],
         [RECIPE, SHRINK],
@@ -102,8 +104,8 @@ def test_what_the_recipe_and_what_the_shrink_change_of_an_option_is_told_apart()
     ],
     ids=" ".join,
 )
-def test_words_that_agree_are_left_alone(words):
-    assert found(*words) == []
+def test_words_that_agree_are_left_alone(overrides):
+    assert found(*overrides) == []
 
 
 def test_what_an_option_takes_over_from_another_is_not_typed(tmp_path):
@@ -142,10 +144,10 @@ def test_the_words_that_a_recipe_offers_for_ones_own_data_are_not_refused(name):
     (offered,) = [
         line.split("until you type ")[1] for line in text.splitlines() if "until you type" in line
     ]
-    words = (
+    overrides = (
         offered.replace("data_path=[...]", "data_path=[x]")
         .replace("tokenizer=...", "tokenizer=y")
         .split(" ")
     )
-    assert words[0] == "data=indexed"
-    assert found(f"+recipe={name}", *words) == []
+    assert overrides[0] == "data=indexed"
+    assert found(f"+recipe={name}", *overrides) == []

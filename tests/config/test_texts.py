@@ -74,13 +74,13 @@ def test_the_texts_of_lists_and_of_a_free_mapping_are_looked_at_too(word):
 
 
 def test_what_may_be_null_switched_or_a_weight_is_taken():
-    words = [
+    overrides = [
         "launcher.account=null",
         "launcher.sbatch_args.exclusive=true",
         "launcher.sbatch_args.qos=null",
     ]
-    words += ["data.data_path=[0.30,a,1_0,b]", "model.extra.qk_clip_alpha=1.10"]
-    assert check_overrides(words)[1] == []
+    overrides += ["data.data_path=[0.30,a,1_0,b]", "model.extra.qk_clip_alpha=1.10"]
+    assert check_overrides(overrides)[1] == []
     assert (
         check_overrides(["name=a,1_0"], multirun=True)[1]
         and not check_overrides(["name=a,10"], multirun=True)[1]

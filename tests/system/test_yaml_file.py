@@ -35,15 +35,17 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_is_wrong_with_a_file_is_one_line_with_its_place(said, tmp_path):
-    text = WRONG[said]
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_wrong_with_a_file_is_one_line_with_its_place(message, tmp_path):
+    text = WRONG[message]
     (tmp_path / "mine.yaml").write_text("- 1\n" if text is None else HEAD + text)
     with pytest.raises(UserError) as refused:
         yaml_file.read(tmp_path / "mine.yaml")
     (problem,) = refused.value.problems
     assert (
-        problem.startswith(f"{tmp_path / 'mine.yaml'}") and said in problem and "\n" not in problem
+        problem.startswith(f"{tmp_path / 'mine.yaml'}")
+        and message in problem
+        and "\n" not in problem
     )
 
 

@@ -66,7 +66,7 @@ def extra_fields_do_something(plan: Plan) -> Problems:
 
 
 def _missing(plan: Plan, needs: list[str]) -> str:
-    """Return the unmet needs of a field: rows of NEEDS, or other fields of model.extra."""
+    """Return the conditions that a field needs and the plan does not meet, as text."""
     extra = plan.config.model.extra
     missing = []
     for need in needs:

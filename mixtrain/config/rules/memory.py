@@ -41,11 +41,11 @@ def activations_fit_the_device(plan: Plan) -> Problems:
     passes = len(in_flight(len(plan.layers), stage, len(plan.layers[stage]), plan.num_microbatches))
     use = [*_remedies(plan), "more TP or CP", "trainer.device_memory_gib=null to try anyway"]
     state = plan.stage_state_bytes[stage] / GIB
-    kept = plan.stage_activation_bytes[stage] / GIB
+    activations = plan.stage_activation_bytes[stage] / GIB
     yield (
         f"a rank of pipeline stage {stage} holds {state:.1f} GiB of weights, gradients and"
-        f" optimizer state and at least {kept:.1f} GiB of activations (forward passes in flight:"
-        f" {passes}), together more than trainer.device_memory_gib = {memory:g}; use"
+        f" optimizer state and at least {activations:.1f} GiB of activations (forward passes in"
+        f" flight: {passes}), together more than trainer.device_memory_gib = {memory:g}; use"
         f" {', or '.join(use)}"
     )
 
