@@ -109,7 +109,9 @@ def _uneven_problems(parallel: ParallelConfig) -> list[str]:
         if (size := getattr(parallel, key)) % vpp:
             below = size // vpp * vpp
             near = " or ".join(str(number) for number in (below, below + vpp) if number)
-            problems.append(f"parallel.{key} = {size} must be a multiple of VPP = {vpp}; use {near}")
+            problems.append(
+                f"parallel.{key} = {size} must be a multiple of VPP = {vpp}; use {near}"
+            )
     return problems
 
 

@@ -197,7 +197,7 @@ def test_a_recipe_that_picks_two_options_of_a_group_is_refused(conf):
             ["router=[aux_loss,seq_aux_loss]"],
             [
                 "router=[aux_loss,seq_aux_loss]: type one option of router",
-                "the last alone",
+                "only the last",
                 "router=combined",
             ],
         ),

@@ -86,7 +86,7 @@ CASES = [
     (
         "texts_are_not_empty",
         "run_dir=",
-        ["run_dir is empty", "a variable of the shell that is not set", "give a text"],
+        ["run_dir is empty", "an unset shell variable", "give a text"],
     ),
     (
         "texts_are_not_empty",
@@ -501,7 +501,10 @@ CASES = [
     (
         "selective_recompute_names_modules",
         "trainer.recompute_modules=[moe]",
-        ["trainer.recompute_modules = ['moe']", "trainer.recompute_granularity = selective"],
+        [
+            "trainer.recompute_modules = ['moe']",
+            "trainer.recompute_granularity = null: selective needs a list",
+        ],
     ),
     (
         "selective_recompute_names_modules",
@@ -675,7 +678,8 @@ CASES = [
         "extra_fields_do_something",
         "model.extra.window_size=[128,0]",
         [
-            "model.extra.window_size = [128,0] needs model.transformer_impl = transformer_engine",
+            "model.extra.window_size = [128,0] is read only with model.transformer_impl ="
+            " transformer_engine",
             "use null",
         ],
     ),

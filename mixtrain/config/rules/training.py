@@ -146,8 +146,8 @@ def selective_recompute_names_modules(plan: Plan) -> Problems:
         )
         yield (
             f"trainer.recompute_modules = {modules or 'null'} does not fit"
-            f" trainer.recompute_granularity = {granularity}: set both, selective and a list of"
-            f" {', '.join(SELECTIVE_MODULES)}, or neither"
+            f" trainer.recompute_granularity = {granularity}: selective needs a list of"
+            f" {', '.join(SELECTIVE_MODULES)}, any other value needs null"
         )
     for name in modules or []:
         if name not in SELECTIVE_MODULES:
@@ -184,8 +184,8 @@ def offload_needs_transformer_engine(plan: Plan) -> Problems:
     if offloads != bool(modules):
         yield (
             f"trainer.offload_modules = {modules or 'null'} does not fit"
-            f" trainer.fine_grained_activation_offloading = {str(offloads).lower()}: set both,"
-            f" true and a list of {', '.join(OFFLOAD_MODULES)}, or neither"
+            f" trainer.fine_grained_activation_offloading = {str(offloads).lower()}: true needs a"
+            f" list of {', '.join(OFFLOAD_MODULES)}, false needs null"
         )
     for name in modules or []:
         if name not in OFFLOAD_MODULES:
