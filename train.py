@@ -1,13 +1,12 @@
 """Train a Mixtral-class model with Megatron-Core.
 
-    python train.py                                             the default, on this machine's CPU
-    python train.py +recipe=mixtral_8x7b_ep8 trainer.mode=plan  what a recipe would do, on any
-      machine
-    python train.py --help                                      every group, option and key
+    python train.py                                             train the default model on the CPU
+    python train.py +recipe=mixtral_8x7b_ep8 trainer.mode=plan  print a recipe's plan, anywhere
+    python train.py --help                                      list every group, option and key
 
-Exit codes: 0 finished or stopped on request, 2 the configuration or the input, 1 a fault. Nothing
-here imports torch: a wrong configuration is refused in a second, and helper processes that a
-checkpoint starts import this file again.
+Exit codes: 0 finished or stopped on request, 1 an internal error, 2 an error in the configuration
+or the input. This file imports torch only in a rank: a wrong configuration is refused within a
+second, and the helper processes of a checkpoint save import this file again.
 """
 
 import os
@@ -19,15 +18,15 @@ from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, is_start
 from mixtrain.training.signals import exit_on_request, note_requests
 
 if __name__ == "__main__":  # before the other imports, which take half a second
-    streams.hold()
+    streams.reserve()
     if not is_started():
         exit_on_request()
-    # a rank of our own launcher is ended at once before the first step
+    # ranks of our own launcher keep the default: a signal before the first step ends them at once
     elif LAUNCHER not in os.environ:
         note_requests()
 
 from mixtrain.config.choices import LauncherType, Mode
-from mixtrain.config.compose import Composed, compose
+from mixtrain.config.compose import ComposedJob, compose
 from mixtrain.config.jobs import plan_of
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import render
@@ -35,7 +34,7 @@ from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems
 from mixtrain.launch.choose import launch, place, starts_ranks
 from mixtrain.launch.local import handed_plan
 from mixtrain.launch.machine_checks import machine_problems
-from mixtrain.system.closed_pipe import ended
+from mixtrain.system.closed_pipe import run_main
 from mixtrain.training.preflight import with_records_dir
 from mixtrain.training.run_directory import (
     claim,
@@ -52,7 +51,7 @@ SWEEP = (
 
 
 def main(argv: list[str]) -> int:
-    """Compose, check all jobs (a sweep has several), then run them; the first exit code that is not 0."""
+    """Compose and check all jobs (a sweep has several), run them, return the first nonzero code."""
     identity = None
     try:
         identity = read_identity()
@@ -64,62 +63,65 @@ def main(argv: list[str]) -> int:
         jobs, problems = compose(argv)
         return run_jobs(checked_plans(jobs, problems, identity), identity)
     except UserError as error:
-        # of every node: what is missing may be missing on one of them
+        # one rank of every node prints: a file may be missing on a single node
         if identity is None or identity.local_rank == 0:
             print_problems(error.problems, identity.node if identity else "")
         return REFUSED
 
 
 def checked_plans(
-    jobs: list[Composed], problems: list[str], identity: Identity | None
+    jobs: list[ComposedJob], problems: list[str], identity: Identity | None
 ) -> list[tuple[Plan, list[str]]]:
-    """The plans of the jobs that are to be run, each with its overrides, all printed.
+    """Print the plan of every job; return (plan, overrides) of the jobs to run.
 
-    A UserError if this machine, or the cluster that a job would be sent to, cannot run one.
+    Raises UserError if this machine, or the cluster that receives a job, cannot run one.
     """
     plans = []
-    lacking = []
+    problems_of_machine = []
     for job in jobs:
         plan = plan_of(job, problems, identity)
         if plan.config.trainer.mode is not Mode.plan:
-            streams.forgive()  # what it prints is not what it is for
+            streams.make_tolerant()  # a run continues when nobody reads what it prints
         if identity is None or identity.rank == 0:
             print(render(plan), end="\n\n", flush=True)
         if plan.config.trainer.mode is not Mode.plan:
-            lacking += machine_problems(plan, identity, job.overrides)
+            problems_of_machine += machine_problems(plan, identity, job.overrides)
             plans.append((plan, job.overrides))
-    # ranks have one place to meet, and one life of process groups
+    # ranks have one rendezvous and create their process groups once
     if identity is not None and len(plans) > 1:
-        lacking = [f"these are {len(plans)} jobs, but {SWEEP}", *lacking]
-    if lacking := [*dict.fromkeys(lacking), *shared_directories([plan for plan, _ in plans])]:
-        raise UserError(*lacking)
+        problems_of_machine.insert(0, f"these are {len(plans)} jobs, but {SWEEP}")
+    refusals = [
+        *dict.fromkeys(problems_of_machine),
+        *shared_directories([plan for plan, _ in plans]),
+    ]
+    if refusals:
+        raise UserError(*refusals)
     return plans
 
 
 def run_jobs(plans: list[tuple[Plan, list[str]]], identity: Identity | None) -> int:
-    """One after the other, until somebody asks to stop."""
-    codes = []
+    """Run the jobs one after the other until a stop is requested; the first nonzero exit code."""
+    prints = identity is None or identity.rank == 0
+    first_failure = FINISHED
     for number, (plan, overrides) in enumerate(plans, start=1):
-        if len(plans) > 1 and (identity is None or identity.rank == 0):
+        if len(plans) > 1 and prints:
             print(f"job {number} of {len(plans)}, in {plan.config.run_dir}", flush=True)
         line = finished_already(plan) if plan.config.trainer.mode is Mode.train else None
         if line:
-            print(
-                line if identity is None or identity.rank == 0 else "",
-                end="\n" * (identity is None or identity.rank == 0),
-                flush=True,
-            )
+            if prints:
+                print(line, flush=True)
             continue
-        codes.append(
+        code = (
             launch(plan, overrides) if identity is None else train(with_records_dir(plan), identity)
         )
+        first_failure = first_failure or code
         if identity is None and was_stopped(plan):
             break
-    return next((code for code in codes if code), FINISHED)
+    return first_failure
 
 
 def was_stopped(plan: Plan) -> bool:
-    """A run of this machine's was: those of the cluster have not begun."""
+    """Return whether a local run was stopped on request; cluster jobs have not started yet."""
     return (
         place(plan) is LauncherType.local
         and previous_status(with_records_dir(plan).config.run_dir).get("state") == "stopped"
@@ -127,10 +129,10 @@ def was_stopped(plan: Plan) -> bool:
 
 
 def train(plan: Plan, identity: Identity) -> int:
-    """This process is a rank."""
-    # before torch is imported, whose loggers keep standard error
-    streams.forgive(console_log(plan, identity.rank))
-    # our own launcher has claimed it before it started this rank
+    """Train as this rank of the job; return its exit code."""
+    # before torch is imported: its loggers hold on to standard error
+    streams.make_tolerant(console_log(plan, identity.rank))
+    # our own launcher claims the run directory before it starts this rank
     with claim(plan) if identity.rank == 0 and not identity.is_ours else nullcontext():
         from mixtrain.training.worker import run  # the first import of torch
 
@@ -138,4 +140,4 @@ def train(plan: Plan, identity: Identity) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ended(main, sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

@@ -1,3 +1,3 @@
-"""mixtrain: train Mixtral-class Mixture-of-Experts models with Megatron-Core, from a laptop's CPU to a cluster."""
+"""Train Mixtral-class Mixture-of-Experts models with Megatron-Core, on a laptop or a cluster."""
 
 __version__ = "0.1.0"

@@ -1,23 +1,23 @@
-"""The one exception for what a user can cause, and how it reads on a terminal.
+"""Exceptions that print without a traceback, and the exit codes of every command.
 
-Everything a user can get wrong is raised as a UserError with every problem found, ends in exit code
-2, and never shows a traceback. Any other exception is a fault of ours or of the machine: exit code
-1.
+User mistakes raise UserError with every problem found: exit code 2, no traceback. Any other
+exception is a fault of the program or the machine: exit code 1.
 """
 
 import sys
+from collections.abc import Sequence
 
 from mixtrain.characters import escaped
 
-SHOWN = 2000  # characters of a problem: a value that it quotes may be a whole file
-# the exit codes of every command of the project
+MAX_PRINTED = 2000  # characters of a problem: it may quote a value as long as a file
+# exit codes
 FINISHED = 0
 FAULT = 1
 REFUSED = 2
 
 
 class UserError(Exception):
-    """What is wrong with a configuration or an input: one sentence per problem, most useful first.
+    """Problems of a configuration or an input: one sentence each, the most useful first.
 
     A problem names the key or file, both numbers and the nearest legal value.
     """
@@ -28,19 +28,16 @@ class UserError(Exception):
 
 
 class Fault(RuntimeError):
-    """A fault that explains itself (a loss that is not a number, say): one line, no traceback, exit code 1."""
+    """A fault that explains itself (such as a NaN loss): one line, no traceback, exit code 1."""
 
 
-def print_problems(problems, node: str = "") -> None:
-    """Print the problems as a user reads them, on `node` where there are several: a count, then one line each."""
+def print_problems(problems: Sequence[str], node: str = "") -> None:
+    """Print a count and one line per problem to standard error; name `node` if it is given."""
     stream = sys.stderr
-    count = len(problems)
-    print(
-        f"mixtrain: {count} problem{'s' if count != 1 else ''}{node and f' on node {node}'}:",
-        file=stream,
-    )
+    plural = "" if len(problems) == 1 else "s"
+    print(f"mixtrain: {len(problems)} problem{plural}{node and f' on node {node}'}:", file=stream)
     for problem in problems:
-        text = escaped(problem[:SHOWN], keep="\n\t") + " ..." * (len(problem) > SHOWN)
-        print(f"  - {text}", file=stream)
-    if stream is not None:  # closed by the shell (2>&-): print has taken standard output
+        cut = " ..." if len(problem) > MAX_PRINTED else ""
+        print(f"  - {escaped(problem[:MAX_PRINTED], keep=chr(10) + chr(9))}{cut}", file=stream)
+    if stream is not None:  # None: the shell closed it (2>&-) and print used standard output
         stream.flush()

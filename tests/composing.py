@@ -107,7 +107,7 @@ def unstarted_environment() -> dict[str, str]:
 
 
 def path_without_slurm() -> str:
-    """PATH less the folders that have sbatch: the tests mean a machine without, wherever they run."""
+    """PATH without the folders that contain sbatch: the tests assume a machine without Slurm."""
     return os.pathsep.join(
         folder
         for folder in os.environ["PATH"].split(os.pathsep)

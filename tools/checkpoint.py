@@ -25,7 +25,7 @@ from rich.table import Table  # noqa: E402
 
 from mixtrain.checkpoint import directory, integrity, state  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
-from mixtrain.system.closed_pipe import ended  # noqa: E402
+from mixtrain.system.closed_pipe import run_main  # noqa: E402
 from mixtrain.system.console import Console  # noqa: E402
 
 LETTERS = {
@@ -157,4 +157,4 @@ def inspect(path: Path, match: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ended(main, sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

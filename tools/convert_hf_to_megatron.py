@@ -22,7 +22,7 @@ from pathlib import Path
 # mixtrain need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import counted, of_size, run  # noqa: E402
+from mixtrain.cli import directory_size, positive_int, run  # noqa: E402
 from mixtrain.config.compose import CONF  # noqa: E402
 from mixtrain.errors import UserError  # noqa: E402
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> int:
     add("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights (default: unchanged)")
     add(
         "--processes",
-        type=counted,
+        type=positive_int,
         default=1,
         metavar="N",
         help="number of processes that copy in parallel (default: 1)",
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     add("--write-model-config", metavar="NAME", help="write conf/model/NAME.yaml from config.json")
     add(
         "--make-vocab-size-divisible-by",
-        type=counted,
+        type=positive_int,
         default=1,
         metavar="N",
         help="pad the vocabulary so that tensor parallelism divides it; an export removes the"
@@ -74,7 +74,7 @@ def main(argv: list[str]) -> int:
         args.make_vocab_size_divisible_by,
     )
     seconds = time.monotonic() - started
-    print(f"{args.out_dir / 'release'}: {of_size(args.out_dir)} in {seconds:.1f} s")
+    print(f"{args.out_dir / 'release'}: {directory_size(args.out_dir)} in {seconds:.1f} s")
     tokenizer = args.out_dir / "tokenizer"
     has_tokenizer = (tokenizer / "tokenizer.json").is_file()
     override = f" data.tokenizer={tokenizer}" if has_tokenizer else ""

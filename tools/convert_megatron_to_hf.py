@@ -22,7 +22,7 @@ from pathlib import Path
 # mixtrain need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import byte_size, counted, of_size, run  # noqa: E402
+from mixtrain.cli import byte_size, directory_size, positive_int, run  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
@@ -54,7 +54,7 @@ def main(argv: list[str]) -> int:
     )
     add(
         "--processes",
-        type=counted,
+        type=positive_int,
         default=1,
         metavar="N",
         help="number of processes that copy in parallel (default: 1)",
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> int:
         allow_nonfinite=args.allow_nonfinite,
     )
     seconds = time.monotonic() - started
-    print(f"{args.out_dir}: {checkpoint}, {of_size(args.out_dir)} in {seconds:.1f} s")
+    print(f"{args.out_dir}: {checkpoint}, {directory_size(args.out_dir)} in {seconds:.1f} s")
     if not (args.out_dir / "tokenizer.json").is_file():
         print(f"without a tokenizer: none is beside {checkpoint}; --tokenizer DIR gives one")
     return 0

@@ -33,7 +33,7 @@ from mixtrain.interop.generate.log_relay import LogRelay, print_progress  # noqa
 from mixtrain.interop.generate.request import Request, Sampling, read_prompts  # noqa: E402
 from mixtrain.launch import local  # noqa: E402
 from mixtrain.system import scratch  # noqa: E402
-from mixtrain.system.closed_pipe import ended, reader_has_gone  # noqa: E402
+from mixtrain.system.closed_pipe import reader_has_gone, run_main  # noqa: E402
 from mixtrain.system.rank_identity import LAUNCHER, Identity, die_with, read_identity  # noqa: E402
 from mixtrain.training.run_directory import previous_status  # noqa: E402
 
@@ -181,4 +181,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ended(main))
+    sys.exit(run_main(main))

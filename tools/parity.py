@@ -27,7 +27,7 @@ from mixtrain.config.planner import make_plan  # noqa: E402
 from mixtrain.config.schema import Config  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.launch.machine_checks import machine_problems  # noqa: E402
-from mixtrain.system.closed_pipe import ended  # noqa: E402
+from mixtrain.system.closed_pipe import run_main  # noqa: E402
 
 
 def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
@@ -130,4 +130,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ended(main))
+    sys.exit(run_main(main))

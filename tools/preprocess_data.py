@@ -20,9 +20,9 @@ directory (every file is text).
 
 Writes PREFIX.bin, PREFIX.idx, PREFIX.json (counts, highest token id, hashes) and, with
 --train-tokenizer, PREFIX-tokenizer. Every document ends with the tokenizer's end-of-document token.
-Empty and unreadable documents are left out and counted, and the first ten are named on stderr; too
+Empty and unreadable documents are left out and positive_int, and the first ten are named on stderr; too
 many unreadable ones are an error (--max-unreadable). If a text spells a special token, it stays
-text and is counted; --parse-special-tokens makes it the special token, as generation, transformers
+text and is positive_int; --parse-special-tokens makes it the special token, as generation, transformers
 and vLLM read it. Output is written to PREFIX.writing until it is complete.
 
 Exit codes: 0 written; 2 wrong input or arguments; 1 an internal error; 130 interrupted.
@@ -36,7 +36,7 @@ from pathlib import Path
 # runs from a checkout, without installation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import run, share  # noqa: E402
+from mixtrain.cli import fraction, run  # noqa: E402
 from mixtrain.data.formats import FORMATS  # noqa: E402
 from mixtrain.data.preprocess import preprocess  # noqa: E402
 from mixtrain.data.sources import open_source  # noqa: E402
@@ -99,7 +99,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
              " token (default: it stays text)",
     )  # fmt: skip
     add(
-        "--max-unreadable", type=share, metavar="SHARE",
+        "--max-unreadable", type=fraction, metavar="SHARE",
         help="share of the documents that may be unreadable: 0.5 (default: 0.01, or two documents"
              " if they are less than half)",
     )  # fmt: skip

@@ -27,7 +27,7 @@ from mixtrain.config.plan import Plan  # noqa: E402
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.launch import submit  # noqa: E402
 from mixtrain.launch.machine_checks import job_problems  # noqa: E402
-from mixtrain.system.closed_pipe import ended  # noqa: E402
+from mixtrain.system.closed_pipe import run_main  # noqa: E402
 from mixtrain.training.run_directory import shared_directories  # noqa: E402
 
 
@@ -84,4 +84,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(ended(main))
+    sys.exit(run_main(main))

@@ -32,7 +32,7 @@ from pathlib import Path
 # mixtrain need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import counted, run  # noqa: E402
+from mixtrain.cli import positive_int, run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, UserError  # noqa: E402
 
 
@@ -49,9 +49,15 @@ def main(argv: list[str]) -> int:
         default="fp32",
         help="of the computation (default: fp32)",
     )
-    add("--sequences", type=counted, default=2, metavar="N", help="(default: 2)")
-    add("--length", type=counted, default=128, metavar="N", help="tokens of each (default: 128)")
-    add("--layers", type=counted, metavar="N", help="only the first N layers, then the logits")
+    add("--sequences", type=positive_int, default=2, metavar="N", help="(default: 2)")
+    add(
+        "--length",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="tokens of each (default: 128)",
+    )
+    add("--layers", type=positive_int, metavar="N", help="only the first N layers, then the logits")
     add(
         "--manifest",
         type=Path,

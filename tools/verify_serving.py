@@ -27,7 +27,7 @@ from typing import TypedDict
 # run from a checkout, nothing installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from mixtrain.cli import counted, run  # noqa: E402
+from mixtrain.cli import positive_int, run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, Fault, UserError  # noqa: E402
 from mixtrain.system import untrusted_json  # noqa: E402
 
@@ -75,7 +75,7 @@ def main(words: list[str]) -> int:
     )
     parser.add_argument(
         "--max-new-tokens",
-        type=counted,
+        type=positive_int,
         default=20,
         metavar="N",
         help=f"of each prompt, {MOST} at most (default: 20)",

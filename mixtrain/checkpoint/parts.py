@@ -20,7 +20,7 @@ from mixtrain.checkpoint import safe
 from mixtrain.checkpoint.archive import Archive
 from mixtrain.checkpoint.slices import Box, boxes
 from mixtrain.errors import UserError
-from mixtrain.system.mmap_tensor import window
+from mixtrain.system.mmap_tensor import map_tensor
 
 
 class Chunk(NamedTuple):
@@ -173,7 +173,9 @@ class Parts:
         if chunk not in self.data:
             self.data[chunk] = _data_offset(chunk, dtype)
         try:
-            return window(chunk.path, self.data[chunk] + first * dtype.itemsize, (count,), dtype)
+            return map_tensor(
+                chunk.path, self.data[chunk] + first * dtype.itemsize, (count,), dtype
+            )
         except OSError as error:
             raise UserError(f"{chunk.path} cannot be read ({error.strerror})") from None
 

@@ -28,5 +28,5 @@ def problems(config: Config, checkpoint: Path) -> list[str]:
     known = config.checkpoint.acknowledge_differences
     there = state.read(checkpoint).config
     return [
-        found.told(checkpoint) for found in differences(config, there) if found.key not in known
+        found.message(checkpoint) for found in differences(config, there) if found.key not in known
     ]

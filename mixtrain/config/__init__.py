@@ -1,5 +1,5 @@
-"""What a run is: keys, composition, rules, and every number that follows from them. No torch.
+"""Keys, composition and rules of a configuration, and every number derived from it. No torch.
 
 May import: system, errors.
-Does not belong here: anything that looks at the machine, or needs a tensor.
+Does not belong here: anything that inspects the machine or needs a tensor.
 """

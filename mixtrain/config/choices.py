@@ -1,4 +1,4 @@
-"""What a key may be where it takes one of a few names. The names are those of the YAML. No torch."""
+"""Enumerations: the values of keys that take one of a few names, as the YAML has them. No torch."""
 
 from enum import Enum
 
@@ -93,7 +93,7 @@ class DecayStyle(Enum):
     constant = 1
     linear = 2
     cosine = 3
-    locals()["inverse-square-root"] = 4  # no identifier of Python's
+    locals()["inverse-square-root"] = 4  # not a Python identifier
     WSD = 5
 
 

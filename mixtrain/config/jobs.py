@@ -1,9 +1,9 @@
-"""From a composed job of a command line to its plan: the same for everything that is typed. No torch."""
+"""Make the plan of a composed job, for every command that takes overrides. No torch."""
 
 from __future__ import annotations
 
 from mixtrain.config.choices import Mode
-from mixtrain.config.compose import Composed
+from mixtrain.config.compose import ComposedJob
 from mixtrain.config.contradictions import contradictions
 from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
@@ -11,11 +11,10 @@ from mixtrain.config.schema import Config
 from mixtrain.system.rank_identity import Identity
 
 
-def plan_of(job: Composed, problems: list[str], identity: Identity | None = None) -> Plan:
-    """The plan, with what was changed of the recipe; a UserError after the `problems` of the words.
+def plan_of(job: ComposedJob, problems: list[str], identity: Identity | None = None) -> Plan:
+    """Return the plan and its differences from the recipe. Raises UserError, `problems` first.
 
-    A plan that is only printed is that of any machine: how many ranks somebody has started here is
-    not asked.
+    A plan that is only printed does not depend on the number of ranks started on this machine.
     """
     problems = [*problems, *contradictions(job)]
     config = Config.from_hydra(job.tree, problems)

@@ -1,4 +1,4 @@
-"""The nearest layout that a laptop's CPU can run. No torch."""
+"""Find the nearest layout that a laptop's CPU can run. No torch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from itertools import product
 from mixtrain.config.plan import ranks_needed
 from mixtrain.config.schema import Config
 
-LAPTOP_RANKS = 8  # CPU ranks that one machine is asked to start
-# what may shrink, by how much of the recipe's code path is lost with it: least lost first
+LAPTOP_RANKS = 8  # the most CPU ranks on one machine
+# sizes that may shrink -> cost of shrinking to 1, which loses a code path of the recipe
 SIZES = {
     "context_parallel_size": 1,
     "pipeline_model_parallel_size": 2,
@@ -21,25 +21,24 @@ SIZES = {
 
 
 def nearest_layout(config: Config) -> str:
-    """The overrides that bring the layout to LAPTOP_RANKS: each size a divisor of the recipe's, none lost if it can be.
+    """Return the overrides for a layout of at most LAPTOP_RANKS ranks, as one line.
 
-    A size that goes from above 1 to 1 loses a code path, so that counts first; then the fewest halvings.
-    The number of ranks is among them: the configuration may have fixed it.
+    Each size is a divisor of the configured one. The best layout has the fewest sizes reduced to 1,
+    by their cost, then the smallest total reduction. The overrides set the number of ranks, too,
+    because the configuration may fix it.
     """
     parallel = config.parallel
     sizes = {key: getattr(parallel, key) for key in SIZES}
-    divisors = [
-        [part for part in range(1, size + 1) if size % part == 0] for size in sizes.values()
-    ]
+    divisors = [[n for n in range(1, size + 1) if size % n == 0] for size in sizes.values()]
     candidates = []
-    for parts in product(*divisors):
-        smaller = dict(zip(SIZES, parts, strict=True))
+    for combination in product(*divisors):
+        smaller = dict(zip(SIZES, combination, strict=True))
         ranks = ranks_needed(replace(config, parallel=replace(parallel, **smaller)))
         if ranks > LAPTOP_RANKS:
             continue
         lost = sum(SIZES[key] for key in SIZES if smaller[key] == 1 and sizes[key] > 1)
-        halved = math.prod(sizes.values()) / math.prod(parts)
-        candidates.append((lost, halved, [-part for part in parts], smaller, ranks))
+        reduction = math.prod(sizes.values()) / math.prod(combination)
+        candidates.append((lost, reduction, [-size for size in combination], smaller, ranks))
     *_, best, ranks = min(candidates, key=lambda candidate: candidate[:3])
     changed = [f"parallel.{key}={best[key]}" for key in SIZES if best[key] != sizes[key]]
     if parallel.sequence_parallel and best["tensor_model_parallel_size"] == 1:

@@ -1,7 +1,7 @@
-"""Switches for which another layout is another run: what they look at is what one rank sees. One table; no torch.
+"""One table: settings whose result depends on the layout; they use one rank's data. No torch.
 
-Rule: a row here is measured (test_parity_limits.py) and told: by the plan's warnings, by docs/parity.md, and by
-the parity certificate, which leaves such layouts out and says how many.
+Rule: a row is measured (tests/proof/test_parity_limits.py). The plan warns about it, docs/parity.md
+lists it, and the parity certificate leaves such layouts out and counts them.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from mixtrain.config.schema import Config
 
 
 class Limit(NamedTuple):
-    """`axes`: the sizes that change the run if they are above 1; `always`: any other layout may."""
+    """A setting and the sizes that change its result."""
 
     name: str
-    axes: tuple[str, ...]
+    axes: tuple[str, ...]  # sizes that change the result if they are above 1
     why: str
     applies: Callable[[Config], bool]
-    warns: bool = True  # false where a user of the switch expects nothing else
+    warns: bool = True  # false if a user of the setting expects it
 
 
 def _balancing(config: Config, kind: Balancing) -> bool:
@@ -32,41 +32,62 @@ def _balancing(config: Config, kind: Balancing) -> bool:
 
 
 def counts_over_a_step(config: Config) -> bool:
-    """Whether the router balances by counts that run over a step's microbatches, each that of all ranks together.
+    """Return whether the router balances by token counts of all ranks, summed over microbatches.
 
-    A layout is then the same run where a step has as many microbatches: at the same micro_batch_size * DP.
+    Layouts then give the same run if they have the same number of microbatches in a step, that is,
+    the same micro_batch_size * DP.
     """
     return _balancing(config, Balancing.global_aux_loss)
 
 
-def _looks_at_a_microbatch(config: Config) -> bool:
-    return (
-        _balancing(config, Balancing.aux_loss)
-        or config.dispatcher.moe_expert_capacity_factor is not None
-    )
+def _has_capacity(config: Config) -> bool:
+    return config.dispatcher.moe_expert_capacity_factor is not None
+
+
+def _uses_one_microbatch(config: Config) -> bool:
+    return _balancing(config, Balancing.aux_loss) or _has_capacity(config)
 
 
 EVERY = ("TP", "CP", "PP", "EP", "ETP", "DP")
-# fmt: off
 LIMITS = [
-    Limit("sinkhorn", ("TP", "CP"), "it balances the tokens of one rank",
-          lambda config: _balancing(config, Balancing.sinkhorn)),
-    Limit("dispatcher.moe_expert_capacity_factor", ("TP", "CP"), "it drops among the tokens of one"
-                                                                 " rank",
-          lambda config: config.dispatcher.moe_expert_capacity_factor is not None),
-    Limit("global_aux_loss", ("DP",), "beside what looks at one rank's microbatch (aux_loss, a"
-                                      " capacity)",
-          lambda config: counts_over_a_step(config) and _looks_at_a_microbatch(config), warns=False),
-    Limit("router.moe_input_jitter_eps", ("TP", "CP", "DP"), "its random stream is a rank's",
-          lambda config: bool(config.router.moe_input_jitter_eps), warns=False),
-    Limit("router.moe_router_force_load_balancing", EVERY, "its random stream is a rank's",
-          lambda config: config.router.moe_router_force_load_balancing, warns=False),
+    Limit(
+        "sinkhorn",
+        ("TP", "CP"),
+        "it balances the tokens of one rank",
+        lambda config: _balancing(config, Balancing.sinkhorn),
+    ),
+    Limit(
+        "dispatcher.moe_expert_capacity_factor",
+        ("TP", "CP"),
+        "it drops among the tokens of one rank",
+        _has_capacity,
+    ),
+    Limit(
+        "global_aux_loss",
+        ("DP",),
+        "combined with a setting that uses one rank's microbatch (aux_loss, a capacity)",
+        lambda config: counts_over_a_step(config) and _uses_one_microbatch(config),
+        warns=False,
+    ),
+    Limit(
+        "router.moe_input_jitter_eps",
+        ("TP", "CP", "DP"),
+        "each rank has its own random stream",
+        lambda config: bool(config.router.moe_input_jitter_eps),
+        warns=False,
+    ),
+    Limit(
+        "router.moe_router_force_load_balancing",
+        EVERY,
+        "each rank has its own random stream",
+        lambda config: config.router.moe_router_force_load_balancing,
+        warns=False,
+    ),
 ]
-# fmt: on
 
 
 def sizes_of(config: Config, data_parallel_size: int) -> dict[str, int]:
-    """The sizes of a layout by the names that LIMITS uses."""
+    """Return the sizes of a layout by the names in LIMITS."""
     parallel = config.parallel
     return {
         "TP": parallel.tensor_model_parallel_size,
@@ -78,23 +99,25 @@ def sizes_of(config: Config, data_parallel_size: int) -> dict[str, int]:
     }
 
 
-def broken(config: Config, data_parallel_size: int) -> list[tuple[Limit, dict[str, int]]]:
-    """The limits that this layout is beyond, each with the sizes that are the reason."""
+def exceeded_limits(config: Config, data_parallel_size: int) -> list[tuple[Limit, dict[str, int]]]:
+    """Return the limits that this layout exceeds, each with the sizes that exceed it."""
     sizes = sizes_of(config, data_parallel_size)
-    beyond = [
-        (limit, {axis: sizes[axis] for axis in limit.axes if sizes[axis] > 1}) for limit in LIMITS
-    ]
-    return [(limit, reasons) for limit, reasons in beyond if reasons and limit.applies(config)]
+    exceeded = []
+    for limit in LIMITS:
+        above_one = {axis: sizes[axis] for axis in limit.axes if sizes[axis] > 1}
+        if above_one and limit.applies(config):
+            exceeded.append((limit, above_one))
+    return exceeded
 
 
 def warnings(config: Config, data_parallel_size: int) -> list[str]:
-    """A sentence for each limit that a user of the switch may not expect."""
-    found = [
-        (limit, reasons) for limit, reasons in broken(config, data_parallel_size) if limit.warns
-    ]
-    return [
-        f"{limit.name}: {limit.why}, so with"
-        f" {' and '.join(f'{axis} {size}' for axis, size in reasons.items())} it is another run"
-        " than with 1 (docs/parity.md)"
-        for limit, reasons in found
-    ]
+    """Return a sentence for each exceeded limit that a user of the setting may not expect."""
+    sentences = []
+    for limit, sizes in exceeded_limits(config, data_parallel_size):
+        if limit.warns:
+            layout = " and ".join(f"{axis} {size}" for axis, size in sizes.items())
+            sentences.append(
+                f"{limit.name}: {limit.why}, so with {layout} it is another run than with 1"
+                " (docs/parity.md)"
+            )
+    return sentences

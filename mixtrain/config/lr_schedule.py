@@ -1,7 +1,7 @@
-"""The learning rate of a step, and the phases of its schedule. No torch.
+"""The learning rate of a step, and the phases of the schedule. No torch.
 
-Rule: the same numbers as Megatron-Core's OptimizerParamScheduler, which
-tests/config/test_schedule.py holds it against.
+Rule: the numbers equal those of Megatron-Core's OptimizerParamScheduler;
+tests/config/test_schedule.py compares them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from mixtrain.config.choices import DecayStyle
 from mixtrain.config.schema import Config, OptimizerConfig
 
-LEFT = {  # of the rate above the lowest, by the part of the decay that is done
+REMAINING = {  # share of lr - min_lr that remains after a share of the decay
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (math.cos(math.pi * done) + 1) / 2,
     "exponential": lambda done: 2 * 0.5**done - 1,
@@ -19,15 +19,15 @@ LEFT = {  # of the rate above the lowest, by the part of the decay that is done
 }
 
 
-def is_one(optimizer: OptimizerConfig) -> bool:
-    """Whether a resolved configuration, of whatever source, has a schedule: its phases follow one another."""
+def is_valid(optimizer: OptimizerConfig) -> bool:
+    """Return whether the phases of a resolved configuration follow one another."""
     stable = optimizer.lr_decay_steps - optimizer.lr_warmup_steps
     last = optimizer.lr_wsd_decay_steps if optimizer.lr_decay_style is DecayStyle.WSD else 1
     return last is not None and 0 < last <= stable
 
 
 def rate(optimizer: OptimizerConfig, done: int) -> float:
-    """The learning rate of the step after `done` ones, of a resolved configuration."""
+    """Return the learning rate of the step after `done` steps, of a resolved configuration."""
     warmup = optimizer.lr_warmup_steps
     end = optimizer.lr_decay_steps
     style = optimizer.lr_decay_style
@@ -44,13 +44,12 @@ def rate(optimizer: OptimizerConfig, done: int) -> float:
     if style is DecayStyle.WSD:
         start = end - optimizer.lr_wsd_decay_steps
         shape = optimizer.lr_wsd_decay_style.name
-    return optimizer.min_lr + LEFT[shape](max(0, done - start) / (end - start)) * (
-        optimizer.lr - optimizer.min_lr
-    )
+    remaining = REMAINING[shape](max(0, done - start) / (end - start))
+    return optimizer.min_lr + remaining * (optimizer.lr - optimizer.min_lr)
 
 
 def phases(config: Config) -> list[tuple[str, int]]:
-    """(name, steps) of the schedule's phases that the run goes through, in their order."""
+    """Return (name, steps) of the phases within the run, in order."""
     optimizer = config.optimizer
     steps = config.trainer.max_steps
     warmup = optimizer.lr_warmup_steps
@@ -64,23 +63,23 @@ def phases(config: Config) -> list[tuple[str, int]]:
         bounds = [("warm-up", warmup), ("constant", stable), (anneal, end), ("min_lr", steps)]
     else:
         bounds = [("warm-up", warmup), (f"{style.name} decay", end), ("min_lr", steps)]
-    found = []
-    before = 0
-    for name, until in bounds:
-        if (until := min(until, steps)) > before:
-            found.append((name, until - before))
-            before = until
-    return found
+    phase_steps = []
+    begin = 0
+    for name, end in bounds:
+        if (end := min(end, steps)) > begin:
+            phase_steps.append((name, end - begin))
+            begin = end
+    return phase_steps
 
 
 def warnings(config: Config) -> list[str]:
-    """Where the run does not come to the rate that it was given."""
+    """Return a warning if the run ends before it reaches the full learning rate."""
     warmup = config.optimizer.lr_warmup_steps
     steps = config.trainer.max_steps
     if warmup < steps:
         return []
     return [
         f"optimizer.lr_warmup_steps = {warmup}, but the run ends at trainer.max_steps = {steps}:"
-        f" no step has optimizer.lr = {config.optimizer.lr:.2e}, the last one has"
+        f" no step has optimizer.lr = {config.optimizer.lr:.2e}, the last has"
         f" {rate(config.optimizer, steps - 1):.2e}"
     ]

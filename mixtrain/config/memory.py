@@ -1,6 +1,6 @@
-"""Parameters and bytes of a Mixtral-class model: pure arithmetic. No torch.
+"""Parameters and bytes of a Mixtral-class model, by arithmetic. No torch.
 
-Rule: every count here is checked against the real model's tensors in tests/config/test_costs.py.
+Rule: tests/config/test_costs.py compares every count with the tensors of the real model.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from mixtrain.config.schema import ModelConfig, OptimizerConfig, ParallelConfig
 from mixtrain.config.tensor_schema import layer_counts
 
 GIB = 2**30
-MOMENTS = {"adam": 2, "sgd": 1}  # fp32 tensors beside each parameter
+MOMENTS = {"adam": 2, "sgd": 1}  # fp32 optimizer tensors per parameter
 
 
 @dataclass(frozen=True)
 class LayerParameters:
-    """Parameters of one transformer layer, by what divides them."""
+    """Parameters of one transformer layer, by the sizes that divide them."""
 
     attention: int  # q, k, v and output projections: divided by TP
-    replicated: int  # norms and router: divided by nothing
+    replicated: int  # norms and router: not divided
     shared_expert: int  # divided by TP
     expert: int  # one routed expert; a layer has num_moe_experts, divided by EP and ETP
 
@@ -40,7 +40,7 @@ def layer_parameters(model: ModelConfig) -> LayerParameters:
 
 
 def total_parameters(model: ModelConfig, experts: int | None = None) -> int:
-    """Parameters of the whole model; with `experts`, as if a layer had only so many (top-k gives the active ones)."""
+    """Count the model's parameters; `experts` replaces the experts of a layer (top-k: active)."""
     layer = layer_parameters(model).total(model.num_moe_experts if experts is None else experts)
     matrices = 2 if model.untie_embeddings_and_output_weights else 1
     return (
@@ -51,16 +51,15 @@ def total_parameters(model: ModelConfig, experts: int | None = None) -> int:
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Parameters that one token uses: top-k of the experts and everything else."""
+    """Count the parameters that one token uses: top-k experts and everything else."""
     return total_parameters(model, experts=model.moe_router_topk)
 
 
 def training_flops(model: ModelConfig, seq_length: int, causal: bool) -> float:
-    """Floating-point operations of training on one token, forward and backward, nothing recomputed.
+    """Return the FLOPs of training on one token, forward and backward, without recompute.
 
-    6 for each weight that it is multiplied with (not the embedding, which is looked up). The two
-    products of attention are counted for the half of the score matrix that is causal, or for all of
-    it, as Megatron-LM's older count does.
+    6 for each weight in a matrix product (the embedding is a lookup). causal: count half of the
+    score matrix in the two attention products; else all of it, as Megatron-LM's older count does.
     """
     matrices = layer_counts(model, "tp", axes=2) + layer_counts(model, "", axes=2)
     weights = matrices + model.moe_router_topk * layer_counts(model, "ep")
@@ -69,7 +68,7 @@ def training_flops(model: ModelConfig, seq_length: int, causal: bool) -> float:
 
 
 def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> tuple[int, int]:
-    """(dense, expert) parameters on one rank of pipeline stage `stage`.
+    """Return (dense, expert) parameters on a rank of pipeline stage `stage`.
 
     The first stage has the embedding, the last the final norm and the output layer.
     """
@@ -84,13 +83,12 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     dense += matrices * model.vocab_size * model.hidden_size // tp
     dense += model.hidden_size if last else 0
     experts = layers * model.num_moe_experts * layer.expert
-    return dense, experts // (
-        parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    )
+    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
+    return dense, experts // ranks
 
 
 def checkpoint_bytes(parameters: int, precision: Precision, optimizer: OptimizerConfig) -> int:
-    """Bytes of a checkpoint: the weights as they are, and in fp32 those that are stepped, and the optimizer's state."""
+    """Return the bytes of a checkpoint: weights, fp32 master weights and optimizer state."""
     states = MOMENTS[optimizer.optimizer.name]
     return parameters * ((4 if precision is Precision.fp32 else 2) + 4 + 4 * states)
 
@@ -98,18 +96,21 @@ def checkpoint_bytes(parameters: int, precision: Precision, optimizer: Optimizer
 def bytes_per_parameter(
     precision: Precision, optimizer: OptimizerConfig, shard: int, sharding: Sharding | None = None
 ) -> float:
-    """Training state of one parameter in bytes: weight, gradient and optimizer, each whole or a part of `shard`.
+    """Return the bytes of weight, gradient and optimizer state per parameter on a rank.
 
-    16-bit training keeps an fp32 master copy beside Adam's two moments (12 bytes); fp32 training needs no copy (8).
-    The distributed optimizer shards the optimizer's; Megatron-FSDP's `sharding` says whether gradients and weights too.
+    16-bit training has an fp32 master weight and Adam's two moments (12 bytes), fp32 training only
+    the moments (8). The distributed optimizer shards the state over `shard` ranks; `sharding` of
+    Megatron-FSDP says whether gradients and weights are sharded, too.
     """
     moments = MOMENTS[optimizer.optimizer.name]
     fp32 = precision is Precision.fp32
     weight, gradient = (4, 4) if fp32 else (2, 4 if optimizer.grad_reduce_in_fp32 else 2)
     state = 4 * (moments if fp32 else 1 + moments)
+    shards_weights = sharding is Sharding.optim_grads_params
+    shards_gradients = shards_weights or sharding is Sharding.optim_grads
+    shards_state = sharding or optimizer.use_distributed_optimizer
     return (
-        weight / (shard if sharding is Sharding.optim_grads_params else 1)
-        + gradient
-        / (shard if sharding in (Sharding.optim_grads, Sharding.optim_grads_params) else 1)
-        + state / (shard if sharding or optimizer.use_distributed_optimizer else 1)
+        weight / (shard if shards_weights else 1)
+        + gradient / (shard if shards_gradients else 1)
+        + state / (shard if shards_state else 1)
     )

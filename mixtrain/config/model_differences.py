@@ -1,6 +1,7 @@
-"""What makes two configurations other models though their tensors have the same shapes, key by key. No torch.
+"""Find keys by which two models differ although their tensors have the same shapes. No torch.
 
-Rule: a difference is refused with both values unless checkpoint.acknowledge_differences names its key.
+Rule: checkpoint loading refuses a difference, with both values, unless
+checkpoint.acknowledge_differences names its key.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from mixtrain.config.key_effects import FORWARD, show, value_of
 from mixtrain.config.schema import Config
 from mixtrain.config.transformer_fields import UNKNOWN, transformer_config_defaults
 
-# fields of TransformerConfig that have no key of their own: ours are model.extra.FIELD
+# prefix for fields of TransformerConfig without a key of their own
 EXTRA = "model.extra."
 KEY = "checkpoint.acknowledge_differences"
 TOKENIZER = "data.tokenizer"  # checkpoint/same_tokenizer.py compares it
@@ -21,52 +22,49 @@ ABSENT = object()
 
 
 class Difference(NamedTuple):
-    """A key that has another value than the weights were made with."""
+    """A key whose value differs from the one that the weights were trained with."""
 
     key: str
-    there: Any
-    here: Any
+    trained: Any
+    configured: Any
 
-    def told(self, checkpoint: Path) -> str:
-        use = (
-            ""
-            if self.there is ABSENT or self.there is UNKNOWN
-            else f"use {self.key}={_shown(self.there)}, or "
-        )
-        here = _shown(self.here)
-        there = _shown(self.there)
+    def message(self, checkpoint: Path) -> str:
+        use = ""
+        if self.trained is not ABSENT and self.trained is not UNKNOWN:
+            use = f"use {self.key}={_shown(self.trained)}, or "
         return (
-            f"{self.key} = {here}, but the weights of {checkpoint} are for {there}; {use}name"
-            f" the key in {KEY}"
+            f"{self.key} = {_shown(self.configured)}, but the weights of {checkpoint} are for"
+            f" {_shown(self.trained)}; {use}name the key in {KEY}"
         )
 
 
-def differences(config: Config, there: Any) -> Iterator[Difference]:
-    """How the model of a Config differs from that of another, resolved, as plain YAML has it."""
+def differences(config: Config, trained: Any) -> Iterator[Difference]:
+    """Yield the differences from the model of `trained`, a resolved configuration as plain YAML."""
+    dropless = config.dispatcher.moe_expert_capacity_factor is None
     for key in FORWARD:
-        mine = value_of(config, key)
-        other = _at(there, key)
-        if (
-            key == "dispatcher.moe_token_drop_policy"
-            and config.dispatcher.moe_expert_capacity_factor is None
-        ):
-            continue  # none is dropped
-        if key == "router.moe_router_enable_expert_bias" and mine and other is False:
-            continue  # a bias starts at zero, and chooses as none does
-        if other is ABSENT or _meaning(key, mine) != _meaning(key, other):
-            yield Difference(key, other, mine)
-    mine = config.model.extra
-    other = _at(there, "model.extra")
-    other = other if isinstance(other, Mapping) else {}
+        configured = value_of(config, key)
+        value = _at(trained, key)
+        if key == "dispatcher.moe_token_drop_policy" and dropless:
+            continue  # no token is dropped
+        if key == "router.moe_router_enable_expert_bias" and configured and value is False:
+            continue  # a bias of zero does not change the choice
+        if value is ABSENT or _effect(key, configured) != _effect(key, value):
+            yield Difference(key, value, configured)
+    configured_extra = config.model.extra
+    trained_extra = _at(trained, "model.extra")
+    if not isinstance(trained_extra, Mapping):
+        trained_extra = {}
     defaults = transformer_config_defaults() or {}
-    for field in sorted({*mine, *map(str, other)}):
-        values = [extra.get(field, defaults.get(field, ABSENT)) for extra in (other, mine)]
-        if values[0] != values[1]:
-            yield Difference(EXTRA + field, *values)
+    for field in sorted({*configured_extra, *map(str, trained_extra)}):
+        default = defaults.get(field, ABSENT)
+        value = trained_extra.get(field, default)
+        configured = configured_extra.get(field, default)
+        if value != configured:
+            yield Difference(EXTRA + field, value, configured)
 
 
 def unknown(config: Config) -> list[str]:
-    """What is acknowledged and is no such key."""
+    """Return the acknowledged keys that cannot differ between models."""
     return [
         key
         for key in config.checkpoint.acknowledge_differences
@@ -75,13 +73,13 @@ def unknown(config: Config) -> list[str]:
 
 
 def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree.get(part, ABSENT) if isinstance(tree, Mapping) else ABSENT
+    for name in key.split("."):
+        tree = tree.get(name, ABSENT) if isinstance(tree, Mapping) else ABSENT
     return tree
 
 
-def _meaning(key: str, value: Any) -> Any:
-    """A value as it counts: of the ways to balance, sinkhorn alone chooses other experts."""
+def _effect(key: str, value: Any) -> Any:
+    """Return what a value changes in the forward pass: of the balancing types only sinkhorn."""
     if key == "router.moe_router_load_balancing_type":
         return value == "sinkhorn" or (isinstance(value, list) and "sinkhorn" in value)
     if key == "router.moe_router_topk_scaling_factor":
@@ -90,7 +88,7 @@ def _meaning(key: str, value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    text = {id(ABSENT): "a value that is not known", id(UNKNOWN): "the default"}.get(
-        id(value)
-    ) or show(value)
+    if value is ABSENT:
+        return "an unknown value"
+    text = "the default" if value is UNKNOWN else show(value)
     return text if text.isprintable() and len(text) < 100 else ascii(text)[:100]

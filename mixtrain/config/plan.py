@@ -1,7 +1,7 @@
-"""Every number that follows from a Config, computed once and frozen. No torch.
+"""Every number derived from a Config, computed once and frozen. No torch.
 
-Rule: nothing else in the project derives a size from the configuration, and no Plan exists of a
-Config that breaks a rule of config/rules/.
+Rule: nothing else in the project derives a size from the configuration. planner.py makes plans of
+legal configurations only.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from mixtrain.config.schema import Config, OptimizerConfig, TrainerConfig
 
 @dataclass(frozen=True)
 class Plan:
-    """A legal run. Sizes count ranks unless the name says otherwise."""
+    """A run. Sizes count ranks unless the name says otherwise."""
 
-    config: Config  # resolved: no size is null that a size follows from
+    config: Config  # resolved: sizes that other sizes depend on are not null
     world_size: int
-    data_parallel_size: int  # of the dense parameters, context parallel ranks not counted
+    data_parallel_size: int  # of the dense parameters, without context parallel ranks
     expert_data_parallel_size: int
-    dense_shard: int  # ranks one optimizer state of a dense parameter is spread over
+    dense_shard: int  # ranks that share the optimizer state of a dense parameter
     expert_shard: int
-    num_microbatches: int  # a step and rank
+    num_microbatches: int  # per step and rank
     tokens_per_step: int
     num_local_experts: int
     layers: pipeline_split.Stages  # [stage][chunk]
@@ -43,42 +43,43 @@ class Plan:
     rank_parameters: tuple[tuple[int, int], ...]
     # weights, gradients and optimizer state, on one rank of each pipeline stage
     stage_state_bytes: tuple[int, ...]
-    stage_activation_bytes: tuple[int, ...]  # at the least, on top of these
-    recipe: str | None = field(default=None, kw_only=True)  # its name, where one was given
-    changed_mathematics: tuple[Change, ...] = field(default=(), kw_only=True)  # against the recipe
+    stage_activation_bytes: tuple[int, ...]  # a lower bound, in addition to the state
+    recipe: str | None = field(default=None, kw_only=True)  # its name
+    # differences from the recipe
+    changed_mathematics: tuple[Change, ...] = field(default=(), kw_only=True)
     changed_execution: tuple[Change, ...] = field(default=(), kw_only=True)
-    # where the run is not the published model it names, or depends on its layout
+    # differences from the published model, dependence on the layout, an unfinished warm-up
     warnings: tuple[str, ...]
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of state on the rank that has most of it; activations come on top."""
+        """Bytes of state on the rank with the largest state, without activations."""
         return max(self.stage_state_bytes)
 
     @property
     def samples(self) -> tuple[int, int, int]:
-        """Sequences that the run reads of the train, validation and test parts. Every validation reads the same."""
+        """Sequences that the run reads of train, validation (every time the same) and test."""
         return self.samples_from(0, 0)
 
     def samples_from(self, done: int, consumed: int) -> tuple[int, int, int]:
-        """The same for a run whose first `done` steps have consumed `consumed` sequences, maybe in other batches."""
+        """Return `samples` of a run whose first `done` steps have consumed `consumed` sequences."""
         trainer = self.config.trainer
         held_out = trainer.limit_val_batches * trainer.global_batch_size
         test = held_out if split_weights(self.config.data.split)[2] else 0
         return samples_before(trainer, trainer.max_steps, done, consumed), held_out, test
 
     def microbatches_of(self, batch: int) -> int:
-        """Microbatches of a rank in a step of `batch` sequences."""
+        """Return a rank's microbatches in a step of `batch` sequences."""
         return batch // (self.config.trainer.micro_batch_size * self.data_parallel_size)
 
     @property
     def saves(self) -> bool:
-        """The run writes checkpoints."""
+        """Whether the run writes checkpoints."""
         return self.config.checkpoint.save_last or self.config.checkpoint.save_interval is not None
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Of one checkpoint, all ranks together."""
+        """Bytes of one checkpoint, of all ranks together."""
         return memory.checkpoint_bytes(
             self.total_parameters, self.config.trainer.precision, self.config.optimizer
         )
@@ -89,7 +90,7 @@ class Plan:
 
     @property
     def fullest_stage(self) -> int:
-        """The pipeline stage whose ranks need most memory, as far as it is known."""
+        """The pipeline stage whose ranks have the most state and least activations."""
         return self._least_bytes.index(self.least_bytes)
 
     @property
@@ -103,7 +104,7 @@ class Plan:
 
     @property
     def is_forced(self) -> bool:
-        """The router ignores its own choice: for benchmarks, the model learns nothing of use."""
+        """Whether the router chooses experts at random, for benchmarks."""
         return self.config.router.moe_router_force_load_balancing
 
     @property
@@ -112,18 +113,17 @@ class Plan:
 
 
 def resolve(config: Config, world_size: int | None = None) -> Config:
-    """The Config with the sizes that null leaves open filled in.
+    """Return the Config with numbers for the sizes that are null.
 
-    trainer.devices becomes what the layout needs (or what the launcher started, `world_size`),
-    model.num_layers as few as the pipeline needs (two where there is none, so that there is an
-    inner boundary), the schedule's steps the run's.
+    trainer.devices: what the layout needs, or what the launcher started (`world_size`).
+    model.num_layers: as few as the pipeline needs; two without a pipeline, for an inner boundary.
+    The schedule's steps: those of the run.
     """
     parallel = config.parallel
     model = config.model
     trainer = config.trainer
-    if (
-        chunks := pipeline_split.chunks_of_layout(parallel)
-    ) and not parallel.virtual_pipeline_model_parallel_size:
+    chunks = pipeline_split.chunks_of_layout(parallel)
+    if chunks and not parallel.virtual_pipeline_model_parallel_size:
         parallel = replace(parallel, virtual_pipeline_model_parallel_size=chunks)
     if model.num_layers is None:
         model = replace(model, num_layers=pipeline_split.fewest_layers(parallel))
@@ -136,7 +136,7 @@ def resolve(config: Config, world_size: int | None = None) -> Config:
 
 
 def schedule_in_steps(config: Config) -> OptimizerConfig:
-    """The schedule in steps: decay over the run, warm-up as a fraction of the decay, where null leaves them open."""
+    """Return the schedule in steps; null: decay over the run, warm-up as a fraction of it."""
     optimizer = config.optimizer
     warmup = config.optimizer.lr_warmup_steps
     decay = optimizer.lr_decay_steps or max(config.trainer.max_steps, (warmup or 0) + 1)
@@ -146,33 +146,34 @@ def schedule_in_steps(config: Config) -> OptimizerConfig:
 
 
 def batch_size_at(trainer: TrainerConfig, consumed: int) -> int:
-    """Sequences of the step that starts after `consumed` ones: Megatron-Core's batch-size ramp-up, or the whole batch.
+    """Return the sequences of the step that starts after `consumed` sequences.
 
-    As its RampupBatchsizeNumMicroBatchesCalculator: increments at even distances until the ramp's samples are consumed.
+    As Megatron-Core's RampupBatchsizeNumMicroBatchesCalculator: the batch grows by increments at
+    even distances until the samples of the ramp-up are consumed.
     """
-    whole = trainer.global_batch_size
+    full = trainer.global_batch_size
     if not trainer.rampup_batch_size:
-        return whole
+        return full
     first, increment, samples = trainer.rampup_batch_size
-    increments = (whole - first) // increment if increment else 0
+    increments = (full - first) // increment if increment else 0
     if consumed > samples or not increments or not samples:
-        return whole
+        return full
     return first + int(consumed / (samples / increments)) * increment
 
 
 def samples_before(trainer: TrainerConfig, steps: int, done: int = 0, consumed: int = 0) -> int:
-    """Sequences that `steps` steps consume, of which `done` have consumed `consumed`."""
+    """Return the sequences of `steps` steps, of which the first `done` consumed `consumed`."""
     while done < steps:
         size = batch_size_at(trainer, consumed)
         if size == trainer.global_batch_size:
             return consumed + (steps - done) * size
-        consumed = consumed + size
-        done = done + 1
+        consumed += size
+        done += 1
     return consumed
 
 
 def ranks_needed(config: Config) -> int:
-    """The fewest ranks that hold both grids: TP*PP*CP of the dense parameters, ETP*EP*PP of the experts."""
+    """Return the smallest world size for both grids: TP*PP*CP (dense) and ETP*EP*PP (experts)."""
     return math.lcm(dense_grid(config), expert_grid(config))
 
 
@@ -195,12 +196,12 @@ def expert_grid(config: Config) -> int:
 
 
 def world_size(config: Config) -> int:
-    """Ranks of a resolved Config."""
+    """Return the ranks of a resolved Config."""
     return config.trainer.devices * config.trainer.num_nodes
 
 
 def derive(config: Config) -> Plan:
-    """The Plan of a resolved Config, by arithmetic alone: sizes that do not divide are rounded down, never below 1."""
+    """Compute the Plan of a resolved Config, legal or not; round quotients down, to at least 1."""
     parallel = config.parallel
     trainer = config.trainer
     model = config.model
@@ -240,7 +241,7 @@ def derive(config: Config) -> Plan:
         ),
         stage_activation_bytes=activations.least_bytes(config, layers, microbatches),
         warnings=(
-            *published_models.lint(config),
+            *published_models.warnings(config),
             *layout_sensitive.warnings(config, dp),
             *lr_schedule.warnings(config),
         ),

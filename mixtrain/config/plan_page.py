@@ -1,4 +1,4 @@
-"""The plan as its reader sees it: one page of text, 100 columns. No torch."""
+"""Render a plan as one page of text, 100 columns wide. No torch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mixtrain.config.plan import Plan
 from mixtrain.config.transformer_fields import differences
 
 WIDTH = 100  # columns
-NAMES = 21  # of them, for what a row is about
-DEVICES_GIB = {"80 GB": 79, "141 GB": 139}  # H100 and H200, the two that most plans are for
+NAME_WIDTH = 21  # columns of a row's name
+DEVICES_GIB = {"80 GB": 79, "141 GB": 139}  # H100 and H200
 FORCED = (
     "FORCED BALANCE: experts are chosen at random, for measuring speed; the model learns"
     " nothing of use"
@@ -23,28 +23,21 @@ MOCK = "MOCK DATA: made-up tokens, for checking a layout or its speed; the losse
 
 
 def render(plan: Plan) -> str:
-    """The plan as lines of `what  value`, with MOCK on top where the data is mock, and then the warnings."""
+    """Return the page: MOCK and FORCED banners, warnings, then rows of `name  value`."""
     rows = [("run", f"{plan.config.name}, seed {plan.config.seed}"), ("  in", plan.config.run_dir)]
-    rows += (
-        _recipe(plan)
-        + _ranks(plan)
-        + _batch(plan)
-        + _rate(plan)
-        + _model(plan)
-        + _memory(plan)
-        + _defaults(plan)
-    )
-    lines = [f"{name:<{NAMES}}  {value}" for name, value in rows]
+    for section in (_recipe, _ranks, _batch, _rate, _model, _memory, _defaults):
+        rows += section(plan)
+    lines = [f"{name:<{NAME_WIDTH}}  {value}" for name, value in rows]
     return "\n".join([*banners(plan), *_warnings(plan), *lines])
 
 
 def banners(plan: Plan) -> list[str]:
-    """What must not be overlooked in the numbers that follow: in the plan, the log and, by their tags, the metrics."""
+    """Return the banners for the plan and the log; the metrics have the tags."""
     return [text for tag, text in (("MOCK", MOCK), ("FORCED", FORCED)) if tag in tags(plan)]
 
 
 def _warnings(plan: Plan) -> list[str]:
-    """`warning: ...` for each, folded at WIDTH between words."""
+    """Return each warning as `warning: ...`, folded between words at WIDTH."""
     fold = {
         "width": WIDTH,
         "subsequent_indent": "  ",
@@ -59,12 +52,12 @@ def tags(plan: Plan) -> list[str]:
 
 
 def changed_mathematics(plan: Plan) -> list[str]:
-    """The overrides that make of a named recipe another run: for the log, config.yaml and status.json."""
+    """Return the changes of the recipe's mathematics, for the log, config.yaml and status.json."""
     return [str(change) for change in plan.changed_mathematics]
 
 
 def _recipe(plan: Plan) -> list[tuple[str, str]]:
-    """What was changed on top of the recipe: first what makes another model of it, then what does not."""
+    """Return the recipe and the changes to it: mathematics first, then execution."""
     if plan.recipe is None:
         return []
     rows = [("  changes mathematics", text) for text in changed_mathematics(plan)]
@@ -73,15 +66,14 @@ def _recipe(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _defaults(plan: Plan) -> list[tuple[str, str]]:
-    """Every field of TransformerConfig that is not at Megatron-Core's default, folded into lines."""
-    found = differences(plan.config)
-    if found is None:
+    """Return the fields of TransformerConfig that are not at Megatron-Core's default, folded."""
+    fields = differences(plan.config)
+    if fields is None:
         return [
             ("not at default", "megatron-core is not installed here, so its defaults are not known")
         ]
-    lines = wrap(
-        "; ".join(found), width=WIDTH - NAMES - 2, break_long_words=False, break_on_hyphens=False
-    )
+    width = WIDTH - NAME_WIDTH - 2
+    lines = wrap("; ".join(fields), width, break_long_words=False, break_on_hyphens=False)
     return [("not at default" if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
@@ -106,43 +98,49 @@ def _ranks(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _stages(plan: Plan) -> list[tuple[str, str]]:
-    """The ranks of each pipeline stage and what they hold; stages in a row that hold the same are one row."""
+    """Return the ranks and layers of each pipeline stage; equal neighbours share a row."""
     if len(plan.layers) == 1:
         return []
     ranks = plan.world_size // len(plan.layers)
     first = _first_with_layers(plan)
     rows = []
     begin = 0
-    for holds, group in groupby(range(len(plan.layers)), lambda stage: _holds(plan, stage, first)):
+    stages = range(len(plan.layers))
+    for content, group in groupby(stages, lambda stage: _content(plan, stage, first)):
         end = begin + len(list(group)) - 1
-        name = f"  stage {begin}" if begin == end else f"  stages {begin}-{end}"
-        spans = f"{_span(begin * ranks, ranks)}" + f" to {_span(end * ranks, ranks)}" * (
-            end > begin
-        )
-        rows.append((name, f"ranks {spans}: {holds}"))
+        name = f"  stage {begin}"
+        spans = _span(begin * ranks, ranks)
+        if end > begin:
+            name = f"  stages {begin}-{end}"
+            spans += f" to {_span(end * ranks, ranks)}"
+        rows.append((name, f"ranks {spans}: {content}"))
         begin = end + 1
     return rows
 
 
-def _holds(plan: Plan, stage: int, first: int) -> str:
+def _content(plan: Plan, stage: int, first: int) -> str:
+    """Return the layers of a stage; `first` is the first stage with layers."""
     counts = plan.layers[stage]
     layers = f"{', '.join(map(str, counts))} layer{'s' * (counts != (1,))}"
     if len(counts) > 1:
         layers = f"chunks of {layers}"
         if len(set(counts)) == 1:
             layers = f"{len(counts)} chunks of {counts[0]} layer{'s' * (counts[0] != 1)}"
-    ends = "embedding, " * (stage == 0), ", loss" * (stage == len(plan.layers) - 1)
-    return f"{ends[0]}{layers}{ends[1]}" + f"; experts as on stage {first}" * (
-        stage != first and sum(counts) > 0
-    )
+    if stage == 0:
+        layers = f"embedding, {layers}"
+    if stage == len(plan.layers) - 1:
+        layers += ", loss"
+    if stage != first and sum(counts) > 0:
+        layers += f"; experts as on stage {first}"
+    return layers
 
 
 def _first_with_layers(plan: Plan) -> int:
-    return next((stage for stage, row in enumerate(plan.layers) if sum(row)), 0)
+    return next((stage for stage, chunks in enumerate(plan.layers) if sum(chunks)), 0)
 
 
 def _expert_rows(plan: Plan, shown: int = 4) -> list[str]:
-    """Which ranks hold the experts of a layer: a row an expert-parallel group of the first stage that has layers.
+    """Return a row per expert-parallel group of the first stage with layers, at most `shown`.
 
     Megatron-Core numbers ranks with ETP fastest, then EP, then EDP, then PP.
     """
@@ -151,7 +149,7 @@ def _expert_rows(plan: Plan, shown: int = 4) -> list[str]:
     group = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
     count = plan.expert_data_parallel_size
     begin = _first_with_layers(plan) * plan.world_size // len(plan.layers)
-    rows = [f"ranks {_span(begin + part * group, group)}" for part in range(min(count, shown))]
+    rows = [f"ranks {_span(begin + number * group, group)}" for number in range(min(count, shown))]
     rows[0] += (
         f": {local} expert{'s' * (local > 1)} of {plan.config.model.num_moe_experts} on each, in"
         " every layer"
@@ -186,10 +184,13 @@ def _batch(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _rate(plan: Plan) -> list[tuple[str, str]]:
-    """The learning rate at the first step, after warm-up and at the last, and how many steps each phase has."""
+    """Return the learning rate at the first step, after warm-up and at the last; the phases."""
     optimizer = plan.config.optimizer
     steps = plan.config.trainer.max_steps
-    parts = lr_schedule.phases(plan.config)
+    phases = ", ".join(
+        f"{name} {count:,} step{'s' * (count > 1)}"
+        for name, count in lr_schedule.phases(plan.config)
+    )
     warmup = optimizer.lr_warmup_steps
     end = optimizer.lr_decay_steps
     rates = [f"{lr_schedule.rate(optimizer, 0):.2e} at the first step"]
@@ -197,15 +198,9 @@ def _rate(plan: Plan) -> list[tuple[str, str]]:
         rates.append(f"{lr_schedule.rate(optimizer, warmup):.2e} after warm-up")
     rates.append(f"{lr_schedule.rate(optimizer, steps - 1):.2e} at the last")
     decays = optimizer.lr_decay_style is not DecayStyle.constant
-    elsewhere = f"; decay ends at step {end:,}" * (decays and end > steps > warmup)
-    return [
-        ("learning rate", ", ".join(rates)),
-        (
-            "  phases",
-            ", ".join(f"{name} {count:,} step{'s' * (count > 1)}" for name, count in parts)
-            + elsewhere,
-        ),
-    ]
+    if decays and end > steps > warmup:
+        phases += f"; decay ends at step {end:,}"
+    return [("learning rate", ", ".join(rates)), ("  phases", phases)]
 
 
 def _rampup(plan: Plan) -> str:
@@ -246,23 +241,22 @@ def _memory(plan: Plan) -> list[tuple[str, str]]:
     sizes = dict(DEVICES_GIB)
     if plan.config.trainer.device_memory_gib is not None:
         sizes["trainer.device_memory_gib"] = plan.config.trainer.device_memory_gib
-    beside = ", ".join(
+    shares = ", ".join(
         f"{state / GIB / size:.0%} of {name}{_given(name, size)}" for name, size in sizes.items()
     )
     stage = f", stage {plan.heaviest_stage}" * several
     fullest = plan.fullest_stage
-    passes = len(
-        in_flight(len(plan.layers), fullest, len(plan.layers[fullest]), plan.num_microbatches)
-    )
+    chunks = len(plan.layers[fullest])
+    passes = len(in_flight(len(plan.layers), fullest, chunks, plan.num_microbatches))
     where = f" on stage {fullest}, forward passes in flight: {passes}" * several
-    kept = _amount(plan.stage_activation_bytes[fullest])
+    activations = _amount(plan.stage_activation_bytes[fullest])
     return [
         (
             "state on a rank",
             f"{_amount(state)} (weights, gradients, optimizer{stage}; activations come on top)",
         ),
-        ("  activations", f"at least {kept}{where}"),
-        ("  beside", beside),
+        ("  activations", f"at least {activations}{where}"),
+        ("  beside", shares),
         (
             "  optimizer shards",
             f"dense over {plan.dense_shard} ranks, experts over {plan.expert_shard}",
@@ -276,17 +270,15 @@ def _amount(size: int) -> str:
 
 
 def _checkpoints(plan: Plan) -> str:
-    """How many bytes, how often, how many are kept."""
+    """Return the size, the interval and the number of checkpoints kept."""
     settings = plan.config.checkpoint
     if not plan.saves:
         return "none"
-    often = [f"every {settings.save_interval:,} steps"] if settings.save_interval else []
-    often += ["at the end"] * settings.save_last
+    times = [f"every {settings.save_interval:,} steps"] if settings.save_interval else []
+    times += ["at the end"] * settings.save_last
     kept = f", {settings.keep_last} kept" if settings.keep_last else ", all kept"
-    return (
-        f"{_amount(plan.checkpoint_bytes)} each,"
-        f" {' and '.join(often)}{kept}{', beside training' * settings.async_save}"
-    )
+    background = ", beside training" * settings.async_save
+    return f"{_amount(plan.checkpoint_bytes)} each, {' and '.join(times)}{kept}{background}"
 
 
 def _given(name: str, size: float) -> str:

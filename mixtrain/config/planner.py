@@ -1,4 +1,4 @@
-"""From a Config to the Plan of a run: every derived number, every rule, and what differs from the recipe. No torch."""
+"""Make the Plan of a Config: derive the numbers, check the rules, compare the recipe. No torch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def make_plan(
     known: list[str] | None = None,
     recipe: tuple[str, Config] | None = None,
 ) -> Plan:
-    """The Plan of a Config; a UserError lists every rule it breaks, after the problems that are `known` already.
+    """Return the Plan of a Config. Raises UserError: the `known` problems, then violated rules.
 
-    `world_size`: the ranks a launcher has started, if one has. `recipe`: the name of the recipe that the configuration
-    was made from, and its own configuration, to tell what was changed.
+    world_size: the ranks that a launcher has started, if any. recipe: name and own configuration of
+    the recipe behind `config`, to find the changes.
     """
     plan = derive(resolve(config, world_size))
     if problems := [*(known or []), *broken_rules(plan)]:
         raise UserError(*problems)
     if recipe is None:
         return plan
-    name = recipe[0]
-    changed = changes(recipe[1], config)
+    name, recipe_config = recipe
+    changed = changes(recipe_config, config)
     return replace(
         plan,
         recipe=name,

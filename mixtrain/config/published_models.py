@@ -1,8 +1,7 @@
-"""What a published model is, and where a configuration that names it differs. No torch.
+"""Values of published models, and warnings where a configuration differs from its model. No torch.
 
-Rule: a fact has its source in a comment of its file in published_models/ and is compared under the
-key a user types; a difference is a warning, never an error: to change a published model is a user's
-right, not to notice it is the harm.
+Rule: each file in published_models/ names its source in a comment and uses the keys that a user
+types. A difference is a warning, not an error, because a user may change a model on purpose.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mixtrain.config.schema import Config, leaves, plain
+from mixtrain.config.key_effects import show, value_of
+from mixtrain.config.schema import Config, leaves
 
 FOLDER = Path(__file__).resolve().parent / "published_models"
 
-# What decides whether the weights of a published model fit and mean the same: a facts file has
-# these and no others.
+# keys that decide whether published weights fit and compute the same: the keys of every file
 KEYS = (
     "model.num_layers",
     "model.hidden_size",
@@ -41,58 +40,49 @@ KEYS = (
 )
 
 
-def lint(config: Config) -> list[str]:
-    """One warning for each key in which a Config is not the model that model.hf_model names, or does not train it."""
+def warnings(config: Config) -> list[str]:
+    """Return a warning for each key that differs from the model that model.hf_model names."""
     name = config.model.hf_model
-    facts = published().get(name, {})
-    warnings = [
-        f"{key} = {_shown(value)} differs from {name}, which has {_shown(facts[key])}"
-        for key in facts
-        if (value := _value(config, key)) != facts[key]
-    ]
+    published_values = published().get(name, {})
+    sentences = []
+    for key, published_value in published_values.items():
+        value = value_of(config, key)
+        if value != published_value:
+            sentences.append(
+                f"{key} = {show(value)} differs from {name}, which has {show(published_value)}"
+            )
     if name is not None and name not in published():
         known = ", ".join(sorted(published()))
-        warnings.append(
-            f"model.hf_model = {name} has no facts to be held against; there are those of {known},"
-            " and null"
+        sentences.append(
+            f"model.hf_model = {name} is not a known model, so nothing is compared; the known"
+            f" models are {known}, and null"
         )
-    if facts and (capacity := config.dispatcher.moe_expert_capacity_factor) is not None:
-        warnings.append(
+    capacity = config.dispatcher.moe_expert_capacity_factor
+    if published_values and capacity is not None:
+        sentences.append(
             f"dispatcher.moe_expert_capacity_factor = {capacity:g} drops the tokens that exceed"
             f" it; {name} drops none: use null"
         )
     if config.router.moe_router_force_load_balancing:
-        warnings.append(
-            "router.moe_router_force_load_balancing = true sends tokens to experts at random: good"
-            " for timing alone"
+        sentences.append(
+            "router.moe_router_force_load_balancing = true sends tokens to experts at random: only"
+            " for timing"
         )
-    return warnings
+    return sentences
 
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """{name on Hugging Face: {key: value}} of every file in mixtrain/config/published_models/."""
+    """Return {name on Hugging Face: {key: value}} of all files in published_models/."""
     return dict(read(path) for path in sorted(FOLDER.glob("*.yaml")))
 
 
 def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """(name on Hugging Face, {key: value}) of one file. ValueError if it has other keys than KEYS."""
-    facts = dict(leaves(OmegaConf.to_container(OmegaConf.load(path))))
-    name = facts.pop("hf_model", None)
-    missing = sorted(set(KEYS) - set(facts))
-    unknown = sorted(set(facts) - set(KEYS))
+    """Return (name on Hugging Face, {key: value}) of a file. Raises ValueError for other keys."""
+    values = dict(leaves(OmegaConf.to_container(OmegaConf.load(path))))
+    name = values.pop("hf_model", None)
+    missing = sorted(set(KEYS) - set(values))
+    unknown = sorted(set(values) - set(KEYS))
     if name is None or missing or unknown:
         raise ValueError(f"{path.name}: hf_model = {name}; missing {missing}; not a fact {unknown}")
-    return name, facts
-
-
-def _value(config: Config, key: str) -> Any:
-    section, name = key.split(".")
-    return plain(getattr(getattr(config, section), name))
-
-
-def _shown(value: Any) -> str:
-    """A value as YAML has it: null, true, 1e-05."""
-    return (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    return name, values

@@ -1,4 +1,4 @@
-"""A line `#SBATCH --flag=value`, as sbatch reads it back, and which values have none. No torch."""
+"""Write a line `#SBATCH --flag=value` that sbatch reads back unchanged. No torch."""
 
 from __future__ import annotations
 
@@ -6,44 +6,34 @@ from mixtrain.characters import CONTROL, escaped
 from mixtrain.errors import UserError
 
 MARK = "#SBATCH "
-QUOTED = " #'"  # a value with one of these stands in double quotes
+QUOTED = " #'"  # a value with one of these needs double quotes
 
 
 def unquotable(value: object) -> str | None:
-    """What a value has that no #SBATCH line can hold, or None: a line break, or what ends or escapes a quotation."""
-    if (
-        isinstance(value, dict)
-        or isinstance(value, (list, tuple))
-        and any(isinstance(part, dict) for part in value)
-    ):
+    """Return what in a value no #SBATCH line can contain, as a noun phrase, or None."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(item, dict) for item in items):
         return "a mapping"
-    if found := CONTROL.search(_text(value)):
-        return f"the control character {escaped(found[0])}"
-    return next(
-        (
-            name
-            for sign, name in (('"', "a double quote"), ("\\", "a backslash"))
-            if sign in _text(value)
-        ),
-        None,
-    )
+    text = _text(value)
+    if match := CONTROL.search(text):
+        return f"the control character {escaped(match[0])}"
+    if '"' in text:
+        return "a double quote"
+    return "a backslash" if "\\" in text else None
 
 
 def directive(flag: str, value: object, key: str) -> str:
-    """The line of one flag. UserError naming `key`, the value's origin, if the line could not hold the value."""
-    if has := unquotable(value):
+    """Return the line of a flag. Raises UserError that names `key` for an unquotable value."""
+    text = _text(value)
+    if character := unquotable(value):
         raise UserError(
-            f"{key} = {escaped(_text(value))} has {has}, which no #SBATCH line can hold; take it"
+            f"{key} = {escaped(text)} has {character}, which no #SBATCH line can contain; take it"
             " out"
         )
     if value is True:
         return f"{MARK}--{flag}\n"
-    text = _text(value)
-    return (
-        f'{MARK}--{flag}="{text}"\n'
-        if any(sign in text for sign in QUOTED)
-        else f"{MARK}--{flag}={text}\n"
-    )
+    quote = '"' if any(character in text for character in QUOTED) else ""
+    return f"{MARK}--{flag}={quote}{text}{quote}\n"
 
 
 def _text(value: object) -> str:

@@ -1,9 +1,8 @@
-"""The names, types and single-field rules of every key a user can set. No torch, no values.
+"""Names, types and bounds of every key a user can set. No torch, no values.
 
-Rule: a key is named here once, with its type and unit; its value stands in conf/ or recipes/ and
-nowhere else. Names of model, parallel, router, dispatcher and optimizer keys are Megatron-Core's
-own fields; the trainer's are NeMo/Lightning's. A Config is never written to after `from_hydra`
-returned it.
+Rule: this file names a key once, with its type and unit; values are in conf/ and recipes/ only.
+Names of model, parallel, router, dispatcher and optimizer keys are Megatron-Core's fields; the
+trainer's are NeMo's and Lightning's. Nothing changes a Config after `from_hydra` has returned it.
 """
 
 from __future__ import annotations
@@ -49,14 +48,14 @@ from mixtrain.config.choices import (
 )
 from mixtrain.errors import UserError
 
-# mappings whose keys are others': Megatron-Core's, Slurm's
+# mappings with the keys of Megatron-Core and of Slurm
 FREE = ("model.extra", "launcher.sbatch_args")
 SBATCH = "launcher.sbatch_args"
-WEIGHED = "data.data_path"  # a list of texts that has numbers in it
+BLEND = "data.data_path"  # a list of prefixes that may contain numbers, their weights
 
 
 def at_least(minimum: float) -> Any:
-    """A required field whose value may not be below `minimum` (null passes where the type allows it)."""
+    """A required field of at least `minimum`; null is valid where the type allows it."""
     return field(default=MISSING, metadata={"minimum": minimum})
 
 
@@ -65,7 +64,7 @@ def above(bound: float) -> Any:
 
 
 def within(minimum: float, below: float) -> Any:
-    """From `minimum`, and below `below`."""
+    """A required field from `minimum` to less than `below`."""
     return field(default=MISSING, metadata={"minimum": minimum, "below": below})
 
 
@@ -73,7 +72,7 @@ def within(minimum: float, below: float) -> Any:
 class ModelConfig:
     num_layers: int | None = at_least(1)  # null: as few as the pipeline needs (see plan.resolve)
     hidden_size: int = at_least(1)
-    # a dense layer's; Mixtral has none, Megatron-Core asks for it all the same
+    # of a dense layer: Mixtral has none, but Megatron-Core requires the value
     ffn_hidden_size: int = at_least(1)
     num_attention_heads: int = at_least(1)
     num_query_groups: int = at_least(1)
@@ -97,7 +96,7 @@ class ModelConfig:
     # auto: PyTorch's or Transformer Engine's own choice; fused: cuDNN
     attention_backend: AttnBackend = MISSING
     moe_grouped_gemm: bool = MISSING
-    hf_model: str | None = MISSING  # the Hugging Face model whose facts these are
+    hf_model: str | None = MISSING  # the Hugging Face model that these values describe
     extra: dict[str, Any] = field(default_factory=dict)  # any other field of TransformerConfig
 
 
@@ -105,7 +104,8 @@ class ModelConfig:
 class ParallelConfig:
     tensor_model_parallel_size: int = at_least(1)
     pipeline_model_parallel_size: int = at_least(1)
-    virtual_pipeline_model_parallel_size: int | None = at_least(2)  # model chunks a pipeline stage
+    # model chunks per pipeline stage
+    virtual_pipeline_model_parallel_size: int | None = at_least(2)
     context_parallel_size: int = at_least(1)
     expert_model_parallel_size: int = at_least(1)
     expert_tensor_parallel_size: int = at_least(1)
@@ -115,12 +115,11 @@ class ParallelConfig:
     data_parallel_sharding_strategy: Sharding | None = MISSING
     num_layers_in_first_pipeline_stage: int | None = at_least(1)
     num_layers_in_last_pipeline_stage: int | None = at_least(1)
-    # the embedding takes the place of a layer
-    account_for_embedding_in_pipeline_split: bool = MISSING
-    account_for_loss_in_pipeline_split: bool = MISSING  # and so does the output layer
+    account_for_embedding_in_pipeline_split: bool = MISSING  # count the embedding as a layer
+    account_for_loss_in_pipeline_split: bool = MISSING  # count the output layer as a layer
     # Megatron's string, as in "Et*3|(tt|)*2tL"
     pipeline_model_parallel_layout: str | None = MISSING
-    # names of config/rules/upstream.py whose layouts may run all the same
+    # faults of config/rules/upstream.py that do not stop the run
     acknowledged_faults: list[str] = MISSING
 
 
@@ -139,7 +138,7 @@ class RouterConfig:
     # groups of experts; a token goes to a few of them
     moe_router_num_groups: int | None = at_least(1)
     moe_router_group_topk: int | None = at_least(1)
-    moe_router_topk_scaling_factor: float | None = above(0)  # 0 would be none to Megatron-Core
+    moe_router_topk_scaling_factor: float | None = above(0)  # Megatron-Core takes 0 for None
 
 
 @dataclass
@@ -149,7 +148,8 @@ class DispatcherConfig:
     moe_pad_expert_input_to_capacity: bool = MISSING
     moe_token_drop_policy: DropPolicy = MISSING
     moe_flex_dispatcher_backend: FlexBackend = MISSING  # only flex reads it
-    moe_shared_expert_overlap: bool = MISSING  # the shared expert computes while tokens travel
+    # compute the shared expert during the token exchange
+    moe_shared_expert_overlap: bool = MISSING
 
 
 @dataclass
@@ -174,8 +174,9 @@ class OptimizerConfig:
     lr_warmup_steps: int | None = at_least(0)  # null: lr_warmup_fraction of lr_decay_steps
     lr_warmup_fraction: float | None = at_least(0)
     lr_decay_steps: int | None = at_least(1)  # null: trainer.max_steps
-    lr_wsd_decay_style: WsdDecayStyle = MISSING  # only WSD reads it, and the next
-    lr_wsd_decay_steps: int | None = at_least(1)  # steps of its last phase
+    # only WSD reads these two
+    lr_wsd_decay_style: WsdDecayStyle = MISSING
+    lr_wsd_decay_steps: int | None = at_least(1)  # steps of the last phase
 
 
 @dataclass
@@ -183,11 +184,11 @@ class DataConfig:
     kind: DataKind = MISSING
     # Megatron's list: [prefix] or [weight, prefix, weight, prefix ...]
     data_path: list[str] | None = MISSING
-    split: str = MISSING  # parts of train, validation and test, as in "90,5,5"
+    split: str = MISSING  # weights of train, validation and test, as in "90,5,5"
     seq_length: int = at_least(1)  # tokens
     tokenizer: str | None = MISSING  # a Hugging Face tokenizer directory
     path_to_cache: str = MISSING
-    num_workers: int = at_least(0)  # processes that read ahead, a rank
+    num_workers: int = at_least(0)  # prefetching processes per rank
 
 
 @dataclass
@@ -195,15 +196,15 @@ class TrainerConfig:
     mode: Mode = MISSING
     accelerator: Accelerator = MISSING
     preflight: Preflight = MISSING  # auto: before a run on GPUs or several nodes
-    devices: int | None = at_least(1)  # ranks a node; null: as few as the layout needs
+    devices: int | None = at_least(1)  # ranks per node; null: as few as the layout needs
     num_nodes: int = at_least(1)
     max_steps: int = at_least(1)
     micro_batch_size: int = at_least(1)  # sequences
     global_batch_size: int = at_least(1)  # sequences
-    # Megatron's [first batch, increment, samples until the whole]
+    # Megatron's [first batch, increment, samples of the ramp-up]
     rampup_batch_size: list[int] | None = MISSING
     val_check_interval: int = at_least(1)  # steps
-    limit_val_batches: int = at_least(0)  # global batches a validation; 0 never validates
+    limit_val_batches: int = at_least(0)  # global batches per validation; 0 never validates
     log_every_n_steps: int = at_least(1)
     precision: Precision = MISSING
     fp8_recipe: Fp8Recipe = MISSING  # only precision fp8 reads it
@@ -214,32 +215,30 @@ class TrainerConfig:
     fine_grained_activation_offloading: bool = MISSING
     offload_modules: list[str] | None = MISSING
     deterministic: bool = MISSING
-    bad_step_policy: BadStep = (
-        # what to do when a loss or gradient is not finite, or the norm above the next bound
-        MISSING
-    )
-    bad_step_grad_norm: float | None = above(0)  # null: any finite norm is good
-    # steps skipped in a row before the run stops; only skip reads it
+    # a bad step has a loss or gradient that is not finite, or a norm above bad_step_grad_norm
+    bad_step_policy: BadStep = MISSING
+    bad_step_grad_norm: float | None = above(0)  # null: no upper bound
+    # consecutive skipped steps that stop the run; only skip reads it
     bad_step_limit: int = at_least(1)
-    # how long a rank may stand still, or wait for another, before the job ends
+    # how long a rank may make no progress, or wait for another, before the job ends
     timeout_minutes: float = above(0)
-    # a rank's state and least activations must fit; null does not check
+    # must hold a rank's state and least activations; null does not check
     device_memory_gib: float | None = at_least(0)
 
 
 @dataclass
 class CheckpointConfig:
-    save_interval: int | None = at_least(1)  # steps; null: only when the run ends
-    save_last: bool = MISSING  # write one when the run ends, or is asked to stop
-    keep_last: int | None = at_least(1)  # how many are kept; null: all
-    async_save: bool = MISSING  # training goes on while the files are written
+    save_interval: int | None = at_least(1)  # steps; null: only at the end of the run
+    save_last: bool = MISSING  # save at the end of the run and on a stop request
+    keep_last: int | None = at_least(1)  # number of checkpoints to keep; null: all
+    async_save: bool = MISSING  # training continues while the files are written
     verify: Verify = MISSING  # before loading: every file's SHA-256, or only its size
-    resume: Resume = MISSING  # auto: from the newest valid one if there is any
-    # runs in a row that may start at the same step; null: no limit
+    resume: Resume = MISSING  # auto: from the newest valid checkpoint, if there is one
+    # consecutive runs that may start at the same step; null: no limit
     max_attempts: int | None = at_least(1)
-    # a new run starts from the weights of this checkpoint, and of nothing else
+    # a new run takes the weights, and nothing else, from this checkpoint
     load_weights: str | None = MISSING
-    # keys of the model that may differ from those weights' own
+    # model keys that may differ from those of load_weights
     acknowledge_differences: list[str] = MISSING
 
 
@@ -250,20 +249,21 @@ class LoggingConfig:
 
 @dataclass
 class LauncherConfig:
-    type: LauncherType = MISSING  # auto: this machine where one node is asked, else Slurm
+    type: LauncherType = MISSING  # auto: this machine for one node, else Slurm
     partition: str | None = MISSING  # null: the cluster's default
     account: str | None = MISSING
-    time: str | None = MISSING  # Slurm's, as in 2-00:00:00 or 90 (minutes); null: the partition's
-    # null: trainer.devices where trainer.accelerator is gpu
+    # a Slurm time, as in 2-00:00:00 or 90 (minutes); null: the partition's
+    time: str | None = MISSING
+    # null: trainer.devices if trainer.accelerator is gpu
     gpus_per_node: int | None = at_least(0)
-    # a .sqsh file or a registry's name, as pyxis and enroot take it; null: none
+    # a .sqsh file or an image name, for pyxis and enroot; null: no container
     container_image: str | None = MISSING
-    # PATH, HOST:CONTAINER or HOST:CONTAINER:ro, beside the checkout
+    # PATH, HOST:CONTAINER or HOST:CONTAINER:ro, in addition to the checkout
     container_mounts: list[str] = MISSING
-    # a script that the job sources before anything else; null: slurm/env.sh
+    # a script that the job sources first; null: slurm/env.sh
     env_file: str | None = MISSING
-    max_requeues: int = at_least(0)  # returns in a row of a job that came no step further
-    # any other flag of sbatch, by its name
+    max_requeues: int = at_least(0)  # consecutive requeues without a new step
+    # any other flag of sbatch, by its long name
     sbatch_args: dict[str, Any] = field(default_factory=dict)
 
 
@@ -285,37 +285,35 @@ class Config:
 
     @staticmethod
     def from_hydra(composed: DictConfig, known: list[str] | None = None) -> Config:
-        """The typed Config of what Hydra composed.
+        """Return the typed Config of a composed tree.
 
-        A UserError lists every key that does not belong or fit, after the problems that are `known`
-        already.
+        Raises UserError with the `known` problems and every unknown, missing or illegal key.
         """
         schema = OmegaConf.structured(Config)
         problems = list(known or [])
-        found = len(problems)
+        known_count = len(problems)
         try:
             tree = OmegaConf.to_container(composed, resolve=True)
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise UserError(*problems, f"{error.full_key} cannot be resolved: {reason}") from None
-        every = list(leaves(tree))
-        if unprintable := [
-            problem for key, value in every for problem in characters.problems(key, value)
-        ]:
+        values = list(leaves(tree))
+        unprintable = [p for key, value in values for p in characters.problems(key, value)]
+        if unprintable:
             raise UserError(*problems, *unprintable)
-        for key, value in every:
+        for key, value in values:
             problems += _set(schema, key, value)
         missing = sorted(OmegaConf.missing_keys(schema))
         named = {problem.split(" ")[0] for problem in problems}
         problems += [f"{key} has no value; type {key}=..." for key in missing if key not in named]
         problems += _out_of_bounds(schema)
-        if len(problems) > found:
+        if len(problems) > known_count:
             raise UserError(*problems)
         return OmegaConf.to_object(schema)
 
 
 def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf; a free mapping is one leaf, its own keys are not ours."""
+    """Yield (dotted key, value) of every leaf; a free mapping is one leaf."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in FREE:
@@ -326,19 +324,16 @@ def leaves(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 @cache
 def legal_keys() -> dict[str, Any]:
-    """Every key of the schema with its type, dotted, in the order of the dataclasses."""
+    """Return {dotted key: type} of the whole schema, in the order of the dataclasses."""
     return {key: kind for key, kind, _ in _walk(Config)}
 
 
-def holds_text(key: str) -> bool:
-    """The key's value is a text, or a list of texts alone."""
+def is_text_key(key: str) -> bool:
+    """Return whether the key takes a text or a list of texts."""
     kind = legal_keys()[key]
-    inner = {
-        kind,
-        *get_args(kind),
-        *(part for argument in get_args(kind) for part in get_args(argument)),
-    }
-    return str in inner and get_origin(kind) is not dict and key != WEIGHED
+    types = {kind, *get_args(kind)}
+    types |= {inner for argument in get_args(kind) for inner in get_args(argument)}
+    return str in types and get_origin(kind) is not dict and key != BLEND
 
 
 def _walk(section: type, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
@@ -350,68 +345,62 @@ def _walk(section: type, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
             yield prefix + entry.name, hints[entry.name], entry
 
 
-def nearest(key: str, known: list[str]) -> str:
-    """The end of an error about an unknown key: the likeliest names, by whole key and by last part."""
-    by_last = {}
-    for name in known:
-        by_last.setdefault(name.rsplit(".", 1)[-1], []).append(name)
-    found = get_close_matches(key, known, n=3, cutoff=0.75)
-    for last in get_close_matches(key.rsplit(".", 1)[-1], list(by_last), n=2, cutoff=0.7):
-        found += [name for name in by_last[last] if name not in found]
-    return (
-        f"; did you mean {' or '.join(found[:3])}?"
-        if found
-        else "; `python train.py --help` lists what there is"
-    )
-
-
 def unknown_key(key: str) -> str:
-    """The problem text for a key that the schema does not have."""
-    return f"{key} is not a key of mixtrain" + nearest(key, list(legal_keys()))
+    """Return the problem of an unknown key, with similar keys by full name and by last part."""
+    by_last_part = {}
+    for name in legal_keys():
+        by_last_part.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    similar = get_close_matches(key, list(legal_keys()), n=3, cutoff=0.75)
+    for last in get_close_matches(key.rsplit(".", 1)[-1], list(by_last_part), n=2, cutoff=0.7):
+        similar += [name for name in by_last_part[last] if name not in similar]
+    hint = f"did you mean {' or '.join(similar[:3])}?"
+    if not similar:
+        hint = "`python train.py --help` lists all keys"
+    return f"{key} is not a key of mixtrain; {hint}"
 
 
 def describe(kind: Any) -> str:
-    """A type as a user reads it: `a whole number or null`, `one of cpu, gpu`."""
+    """Return a type as a noun phrase: `a whole number or null`, `one of cpu, gpu`."""
     arguments = get_args(kind)
     if type(None) in arguments:
         return f"{describe(arguments[0])} or null"
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "one of " + ", ".join(kind.__members__)
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    return words.get(
-        kind, "a list, as in [a,b]" if "list" in str(kind) else "a mapping, as in {field: value}"
-    )
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if kind in names:
+        return names[kind]
+    return "a list, as in [a,b]" if "list" in str(kind) else "a mapping, as in {field: value}"
 
 
 def _set(schema: DictConfig, key: str, value: Any) -> list[str]:
-    """Set one leaf of the schema; the problem, if it does not belong or fit."""
+    """Set one leaf of the schema; return a problem if the key is unknown or the value illegal."""
     kinds = legal_keys()
     if key not in kinds:
         return [unknown_key(key)]
     if value == MISSING:
         return []
     if get_origin(kinds[key]) is list and value is not None and not isinstance(value, list):
-        value = [value]  # a required list may be typed as its only item
+        value = [value]  # a list of one item may be typed as the item
     try:
         if any(
-            _is_another_type(key, part) for part in (value if isinstance(value, list) else [value])
+            _is_converted(key, item) for item in (value if isinstance(value, list) else [value])
         ):
             raise ValidationError
         OmegaConf.update(schema, key, value)
     except OmegaConfBaseException:
-        advice = '; quote what is one: "1.10" in a file' * (
-            holds_text(key) and not isinstance(value, (list, dict))
-        )
-        return [
-            f"{key} = {'null' if value is None else value} must be {describe(kinds[key])}{advice}"
-        ]
+        advice = ""
+        if is_text_key(key) and not isinstance(value, (list, dict)):
+            advice = '; put it in quotes in a file: "1.10"'
+        shown = "null" if value is None else value
+        return [f"{key} = {shown} must be {describe(kinds[key])}{advice}"]
     return []
 
 
-def _is_another_type(key: str, value: Any) -> bool:
-    """What OmegaConf would turn into a value of the key's type, though its writer meant something else.
+def _is_converted(key: str, value: Any) -> bool:
+    """Return whether OmegaConf would convert the value to the key's type without an error.
 
-    It makes true 1 and 2.0 2 of a whole number, 2 true of a bool, 2 the second name of a choice, and 1.10 the text 1.1.
+    It converts true to the number 1 and 2.0 to 2, 2 to the bool true, 2 to the second name of a
+    choice, and 1.10 to the text 1.1.
     """
     kind = legal_keys()[key]
     kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
@@ -421,22 +410,22 @@ def _is_another_type(key: str, value: Any) -> bool:
     if kind is bool:
         return type(value) in (int, float)
     if kind is str:
-        return isinstance(value, bool) or isinstance(value, float) and key != WEIGHED
+        return isinstance(value, bool) or isinstance(value, float) and key != BLEND
     return isinstance(kind, type) and issubclass(kind, Enum) and isinstance(value, (int, float))
 
 
 def _out_of_bounds(schema: DictConfig) -> Iterator[str]:
     for key, _, entry in _walk(Config):
         value = OmegaConf.select(schema, key)  # None: null, or missing
-        for part in value if isinstance(value, ListConfig) else [value]:
-            if isinstance(part, (int, float)) and (wrong := _bound(part, entry.metadata)):
-                yield f"{key} = {part} must be {wrong}"
+        for item in value if isinstance(value, ListConfig) else [value]:
+            if isinstance(item, (int, float)) and (bound := _violated_bound(item, entry.metadata)):
+                yield f"{key} = {item} must be {bound}"
 
 
-def _bound(value: float, bounds: Mapping[str, float]) -> str | None:
-    """What a number must be and is not, or None."""
+def _violated_bound(value: float, bounds: Mapping[str, float]) -> str | None:
+    """Return the bound that a number violates, or None."""
     if isinstance(value, int) and abs(value) >= 2**63:
-        return "below 2^63"  # what a tensor's size, a step and a seed can be
+        return "below 2^63"  # the limit of tensor sizes, steps and seeds
     if not math.isfinite(value):
         return "a finite number"
     if "minimum" in bounds and value < bounds["minimum"]:
@@ -449,7 +438,7 @@ def _bound(value: float, bounds: Mapping[str, float]) -> str | None:
 
 
 def plain(value: Any) -> Any:
-    """A Config value as plain YAML and Megatron-Core have it: enums by name, everything else as it is."""
+    """Return a Config value with enums as their names, as in YAML and Megatron-Core."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, (list, tuple)):
@@ -458,5 +447,5 @@ def plain(value: Any) -> Any:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration as YAML that `from_hydra` reads back to the same Config."""
+    """Return the configuration as YAML that `from_hydra` reads back to the same Config."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))

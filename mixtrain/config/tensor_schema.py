@@ -1,10 +1,12 @@
-"""Every tensor of the model: its key on disk, its whole shape, when it is there, how it starts. No torch.
+"""Every tensor of the model: key on disk, global shape, condition, initialization. No torch.
 
-Rule: this is what Megatron-LM with Transformer Engine writes, layers stacked along the first axis, and so what every
-implementation writes, at every layout. Initialisation, comparison and conversion know no other names.
+Rule: these are the tensors that Megatron-LM with Transformer Engine writes, layers stacked along
+the first axis. Every implementation writes them, at every layout. Initialization, comparison and
+conversion use no other names.
 
-Legend: L layers, E experts, H hidden, V vocabulary, D head (kv_channels), Q query heads * D, K key/value groups * D,
-F the FFN size of an expert, S that of the shared expert. Gate and up projections are one tensor, gate first.
+Legend: L layers, E experts, H hidden, V vocabulary, D head (kv_channels), Q query heads * D, K
+key/value groups * D, F FFN size of an expert, S FFN size of the shared expert. Gate and up
+projections are one tensor, gate first.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from mixtrain.config.schema import Config, ModelConfig
 LAYER = "decoder.layers."
 
 
-class Tensor(NamedTuple):
-    """A row: `shape` in letters, `when` a condition of CONDITIONS, `init_kind` a way of mixtrain/engine/weight_init.py."""
+class TensorRow(NamedTuple):
+    """A tensor of the model."""
 
     key: str
     shape: str
@@ -34,7 +36,7 @@ class Tensor(NamedTuple):
 
 
 # fmt: off
-TENSORS = [Tensor(*row) for row in [
+TENSORS = [TensorRow(*row) for row in [
     ("embedding.word_embeddings.weight",                         "V H",      "always", "normal", "tp"),
     (LAYER + "self_attention.linear_qkv.layer_norm_weight",      "L H",      "always", "ones", ""),
     (LAYER + "self_attention.linear_qkv.weight",                 "L Q+2K H", "always", "normal", "tp"),
@@ -56,7 +58,7 @@ TENSORS = [Tensor(*row) for row in [
     ("output_layer.weight",                                      "V H",      "untied", "normal", "tp"),
 ]]
 # fmt: on
-# modules with a weight
+# modules with a weight that are not Transformer Engine's
 NOT_TRANSFORMER_ENGINES = ("embedding.word_embeddings", LAYER + "mlp.router", "output_layer")
 CONDITIONS = {
     "always": lambda config: True,
@@ -92,7 +94,7 @@ def layer_counts(model: ModelConfig, split: str, part: str = "", axes: int = 1) 
         for row in TENSORS
         if row.key.startswith(LAYER) and row.init_kind != "buffer" and row.split == split
         if part in row.key and CONDITIONS[row.when](config)
-        if len(shape := row.whole(sizes)[stacked(row.key) :]) >= axes
+        if len(shape := row.whole(sizes)[stacked_axes(row.key) :]) >= axes
     )
 
 
@@ -117,28 +119,28 @@ def _sizes(model: ModelConfig) -> dict[str, int]:
 
 
 def init_kind(key: str) -> str:
-    """How the tensor `key` starts: normal, scaled, ones, or buffer (its module has filled it)."""
+    """Return how a tensor is initialized: normal, scaled, ones, or buffer (by its module)."""
     for row in TENSORS:
         if row.key == key:
             return row.init_kind
     raise RuntimeError(f"no row of TENSORS in mixtrain/config/tensor_schema.py describes {key}")
 
 
-def stacked(key: str) -> int:
-    """How many leading axes of a tensor are a module's number each: the layer's, and the expert's."""
-    return 2 if key.startswith(LAYER + "mlp.experts.") else 1 if key.startswith(LAYER) else 0
+def stacked_axes(key: str) -> int:
+    """Return the number of leading axes that index modules: the layer, then the expert."""
+    if key.startswith(LAYER + "mlp.experts."):
+        return 2
+    return 1 if key.startswith(LAYER) else 0
 
 
 def condition(key: str) -> str | None:
-    """When there is a tensor `key`, a word of CONDITIONS; None for no tensor of this contract."""
+    """Return the condition of a tensor, a key of CONDITIONS; None for an unknown tensor."""
     return next((row.when for row in TENSORS if row.key == key), None)
 
 
 def extra_state(key: str) -> str | None:
-    """The object that Transformer Engine's module writes beside its weight `key` (its fp8 scales); None if none."""
+    """Return the key of the fp8 scales that Transformer Engine writes with a weight, or None."""
     module, _, name = key.rpartition(".")
-    return (
-        f"{module}._extra_state"
-        if name == "weight" and module not in NOT_TRANSFORMER_ENGINES
-        else None
-    )
+    if name != "weight" or module in NOT_TRANSFORMER_ENGINES:
+        return None
+    return f"{module}._extra_state"

@@ -1,7 +1,7 @@
-"""A Config as the fields of Megatron-Core's TransformerConfig, and where they differ from its defaults. No torch.
+"""Convert a Config to fields of Megatron-Core's TransformerConfig, and list changed ones. No torch.
 
-Rule: a section's key reaches TransformerConfig because it has the same name; only what differs is written out here.
-The defaults are read from the installed source, never imported and never copied.
+Rule: a key sets the field of the same name; this file has only the exceptions. The defaults come
+from the installed source, without an import and without a copy of them.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from mixtrain.config.schema import Config, plain
 
 SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
 CLASSES = ("ModelParallelConfig", "TransformerConfig")
-# whose keys are TransformerConfig's fields
+# sections with keys that are fields of TransformerConfig
 SECTIONS = ("model", "parallel", "router", "dispatcher", "trainer")
-UNKNOWN = object()  # a default that is computed
+UNKNOWN = object()  # a computed default
 TYPES = {
     "int": (int, "a whole number"),
     "float": (float, "a number"),
     "bool": (bool, "true or false"),
     "str": (str, "text"),
 }
-# defaults that are a name in the source, where transformer_fields has another for it
+# names of defaults in the source -> their names in transformer_fields
 NAMED = {"float32": "fp32"}
 
-# What makes a transformer a Mixtral, whatever its sizes; and fusions that need packages
-# Megatron-Core can do without.
+# Mixtral's architecture at every size, and fusions switched off that need optional packages
 ARCHITECTURE = {
     "gated_linear_unit": True,
     "activation_func": "silu",
@@ -45,32 +44,28 @@ ARCHITECTURE = {
     "gradient_accumulation_fusion": False,
     "persist_layer_norm": False,
     "apply_rope_fusion": False,
-    # else parts of the model ask for CUDA instead of following the meta device
+    # otherwise parts of the model use CUDA instead of the meta device
     "use_cpu_initialization": True,
     "perform_initialization": False,  # engine/weight_init.py draws the weights
 }
 
 
 def transformer_fields(config: Config, extra: bool = True) -> dict[str, object]:
-    """Every field of TransformerConfig that a Config sets; functions and dtypes by name (silu, bf16).
+    """Return all fields that a Config sets; functions and dtypes by name (silu, bf16).
 
-    Not `extra`: without what model.extra says.
+    extra: include model.extra.
     """
-    # without Megatron-Core every key counts as a field: nothing is built of it
+    # without Megatron-Core every key counts as a field; nothing is built from the result
     known = transformer_config_defaults()
-    own = {
-        name: value
-        for section in SECTIONS
-        for name, value in vars(getattr(config, section)).items()
-    }
     values = {
         name: plain(value)
-        for name, value in own.items()
+        for section in SECTIONS
+        for name, value in vars(getattr(config, section)).items()
         if (known is None or name in known) and name != "transformer_impl"
     }
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
         if len(values[name]) == 1:
-            values[name] = values[name][0]  # sinkhorn and none are only known as a single value
+            values[name] = values[name][0]  # a list may not have sinkhorn or none
     precision = config.trainer.precision
     if precision is Precision.fp8:
         values |= {"fp8": "hybrid"}
@@ -80,25 +75,25 @@ def transformer_fields(config: Config, extra: bool = True) -> dict[str, object]:
     values |= {"bf16": dtype == "bf16", "params_dtype": dtype, "pipeline_dtype": dtype}
     values |= {"deterministic_mode": config.trainer.deterministic}
     if config.parallel.virtual_pipeline_model_parallel_size:
-        # batched messages silently mix activations up with the interleaved schedule on two stages
-        # (0.16 and 0.19)
+        # 0.16 and 0.19: on two stages of the interleaved schedule, batched messages silently mix up
+        # activations
         values["batch_p2p_comm"] = False
     return values | ARCHITECTURE | (config.model.extra if extra else {})
 
 
 def transformer_config_defaults() -> dict[str, object] | None:
-    """Field -> default of the installed TransformerConfig, read from its source; None if it is not installed."""
+    """Return {field: default} from the source of TransformerConfig; None if it is not installed."""
     lines = _source()
-    return None if lines is None else {name: _value(line.value) for name, line in lines.items()}
+    return None if lines is None else {name: _default(line.value) for name, line in lines.items()}
 
 
 @cache
 def _source() -> dict[str, ast.AnnAssign] | None:
-    """Field -> its line in the installed source."""
-    found = importlib.util.find_spec("megatron")
-    if not found:
+    """Return {field: its assignment in the installed source}."""
+    spec = importlib.util.find_spec("megatron")
+    if not spec:
         return None
-    root = Path(next(iter(found.submodule_search_locations))) / "core"
+    root = Path(next(iter(spec.submodule_search_locations))) / "core"
     if not root.is_dir():
         return None
     fields: dict[str, ast.AnnAssign] = {}
@@ -111,61 +106,65 @@ def _source() -> dict[str, ast.AnnAssign] | None:
     return fields
 
 
-def takes(name: str, value: object) -> str | None:
-    """What a field's value must be, in words, where this is none; None where it fits, and without Megatron-Core."""
+def wrong_type(name: str, value: object) -> str | None:
+    """Return the type that a field needs if the value does not have it, as a noun phrase, or None.
+
+    Without Megatron-Core it is None.
+    """
     lines = _source()
-    if lines is None or fits(value, lines[name].annotation):
+    if lines is None or has_type(value, lines[name].annotation):
         return None
-    return _words(lines[name].annotation)
+    return _describe(lines[name].annotation)
 
 
-def fits(value: object, kind: ast.expr) -> bool:
-    """Whether a value as YAML has it is of a type as the source writes it: Optional[Union[int, List[int]]]."""
-    name, parts = _parts(kind)
+def has_type(value: object, annotation: ast.expr) -> bool:
+    """Return whether a YAML value has a type such as Optional[Union[int, List[int]]]."""
+    name, arguments = _name_and_arguments(annotation)
     match name:
         case "Optional":
-            return value is None or fits(value, parts[0])
+            return value is None or has_type(value, arguments[0])
         case "Union":
-            return any(fits(value, part) for part in parts)
+            return any(has_type(value, member) for member in arguments)
         case "Literal":
-            return any((type(value), value) == (type(part.value), part.value) for part in parts)
+            return any((type(value), value) == (type(a.value), a.value) for a in arguments)
         case "list" | "List":
-            return isinstance(value, list) and all(fits(part, parts[0]) for part in value)
+            return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
         case "Tuple":
-            whole = isinstance(value, list) and len(value) == len(parts)
-            return whole and all(fits(part, kind) for part, kind in zip(value, parts, strict=True))
+            if not isinstance(value, list) or len(value) != len(arguments):
+                return False
+            return all(map(has_type, value, arguments))
         case "float":
             return type(value) in (int, float) and math.isfinite(value)
     return name in TYPES and type(value) is TYPES[name][0]
 
 
-def _words(kind: ast.expr) -> str:
-    name, parts = _parts(kind)
+def _describe(annotation: ast.expr) -> str:
+    name, arguments = _name_and_arguments(annotation)
     match name:
         case "Optional":
-            return f"{_words(parts[0])} or null"
+            return f"{_describe(arguments[0])} or null"
         case "Union":
-            return " or ".join(dict.fromkeys(words for part in parts if (words := _words(part))))
+            return " or ".join(dict.fromkeys(filter(None, map(_describe, arguments))))
         case "Literal":
-            return "one of " + ", ".join(str(part.value) for part in parts)
+            return "one of " + ", ".join(str(argument.value) for argument in arguments)
         case "list" | "List":
-            return f"a list, each {_words(parts[0])}"
+            return f"a list, each {_describe(arguments[0])}"
         case "Tuple":
-            return f"a list of {len(parts)}, each {_words(parts[0])}"
+            return f"a list of {len(arguments)}, each {_describe(arguments[0])}"
     return TYPES[name][1] if name in TYPES else ""
 
 
-def _parts(kind: ast.expr) -> tuple[str, list[ast.expr]]:
-    """A type's name and what stands in its brackets."""
-    if not isinstance(kind, ast.Subscript):
-        return getattr(kind, "id", ""), []
-    return getattr(kind.value, "id", ""), kind.slice.elts if isinstance(
-        kind.slice, ast.Tuple
-    ) else [kind.slice]
+def _name_and_arguments(annotation: ast.expr) -> tuple[str, list[ast.expr]]:
+    """Split an annotation into the name of the type and the arguments in brackets."""
+    if not isinstance(annotation, ast.Subscript):
+        return getattr(annotation, "id", ""), []
+    inner = annotation.slice
+    arguments = inner.elts if isinstance(inner, ast.Tuple) else [inner]
+    return getattr(annotation.value, "id", ""), arguments
 
 
-def _value(node: ast.expr | None) -> object:
-    """A default as it stands in the source: a literal, the last part of a name, or the `default` of a field(...)."""
+def _default(node: ast.expr | None) -> object:
+    """Return a literal, the last part of a name, the `default` of a field(...), or UNKNOWN."""
     if isinstance(node, ast.Call):
         given = [keyword.value for keyword in node.keywords if keyword.arg == "default"]
         node = given[0] if given else None
@@ -178,7 +177,7 @@ def _value(node: ast.expr | None) -> object:
 
 
 def differences(config: Config) -> list[str] | None:
-    """`field = value (default: ...)` for every field that is not at its default; None without Megatron-Core."""
+    """Return `field = value (default: ...)` of each changed field; None without Megatron-Core."""
     defaults = transformer_config_defaults()
     if defaults is None:
         return None

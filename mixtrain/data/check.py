@@ -10,7 +10,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from mixtrain.config.data_blend import named_twice, parse_blend, split_ranges, split_weights
+from mixtrain.config.data_blend import duplicate_problems, parse_blend, split_ranges, split_weights
 from mixtrain.data.index import IdxFile, entries_problem, read_index
 from mixtrain.data.tokenizer import (
     no_tokenizer_message,
@@ -54,7 +54,7 @@ def check_files(
         prefixes, _ = parse_blend(data_path)
     except UserError as error:
         return [*error.problems, *_tokenizer_problems(tokenizer_dir, vocab_size)]
-    problems = list(named_twice({prefix: _file_id(prefix) for prefix in prefixes}, prefixes))
+    problems = list(duplicate_problems({prefix: _file_id(prefix) for prefix in prefixes}, prefixes))
     for prefix in prefixes:
         problems += _index_problems(prefix, split, samples or (1, 0, 0), seq_length, every_entry)
         problems += _description_problems(prefix, tokenizer_dir, vocab_size)

@@ -86,7 +86,7 @@ def convert(file: Path, out_dir: Path) -> int:
     }
     writing = out_dir.with_name(out_dir.name + ".writing")
     new_directories = partial.make(writing)
-    with partial.claimed(writing, "conversion"):
+    with partial.claim(writing, "conversion"):
         partial.clear(writing, WRITTEN)
         try:
             tokenizer.save(str(writing / "tokenizer.json"))
@@ -99,7 +99,7 @@ def convert(file: Path, out_dir: Path) -> int:
             writing.chmod(0o755)
             writing.rename(out_dir)
         except OSError as error:
-            raise Fault(partial.words(out_dir, writing, error)) from None
+            raise Fault(partial.failure_message(out_dir, writing, error)) from None
         finally:
             partial.remove(new_directories or [writing])
     return tokenizer.get_vocab_size()

@@ -83,7 +83,7 @@ def preprocess(
     _refuse_existing(prefix, trained_dir, overwrite)
     writing = prefix.with_name(prefix.name + ".writing")
     new_directories = partial.make(writing)
-    with partial.claimed(writing, "run"):
+    with partial.claim(writing, "run"):
         partial.clear(writing, WRITTEN)
         try:
             if trained_dir is not None:
@@ -101,7 +101,7 @@ def preprocess(
             (writing / "data.json").write_text(text, encoding="utf-8")
             _publish(writing, prefix, trained_dir)
         except OSError as error:
-            raise Fault(partial.words(prefix, writing, error)) from error
+            raise Fault(partial.failure_message(prefix, writing, error)) from error
         except BrokenProcessPool:
             raise Fault(
                 "a worker was killed, perhaps because memory ran out; nothing was written"

@@ -10,14 +10,14 @@ from typing import Any, NotRequired, TypedDict
 
 from mixtrain.errors import UserError
 from mixtrain.system import untrusted_json
-from mixtrain.system.untrusted_json import LARGE, whole
+from mixtrain.system.untrusted_json import LARGE, integer
 
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 DEFAULT = "default"  # name of the one to use of several chat templates
-Id = whole(0, 2**31 - 1)
+Id = integer(0, 2**31 - 1)
 
 
 class TokenObject(TypedDict):

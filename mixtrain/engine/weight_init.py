@@ -88,7 +88,7 @@ def initial_tensors(plan: Plan, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
     with draw_pool() as pool:
         for key, shape in shapes.items():
-            every = list(itertools.product(*map(range, shape[: tensor_schema.stacked(key)])))
+            every = list(itertools.product(*map(range, shape[: tensor_schema.stacked_axes(key)])))
             list(pool.map(fill, [key] * len(every), every))
     return tensors
 

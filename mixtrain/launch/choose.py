@@ -42,7 +42,7 @@ def place(plan: Plan) -> LauncherType:
 
 def launch(plan: Plan, words: list[str]) -> int:
     """Run the plan, which the overrides `words` make, wherever it belongs; the exit code."""
-    streams.forgive(console_log(with_records_dir(plan)))
+    streams.make_tolerant(console_log(with_records_dir(plan)))
     if place(plan) is LauncherType.slurm:
         return submit.submit(plan, words)
     return local.start(with_records_dir(plan))

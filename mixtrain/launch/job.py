@@ -30,7 +30,7 @@ from mixtrain.launch import containers
 from mixtrain.launch.local import last_words, read_text
 from mixtrain.launch.script import NOW, ROOT
 from mixtrain.system import untrusted_json
-from mixtrain.system.closed_pipe import ended
+from mixtrain.system.closed_pipe import run_main
 from mixtrain.system.status import try_write_status
 from mixtrain.system.untrusted_json import Count, InvalidJson
 from mixtrain.training.preflight import with_records_dir
@@ -193,4 +193,4 @@ if __name__ == "__main__":
     for number in (signal.SIGUSR1, signal.SIGTERM):
         # the job is asked to stop: that is the ranks' to do, this takes a second
         signal.signal(number, signal.SIG_IGN)
-    sys.exit(ended(main, sys.argv[1:]))
+    sys.exit(run_main(main, sys.argv[1:]))

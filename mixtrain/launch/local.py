@@ -171,7 +171,7 @@ def _wait(ranks: list[RankProcess], stop: StopRequest, folder: str) -> tuple[lis
             for rank in ranks:
                 # to it alone: its data workers are needed for this step
                 rank.process.send_signal(signal.SIGTERM)
-        streams.look()
+        streams.check_readers()
         time.sleep(0.05)
 
 

@@ -25,7 +25,7 @@ from mixtrain.config.choices import (
     Resume,
     TransformerImpl,
 )
-from mixtrain.config.contradictions import settled
+from mixtrain.config.contradictions import shrink_overrides
 from mixtrain.config.plan import Plan
 from mixtrain.data.check import check_files
 from mixtrain.errors import UserError
@@ -129,7 +129,7 @@ def cpu_overrides(overrides: list[str]) -> list[str]:
         # the vocabulary is shrunk too: not for tokens of one's own
         if _key(text).split(".")[0] != "data":
             shrunk += [text, "+shrink=laptop"] if _key(text) == "recipe" else [text]
-    return [*shrunk, *settled(shrunk, "laptop")]
+    return [*shrunk, *shrink_overrides(shrunk, "laptop")]
 
 
 def _without(overrides: list[str], *keys: str) -> list[str]:

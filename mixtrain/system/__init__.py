@@ -1,5 +1,5 @@
-"""Files, processes and terminals of this machine: reading what others wrote, locks, ranks of one host.
+"""Files, processes and terminals of this machine: untrusted files, locks, the identity of a rank.
 
 May import: errors.
-Does not belong here: anything that knows a key of a configuration.
+Does not belong here: anything that knows configuration keys.
 """

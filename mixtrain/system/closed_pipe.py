@@ -1,9 +1,8 @@
-"""What becomes of a command when nobody reads what it prints any more, as in `| head -3`. No torch.
+"""End a command whose output pipe is closed, as in `| head -3`. No torch.
 
-Rule: it ends as other tools of Unix do, by SIGPIPE and without a word; a shell shows exit code 141.
-Until then SIGPIPE is ignored, as Python has it: a rank whose peer has left a socket would end as
-well. A training run is another matter: what it prints is not what it is for, and it goes on
-(system/streams.py).
+Rule: such a command ends silently by SIGPIPE, like other Unix tools; a shell shows exit code 141.
+Python ignores SIGPIPE until then, because it would also end a rank whose peer has closed a socket.
+A training run continues without a reader instead (system/streams.py).
 """
 
 from __future__ import annotations
@@ -18,32 +17,32 @@ from collections.abc import Callable
 from mixtrain.system import streams
 
 
-def ended(main: Callable[..., int], *arguments: object) -> int:
-    """What `main` returns, once all that it printed has been written."""
+def run_main(main: Callable[..., int], *arguments: object) -> int:
+    """Return what `main` returns and flush its output; end by SIGPIPE if the pipe is closed."""
     try:
         try:
             return main(*arguments)
-        finally:  # --help leaves by SystemExit, with its text in the buffer
+        finally:  # --help raises SystemExit with its text still in the buffer
             flush()
     except BrokenPipeError:
-        if not reader_has_gone():  # a child's input, or a socket: that is another fault
+        if not reader_has_gone():  # the pipe to a child, or a socket: an error of the command
             raise
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGPIPE)
-    os._exit(128 + signal.SIGPIPE)  # where the signal is blocked
+    os._exit(128 + signal.SIGPIPE)  # the signal is blocked
 
 
 def flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:  # closed by the shell: >&-
+        if stream is not None and not stream.closed:  # None: closed by the shell, >&-
             stream.flush()
 
 
 def reader_has_gone() -> bool:
-    """Whether standard output or standard error is a pipe that nobody reads, and the command ends because of it."""
+    """Return whether stdout or stderr is a pipe without a reader; tolerant streams do not count."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        if streams.raw_of(stream):
+        if streams.tolerant_raw(stream):
             continue
         with contextlib.suppress(AttributeError, OSError, ValueError):
             poll.register(stream.fileno(), select.POLLOUT)

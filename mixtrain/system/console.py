@@ -1,4 +1,4 @@
-"""Rich's console, which would end the program with exit code 1 and no word when nobody reads it. No torch."""
+"""Rich's console without its handling of a closed pipe, a silent exit with code 1. No torch."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ import rich.console
 
 class Console(rich.console.Console):
     def on_broken_pipe(self) -> None:
-        # for system/closed_pipe.py; a run has streams that do not break (system/streams.py)
+        # system/closed_pipe.py handles it; the streams of a run never raise it (system/streams.py)
         raise BrokenPipeError

@@ -1,7 +1,7 @@
-"""A file of a directory that somebody else may have made: which file it is before it is copied. No torch.
+"""Resolve and copy files of an untrusted directory without leaving it through links. No torch.
 
-Rule: what is copied lies in its directory. A link may lead to another place there or to the blobs of the hub's cache,
-and nowhere else: tokenizer.json -> /etc/shadow would be given away with the next export.
+Rule: only files of the directory are copied. A link may point into the directory or to blobs/ of
+the Hugging Face cache: with tokenizer.json -> /etc/shadow, an export would publish that file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ KINDS = {
 
 
 def file_in(directory: Path, name: str) -> Path | None:
-    """The regular file that `name` is in a directory, links followed; None if nothing has that name.
+    """Return the regular file `name` of a directory, links resolved; None if the name is free.
 
-    UserError if it is something else, or a link that leads out of the directory.
+    Raises UserError if it is not a regular file, or a link that leads out of the directory.
     """
     path = directory / name
     try:
@@ -35,13 +35,12 @@ def file_in(directory: Path, name: str) -> Path | None:
         real = path.resolve(strict=True)
         kind = stat.S_IFMT(real.lstat().st_mode)
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
-        what = (
-            f"is a link to {os.readlink(path)}, which is no file"
-            if path.is_symlink()
-            else f"cannot be read ({error})"
-        )
-        raise UserError(f"{path} {what}") from None
-    if not any(real.is_relative_to(home) for home in _homes(directory)):
+        if path.is_symlink():
+            reason = f"is a link to {os.readlink(path)}, which is not a file"
+        else:
+            reason = f"cannot be read ({error})"
+        raise UserError(f"{path} {reason}") from None
+    if not any(real.is_relative_to(root) for root in _allowed_roots(directory)):
         raise UserError(
             f"{path} is a link that leads out of its directory, to {real}; put a copy of that there"
         )
@@ -50,8 +49,8 @@ def file_in(directory: Path, name: str) -> Path | None:
     return real
 
 
-def _homes(directory: Path) -> Iterator[Path]:
-    """Where the files of a directory may lie: in it, or in blobs/ of the hub's cache, beside its snapshots/."""
+def _allowed_roots(directory: Path) -> Iterator[Path]:
+    """Yield the directory and, in the Hugging Face cache, the blobs/ beside its snapshots/."""
     real = directory.resolve()
     yield real
     for parent in real.parents:
@@ -60,12 +59,12 @@ def _homes(directory: Path) -> Iterator[Path]:
 
 
 def directory_in(directory: Path, name: str) -> Path | None:
-    """The directory that `name` is in a directory; None if there is none. UserError if a link leads out of it."""
+    """Return the subdirectory `name`, or None. Raises UserError if a link leads outside."""
     path = directory / name
     if not path.is_dir():
         return None
     real = path.resolve()
-    if not any(real.is_relative_to(home) for home in _homes(directory)):
+    if not any(real.is_relative_to(root) for root in _allowed_roots(directory)):
         raise UserError(
             f"{path} is a link that leads out of its directory, to {real}; put a copy of that"
             " directory there"
@@ -74,14 +73,14 @@ def directory_in(directory: Path, name: str) -> Path | None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy what `file_in` gave to `target`, in one step: a link that is there is replaced, not written through."""
+    """Copy a file that `file_in` returned; replace `target` atomically, also where it is a link."""
     partial = target.with_name(target.name + ".tmp")
     partial.unlink(missing_ok=True)
-    with open(source, "rb", opener=_no_link) as there, open(partial, "xb") as here:
-        shutil.copyfileobj(there, here)
+    with open(source, "rb", opener=_open_no_link) as original, open(partial, "xb") as new:
+        shutil.copyfileobj(original, new)
     os.replace(partial, target)
 
 
-def _no_link(path: str, flags: int) -> int:
-    # should it have become a link or a pipe by now
+def _open_no_link(path: str, flags: int) -> int:
+    # the file may have become a link or a pipe since it was checked
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -1,7 +1,7 @@
-"""Files that a process holds a lock on, and who does. No torch.
+"""Open lock files, and name the process that holds one. No torch.
 
-Rule: whoever can open such a file can hold it, so it is its user's alone (mode 0600); and what a
-holder has written into it is not proof of who holds it.
+Rule: a lock file has mode 0600, because everyone who can open it can hold the lock. The text in
+the file does not prove who holds it.
 """
 
 from __future__ import annotations
@@ -19,83 +19,83 @@ RECORD = re.compile(r"process (\d+) on ([\w.-]+) since [\d: -]+")
 
 
 def open_lock(path: str | os.PathLike) -> int:
-    """The descriptor of a lock file, made if there is none, that nobody but this user can open from now on.
+    """Open a lock file, creating it if needed, and make it accessible to this user only.
 
-    OSError with what is wrong, in plain words where the file is another user's or no file of its own.
+    Raises OSError; its text is a sentence for another user's file, a link, or no regular file.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     except PermissionError as error:
-        raise PermissionError(error.errno, _why(path) or error.strerror, str(path)) from None
+        raise PermissionError(error.errno, _owner(path) or error.strerror, str(path)) from None
     except OSError as error:
-        why = "it is a link, not a file of its own" if os.path.islink(path) else error.strerror
-        raise OSError(error.errno, why, str(path)) from None
-    found = os.fstat(descriptor)
+        reason = "it is a link, not a file of its own" if os.path.islink(path) else error.strerror
+        raise OSError(error.errno, reason, str(path)) from None
+    status = os.fstat(descriptor)
     try:
-        if not stat.S_ISREG(found.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "it is not a file", str(path))
-        if found.st_mode & 0o077:  # of an earlier version
+        if status.st_mode & 0o077:  # from an earlier version
             os.fchmod(descriptor, 0o600)
     except PermissionError as error:
-        if found.st_uid != os.geteuid():  # else its file system has no modes
+        if status.st_uid != os.geteuid():  # otherwise the file system has no modes
             os.close(descriptor)
-            raise PermissionError(error.errno, _why(path) or error.strerror, str(path)) from None
+            raise PermissionError(error.errno, _owner(path) or error.strerror, str(path)) from None
     except OSError:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def _why(path: str | os.PathLike) -> str:
-    """That another user's process may hold the lock, where that is why it cannot be opened."""
+def _owner(path: str | os.PathLike) -> str:
+    """Return a sentence about the other user who owns the lock file, or ""."""
     try:
         owner = os.stat(path, follow_symlinks=False).st_uid
     except OSError:
-        return ""  # there is none, and none may be made
+        return ""  # the file does not exist and cannot be created
     if owner == os.geteuid():
         return ""
     name = str(owner)
     with contextlib.suppress(KeyError):
         name = pwd.getpwuid(owner).pw_name
-    return f"it is user {name}'s, who alone can say whether it is in use; if it is not, remove it"
-
-
-def sign(descriptor: int) -> None:
-    """Write into the lock file who holds it. OSError if that cannot be written."""
-    os.ftruncate(descriptor, 0)
-    os.pwrite(
-        descriptor, f"process {os.getpid()} on {socket.gethostname()} since {_now()}\n".encode(), 0
+    return (
+        f"it belongs to user {name}, who alone can tell whether it is in use; if it is not,"
+        " remove it"
     )
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
+def sign(descriptor: int) -> None:
+    """Write this process, host and time into the lock file. Raises OSError."""
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    record = f"process {os.getpid()} on {socket.gethostname()} since {now}\n"
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, record.encode(), 0)
 
 
 def holder(descriptor: int) -> str:
-    """Who holds the lock of an open file, for a sentence: what is known, and what is not.
+    """Return a noun phrase for the holder of the lock on an open file.
 
-    What the file says counts if that process has the lock indeed, which this host's /proc shows.
+    The text in the file counts only if /proc of this host shows that this process has the lock.
     """
     text = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
     record = RECORD.fullmatch(text)
-    here = _holders(descriptor)
-    if record and int(record[1]) in here and record[2] == socket.gethostname():
+    holders = _local_holders(descriptor)
+    host = socket.gethostname()
+    if record and int(record[1]) in holders and record[2] == host:
         return text
-    said = f"the last one that signed it: {text}" if record else "nobody has signed it"
-    if here:
-        return f"process {here[0]} on {socket.gethostname()} ({said})"
-    return f"a process that cannot be seen from {socket.gethostname()} ({said})"
+    signature = f"the last one that signed it: {text}" if record else "nobody has signed it"
+    if holders:
+        return f"process {holders[0]} on {host} ({signature})"
+    return f"a process that cannot be seen from {host} ({signature})"
 
 
-def _holders(descriptor: int) -> list[int]:
-    """The processes of this host that have the lock on an open file, as far as this user may see them."""
-    mine = os.fstat(descriptor)
-    found = []
+def _local_holders(descriptor: int) -> list[int]:
+    """Return the processes of this host, visible to this user, that hold the lock."""
+    lock_file = os.fstat(descriptor)
+    holders = []
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # another user's, or it has just ended
+        with contextlib.suppress(OSError):  # another user's process, or it has just ended
             for entry in os.scandir(process / "fd"):
-                same = os.path.samestat(os.stat(entry.path), mine)
-                if same and "FLOCK" in (process / "fdinfo" / entry.name).read_text():
-                    found.append(int(process.name))
-    return sorted(found)
+                is_same = os.path.samestat(os.stat(entry.path), lock_file)
+                if is_same and "FLOCK" in (process / "fdinfo" / entry.name).read_text():
+                    holders.append(int(process.name))
+    return sorted(holders)

@@ -1,7 +1,7 @@
-"""Output that has no name before it is whole: who writes it, and what is said when the disk ends it. No torch.
+"""Output directories that get their final name only when they are complete. No torch.
 
-Rule: what a killed process leaves is called NAME.writing, which no reader takes for the result and the next process
-that writes NAME removes; never what a living one writes, which holds a lock on it.
+Rule: unfinished output is in NAME.writing, which no reader accepts. The next process that writes
+NAME removes what a killed one has left there, but nothing while a living one holds the lock.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 from mixtrain.errors import UserError
 from mixtrain.system.status import DISK_FULL
 
-_held: set[int] = set()  # the locks of this process
-# a child would keep them
+_held: set[int] = set()  # descriptors of this process's locks
+# a forked child would keep the locks
 os.register_at_fork(after_in_child=lambda: [os.close(_held.pop()) for _ in list(_held)])
 
 
 def make(writing: Path) -> list[Path]:
-    """Make the directory; it and its parents, as far as they were made. UserError if it cannot be made."""
+    """Create the directory; return it and the parents that were created. Raises UserError."""
     made = [path for path in (writing, *writing.parents) if not path.exists()]
     try:
         writing.mkdir(0o700, parents=True, exist_ok=True)
@@ -32,8 +32,11 @@ def make(writing: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def claimed(directory: Path, what: str) -> Iterator[None]:
-    """Hold a directory alone, as long as this process lives. It is the user's alone: who can open it can hold it."""
+def claim(directory: Path, what: str) -> Iterator[None]:
+    """Lock a directory for the block; raise UserError if another process, a `what`, has the lock.
+
+    The directory gets mode 0700, because everyone who can open it can hold the lock.
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     _held.add(descriptor)
     try:
@@ -55,22 +58,22 @@ def _lock(descriptor: int, directory: Path, what: str) -> None:
 
 
 def clear(writing: Path, written: set[str]) -> None:
-    """Remove what a killed process has left, by its names. UserError if there is something that none of ours writes."""
+    """Empty the directory; raise UserError if it has a name that is not in `written`."""
     for path in sorted(writing.iterdir()):
         if path.name not in written:
             raise UserError(
-                f"{path} is no file of an interrupted run; move it away, or give another name for"
-                " the output"
+                f"{path} was not written by an interrupted run; move it away, or give another name"
+                " for the output"
             )
     for path in writing.iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def remove(made: list[Path]) -> None:
-    """Remove the directory that was written to, and those that were made for it."""
+    """Remove the directory and the parents that `make` created for it."""
     shutil.rmtree(made[0], ignore_errors=True)
     for path in made[1:]:
-        with contextlib.suppress(OSError):  # somebody else has put something there
+        with contextlib.suppress(OSError):  # another process has put something there
             path.rmdir()
 
 
@@ -78,12 +81,14 @@ def free(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def words(out: Path, writing: Path, error: OSError, takes: str = "") -> str:
-    """What came of an output that the disk has ended: one line."""
+def failure_message(out: Path, writing: Path, error: OSError, needed: str = "") -> str:
+    """Return one line about a write error: the file, the reason, on a full disk the bytes."""
     where = f"{error.filename}: " if error.filename else ""
-    said = f"{out} is not made: {where}{error.strerror or error}"
+    message = f"{out} was not written: {where}{error.strerror or error}"
     if error.errno not in DISK_FULL:
-        return said
+        return message
     written = sum(path.stat().st_size for path in writing.rglob("*") if path.is_file())
-    takes, unit = (f"it takes {takes}; ", "") if takes else ("", " bytes")
-    return f"{said}; {takes}{written:,}{unit} were written, and {free(writing):,} were free then"
+    needed, unit = (f"it takes {needed}; ", "") if needed else ("", " bytes")
+    return (
+        f"{message}; {needed}{written:,}{unit} were written, and {free(writing):,} were free then"
+    )

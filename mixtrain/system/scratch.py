@@ -1,6 +1,7 @@
-"""Folders under the temporary directory that go with their process, or when the next one starts. No torch.
+"""Temporary folders, removed when their process ends or when the next process starts. No torch.
 
-Rule: a folder is removed for another process only if that one, of this user on this host, has ended: its lock is free.
+Rule: a process removes another process's folder only if it belongs to this user and host and its
+lock is free, that is, its owner has ended.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 from mixtrain.errors import UserError
 
 PREFIX = "mixtrain-"
-OWNER = "owner"  # in the folder: names the host of its process, which holds a lock on it
+OWNER = "owner"  # a file in the folder: the host of its process, which holds a lock on the file
 
 
 @contextlib.contextmanager
 def folder(what: str = "") -> Iterator[str]:
-    """A new folder of this process, mode 0700, for the block. UserError if there can be none."""
+    """Yield the path of a new folder, mode 0700, that exists for the block. Raises UserError."""
     path, owner = make(what)
     try:
         yield path
@@ -32,11 +33,11 @@ def folder(what: str = "") -> Iterator[str]:
 
 
 def make(what: str = "") -> tuple[str, int]:
-    """The same for a caller that removes it: (its path, the lock, which ends with this process). UserError as above."""
+    """Create such a folder, for the caller to remove: (path, lock descriptor). Raises UserError."""
     try:
         remove_left_behind()
         path = tempfile.mkdtemp(prefix=PREFIX + what)
-        return path, _own(path)
+        return path, _take_ownership(path)
     except OSError as error:
         raise UserError(
             f"{error.filename}: {error.strerror}; set TMPDIR to a folder that can be written"
@@ -44,17 +45,18 @@ def make(what: str = "") -> tuple[str, int]:
 
 
 def keep(path: str) -> None:
-    """Nobody removes the folder from now on."""
+    """Exempt the folder from removal by later processes."""
     with contextlib.suppress(OSError):
         os.unlink(os.path.join(path, OWNER))
 
 
-def _own(path: str) -> int:
-    """Leave the owner's file in the folder. It gets its name when it is locked, so that nobody finds it free before."""
+def _take_ownership(path: str) -> int:
+    """Create the owner file and return its lock; the file gets its name only after it is locked."""
     owner = os.path.join(path, OWNER)
     descriptor = os.open(owner + ".tmp", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        with contextlib.suppress(OSError):  # without locks nobody else takes it for free either
+        # on a file system without locks, other processes cannot find the folder free either
+        with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(descriptor, socket.gethostname().encode())
         os.rename(owner + ".tmp", owner)
@@ -66,15 +68,15 @@ def _own(path: str) -> int:
 
 
 def remove_left_behind() -> list[str]:
-    """Remove the folders of processes that were killed; their paths."""
+    """Remove the folders of killed processes; return their paths."""
     removed = []
     for entry in os.scandir(tempfile.gettempdir()):
-        with contextlib.suppress(OSError):  # it has just gone, or it is somebody else's
-            mine = (
-                entry.name.startswith(PREFIX)
-                and entry.stat(follow_symlinks=False).st_uid == os.geteuid()
-            )
-            if mine and entry.is_dir(follow_symlinks=False) and _remove_if_free(entry.path):
+        if not entry.name.startswith(PREFIX):
+            continue
+        with contextlib.suppress(OSError):  # the folder has just gone, or is another user's
+            if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+                continue
+            if entry.is_dir(follow_symlinks=False) and _remove_if_free(entry.path):
                 removed.append(entry.path)
     return removed
 
@@ -85,7 +87,7 @@ def _remove_if_free(path: str) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.read(descriptor, 1000).decode(errors="replace") != socket.gethostname():
-            return False  # another host's locks may not be seen here
+            return False  # locks of another host may be invisible here
         shutil.rmtree(path)
         return True
     finally:

@@ -1,4 +1,4 @@
-"""status.json: the one file that whoever requeues a job, or looks in on it, needs to read. No torch."""
+"""Read and write status.json, the one file that requeueing and monitoring a run need. No torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ STATES = ("running", "finished", "stopped", "failed")
 
 
 class Ending(TypedDict):
-    """How a run has ended, as it said itself."""
+    """How a run ended, by its own account."""
 
     state: NotRequired[Literal[STATES] | None]
     reason: NotRequired[str | None]
 
 
 class Status(TypedDict):
-    """status.json."""
-
     state: Literal[STATES]
     step: Count
     max_steps: Count
@@ -37,38 +35,36 @@ class Status(TypedDict):
 def write_status(
     run_dir: str | Path, *, state: str, step: int, max_steps: int, reason: str, **more: object
 ) -> None:
-    """Replace status.json whole: a reader never sees half of it. `more`: what else there is to say, by key."""
+    """Replace status.json atomically; `more` has further keys. Raises OSError."""
     assert state in STATES, state
     path = Path(run_dir) / "status.json"
     temporary = path.with_suffix(".json.tmp")
-    text = (
-        json.dumps({"state": state, "step": step, "max_steps": max_steps, "reason": reason, **more})
-        + "\n"
-    )
+    status = {"state": state, "step": step, "max_steps": max_steps, "reason": reason, **more}
+    text = json.dumps(status) + "\n"
     try:
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if error.errno not in DISK_FULL or not _overwritten(path, text.encode()):
+        if error.errno not in DISK_FULL or not _overwrite(path, text.encode()):
             raise
 
 
-def _overwritten(path: Path, data: bytes) -> bool:
-    """Whether the file took the bytes in its place, at most a block at once: a full disk has room for that."""
+def _overwrite(path: Path, data: bytes) -> bool:
+    """Overwrite the file in place, at most one block, which a full disk allows; True on success."""
     try:
         with open(path, "r+b", buffering=0) as file:
-            found = os.fstat(file.fileno())
-            if len(data) > min(found.st_blocks * 512, 4096):
+            status = os.fstat(file.fileno())
+            if len(data) > min(status.st_blocks * 512, 4096):
                 return False
-            return file.write(data.ljust(found.st_size)) >= len(data)
+            return file.write(data.ljust(status.st_size)) >= len(data)
     except OSError:
         return False
 
 
 def try_write_status(run_dir: str | Path, **status: object) -> OSError | None:
-    """The same, for who has more to do than to write it: what went wrong, or None."""
+    """Write status.json; return the error instead of raising it, or None."""
     try:
         write_status(run_dir, **status)
     except OSError as error:
@@ -77,9 +73,9 @@ def try_write_status(run_dir: str | Path, **status: object) -> OSError | None:
 
 
 def read_status(run_dir: str | Path) -> dict | None:
-    """The status of a run, or None if it has written none yet (the file is there, but empty, while it is claimed).
+    """Return the status of a run; None if the file does not exist or is empty (claimed, no status).
 
-    InvalidJson if it is damaged.
+    Raises InvalidJson if the file is damaged.
     """
     path = Path(run_dir) / "status.json"
     return untrusted_json.read(path, Status) if path.exists() and path.stat().st_size else None

@@ -1,7 +1,7 @@
-"""What becomes of a run's output where its console is gone: a reader that has ended, a closed terminal, a full disk.
+"""Standard streams that survive a lost reader, a closed terminal or a full disk. No torch.
 
-No torch. Rule: a run never ends because something cannot be printed. What standard output and standard error do not
-take is appended to a log of the run directory, and once a process it is said that this is so.
+Rule: a run never ends because a print fails. Output that standard output or standard error does not
+accept goes to a log in the run directory; each process warns once about it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from pathlib import Path
 
 PIPE = "MIXTRAIN_PIPE"  # set by our own launcher: the descriptor of a pipe to it
 NAMES = {1: "standard output", 2: "standard error"}
-MOST = 1 << 20  # bytes that are kept for a log which is not there yet: the last ones
-ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # colours and movements of a terminal that is gone
+BUFFER = 1 << 20  # bytes: the newest output is kept until the log exists
+ESCAPE = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")  # terminal colours and cursor movements
 
 
-class Forgiving(io.FileIO):
-    """A standard stream that is written as far as it can be; the rest goes to `pipe`, if there is one, or to a log."""
+class TolerantStream(io.FileIO):
+    """A standard stream whose writes never fail; refused output goes to the pipe or the log."""
 
-    log: Path | None = None  # of this process; its folder is made if that of the run is there
-    left = b""  # what no log has taken yet
-    said = False
+    # shared by both streams of the process
+    log: Path | None = None  # its folder is created once the run directory exists
+    pending = b""  # output that the log has not taken yet
+    has_warned = False
 
     def __init__(self, descriptor: int, pipe: int | None):
         super().__init__(descriptor, "w", closefd=False)
@@ -34,60 +35,59 @@ class Forgiving(io.FileIO):
 
     def write(self, data) -> int:
         try:
-            # another program has set it to not wait
+            # None: another program has set the file to nonblocking
             while (written := super().write(data)) is None:
                 select.select([], [self], [])
             return written
         except OSError as error:
-            if not self._passed(data):
-                self._keep(self._lose(error.strerror) + bytes(data))
+            if not self._write_to_pipe(data):
+                self._write_to_log(self._lose(error.strerror) + bytes(data))
             return len(data)
 
-    def look(self) -> None:
-        """Notice that nobody reads it any more, before something is printed."""
+    def check_reader(self) -> None:
+        """Warn if the reader is gone, before anything is printed."""
         poll = select.poll()
         poll.register(self.fileno(), 0)
         if not self.is_lost and poll.poll(0):
             self._lose("nobody reads it")
 
     def _lose(self, reason: str) -> bytes:
-        """Say, the first time, that it is lost; the line, for the log."""
+        """Mark the stream as lost; print and return a warning, once per process."""
         self.is_lost = True
-        if Forgiving.said:
+        if TolerantStream.has_warned:
             return b""
-        Forgiving.said = True
+        TolerantStream.has_warned = True
         where = self.log or "logs/console.log of its directory"
         name = NAMES[self.fileno()]
-        words = (
-            f"warning: {name} is lost ({reason}); the run goes on, and prints to {where}\n".encode()
-        )
-        with contextlib.suppress(OSError):  # a rank's standard error is its log
-            os.write(2, words)
-        return words
+        warning = f"warning: {name} is lost ({reason}); the run continues and prints to {where}\n"
+        with contextlib.suppress(OSError):  # the standard error of a rank is its log
+            os.write(2, warning.encode())
+        return warning.encode()
 
-    def _passed(self, data) -> bool:
-        """Whether the launcher has taken it, whose pipe does not wait."""
+    def _write_to_pipe(self, data) -> bool:
+        """Return whether the launcher's pipe, which does not block, has taken all the data."""
         with contextlib.suppress(OSError):
             return self.pipe is not None and os.write(self.pipe, data) == len(data)
         return False
 
-    def _keep(self, data: bytes) -> None:
-        """Append to the log; until its run directory is there, and for a moment's fault, keep what there is."""
-        Forgiving.left = (self.left + ESCAPE.sub(b"", data))[-MOST:]
+    def _write_to_log(self, data: bytes) -> None:
+        """Append to the log; keep the data while the run directory is missing or writing fails."""
+        TolerantStream.pending = (self.pending + ESCAPE.sub(b"", data))[-BUFFER:]
         if self.log is None:
             return
         with contextlib.suppress(OSError):
             if self.log.parent.parent.is_dir():
                 self.log.parent.mkdir(exist_ok=True)
             with open(self.log, "ab", buffering=0) as file:
-                file.write(self.left)
-            Forgiving.left = b""
+                file.write(self.pending)
+            TolerantStream.pending = b""
 
 
-def hold() -> None:
-    """Take the places of standard streams that the shell has closed (`>&-`): the next file would get them.
+def reserve() -> None:
+    """Open the null device for standard streams that the shell has closed (`>&-`).
 
-    What is printed would then be in it. To be called before anything is opened.
+    Otherwise the next file opened would get their descriptor, and everything printed. Call it
+    before any file is opened.
     """
     with contextlib.suppress(OSError):
         while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
@@ -95,52 +95,52 @@ def hold() -> None:
         os.close(descriptor)
 
 
-def forgive(log: str | Path | None = None) -> None:
-    """From now on no print of this process fails because its reader, a terminal or a file system is gone.
+def make_tolerant(log: str | Path | None = None) -> None:
+    """Make prints of this process succeed when the reader, terminal or file system is gone.
 
-    What is not taken goes to `log`, which another call may change.
+    Refused output goes to `log`; a later call may change it.
     """
-    Forgiving.log = Path(log) if log else Forgiving.log
+    TolerantStream.log = Path(log) if log else TolerantStream.log
     pipe = int(os.environ[PIPE]) if PIPE in os.environ else None
     if pipe is not None:
         os.set_inheritable(pipe, False)
-    for descriptor, name, spill in ((1, "stdout", None), (2, "stderr", pipe)):
+    for descriptor, name, fallback in ((1, "stdout", None), (2, "stderr", pipe)):
         stream = getattr(sys, name)
         if stream is None:
-            _break(descriptor)
-        elif raw_of(stream) or not _is(stream, descriptor):
+            _open_broken_pipe(descriptor)
+        elif tolerant_raw(stream) or not _has_descriptor(stream, descriptor):
             continue
         else:
             with contextlib.suppress(OSError):
                 stream.flush()
         encoding = getattr(stream, "encoding", "utf-8")
         errors = getattr(stream, "errors", "backslashreplace")
-        raw = io.BufferedWriter(Forgiving(descriptor, spill))
+        raw = io.BufferedWriter(TolerantStream(descriptor, fallback))
         setattr(sys, name, io.TextIOWrapper(raw, encoding, errors, line_buffering=True))
 
 
-def _break(descriptor: int) -> None:
-    """A stream that was closed from the start is as a pipe that nobody reads, also for the ranks that inherit it."""
-    unread, ours = os.pipe()
-    os.close(unread)
-    os.dup2(ours, descriptor)
-    os.close(ours)
+def _open_broken_pipe(descriptor: int) -> None:
+    """Replace a stream closed from the start by a pipe without a reader; child ranks inherit it."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    os.dup2(write_end, descriptor)
+    os.close(write_end)
 
 
-def _is(stream, descriptor: int) -> bool:
-    """Whether the stream is that file; else it is somebody's own, who wants to have what is printed."""
+def _has_descriptor(stream, descriptor: int) -> bool:
+    """Return whether the stream writes to that descriptor; otherwise a caller has replaced it."""
     with contextlib.suppress(OSError, ValueError):
         return stream.fileno() == descriptor
     return False
 
 
-def look() -> None:
-    """Say it if nobody reads what this process prints, where that is forgiven."""
+def check_readers() -> None:
+    """Warn if the reader of a tolerant stream of this process is gone."""
     for stream in (sys.stdout, sys.stderr):
-        if raw := raw_of(stream):
-            raw.look()
+        if raw := tolerant_raw(stream):
+            raw.check_reader()
 
 
-def raw_of(stream: object) -> Forgiving | None:
+def tolerant_raw(stream: object) -> TolerantStream | None:
     raw = getattr(getattr(stream, "buffer", None), "raw", None)
-    return raw if isinstance(raw, Forgiving) else None
+    return raw if isinstance(raw, TolerantStream) else None

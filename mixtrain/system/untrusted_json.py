@@ -1,7 +1,7 @@
-"""The one reader of JSON that somebody else may have written, or that a disk may have damaged. No torch.
+"""Read JSON that somebody else may have written or a disk may have damaged. No torch.
 
-Rule: size, depth and numbers have bounds, and no key stands twice; what a text holds is checked against a schema, which
-is a Python type (dict[str, int], list[Name], a TypedDict). Nothing is converted and nothing is guessed.
+Rule: size, depth and numbers are bounded and duplicate keys are refused. Values are checked against
+a schema, which is a Python type (dict[str, int], list[Name], a TypedDict). Nothing is converted.
 """
 
 from __future__ import annotations
@@ -31,35 +31,34 @@ from typing import (
 from mixtrain.characters import CONTROL
 from mixtrain.errors import UserError
 
-# bytes of a file, at most: settings; lists of tensors, of files, of tokens
-SMALL = 1 << 24
-LARGE = 1 << 28
-LINE = 1 << 26  # bytes of a line, at most
-DEPTH = 64  # objects and lists inside one another
-DIGITS = 40  # of a whole number: transformers writes 10**30 for "no limit"
-SHOWN = 60  # characters of a value that is not what it should be
+# maximum bytes of a file
+SMALL = 1 << 24  # settings
+LARGE = 1 << 28  # lists of tensors, files or tokens
+LINE = 1 << 26  # maximum bytes of a line
+DEPTH = 64  # maximum nesting of objects and lists
+DIGITS = 40  # maximum digits of a whole number: transformers writes 10**30 for "no limit"
+SHOWN = 60  # characters of a wrong value in a message
 
 
 class InvalidJson(UserError, ValueError):
-    """What is wrong with a file, naming it. It is a ValueError, too: for who can do without the file."""
+    """A problem of a JSON file or text; a ValueError, too, for callers that can do without it."""
 
 
 class Check(NamedTuple):
-    """What a value must be beyond its type: Annotated[int, Check("an even number", lambda value: value % 2 == 0)]."""
+    """A condition on a value: Annotated[int, Check("an even number", lambda n: n % 2 == 0)]."""
 
-    words: str
+    expected: str
     fits: Callable[[Any], bool]
 
 
-def whole(least: int, most: int = 2**63 - 1) -> Any:
-    """A whole number from `least` to `most`."""
-    limit = f" to {most:,}" if most < 2**63 - 1 else ""
-    return Annotated[
-        int, Check(f"a whole number from {least}{limit}", lambda value: least <= value <= most)
-    ]
+def integer(minimum: int, maximum: int = 2**63 - 1) -> Any:
+    """The schema of a whole number from `minimum` to `maximum`."""
+    limit = f" to {maximum:,}" if maximum < 2**63 - 1 else ""
+    expected = f"a whole number from {minimum}{limit}"
+    return Annotated[int, Check(expected, lambda value: minimum <= value <= maximum)]
 
 
-Count = whole(0)
+Count = integer(0)
 Name = Annotated[
     str, Check("text without control characters", lambda value: not CONTROL.search(value))
 ]
@@ -67,9 +66,12 @@ Object = dict[str, Any]
 
 
 def read(path: str | Path, schema: Any = Object, most: int = SMALL, missing: str = "") -> Any:
-    """What a JSON file holds. InvalidJson naming it if it is damaged or not there (`missing`: what that means)."""
+    """Return the value of a JSON file of at most `most` bytes. Raises InvalidJson.
+
+    missing: what it means that the file does not exist, for the message.
+    """
     try:
-        data = _bytes(Path(path), most)
+        data = _read_bytes(Path(path), most)
     except FileNotFoundError:
         raise InvalidJson(f"{path} is missing{missing and ': '}{missing}") from None
     except OSError as error:
@@ -83,27 +85,26 @@ def read(path: str | Path, schema: Any = Object, most: int = SMALL, missing: str
 
 
 def lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) of a file of JSON lines, without its end; of a line over LINE bytes no more than these.
+    """Yield (number from 1, line without its end); of a longer line the first LINE bytes.
 
-    OSError if it cannot be read.
+    Raises OSError if the file cannot be read.
     """
     with open(path, "rb") as file:
         number = 1
         while line := file.readline(LINE):
             yield number, line.rstrip(b"\r\n")
-            while len(line) == LINE and not line.endswith(b"\n"):  # the rest of it
+            while len(line) == LINE and not line.endswith(b"\n"):  # skip the rest of the line
                 line = file.readline(LINE)
             number += 1
 
 
 def parse(text: bytes | str, schema: Any = Object, only: str | None = None) -> Any:
-    """What a JSON text holds. InvalidJson with what is wrong.
+    """Return the value of a JSON text. Raises InvalidJson.
 
-    `only`: the one key that is read; the numbers beside it may be anything, and other keys may
-    stand twice.
+    only: the one key that the caller reads; other keys may occur twice, and no number is checked.
     """
     try:
-        # some editors begin it with a mark
+        # utf-8-sig: some editors write a byte order mark
         text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
         value = _decoder(only).decode(text)
     except InvalidJson:
@@ -114,8 +115,8 @@ def parse(text: bytes | str, schema: Any = Object, only: str | None = None) -> A
         raise InvalidJson(f"nested more than {DEPTH} deep") from None
     except ValueError as error:
         raise InvalidJson(f"not valid JSON ({error})") from None
-    if text.count("[") + text.count("{") > DEPTH:  # else it cannot be deeper
-        _bound_depth(value)
+    if text.count("[") + text.count("{") > DEPTH:  # otherwise it cannot be deeper
+        _check_depth(value)
     if wrong := problem(value, schema):
         raise InvalidJson(wrong)
     return value
@@ -123,37 +124,38 @@ def parse(text: bytes | str, schema: Any = Object, only: str | None = None) -> A
 
 @cache
 def _decoder(only: str | None) -> json.JSONDecoder:
-    """Made once: of millions of lines that takes longer than to read them."""
+    """Build the decoder once: for a short line, building takes longer than decoding."""
     hooks: dict[str, Any] = {"object_pairs_hook": lambda pairs: _unique(pairs, only)}
     if only is None:
         hooks |= {"parse_constant": _no_number, "parse_float": _finite, "parse_int": _short}
     return json.JSONDecoder(**hooks)
 
 
-def _bytes(path: Path, most: int) -> bytes:
-    """The bytes of a regular file. ValueError if it is another thing (a pipe would be waited for), or too large."""
+def _read_bytes(path: Path, most: int) -> bytes:
+    """Return the bytes of a regular file (a pipe would block). Raises ValueError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError("no regular file")
+            raise ValueError("not a regular file")
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"more than {most:,} bytes, and no such file has them")
+        raise ValueError(f"larger than {most:,} bytes, the most that is read")
     return data
 
 
 def _unique(pairs: list[tuple[str, Any]], only: str | None) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """Return the pairs as a dict. Raises InvalidJson for a duplicate key (`only`: of that key)."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
         seen: set[str] = set()
-        twice = {name for name, _ in pairs if name in seen or seen.add(name)}
-        if wrong := twice if only is None else twice & {only}:
-            raise InvalidJson(f"the key {_shown(min(wrong))} stands in it twice")
-    return found
+        duplicates = {name for name, _ in pairs if name in seen or seen.add(name)}
+        if wrong := duplicates if only is None else duplicates & {only}:
+            raise InvalidJson(f"the key {_shown(min(wrong))} occurs twice")
+    return value
 
 
 def _no_number(text: str) -> float:
-    raise InvalidJson(f"{text} is no number of JSON")
+    raise InvalidJson(f"{text} is not a JSON number")
 
 
 def _finite(text: str) -> float:
@@ -168,21 +170,13 @@ def _short(text: str) -> int:
     return int(text)
 
 
-def _bound_depth(value: Any) -> None:
+def _check_depth(value: Any) -> None:
     level = [value]
     for _ in range(DEPTH):
-        level = [
-            part
-            for whole in level
-            for part in (
-                whole.values()
-                if isinstance(whole, dict)
-                else whole
-                if isinstance(whole, list)
-                else ()
-            )
-            if isinstance(part, (dict, list))
-        ]
+        items = []
+        for container in level:
+            items += container.values() if isinstance(container, dict) else container
+        level = [item for item in items if isinstance(item, (dict, list))]
         if not level:
             return
     raise InvalidJson(f"nested more than {DEPTH} deep")
@@ -192,7 +186,7 @@ def _bound_depth(value: Any) -> None:
 
 
 def problem(value: Any, schema: Any, where: str = "") -> str:
-    """What is wrong with a value, naming the place in it, or ""."""
+    """Return what is wrong with a value, naming the place in it, or ""."""
     if schema is Any:
         return ""
     origin = get_origin(schema)
@@ -200,84 +194,81 @@ def problem(value: Any, schema: Any, where: str = "") -> str:
     if origin is Annotated:
         if wrong := problem(value, arguments[0], where):
             return wrong
-        return next(
-            (
-                _is_not(value, check.words, where)
-                for check in arguments[1:]
-                if not check.fits(value)
-            ),
-            "",
-        )
+        failed = [check for check in arguments[1:] if not check.fits(value)]
+        return _is_not(value, failed[0].expected, where) if failed else ""
     if origin in (Union, types.UnionType):
-        return _of_several(value, arguments, where)
+        return _union_problem(value, arguments, where)
     if origin is Literal:
         return "" if value in arguments else _is_not(value, describe(schema), where)
-    if not _is_of(value, schema):
+    if not _has_type(value, schema):
         return _is_not(value, describe(schema), where)
-    return next(filter(None, _parts(value, schema, where)), "")
+    return next(filter(None, _item_problems(value, schema, where)), "")
 
 
 def describe(schema: Any) -> str:
-    """A schema's outermost type as a sentence has it."""
+    """Return a schema's outermost type as a noun phrase."""
     if get_origin(schema) is Annotated:
-        return get_args(schema)[1].words
+        return get_args(schema)[1].expected
     if get_origin(schema) in (Union, types.UnionType):
         return " or ".join(map(describe, get_args(schema)))
     if get_origin(schema) is Literal:
         return f"one of {', '.join(map(str, get_args(schema)))}"
-    words = {
+    names = {
         int: "a whole number",
         float: "a number",
         bool: "true or false",
         str: "text",
         type(None): "null",
     }
-    return words.get(schema) or ("an object" if _type_of(schema) is dict else "a list")
+    return names.get(schema) or ("an object" if _json_type(schema) is dict else "a list")
 
 
-def _of_several(value: Any, schemas: tuple, where: str) -> str:
-    """Of a union the one that has the value's type says what is wrong inside."""
-    found = [problem(value, schema, where) for schema in schemas]
-    if "" in found:
+def _union_problem(value: Any, schemas: tuple, where: str) -> str:
+    """Return the problem by the member of the union that has the value's type, if there is one."""
+    problems = [problem(value, schema, where) for schema in schemas]
+    if "" in problems:
         return ""
-    inside = [wrong for schema, wrong in zip(schemas, found, strict=True) if _is_of(value, schema)]
-    return inside[0] if inside else _is_not(value, describe(Union[schemas]), where)  # noqa: UP007
+    for schema, wrong in zip(schemas, problems, strict=True):
+        if _has_type(value, schema):
+            return wrong
+    return _is_not(value, describe(Union[schemas]), where)  # noqa: UP007
 
 
-def _parts(value: Any, schema: Any, where: str) -> Iterator[str]:
-    """What is wrong with each part of a value that has the schema's type itself."""
+def _item_problems(value: Any, schema: Any, where: str) -> Iterator[str]:
+    """Yield the problem, or "", of each item of a value that has the schema's outermost type."""
+    prefix = where and where + "."
     if is_typeddict(schema):
         hints, required = _keys(schema)
         for name in sorted(required - value.keys()):
-            yield f"{where and where + '.'}{name} is missing"
-        # in the schema's order: a set has none
+            yield f"{prefix}{name} is missing"
+        # in the schema's order, because a set has none
         for name in (name for name in hints if name in value):
-            yield problem(value[name], hints[name], f"{where and where + '.'}{name}")
+            yield problem(value[name], hints[name], f"{prefix}{name}")
     elif get_origin(schema) is dict:
-        of_name, of_part = get_args(schema)
-        right = _leaf(of_part)
-        named = _leaf(of_name)
-        for name, part in value.items():
-            if not named(name):
-                yield f"the key {problem(name, of_name)}" + (f", in {where}" if where else "")
-            if not right(part):
-                yield problem(part, of_part, f"{where and where + '.'}{name}")
+        key_schema, item_schema = get_args(schema)
+        key_fits = _fast_check(key_schema)
+        item_fits = _fast_check(item_schema)
+        for name, item in value.items():
+            if not key_fits(name):
+                yield f"the key {problem(name, key_schema)}" + (f", in {where}" if where else "")
+            if not item_fits(item):
+                yield problem(item, item_schema, f"{prefix}{name}")
     elif get_origin(schema) is list:
-        (of_part,) = get_args(schema)
-        right = _leaf(of_part)
-        for number, part in enumerate(value):
-            if not right(part):
-                yield problem(part, of_part, f"{where}[{number}]")
+        (item_schema,) = get_args(schema)
+        item_fits = _fast_check(item_schema)
+        for number, item in enumerate(value):
+            if not item_fits(item):
+                yield problem(item, item_schema, f"{where}[{number}]")
     elif get_origin(schema) is tuple:
         if len(value) != len(get_args(schema)):
             yield _is_not(value, f"a list of {len(get_args(schema))}", where)
-        for number, (part, kind) in enumerate(zip(value, get_args(schema), strict=False)):
-            yield problem(part, kind, f"{where}[{number}]")
+        for number, (item, kind) in enumerate(zip(value, get_args(schema), strict=False)):
+            yield problem(item, kind, f"{where}[{number}]")
 
 
 @cache
-def _leaf(schema: Any) -> Callable[[Any], bool]:
-    """A quick answer to whether a value fits, for tables of a million; false where it must be looked at whole."""
+def _fast_check(schema: Any) -> Callable[[Any], bool]:
+    """Return a fast test for tables of a million values; False means `problem` must decide."""
     kind, *checks = get_args(schema) if get_origin(schema) is Annotated else (schema,)
     if kind is Any:
         return lambda value: True
@@ -289,7 +280,10 @@ def _leaf(schema: Any) -> Callable[[Any], bool]:
 
 @cache
 def _keys(schema: Any) -> tuple[dict[str, Any], set[str]]:
-    """(key -> schema, those that must be there) of a TypedDict: its own marks are not read of annotations as text."""
+    """Return (key -> schema, required keys) of a TypedDict.
+
+    TypedDict's __required_keys__ is wrong for annotations that are strings.
+    """
     hints = get_type_hints(schema, include_extras=True)
     marks = {name: get_origin(hint) for name, hint in hints.items()}
     required = {
@@ -303,8 +297,8 @@ def _keys(schema: Any) -> tuple[dict[str, Any], set[str]]:
     }, required
 
 
-def _type_of(schema: Any) -> type:
-    """The Python type that a JSON value of a schema has."""
+def _json_type(schema: Any) -> type:
+    """Return the Python type of a JSON value of the schema."""
     schema = get_args(schema)[0] if get_origin(schema) is Annotated else schema
     if is_typeddict(schema):
         return dict
@@ -312,8 +306,8 @@ def _type_of(schema: Any) -> type:
     return list if origin is tuple else origin
 
 
-def _is_of(value: Any, schema: Any) -> bool:
-    kind = _type_of(schema)
+def _has_type(value: Any, schema: Any) -> bool:
+    kind = _json_type(schema)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
@@ -321,12 +315,12 @@ def _is_of(value: Any, schema: Any) -> bool:
     return isinstance(kind, type) and isinstance(value, kind)
 
 
-def _is_not(value: Any, words: str, where: str) -> str:
-    return f"{where + ' = ' if where else ''}{_shown(value)} is not {words}"
+def _is_not(value: Any, expected: str, where: str) -> str:
+    return f"{where + ' = ' if where else ''}{_shown(value)} is not {expected}"
 
 
 def _shown(value: Any) -> str:
-    """A value as JSON has it, short."""
+    """Return the value as JSON, shortened."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
     text = json.dumps(value)

@@ -1,6 +1,6 @@
-"""A YAML file that somebody has written: what is wrong with it in one line, with the file, the line and the column.
+"""Read YAML files; a mistake is one line with the file, the line and the column. No torch.
 
-Rule: its size, its depth and what its aliases multiply to have bounds before anything is made of it. No torch.
+Rule: size, depth and the expansion of aliases are bounded before any object is built.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mixtrain.errors import UserError
 
-BYTES = 1 << 20
-DEPTH = 64  # mappings and lists inside one another
-SIZE = 1 << 22  # characters, and NODE for each value and key, with every alias written out
+BYTES = 1 << 20  # maximum size of a file
+DEPTH = 64  # maximum nesting of mappings and lists
+SIZE = 1 << 22  # maximum expanded size: the characters, and NODE for each key and value
 NODE = 16
-# the names in an interpolation, those in names and in a resolver's arguments too
+# the names in an interpolation, including those in names and in arguments of a resolver
 REFERENCE = re.compile(r"\$\{(?:oc\.[\w.]+:)?([^${}:,]*)")
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 KINDS = {
@@ -32,8 +32,8 @@ KINDS = {
 
 
 def read(path: str | Path) -> DictConfig:
-    """The mapping of a file, its interpolations as they stand. UserError naming the place where it is wrong."""
-    plain(path)
+    """Return a file's mapping, interpolations unresolved. Raises UserError that names the place."""
+    load_plain(path)
     try:
         tree = OmegaConf.load(path)
     except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
@@ -43,36 +43,35 @@ def read(path: str | Path) -> DictConfig:
     return tree
 
 
-def plain(path: str | Path) -> Any:
-    """What a file holds, as Python's own types: in a tenth of the time. UserError as of `read`."""
+def load_plain(path: str | Path) -> Any:
+    """Return a file's value as plain Python, in a tenth of `read`'s time. Raises UserError."""
     try:
         with open(path, "rb") as file:
             data = file.read(BYTES + 1)
         if len(data) > BYTES:
-            raise UserError(f"{path}: more than {BYTES:,} bytes, and no such file has them")
+            raise UserError(f"{path}: larger than {BYTES:,} bytes, the most that is read")
         text = data.decode()
-        _bound(path, text)
+        _check_size(path, text)
         return yaml.load(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
-        raise UserError(
-            _at(path, error.problem_mark or error.context_mark, _words(error))
-        ) from None
+        message = f"{error.problem}, {error.context}" if error.context else str(error.problem)
+        mark = error.problem_mark or error.context_mark
+        raise UserError(_at(path, mark, message)) from None
     except yaml.reader.ReaderError as error:
         before = text[: error.position] if isinstance(error.character, int) else ""
         line = before.count("\n") + 1
         column = len(before) - before.rfind("\n")
         where = f"{path}, line {line}, column {column}"
-        raise UserError(f"{where}: the character {error.character:#x} cannot stand in it") from None
+        raise UserError(f"{where}: the character {error.character:#x} is not allowed") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}, line {data[: error.start].count(10) + 1}: not UTF-8") from None
     except (OSError, yaml.YAMLError, ValueError) as error:
-        raise UserError(
-            f"{path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}"
-        ) from None
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}: {reason}") from None
 
 
 def scalars(path: str | Path) -> Iterator[tuple[str, str, type, str]]:
-    """(dotted key, text, int, float or bool, place) of every value without quotes that OmegaConf reads as one."""
+    """Yield (dotted key, text, type, place) of unquoted values that read as a number or bool."""
     waiting = [("", yaml.compose(Path(path).read_text(), Loader=Loader))]
     while waiting:
         key, node = waiting.pop()
@@ -80,118 +79,105 @@ def scalars(path: str | Path) -> Iterator[tuple[str, str, type, str]]:
             waiting += [(f"{key}.{name.value}".lstrip("."), value) for name, value in node.value]
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(key, value) for value in node.value]
-        elif node is not None and not node.style and (kind := _kind(node.value)):
+        elif node is not None and not node.style and (kind := _type_unquoted(node.value)):
             mark = node.start_mark
             yield key, node.value, kind, f"{path}, line {mark.line + 1}, column {mark.column + 1}"
 
 
-def _kind(text: str) -> type | None:
-    """What OmegaConf makes of a text without quotes; None for a text, and for null."""
+def _type_unquoted(text: str) -> type | None:
+    """Return the type that OmegaConf reads from unquoted text; None for text and null."""
     table = get_yaml_loader().yaml_implicit_resolvers
-    tags = [
-        tag
-        for tag, pattern in [*table.get(text[:1], []), *table.get(None, [])]
-        if pattern.match(text)
-    ]
-    return KINDS.get(tags[0]) if tags else None
+    for tag, pattern in [*table.get(text[:1], []), *table.get(None, [])]:
+        if pattern.match(text):
+            return KINDS.get(tag)
+    return None
 
 
-def _at(path: str | Path, mark: Any, words: str) -> str:
-    return f"{path}, line {mark.line + 1}, column {mark.column + 1}: {words}"
+def _at(path: str | Path, mark: Any, message: str) -> str:
+    return f"{path}, line {mark.line + 1}, column {mark.column + 1}: {message}"
 
 
-def _words(error: yaml.MarkedYAMLError) -> str:
-    """What PyYAML says, and in the midst of what."""
-    return f"{error.problem}, {error.context}" if error.context else str(error.problem)
-
-
-class _Open(NamedTuple):
-    """A mapping or a list that an event lies in."""
+class _OpenNode(NamedTuple):
+    """A mapping or list whose end event has not come yet."""
 
     anchor: str
     is_mapping: bool
-    parts: list[int]  # sizes: of a mapping's in turn a key's and its value's
+    item_sizes: list[int]  # of a mapping: key, value, key, value ...
     keys: set[tuple[str, bool]]
 
 
-def _bound(path: str | Path, text: str) -> None:
-    """UserError if a file is nested too deep, its aliases make too much of it, or a key stands in a mapping twice."""
-    sizes: dict[str | None, int | None] = {}  # of what an anchor marks; None while it is open
-    around = [_Open("", False, [], set())]
+def _check_size(path: str | Path, text: str) -> None:
+    """Raise UserError for too deep nesting, too large expanded aliases, or duplicate keys."""
+    sizes: dict[str | None, int | None] = {}  # by anchor; None until its node ends
+    open_nodes = [_OpenNode("", False, [], set())]
     for event in yaml.parse(text, Loader=Loader):
         size = None
+        parent = open_nodes[-1]
         if isinstance(event, yaml.AliasEvent):
-            size = sizes.get(event.anchor, NODE)  # one that there is not: PyYAML says so
+            size = sizes.get(event.anchor, NODE)  # PyYAML reports an unknown anchor
             if size is None:
-                raise UserError(
-                    _at(path, event.start_mark, f"*{event.anchor} stands inside what it means")
-                )
+                message = f"*{event.anchor} is inside the value that it stands for"
+                raise UserError(_at(path, event.start_mark, message))
         elif isinstance(event, yaml.ScalarEvent):
             size = sizes[event.anchor] = NODE + len(event.value)
             key = (event.value, event.style in ("'", '"'))
-            if around[-1].is_mapping and len(around[-1].parts) % 2 == 0:
-                if key in around[-1].keys:
-                    raise UserError(
-                        _at(path, event.start_mark, f"the key {event.value} stands there twice")
-                    )
-                around[-1].keys.add(key)
+            if parent.is_mapping and len(parent.item_sizes) % 2 == 0:
+                if key in parent.keys:
+                    message = f"the key {event.value} occurs twice"
+                    raise UserError(_at(path, event.start_mark, message))
+                parent.keys.add(key)
         elif isinstance(event, yaml.CollectionStartEvent):
             sizes[event.anchor] = None
-            around.append(_Open(event.anchor, isinstance(event, yaml.MappingStartEvent), [], set()))
-            if len(around) > DEPTH:
+            is_mapping = isinstance(event, yaml.MappingStartEvent)
+            open_nodes.append(_OpenNode(event.anchor, is_mapping, [], set()))
+            if len(open_nodes) > DEPTH:
                 raise UserError(_at(path, event.start_mark, f"nested more than {DEPTH} deep"))
         elif isinstance(event, yaml.CollectionEndEvent):
-            closed = around.pop()
-            size = sizes[closed.anchor] = NODE + sum(closed.parts)
+            closed = open_nodes.pop()
+            size = sizes[closed.anchor] = NODE + sum(closed.item_sizes)
         if size is not None:
-            around[-1].parts.append(size)
+            open_nodes[-1].item_sizes.append(size)
             if size > SIZE:
-                raise UserError(
-                    _at(
-                        path,
-                        event.start_mark,
-                        f"written out without aliases it is larger than {SIZE:,} bytes",
-                    )
-                )
+                message = f"larger than {SIZE:,} bytes when its aliases are expanded"
+                raise UserError(_at(path, event.start_mark, message))
 
 
-def growth(tree: DictConfig) -> str:
-    """What the interpolations of a composed tree make too large, naming the key, or "". Nothing is resolved for it."""
-    texts = dict(_texts(OmegaConf.to_container(tree, resolve=False)))
+def expansion_problem(tree: DictConfig) -> str:
+    """Return which key would become too large by resolving interpolations, or ""."""
+    texts = dict(_interpolated(OmegaConf.to_container(tree, resolve=False)))
     sizes: dict[str, int] = {}
 
     def size(key: str) -> int:
         if key not in sizes:
-            sizes[key] = 0  # where it comes back to itself OmegaConf says so
-            inside = (
-                [name for name in texts if name.startswith(f"{key}.")] if key not in texts else []
-            )
-            named = [_absolute(name, key) for name in REFERENCE.findall(texts.get(key, ""))]
-            sizes[key] = NODE + len(texts.get(key, "")) + sum(map(size, inside + named))
+            sizes[key] = 0  # OmegaConf reports a cycle
+            text = texts.get(key, "")
+            if key in texts:
+                keys = [_absolute(name, key) for name in REFERENCE.findall(text)]
+            else:  # a section
+                keys = [name for name in texts if name.startswith(f"{key}.")]
+            sizes[key] = NODE + len(text) + sum(map(size, keys))
         return sizes[key]
 
     try:
         large = next((key for key in texts if size(key) > SIZE), None)
     except RecursionError:
-        return "interpolations lead on from one another without an end"
-    return (
-        f"{large} becomes larger than {SIZE:,} bytes when its interpolations are written out"
-        if large
-        else ""
-    )
+        return "interpolations refer to one another too deeply"
+    if large is None:
+        return ""
+    return f"{large} becomes larger than {SIZE:,} bytes when its interpolations are resolved"
 
 
-def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every leaf with an interpolation."""
+def _interpolated(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) of every leaf with an interpolation."""
     if isinstance(value, (dict, list)):
-        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _texts(part, f"{key}.{name}" if key else str(name))
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _interpolated(item, f"{key}.{name}" if key else str(name))
     elif isinstance(value, str) and "${" in value:
         yield key, value
 
 
 def _absolute(name: str, key: str) -> str:
-    """The dotted key that a name in an interpolation of `key` means; `.seed` is beside it, `..seed` a section up."""
+    """Return the dotted key of a reference in `key`: `.seed` is beside it, `..seed` a level up."""
     name = name.strip().replace("[", ".").replace("]", "")
     dots = len(name) - len(name.lstrip("."))
     return ".".join([*key.split(".")[:-dots], name[dots:]]) if dots else name

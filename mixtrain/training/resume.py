@@ -150,7 +150,7 @@ def changed_rate(
         return []
     was = schedule_in_steps(before)
     now = config.optimizer
-    if not lr_schedule.is_one(was):
+    if not lr_schedule.is_valid(was):
         return ["its configuration has no valid schedule, and the learning rates were not compared"]
     ahead = (state.schedule_steps + n for n in range(config.trainer.max_steps - state.step))
     done = next((n for n in ahead if lr_schedule.rate(was, n) != lr_schedule.rate(now, n)), None)

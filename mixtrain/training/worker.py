@@ -31,7 +31,7 @@ def run(plan: Plan, identity: Identity) -> int:
 
     Internal errors print a traceback; user errors and Faults print one line.
     """
-    streams.forgive(console_log(plan, identity.rank))
+    streams.make_tolerant(console_log(plan, identity.rank))
     folder = os.environ.get(FOLDER) if identity.is_ours else None
     with (
         StopRequest() as stop,

@@ -20,7 +20,7 @@ from mixtrain.config.plan import resolve
 from mixtrain.engine import model, optimizer, process_groups
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import flat_ranges, tensor_mapping
-from mixtrain.system.mmap_tensor import window
+from mixtrain.system.mmap_tensor import map_tensor
 
 SMALL = [
     "data=mock",
@@ -189,8 +189,9 @@ def test_a_window_is_the_bytes_of_the_file(tmp_path):
     numbers = torch.arange(5000, dtype=torch.int16)
     (tmp_path / "f").write_bytes(b"abc" + numbers.numpy().tobytes())
     assert torch.equal(
-        window(tmp_path / "f", 3 + 2 * 2100, (100, 3), torch.int16), numbers[2100:2400].view(100, 3)
+        map_tensor(tmp_path / "f", 3 + 2 * 2100, (100, 3), torch.int16),
+        numbers[2100:2400].view(100, 3),
     )
-    assert window(tmp_path / "f", 3, (0,), torch.int16).numel() == 0
+    assert map_tensor(tmp_path / "f", 3, (0,), torch.int16).numel() == 0
     with pytest.raises(OSError):
-        window(tmp_path / "f", 3 + 2 * 4999, (2,), torch.int16)
+        map_tensor(tmp_path / "f", 3 + 2 * 4999, (2,), torch.int16)

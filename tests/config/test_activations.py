@@ -138,15 +138,15 @@ def most_kept(plan: Plan, identity) -> tuple[int, int]:
 def test_a_stage_keeps_at_least_what_the_plan_says_and_at_most_twice_that(
     name, tmp_path, monkeypatch
 ):
-    words = [*SMALL, *(word for word in RUNS[name] if word != GPU)]
-    plan = plan_of(*words)
-    said = plan.stage_activation_bytes
+    overrides = [*SMALL, *(word for word in RUNS[name] if word != GPU)]
+    plan = plan_of(*overrides)
+    message = plan.stage_activation_bytes
     if GPU in RUNS[name]:
-        said = derived(*words, "trainer.accelerator=gpu").stage_activation_bytes
+        message = derived(*overrides, "trainer.accelerator=gpu").stage_activation_bytes
         for layer in (CoreAttention, Experts, RMSNorm):
             monkeypatch.setattr(layer, "_is_cpu", staticmethod(lambda _: False))
     found = run_ranks(plan.world_size, lambda identity: most_kept(plan, identity), tmp_path)
-    for stage, least in enumerate(said):
+    for stage, least in enumerate(message):
         measured = [most for number, most in found if number == stage]
         mean = sum(measured) / len(measured)  # of the experts' rows a rank has more, another less
         assert mean / 2 <= least <= mean

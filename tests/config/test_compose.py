@@ -64,9 +64,9 @@ def test_shrink_composes_after_the_recipe():
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_the_command_line_wins_over_recipe_and_shrink_wherever_it_stands(place):
-    words = [RECIPE, "+shrink=laptop"]
-    words.insert(place, "trainer.max_steps=7")
-    assert composed(*words).trainer.max_steps == 7
+    overrides = [RECIPE, "+shrink=laptop"]
+    overrides.insert(place, "trainer.max_steps=7")
+    assert composed(*overrides).trainer.max_steps == 7
 
 
 def test_a_group_chosen_on_the_command_line_wins_over_the_recipes_choice():
@@ -93,20 +93,20 @@ def test_the_overrides_of_a_job_compose_to_the_same_again():
 
 
 def test_the_tests_quick_way_to_compose_gives_what_hydra_gives():
-    words = [
+    overrides = [
         RECIPE,
         "+shrink=laptop",
         "router=sinkhorn",
         "router.moe_aux_loss_coeff=0",
         "data.split='98,1,1'",
     ]
-    words += [
+    overrides += [
         "model.extra.foo=[1,2]",
         "trainer.devices=null",
         "name=mine",
         "trainer.recompute_modules=[moe]",
     ]
-    assert quick_tree_of(*words) == tree_of(*words)
+    assert quick_tree_of(*overrides) == tree_of(*overrides)
 
 
 # The traps of Hydra
@@ -115,14 +115,14 @@ def test_the_tests_quick_way_to_compose_gives_what_hydra_gives():
 def test_a_lost_folder_of_recipes_is_refused_and_does_not_train_the_default(conf):
     shutil.rmtree(conf / "recipe")
     (problem,) = problems_of(RECIPE, conf=conf)
-    assert RECIPE in problem and "no folder of options" in problem and "checkout" in problem
+    assert RECIPE in problem and "has no options" in problem and "checkout" in problem
 
 
 def test_a_symlink_that_was_checked_out_as_a_text_file_is_refused(conf):
     shutil.rmtree(conf / "recipe")
     (conf / "recipe").write_text("../recipes")
     (problem,) = problems_of(RECIPE, conf=conf)
-    assert "no folder of options" in problem
+    assert "has no options" in problem
 
 
 def test_a_group_that_hydra_took_for_a_plain_key_is_refused_by_the_schema():
@@ -172,8 +172,8 @@ def test_a_recipe_that_picks_two_options_of_a_group_is_refused(conf):
         compose([word], conf)
     (problem,) = refused.value.problems
     assert problem.endswith(
-        ".yaml: /router: [aux_loss, seq_aux_loss]: one option of router at a time, of several the"
-        " last alone would count; several auxiliary losses are router=combined"
+        ".yaml: /router: [aux_loss, seq_aux_loss]: type one option of router; of several only"
+        " the last would count; for several auxiliary losses type router=combined"
     )
 
 
@@ -196,20 +196,20 @@ def test_a_recipe_that_picks_two_options_of_a_group_is_refused(conf):
         (
             ["router=[aux_loss,seq_aux_loss]"],
             [
-                "router=[aux_loss,seq_aux_loss]: one option of router at a time",
-                "the last alone",
+                "router=[aux_loss,seq_aux_loss]: type one option of router",
+                "only the last",
                 "router=combined",
             ],
         ),
-        (["router=[aux_loss]"], ["router=[aux_loss]: one option of router at a time"]),
-        (["+recipe=[mixtral_8x7b_ep8,qwen3_30b_a3b]"], ["one option of recipe at a time"]),
+        (["router=[aux_loss]"], ["router=[aux_loss]: type one option of router"]),
+        (["+recipe=[mixtral_8x7b_ep8,qwen3_30b_a3b]"], ["type one option of recipe"]),
         (
             ["+shrink=[laptop,parity]"],
-            ["one option of shrink at a time, of several the last alone would count"],
+            ["type one option of shrink; of several only the last would count"],
         ),
         (["bench=cpu_small"], ["bench=cpu_small: ", "type python tools/bench.py scenario="]),
-        (["~trainer.max_steps"], ["~trainer.max_steps", "no key can be taken away"]),
-        (["~model"], ["~model", "no key can be taken away"]),
+        (["~trainer.max_steps"], ["~trainer.max_steps", "a key cannot be removed"]),
+        (["~model"], ["~model", "a key cannot be removed"]),
         (["+trainer.max_steps=5"], ["+trainer.max_steps", "without the plus"]),
         (["+trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "trainer.max_steps"]),
         (["++trainer.max_stepz=5"], ["trainer.max_stepz is not a key", "trainer.max_steps"]),
@@ -226,7 +226,7 @@ def test_a_recipe_that_picks_two_options_of_a_group_is_refused(conf):
             ["data.split=90,5,5", "type data.split=\"'90,5,5'\"", "--multirun"],
         ),
         (["model=mixtral_small,mixtral_8x7b"], ["model=mixtral_small,mixtral_8x7b", "--multirun"]),
-        (["+shrink=laptop", RECIPE], ["+shrink stands before +recipe", "+recipe=... first"]),
+        (["+shrink=laptop", RECIPE], ["+shrink is before +recipe", "+recipe=... first"]),
     ],
 )
 def test_a_word_that_hydra_would_misread_or_stop_at_is_refused_with_one_line(overrides, fragments):
@@ -333,7 +333,7 @@ def test_a_folder_of_hydras_is_none_of_a_run(where, flags):
         with pytest.raises(UserError) as refused:
             compose([*flags, f"{key}='${{hydra:{where}}}/x'"])
         (problem,) = refused.value.problems
-        assert problem.startswith(f"{key} = ${{hydra:{where}}}/x is no place to keep anything: ")
+        assert problem.startswith(f"{key} = ${{hydra:{where}}}/x is not a permanent directory: ")
         assert problem.endswith("a sweep's to run_dir='runs/${name}-${hydra:job.num}'")
 
 

@@ -1,4 +1,4 @@
-"""An option that is typed is what is composed, or the command is refused by key with both values."""
+"""A typed option is composed as it is, or the command is refused with the key and both values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from composing import ROOT
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from mixtrain.config.compose import CONF, Composed, options
+from mixtrain.config.compose import CONF, ComposedJob, options
 from mixtrain.config.contradictions import contradictions
 from mixtrain.config.key_effects import show
 from mixtrain.errors import REFUSED
@@ -22,10 +22,10 @@ SHRINK = "+shrink=laptop"
 SET = ("data", "model", "optimizer", "trainer")
 
 
-def composed(*overrides: str, conf=CONF) -> Composed:
-    """What Hydra composes of a command line, once and not three times as where words may be wrong."""
+def composed(*overrides: str, conf=CONF) -> ComposedJob:
+    """Compose with Hydra once; `compose`, which checks the overrides, does it three times."""
     with initialize_config_dir(version_base="1.3", config_dir=str(conf)):
-        return Composed(compose("config", overrides=list(overrides)), list(overrides))
+        return ComposedJob(compose("config", overrides=list(overrides)), list(overrides))
 
 
 def found(*overrides: str, conf=CONF) -> list[str]:
@@ -40,20 +40,22 @@ def rows() -> list[list[str]]:
 
 def test_every_value_of_an_option_that_is_typed_is_composed_or_is_said_with_the_other_value():
     refused = 0
-    for words in rows():
-        job = composed(RECIPE, SHRINK, *words)
+    for overrides in rows():
+        job = composed(RECIPE, SHRINK, *overrides)
         tree = OmegaConf.to_container(job.tree)
         problems = contradictions(job)
-        for word in words:
+        for word in overrides:
             group, _, option = word.partition("=")
-            said = " ".join(problem for problem in problems if problem.startswith(f"{word} sets "))
+            message = " ".join(
+                problem for problem in problems if problem.startswith(f"{word} sets ")
+            )
             own = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{option}.yaml"))
             for name, value in own.items():
                 if name == "defaults" or value == "???":
                     continue
                 key = f"{group}.{name}"
                 here = tree[group][name]
-                both = f" {key}={show(value)}" in said and f" {key}={show(here)}" in said
+                both = f" {key}={show(value)}" in message and f" {key}={show(here)}" in message
                 assert both == (here != value), key
                 refused += both
     assert refused > 10
@@ -65,19 +67,19 @@ def test_a_size_of_a_model_that_is_typed_is_not_shrunk_in_silence():
         "model=mixtral_8x7b sets model.num_layers=32 model.ffn_hidden_size=14336 "
     )
     assert (
-        f" model.hf_model=mistralai/Mixtral-8x7B-v0.1, but {SHRINK} sets model.num_layers=null "
-        in problem
+        f" model.hf_model=mistralai/Mixtral-8x7B-v0.1, but {SHRINK} changes this to"
+        " model.num_layers=null " in problem
     )
     assert "hidden_size=64" not in problem and "moe_router_topk" not in problem
 
 
 def test_a_trainer_that_is_typed_is_not_changed_by_the_recipe_in_silence():
     (problem,) = found(RECIPE, "trainer=laptop")
-    ours, theirs = problem.split(f", but {RECIPE} sets ")
+    ours, theirs = problem.split(f", but {RECIPE} changes this to ")
     assert ours.startswith("trainer=laptop sets trainer.num_nodes=1 trainer.max_steps=300 ")
     assert theirs.startswith("trainer.num_nodes=2 trainer.max_steps=500000 ")
     assert theirs.endswith(
-        " over it; type each of these keys with the value you mean, or leave out one of the two"
+        "; type each of these keys with the value you mean, or leave out one of the two"
     )
     typed = ours.removeprefix("trainer=laptop sets ").split(" ")
     assert found(RECIPE, "trainer=laptop", *typed) == []  # the words can be typed as they are shown
@@ -85,14 +87,14 @@ def test_a_trainer_that_is_typed_is_not_changed_by_the_recipe_in_silence():
 
 def test_what_the_recipe_and_what_the_shrink_change_of_an_option_is_told_apart():
     recipe, shrink = found(RECIPE, SHRINK, "optimizer=adam")
-    assert f"but {RECIPE} sets optimizer.lr=0.0001 " in recipe and "warmup" not in recipe
+    assert f"but {RECIPE} changes this to optimizer.lr=0.0001 " in recipe and "warmup" not in recipe
     assert shrink.startswith(
-        f"optimizer=adam sets optimizer.lr_warmup_steps=20, but {SHRINK} sets optimizer.lr_warmup_"
+        f"optimizer=adam sets optimizer.lr_warmup_steps=20, but {SHRINK} changes this to"
     )
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         ["trainer=laptop", "model=mixtral_8x7b", "router=none"],
         [RECIPE, SHRINK],
@@ -102,8 +104,8 @@ def test_what_the_recipe_and_what_the_shrink_change_of_an_option_is_told_apart()
     ],
     ids=" ".join,
 )
-def test_words_that_agree_are_left_alone(words):
-    assert found(*words) == []
+def test_words_that_agree_are_left_alone(overrides):
+    assert found(*overrides) == []
 
 
 def test_what_an_option_takes_over_from_another_is_not_typed(tmp_path):
@@ -112,7 +114,8 @@ def test_what_an_option_takes_over_from_another_is_not_typed(tmp_path):
     (conf / "recipe" / "mine.yaml").write_text(recipe)
     (problem,) = found("+recipe=mine", "launcher=slurm", conf=conf)
     assert problem.startswith(
-        "launcher=slurm sets launcher.type=slurm, but +recipe=mine sets launcher.type=local over"
+        "launcher=slurm sets launcher.type=slurm, but +recipe=mine changes this to"
+        " launcher.type=local; "
     )
 
 
@@ -141,10 +144,10 @@ def test_the_words_that_a_recipe_offers_for_ones_own_data_are_not_refused(name):
     (offered,) = [
         line.split("until you type ")[1] for line in text.splitlines() if "until you type" in line
     ]
-    words = (
+    overrides = (
         offered.replace("data_path=[...]", "data_path=[x]")
         .replace("tokenizer=...", "tokenizer=y")
         .split(" ")
     )
-    assert words[0] == "data=indexed"
-    assert found(f"+recipe={name}", *words) == []
+    assert overrides[0] == "data=indexed"
+    assert found(f"+recipe={name}", *overrides) == []

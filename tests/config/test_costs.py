@@ -71,12 +71,12 @@ def test_tensor_parallelism_divides_what_the_real_layers_divide():
     """Not run here: the layers that can be cut this way need Transformer Engine. By hand, from
     megatron's shapes.
     """
-    words = [
+    overrides = [
         "parallel.tensor_model_parallel_size=2",
         "parallel.expert_tensor_parallel_size=2",
         EP + "1",
     ]
-    config = config_of(*TINY, SHARED, *words)
+    config = config_of(*TINY, SHARED, *overrides)
     layer = 64 * (4 + 2 * 2) * 16 // 2 + 4 * 16 * 64 // 2 + 3 * 64 * 64 // 2 + 2 * 64 + 64 * 8
     assert stage_parameters(config.model, config.parallel, 0) == (
         4 * layer + 2 * 256 // 2 * 64 + 64,
@@ -115,11 +115,11 @@ def test_bytes_of_a_parameter_are_those_of_its_weight_gradient_and_optimizer(nam
     [(Sharding.optim, 6, 12), (Sharding.optim_grads, 2, 16), (Sharding.optim_grads_params, 0, 18)],
 )
 @pytest.mark.parametrize("shard", [1, 8])
-@pytest.mark.parametrize("words", [[], [PLAIN]], ids=str)
+@pytest.mark.parametrize("overrides", [[], [PLAIN]], ids=str)
 def test_megatron_fsdp_divides_the_optimizer_then_gradients_then_weights(
-    sharding, whole, divided, shard, words
+    sharding, whole, divided, shard, overrides
 ):
-    settings = config_of(*words).optimizer
+    settings = config_of(*overrides).optimizer
     assert bytes_per_parameter(Precision.bf16, settings, shard, sharding) == whole + divided / shard
 
 

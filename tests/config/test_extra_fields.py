@@ -19,7 +19,7 @@ from rank_workers import run_ranks
 from test_parity import TINY, three_steps
 from test_rules_edges import TE, problems
 
-from mixtrain.config.extra_fields import CLASS_OF, NEEDS, READ, TABLES, keys_of_their_own
+from mixtrain.config.extra_fields import CLASS_OF, NEEDS, READ, TABLES, dedicated_keys
 from mixtrain.config.transformer_fields import ARCHITECTURE, transformer_config_defaults
 from mixtrain.engine.forked_ranks import RankFailure
 
@@ -27,7 +27,7 @@ RECORD = ROOT / "tests" / "transformer_fields.json"  # of each version that is s
 RECORDED = json.loads(RECORD.read_text()) if RECORD.exists() else {}
 VERSION = version("megatron-core")
 EVERY = set().union(*map(set, RECORDED.values()))
-OWN = set(keys_of_their_own(derived()))
+OWN = set(dedicated_keys(derived()))
 MODEL = ["parallel=ep1", "model.num_layers=2"]
 ENGINE = "model.transformer_impl=transformer_engine"
 LOCAL = ["model.transformer_impl=local", "model.moe_grouped_gemm=false"]
@@ -92,12 +92,12 @@ def test_a_need_is_named_where_it_is_missing_alone(need):
     "name", [name for name in transformer_config_defaults() if name in CLASS_OF]
 )
 def test_a_field_takes_no_text_whatever_and_its_default_passes(name):
-    said = [
+    messages = [
         text
         for rule in ("extra_fields_are_fields", "extra_fields_do_something")
         for text in problems(rule, model={"extra": {name: "x"}})
     ]
-    assert len(said) == 1 and said[0].startswith(f"model.extra.{name}"), said
+    assert len(messages) == 1 and messages[0].startswith(f"model.extra.{name}"), messages
     default = transformer_config_defaults()[name]
     if CLASS_OF[name][0] != "set" and isinstance(default, (bool, int, float, str, type(None))):
         assert problems("extra_fields_do_something", model={"extra": {name: default}}) == []
@@ -124,8 +124,8 @@ def test_a_field_takes_no_text_whatever_and_its_default_passes(name):
     ],
 )
 def test_a_value_of_another_type_is_refused_with_what_it_must_be(name, value, wanted):
-    (said,) = problems("extra_fields_are_fields", model={"extra": {name: value}})
-    assert said.startswith(f"model.extra.{name} = ") and f" must be {wanted}" in said
+    (message,) = problems("extra_fields_are_fields", model={"extra": {name: value}})
+    assert message.startswith(f"model.extra.{name} = ") and f" must be {wanted}" in message
 
 
 @pytest.mark.parametrize(
@@ -146,19 +146,19 @@ def test_a_value_of_its_type_is_taken(extra):
 
 
 def test_a_field_that_is_read_beside_another_alone_names_it():
-    (said,) = problems(
+    (message,) = problems(
         "extra_fields_do_something", *TE, model={"extra": {"window_attn_skip_freq": 2}}
     )
-    assert "needs model.extra.window_size, where alone it is read; use null" in said
+    assert "is read only with model.extra.window_size; use null" in message
     both = {"window_attn_skip_freq": 2, "window_size": [1, 0]}
     assert problems("extra_fields_do_something", *TE, model={"extra": both}) == []
 
 
 @pytest.mark.parametrize("name", sorted(OWN & EVERY))
 def test_a_field_with_a_key_of_its_own_names_the_key(name):
-    own = keys_of_their_own(derived())
-    (said,) = problems("extra_fields_are_fields", model={"extra": {name: 1}})
-    assert said == f"model.extra.{name} has a key of its own; set {own[name]}"
+    own = dedicated_keys(derived())
+    (message,) = problems("extra_fields_are_fields", model={"extra": {name: 1}})
+    assert message == f"model.extra.{name} has a key of its own; set {own[name]}"
 
 
 # That the classes are true
@@ -228,10 +228,10 @@ TRUE = [  # a field's value, with which layers, and what comes of it
 
 @pytest.mark.parametrize("name, value, layers, comes", TRUE, ids=lambda part: str(part))
 def test_what_a_field_does_is_what_its_class_says(name, value, layers, comes, plain, tmp_path):
-    words = LOCAL if layers == "local" else []
-    found = outcome(tmp_path, words, {name: value})
+    overrides = LOCAL if layers == "local" else []
+    found = outcome(tmp_path, overrides, {name: value})
     assert (found if found == FAILS else SAME if found == plain[layers] else DIFFERS) == comes
-    refused = problems("extra_fields_do_something", *words, model={"extra": {name: value}})
+    refused = problems("extra_fields_do_something", *overrides, model={"extra": {name: value}})
     assert bool(refused) == (comes != DIFFERS), refused
 
 

@@ -8,9 +8,11 @@ import pytest
 from composing import RECIPES, config_of, derived, problems_of
 from omegaconf import OmegaConf
 
+from mixtrain.config import published_models
 from mixtrain.config.compose import options
+from mixtrain.config.key_effects import show
 from mixtrain.config.plan_page import WIDTH, render
-from mixtrain.config.published_models import FOLDER, KEYS, lint, published, read
+from mixtrain.config.published_models import FOLDER, KEYS, published, read
 
 MIXTRAL = "+recipe=mixtral_8x7b_ep8"
 NVIDIA = "+recipe=mixtral_8x7b_tp1_pp4_ep8"
@@ -29,12 +31,12 @@ PARAMETERS = {
 
 
 def warnings(*overrides: str) -> list[str]:
-    return lint(config_of(*overrides))
+    return published_models.warnings(config_of(*overrides))
 
 
 def words(key: str, value: object) -> str:
     """An override."""
-    return f"{key}={'null' if value is None else str(value).lower() if isinstance(value, bool) else value}"
+    return f"{key}={show(value)}"
 
 
 def another(value: object) -> object:
@@ -114,7 +116,7 @@ def test_a_recipe_names_the_model_it_is(name):
 @pytest.mark.parametrize("option", options("model"))
 def test_an_option_of_model_is_the_model_it_names(option):
     config = config_of(f"model={option}")
-    assert lint(config) == []
+    assert published_models.warnings(config) == []
     assert (config.model.hf_model in published()) == (option != "mixtral_small")
 
 
@@ -244,13 +246,13 @@ PUBLISHED_MISTAKES = [
         "a benchmark's switch left on",
         [MIXTRAL, "router.moe_router_force_load_balancing=true"],
         "router.moe_router_force_load_balancing = true",
-        "good for timing alone",
+        "only for timing",
     ),
     (
         "the same, on a model without a name",
         ["router.moe_router_force_load_balancing=true"],
         "router.moe_router_force_load_balancing = true",
-        "good for timing alone",
+        "only for timing",
     ),
 ]
 
@@ -311,7 +313,7 @@ def test_several_mistakes_are_several_warnings():
 
 def test_a_model_without_facts_is_told_which_there_are():
     (warning,) = warnings(MIXTRAL, "model.hf_model=mistralai/Mixtral-9x9B")
-    assert warning.startswith("model.hf_model = mistralai/Mixtral-9x9B has no facts")
+    assert warning.startswith("model.hf_model = mistralai/Mixtral-9x9B is not a known model")
     assert all(name in warning for name in published())
 
 

@@ -146,8 +146,8 @@ def test_without_megatron_the_plan_is_made_and_says_that_the_defaults_are_not_kn
 
 
 def test_without_megatron_fp8_plans_too(without_megatron):
-    words = ["model.transformer_impl=transformer_engine", "trainer.precision=fp8"]
-    page = render(derived("+recipe=mixtral_8x7b_ep8", *words))
+    overrides = ["model.transformer_impl=transformer_engine", "trainer.precision=fp8"]
+    page = render(derived("+recipe=mixtral_8x7b_ep8", *overrides))
     assert "megatron-core is not installed here" in page
 
 

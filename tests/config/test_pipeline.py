@@ -1,4 +1,4 @@
-"""Layers of a stage: the same numbers as Megatron-Core's, and refused where Megatron-Core refuses."""
+"""Layers of a stage: Megatron-Core's numbers, and refused where Megatron-Core refuses."""
 
 from __future__ import annotations
 
@@ -197,9 +197,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_megatron_refuses_is_refused_with_its_numbers(name):
-    parallel, num_layers, said = REFUSED[name]
+    parallel, num_layers, message = REFUSED[name]
     assert megatrons_stages(parallel, num_layers) is None
-    assert [text for text in pipeline_split.problems(parallel, num_layers) if said in text], (
+    assert [text for text in pipeline_split.problems(parallel, num_layers) if message in text], (
         pipeline_split.problems(parallel, num_layers)
     )
 
@@ -226,8 +226,8 @@ ENDS = {
 
 @pytest.mark.parametrize("name", ENDS)
 def test_a_refusal_ends_with_what_is_legal(name):
-    parallel, num_layers, said = ENDS[name]
-    assert pipeline_split.problems(parallel, num_layers)[0].endswith(said)
+    parallel, num_layers, message = ENDS[name]
+    assert pipeline_split.problems(parallel, num_layers)[0].endswith(message)
 
 
 # pipeline keys, layers, and all that is said: no second problem that is arithmetic with what the
@@ -277,8 +277,8 @@ ALONE = {
 
 @pytest.mark.parametrize("name", ALONE)
 def test_what_is_refused_has_no_second_problem_that_follows_from_it(name):
-    parallel, num_layers, said = ALONE[name]
-    assert pipeline_split.problems(parallel, num_layers) == [said]
+    parallel, num_layers, message = ALONE[name]
+    assert pipeline_split.problems(parallel, num_layers) == [message]
 
 
 def test_a_layout_of_fewer_segments_than_stages_leaves_stages_without_layers():

@@ -195,7 +195,7 @@ ALL_KEPT = [
 
 
 @pytest.mark.parametrize(
-    "words, kept",
+    "overrides, kept",
     [
         ([], 32 * INPUT + LAYER - INPUT),  # of one layer everything is made anew
         (["trainer.recompute_num_layers=4"], 8 * INPUT + 4 * LAYER - INPUT),
@@ -215,8 +215,8 @@ ALL_KEPT = [
     ],
     ids=str,
 )
-def test_the_least_that_activations_of_mixtral_8x7b_take_is_counted_by_hand(words, kept):
-    plan = derived(RECIPE, *words)
+def test_the_least_that_activations_of_mixtral_8x7b_take_is_counted_by_hand(overrides, kept):
+    plan = derived(RECIPE, *overrides)
     assert plan.stage_activation_bytes == (kept,)
     assert plan.least_bytes == plan.state_bytes + kept
 
@@ -233,7 +233,7 @@ SHARED_FFN = "model.moe_shared_expert_intermediate_size=96"
 
 
 @pytest.mark.parametrize(
-    "words, numbers",
+    "overrides, numbers",
     [
         # on the CPU the experts' results, no product
         ([], ROWS * (4 * HIDDEN + HEADS + 2 * (2 * HIDDEN + 2 * FFN))),
@@ -285,14 +285,14 @@ SHARED_FFN = "model.moe_shared_expert_intermediate_size=96"
     ],
     ids=str,
 )
-def test_what_a_layer_keeps_is_counted_by_hand(words, numbers):
+def test_what_a_layer_keeps_is_counted_by_hand(overrides, numbers):
     for precision, size in (("fp32", 4), ("bf16", 2), ("fp8", 1)):
-        config = derived("parallel=ep1", *words, f"trainer.precision={precision}").config
+        config = derived("parallel=ep1", *overrides, f"trainer.precision={precision}").config
         assert layer_bytes(config) == numbers * size
 
 
 @pytest.mark.parametrize(
-    "words, size",
+    "overrides, size",
     [
         ([], 2),
         (["trainer.precision=fp32"], 4),
@@ -304,9 +304,9 @@ def test_what_a_layer_keeps_is_counted_by_hand(words, numbers):
     ],
     ids=str,
 )
-def test_the_logits_are_in_fp32_but_for_those_of_our_own_loss(words, size):
+def test_the_logits_are_in_fp32_but_for_those_of_our_own_loss(overrides, size):
     kept = [*ALL_KEPT, "trainer.fine_grained_activation_offloading=true"]
-    assert derived(RECIPE, *kept, *words).stage_activation_bytes == (4096 * 32000 * size,)
+    assert derived(RECIPE, *kept, *overrides).stage_activation_bytes == (4096 * 32000 * size,)
 
 
 def test_the_logits_are_on_the_last_stage_alone():
@@ -319,15 +319,23 @@ def test_of_chunks_the_last_is_the_first_whose_layers_are_made_anew():
         "parallel.pipeline_model_parallel_size=2",
         "parallel.pipeline_model_parallel_layout='Ettt|t|t|tL'",
     ]
-    words = [RECIPE, "model.num_layers=6", "trainer.recompute_num_layers=3", *sizes(ep=8), *layout]
-    plan = derived(*words)  # ten or more microbatches; passes through chunks 0 0 1 1 0 and 0 0 1
+    overrides = [
+        RECIPE,
+        "model.num_layers=6",
+        "trainer.recompute_num_layers=3",
+        *sizes(ep=8),
+        *layout,
+    ]
+    plan = derived(
+        *overrides
+    )  # ten or more microbatches; passes through chunks 0 0 1 1 0 and 0 0 1
     assert plan.stage_activation_bytes == (5 * INPUT + LAYER - INPUT, 3 * INPUT + LAYER - INPUT)
-    plan = derived(*[word.replace("Ettt|t|t|tL", "Ettt|tt|t|L") for word in words])
+    plan = derived(*[word.replace("Ettt|t|t|tL", "Ettt|tt|t|L") for word in overrides])
     assert plan.stage_activation_bytes == (5 * INPUT + LAYER - INPUT, 2 * INPUT + LOGITS)
 
 
 @pytest.mark.parametrize(
-    "words, kept",
+    "overrides, kept",
     [
         (
             ["trainer.recompute_num_layers=null"],
@@ -339,11 +347,11 @@ def test_of_chunks_the_last_is_the_first_whose_layers_are_made_anew():
         ),
     ],
 )
-def test_a_unit_is_made_anew_while_all_that_waits_is_there_or_not_at_all(words, kept):
+def test_a_unit_is_made_anew_while_all_that_waits_is_there_or_not_at_all(overrides, kept):
     assert (
-        derived(RECIPE, *sizes(pp=4, ep=8), "trainer.num_nodes=4", *words).stage_activation_bytes[
-            :2
-        ]
+        derived(
+            RECIPE, *sizes(pp=4, ep=8), "trainer.num_nodes=4", *overrides
+        ).stage_activation_bytes[:2]
         == kept
     )
 
@@ -608,7 +616,7 @@ def test_the_nearest_layout_undoes_a_number_of_ranks_that_was_typed(devices):
 def test_the_nearest_layout_keeps_every_kind_of_parallelism_it_can_and_the_experts_longest(
     layout, offered
 ):
-    words = dict(word.split("=") for word in nearest_layout(config_of(*layout)).split())
-    assert words.pop("trainer.num_nodes") == "1"
-    assert int(words.pop("trainer.devices")) <= LAPTOP_RANKS
-    assert words == {f"parallel.{key}": value for key, value in offered.items()}
+    overrides = dict(word.split("=") for word in nearest_layout(config_of(*layout)).split())
+    assert overrides.pop("trainer.num_nodes") == "1"
+    assert int(overrides.pop("trainer.devices")) <= LAPTOP_RANKS
+    assert overrides == {f"parallel.{key}": value for key, value in offered.items()}

@@ -17,7 +17,7 @@ TIED = "model.untie_embeddings_and_output_weights=false"
 
 
 @pytest.mark.parametrize(
-    "words, saves",
+    "overrides, saves",
     [
         (["checkpoint.save_last=true", "checkpoint.save_interval=null"], True),
         (["checkpoint.save_last=false", "checkpoint.save_interval=5"], True),
@@ -25,12 +25,12 @@ TIED = "model.untie_embeddings_and_output_weights=false"
         (["checkpoint.save_last=false", "checkpoint.save_interval=null"], False),
     ],
 )
-def test_a_run_saves_if_it_is_told_to_between_or_at_the_end(words, saves):
-    assert derived(*words).saves is saves
+def test_a_run_saves_if_it_is_told_to_between_or_at_the_end(overrides, saves):
+    assert derived(*overrides).saves is saves
 
 
 @pytest.mark.parametrize(
-    "words, each",
+    "overrides, each",
     [
         ([], 4 + 4 + 8),  # weights, what is stepped in fp32, Adam's two moments
         (["trainer.precision=bf16"], 2 + 4 + 8),
@@ -40,8 +40,8 @@ def test_a_run_saves_if_it_is_told_to_between_or_at_the_end(words, saves):
     ],
     ids=str,
 )
-def test_a_checkpoint_has_the_bytes_of_weights_and_optimizer_of_the_whole_model(words, each):
-    plan = derived(*words)
+def test_a_checkpoint_has_the_bytes_of_weights_and_optimizer_of_the_whole_model(overrides, each):
+    plan = derived(*overrides)
     assert plan.checkpoint_bytes == each * plan.total_parameters
 
 
@@ -99,13 +99,13 @@ def test_the_samples_of_a_ramp_are_added_up_step_by_step():
 
 
 def test_ranks_are_the_least_common_multiple_of_both_grids():
-    words = [
+    overrides = [
         "tensor_model_parallel_size=2",
         "pipeline_model_parallel_size=3",
         "context_parallel_size=5",
     ]
-    words += ["expert_model_parallel_size=4", "expert_tensor_parallel_size=7"]
-    assert ranks_needed(config_of(*[f"parallel.{word}" for word in words])) == 3 * 2 * 5 * 2 * 7
+    overrides += ["expert_model_parallel_size=4", "expert_tensor_parallel_size=7"]
+    assert ranks_needed(config_of(*[f"parallel.{word}" for word in overrides])) == 3 * 2 * 5 * 2 * 7
     more_dense = ["parallel.tensor_model_parallel_size=8", "parallel.expert_model_parallel_size=4"]
     assert ranks_needed(config_of(*more_dense)) == 8
 
@@ -139,9 +139,9 @@ def test_a_layout_string_makes_the_virtual_stages_that_it_has_and_leaves_those_t
 
 
 def test_a_warm_up_is_a_share_of_the_decay_or_nothing():
-    def warm_up(*words: str) -> int:
+    def warm_up(*overrides: str) -> int:
         return resolve(
-            config_of("optimizer.lr_warmup_steps=null", *words)
+            config_of("optimizer.lr_warmup_steps=null", *overrides)
         ).optimizer.lr_warmup_steps
 
     assert warm_up("optimizer.lr_warmup_fraction=null") == 0

@@ -173,14 +173,14 @@ def test_the_page_about_recipes_shows_each_with_the_figures_of_its_plan():
 @pytest.mark.parametrize("shrink", SHRINKS)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_shrunk_recipe_plans_or_is_refused_with_a_layout_that_plans(name, shrink):
-    words = [f"+recipe={name}", f"+shrink={shrink}"]
-    problems = problems_of(*words)
+    overrides = [f"+recipe={name}", f"+shrink={shrink}"]
+    problems = problems_of(*overrides)
     if problems:  # beside it, at most the batch of a virtual pipeline that no ranks are there for
         (offered,) = [
             found for text in problems if (found := re.search(r"The nearest layout: (.*)$", text))
         ]
-        words += offered[1].split(" ")
-    plan = plan_of(*words)
+        overrides += offered[1].split(" ")
+    plan = plan_of(*overrides)
     assert plan.world_size <= LAPTOP_RANKS
     assert plan.total_parameters < 100e6
 

@@ -30,7 +30,7 @@ ALL_AGAIN = (
     "trainer.recompute_granularity=full and trainer.recompute_method=uniform and"
     " trainer.recompute_num_layers=1"
 )
-TRY = "trainer.device_memory_gib=null to try all the same"
+TRY = "trainer.device_memory_gib=null to try anyway"
 INTERLEAVED = (
     "parallel.pipeline_model_parallel_size=2 parallel.virtual_pipeline_model_parallel_size=2"
 )
@@ -40,12 +40,12 @@ OFFLOAD = f"{TE} trainer.accelerator=gpu trainer.fine_grained_activation_offload
 
 CASES = [
     (
-        "time_is_slurms",
+        "time_is_valid",
         "launcher.time=tomorrow",
-        ["launcher.time = tomorrow is no time of Slurm's"],
+        ["launcher.time = tomorrow is not a Slurm time"],
     ),
     (
-        "time_leaves_some_to_train",
+        "time_leaves_room_to_train",
         "launcher.time=5",
         [
             "launcher.time = 5 is 300 s",
@@ -54,39 +54,39 @@ CASES = [
         ],
     ),
     (
-        "gpus_are_those_of_the_ranks",
+        "gpus_cover_the_ranks",
         "trainer.accelerator=gpu launcher.gpus_per_node=1",
         ["launcher.gpus_per_node = 1 must be at least trainer.devices = 2"],
     ),
     (
-        "flags_are_not_ours",
+        "sbatch_flags_are_free",
         "launcher.sbatch_args.N=2",
         ["launcher.sbatch_args.N must be the long name of a flag"],
     ),
     (
-        "flags_are_not_ours",
+        "sbatch_flags_are_free",
         "launcher.sbatch_args.ntasks_per_node=2",
         ["launcher.sbatch_args.ntasks_per_node has a key of its own; set trainer.devices"],
     ),
     (
-        "flags_are_not_ours",
+        "sbatch_flags_are_free",
         "launcher.sbatch_args.wrap=date",
-        ["launcher.sbatch_args.wrap would make another job"],
+        ["launcher.sbatch_args.wrap would change what the job or sbatch does"],
     ),
     (
-        "flags_are_not_ours",
+        "sbatch_flags_are_free",
         "launcher.sbatch_args.comment='a\"b'",
         ["launcher.sbatch_args.comment has", "double quote"],
     ),
     (
-        "flags_are_not_ours",
+        "sbatch_flags_are_free",
         "launcher.sbatch_args.mem=1.5",
         ["launcher.sbatch_args.mem = 1.5", "sbatch reads a text", "quote it"],
     ),
     (
         "texts_are_not_empty",
         "run_dir=",
-        ["run_dir is empty", "a variable of the shell that is not set", "give a text"],
+        ["run_dir is empty", "an unset shell variable", "give a text"],
     ),
     (
         "texts_are_not_empty",
@@ -94,33 +94,33 @@ CASES = [
         ["data.data_path is empty", "give a text or null"],
     ),
     (
-        "paths_are_where_they_say",
+        "paths_are_unambiguous",
         "data.tokenizer='~/tokens'",
         ["data.tokenizer = ~/tokens", "nothing expands ~", "$HOME/tokens"],
     ),
     (
-        "paths_are_where_they_say",
+        "paths_are_unambiguous",
         "data.path_to_cache=//",
         ["data.path_to_cache = // is the root of the file system", "a directory of its own"],
     ),
-    ("names_are_names", "launcher.account='a\"b'", ['launcher.account = a"b must be a name']),
+    ("slurm_names_are_plain", "launcher.account='a\"b'", ['launcher.account = a"b must be a name']),
     (
         "mounts_need_an_image",
         "launcher.container_mounts=[/data]",
         ["launcher.container_mounts = [/data], but launcher.container_image = null"],
     ),
     (
-        "dense_ranks",
+        "world_size_fits_dense_grid",
         "parallel.tensor_model_parallel_size=4 trainer.devices=6",
         ["trainer.devices * trainer.num_nodes = 6*1 = 6", "TP*PP*CP = 4", "use 4 or 8 ranks"],
     ),
     (
-        "expert_ranks",
+        "world_size_fits_expert_grid",
         "parallel=ep1 parallel.expert_model_parallel_size=4 trainer.devices=3 trainer.num_nodes=2",
         ["trainer.devices * trainer.num_nodes = 3*2 = 6", "ETP*EP*PP = 4", "use 4 or 8 ranks"],
     ),
     (
-        "experts_over_ranks",
+        "expert_parallel_divides_experts",
         "parallel.expert_model_parallel_size=5",
         [
             "parallel.expert_model_parallel_size = 5 must divide model.num_moe_experts = 8",
@@ -128,7 +128,7 @@ CASES = [
         ],
     ),
     (
-        "experts_over_ranks",
+        "expert_parallel_divides_experts",
         "parallel.expert_model_parallel_size=16",
         ["parallel.expert_model_parallel_size = 16 must divide model.num_moe_experts = 8", "use 8"],
     ),
@@ -159,7 +159,7 @@ CASES = [
         ],
     ),
     (
-        "groups_of_heads",
+        "query_groups_divide_heads",
         "model.num_query_groups=4",
         ["model.num_query_groups = 4 must divide model.num_attention_heads = 6", "use 3 or 6"],
     ),
@@ -258,7 +258,7 @@ CASES = [
         ],
     ),
     (
-        "expert_bias_has_sigmoid",
+        "expert_bias_needs_sigmoid",
         "router.moe_router_enable_expert_bias=true",
         [
             "router.moe_router_enable_expert_bias = true",
@@ -267,7 +267,7 @@ CASES = [
         ],
     ),
     (
-        "padding_has_capacity",
+        "padding_needs_capacity",
         "dispatcher.moe_pad_expert_input_to_capacity=true",
         [
             "dispatcher.moe_pad_expert_input_to_capacity = true",
@@ -290,7 +290,7 @@ CASES = [
         ],
     ),
     (
-        "overlap_needs_its_parts",
+        "overlap_requirements_hold",
         "optimizer.overlap_param_gather=true optimizer.use_distributed_optimizer=false",
         [
             "optimizer.overlap_param_gather = true",
@@ -299,7 +299,7 @@ CASES = [
         ],
     ),
     (
-        "overlap_needs_its_parts",
+        "overlap_requirements_hold",
         "optimizer.overlap_param_gather=true",
         [
             "optimizer.overlap_param_gather = true",
@@ -308,7 +308,7 @@ CASES = [
         ],
     ),
     (
-        "local_has_its_limits",
+        "local_layers_support_layout",
         f"{LOCAL} parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
         [
             "parallel.tensor_model_parallel_size = 2",
@@ -317,7 +317,7 @@ CASES = [
         ],
     ),
     (
-        "local_has_its_limits",
+        "local_layers_support_layout",
         f"{LOCAL} parallel.context_parallel_size=2",
         [
             "parallel.context_parallel_size = 2",
@@ -326,7 +326,7 @@ CASES = [
         ],
     ),
     (
-        "local_has_its_limits",
+        "local_layers_support_layout",
         f"{LOCAL} parallel.expert_tensor_parallel_size=2",
         [
             "parallel.expert_tensor_parallel_size = 2",
@@ -335,7 +335,7 @@ CASES = [
         ],
     ),
     (
-        "local_has_its_limits",
+        "local_layers_support_layout",
         "model.transformer_impl=local",
         [
             "model.moe_grouped_gemm = true",
@@ -343,12 +343,12 @@ CASES = [
         ],
     ),
     (
-        "grouped_gemm_reads_aligned_rows",
+        "grouped_gemm_rows_are_aligned",
         "model.hidden_size=190",
         ["model.hidden_size = 190 must be a multiple of 4 (16 bytes of fp32)", "use 188 or 192"],
     ),
     (
-        "grouped_gemm_reads_aligned_rows",
+        "grouped_gemm_rows_are_aligned",
         "trainer.precision=bf16 parallel.expert_tensor_parallel_size=2 parallel=ep1"
         " model.moe_ffn_hidden_size=504",
         [
@@ -358,12 +358,12 @@ CASES = [
         ],
     ),
     (
-        "attention_backend_is_there",
+        "attention_backend_is_supported",
         "model.attention_backend=fused",
         ["model.attention_backend = fused", "trainer.accelerator = gpu", "use auto"],
     ),
     (
-        "attention_backend_is_there",
+        "attention_backend_is_supported",
         f"{LOCAL} model.attention_backend=flash",
         [
             "model.attention_backend = flash",
@@ -372,7 +372,7 @@ CASES = [
         ],
     ),
     (
-        "attention_backend_is_there",
+        "attention_backend_is_supported",
         "model.attention_backend=flash trainer.accelerator=gpu trainer.precision=fp32",
         ["model.attention_backend = flash", "not trainer.precision = fp32", "use auto"],
     ),
@@ -501,7 +501,10 @@ CASES = [
     (
         "selective_recompute_names_modules",
         "trainer.recompute_modules=[moe]",
-        ["trainer.recompute_modules = ['moe']", "trainer.recompute_granularity = selective"],
+        [
+            "trainer.recompute_modules = ['moe']",
+            "trainer.recompute_granularity = null: selective needs a list",
+        ],
     ),
     (
         "selective_recompute_names_modules",
@@ -525,17 +528,17 @@ CASES = [
         ["trainer.precision = fp8", "trainer.accelerator = gpu", "not cpu"],
     ),
     (
-        "data_has_its_source",
+        "data_source_is_given",
         f"{INDEXED} data.data_path=[]",
         ["data.kind = indexed", "data.data_path=[PREFIX]", "empty"],
     ),
     (
-        "data_has_its_source",
+        "data_source_is_given",
         f"{INDEXED} data.tokenizer=null",
         ["data.kind = indexed", "data.tokenizer=DIRECTORY", "null"],
     ),
     (
-        "data_has_its_source",
+        "data_source_is_given",
         "data.data_path=[corpus]",
         ["data.data_path", "data.kind = stdlib", "data=indexed"],
     ),
@@ -547,7 +550,7 @@ CASES = [
     (
         "data_is_named_once",
         f"{INDEXED} data.data_path=[2,corpus,a]",
-        ["data.data_path = ['2', 'corpus', 'a'] mixes weights and prefixes out of step"],
+        ["data.data_path = ['2', 'corpus', 'a'] does not alternate weights and prefixes"],
     ),
     (
         "split_has_three_parts",
@@ -637,7 +640,7 @@ CASES = [
         ],
     ),
     (
-        "heads_can_rotate",
+        "head_size_is_even",
         "model.kv_channels=33",
         ["model.kv_channels = 33 must be even", "use 32 or 34"],
     ),
@@ -675,12 +678,13 @@ CASES = [
         "extra_fields_do_something",
         "model.extra.window_size=[128,0]",
         [
-            "model.extra.window_size = [128,0] needs model.transformer_impl = transformer_engine",
+            "model.extra.window_size = [128,0] is read only with model.transformer_impl ="
+            " transformer_engine",
             "use null",
         ],
     ),
     (
-        "groups_of_microbatches_fit",
+        "microbatch_groups_fit",
         f"{INTERLEAVED} trainer.global_batch_size=32"
         " model.extra.microbatch_group_size_per_vp_stage=1",
         [
@@ -730,32 +734,32 @@ CASES = [
         ],
     ),
     (
-        "groups_of_experts",
+        "expert_groups_fit",
         "router.moe_router_num_groups=2",
         ["router.moe_router_num_groups = 2", "router.moe_router_group_topk", "null"],
     ),
     (
-        "groups_of_experts",
+        "expert_groups_fit",
         "router.moe_router_group_topk=2",
         ["router.moe_router_group_topk = 2", "router.moe_router_num_groups", "null"],
     ),
     (
-        "groups_of_experts",
+        "expert_groups_fit",
         "router.moe_router_num_groups=3 router.moe_router_group_topk=2",
         ["router.moe_router_num_groups = 3 must divide model.num_moe_experts = 8", "use 2 or 4"],
     ),
     (
-        "groups_of_experts",
+        "expert_groups_fit",
         "router.moe_router_num_groups=2 router.moe_router_group_topk=4",
         ["router.moe_router_group_topk = 4 must be at most router.moe_router_num_groups = 2"],
     ),
     (
-        "groups_of_experts",
+        "expert_groups_fit",
         "router.moe_router_num_groups=4 router.moe_router_group_topk=2 model.moe_router_topk=3",
         ["router.moe_router_group_topk = 2 must divide model.moe_router_topk = 3", "use 1 or 3"],
     ),
     (
-        "groups_of_experts",
+        "expert_groups_fit",
         "router.moe_router_num_groups=8 router.moe_router_group_topk=1",
         [
             "model.moe_router_topk = 2",
@@ -763,7 +767,7 @@ CASES = [
         ],
     ),
     (
-        "flex_has_its_ranks",
+        "flex_requirements_hold",
         "dispatcher=flex",
         [
             "dispatcher.moe_token_dispatcher_type = flex",
@@ -772,7 +776,7 @@ CASES = [
         ],
     ),
     (
-        "flex_has_its_ranks",
+        "flex_requirements_hold",
         "dispatcher=flex parallel=ep1",
         [
             "dispatcher.moe_token_dispatcher_type = flex",
@@ -781,7 +785,7 @@ CASES = [
         ],
     ),
     (
-        "flex_has_its_ranks",
+        "flex_requirements_hold",
         "dispatcher=flex dispatcher.moe_pad_expert_input_to_capacity=true"
         " dispatcher.moe_expert_capacity_factor=1",
         [
@@ -806,7 +810,7 @@ CASES = [
         ["needs model.transformer_impl = torch, not local"],
     ),
     (
-        "shared_expert_overlap_has_one",
+        "shared_expert_overlap_requirements_hold",
         "dispatcher.moe_shared_expert_overlap=true",
         [
             "dispatcher.moe_shared_expert_overlap = true",
@@ -815,12 +819,12 @@ CASES = [
         ],
     ),
     (
-        "shared_expert_overlap_has_one",
+        "shared_expert_overlap_requirements_hold",
         f"{SHARED} dispatcher=allgather dispatcher.moe_shared_expert_overlap=true",
         ["dispatcher.moe_shared_expert_overlap = true", "dispatcher=alltoall", "not allgather"],
     ),
     (
-        "shared_expert_overlap_has_one",
+        "shared_expert_overlap_requirements_hold",
         f"{SHARED} dispatcher.moe_shared_expert_overlap=true"
         " trainer.recompute_granularity=selective trainer.recompute_modules=[shared_experts]",
         [
@@ -881,12 +885,12 @@ CASES = [
         ["optimizer.optimizer_cpu_offload = true", "trainer.accelerator = cpu", "use false"],
     ),
     (
-        "optimizer_offload_is_whole",
+        "optimizer_offload_is_consistent",
         "optimizer.optimizer_cpu_offload=true optimizer.optimizer_offload_fraction=1.5",
         ["optimizer.optimizer_offload_fraction = 1.5", "at most 1"],
     ),
     (
-        "optimizer_offload_is_whole",
+        "optimizer_offload_is_consistent",
         "optimizer.optimizer_cpu_offload=true",
         [
             "optimizer.optimizer_cpu_offload = true",
@@ -895,7 +899,7 @@ CASES = [
         ],
     ),
     (
-        "optimizer_offload_is_whole",
+        "optimizer_offload_is_consistent",
         "optimizer.optimizer_cpu_offload=true optimizer.optimizer_offload_fraction=1"
         " optimizer.use_distributed_optimizer=false",
         [
@@ -905,7 +909,7 @@ CASES = [
         ],
     ),
     (
-        "fsdp_has_what_it_needs",
+        "fsdp_requirements_hold",
         "parallel=fsdp",
         [
             "parallel.data_parallel_sharding_strategy = optim_grads_params",
@@ -914,7 +918,7 @@ CASES = [
         ],
     ),
     (
-        "fsdp_has_what_it_needs",
+        "fsdp_requirements_hold",
         "parallel=fsdp optimizer.use_distributed_optimizer=false",
         [
             "data_parallel_sharding_strategy = optim_grads_params",
@@ -922,7 +926,7 @@ CASES = [
         ],
     ),
     (
-        "fsdp_has_what_it_needs",
+        "fsdp_requirements_hold",
         "parallel=fsdp parallel.pipeline_model_parallel_size=2",
         [
             "data_parallel_sharding_strategy = optim_grads_params",
@@ -930,7 +934,7 @@ CASES = [
         ],
     ),
     (
-        "fsdp_has_what_it_needs",
+        "fsdp_requirements_hold",
         "parallel=fsdp parallel.data_parallel_sharding_strategy=optim"
         " parallel.num_distributed_optimizer_instances=2",
         [

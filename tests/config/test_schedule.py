@@ -111,8 +111,8 @@ def style_words(style: str) -> list[str]:
 @pytest.mark.parametrize("warmup", WARMUPS)
 @pytest.mark.parametrize("style", STYLES)
 def test_the_learning_rate_of_every_step_follows_the_formula_of_its_style(style, warmup):
-    steps, words = WARMUPS[warmup]
-    plan = plan_of(*style_words(style), *words)
+    steps, overrides = WARMUPS[warmup]
+    plan = plan_of(*style_words(style), *overrides)
     weights = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=77.0)
     scheduler = optimizer.build_scheduler(plan.config.optimizer, weights)
     rates = []
@@ -128,7 +128,7 @@ def test_the_learning_rate_of_every_step_follows_the_formula_of_its_style(style,
 
 
 @pytest.mark.parametrize(
-    "style, steps, words, expected",
+    "style, steps, overrides, expected",
     [
         ("cosine", 24, [], [("warm-up", 4), ("cosine decay", 16), ("min_lr", 4)]),
         ("cosine", 20, [], [("warm-up", 4), ("cosine decay", 16)]),
@@ -146,11 +146,11 @@ def test_the_learning_rate_of_every_step_follows_the_formula_of_its_style(style,
     ],
     ids=str,
 )
-def test_the_phases_of_a_schedule_are_those_of_the_run(style, steps, words, expected):
+def test_the_phases_of_a_schedule_are_those_of_the_run(style, steps, overrides, expected):
     plan = plan_of(
         *style_words(style),
         f"optimizer.lr_warmup_steps={WARMUP}",
-        *words,
+        *overrides,
         f"trainer.max_steps={steps}",
     )
     assert phases(plan.config) == expected
@@ -158,9 +158,9 @@ def test_the_phases_of_a_schedule_are_those_of_the_run(style, steps, words, expe
 
 
 def test_a_run_that_ends_in_its_warmup_is_warned_of():
-    words = [*style_words("cosine"), f"optimizer.lr_warmup_steps={WARMUP}"]
-    assert plan_of(*words, f"trainer.max_steps={WARMUP + 1}").warnings == ()
-    assert plan_of(*words, f"trainer.max_steps={WARMUP}").warnings == (
+    overrides = [*style_words("cosine"), f"optimizer.lr_warmup_steps={WARMUP}"]
+    assert plan_of(*overrides, f"trainer.max_steps={WARMUP + 1}").warnings == ()
+    assert plan_of(*overrides, f"trainer.max_steps={WARMUP}").warnings == (
         "optimizer.lr_warmup_steps = 4, but the run ends at trainer.max_steps = 4: no step has"
         " optimizer.lr = 1.00e-03, the last one has 7.50e-04",
     )
@@ -171,8 +171,8 @@ def test_a_schedule_without_a_length_is_as_long_as_the_run_and_always_longer_tha
     assert (settings.lr_decay_steps, settings.lr_warmup_steps) == (50, 10)
     settings = derived("trainer.max_steps=5", "optimizer.lr_warmup_steps=10").config.optimizer
     assert (settings.lr_decay_steps, settings.lr_warmup_steps) == (11, 10)
-    words = ["optimizer.lr_warmup_steps=null", "optimizer.lr_warmup_fraction=0.1"]
-    assert derived("trainer.max_steps=50", *words).config.optimizer.lr_warmup_steps == 5
+    overrides = ["optimizer.lr_warmup_steps=null", "optimizer.lr_warmup_fraction=0.1"]
+    assert derived("trainer.max_steps=50", *overrides).config.optimizer.lr_warmup_steps == 5
 
 
 def said_at_resume(before: list[str], after: list[str], step: int, skipped: int = 0) -> list[str]:

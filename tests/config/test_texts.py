@@ -13,8 +13,8 @@ from test_compose import conf, recipe  # noqa: F401  (a fixture)
 from test_rules_edges import problems
 
 from mixtrain.config.compose import check_overrides
-from mixtrain.config.rules.paths import OWN, PATHS
-from mixtrain.config.schema import WEIGHED, Config, holds_text, legal_keys, to_yaml
+from mixtrain.config.rules.paths import OUTPUT, PATHS
+from mixtrain.config.schema import BLEND, Config, is_text_key, legal_keys, to_yaml
 from mixtrain.errors import UserError
 
 NO_TEXTS = ["1.10", "3e1234", "true", "null", "1_000", "+5", "nan"]  # unquoted, on the command line
@@ -36,7 +36,7 @@ EXACT = [
 
 @pytest.mark.parametrize("written", NO_TEXTS)
 @pytest.mark.parametrize("key", ["name", "launcher.container_mounts"])
-def test_a_word_for_a_text_that_is_read_as_something_else_is_refused_and_what_it_says_to_type_is_taken(
+def test_a_text_that_reads_as_something_else_is_refused_and_the_quotes_it_names_are_accepted(
     key, written
 ):
     _, (problem,) = check_overrides([f"{key}={written}"])
@@ -74,13 +74,13 @@ def test_the_texts_of_lists_and_of_a_free_mapping_are_looked_at_too(word):
 
 
 def test_what_may_be_null_switched_or_a_weight_is_taken():
-    words = [
+    overrides = [
         "launcher.account=null",
         "launcher.sbatch_args.exclusive=true",
         "launcher.sbatch_args.qos=null",
     ]
-    words += ["data.data_path=[0.30,a,1_0,b]", "model.extra.qk_clip_alpha=1.10"]
-    assert check_overrides(words)[1] == []
+    overrides += ["data.data_path=[0.30,a,1_0,b]", "model.extra.qk_clip_alpha=1.10"]
+    assert check_overrides(overrides)[1] == []
     assert (
         check_overrides(["name=a,1_0"], multirun=True)[1]
         and not check_overrides(["name=a,10"], multirun=True)[1]
@@ -175,12 +175,12 @@ def test_no_key_takes_an_empty_text(empty):
         section, _, name = key.rpartition(".")
         value = (
             [empty]
-            if holds_text(key) and "list" in str(legal_keys()[key]) or key == WEIGHED
+            if is_text_key(key) and "list" in str(legal_keys()[key]) or key == BLEND
             else empty
         )
         if section:
             found = problems("texts_are_not_empty", **{section: {name: value}})
-            assert found[0].startswith(f"{key} is empty, as a variable of the shell"), key
+            assert found[0].startswith(f"{key} is empty, which an unset shell variable"), key
     for key in ("name", "run_dir"):
         assert f"{key} is empty" in " ".join(problems_of(f"{key}='{empty}'"))
 
@@ -190,12 +190,12 @@ def test_no_path_begins_with_a_home_that_is_not_expanded(key):
     section, name = key.split(".")
     for path, refused in (("~", True), ("~/a", True), ("a~", False), ("~a/b", False)):
         value = [path] if "list" in str(legal_keys()[key]) else path
-        assert bool(problems("paths_are_where_they_say", **{section: {name: value}})) is refused
+        assert bool(problems("paths_are_unambiguous", **{section: {name: value}})) is refused
 
 
 @pytest.mark.parametrize(
     "path, refused", [("/", True), ("//", True), ("/..", True), (".", False), ("/a", False)]
 )
 def test_no_run_and_no_cache_fills_the_root_of_a_file_system(path, refused):
-    for key in OWN:
-        assert bool(problems("paths_are_where_they_say", f"{key}={path}")) is refused
+    for key in OUTPUT:
+        assert bool(problems("paths_are_unambiguous", f"{key}={path}")) is refused

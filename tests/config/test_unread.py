@@ -111,10 +111,10 @@ def compare(identity) -> list[tuple[str, str, bool]]:
     """Of each pair of PAIRS, whether both ways compute the same to the bit."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    def computed(here: process_groups.Ranks, key: str, words: list[str]) -> list[torch.Tensor]:
+    def computed(here: process_groups.Ranks, key: str, overrides: list[str]) -> list[torch.Tensor]:
         torch.manual_seed(1)
         get_cuda_rng_tracker().set_states(dict(streams))
-        return trained(here, *words) if key in RATE else routed(*words)
+        return trained(here, *overrides) if key in RATE else routed(*overrides)
 
     found = []
     with process_groups.start(derived(*ALONE), identity) as here:
@@ -122,7 +122,7 @@ def compare(identity) -> list[tuple[str, str, bool]]:
         # steps first: a router alone would leave Megatron-Core's scale of auxiliary losses in
         # another shape
         for router, key in sorted(PAIRS, key=lambda pair: pair[1] not in RATE):
-            one, two = (computed(here, key, words) for words in two_ways(router, key))
+            one, two = (computed(here, key, overrides) for overrides in two_ways(router, key))
             same = all(torch.equal(a.double(), b.double()) for a, b in zip(one, two, strict=True))
             found.append((router, key, same))
     return found

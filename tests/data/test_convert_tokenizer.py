@@ -193,7 +193,7 @@ def test_output_of_a_killed_conversion_is_cleared_and_a_folder_with_other_files_
     left = tmp_path / "made.writing"
     left.mkdir()
     (left / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="thesis.txt is no file of an interrupted run"):
+    with pytest.raises(UserError, match="thesis.txt was not written by an interrupted run"):
         convert(V1, tmp_path / "made")
     assert (left / "thesis.txt").read_text() == "mine"
     (left / "thesis.txt").rename(left / "tokenizer.json")

@@ -14,7 +14,7 @@ from tiny_disks import tiny_disk
 from mixtrain.data.json_lines import JsonLines
 from mixtrain.data.preprocess import preprocess
 from mixtrain.errors import UserError
-from mixtrain.system.partial import claimed
+from mixtrain.system.partial import claim
 
 pytestmark = pytest.mark.long
 
@@ -121,7 +121,7 @@ def test_what_a_living_run_writes_is_left_alone(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "words"}\n')
     (tmp_path / "x.writing").mkdir()
     (tmp_path / "x.writing" / "data.bin").write_bytes(b"half")
-    with claimed(tmp_path / "x.writing", "run"):
+    with claim(tmp_path / "x.writing", "run"):
         with pytest.raises(UserError, match="x.writing is being written by another run"):
             preprocess(JsonLines(tmp_path / "a.jsonl", "text"), tmp_path / "x", tokenizer)
     assert (tmp_path / "x.writing" / "data.bin").read_bytes() == b"half"
@@ -131,7 +131,9 @@ def test_a_folder_of_that_name_with_other_files_is_never_cleared(tokenizer, tmp_
     (tmp_path / "a.jsonl").write_text('{"text": "words"}\n')
     (tmp_path / "x.writing").mkdir()
     (tmp_path / "x.writing" / "thesis.txt").write_text("irreplaceable")
-    with pytest.raises(UserError, match="x.writing/thesis.txt is no file of an interrupted run"):
+    with pytest.raises(
+        UserError, match="x.writing/thesis.txt was not written by an interrupted run"
+    ):
         preprocess(JsonLines(tmp_path / "a.jsonl", "text"), tmp_path / "x", tokenizer)
     assert (tmp_path / "x.writing" / "thesis.txt").read_text() == "irreplaceable"
 
@@ -153,7 +155,7 @@ def test_a_disk_that_runs_full_is_one_line_and_nothing_is_left(
         assert done.returncode == 1 and "Traceback" not in done.stderr
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("mixtrain: ")]
         assert (
-            line.startswith(f"mixtrain: {disk / 'x'} is not made: ")
+            line.startswith(f"mixtrain: {disk / 'x'} was not written: ")
             and "No space left on device" in line
         )
         assert " bytes were written, and " in line and line.endswith(" were free then")

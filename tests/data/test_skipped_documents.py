@@ -121,8 +121,8 @@ def test_what_a_file_names_its_keys_does_not_reach_the_terminal_as_it_is(tokeniz
             "--column is for the rows of a data set; type --json-key text",
         ),
         (["a.txt", "--json-key", "text"], "--json-key is for .jsonl files; leave it out"),
-        (["a.jsonl", "--max-unreadable", "50"], "50 is no share from 0 to 1, as 0.05 is"),
-        (["a.jsonl", "--max-unreadable", "nan"], "nan is no share from 0 to 1"),
+        (["a.jsonl", "--max-unreadable", "50"], "50 is not a number from 0 to 1, such as 0.05"),
+        (["a.jsonl", "--max-unreadable", "nan"], "nan is not a number from 0 to 1"),
         (
             ["a.jsonl"],
             "2 of 4 documents cannot be read, and 1 may be left out; the first is a.jsonl"

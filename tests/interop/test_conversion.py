@@ -429,7 +429,7 @@ def test_the_tools_convert_and_say_what_to_type_next(hub, tmp_path):
     size = tool(
         "convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "x", "--max-shard-size", "5XB"
     )
-    assert size.returncode == 2 and "5XB is no size; type 5GB, 500MB or 2GiB" in size.stderr
+    assert size.returncode == 2 and "5XB is not a size; type 5GB, 500MB or 2GiB" in size.stderr
 
 
 def test_the_facts_of_config_json_become_an_option_of_the_model_group(hub, tmp_path):

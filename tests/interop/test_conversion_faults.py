@@ -214,7 +214,7 @@ def test_a_disk_that_runs_full_is_one_line_and_nothing_is_left(
     with pytest.raises(Fault) as failed:
         WAYS[way](source, disk / "deep" / "out")
     words = str(failed.value)
-    assert words.startswith(f"{disk / 'deep' / 'out'} is not made: ") and "\n" not in words
+    assert words.startswith(f"{disk / 'deep' / 'out'} was not written: ") and "\n" not in words
     assert "No space left on device; it takes " in words and "were written, and " in words
     assert os.listdir(disk) == []
 
@@ -279,7 +279,7 @@ def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch):
 def test_processes_of_a_conversion_that_was_killed_do_not_hold_its_directory(tmp_path):
     (lives, says) = os.pipe()
     (asked, asks) = os.pipe()
-    with partial.claimed(tmp_path, "conversion"):
+    with partial.claim(tmp_path, "conversion"):
         child = os.fork()
         if child == 0:
             os.close(asks)  # so that it ends with this process at the latest
@@ -287,7 +287,7 @@ def test_processes_of_a_conversion_that_was_killed_do_not_hold_its_directory(tmp
             os.read(asked, 1)
             os._exit(0)
         os.read(lives, 1)
-    with partial.claimed(tmp_path, "conversion"):
+    with partial.claim(tmp_path, "conversion"):
         os.write(asks, b"x")
     assert os.waitpid(child, 0)[1] == 0
 
@@ -327,6 +327,6 @@ def test_a_page_that_cannot_be_read_is_an_error_and_not_the_end_of_the_process(
     monkeypatch.setattr(mmap, "mmap", Damaged)
     failing = errno.EFAULT
     with pytest.raises(OSError, match=f"Input/output error: '{tmp_path / 'a'}'"):
-        mmap_tensor.window(tmp_path / "a", 0, (4,), torch.float32)
+        mmap_tensor.map_tensor(tmp_path / "a", 0, (4,), torch.float32)
     failing = errno.EINVAL  # an older Linux
-    assert mmap_tensor.window(tmp_path / "a", 0, (4,), torch.float32).tolist() == [0.0] * 4
+    assert mmap_tensor.map_tensor(tmp_path / "a", 0, (4,), torch.float32).tolist() == [0.0] * 4

@@ -102,19 +102,19 @@ REFUSALS = {
     "index.json is damaged: weight_map = 5 is not an object": lambda folder: (
         folder / hf_files.INDEX
     ).write_text('{"weight_map": 5}'),
-    'index.json is damaged: the key "a" stands in it twice': lambda folder: (
+    'index.json is damaged: the key "a" occurs twice': lambda folder: (
         folder / hf_files.INDEX
     ).write_text('{"weight_map": {"a": "b", "a": "c"}}'),
     'the key "\\u001b[2J" is not text without control characters, in weight_map': lambda folder: (
         change_index(folder, lambda names: names.__setitem__("\x1b[2J", "x.safetensors"))
     ),
-    "config.json is damaged: NaN is no number of JSON": lambda folder: change_config(
+    "config.json is damaged: NaN is not a JSON number": lambda folder: change_config(
         folder, rope_theta=math.nan
     ),
     "config.json is damaged: the number 1e999 is too large": lambda folder: (
         folder / "config.json"
     ).write_text('{"rope_theta": 1e999}'),
-    "config.json is refused: no regular file": lambda folder: a_pipe(folder / "config.json"),
+    "config.json is refused: not a regular file": lambda folder: a_pipe(folder / "config.json"),
     "config.json is missing": lambda folder: (folder / "config.json").unlink(),
     "model_type = llama": lambda folder: change_config(folder, model_type="llama"),
     "auto_map: the model needs its own code": lambda folder: change_config(

@@ -18,9 +18,9 @@ def test_an_interface_that_is_up_is_no_problem_and_one_that_is_missing_is_named(
     assert interface_problem("lo") == "" and interface_problem("") == ""
     problem = interface_problem("lo,ib7")
     assert problem.startswith(
-        f"the ranks meet over the network interface ib7 ({INTERFACES}), which this machine lacks"
+        f"the ranks connect over the network interface ib7 ({INTERFACES}), which this machine lacks"
     )
-    assert "(it has lo" in problem and problem.endswith(f"{INTERFACES}=NAME takes another")
+    assert "(it has lo" in problem and problem.endswith(f"{INTERFACES}=NAME selects another")
 
 
 def test_a_rank_that_somebody_else_has_started_does_not_wait_for_an_interface_that_is_not_there(

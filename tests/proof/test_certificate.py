@@ -248,9 +248,9 @@ def test_a_line_of_the_terminal_fits_it_and_stands_under_its_header():
     longest = max((layout for layout in all_layouts()), key=lambda layout: len(str(layout)))
     assert (
         len(table.HEADER) <= 100
-        and len(table.line(longest, Verdict())) <= 100 + len(str(longest)) - table.NAMES
+        and len(table.line(longest, Verdict())) <= 100 + len(str(longest)) - table.NAME_WIDTH
     )
-    ordinary = [layout for layout in all_layouts() if len(str(layout)) <= table.NAMES]
+    ordinary = [layout for layout in all_layouts() if len(str(layout)) <= table.NAME_WIDTH]
     assert len(ordinary) > 0.9 * len(list(all_layouts()))
 
 

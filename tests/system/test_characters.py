@@ -55,7 +55,7 @@ def test_every_key_that_takes_text_refuses_every_control_character():
 
 
 @pytest.mark.parametrize(
-    "values, said",
+    "values, message",
     [
         (
             {"launcher.sbatch_args": {"comment": LINE}},
@@ -77,9 +77,9 @@ def test_every_key_that_takes_text_refuses_every_control_character():
         ({"na\x1bme": 1}, "the key na\\x1bme has the control character \\x1b"),
     ],
 )
-def test_what_a_free_mapping_or_a_list_holds_is_looked_at_too(values, said):
+def test_what_a_free_mapping_or_a_list_holds_is_looked_at_too(values, message):
     (problem,) = problems_in(quick_tree_of(), values)
-    assert problem.startswith(said)
+    assert problem.startswith(message)
 
 
 @pytest.mark.parametrize(

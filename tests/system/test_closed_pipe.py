@@ -55,8 +55,8 @@ def code_of(call, closed=(1,)) -> tuple[int, str]:
             os._exit(code)
     os.close(unread[1])
     os.close(errors[1])
-    with open(errors[0]) as said:
-        text = said.read()
+    with open(errors[0]) as message:
+        text = message.read()
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), text
 
 
@@ -80,9 +80,9 @@ def test_a_command_whose_reader_has_gone_ends_by_sigpipe_without_a_word(
 ):
     (tmp_path / "iter_0000001").mkdir()
     words = [str(tmp_path) if word == "RUN" else word for word in COMMANDS[name]]
-    code, said = code_of(lambda: run_script(name, words, monkeypatch))
+    code, message = code_of(lambda: run_script(name, words, monkeypatch))
     assert code == -signal.SIGPIPE
-    assert "Traceback" not in said and "BrokenPipe" not in said
+    assert "Traceback" not in message and "BrokenPipe" not in message
 
 
 @pytest.mark.parametrize("main", [
@@ -119,4 +119,4 @@ def test_a_pipe_to_somebody_else_is_another_fault():
 
 
 def test_what_is_read_to_its_end_ends_as_ever():
-    assert code_of(lambda: closed_pipe.ended(lambda: 3), closed=())[0] == 3
+    assert code_of(lambda: closed_pipe.run_main(lambda: 3), closed=())[0] == 3

@@ -87,8 +87,8 @@ OTHERS = {
     "is a link that leads out of its directory, to /dev/zero": lambda path: path.symlink_to(
         "/dev/zero"
     ),
-    "is a link to nowhere, which is no file": lambda path: path.symlink_to("nowhere"),
-    "is a link to other, which is no file": loop,
+    "is a link to nowhere, which is not a file": lambda path: path.symlink_to("nowhere"),
+    "is a link to other, which is not a file": loop,
     "is a named pipe; a file was expected": os.mkfifo,
     "is a directory; a file was expected": Path.mkdir,
 }
@@ -149,7 +149,7 @@ def test_a_run_is_refused_for_its_tokenizer_before_it_is_started(secret, tmp_pat
 
 
 def test_a_conversion_gives_no_file_of_the_readers_own_away(hub, secret, tmp_path):
-    """Neither as a tokenizer nor as weights: another model's file would be read through the link."""
+    """Neither as a tokenizer nor as weights, which the link would read from another model."""
     there = hf_models.copied(hub, tmp_path / "there")
     (there / "tokenizer.json").symlink_to(secret)
     with pytest.raises(

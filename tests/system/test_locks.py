@@ -63,24 +63,24 @@ def test_a_run_directorys_lock_is_its_users_alone_also_one_that_a_former_run_lef
 
 
 def test_who_holds_a_lock_is_named_and_not_who_signed_it_last(tmp_path, holder):
-    said = refused(tmp_path)
+    message = refused(tmp_path)
     assert (
         f"in use by process {holder} on {HERE} (the last one that signed it: {OLD.strip()}); wait"
-        " for it" in said
+        " for it" in message
     )
 
 
 def test_a_holder_that_cannot_be_seen_is_not_guessed(tmp_path, holder, monkeypatch):
     # on another host, or another user's
-    monkeypatch.setattr(locks, "_holders", lambda descriptor: [])
-    said = refused(tmp_path)
+    monkeypatch.setattr(locks, "_local_holders", lambda descriptor: [])
+    message = refused(tmp_path)
     assert (
         f"in use by a process that cannot be seen from {HERE} (the last one that signed it:"
-        " process 1 on" in said
+        " process 1 on" in message
     )
     # is not repeated on a terminal
     (tmp_path / LOCK).write_text("process 1 on \x1b[31mred since never\n")
-    assert "\x1b" not in (said := refused(tmp_path)) and "(nobody has signed it)" in said
+    assert "\x1b" not in (message := refused(tmp_path)) and "(nobody has signed it)" in message
 
 
 @pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
@@ -117,7 +117,7 @@ def test_another_users_lock_can_neither_be_held_nor_is_its_run_said_to_have_ende
                 with pytest.raises(PermissionError):
                     os.open(folder / LOCK, os.O_RDONLY)
                 with pytest.raises(
-                    UserError, match=r"\.lock: it is user root's, who alone can say whether"
+                    UserError, match=r"\.lock: it belongs to user root, who alone can tell whether"
                 ):
                     with claim(plan):
                         pass

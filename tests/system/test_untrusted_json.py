@@ -24,7 +24,7 @@ from mixtrain.errors import UserError
 from mixtrain.interop.convert.hf_config import from_hugging_face
 from mixtrain.interop.generate.request import read_prompts
 from mixtrain.system import status, untrusted_json
-from mixtrain.system.untrusted_json import Count, InvalidJson, Name, whole
+from mixtrain.system.untrusted_json import Count, InvalidJson, Name, integer
 from mixtrain.training import logs, plot
 from mixtrain.training.run_directory import attempts_problem, previous_status
 
@@ -46,16 +46,16 @@ class Inner(TypedDict):
 
 
 @pytest.mark.parametrize(
-    "text, schema, said",
+    "text, schema, message",
     [
         ("[" * 100_000, Any, "nested more than 64 deep"),
         ('{"a":' * 100_000 + "1" + "}" * 100_000, Any, "nested more than 64 deep"),
         ("[" * 65 + "]" * 65, Any, "nested more than 64 deep"),
-        ("NaN", Any, "NaN is no number of JSON"),
-        ("[-Infinity]", Any, "-Infinity is no number of JSON"),
+        ("NaN", Any, "NaN is not a JSON number"),
+        ("[-Infinity]", Any, "-Infinity is not a JSON number"),
         ("[1e999]", Any, "the number 1e999 is too large"),
         ("9" * 100_000, Any, "a number of 100,000 digits; 40 are read at most"),
-        ('{"a": {"b": 1, "b": 2}}', Any, 'the key "b" stands in it twice'),
+        ('{"a": {"b": 1, "b": 2}}', Any, 'the key "b" occurs twice'),
         (b'{"a": "\xff"}', Any, "not UTF-8 at byte 7"),
         ("", Any, "not valid JSON (Expecting value: line 1 column 1 (char 0))"),
         ("5", dict[str, Any], "5 is not an object"),
@@ -71,14 +71,14 @@ class Inner(TypedDict):
         ),
         ('{"a": [1, "x"]}', dict[str, list[int] | str], 'a[1] = "x" is not a whole number'),
         ("[1, 2, 3]", tuple[Count, Count], "a list of 3 is not a list of 2"),
-        ("9", whole(0, 8), "9 is not a whole number from 0 to 8"),
+        ("9", integer(0, 8), "9 is not a whole number from 0 to 8"),
         (json.dumps("x" * 10_000), int, f'"{"x" * 59} ... is not a whole number'),
     ],
 )
-def test_what_is_wrong_with_a_text_is_said_in_one_short_line(text, schema, said):
+def test_what_is_wrong_with_a_text_is_said_in_one_short_line(text, schema, message):
     with pytest.raises(InvalidJson) as refused:
         untrusted_json.parse(text, schema)
-    assert refused.value.problems == (said,)
+    assert refused.value.problems == (message,)
 
 
 def test_what_fits_is_given_as_it_is():
@@ -94,7 +94,7 @@ def test_what_fits_is_given_as_it_is():
 def test_of_a_line_of_a_corpus_only_the_key_that_is_read_must_be_right():
     text = b'{"text": "x", "score": NaN, "id": 1e999, "tag": 1, "tag": 2}'
     assert untrusted_json.parse(text, Any, only="text")["text"] == "x"
-    with pytest.raises(InvalidJson, match='the key "text" stands in it twice'):
+    with pytest.raises(InvalidJson, match='the key "text" occurs twice'):
         untrusted_json.parse(b'{"text": "x", "text": "y"}', Any, only="text")
 
 
@@ -102,16 +102,16 @@ def test_a_file_is_read_only_if_it_is_one_and_of_a_size_that_is_read(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     (tmp_path / "large").write_text('"' + "x" * 100 + '"')
-    for name, said in {
-        "pipe": "is refused: no regular file",
-        "zero": "is refused: no regular file",
-        "large": "is refused: more than 100 bytes",
+    for name, message in {
+        "pipe": "is refused: not a regular file",
+        "zero": "is refused: not a regular file",
+        "large": "is refused: larger than 100 bytes",
         "none": "is missing: why",
         ".": "cannot be read (Is a directory)",
     }.items():
         with pytest.raises(InvalidJson) as refused:
             untrusted_json.read(tmp_path / name, most=100, missing="why")
-        assert str(refused.value).startswith(f"{tmp_path / name} {said}"), name
+        assert str(refused.value).startswith(f"{tmp_path / name} {message}"), name
 
 
 def test_a_line_without_an_end_is_not_held_in_memory(tmp_path, monkeypatch):
@@ -140,7 +140,7 @@ def test_json_of_others_is_read_in_one_place():
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"step": "20"}, 'step = "20" is not a whole number'),
         ({"step": -1}, "step = -1 is not a whole number from 0"),
@@ -151,11 +151,11 @@ def test_json_of_others_is_read_in_one_place():
         ({"data": {"corpus": 5}}, "data.corpus = 5 is not text"),
     ],
 )
-def test_a_state_of_a_run_with_another_type_is_refused_by_its_key(tmp_path, change, said):
+def test_a_state_of_a_run_with_another_type_is_refused_by_its_key(tmp_path, change, message):
     (tmp_path / state.NAME).write_text(json.dumps(STATE | change))
     with pytest.raises(ValueError) as refused:
         state.read(tmp_path)
-    assert str(refused.value).startswith(f"{tmp_path / state.NAME} is damaged: {said}")
+    assert str(refused.value).startswith(f"{tmp_path / state.NAME} is damaged: {message}")
 
 
 @pytest.mark.parametrize(
@@ -195,9 +195,9 @@ def test_a_status_that_is_none_is_as_if_there_were_no_run(tmp_path, text):
 def test_a_run_goes_on_beside_a_line_that_is_no_record_and_the_file_is_kept(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n5\n{"step": "2"}\n{"step": 2}\n{"step": 3}\n{"ste')
-    said = logs.cut_back(metrics, 2)
+    message = logs.cut_back(metrics, 2)
     assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
-    assert said == (
+    assert message == (
         f"line 2 and 1 more of {metrics} is not a record (5 is not an object) and was removed;"
         " metrics.jsonl.damaged is the original file"
     )
@@ -211,7 +211,7 @@ def test_half_of_a_line_that_a_killed_run_has_left_goes_without_a_word(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "vocab, added, said",
+    "vocab, added, message",
     [
         ([["a", 0.0]], [{"content": "b"}], "added_tokens[0].id is missing"),
         ([["a", 0.0]], 5, "added_tokens = 5 is not a list or null"),
@@ -221,13 +221,13 @@ def test_half_of_a_line_that_a_killed_run_has_left_goes_without_a_word(tmp_path)
         ([[["a"], 0.0]], [], "model.vocab[0][0] = a list of 1 is not text"),
     ],
 )
-def test_a_vocabulary_of_other_types_is_refused_by_its_place(tmp_path, vocab, added, said):
+def test_a_vocabulary_of_other_types_is_refused_by_its_place(tmp_path, vocab, added, message):
     (tmp_path / "tokenizer.json").write_text(
         json.dumps({"model": {"vocab": vocab}, "added_tokens": added})
     )
     with pytest.raises(UserError) as refused:
         tokenizer.tokenizer_vocab_size(tmp_path)
-    assert str(refused.value) == f"{tmp_path / 'tokenizer.json'} is damaged: {said}"
+    assert str(refused.value) == f"{tmp_path / 'tokenizer.json'} is damaged: {message}"
 
 
 def test_a_special_token_that_is_a_list_is_refused(tmp_path):
@@ -320,7 +320,7 @@ def damaged(draw) -> tuple[str, bytes]:
 
 
 def read_all(folder: Path, name: str) -> None:
-    """Every reader of a file, each as its callers have it: only what it promises to raise passes."""
+    """Call every reader of a file as its callers do; only the promised exceptions pass."""
     path = folder / name
     if name == "integrity.json":
         assert isinstance(integrity.problem(folder, full=True), str)

@@ -24,12 +24,12 @@ PRINTS = """
 import sys
 from pathlib import Path
 from mixtrain.system import streams
-streams.hold()
-streams.forgive()
+streams.reserve()
+streams.make_tolerant()
 print('early')
 run = Path(sys.argv[1])
 run.mkdir()
-streams.forgive(run / 'logs' / 'console.log')
+streams.make_tolerant(run / 'logs' / 'console.log')
 file = open(run / 'records', 'w')
 for number in range(3): print('line', number)
 print('problem', file=sys.stderr)
@@ -69,7 +69,7 @@ def test_what_standard_output_does_not_take_is_in_the_log_and_said_once(name, tm
 
 def test_a_log_that_nobody_reads_asks_no_run_to_stop(tmp_path):
     def call() -> int:
-        streams.forgive(tmp_path / "run" / "logs" / "console.log")
+        streams.make_tolerant(tmp_path / "run" / "logs" / "console.log")
         with (
             StopRequest() as stop,
             Logs(plan_of(f"run_dir={tmp_path}/run"), writes=True, config_yaml="") as log,
@@ -170,7 +170,7 @@ def test_a_bar_is_not_drawn_into_the_log_of_a_terminal_that_has_gone(tmp_path):
         "import os, time, composing\n"
         "from mixtrain.system import streams\n"
         "from mixtrain.training.logs import Logs\n"
-        f"streams.forgive({str(log)!r}); plan = composing.plan_of('run_dir={tmp_path}/run')\n"
+        f"streams.make_tolerant({str(log)!r}); plan = composing.plan_of('run_dir={tmp_path}/run')\n"
         "with Logs(plan, True, '') as log:\n"
         "    log.begin(0)\n"
         f"    while not os.path.exists({str(tmp_path / 'go')!r}): time.sleep(0.1)\n"

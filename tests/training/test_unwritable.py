@@ -63,8 +63,8 @@ def test_a_log_on_a_full_disk_loses_no_word_and_the_status_is_told_all_the_same(
     with tiny_disk(tmp_path, "200k") as disk:
         plan = run_of(disk)
         rank = (
-            "from mixtrain.system.streams import forgive; from tiny_disks import fill;"
-            " forgive(); fill(run)"
+            "from mixtrain.system.streams import make_tolerant; from tiny_disks import fill;"
+            " make_tolerant(); fill(run)"
         )
         code, lines = launched(plan, rank, capfd)
         assert (code, lines) == (FAULT, [SAID])
@@ -210,7 +210,7 @@ def test_what_to_type_follows_from_what_is_there(tmp_path):
 
 def test_a_print_that_a_full_disk_does_not_take_ends_nothing(tmp_path):
     code = (
-        "import sys; from mixtrain.system.streams import forgive; forgive()\n"
+        "import sys; from mixtrain.system.streams import make_tolerant; make_tolerant()\n"
         "for _ in range(3): print('lost'); print('lost', file=sys.stderr)\n"
         f"open({str(tmp_path / 'went_on')!r}, 'w')"
     )

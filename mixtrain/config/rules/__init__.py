@@ -1,8 +1,8 @@
-"""The cross-field rules: what a Config must keep so that Megatron-Core trains what the user meant. No torch.
+"""Rules across keys: conditions on a Config for Megatron-Core to train what the user asked for.
 
-Rule: each rule is a function of the derived Plan that yields one sentence per breach, with the keys, both numbers and
-the nearest legal value; RULES lists them all and every one has a test. Rules about this machine are in
-launch/machine_checks.py.
+Rule: a rule is a function of the derived Plan that yields one sentence per violation, with the
+keys, both numbers and the nearest legal value. RULES lists all rules; each has a test. Rules about
+this machine are in launch/machine_checks.py. No torch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mixtrain.config.rules import (
     upstream,
 )
 
-PARTS = (
+MODULES = (
     paths,
     layout,
     memory,
@@ -35,9 +35,9 @@ PARTS = (
     upstream,
     launcher,
 )
-RULES = [rule for part in PARTS for rule in part.RULES]
+RULES = [rule for module in MODULES for rule in module.RULES]
 
 
 def broken_rules(plan: Plan) -> list[str]:
-    """Every problem of every rule, in the order of RULES."""
+    """Return every violation, in the order of RULES."""
     return [problem for rule in RULES for problem in rule(plan)]

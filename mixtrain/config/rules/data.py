@@ -1,11 +1,11 @@
-"""Rules about the data that a configuration names, as far as no file need be looked at. No torch."""
+"""Rules about the data keys that need no look at a file. No torch."""
 
 from __future__ import annotations
 
 import os
 
 from mixtrain.config.choices import DataKind
-from mixtrain.config.data_blend import named_twice, parse_blend, split_weights
+from mixtrain.config.data_blend import duplicate_problems, parse_blend, split_weights
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems
 from mixtrain.errors import UserError
@@ -21,7 +21,7 @@ def sequence_within_positions(plan: Plan) -> Problems:
         )
 
 
-def data_has_its_source(plan: Plan) -> Problems:
+def data_source_is_given(plan: Plan) -> Problems:
     data = plan.config.data
     if data.kind is DataKind.indexed and not data.data_path:
         yield "data.kind = indexed needs data.data_path=[PREFIX]; it is empty"
@@ -49,7 +49,7 @@ def split_has_three_parts(plan: Plan) -> Problems:
 
 
 def data_is_named_once(plan: Plan) -> Problems:
-    """A prefix that is there twice is read twice. That two names are one file is for data/check.py to see."""
+    """Refuse a prefix that is listed twice; data/check.py finds two names of the same file."""
     data = plan.config.data
     if data.kind is not DataKind.indexed or not data.data_path:
         return
@@ -58,7 +58,9 @@ def data_is_named_once(plan: Plan) -> Problems:
     except UserError as error:
         yield from error.problems
         return
-    yield from named_twice({prefix: os.path.abspath(prefix) for prefix in prefixes}, prefixes)
+    yield from duplicate_problems(
+        {prefix: os.path.abspath(prefix) for prefix in prefixes}, prefixes
+    )
 
 
-RULES = [sequence_within_positions, data_has_its_source, data_is_named_once, split_has_three_parts]
+RULES = [sequence_within_positions, data_source_is_given, data_is_named_once, split_has_three_parts]

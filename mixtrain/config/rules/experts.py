@@ -6,8 +6,16 @@ from mixtrain.config.choices import Accelerator, Balancing, Dispatcher, FlexBack
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems, must_divide
 
-# have no auxiliary loss, so nothing to add up with another
+# without an auxiliary loss, so they cannot be combined
 ALONE = (Balancing.sinkhorn, Balancing.none)
+
+
+def expert_parallel_divides_experts(plan: Plan) -> Problems:
+    size = plan.config.parallel.expert_model_parallel_size
+    experts = plan.config.model.num_moe_experts
+    yield from must_divide(
+        "parallel.expert_model_parallel_size", size, "model.num_moe_experts", experts
+    )
 
 
 def topk_within_experts(plan: Plan) -> Problems:
@@ -19,14 +27,10 @@ def topk_within_experts(plan: Plan) -> Problems:
 
 def one_expert_needs_pre_softmax(plan: Plan) -> Problems:
     router = plan.config.router
-    topk = plan.config.model.moe_router_topk
+    if plan.config.model.moe_router_topk > 1 or Balancing.sinkhorn in _types(plan):
+        return
     softmax = router.moe_router_score_function is ScoreFunction.softmax
-    if (
-        topk == 1
-        and softmax
-        and not router.moe_router_pre_softmax
-        and Balancing.sinkhorn not in _types(plan)
-    ):
+    if softmax and not router.moe_router_pre_softmax:
         yield (
             "model.moe_router_topk = 1 with router.moe_router_pre_softmax = false gives every"
             " token the weight 1 and the router no gradient; use"
@@ -74,32 +78,30 @@ def sinkhorn_drops_nothing(plan: Plan) -> Problems:
         )
 
 
-def expert_bias_has_sigmoid(plan: Plan) -> Problems:
+def expert_bias_needs_sigmoid(plan: Plan) -> Problems:
     router = plan.config.router
-    if Balancing.sinkhorn in _types(plan):  # reads neither: unread.py
+    if Balancing.sinkhorn in _types(plan):  # it reads neither key: unread.py
         return
-    if (
-        router.moe_router_enable_expert_bias
-        and router.moe_router_score_function is not ScoreFunction.sigmoid
-    ):
+    sigmoid = router.moe_router_score_function is ScoreFunction.sigmoid
+    if router.moe_router_enable_expert_bias and not sigmoid:
         yield (
             "router.moe_router_enable_expert_bias = true needs router.moe_router_score_function ="
             f" sigmoid, not {router.moe_router_score_function.name}"
         )
 
 
-def groups_of_experts(plan: Plan) -> Problems:
+def expert_groups_fit(plan: Plan) -> Problems:
     router = plan.config.router
     model = plan.config.model
     groups = router.moe_router_num_groups
     chosen = router.moe_router_group_topk
     topk = model.moe_router_topk
     if (groups is None) != (chosen is None):
-        there, absent = (
-            ("num_groups", "group_topk") if chosen is None else ("group_topk", "num_groups")
-        )
+        given, missing = "num_groups", "group_topk"
+        if groups is None:
+            given, missing = missing, given
         yield (
-            f"router.moe_router_{there} = {groups or chosen} needs router.moe_router_{absent}"
+            f"router.moe_router_{given} = {groups or chosen} needs router.moe_router_{missing}"
             " too; it is null"
         )
     if groups is None or chosen is None:
@@ -113,26 +115,25 @@ def groups_of_experts(plan: Plan) -> Problems:
             f" router.moe_router_num_groups = {groups}"
         )
     yield from must_divide("router.moe_router_group_topk", chosen, "model.moe_router_topk", topk)
-    if topk > chosen * (model.num_moe_experts // groups):
+    eligible = chosen * (model.num_moe_experts // groups)
+    if topk > eligible:
         yield (
             f"model.moe_router_topk = {topk}, but router.moe_router_group_topk = {chosen} groups"
-            f" have only {chosen * (model.num_moe_experts // groups)} experts"
+            f" have only {eligible} experts"
         )
 
 
-def padding_has_capacity(plan: Plan) -> Problems:
+def padding_needs_capacity(plan: Plan) -> Problems:
     dispatcher = plan.config.dispatcher
-    if (
-        dispatcher.moe_pad_expert_input_to_capacity
-        and dispatcher.moe_expert_capacity_factor is None
-    ):
+    dropless = dispatcher.moe_expert_capacity_factor is None
+    if dispatcher.moe_pad_expert_input_to_capacity and dropless:
         yield (
             "dispatcher.moe_pad_expert_input_to_capacity = true needs a"
             " dispatcher.moe_expert_capacity_factor; it is null"
         )
 
 
-def flex_has_its_ranks(plan: Plan) -> Problems:
+def flex_requirements_hold(plan: Plan) -> Problems:
     dispatcher = plan.config.dispatcher
     parallel = plan.config.parallel
     if dispatcher.moe_token_dispatcher_type is not Dispatcher.flex:
@@ -156,7 +157,7 @@ def flex_has_its_ranks(plan: Plan) -> Problems:
         )
 
 
-def shared_expert_overlap_has_one(plan: Plan) -> Problems:
+def shared_expert_overlap_requirements_hold(plan: Plan) -> Problems:
     dispatcher = plan.config.dispatcher
     size = plan.config.model.moe_shared_expert_intermediate_size
     if not dispatcher.moe_shared_expert_overlap:
@@ -170,7 +171,7 @@ def shared_expert_overlap_has_one(plan: Plan) -> Problems:
         yield "dispatcher.moe_shared_expert_overlap = true needs dispatcher=alltoall, not allgather"
     if "shared_experts" in (plan.config.trainer.recompute_modules or []):
         yield (
-            "dispatcher.moe_shared_expert_overlap = true cannot go with shared_experts in"
+            "dispatcher.moe_shared_expert_overlap = true cannot be combined with shared_experts in"
             " trainer.recompute_modules"
         )
 
@@ -189,15 +190,16 @@ def _types(plan: Plan) -> list[Balancing]:
 
 
 RULES = [
+    expert_parallel_divides_experts,
     topk_within_experts,
     one_expert_needs_pre_softmax,
     balancing_types_can_be_combined,
     balancing_has_its_coefficient,
     sinkhorn_drops_nothing,
-    expert_bias_has_sigmoid,
-    groups_of_experts,
-    padding_has_capacity,
-    flex_has_its_ranks,
-    shared_expert_overlap_has_one,
+    expert_bias_needs_sigmoid,
+    expert_groups_fit,
+    padding_needs_capacity,
+    flex_requirements_hold,
+    shared_expert_overlap_requirements_hold,
     shared_expert_gate_has_one,
 ]

@@ -1,4 +1,4 @@
-"""Rules about model.transformer_impl: what each implementation of the layers can do. No torch."""
+"""Rules about model.transformer_impl: what each implementation of the layers supports. No torch."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from mixtrain.config.choices import (
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems, near_multiples
 
-ALIGNMENT_BYTES = 16  # of a row, where torch.nn.functional.grouped_mm reads it
+ALIGNMENT_BYTES = 16  # of a row that torch.nn.functional.grouped_mm reads
 BYTES = {Precision.fp32: 4, Precision.bf16: 2, Precision.fp8: 2}
 
 
-def local_has_its_limits(plan: Plan) -> Problems:
-    """What Megatron-Core's own layers refuse, or compute wrongly."""
+def local_layers_support_layout(plan: Plan) -> Problems:
+    """Refuse layouts that Megatron-Core's own layers reject or compute incorrectly."""
     if plan.config.model.transformer_impl is not TransformerImpl.local:
         return
     refused = {
         "tensor_model_parallel_size": "the norm of model.transformer_impl = local refuses it",
         "context_parallel_size": "the attention of model.transformer_impl = local refuses it",
-        # 0.16: expert gradients are never reduced over TP, silently
+        # 0.16 silently never reduces expert gradients over TP
         "expert_tensor_parallel_size": "the experts of model.transformer_impl = local compute"
         " wrong gradients with it",
     }
@@ -37,47 +37,42 @@ def local_has_its_limits(plan: Plan) -> Problems:
         )
 
 
-def grouped_gemm_reads_aligned_rows(plan: Plan) -> Problems:
+def grouped_gemm_rows_are_aligned(plan: Plan) -> Problems:
     model = plan.config.model
     etp = plan.config.parallel.expert_tensor_parallel_size
     if model.transformer_impl is not TransformerImpl.torch or not model.moe_grouped_gemm:
         return
     unit = ALIGNMENT_BYTES // BYTES[plan.config.trainer.precision]
-    for key, size, parts in (
+    for key, size, ranks in (
         ("hidden_size", model.hidden_size, 1),
         ("moe_ffn_hidden_size", model.moe_ffn_hidden_size, etp),
     ):
-        if size % parts == 0 and size // parts % unit:
-            over = f" / ETP = {size}/{parts} = {size // parts}" if parts > 1 else f" = {size}"
+        if size % ranks == 0 and size // ranks % unit:
+            row = f" / ETP = {size}/{ranks} = {size // ranks}" if ranks > 1 else f" = {size}"
             yield (
-                f"model.{key}{over} must be a multiple of {unit} ({ALIGNMENT_BYTES} bytes of"
+                f"model.{key}{row} must be a multiple of {unit} ({ALIGNMENT_BYTES} bytes of"
                 f" {plan.config.trainer.precision.name}) for model.moe_grouped_gemm = true (false"
-                f" takes any); use {near_multiples(size, unit * parts)}"
+                f" takes any); use {near_multiples(size, unit * ranks)}"
             )
 
 
-def attention_backend_is_there(plan: Plan) -> Problems:
+def attention_backend_is_supported(plan: Plan) -> Problems:
     model = plan.config.model
     cpu = plan.config.trainer.accelerator is Accelerator.cpu
+    fp32 = plan.config.trainer.precision is Precision.fp32
     backend = model.attention_backend
+    explicit = backend in (AttnBackend.flash, AttnBackend.fused)
     if backend is AttnBackend.fused and cpu:
         yield (
             "model.attention_backend = fused is cuDNN's and needs trainer.accelerator = gpu,"
             " not cpu; use auto"
         )
-    if model.transformer_impl is TransformerImpl.local and backend in (
-        AttnBackend.flash,
-        AttnBackend.fused,
-    ):
+    if model.transformer_impl is TransformerImpl.local and explicit:
         yield (
             f"model.attention_backend = {backend.name}: model.transformer_impl = local has only"
             " its own; use auto, or model.transformer_impl=torch"
         )
-    if (
-        plan.config.trainer.precision is Precision.fp32
-        and backend in (AttnBackend.flash, AttnBackend.fused)
-        and not cpu
-    ):
+    if fp32 and explicit and not cpu:
         yield (
             f"model.attention_backend = {backend.name} takes bf16 on a GPU, not"
             " trainer.precision = fp32; use auto"
@@ -102,7 +97,7 @@ def qk_layernorm_over_projection(plan: Plan) -> Problems:
 
 RULES = [
     qk_layernorm_over_projection,
-    local_has_its_limits,
-    grouped_gemm_reads_aligned_rows,
-    attention_backend_is_there,
+    local_layers_support_layout,
+    grouped_gemm_rows_are_aligned,
+    attention_backend_is_supported,
 ]

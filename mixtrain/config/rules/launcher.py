@@ -1,4 +1,4 @@
-"""Rules about the launcher's keys, as far as no cluster need be asked. No torch."""
+"""Rules about the launcher keys that need no answer of a cluster. No torch."""
 
 from __future__ import annotations
 
@@ -10,111 +10,105 @@ from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems
 from mixtrain.config.sbatch_directive import unquotable
 
-# Slurm's six forms of a time, and UNLIMITED
+# Slurm's six forms of a time
 TIME = re.compile(
-    r"(?P<days>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+)(?::(?P<ds>\d+))?)?|(?P<a>\d+)(?::(?P<b>\d+)(?::(?P<c>\d+))?)?"
+    r"(?P<days>\d+)-(?P<dh>\d+)(?::(?P<dm>\d+)(?::(?P<ds>\d+))?)?"
+    r"|(?P<a>\d+)(?::(?P<b>\d+)(?::(?P<c>\d+))?)?"
 )
 WARNING_S = 300  # --signal of slurm/train.sbatch
-TO_START_S = 30  # from a job's start to its first step, at the least
-# flags of sbatch that are somebody else's to set
-OWN = {
-    "partition": "launcher.partition", "account": "launcher.account", "time": "launcher.time",
-    "gpus-per-node": "launcher.gpus_per_node", "nodes": "trainer.num_nodes", "ntasks": "trainer.devices",
-    "ntasks-per-node": "trainer.devices", "container-image": "launcher.container_image",
-    "container-mounts": "launcher.container_mounts", "output": "run_dir, whose logs/ the job's log"
-                                                               " goes to",
-    "error": "run_dir, whose logs/ the job's log goes to", "chdir": "run_dir and other paths, or"
-                                                                    " submit from there",
-}  # fmt: skip
-# another program than ours, or another answer
-NEVER = ("wrap", "test-only", "parsable", "wait", "help", "version")
+START_S = 30  # the shortest time from a job's start to its first step
+# flags of sbatch that other keys set
+KEY_OF_FLAG = {
+    "partition": "launcher.partition",
+    "account": "launcher.account",
+    "time": "launcher.time",
+    "gpus-per-node": "launcher.gpus_per_node",
+    "nodes": "trainer.num_nodes",
+    "ntasks": "trainer.devices",
+    "ntasks-per-node": "trainer.devices",
+    "container-image": "launcher.container_image",
+    "container-mounts": "launcher.container_mounts",
+    "output": "run_dir, whose logs/ the job's log goes to",
+    "error": "run_dir, whose logs/ the job's log goes to",
+    "chdir": "run_dir and other paths, or submit from there",
+}
+# flags that run another program or change what sbatch prints
+FORBIDDEN = ("wrap", "test-only", "parsable", "wait", "help", "version")
 
 
 def seconds_of(time: str) -> float | None:
-    """A time in Slurm's words in seconds, inf for UNLIMITED, None if it is none."""
+    """Return the seconds of a Slurm time, inf for UNLIMITED, None for invalid text."""
     if time.upper() in ("UNLIMITED", "INFINITE"):
         return math.inf
-    found = TIME.fullmatch(time)
-    if not found:
+    match = TIME.fullmatch(time)
+    if not match:
         return None
-    part = {name: int(value or 0) for name, value in found.groupdict().items()}
-    if found["days"] is not None:
-        return ((part["days"] * 24 + part["dh"]) * 60 + part["dm"]) * 60 + part["ds"]
-    if found["c"] is not None:
-        return (part["a"] * 60 + part["b"]) * 60 + part["c"]
-    return part["a"] * 60 + part["b"]
+    field = {name: int(value or 0) for name, value in match.groupdict().items()}
+    if match["days"] is not None:
+        return ((field["days"] * 24 + field["dh"]) * 60 + field["dm"]) * 60 + field["ds"]
+    if match["c"] is not None:
+        return (field["a"] * 60 + field["b"]) * 60 + field["c"]
+    return field["a"] * 60 + field["b"]
 
 
-def time_is_slurms(plan: Plan) -> Problems:
+def time_is_valid(plan: Plan) -> Problems:
     time = plan.config.launcher.time
     if time is not None and seconds_of(time) is None:
         yield (
-            f"launcher.time = {time} is no time of Slurm's; use minutes (90), 12:00:00 (hours),"
-            " or 2-00:00:00 (days)"
+            f"launcher.time = {time} is not a Slurm time; use minutes (90), 12:00:00 (hours), or"
+            " 2-00:00:00 (days)"
         )
 
 
-def time_leaves_some_to_train(plan: Plan) -> Problems:
-    """The run is asked to stop that many seconds before its limit: it would do a step, stop, return, and do a step."""
+def time_leaves_room_to_train(plan: Plan) -> Problems:
+    """Refuse a limit within the stop signal's lead time: each job would train for one step only."""
     time = plan.config.launcher.time
     warning = warning_seconds(plan)
     seconds = seconds_of(time) if time is not None else None
-    if (
-        seconds is None
-        or plan.config.trainer.mode is Mode.preflight
-        or seconds >= warning + TO_START_S
-    ):
+    if seconds is None or plan.config.trainer.mode is Mode.preflight:
         return
-    yield (
-        f"launcher.time = {time} is {seconds:.0f} s, but the run is asked to stop {warning} s"
-        f" before the limit; use at least {math.ceil((warning + TO_START_S) / 60)} (minutes), or"
-        " later: launcher.sbatch_args.signal=USR1@60"
-    )
-
-
-def warning_seconds(plan: Plan) -> int:
-    asked = plan.config.launcher.sbatch_args.get("signal", f"@{WARNING_S}")
-    found = re.search(r"@(\d+)$", str(asked))
-    return int(found[1]) if found else 60  # Slurm's own
-
-
-def gpus_are_those_of_the_ranks(plan: Plan) -> Problems:
-    asked = plan.config.launcher.gpus_per_node
-    trainer = plan.config.trainer
-    if trainer.accelerator is Accelerator.gpu and asked is not None and asked < trainer.devices:
+    if seconds < warning + START_S:
         yield (
-            f"launcher.gpus_per_node = {asked} must be at least trainer.devices ="
-            f" {trainer.devices}; null is that"
+            f"launcher.time = {time} is {seconds:.0f} s, but the run is asked to stop {warning} s"
+            f" before the limit; use at least {math.ceil((warning + START_S) / 60)} (minutes), or"
+            " later: launcher.sbatch_args.signal=USR1@60"
         )
 
 
-def flags_are_not_ours(plan: Plan) -> Problems:
+def warning_seconds(plan: Plan) -> int:
+    signal = plan.config.launcher.sbatch_args.get("signal", f"@{WARNING_S}")
+    match = re.search(r"@(\d+)$", str(signal))
+    return int(match[1]) if match else 60  # Slurm's default
+
+
+def gpus_cover_the_ranks(plan: Plan) -> Problems:
+    gpus = plan.config.launcher.gpus_per_node
+    trainer = plan.config.trainer
+    if trainer.accelerator is Accelerator.gpu and gpus is not None and gpus < trainer.devices:
+        yield (
+            f"launcher.gpus_per_node = {gpus} must be at least trainer.devices ="
+            f" {trainer.devices}, which null gives"
+        )
+
+
+def sbatch_flags_are_free(plan: Plan) -> Problems:
     for flag, value in plan.config.launcher.sbatch_args.items():
+        key = f"launcher.sbatch_args.{flag}"
         name = str(flag).replace("_", "-")
+        items = value if isinstance(value, list) else [value]
         if name.startswith("-") or not re.fullmatch(r"[a-z][a-z0-9-]*", name):
-            yield (
-                f"launcher.sbatch_args.{flag} must be the long name of a flag of sbatch,"
-                " without dashes before it"
-            )
-        elif name in OWN:
-            yield f"launcher.sbatch_args.{flag} has a key of its own; set {OWN[name]}"
-        elif name in NEVER:
-            yield f"launcher.sbatch_args.{flag} would make another job of it; take it out"
-        elif any(
-            isinstance(part, float) for part in (value if isinstance(value, list) else [value])
-        ):
-            yield (
-                f"launcher.sbatch_args.{flag} = {value} is a number where sbatch reads a text;"
-                " quote it"
-            )
-        elif has := unquotable(value):
-            yield (
-                f"launcher.sbatch_args.{flag} has {has}, which no #SBATCH line can hold; take"
-                " it out"
-            )
+            yield f"{key} must be the long name of a flag of sbatch, without dashes before it"
+        elif name in KEY_OF_FLAG:
+            yield f"{key} has a key of its own; set {KEY_OF_FLAG[name]}"
+        elif name in FORBIDDEN:
+            yield f"{key} would change what the job or sbatch does; take it out"
+        elif any(isinstance(item, float) for item in items):
+            yield f"{key} = {value} is a number where sbatch reads a text; quote it"
+        elif character := unquotable(value):
+            yield f"{key} has {character}, which no #SBATCH line can contain; take it out"
 
 
-def names_are_names(plan: Plan) -> Problems:
+def slurm_names_are_plain(plan: Plan) -> Problems:
     for key in ("partition", "account"):
         value = getattr(plan.config.launcher, key)
         if value is not None and not re.fullmatch(r"[\w.,@+-]+", value):
@@ -131,6 +125,10 @@ def mounts_need_an_image(plan: Plan) -> Problems:
 
 
 RULES = [
-    time_is_slurms, time_leaves_some_to_train, gpus_are_those_of_the_ranks, flags_are_not_ours, names_are_names,
+    time_is_valid,
+    time_leaves_room_to_train,
+    gpus_cover_the_ranks,
+    sbatch_flags_are_free,
+    slurm_names_are_plain,
     mounts_need_an_image,
-]  # fmt: skip
+]

@@ -1,4 +1,7 @@
-"""Rules about ranks: which sizes fit a layout, and which layouts Megatron-Core computes rightly. No torch."""
+"""Rules about ranks: sizes that a layout must divide, and layouts that Megatron-Core supports.
+
+No torch. The rule about expert parallelism and the number of experts is in experts.py.
+"""
 
 from __future__ import annotations
 
@@ -14,48 +17,36 @@ from mixtrain.config.rules.nearest import (
     must_divide_each,
     near_multiples,
     ranks_fit,
-    world_words,
+    world_size_text,
 )
 
 
-def dense_ranks(plan: Plan) -> Problems:
+def world_size_fits_dense_grid(plan: Plan) -> Problems:
     grid = dense_grid(plan.config)
     if plan.world_size % grid:
         yield (
-            f"world size {world_words(plan)} must be a multiple of TP*PP*CP = {grid};"
+            f"world size {world_size_text(plan)} must be a multiple of TP*PP*CP = {grid};"
             f" use {near_multiples(plan.world_size, grid)} ranks"
         )
 
 
-def expert_ranks(plan: Plan) -> Problems:
+def world_size_fits_expert_grid(plan: Plan) -> Problems:
     grid = expert_grid(plan.config)
     if plan.world_size % grid:
         yield (
-            f"world size {world_words(plan)} must be a multiple of ETP*EP*PP = {grid};"
+            f"world size {world_size_text(plan)} must be a multiple of ETP*EP*PP = {grid};"
             f" use {near_multiples(plan.world_size, grid)} ranks"
         )
-
-
-def experts_over_ranks(plan: Plan) -> Problems:
-    size = plan.config.parallel.expert_model_parallel_size
-    experts = plan.config.model.num_moe_experts
-    yield from must_divide(
-        "parallel.expert_model_parallel_size", size, "model.num_moe_experts", experts
-    )
 
 
 def heads_over_tensor_ranks(plan: Plan) -> Problems:
     tp = plan.config.parallel.tensor_model_parallel_size
     model = plan.config.model
-    key = "parallel.tensor_model_parallel_size"
-    yield from must_divide_each(
-        key,
-        tp,
-        {
-            "model.num_attention_heads": model.num_attention_heads,
-            "model.num_query_groups": model.num_query_groups,
-        },
-    )
+    totals = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.num_query_groups": model.num_query_groups,
+    }
+    yield from must_divide_each("parallel.tensor_model_parallel_size", tp, totals)
 
 
 def vocabulary_over_tensor_ranks(plan: Plan) -> Problems:
@@ -84,11 +75,11 @@ def sequence_over_ranks(plan: Plan) -> Problems:
             f"data.seq_length = {length} must be a multiple of TP = {tp}; use"
             f" {near_multiples(length, tp)}"
         )
-    if cp > 1 and length % (2 * cp * tp):
-        part = 2 * cp * tp
+    unit = 2 * cp * tp
+    if cp > 1 and length % unit:
         yield (
-            f"data.seq_length = {length} must be a multiple of 2*CP*TP = {part}; use"
-            f" {near_multiples(length, part)}"
+            f"data.seq_length = {length} must be a multiple of 2*CP*TP = {unit}; use"
+            f" {near_multiples(length, unit)}"
         )
 
 
@@ -146,10 +137,11 @@ def virtual_pipeline_needs_pipeline(plan: Plan) -> Problems:
             " parallel.pipeline_model_parallel_size of 2 or more, not 1; use null"
         )
     elif dense_ranks_fit(plan) and plan.num_microbatches % pp:
+        batch, micro, dp = batch_sizes(plan)
         yield (
             f"virtual pipeline: {plan.num_microbatches} microbatches a step must be a multiple of"
             f" parallel.pipeline_model_parallel_size = {pp}; use trainer.global_batch_size ="
-            f" {near_multiples(batch_sizes(plan)[0], batch_sizes(plan)[1] * batch_sizes(plan)[2] * pp)}"
+            f" {near_multiples(batch, micro * dp * pp)}"
         )
 
 
@@ -177,9 +169,8 @@ def cpu_run_fits_a_laptop(plan: Plan) -> Problems:
 
 
 RULES = [
-    dense_ranks,
-    expert_ranks,
-    experts_over_ranks,
+    world_size_fits_dense_grid,
+    world_size_fits_expert_grid,
     heads_over_tensor_ranks,
     vocabulary_over_tensor_ranks,
     layers_over_stages,

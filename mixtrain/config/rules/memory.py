@@ -1,8 +1,7 @@
-"""Rules about the memory of a device: the state of a rank, and what its activations take at the least. No torch."""
+"""Rules about device memory: a rank's state, and the least that its activations take. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 from mixtrain.config import pipeline_split
@@ -26,12 +25,12 @@ def state_fits_the_device(plan: Plan) -> Problems:
             f"a rank of pipeline stage {plan.heaviest_stage} holds {plan.state_bytes / GIB:.1f}"
             " GiB of weights, gradients and optimizer state, more than trainer.device_memory_gib ="
             f" {memory:g}; use more nodes or a larger pipeline, or trainer.device_memory_gib=null"
-            " to try all the same"
+            " to try anyway"
         )
 
 
 def activations_fit_the_device(plan: Plan) -> Problems:
-    """Beside a state that fits, of a layout that does: else all this follows from what is said already."""
+    """Check state plus activations, unless the state or the layout is refused already."""
     memory = plan.config.trainer.device_memory_gib
     parallel = plan.config.parallel
     if memory is None or plan.state_bytes > memory * GIB or plan.least_bytes <= memory * GIB:
@@ -40,19 +39,19 @@ def activations_fit_the_device(plan: Plan) -> Problems:
         return
     stage = plan.fullest_stage
     passes = len(in_flight(len(plan.layers), stage, len(plan.layers[stage]), plan.num_microbatches))
-    use = [*_that_fit(plan), "more TP or CP", "trainer.device_memory_gib=null to try all the same"]
+    use = [*_remedies(plan), "more TP or CP", "trainer.device_memory_gib=null to try anyway"]
     state = plan.stage_state_bytes[stage] / GIB
-    kept = plan.stage_activation_bytes[stage] / GIB
+    activations = plan.stage_activation_bytes[stage] / GIB
     yield (
         f"a rank of pipeline stage {stage} holds {state:.1f} GiB of weights, gradients and"
-        f" optimizer state and at least {kept:.1f} GiB of activations (forward passes in flight:"
-        f" {passes}), together more than trainer.device_memory_gib = {memory:g}; use"
+        f" optimizer state and at least {activations:.1f} GiB of activations (forward passes in"
+        f" flight: {passes}), together more than trainer.device_memory_gib = {memory:g}; use"
         f" {', or '.join(use)}"
     )
 
 
-def _that_fit(plan: Plan) -> Iterator[str]:
-    """What alone brings the bound below the device's memory; where neither does, both."""
+def _remedies(plan: Plan) -> list[str]:
+    """Return full recompute and a smaller micro batch if each alone suffices, else both as one."""
     trainer = plan.config.trainer
     full = replace(
         trainer,
@@ -61,27 +60,26 @@ def _that_fit(plan: Plan) -> Iterator[str]:
         recompute_num_layers=1,
         recompute_modules=None,
     )
-    found = [FULL] * _fits(plan, full)
-    if smaller := _largest_that_fits(plan, trainer):
-        found.append(f"trainer.micro_batch_size={smaller}")
-    if not found and (smaller := _largest_that_fits(plan, full)):
-        found.append(f"{FULL} and trainer.micro_batch_size={smaller}")
-    yield from found
+    remedies = [FULL] if _fits(plan, full) else []
+    if smaller := _largest_micro_batch(plan, trainer):
+        remedies.append(f"trainer.micro_batch_size={smaller}")
+    if not remedies and (smaller := _largest_micro_batch(plan, full)):
+        remedies.append(f"{FULL} and trainer.micro_batch_size={smaller}")
+    return remedies
 
 
-def _largest_that_fits(plan: Plan, trainer: TrainerConfig) -> int | None:
-    """The largest smaller micro batch, of those that divide it: the batch can be made of them too."""
+def _largest_micro_batch(plan: Plan, trainer: TrainerConfig) -> int | None:
+    """Return the largest smaller micro batch that fits and divides the present one, or None."""
     micro = trainer.micro_batch_size
-    sizes = (size for size in range(micro - 1, 0, -1) if micro % size == 0)
-    return next(
-        (size for size in sizes if _fits(plan, replace(trainer, micro_batch_size=size))), None
-    )
+    for size in range(micro - 1, 0, -1):
+        if micro % size == 0 and _fits(plan, replace(trainer, micro_batch_size=size)):
+            return size
+    return None
 
 
 def _fits(plan: Plan, trainer: TrainerConfig) -> bool:
-    return (
-        derive(replace(plan.config, trainer=trainer)).least_bytes <= trainer.device_memory_gib * GIB
-    )
+    needed = derive(replace(plan.config, trainer=trainer)).least_bytes
+    return needed <= trainer.device_memory_gib * GIB
 
 
 RULES = [state_fits_the_device, activations_fit_the_device]

@@ -40,17 +40,17 @@ OFFLOAD_MODULES = (
 SELECTIVE_MODULES = ("core_attn", "layernorm", "moe", "moe_act", "shared_experts")
 
 
-def groups_of_heads(plan: Plan) -> Problems:
+def query_groups_divide_heads(plan: Plan) -> Problems:
     model = plan.config.model
     groups = model.num_query_groups
     heads = model.num_attention_heads
     yield from must_divide("model.num_query_groups", groups, "model.num_attention_heads", heads)
 
 
-def heads_can_rotate(plan: Plan) -> Problems:
+def head_size_is_even(plan: Plan) -> Problems:
     if (size := plan.config.model.kv_channels) % 2:
         yield (
-            f"model.kv_channels = {size} must be even: rotary positions turn pairs; use"
+            f"model.kv_channels = {size} must be even, because rotary positions rotate pairs; use"
             f" {near_multiples(size, 2)}"
         )
 
@@ -65,7 +65,7 @@ def acknowledged_differences_are_keys(plan: Plan) -> Problems:
         )
 
 
-def overlap_needs_its_parts(plan: Plan) -> Problems:
+def overlap_requirements_hold(plan: Plan) -> Problems:
     optimizer = plan.config.optimizer
     if optimizer.overlap_param_gather:
         for key in ("use_distributed_optimizer", "overlap_grad_reduce"):
@@ -81,7 +81,7 @@ def distributed_optimizer_is_adam(plan: Plan) -> Problems:
     if optimizer.use_distributed_optimizer and optimizer.optimizer is not OptimizerName.adam:
         yield (
             f"optimizer.optimizer = {optimizer.optimizer.name} needs"
-            " optimizer.use_distributed_optimizer = false: Megatron-Core's is for adam"
+            " optimizer.use_distributed_optimizer = false: Megatron-Core's supports only adam"
         )
 
 
@@ -92,8 +92,8 @@ def full_recompute_is_complete(plan: Plan) -> Problems:
         value = getattr(trainer, key)
         if full and value is None:
             yield (
-                f"trainer.recompute_granularity = full needs trainer.{key}; it is null, uniform"
-                " and 1 recompute all"
+                f"trainer.recompute_granularity = full needs trainer.{key}; it is null"
+                " (uniform and 1 recompute everything)"
             )
         if not full and value is not None:
             yield (
@@ -103,46 +103,51 @@ def full_recompute_is_complete(plan: Plan) -> Problems:
 
 
 def full_recompute_fits_every_chunk(plan: Plan) -> Problems:
-    """Uniform units fill a chunk: 0.16 runs beyond its last layer (0.19 cuts the last unit: a recipe is for both).
+    """Check recompute_num_layers against every chunk that has layers.
 
-    Block counts layers of each chunk. A chunk without layers recomputes none.
+    Uniform: it divides the layers of a chunk, because 0.16 runs past the last layer (0.19 shortens
+    the last unit). Block: a chunk has at least so many layers.
     """
     trainer = plan.config.trainer
-    each = plan.config.trainer.recompute_num_layers
+    size = trainer.recompute_num_layers
     if pipeline_split.problems(plan.config.parallel, plan.config.model.num_layers):
         return
-    if trainer.recompute_granularity is not Granularity.full or not each:
+    if trainer.recompute_granularity is not Granularity.full or not size:
         return
     uniform = trainer.recompute_method is RecomputeMethod.uniform
     chunks = [
-        (count, stage, chunk)
+        (layers, stage, chunk)
         for stage, row in enumerate(plan.layers)
-        for chunk, count in enumerate(row)
-        if count
+        for chunk, layers in enumerate(row)
+        if layers
     ]
-    wrong = [place for place in chunks if (place[0] % each if uniform else each > place[0])]
+    wrong = [entry for entry in chunks if (entry[0] % size if uniform else size > entry[0])]
     if not wrong:
         return
-    count, stage, chunk = wrong[0]
+    layers, stage, chunk = wrong[0]
     where = f" of pipeline stage {stage}" if len(plan.layers) > 1 else ""
     where += f", chunk {chunk}" if len(plan.layers[0]) > 1 else ""
-    counts = [place[0] for place in chunks]
-    use = near_divisors(each, math.gcd(*counts)) if uniform else min(counts)
+    more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+    counts = [entry[0] for entry in chunks]
+    use = near_divisors(size, math.gcd(*counts)) if uniform else min(counts)
     yield (
-        f"trainer.recompute_num_layers = {each} does not fit the {count} layers{where}"
-        f"{f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''}; use {use}"
+        f"trainer.recompute_num_layers = {size} does not fit the {layers} layers{where}{more};"
+        f" use {use}"
     )
 
 
 def selective_recompute_names_modules(plan: Plan) -> Problems:
     trainer = plan.config.trainer
-    selective = plan.config.trainer.recompute_granularity is Granularity.selective
+    selective = trainer.recompute_granularity is Granularity.selective
     modules = trainer.recompute_modules
     if bool(modules) != selective:
+        granularity = (
+            trainer.recompute_granularity.name if trainer.recompute_granularity else "null"
+        )
         yield (
-            f"trainer.recompute_modules = {modules or 'null'} goes with"
-            " trainer.recompute_granularity = selective, and it with a list of"
-            f" {', '.join(SELECTIVE_MODULES)}"
+            f"trainer.recompute_modules = {modules or 'null'} does not fit"
+            f" trainer.recompute_granularity = {granularity}: selective needs a list of"
+            f" {', '.join(SELECTIVE_MODULES)}, any other value needs null"
         )
     for name in modules or []:
         if name not in SELECTIVE_MODULES:
@@ -158,17 +163,15 @@ def selective_recompute_names_modules(plan: Plan) -> Problems:
 
 
 def fp8_needs_transformer_engine(plan: Plan) -> Problems:
-    model = plan.config.model
-    precision = plan.config.trainer.precision
-    if (
-        precision is Precision.fp8
-        and model.transformer_impl is not TransformerImpl.transformer_engine
-    ):
+    implementation = plan.config.model.transformer_impl
+    if plan.config.trainer.precision is not Precision.fp8:
+        return
+    if implementation is not TransformerImpl.transformer_engine:
         yield (
             "trainer.precision = fp8 needs model.transformer_impl = transformer_engine,"
-            f" not {model.transformer_impl.name}"
+            f" not {implementation.name}"
         )
-    if precision is Precision.fp8 and plan.config.trainer.accelerator is Accelerator.cpu:
+    if plan.config.trainer.accelerator is Accelerator.cpu:
         yield "trainer.precision = fp8 needs trainer.accelerator = gpu, not cpu"
 
 
@@ -177,11 +180,12 @@ def offload_needs_transformer_engine(plan: Plan) -> Problems:
     optimizer = plan.config.optimizer
     model = plan.config.model
     modules = trainer.offload_modules
-    if trainer.fine_grained_activation_offloading != bool(modules):
+    offloads = trainer.fine_grained_activation_offloading
+    if offloads != bool(modules):
         yield (
-            f"trainer.offload_modules = {modules or 'null'} goes with"
-            " trainer.fine_grained_activation_offloading = true, and it with a list of"
-            f" {', '.join(OFFLOAD_MODULES)}"
+            f"trainer.offload_modules = {modules or 'null'} does not fit"
+            f" trainer.fine_grained_activation_offloading = {str(offloads).lower()}: true needs a"
+            f" list of {', '.join(OFFLOAD_MODULES)}, false needs null"
         )
     for name in modules or []:
         if name not in OFFLOAD_MODULES:
@@ -189,13 +193,12 @@ def offload_needs_transformer_engine(plan: Plan) -> Problems:
                 f"trainer.offload_modules has {name}; the modules are {', '.join(OFFLOAD_MODULES)}"
             )
     if "attn_proj" in (modules or []) and "core_attn" not in modules:
-        yield "trainer.offload_modules has attn_proj, whose input core_attn makes; give both"
+        yield "trainer.offload_modules has attn_proj, whose input core_attn produces; give both"
     if modules and model.transformer_impl is not TransformerImpl.transformer_engine:
         yield (
             "trainer.fine_grained_activation_offloading = true needs model.transformer_impl ="
             f" transformer_engine, not {model.transformer_impl.name}"
         )
-    offloads = trainer.fine_grained_activation_offloading
     if offloads and trainer.recompute_granularity is Granularity.full:
         yield (
             "trainer.fine_grained_activation_offloading = true has nothing to offload under"
@@ -209,7 +212,7 @@ def offload_needs_transformer_engine(plan: Plan) -> Problems:
             yield f"{key} = true moves memory off a GPU, but trainer.accelerator = cpu; use false"
 
 
-def optimizer_offload_is_whole(plan: Plan) -> Problems:
+def optimizer_offload_is_consistent(plan: Plan) -> Problems:
     optimizer = plan.config.optimizer
     fraction = optimizer.optimizer_offload_fraction
     if fraction > 1:
@@ -226,7 +229,7 @@ def optimizer_offload_is_whole(plan: Plan) -> Problems:
         )
 
 
-def fsdp_has_what_it_needs(plan: Plan) -> Problems:
+def fsdp_requirements_hold(plan: Plan) -> Problems:
     key = "parallel.data_parallel_sharding_strategy"
     parallel = plan.config.parallel
     if not (strategy := parallel.data_parallel_sharding_strategy):
@@ -245,10 +248,8 @@ def fsdp_has_what_it_needs(plan: Plan) -> Problems:
         yield (
             f"{key} = {strategy.name} is for parallel.pipeline_model_parallel_size = 1, not {size}"
         )
-    if (
-        parallel.num_distributed_optimizer_instances > 1
-        and strategy is not Sharding.optim_grads_params
-    ):
+    hybrid = parallel.num_distributed_optimizer_instances > 1
+    if hybrid and strategy is not Sharding.optim_grads_params:
         yield (
             f"{key} = {strategy.name}: hybrid sharding needs optim_grads_params; or one"
             " optimizer instance"
@@ -266,7 +267,7 @@ def fsdp_saves_nothing_yet(plan: Plan) -> Problems:
 
 
 def rampup_reaches_the_batch(plan: Plan) -> Problems:
-    """Every batch of the ramp must be what the whole one must: batch_over_ranks, virtual_pipeline_needs_pipeline."""
+    """Check every batch of the ramp as batch_over_ranks and virtual_pipeline_needs_pipeline do."""
     trainer = plan.config.trainer
     key = "trainer.rampup_batch_size"
     if trainer.rampup_batch_size is None:
@@ -278,31 +279,29 @@ def rampup_reaches_the_batch(plan: Plan) -> Problems:
         )
         return
     (first, increment, _) = trainer.rampup_batch_size
-    (whole, micro, dp) = batch_sizes(plan)
+    (full, micro, dp) = batch_sizes(plan)
     unit = micro * dp
     name = "trainer.micro_batch_size * data parallel size"
     if plan.config.parallel.virtual_pipeline_model_parallel_size:
         unit *= plan.config.parallel.pipeline_model_parallel_size
         name += " * PP of a virtual pipeline"
-    # said already, and there is no ramp to a batch that cannot be
-    if whole % unit or not dense_ranks_fit(plan):
+    # other rules report this
+    if full % unit or not dense_ranks_fit(plan):
         return
-    use = nearest(first, range(unit, whole, unit)) or "null"
-    if first >= whole:
+    use = nearest(first, range(unit, full, unit)) or "null"
+    if first >= full:
         yield (
-            f"{key}: its first batch {first} must be below trainer.global_batch_size = {whole};"
+            f"{key}: its first batch {first} must be below trainer.global_batch_size = {full};"
             f" use {use}"
         )
     elif first % unit:
         yield f"{key}: its first batch {first} must be a multiple of {name} = {unit}; use {use}"
-    elif (rest := whole - first) % increment or increment % unit:
+    elif (rest := full - first) % increment or increment % unit:
         use = nearest(increment, [size for size in range(unit, rest + 1, unit) if rest % size == 0])
-        breach = (
-            f"divide trainer.global_batch_size - {first} = {rest}"
-            if rest % increment
-            else f"be a multiple of {name} = {unit}"
-        )
-        yield f"{key}: its increment {increment} must {breach}; use {use}"
+        condition = f"be a multiple of {name} = {unit}"
+        if rest % increment:
+            condition = f"divide trainer.global_batch_size - {first} = {rest}"
+        yield f"{key}: its increment {increment} must {condition}; use {use}"
 
 
 def schedule_is_complete(plan: Plan) -> Problems:
@@ -341,18 +340,18 @@ def warmup_ends_before_decay(plan: Plan) -> Problems:
 
 
 RULES = [
-    groups_of_heads,
-    heads_can_rotate,
+    query_groups_divide_heads,
+    head_size_is_even,
     acknowledged_differences_are_keys,
-    overlap_needs_its_parts,
+    overlap_requirements_hold,
     distributed_optimizer_is_adam,
     full_recompute_is_complete,
     full_recompute_fits_every_chunk,
     selective_recompute_names_modules,
     fp8_needs_transformer_engine,
     offload_needs_transformer_engine,
-    optimizer_offload_is_whole,
-    fsdp_has_what_it_needs,
+    optimizer_offload_is_consistent,
+    fsdp_requirements_hold,
     fsdp_saves_nothing_yet,
     rampup_reaches_the_batch,
     schedule_is_complete,

@@ -1,7 +1,7 @@
-"""Keys of the router that nothing reads under another key's value: refused where they are set. No torch.
+"""Refuse router keys that another key's value makes ineffective. No torch.
 
-Rule: a row holds for every supported version's source, and test_unread.py runs the real router with two values
-of each key: what a row covers computes the same to the bit, what none covers does not.
+Rule: a row is true for every supported version. tests/config/test_unread.py runs the real router
+with two values of each key: the results are bitwise equal for a row, and differ otherwise.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from mixtrain.config.schema import Config
 
 
 class Unread(NamedTuple):
-    """`keys` are not read where `applies`, because of what `why` names; {key: the value that asks for nothing}."""
+    """A row: if `applies`, Megatron-Core does not read `keys`; `why` names the reason."""
 
     why: str
     applies: Callable[[Config], bool]
-    keys: dict[str, object]
+    keys: dict[str, object]  # key -> its neutral value, the only one allowed
 
 
 def _sinkhorn(config: Config) -> bool:
@@ -31,9 +31,9 @@ def _sinkhorn(config: Config) -> bool:
 # fmt: off
 UNREAD = [
     Unread("router.moe_router_load_balancing_type = sinkhorn", _sinkhorn, {
-        # its weights are softmax, or sigmoid for one expert a token
+        # sinkhorn's weights are softmax, or sigmoid for one expert a token
         "router.moe_router_score_function": "softmax",
-        "router.moe_router_pre_softmax": False,  # over all experts, whatever this says
+        "router.moe_router_pre_softmax": False,  # always over all experts
         "router.moe_router_enable_expert_bias": False,
         "router.moe_router_bias_update_rate": 0.001,
         "router.moe_router_num_groups": None,
@@ -54,13 +54,13 @@ UNREAD = [
 
 
 def keys_are_read(plan: Plan) -> Problems:
-    said = set()  # of two reasons the first is enough
+    reported = set()  # one reason per key is enough
     for row in UNREAD:
-        for key, nothing in row.keys.items():
+        for key, neutral in row.keys.items():
             value = value_of(plan.config, key)
-            if key not in said and value != nothing and row.applies(plan.config):
-                said.add(key)
-                yield f"{key} = {show(value)} is not read with {row.why}; use {show(nothing)}"
+            if key not in reported and value != neutral and row.applies(plan.config):
+                reported.add(key)
+                yield f"{key} = {show(value)} is not read with {row.why}; use {show(neutral)}"
 
 
 RULES = [keys_are_read]

@@ -1,6 +1,7 @@
-"""Layouts at which Megatron-Core itself computes something wrong: refused until acknowledged. No torch.
+"""Refuse layouts that Megatron-Core computes incorrectly, unless acknowledged. No torch.
 
-Rule: a row is measured, names the upstream file, and goes when no supported version needs it (test_upstream.py).
+Rule: a row is measured and names the upstream file; tests/engine/test_upstream.py fails for a row
+that no supported version needs.
 """
 
 from __future__ import annotations
@@ -17,23 +18,23 @@ from mixtrain.config.rules.nearest import Problems
 KEY = "parallel.acknowledged_faults"
 
 
-class Fault(NamedTuple):
-    """A fault: `before` is the first version without it, `applies` tells whether a plan would meet it."""
+class UpstreamFault(NamedTuple):
+    """A fault of Megatron-Core."""
 
     name: str
-    before: tuple[int, int]
+    before: tuple[int, int]  # the first version without it
     file: str
     wrong: str
     instead: str
-    applies: Callable[[Plan], bool]
+    applies: Callable[[Plan], bool]  # whether a plan triggers it
 
 
 def _experts_beside_tensor_ranks(plan: Plan) -> bool:
     parallel = plan.config.parallel
-    tensor = parallel.tensor_model_parallel_size
-    expert = parallel.expert_tensor_parallel_size
+    tp = parallel.tensor_model_parallel_size
+    etp = parallel.expert_tensor_parallel_size
     engine = plan.config.model.transformer_impl is TransformerImpl.transformer_engine
-    return engine and tensor > 1 and expert != tensor and parallel.expert_model_parallel_size == 1
+    return engine and tp > 1 and etp != tp and parallel.expert_model_parallel_size == 1
 
 
 def _per_token_auxiliary_loss(plan: Plan) -> bool:
@@ -42,38 +43,40 @@ def _per_token_auxiliary_loss(plan: Plan) -> bool:
     coefficients = dict(
         zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False)
     )
+    if not plan.config.model.extra.get("calculate_per_token_loss"):
+        return False
+    if coefficients.get(Balancing.seq_aux_loss) and plan.config.trainer.micro_batch_size > 1:
+        return True
     split = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
-    by_sequence = (
-        coefficients.get(Balancing.seq_aux_loss) and plan.config.trainer.micro_batch_size > 1
-    )
-    weighed = by_sequence or (split and (any(coefficients.values()) or router.moe_z_loss_coeff))
-    return bool(plan.config.model.extra.get("calculate_per_token_loss") and weighed)
+    return split and bool(any(coefficients.values()) or router.moe_z_loss_coeff)
 
 
 # fmt: off
 FAULTS = [
-    Fault("expert_gradients_over_tp", (0, 19), "megatron/core/transformer/moe/experts.py",
-          "with TP above 1, EP = 1 and another ETP the experts' gradients are never added up over"
-          " the tensor ranks",
-          "model.transformer_impl=torch, EP of 2 or more, or ETP = TP", _experts_beside_tensor_ranks),
-    Fault("per_token_auxiliary_loss", (0, 19), "megatron/core/transformer/moe/router.py",
-          "calculate_per_token_loss divides auxiliary losses and the z-loss by TP*CP, seq_aux_loss"
-          " by the micro batch",
-          "model.extra.calculate_per_token_loss=false", _per_token_auxiliary_loss),
+    UpstreamFault(
+        "expert_gradients_over_tp", (0, 19), "megatron/core/transformer/moe/experts.py",
+        "with TP above 1, EP = 1 and another ETP the experts' gradients are never added up over"
+        " the tensor ranks",
+        "model.transformer_impl=torch, EP of 2 or more, or ETP = TP", _experts_beside_tensor_ranks),
+    UpstreamFault(
+        "per_token_auxiliary_loss", (0, 19), "megatron/core/transformer/moe/router.py",
+        "calculate_per_token_loss divides auxiliary losses and the z-loss by TP*CP, seq_aux_loss"
+        " by the micro batch",
+        "model.extra.calculate_per_token_loss=false", _per_token_auxiliary_loss),
 ]
 # fmt: on
 
 
 def megatron_version() -> tuple[int, ...] | None:
-    """The installed Megatron-Core as numbers, None without one; it is not imported."""
+    """Return (major, minor) of the installed Megatron-Core, without importing it, or None."""
     try:
-        return tuple(int(part) for part in version("megatron-core").split(".")[:2])
+        return tuple(int(number) for number in version("megatron-core").split(".")[:2])
     except PackageNotFoundError:
         return None
 
 
-def present(plan: Plan) -> list[Fault]:
-    """The faults of the installed version that the plan would meet."""
+def triggered_faults(plan: Plan) -> list[UpstreamFault]:
+    """Return the faults of the installed version that the plan triggers."""
     installed = megatron_version()
     return [
         fault for fault in FAULTS if installed and installed < fault.before and fault.applies(plan)
@@ -81,14 +84,13 @@ def present(plan: Plan) -> list[Fault]:
 
 
 def upstream_faults_are_acknowledged(plan: Plan) -> Problems:
-    met = {fault.name: fault for fault in present(plan)}
     acknowledged = plan.config.parallel.acknowledged_faults
-    for fault in met.values():
+    for fault in triggered_faults(plan):
         if fault.name not in acknowledged:
             installed = ".".join(map(str, megatron_version()))
             yield (
                 f"megatron-core {installed}, {fault.file}: {fault.wrong}; use {fault.instead}, or"
-                f" {KEY}=[{fault.name}] to run it all the same"
+                f" {KEY}=[{fault.name}] to run it anyway"
             )
     names = [fault.name for fault in FAULTS]
     for name in acknowledged:

@@ -152,7 +152,9 @@ def model_yaml(overrides: Mapping[str, Any], source: str) -> str:
     example = OmegaConf.load(CONF / "model" / "mixtral_8x7b.yaml")
     lines = [f"# {source}, config.json", "defaults: [_base]"]
     for name, default in OmegaConf.to_container(base).items():
-        value = hf_model if name == "hf_model" else overrides.get(f"model.{name}", example.get(name))
+        value = (
+            hf_model if name == "hf_model" else overrides.get(f"model.{name}", example.get(name))
+        )
         if value not in (None, default):
             lines.append(f"{name}: {show(value)}")
     return "\n".join(lines) + "\n"

@@ -19,7 +19,7 @@ from mixtrain.errors import UserError
 from mixtrain.interop.convert import unsupported_models
 from mixtrain.system import untrusted_json
 from mixtrain.system.links import file_in
-from mixtrain.system.mmap_tensor import window
+from mixtrain.system.mmap_tensor import map_tensor
 from mixtrain.system.untrusted_json import LARGE, Count, InvalidJson, Name
 
 SINGLE = "model.safetensors"
@@ -67,7 +67,7 @@ class StoredTensor(NamedTuple):
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Return elements start..stop of the flattened tensor, mapped from the file."""
         offset = self.offset + start * self.dtype.itemsize
-        return window(self.path, offset, (stop - start,), self.dtype)
+        return map_tensor(self.path, offset, (stop - start,), self.dtype)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

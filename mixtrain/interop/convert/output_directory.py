@@ -37,7 +37,7 @@ def written_whole(out: Path, size: int, chunks: int) -> Iterator[Path]:
         raise UserError(f"{out} is there already: give a new directory, or remove it")
     writing = out.with_name(out.name + ".writing")
     made = partial.make(writing)
-    with partial.claimed(writing, "conversion"):
+    with partial.claim(writing, "conversion"):
         try:
             for path in writing.iterdir():  # from a killed conversion
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -50,7 +50,7 @@ def written_whole(out: Path, size: int, chunks: int) -> Iterator[Path]:
             sync(out.parent)
         except OSError as error:
             # measure the free space before removing the directory
-            message = partial.words(out, writing, error, needed)
+            message = partial.failure_message(out, writing, error, needed)
             partial.remove(made or [writing])
             raise Fault(message) from None
         except BaseException:

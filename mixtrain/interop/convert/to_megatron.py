@@ -133,7 +133,7 @@ class HfReader(NamedTuple):
 
 def chunks_of(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Iterator[ChunkToWrite]:
     """Yield a tensor's chunks: one for each layer and expert, split by rows if above BLOCK."""
-    axes = tensor_schema.stacked(key)
+    axes = tensor_schema.stacked_axes(key)
     rows = shape[axes]
     row_shape = shape[axes + 1 :]
     row_numel = math.prod(row_shape)
@@ -217,7 +217,7 @@ def _extra_states(index: RangeIndex) -> Iterator[tuple[str, Item]]:
     """
     for key, shape in index.megatron_shapes.items():
         if extra := tensor_schema.extra_state(key):
-            sizes = shape[: tensor_schema.stacked(key)] or (1,)
+            sizes = shape[: tensor_schema.stacked_axes(key)] or (1,)
             for stack_index in product(*map(range, sizes)):
                 # as in ShardedObject.unique_key
                 name = f"{extra}/shard_{_dotted(stack_index)}_{_dotted(sizes)}"

@@ -38,7 +38,7 @@ def run(plan: Plan, request: Request, identity: Identity) -> int:
     folder = os.environ.get(FOLDER) if identity.is_ours else None
     results = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # prints of libraries go to stderr
-    streams.forgive()
+    streams.make_tolerant()
     with (
         StopRequest() as stop,
         Watchdog(identity.rank, plan.config.trainer.timeout_minutes, folder, lambda message: None),

@@ -15,7 +15,7 @@ from pathlib import Path
 from mixtrain.config import layout_sensitive, tensor_schema
 from mixtrain.config.laptop_layout import LAPTOP_RANKS
 from mixtrain.config.plan import Plan, derive, resolve
-from mixtrain.config.rules.upstream import present
+from mixtrain.config.rules.upstream import triggered_faults
 from mixtrain.config.schema import Config
 from mixtrain.engine.forked_ranks import RankFailure, run_ranks
 from mixtrain.errors import UserError
@@ -165,10 +165,10 @@ def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
     left_out = Counter()
     for layout in all_layouts():
         at_layout = resolve(_with_fixed_microbatches(layout.of(config), layout.dp))
-        if broken := layout_sensitive.broken(at_layout, layout.dp):
+        if broken := layout_sensitive.exceeded_limits(at_layout, layout.dp):
             limit, _ = broken[0]
             left_out[f"another run by design: {limit.name}, {limit.why}"] += 1
-        elif faults := present(derive(at_layout)):
+        elif faults := triggered_faults(derive(at_layout)):
             left_out[f"refused: {faults[0].file}, {faults[0].wrong}"] += 1
         elif (plan := legal_plan(at_layout)) is not None:
             plans[layout] = plan

@@ -16,7 +16,7 @@ from mixtrain.config.choices import Accelerator, AttnBackend, Dispatcher, Transf
 from mixtrain.config.compose import CONF
 from mixtrain.config.plan import Plan, derive, resolve
 from mixtrain.config.planner import make_plan
-from mixtrain.config.rules.upstream import present
+from mixtrain.config.rules.upstream import triggered_faults
 from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 
@@ -47,9 +47,9 @@ class ShrunkPlans(NamedTuple):
 def shrink(plan: Plan) -> ShrunkPlans | str:
     """Return both plans, or the reason why this layout cannot compute what one rank does."""
     config = _small_config(plan)
-    if broken := layout_sensitive.broken(config, plan.data_parallel_size):
+    if broken := layout_sensitive.exceeded_limits(config, plan.data_parallel_size):
         return f"{broken[0][0].name}: {broken[0][0].why}"
-    if upstream_faults := present(derive(resolve(config))):
+    if upstream_faults := triggered_faults(derive(resolve(config))):
         return f"megatron-core, {upstream_faults[0].file}: {upstream_faults[0].wrong}"
     try:
         one_rank = _on_one_rank(config, plan.data_parallel_size)
