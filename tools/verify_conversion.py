@@ -78,12 +78,12 @@ def main(words: list[str]) -> int:
 
     megatron_fixes.apply()
     cpu.apply()
-    from mixtrain.checkpoint.parts import Parts
+    from mixtrain.checkpoint.tensor_reader import TensorReader
     from mixtrain.interop.convert import source, source_config
 
     checkpoint = source_config.checkpoint_at(given.ckpt_dir)
     config = source_config.config_of(checkpoint)
-    parts = Parts(checkpoint)
+    parts = TensorReader(checkpoint)
     found = source.read(given.hf_dir)
     for note in found.notes:
         print(note, file=sys.stderr)

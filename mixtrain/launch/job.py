@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from mixtrain.characters import escaped
-from mixtrain.checkpoint.outlook import outlook
+from mixtrain.checkpoint.write_errors import recovery_advice
 from mixtrain.config.choices import Mode
 from mixtrain.config.compose import compose
 from mixtrain.config.jobs import plan_of
@@ -136,7 +136,7 @@ def end(plan: Plan, code: int) -> int | str:
             f"mixtrain: {reason}, after {step} steps; {logs / RETURNS} cannot be written"
             f" ({error.strerror}),"
         )
-        say(f"  so this job does not return; {outlook(plan, error.errno)}")
+        say(f"  so this job does not return; {recovery_advice(plan, error.errno)}")
         return FAULT
     say(f"mixtrain: {reason}, after {step} of {status['max_steps']} steps: returning to the queue")
     return RETURN
@@ -182,7 +182,7 @@ def leave(plan: Plan, run_dir: Path, status: dict) -> None:
     """Replace status.json; where that cannot be, the job's log has to do."""
     if (wrong := try_write_status(run_dir, **status)) is not None:
         unwritten = f"status.json cannot be written ({wrong.strerror}) and does not say so"
-        say(f"mixtrain: {status['reason']}; {unwritten}; {outlook(plan, wrong.errno)}")
+        say(f"mixtrain: {status['reason']}; {unwritten}; {recovery_advice(plan, wrong.errno)}")
 
 
 def say(words: str) -> None:

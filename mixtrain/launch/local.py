@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from mixtrain.checkpoint.directory import remove_leftovers
-from mixtrain.checkpoint.outlook import outlook
+from mixtrain.checkpoint.write_errors import recovery_advice
 from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
@@ -241,7 +241,7 @@ def _conclude(plan: Plan, words: list[str], state: str, reason: str) -> bool:
     wrong = try_write_status(plan.config.run_dir, **_status(plan, state=state, reason=reason))
     if wrong is not None:
         unwritten = f"status.json cannot be written ({wrong.strerror}) and does not say so"
-        after = outlook(plan, wrong.errno)
+        after = recovery_advice(plan, wrong.errno)
         words = [*words[:-1]] if len(words) == 1 else words
         words = [*words, f"mixtrain: {reason.removesuffix('; ' + after)}; {unwritten}; {after}"]
     _say("\n".join(words))

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mixtrain.checkpoint.directory import write_atomically
-from mixtrain.checkpoint.outlook import Unwritable, writing
+from mixtrain.checkpoint.write_errors import Unwritable, convert_write_errors
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import banners, changed_mathematics, render, tags
 from mixtrain.system import untrusted_json
@@ -102,7 +102,7 @@ class Logs:
         self.steps_done = step
         if self.writes:
             head = "".join(f"# {line}\n" for line in self._changes())
-            with writing(self.directory):
+            with convert_write_errors(self.directory):
                 (self.directory / "config.yaml").write_text(head + self.config_yaml)
                 (self.directory / "plan.txt").write_text(render(self.plan) + "\n")
                 damage = cut_back(self.directory / "metrics.jsonl", step)
@@ -205,7 +205,7 @@ class Logs:
             changed = (
                 {"changed_mathematics": changed_mathematics(self.plan)} if self.plan.recipe else {}
             )
-            with writing(self.directory / "status.json"):
+            with convert_write_errors(self.directory / "status.json"):
                 write_status(
                     self.directory,
                     state=state,
@@ -228,10 +228,10 @@ class Logs:
             facts = {**facts, "tags": tags(self.plan)}
         if last:
             facts = {**facts, LAST: True}
-        with writing(self.directory / "metrics.jsonl"):
+        with convert_write_errors(self.directory / "metrics.jsonl"):
             self.metrics.write(json.dumps(facts, allow_nan=False) + "\n")
         if self.tensorboard:
-            with writing(self.directory / "tensorboard"):
+            with convert_write_errors(self.directory / "tensorboard"):
                 for name, value in facts.items():
                     if isinstance(value, (int, float)) and name != "step":
                         self.tensorboard.add_scalar(name, value, facts["step"])

@@ -46,7 +46,7 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Start:
     """Look for the checkpoint to go on from. Every rank must call."""
     if ranks.is_first:
         directory.remove_leftovers(plan.config.run_dir)
-    path = load.find(plan, ranks, say)
+    path = load.find_checkpoint(plan, ranks, say)
     state = RunState() if path is None else load.read_state(path)
     if state.step > plan.config.trainer.max_steps:
         raise UserError(
@@ -100,7 +100,7 @@ def enter(
         for line in changed_since(plan.config, start.state):
             say(f"changed since then: {line}")
     elif plan.config.checkpoint.load_weights:
-        path = load.weights_at(plan, ranks)
+        path = load.find_weights(plan, ranks)
         say(f"weights of {path}; everything else starts anew")
         load.load_weights(plan, ranks, training, path, say)
         start = replace(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mixtrain.checkpoint.outlook import Unwritable, explains_itself, outlook
+from mixtrain.checkpoint.write_errors import Unwritable, is_write_error, recovery_advice
 from mixtrain.config.choices import Accelerator, DataKind, Mode
 from mixtrain.config.plan import Plan
 from mixtrain.config.schema import to_yaml
@@ -59,11 +59,11 @@ def _fault(plan: Plan, identity: Identity, logs: Logs, error: Exception) -> int:
         else f"rank {identity.rank}: {type(error).__name__}: {error}"
     )
     unwritten = isinstance(error, Unwritable)
-    if plain := not unwritten and explains_itself(plan, error):
+    if plain := not unwritten and is_write_error(plan, error):
         words = f"rank {identity.rank}: {error.filename or plan.config.run_dir}: {error.strerror}"
         unwritten = True
     if unwritten:
-        words = f"{words}; {outlook(plan, error.errno)}"
+        words = f"{words}; {recovery_advice(plan, error.errno)}"
     # our launcher says it itself
     if (wrong := logs.failed(words)) and wrong not in words and not identity.is_ours:
         words = f"{words}; {wrong}"

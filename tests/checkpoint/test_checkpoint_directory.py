@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from mixtrain.checkpoint import directory, integrity, state
-from mixtrain.checkpoint.slices import boxes
+from mixtrain.checkpoint.slices import slices_of_range
 from mixtrain.checkpoint.state import RunState
 
 SHAPES = [(), (5,), (3, 4), (2, 3, 4), (1, 3, 4), (2, 1, 2, 3)]
@@ -26,7 +26,7 @@ def test_every_range_of_a_tensor_is_a_few_boxes_of_it_in_order(shape):
     count = math.prod(shape)
     for start, stop in itertools.combinations_with_replacement(range(count + 1), 2):
         found = []
-        cut = list(boxes(shape, start, stop, base=100))
+        cut = list(slices_of_range(shape, start, stop, base=100))
         for box in cut:
             whole = zip(box.offset, box.size, shape, strict=True)
             assert all(
@@ -43,14 +43,14 @@ def test_every_range_of_a_tensor_is_a_few_boxes_of_it_in_order(shape):
             found += elements
         assert found == list(range(start, stop))
         assert len(cut) <= max(1, 2 * len(shape) - 1)
-        assert list(boxes(shape, start, stop)) == [
+        assert list(slices_of_range(shape, start, stop)) == [
             box._replace(start=box.start - 100, stop=box.stop - 100) for box in cut
         ]
 
 
 def checkpoint(run_dir: Path, step: int, text: str = "weights") -> Path:
     """A small directory with a manifest, committed."""
-    written = directory.saving(directory.path_of(run_dir, step))
+    written = directory.saving_path(directory.path_of(run_dir, step))
     written.mkdir(parents=True)
     (written / "__0_0.distcp").write_text(text)
     integrity.write_manifest(written, integrity.describe([written / "__0_0.distcp"]))
@@ -61,7 +61,7 @@ def test_a_committed_checkpoint_has_megatrons_name_and_the_tracker_names_it(tmp_
     path = checkpoint(tmp_path, 100)
     assert path.name == "iter_0000100" and directory.steps_in(tmp_path) == [100]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "100\n"
-    assert directory.tracked(tmp_path) == 100 and integrity.problem(path, full=True) == ""
+    assert directory.tracked_step(tmp_path) == 100 and integrity.problem(path, full=True) == ""
 
 
 def test_steps_are_found_newest_first_and_nothing_else_is_a_checkpoint(tmp_path):
@@ -85,12 +85,12 @@ def test_steps_are_found_newest_first_and_nothing_else_is_a_checkpoint(tmp_path)
 @pytest.mark.parametrize("garbage", ["", "release", "12x", "\0\0", "-5", "¹²", "1e3"])
 def test_garbage_in_the_tracker_is_no_step(tmp_path, garbage):
     (tmp_path / directory.TRACKER).write_text(garbage)
-    assert directory.tracked(tmp_path) is None
+    assert directory.tracked_step(tmp_path) is None
 
 
 def test_a_tracker_of_bytes_is_no_step(tmp_path):
     (tmp_path / directory.TRACKER).write_bytes(b"\xff\xfe\x00")
-    assert directory.tracked(tmp_path) is None
+    assert directory.tracked_step(tmp_path) is None
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path):
@@ -117,7 +117,7 @@ def test_of_a_linked_checkpoint_the_link_goes_and_it_is_said(tmp_path):
     shutil.rmtree(tmp_path / "iter_0000001")
     (tmp_path / "iter_0000001").symlink_to(elsewhere)
     said = directory.prune(tmp_path, 1)
-    assert said == [f"iter_0000001 was a link: it is removed, and {elsewhere} is left as it is"]
+    assert said == [f"iter_0000001 was a link: it is removed, and {elsewhere} is kept"]
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "iter_0000003", directory.TRACKER]
     assert integrity.problem(elsewhere, full=True) == ""
 
@@ -352,5 +352,5 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, text):
 
 def test_a_directory_that_is_gone_has_no_checkpoints(tmp_path):
     shutil.rmtree(tmp_path)
-    assert directory.steps_in(tmp_path) == [] and directory.tracked(tmp_path) is None
+    assert directory.steps_in(tmp_path) == [] and directory.tracked_step(tmp_path) is None
     assert directory.remove_leftovers(tmp_path) == []

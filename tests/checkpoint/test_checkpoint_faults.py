@@ -21,7 +21,7 @@ from test_parity import EP
 from test_resume import INTERVAL, SHORT, path_of, records, start
 from tiny_disks import fill, tiny_disk
 
-from mixtrain.checkpoint import directory, integrity, load, save, writing
+from mixtrain.checkpoint import directory, integrity, load, save, shard_writer
 from mixtrain.checkpoint.integrity import MANIFEST
 from mixtrain.engine import process_groups
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
@@ -88,7 +88,7 @@ DAMAGE = {
     "no tracker": (lambda run: (run / directory.TRACKER).unlink(), 4, "names no checkpoint"),
     "an old tracker": (lambda run: (run / directory.TRACKER).write_text("2\n"), 4, None),
     "half a save": (
-        lambda run: os.rename(newest(run), directory.saving(newest(run))),
+        lambda run: os.rename(newest(run), directory.saving_path(newest(run))),
         2,
         "names no checkpoint",
     ),
@@ -124,7 +124,7 @@ def found(trained, tmp_path_factory) -> dict:
             for name, plan in plans.items():
                 lines: list[str] = []
                 try:
-                    path = load.find(plan, here, lines.append)
+                    path = load.find_checkpoint(plan, here, lines.append)
                     step = load.read_state(path).step if path else 0
                 except UserError as error:
                     step = None
@@ -286,7 +286,7 @@ def test_only_the_newest_are_kept(tmp_path):
     words = ["trainer.max_steps=5", "checkpoint.save_interval=1", "checkpoint.keep_last=2"]
     run_dir, codes, log = start(tmp_path, *TWO, *words)
     assert codes == {FINISHED}, log
-    assert directory.steps_in(run_dir) == [5, 4] and directory.tracked(run_dir) == 5
+    assert directory.steps_in(run_dir) == [5, 4] and directory.tracked_step(run_dir) == 5
     assert log.count("saved iter_") == 5
 
 
@@ -295,7 +295,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 def small_files(identity) -> None:
     """From the third step on, no file of rank 1 may grow beyond 100,000 bytes."""
-    write = writing.write
+    write = shard_writer.write_shards
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def limited(path, rank, *rest):
@@ -303,7 +303,7 @@ def small_files(identity) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return write(path, rank, *rest)
 
-    writing.write = limited
+    shard_writer.write_shards = limited
 
 
 def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_is_intact(tmp_path):
@@ -312,7 +312,8 @@ def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_
     reason = read_status(run_dir)["reason"]
     assert re.search(r"on rank 1: .*iter_0000004.saving/__1_\d.distcp: File too large", reason)
     assert re.search(
-        r"of its [\d,]+ bytes [\d,]+ were written, [\d,]+ are free; iter_0000002 is whole", reason
+        r"of its [\d,]+ bytes [\d,]+ were written, [\d,]+ are free; iter_0000002 is complete",
+        reason,
     )
     assert directory.steps_in(run_dir) == [2] and not list(run_dir.glob("*.saving"))
     assert integrity.problem(path_of(run_dir, 2), full=True) == ""
@@ -320,14 +321,14 @@ def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_
 
 def full_disk(identity) -> None:
     """Every writer of the second save finds not a byte free on the disk."""
-    write = writing.write
+    write = shard_writer.write_shards
 
     def filled(path, *rest):
         if path.name == "iter_0000004.saving":
             fill(path.parent)
         return write(path, *rest)
 
-    writing.write = filled
+    shard_writer.write_shards = filled
 
 
 def test_a_disk_full_to_the_last_byte_in_an_async_save_is_a_line_that_says_what_to_type(tmp_path):
@@ -339,8 +340,8 @@ def test_a_disk_full_to_the_last_byte_in_an_async_save_is_a_line_that_says_what_
         status = read_status(run_dir)
         assert status["state"] == "failed" and "No space left on device" in status["reason"]
         said = (
-            "iter_0000002 is whole: free some space and type the same command again, and it"
-            " goes on from there"
+            "iter_0000002 is complete: free some space and run the same command again to"
+            " resume from it"
         )
         assert status["reason"].endswith(said) and log.endswith(f"{said}\n")
         assert directory.steps_in(run_dir) == [2]
@@ -367,11 +368,11 @@ def test_a_save_that_the_disk_has_no_room_for_is_not_begun_and_its_margin_is_sai
 
 
 def test_what_was_written_is_counted_before_it_is_removed(tmp_path):
-    assert saver_of(tmp_path)._how_far(3000) == ""  # nothing was begun
+    assert saver_of(tmp_path)._disk_use(3000) == ""  # nothing was begun
     (tmp_path / "iter_0000004.saving").mkdir()
     for name, size in (("__0_0.distcp", 2000), ("__1_0.distcp", 234)):
         (tmp_path / "iter_0000004.saving" / name).write_bytes(b"x" * size)
-    said = saver_of(tmp_path)._how_far(3000)
+    said = saver_of(tmp_path)._disk_use(3000)
     assert re.fullmatch(r"; of its 3,000 bytes 2,234 were written, [\d,]+ are free", said)
 
 

@@ -171,7 +171,7 @@ def shared_chunks(times: int) -> bytes:
 
 def test_chunks_that_belong_to_many_tensors_are_refused(tmp_path):
     (tmp_path / ".metadata").write_bytes(shared_chunks(5000))
-    with pytest.raises(UserError, match="no list of its own"):
+    with pytest.raises(UserError, match="not a list of its own"):
         safe.read_metadata(tmp_path)
 
 
@@ -209,7 +209,7 @@ WRONG = {
     "leads out of its directory, to ..": lambda index: vars(first_place(index)).update(
         relative_path=".."
     ),
-    "is no text, or has control characters": lambda index: index.state_dict_metadata.update(
+    "is not text, or has control characters": lambda index: index.state_dict_metadata.update(
         {"\x1b[2J": first_part(index)}
     ),
     "no whole number from 0 on": lambda index: vars(first_place(index)).update(offset=-1),
@@ -222,7 +222,7 @@ WRONG = {
     "more bytes than there can be": lambda index: vars(first_part(index)).update(
         size=torch.Size([1 << 62, 1 << 62])
     ),
-    "does not say where a part of decoder.weight lies": lambda index: (
+    "does not say where a chunk of decoder.weight is stored": lambda index: (
         index.storage_data.popitem() and index.storage_data.popitem()
     ),
     "that are not dense": lambda index: vars(first_part(index).properties).update(
@@ -271,7 +271,7 @@ def test_a_tensor_is_read_as_torch_load_reads_it(dtype, tmp_path):
         torch.save(tensor, tmp_path / f"{number}")
         with safe.reading(tmp_path / f"{number}") as file:
             there = Archive(file)
-            read = there.load(there.numbers(there.tree()))
+            read = there.load(there.locate(there.tree()))
         assert read.dtype == tensor.dtype and read.shape == tensor.shape
         assert read.tolist() == tensor.tolist()
 

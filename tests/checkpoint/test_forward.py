@@ -76,7 +76,7 @@ def test_a_difference_is_refused_with_both_values_unless_its_key_is_acknowledged
     checkpoint = stored(tmp_path, **changes, **drops)
     config = config_of(*words)
     with pytest.raises(UserError) as refusal:
-        same_model.refuse(config, checkpoint)
+        same_model.refuse_differences(config, checkpoint)
     (problem,) = refusal.value.problems
     section, name = key.split(".")
     here = model_differences._shown(model_differences.value_of(config, key))
@@ -85,7 +85,9 @@ def test_a_difference_is_refused_with_both_values_unless_its_key_is_acknowledged
         f" {model_differences._shown(OTHERS[key])}"
     )
     assert problem.endswith("or name the key in checkpoint.acknowledge_differences")
-    same_model.refuse(config_of(*words, f"checkpoint.acknowledge_differences=[{key}]"), checkpoint)
+    same_model.refuse_differences(
+        config_of(*words, f"checkpoint.acknowledge_differences=[{key}]"), checkpoint
+    )
 
 
 def test_the_same_model_is_not_refused_whatever_its_training_was(tmp_path):
@@ -95,8 +97,10 @@ def test_the_same_model_is_not_refused_whatever_its_training_was(tmp_path):
         "optimizer__lr": 1.0,
     }
     checkpoint = stored(tmp_path, **training, router__moe_router_topk_scaling_factor=1.0)
-    same_model.refuse(config_of(), checkpoint)
-    same_model.refuse(config_of("router.moe_router_load_balancing_type=[seq_aux_loss]"), checkpoint)
+    same_model.refuse_differences(config_of(), checkpoint)
+    same_model.refuse_differences(
+        config_of("router.moe_router_load_balancing_type=[seq_aux_loss]"), checkpoint
+    )
 
 
 def test_a_bias_that_starts_is_no_difference_and_one_that_ends_is(tmp_path):
@@ -121,24 +125,24 @@ def test_a_field_of_extra_is_compared_with_its_default(tmp_path):
     with pytest.raises(
         UserError, match=r"model.extra.rotary_interleaved = false, .* are for true"
     ) as refusal:
-        same_model.refuse(config_of(), checkpoint)
+        same_model.refuse_differences(config_of(), checkpoint)
     assert len(refusal.value.problems) == 1
-    same_model.refuse(config_of("+model.extra.rotary_interleaved=true"), checkpoint)
-    same_model.refuse(
+    same_model.refuse_differences(config_of("+model.extra.rotary_interleaved=true"), checkpoint)
+    same_model.refuse_differences(
         config_of("checkpoint.acknowledge_differences=[model.extra.rotary_interleaved]"), checkpoint
     )
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is_of_is_refused(tmp_path):
     with pytest.raises(UserError, match="run_state.json is missing: .*cannot be compared"):
-        same_model.refuse(config_of(), tmp_path)
+        same_model.refuse_differences(config_of(), tmp_path)
 
 
 @pytest.mark.parametrize("config", [{}, {"model": 5}, {"model": {}, "router": None}], ids=str)
 def test_a_state_without_the_keys_is_refused_for_each(config, tmp_path):
     (tmp_path / state.NAME).write_text(state.to_json(state.RunState(config=config)))
     with pytest.raises(UserError) as refusal:
-        same_model.refuse(config_of(), tmp_path)
+        same_model.refuse_differences(config_of(), tmp_path)
     assert "model.rotary_base = 1000000, but" in str(
         refusal.value
     ) and "a value that is not known" in str(refusal.value)

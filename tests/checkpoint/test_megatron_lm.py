@@ -257,7 +257,7 @@ def test_upstream_loads_what_was_saved_and_saves_the_same_keys_shapes_and_bits(n
 
 def for_want_of_fused_adam(training: optimizer.Training) -> None:
     """PyTorch's Adam has no state before its first step, and counts in tensors: upstream's loading knows neither."""
-    optimizer_state.fill(training, "adam")
+    optimizer_state.initialize(training, "adam")
     put = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def put_but_for_steps(self, parameter, tensors):

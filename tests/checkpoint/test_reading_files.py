@@ -65,7 +65,7 @@ def test_a_file_that_cannot_be_read_is_named(read, file, tmp_path):
 def test_what_is_wrong_with_a_file_stands_after_its_name(tmp_path):
     for data, said in [
         (b"", " is damaged at byte 0"),
-        (pickle.dumps(5), " is damaged: it is no index"),
+        (pickle.dumps(5), " is damaged: it is not an index"),
         (pickle.dumps(print), ": a pickle that wants builtins.print is not loaded"),
     ]:
         (tmp_path / ".metadata").write_bytes(data)

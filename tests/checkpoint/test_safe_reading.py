@@ -193,7 +193,7 @@ def read_bytes(kind: str, data: bytes) -> None:
     there = Archive(io.BytesIO(data))
     tree = there.tree()
     if kind == "tensor":
-        there.load(there.numbers(tree))
+        there.load(there.locate(tree))
     elif kind == "object":
         there.plain()
 

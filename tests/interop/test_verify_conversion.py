@@ -16,7 +16,7 @@ from composing import ROOT
 from rank_workers import run_ranks
 from safetensors.torch import load_file, save_file
 
-from mixtrain.checkpoint.parts import Parts
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.plan import derive
 from mixtrain.engine import process_groups
 from mixtrain.errors import UserError
@@ -44,7 +44,7 @@ def found_by(
 
     def find(identity) -> list[dict]:
         config = source_config.config_of(checkpoint)
-        parts = Parts(checkpoint)
+        parts = TensorReader(checkpoint)
         own = source_config.for_one_rank(config, precision)
         tokens = proof.random_tokens(config.model.vocab_size, 2, 48)
         with process_groups.start(derive(own), identity) as here:

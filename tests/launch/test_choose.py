@@ -74,7 +74,7 @@ def test_slurm_that_does_not_answer_is_said_in_its_own_words(with_sbatch):
 ALONE = Identity(0, 1, 0, 1, "tcp://127.0.0.1:20000")
 
 
-@pytest.mark.parametrize("me, words, starts", [
+@pytest.mark.parametrize("identity, words, starts", [
     (None, [], True),
     (ALONE, [], False),
     (ALONE, ["launcher=local"], True),

@@ -131,10 +131,10 @@ def test_a_verdict_that_cannot_be_written_stands_in_the_jobs_log_with_what_to_ty
     assert verdict == "1" and "Traceback" not in said
     last = said.splitlines()[-1]
     said = (
-        "status.json cannot be written (Is a directory) and does not say so; there is no whole"
-        " checkpoint: type"
+        "status.json cannot be written (Is a directory) and does not say so; there is no"
+        " complete checkpoint: run"
     )
-    assert last == f"mixtrain: exit code 1; {said} the same command again, and it begins anew"
+    assert last == f"mixtrain: exit code 1; {said} the same command again to start from step 0"
 
 
 def test_what_a_full_disk_kept_out_of_the_logs_is_read_in_the_status(capsys, run_dir):

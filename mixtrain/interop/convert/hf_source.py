@@ -37,7 +37,7 @@ def of_directory(directory: Path, values: Mapping[str, Any], vocab_size: int) ->
     if path := file_in(directory, GENERATION):
         found["generation_config"] = untrusted_json.read(path, most=MOST_CONFIG)
     try:
-        untrusted_json.parse(state.to_json(RunState(hf_source=found)), state.Written)
+        untrusted_json.parse(state.to_json(RunState(hf_source=found)), state.RunStateFile)
     except untrusted_json.InvalidJson as error:
         raise UserError(
             f"{directory / CONFIG} or {GENERATION} cannot be kept in a checkpoint: {error}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mixtrain.checkpoint.parts import Parts
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.schema import Config
 from mixtrain.interop.convert import spans
 from mixtrain.interop.convert.hf_files import Stored
@@ -20,7 +20,11 @@ BLOCK = 1 << 24  # elements
 
 
 def entries(
-    config: Config, tensors: dict[str, Stored], parts: Parts, vocabulary: int, advance: Advance
+    config: Config,
+    tensors: dict[str, Stored],
+    parts: TensorReader,
+    vocabulary: int,
+    advance: Advance,
 ) -> Iterator[dict[str, Any]]:
     """One for each tensor of Hugging Face, with the Megatron tensor it is a part of, and the SHA-256 of both.
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import transformers
 
-from mixtrain.checkpoint.parts import Parts
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config import tensor_schema
 from mixtrain.config.plan import derive, resolve
 from mixtrain.config.schema import Config
@@ -136,7 +136,9 @@ Change = Callable[[str, tuple[int, ...], torch.Tensor], torch.Tensor]
 class Megatron:
     """The Megatron-Core model of a checkpoint, on this rank."""
 
-    def __init__(self, config: Config, parts: Parts, ranks: Ranks, change: Change | None = None):
+    def __init__(
+        self, config: Config, parts: TensorReader, ranks: Ranks, change: Change | None = None
+    ):
         self.parts = parts
         self.change = change
         few = {"num_layers": 1, "moe_ffn_hidden_size": 2 * FEW, "ffn_hidden_size": 2 * FEW}

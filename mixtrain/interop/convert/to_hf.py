@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from mixtrain.checkpoint.parts import Parts
 from mixtrain.checkpoint.same_tokenizer import refuse_other
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, instead, tokenizer_files
 from mixtrain.errors import UserError
@@ -52,7 +52,7 @@ class Shard(NamedTuple):
 class Origin(NamedTuple):
     """Megatron's tensors, to be read by the places of Hugging Face's."""
 
-    parts: Parts
+    parts: TensorReader
     index: Index
     cast: Casting  # to the dtype to give them in
 
@@ -63,7 +63,7 @@ class Origin(NamedTuple):
             at = run.place
             end = run.place + run.count
             while at < end:
-                stop = min(end, self.parts.together(run.key, at, most))
+                stop = min(end, self.parts.contiguous_stop(run.key, at, most))
                 yield self.cast(name, self.parts.flat(run.key, at, stop))
                 at = stop
 
@@ -93,7 +93,7 @@ def convert(
     run = state_of(checkpoint)
     config = config_of(checkpoint)
     values = to_hugging_face(config)
-    parts = Parts(checkpoint)
+    parts = TensorReader(checkpoint)
     tokenizer = _tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
     vocabulary = hf_source.rows(run, config, tokenizer)
     origin = _origin(parts, spans.index(config, layout, vocabulary), dtype, allow_nonfinite)
@@ -137,7 +137,9 @@ def _tokenizer(
     return found
 
 
-def _origin(parts: Parts, index: Index, dtype: torch.dtype | None, allow_nonfinite: bool) -> Origin:
+def _origin(
+    parts: TensorReader, index: Index, dtype: torch.dtype | None, allow_nonfinite: bool
+) -> Origin:
     """The tensors of a checkpoint's model, which must be those of its configuration."""
     stored = {
         key: torch.empty(shape, dtype=parts.dtypes[key], device="meta")

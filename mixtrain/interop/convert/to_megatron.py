@@ -29,12 +29,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from mixtrain.checkpoint import directory, state, writing
+from mixtrain.checkpoint import directory, shard_writer, state
 from mixtrain.checkpoint.index import COMMON, CONFIG, METADATA, write_index
 from mixtrain.checkpoint.integrity import describe, write_manifest
 from mixtrain.checkpoint.megatron_args import common_of_weights
+from mixtrain.checkpoint.shard_writer import Item, WriteOutcome
 from mixtrain.checkpoint.state import RunState
-from mixtrain.checkpoint.writing import Item, Written
 from mixtrain.config import tensor_schema
 from mixtrain.config.plan import derive
 from mixtrain.config.schema import Config
@@ -163,13 +163,13 @@ def _write(
 
     The tensors in which NaN or infinite numbers were allowed. OSError if something could not be written.
     """
-    shares = dealt(parts, processes * writing.FILES, Part.count)
+    shares = dealt(parts, processes * shard_writer.FILES_PER_RANK, Part.count)
     jobs = [
         partial(
             _write_share,
             release,
             rank,
-            shares[rank * writing.FILES : (rank + 1) * writing.FILES],
+            shares[rank * shard_writer.FILES_PER_RANK : (rank + 1) * shard_writer.FILES_PER_RANK],
             origin,
         )
         for rank in range(processes)
@@ -178,10 +178,10 @@ def _write(
         "to Megatron-Core", jobs, sum(map(Part.count, parts)) * origin.cast.dtype.itemsize
     )
     written = [share for share, _ in done] + [
-        writing.write(release, processes, list(objects.values()))
+        shard_writer.write_shards(release, processes, list(objects.values()))
     ]
     if wrong := next((share for share in written if share.error), None):
-        raise OSError(wrong.number or errno.EIO, wrong.error)
+        raise OSError(wrong.errno or errno.EIO, wrong.error)
     small = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
     common = io.BytesIO()  # of a full disk torch.save says something else
     torch.save(common_of_weights(origin.padding.plan), common)
@@ -200,9 +200,9 @@ def _write(
 
 def _write_share(
     release: Path, rank: int, shares: list[list[Part]], origin: Origin, advance: Advance
-) -> tuple[Written, set[str]]:
+) -> tuple[WriteOutcome, set[str]]:
     """Write one process's files, side by side."""
-    written = writing.write_files(
+    written = shard_writer.write_files(
         release, rank, [_items(share, origin, advance) for share in shares]
     )
     return written, origin.cast.nonfinite

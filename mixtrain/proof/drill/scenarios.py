@@ -303,7 +303,7 @@ def full_disk(arena: Arena) -> Seen:
         run = arena.finish(*words)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    said = "are free; iter_0000010 is whole" in read_status(arena.run_dir)["reason"]
+    said = "are free; iter_0000010 is complete" in read_status(arena.run_dir)["reason"]
     whole = integrity.problem(directory.path_of(arena.run_dir, 10), full=True) == ""
     seen = arena.resumed(arena.finish(*words))
     ok = run.code == FAULT and said and whole

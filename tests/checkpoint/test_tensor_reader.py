@@ -13,9 +13,9 @@ from checkpoints import tensors_of
 from composing import config_of, plan_of
 from rank_workers import run_ranks
 
-from mixtrain.checkpoint.parts import Parts
 from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.plan import resolve
 from mixtrain.engine import model, optimizer, process_groups
 from mixtrain.errors import UserError
@@ -144,18 +144,18 @@ def checkpoint(tmp_path_factory):
 
 
 def test_any_range_is_what_pytorchs_own_loader_reads(checkpoint):
-    parts = Parts(checkpoint)
+    reader = TensorReader(checkpoint)
     wholes = tensors_of(checkpoint)
-    assert parts.shapes == {key: tuple(whole.shape) for key, whole in wholes.items()}
+    assert reader.shapes == {key: tuple(whole.shape) for key, whole in wholes.items()}
     # a cut last axis
-    assert any(len(chunks) > 1 and chunks[1].offset[-1] > 0 for chunks in parts.chunks.values())
+    assert any(len(chunks) > 1 and chunks[1].offset[-1] > 0 for chunks in reader.chunks.values())
     picked = torch.Generator().manual_seed(0)
     for key, whole in wholes.items():
         flat = whole.flatten()
         for _ in range(8):
             start, stop = sorted(torch.randint(0, len(flat) + 1, (2,), generator=picked).tolist())
-            assert torch.equal(parts.flat(key, start, stop), flat[start:stop]), (key, start, stop)
-        assert torch.equal(parts.at(key), whole)
+            assert torch.equal(reader.flat(key, start, stop), flat[start:stop]), (key, start, stop)
+        assert torch.equal(reader.at(key), whole)
 
 
 def test_a_damaged_file_is_named(checkpoint, tmp_path):
@@ -163,14 +163,14 @@ def test_a_damaged_file_is_named(checkpoint, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     data = max(tmp_path.glob("*.distcp"), key=lambda path: path.stat().st_size)
     data.write_bytes(b"x" * data.stat().st_size)
-    parts = Parts(tmp_path)
+    reader = TensorReader(tmp_path)
     with pytest.raises(UserError, match=f"{data.name} is damaged at byte"):
-        for key in parts.shapes:
-            parts.at(key)
+        for key in reader.shapes:
+            reader.at(key)
     os.truncate(data, 10)
     with pytest.raises(UserError, match=f"{data.name}"):
-        for key in parts.shapes:
-            parts.at(key)
+        for key in reader.shapes:
+            reader.at(key)
 
 
 def test_a_window_is_the_bytes_of_the_file(tmp_path):
