@@ -99,7 +99,7 @@ def _file_problem(
     try:
         info = path.stat()
         if not stat.S_ISREG(info.st_mode):  # reading a pipe would block, and a device has no end
-            return f"{path} is no file"
+            return f"{path} is not a file"
         if info.st_size != expected.size:
             return f"{path} has {info.st_size:,} bytes, not the {expected.size:,} that were written"
         if (full or path.suffix != TENSORS) and sha256(path, heartbeat) != expected.sha256:

@@ -35,7 +35,7 @@ def reading(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb", opener=opener) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{path} is no file")
+                raise UserError(f"{path} is not a file")
             yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None

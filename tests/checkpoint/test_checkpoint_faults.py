@@ -363,8 +363,11 @@ def test_a_save_that_the_disk_has_no_room_for_is_not_begun_and_its_margin_is_sai
     half.mkdir()
     with pytest.raises(OSError) as caught:
         saver_of(tmp_path)._prepare(half, 1_551_126, None)
-    words = r"it takes 1,551,126 bytes and a margin of 1,152,921,504,606,846,976 for its small files, [\d,]+ are free"
-    assert re.fullmatch(words, caught.value.strerror) and not half.exists()
+    message = (
+        r"it takes 1,551,126 bytes and a margin of 1,152,921,504,606,846,976 for its small files,"
+        r" [\d,]+ are free"
+    )
+    assert re.fullmatch(message, caught.value.strerror) and not half.exists()
 
 
 def test_what_was_written_is_counted_before_it_is_removed(tmp_path):

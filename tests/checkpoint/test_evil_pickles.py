@@ -212,13 +212,13 @@ WRONG = {
     "is not text, or has control characters": lambda index: index.state_dict_metadata.update(
         {"\x1b[2J": first_part(index)}
     ),
-    "no whole number from 0 on": lambda index: vars(first_place(index)).update(offset=-1),
+    "not an integer from 0": lambda index: vars(first_place(index)).update(offset=-1),
     "compressed or encrypted": lambda index: vars(first_place(index)).update(
         transform_descriptors=["zstd"]
     ),
     "a _StorageInfo has a key colour": lambda index: vars(first_place(index)).update(colour="red"),
     "a _StorageInfo has too few keys": lambda index: vars(first_place(index)).pop("length"),
-    "lies beyond it": lambda index: vars(first_part(index)).update(size=torch.Size([7, 3])),
+    "lies outside it": lambda index: vars(first_part(index)).update(size=torch.Size([7, 3])),
     "more bytes than there can be": lambda index: vars(first_part(index)).update(
         size=torch.Size([1 << 62, 1 << 62])
     ),

@@ -13,7 +13,7 @@ from mixtrain.config import model_differences
 from mixtrain.config.key_effects import CLASSES, FORWARD, MATHEMATICS
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.source_config import run_state
-from mixtrain.launch.machine_checks import weights_to_load
+from mixtrain.launch.machine_checks import weights_problems
 
 # key -> another value of the default model's, with the same shapes where there are such
 OTHERS = {
@@ -36,11 +36,12 @@ OTHERS = {
     "dispatcher.moe_expert_capacity_factor": 1.25,
     "dispatcher.moe_token_drop_policy": "position",
 }
-# Of the training or of the shapes, and so of no weights.
+# Keys of the training or of the shapes: they do not concern weights.
 NOT_FORWARD = """
-    model.num_layers model.hidden_size model.ffn_hidden_size model.num_moe_experts model.moe_ffn_hidden_size
-    model.moe_shared_expert_intermediate_size model.vocab_size model.max_position_embeddings model.init_method_std
-    router.moe_aux_loss_coeff router.moe_z_loss_coeff router.moe_input_jitter_eps router.moe_router_bias_update_rate
+    model.num_layers model.hidden_size model.ffn_hidden_size model.num_moe_experts
+    model.moe_ffn_hidden_size model.moe_shared_expert_intermediate_size model.vocab_size
+    model.max_position_embeddings model.init_method_std router.moe_aux_loss_coeff
+    router.moe_z_loss_coeff router.moe_input_jitter_eps router.moe_router_bias_update_rate
     router.moe_router_dtype
 """.split()
 
@@ -154,10 +155,10 @@ def test_it_is_said_before_any_rank_starts_unless_the_run_goes_on_from_its_own(t
     stored(tmp_path, model__rotary_base=10000)
     (tmp_path / "release" / "integrity.json").write_text("{}")
     words = [f"checkpoint.load_weights={tmp_path / 'release'}", f"run_dir={tmp_path / 'run'}"]
-    (problem,) = weights_to_load(plan_of(*words))
+    (problem,) = weights_problems(plan_of(*words))
     assert (
         problem.startswith("model.rotary_base = 1000000, but the weights of")
         and "are for 10000" in problem
     )
     (tmp_path / "run" / "iter_0000002").mkdir(parents=True)
-    assert [*weights_to_load(plan_of(*words))] == []
+    assert [*weights_problems(plan_of(*words))] == []

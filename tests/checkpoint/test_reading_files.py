@@ -59,7 +59,7 @@ def test_a_file_that_cannot_be_read_is_named(read, file, tmp_path):
     assert refused(read, tmp_path) == f"{file} cannot be read (Is a directory)"
     (tmp_path / file).rmdir()
     os.mkfifo(tmp_path / file)
-    assert refused(read, tmp_path) == f"{file} is no file"
+    assert refused(read, tmp_path) == f"{file} is not a file"
 
 
 def test_what_is_wrong_with_a_file_stands_after_its_name(tmp_path):

@@ -169,7 +169,7 @@ def test_a_damaged_file_is_named(file, read, which, trained, tmp_path):
     with pytest.raises(UserError, match=f"{file} cannot be read"):
         read(checkpoint)
     os.mkfifo(checkpoint / file)
-    with pytest.raises(UserError, match=f"{file} is no file"):
+    with pytest.raises(UserError, match=f"{file} is not a file"):
         read(checkpoint)
 
 

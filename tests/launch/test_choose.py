@@ -11,7 +11,7 @@ import pytest
 from composing import path_without_slurm, plan_of, problems_of, run_train
 
 from mixtrain.config.choices import LauncherType
-from mixtrain.launch.choose import place, starts_ranks
+from mixtrain.launch.choose import chosen_launcher, starts_ranks
 from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.rank_identity import Identity
 
@@ -36,13 +36,13 @@ def with_sbatch(tmp_path, monkeypatch) -> Path:
     (["launcher=local", *SEVERAL], LauncherType.local),
 ])  # fmt: skip
 def test_auto_is_this_machine_for_one_node_and_slurm_for_several(with_sbatch, words, goes_to):
-    assert place(plan_of(*words)) is goes_to
+    assert chosen_launcher(plan_of(*words)) is goes_to
 
 
 def test_without_slurm_several_nodes_are_this_machines_to_refuse(monkeypatch):
     monkeypatch.setenv("PATH", path_without_slurm())
     plan = plan_of(*SEVERAL)
-    assert place(plan) is LauncherType.local
+    assert chosen_launcher(plan) is LauncherType.local
     (problem,) = machine_problems(plan, None, SEVERAL)
     assert "no sbatch on PATH" in problem and "torchrun --nnodes 2 --nproc-per-node 1" in problem
 

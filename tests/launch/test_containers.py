@@ -10,8 +10,15 @@ import pytest
 from composing import plan_of
 
 from mixtrain.errors import UserError
-from mixtrain.launch.checks import container
-from mixtrain.launch.containers import Mount, as_on_host, hidden, mounts_of, on_host, parse
+from mixtrain.launch.checks import container_problems
+from mixtrain.launch.containers import (
+    Mount,
+    hidden_path_problems,
+    mounts_of,
+    on_host,
+    parse_mount,
+    with_host_paths,
+)
 
 ROOT = Path("/opt/mixtrain")
 HERE = Path("/home/me/work")
@@ -34,13 +41,13 @@ def config_of(*words: str):
     ("/lustre/me:/data:ro", Mount("/lustre/me", "/data", "ro")),
 ])  # fmt: skip
 def test_a_mount_is_read_and_written_as_pyxis_takes_it(text, mount):
-    assert parse(text) == mount and str(mount).endswith(text)
+    assert parse_mount(text) == mount and str(mount).endswith(text)
 
 
 @pytest.mark.parametrize("text", ["data", "/a:b", "/a:/b:ro:x", "/a:", ""])
 def test_what_is_no_mount_is_refused_with_the_key(text):
     with pytest.raises(UserError, match="launcher.container_mounts: "):
-        parse(text)
+        parse_mount(text)
 
 
 @pytest.mark.parametrize("path, host", [
@@ -59,7 +66,7 @@ def test_every_path_of_the_run_must_lie_in_a_mount():
     config = config_of(
         *INDEXED, "run_dir=/scratch/run", "checkpoint.load_weights=/old/iter_0000001"
     )
-    found = list(hidden(config, HERE, mounts_of(config, HERE, ROOT)))
+    found = list(hidden_path_problems(config, HERE, mounts_of(config, HERE, ROOT)))
     keys = [problem.split(" ")[0] for problem in found]
     assert keys == [
         "run_dir",
@@ -70,26 +77,33 @@ def test_every_path_of_the_run_must_lie_in_a_mount():
     ]
     assert found[0].endswith("add /scratch to them")
     seen = config_of(*INDEXED, "run_dir=runs/x", "launcher.container_mounts=[/data]")
-    assert list(hidden(seen, HERE, mounts_of(seen, HERE, ROOT))) == []
+    assert list(hidden_path_problems(seen, HERE, mounts_of(seen, HERE, ROOT))) == []
 
 
 def test_data_is_looked_for_where_it_is_on_the_host():
     config = config_of(
         *INDEXED, "run_dir=/data/run", "launcher.container_mounts=['/lustre/me:/data']"
     )
-    there = as_on_host(config, HERE, mounts_of(config, HERE, ROOT))
+    there = with_host_paths(config, HERE, mounts_of(config, HERE, ROOT))
     assert there.data.data_path == ["1", "/lustre/me/a", "2", "/lustre/me/b"]
     assert (there.data.tokenizer, there.run_dir) == ("/lustre/me/tokens", "/lustre/me/run")
 
 
 def test_an_image_or_a_folder_that_does_not_exist_is_named_with_its_key(tmp_path):
     words = [f"run_dir={tmp_path}/run", f"launcher.container_mounts=[{tmp_path},/no/such]"]
-    problems = list(container(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path))
+    problems = list(
+        container_problems(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path)
+    )
     assert problems == [
         "launcher.container_image = ./m.sqsh: no such file; docs/cluster.md says how to make one",
         "launcher.container_mounts: /no/such does not exist on this machine",
     ]
     (tmp_path / "m.sqsh").write_text("")
-    assert len(list(container(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path))) == 1
+    assert (
+        len(
+            list(container_problems(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path))
+        )
+        == 1
+    )
     # a registry's name is not looked up
-    assert len(list(container(plan_of(*words, IMAGE), tmp_path))) == 1
+    assert len(list(container_problems(plan_of(*words, IMAGE), tmp_path))) == 1

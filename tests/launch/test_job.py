@@ -118,10 +118,8 @@ def test_a_return_that_cannot_be_counted_is_none(capsys, run_dir):
     shutil.rmtree(run_dir / "logs")
     verdict, said = ended(capsys, run_dir, 0)
     assert verdict == "1" and "Traceback" not in said
-    assert (
-        "job_17/returns.jsonl cannot be written (No such file or directory),\n  so this job does not return"
-        in said
-    )
+    unwritten = "job_17/returns.jsonl cannot be written (No such file or directory),"
+    assert f"{unwritten}\n  so this job does not return" in said
 
 
 def test_a_verdict_that_cannot_be_written_stands_in_the_jobs_log_with_what_to_type(capsys, run_dir):

@@ -29,11 +29,11 @@ def rendered(*words: str) -> str:
 
 
 def directives(text: str) -> dict[str, object]:
-    return script.split(text)[1]
+    return script.split_template(text)[1]
 
 
 def test_everything_but_the_directives_and_the_settings_is_the_file_that_is_used_by_hand():
-    head, ours, body = script.split(script.TEMPLATE.read_text())
+    head, ours, body = script.split_template(script.TEMPLATE.read_text())
     text = rendered(*WORDS)
     assert text.startswith("".join(head)) and text.endswith("".join(body))
     assert set(ours) <= set(directives(text))
@@ -86,7 +86,7 @@ def test_the_same_is_rendered_twice_alike_and_a_moment_is_pinned():
     assert rendered(*WORDS) == rendered(*WORDS)
     words = [*WORDS, "run_dir='runs/${now:%f}'"]
     plan = plan_of(*WORDS, "run_dir=runs/123")
-    assert script.pinned(words, plan.config) == [*WORDS, "run_dir='runs/123'"]
+    assert script.pin_values(words, plan.config) == [*WORDS, "run_dir='runs/123'"]
     assert script.render(plan, words, HERE).count("runs/123") == 2  # for Slurm's log, and pinned
 
 
@@ -102,7 +102,7 @@ def test_a_job_of_a_sweep_is_sent_with_words_that_it_composes_to_the_same_by_its
     assert not problems
     for number, job in enumerate(jobs):
         config = Config.from_hydra(job.tree)
-        sent = script.pinned(job.overrides, config)
+        sent = script.pin_values(job.overrides, config)
         assert config.run_dir == f"runs/it's-{number}" and not any(
             "hydra:" in word or "now:" in word for word in sent
         )
@@ -139,7 +139,7 @@ def test_variables_that_would_win_over_the_script_are_taken_from_sbatch(monkeypa
     monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
     monkeypatch.setenv("SBATCH_ACCOUNT", "mine")  # no key says otherwise: it stays
     plan = plan_of(*WORDS, "launcher.partition=gpu", "launcher.time=60")
-    assert submit.overruled(plan, HERE) == ["SBATCH_PARTITION", "SBATCH_TIMELIMIT"]
+    assert submit.overriding_variables(plan, HERE) == ["SBATCH_PARTITION", "SBATCH_TIMELIMIT"]
     assert submit.command_line(plan, HERE).startswith(
         "env -u SBATCH_PARTITION -u SBATCH_TIMELIMIT sbatch --parsable"
     )

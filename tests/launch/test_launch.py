@@ -291,10 +291,8 @@ def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
     with Command(folders[0], *words) as first, Command(folders[1], *words) as second:
         runs = {run.wait(): run.text() for run in (first, second)}
     assert sorted(runs) == [0, 2]
-    assert re.search(
-        f"run_dir = {tmp_path}/run is in use by process \\d+ on .* since .*run_dir={tmp_path}/run-2",
-        runs[2],
-    )
+    in_use = rf"run_dir = {tmp_path}/run is in use by process \d+ on .* since "
+    assert re.search(f"{in_use}.*run_dir={tmp_path}/run-2", runs[2])
     assert "Traceback" not in runs[2]
     assert read_status(tmp_path / "run")["state"] == "finished"
 

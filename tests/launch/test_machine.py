@@ -161,9 +161,9 @@ def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
 @pytest.mark.parametrize(
     "directory, why",
     [
-        ("file", "it is no directory"),
+        ("file", "it is not a directory"),
         ("file/x", "Not a directory"),
-        ("dangling", "it is no directory"),
+        ("dangling", "it is not a directory"),
         ("long" * 75, "File name too long"),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_said_with_both_numbers(tmp_path
 
 def test_weights_that_are_not_there_are_said_before_anything_starts(tmp_path):
     (problem,) = refused(f"checkpoint.load_weights={tmp_path}/nothing")
-    assert problem == f"checkpoint.load_weights = {tmp_path}/nothing is no directory"
+    assert problem == f"checkpoint.load_weights = {tmp_path}/nothing is not a directory"
     (problem,) = refused(f"checkpoint.load_weights={tmp_path}")
     what = "is not a checkpoint (iter_NNNNNNN, release) or a directory of some"
     assert problem == f"checkpoint.load_weights = {tmp_path} {what}"
