@@ -173,7 +173,7 @@ class Cluster:
         )
 
     def ask(self, command: str, *flags: str) -> str:
-        """Return the output of a listing command without its header; "" if Slurm does not answer."""
+        """Return the output of a listing command, without a header; "" if Slurm does not answer."""
         return self.run(command, "--noheader", *flags, check=False).stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""tools/checkpoint.py: what there is, whether it is whole, what is in it."""
+"""tools/checkpoint.py lists, verifies and inspects checkpoints."""
 
 from __future__ import annotations
 
@@ -73,4 +73,4 @@ def test_inspect_shows_tensors_shapes_and_dtypes(trained):
 def test_where_there_is_nothing_it_says_so(verb, tmp_path):
     done = tool(verb, str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{tmp_path} is no checkpoint and no directory that holds one" in done.stderr
+    assert f"{tmp_path} is neither a checkpoint nor a directory of some" in done.stderr
