@@ -58,7 +58,7 @@ def find_checkpoint(
     tracked = _from_first(ranks, lambda: directory.tracked_step(run_dir))
     if steps and tracked not in steps:
         say(
-            f"{run_dir / directory.TRACKER} names no checkpoint that is there; looking at all"
+            f"{run_dir / directory.TRACKER} names no checkpoint that exists; looking at all"
             f" {len(steps)}"
         )
     damage = []
@@ -245,7 +245,7 @@ def _differences(
     common = [key for key in wanted if key in stored]
     return [
         *(
-            f"{key} is {_show(stored[key].size)} there, {_show(wanted[key])} here"
+            f"{key} is {_show(stored[key].size)} in it, {_show(wanted[key])} in this configuration"
             for key in common
             if tuple(stored[key].size) != wanted[key]
         ),
@@ -260,7 +260,7 @@ def _differences(
             if key not in wanted
         ),
         *(
-            f"{key} is {stored[key].properties.dtype} there; tensors are"
+            f"{key} is {stored[key].properties.dtype} in it; tensors must be"
             f" {' or '.join(map(str, DTYPES))}"
             for key in common
             if stored[key].properties.dtype not in DTYPES

@@ -136,7 +136,7 @@ MODEL: dict[str, Row] = {
     "tokenizer_type": lambda plan, state: tokenizer_type(plan),
     "tokenizer_model": lambda plan, state: plan.config.data.tokenizer,
     "padded_vocab_size": lambda plan, state: plan.config.model.vocab_size,
-    **_always(make_vocab_size_divisible_by=1),  # mixtrain does not pad vocabularies here
+    **_always(make_vocab_size_divisible_by=1),  # vocab_size is padded already
     # settings of models that mixtrain does not train
     **_always(
         **dict.fromkeys(

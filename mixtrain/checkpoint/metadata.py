@@ -105,7 +105,7 @@ class _IndexBuilder:
         dtype = _dtype(state["properties"])
         chunks = state["chunks"]
         if not fits(size, dtype):
-            raise Damaged("a tensor has more bytes than there can be")
+            raise Damaged("a tensor has more bytes than possible")
         if type(chunks) is not list or id(chunks) in self.chunk_lists:
             raise Damaged("the chunks of a tensor are not a list of its own")
         self.chunk_lists.add(id(chunks))

@@ -144,12 +144,12 @@ def _slices_of_leaf(
     replica_id = leaf.replica_id
     if shard.replica is not None:
         replica_id = (*leaf.replica_id[:-1], shard.replica)
-    for part in slices_of_range(leaf.local_shape, start - first, stop - first, base=first):
-        size = (1,) * axes + part.size
-        offset = (*(0,) * axes, *part.offset)
+    for slice_ in slices_of_range(leaf.local_shape, start - first, stop - first, base=first):
+        size = (1,) * axes + slice_.size
+        offset = (*(0,) * axes, *slice_.offset)
         yield ShardedTensor(
             key=key,
-            data=flat[part.start - shard.start : part.stop - shard.start].view(size),
+            data=flat[slice_.start - shard.start : slice_.stop - shard.start].view(size),
             dtype=flat.dtype,
             local_shape=size,
             global_shape=leaf.global_shape,
@@ -186,7 +186,7 @@ class _ParameterLeaves:
                 or not leaf.data.is_contiguous()
             ):
                 raise RuntimeError(
-                    f"no part of a checkpoint holds element {covered} of a parameter"
+                    f"no tensor of a checkpoint holds element {covered} of a parameter"
                     f" {tuple(parameter.shape)}"
                 )
             yield leaf, covered

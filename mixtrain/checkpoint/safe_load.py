@@ -57,7 +57,7 @@ class Reader(FileSystemReader):
                 return
             stored_tensor = archive.locate(archive.tree())
             if (stored_tensor.size, stored_tensor.dtype) != self.expected[item.storage_index]:
-                raise Damaged(f"a part of {key} is not what the index says")
+                raise Damaged(f"a chunk of {key} differs from the index")
             tensor = archive.load(stored_tensor)
         _copy(item, tensor, planner)
 

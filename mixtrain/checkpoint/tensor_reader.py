@@ -207,7 +207,5 @@ def _data_offset(chunk: StoredChunk, dtype: torch.dtype) -> int:
     expected = (chunk.size, dtype, math.prod(chunk.size) * dtype.itemsize)
     actual = (stored.size, stored.dtype, stored.length)
     if stored.offset or not contiguous or actual != expected:
-        raise UserError(
-            f"{chunk.path} is damaged: a part of {chunk.key} is not what the index says"
-        )
+        raise UserError(f"{chunk.path} is damaged: a chunk of {chunk.key} differs from the index")
     return stored.start

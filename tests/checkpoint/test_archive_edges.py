@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from archives import opened, pickled, said, saved, zipped
+from archives import message_of, opened, pickled, saved, zipped
 from evil_pickles import name, records
 
 from mixtrain.checkpoint import archive
@@ -86,7 +86,7 @@ def test_an_archive_is_read_from_the_middle_of_a_file():
 )
 def test_an_archive_lies_in_its_file(start, length, ends):
     assert (
-        said(lambda: Archive(io.BytesIO(ONE), start, length))
+        message_of(lambda: Archive(io.BytesIO(ONE), start, length))
         == f"Damaged: it ends before byte {ends:,}"
     )
 
@@ -95,7 +95,7 @@ def test_an_archive_lies_in_its_file(start, length, ends):
     "data", [b"", b"x" * 100, ONE[:-30]], ids=lambda data: f"__init__-{len(data)}"
 )
 def test_what_is_no_archive_is_damaged(data):
-    assert said(lambda: opened(data)) == "Damaged: at byte 0: not a PyTorch archive"
+    assert message_of(lambda: opened(data)) == "Damaged: at byte 0: not a PyTorch archive"
 
 
 def test_a_file_that_cannot_be_read_is_an_error_of_the_system():
@@ -138,7 +138,7 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_system():
     ids=["__init__-twice", "__init__-big", "__init__-16", "__init__-17"],
 )
 def test_records_that_no_archive_has_are_refused(more, expected):
-    assert said(lambda: opened(zipped({"a/data.pkl": b"N."} | more))) == expected
+    assert message_of(lambda: opened(zipped({"a/data.pkl": b"N."} | more))) == expected
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_directory_of_a_mebibyte_is_read(number, is_read):
     if is_read:
         assert opened(data).tree() is None
     else:
-        assert said(lambda: opened(data)) == "Damaged: at byte 0: not a PyTorch archive"
+        assert message_of(lambda: opened(data)) == "Damaged: at byte 0: not a PyTorch archive"
 
 
 def entry_with(there: Archive, **values: int) -> None:
@@ -197,7 +197,7 @@ def test_a_record_lies_in_its_archive(what):
     there = opened(ONE)
     (change, expected) = RECORD[what]
     change(there)
-    assert said(lambda: there.record("data/0")) == f"Damaged: {expected}"
+    assert message_of(lambda: there.record("data/0")) == f"Damaged: {expected}"
 
 
 def test_a_record_that_ends_with_its_archive_is_read():
@@ -205,7 +205,7 @@ def test_a_record_that_ends_with_its_archive_is_read():
     there.length = sum(there.record("data/0"))
     assert there.bytes_of("data/0", 12) == torch.arange(3.0).numpy().tobytes()
     assert (
-        said(lambda: there.bytes_of("data/0", 11))
+        message_of(lambda: there.bytes_of("data/0", 11))
         == "Damaged: its record data/0 has 12 bytes; at most 11 are read"
     )
 
@@ -289,7 +289,7 @@ NUMBERS = {
 @pytest.mark.parametrize("what", NUMBERS)
 def test_what_is_wrong_with_a_tensor_is_said(what):
     record, expected = NUMBERS[what]
-    assert said(lambda: opened(ONE).locate(record)) == f"Damaged: {expected}"
+    assert message_of(lambda: opened(ONE).locate(record)) == f"Damaged: {expected}"
 
 
 WHOLE = [0, 1, 2]
@@ -329,4 +329,7 @@ def test_a_file_that_became_shorter_is_damaged():
     there = Archive(file)
     found = there.locate(there.tree())
     file.truncate(found.start + 11)
-    assert said(lambda: there.load(found)) == f"Damaged: it ends before byte {found.start + 12:,}"
+    assert (
+        message_of(lambda: there.load(found))
+        == f"Damaged: it ends before byte {found.start + 12:,}"
+    )

@@ -1,6 +1,4 @@
-"""Names, the tracker, the manifest: a reader never takes half a checkpoint for a whole one, and
-damage is named.
-"""
+"""Names, tracker and manifest: a reader never mistakes a partial checkpoint for a complete one."""
 
 from __future__ import annotations
 
@@ -22,29 +20,30 @@ SHAPES = [(), (5,), (3, 4), (2, 3, 4), (1, 3, 4), (2, 1, 2, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_range_of_a_tensor_is_a_few_boxes_of_it_in_order(shape):
+def test_every_range_of_a_tensor_is_a_few_slices_of_it_in_order(shape):
     count = math.prod(shape)
     for start, stop in itertools.combinations_with_replacement(range(count + 1), 2):
-        found = []
-        cut = list(slices_of_range(shape, start, stop, base=100))
-        for box in cut:
-            whole = zip(box.offset, box.size, shape, strict=True)
+        covered = []
+        slices = list(slices_of_range(shape, start, stop, base=100))
+        for part in slices:
+            bounds = zip(part.offset, part.size, shape, strict=True)
             assert all(
-                first >= 0 and size > 0 and first + size <= axis for first, size, axis in whole
+                first >= 0 and size > 0 and first + size <= axis for first, size, axis in bounds
             )
             axes = [
-                range(first, first + size) for first, size in zip(box.offset, box.size, strict=True)
+                range(first, first + size)
+                for first, size in zip(part.offset, part.size, strict=True)
             ]
             elements = [
-                sum(place * math.prod(shape[axis + 1 :]) for axis, place in enumerate(places))
-                for places in itertools.product(*axes)
+                sum(number * math.prod(shape[axis + 1 :]) for axis, number in enumerate(index))
+                for index in itertools.product(*axes)
             ]
-            assert elements == list(range(box.start - 100, box.stop - 100))
-            found += elements
-        assert found == list(range(start, stop))
-        assert len(cut) <= max(1, 2 * len(shape) - 1)
+            assert elements == list(range(part.start - 100, part.stop - 100))
+            covered += elements
+        assert covered == list(range(start, stop))
+        assert len(slices) <= max(1, 2 * len(shape) - 1)
         assert list(slices_of_range(shape, start, stop)) == [
-            box._replace(start=box.start - 100, stop=box.stop - 100) for box in cut
+            part._replace(start=part.start - 100, stop=part.stop - 100) for part in slices
         ]
 
 
@@ -116,8 +115,8 @@ def test_of_a_linked_checkpoint_the_link_goes_and_it_is_said(tmp_path):
         checkpoint(tmp_path, step)
     shutil.rmtree(tmp_path / "iter_0000001")
     (tmp_path / "iter_0000001").symlink_to(elsewhere)
-    said = directory.prune(tmp_path, 1)
-    assert said == [f"iter_0000001 was a link: it is removed, and {elsewhere} is kept"]
+    messages = directory.prune(tmp_path, 1)
+    assert messages == [f"iter_0000001 was a link: it is removed, and {elsewhere} is kept"]
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "iter_0000003", directory.TRACKER]
     assert integrity.problem(elsewhere, full=True) == ""
 
@@ -147,8 +146,8 @@ def test_a_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch):
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "rename", refuse)
-    said = directory.prune(tmp_path, 1)
-    assert said == [
+    messages = directory.prune(tmp_path, 1)
+    assert messages == [
         f"warning: {tmp_path}/iter_0000001 could not be deleted (Operation not permitted)"
     ]
 

@@ -120,11 +120,11 @@ def found(trained, tmp_path_factory) -> dict:
 
     def look(identity) -> dict:
         answers = {}
-        with process_groups.start(plans["nothing"], identity) as here:
+        with process_groups.start(plans["nothing"], identity) as ranks:
             for name, plan in plans.items():
                 lines: list[str] = []
                 try:
-                    path = load.find_checkpoint(plan, here, lines.append)
+                    path = load.find_checkpoint(plan, ranks, lines.append)
                     step = load.read_state(path).step if path else 0
                 except UserError as error:
                     step = None
@@ -141,12 +141,12 @@ def found(trained, tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_the_newest_valid_checkpoint_is_found_and_damage_is_named(name, found):
-    _, step, said = DAMAGE[name]
+    _, step, message = DAMAGE[name]
     assert found[name][0] == step
-    if said is None:
+    if message is None:
         assert found[name][1] == []
     else:
-        assert said in " ".join(found[name][1])
+        assert message in " ".join(found[name][1])
 
 
 def start_again(
@@ -187,19 +187,19 @@ def refused(outcome: tuple[Path, set[int], str], trained: Path) -> str:
 
 
 def test_another_architecture_is_refused_with_the_names_and_shapes_that_differ(trained, tmp_path):
-    words = ["trainer.max_steps=4", "model.moe_ffn_hidden_size=64", "model.qk_layernorm=true"]
-    log = refused(start_again(trained, tmp_path, *words), trained)
+    overrides = ["trainer.max_steps=4", "model.moe_ffn_hidden_size=64", "model.qk_layernorm=true"]
+    log = refused(start_again(trained, tmp_path, *overrides), trained)
     assert (
-        "decoder.layers.mlp.experts.experts.linear_fc1.weight is [4, 8, 192, 64] there, [4, 8,"
-        " 128, 64] here" in log
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight is [4, 8, 192, 64] in it, [4, 8,"
+        " 128, 64] in this configuration" in log
     )
     assert "decoder.layers.self_attention.q_layernorm.weight [4, 16] is not in it" in log
     assert len(log[log.index("problem") :].splitlines()) < 12
 
 
 def test_another_optimizer_is_refused_with_the_names_that_are_missing(trained, tmp_path):
-    words = ["trainer.max_steps=4", "optimizer=sgd", "optimizer.lr_warmup_steps=0"]
-    log = refused(start_again(trained, tmp_path, *words), trained)
+    overrides = ["trainer.max_steps=4", "optimizer=sgd", "optimizer.lr_warmup_steps=0"]
+    log = refused(start_again(trained, tmp_path, *overrides), trained)
     assert (
         "optimizer.state.momentum_buffer.embedding.word_embeddings.weight [256, 64] is not in it"
         in log
@@ -239,9 +239,16 @@ def test_another_batch_size_goes_on_with_the_next_samples(trained, tmp_path):
 
 
 def test_the_weights_alone_start_a_new_run(trained, tmp_path):
-    words = ["trainer.max_steps=1", f"checkpoint.load_weights={newest(trained)}", "optimizer.lr=0"]
-    words += ["model.rotary_base=10000", "checkpoint.acknowledge_differences=[model.rotary_base]"]
-    run_dir, codes, log = start(tmp_path, EP + "1", *words, "optimizer.min_lr=0")
+    overrides = [
+        "trainer.max_steps=1",
+        f"checkpoint.load_weights={newest(trained)}",
+        "optimizer.lr=0",
+    ]
+    overrides += [
+        "model.rotary_base=10000",
+        "checkpoint.acknowledge_differences=[model.rotary_base]",
+    ]
+    run_dir, codes, log = start(tmp_path, EP + "1", *overrides, "optimizer.min_lr=0")
     assert codes == {FINISHED}, log
     assert f"weights of {newest(trained)}" in log
     differing = unequal(path_of(run_dir, 1), newest(trained))
@@ -253,12 +260,12 @@ def test_the_weights_alone_start_a_new_run(trained, tmp_path):
 
 
 def test_weights_for_another_rotary_base_are_refused_with_both_values(trained, tmp_path):
-    words = [
+    overrides = [
         "trainer.max_steps=1",
         f"checkpoint.load_weights={newest(trained)}",
         "model.rotary_base=10000",
     ]
-    _, codes, log = start(tmp_path, EP + "1", *words)
+    _, codes, log = start(tmp_path, EP + "1", *overrides)
     assert codes == {REFUSED} and "Traceback" not in log, log
     assert f"model.rotary_base = 10000, but the weights of {newest(trained)} are for 1000000" in log
 
@@ -283,8 +290,8 @@ def test_weights_that_are_not_there_are_refused(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    words = ["trainer.max_steps=5", "checkpoint.save_interval=1", "checkpoint.keep_last=2"]
-    run_dir, codes, log = start(tmp_path, *TWO, *words)
+    overrides = ["trainer.max_steps=5", "checkpoint.save_interval=1", "checkpoint.keep_last=2"]
+    run_dir, codes, log = start(tmp_path, *TWO, *overrides)
     assert codes == {FINISHED}, log
     assert directory.steps_in(run_dir) == [5, 4] and directory.tracked_step(run_dir) == 5
     assert log.count("saved iter_") == 5
@@ -333,17 +340,17 @@ def full_disk(identity) -> None:
 
 def test_a_disk_full_to_the_last_byte_in_an_async_save_is_a_line_that_says_what_to_type(tmp_path):
     with tiny_disk(tmp_path, "40m", "run"):
-        words = ["trainer.max_steps=50", INTERVAL, "checkpoint.async_save=true"]
-        run_dir, codes, log = start(tmp_path, *TWO, *words, before=full_disk)
+        overrides = ["trainer.max_steps=50", INTERVAL, "checkpoint.async_save=true"]
+        run_dir, codes, log = start(tmp_path, *TWO, *overrides, before=full_disk)
         assert codes == {FAULT} and "Traceback" not in log, log
         # in the place of the last one: there is no room for another file
         status = read_status(run_dir)
         assert status["state"] == "failed" and "No space left on device" in status["reason"]
-        said = (
+        message = (
             "iter_0000002 is complete: free some space and run the same command again to"
             " resume from it"
         )
-        assert status["reason"].endswith(said) and log.endswith(f"{said}\n")
+        assert status["reason"].endswith(message) and log.endswith(f"{message}\n")
         assert directory.steps_in(run_dir) == [2]
         assert integrity.problem(path_of(run_dir, 2), full=True) == ""
 
@@ -375,8 +382,8 @@ def test_what_was_written_is_counted_before_it_is_removed(tmp_path):
     (tmp_path / "iter_0000004.saving").mkdir()
     for name, size in (("__0_0.distcp", 2000), ("__1_0.distcp", 234)):
         (tmp_path / "iter_0000004.saving" / name).write_bytes(b"x" * size)
-    said = saver_of(tmp_path)._disk_use(3000)
-    assert re.fullmatch(r"; of its 3,000 bytes 2,234 were written, [\d,]+ are free", said)
+    message = saver_of(tmp_path)._disk_use(3000)
+    assert re.fullmatch(r"; of its 3,000 bytes 2,234 were written, [\d,]+ are free", message)
 
 
 def writer_that(what: int):
@@ -397,18 +404,22 @@ def writer_that(what: int):
 
 
 def test_a_writer_that_dies_is_an_error_soon(tmp_path):
-    words = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
+    overrides = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
     started = time.monotonic()
-    run_dir, codes, log = start(tmp_path, *TWO, *words, before=writer_that(signal.SIGKILL))
+    run_dir, codes, log = start(tmp_path, *TWO, *overrides, before=writer_that(signal.SIGKILL))
     assert codes == {FAULT}, log
     assert "the writer of rank 1 was ended by SIGKILL" in read_status(run_dir)["reason"]
     assert directory.steps_in(run_dir) == [] and time.monotonic() - started < 60
 
 
 def test_a_writer_that_stands_still_is_ended_in_time(tmp_path):
-    words = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
+    overrides = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
     run_dir, codes, log = start(
-        tmp_path, *TWO, *words, "trainer.timeout_minutes=0.1", before=writer_that(signal.SIGSTOP)
+        tmp_path,
+        *TWO,
+        *overrides,
+        "trainer.timeout_minutes=0.1",
+        before=writer_that(signal.SIGSTOP),
     )
     assert codes == {FAULT}, log
     assert (
@@ -418,8 +429,8 @@ def test_a_writer_that_stands_still_is_ended_in_time(tmp_path):
 
 
 def test_async_saves_follow_each_other_in_order_and_the_last_is_there_at_the_end(tmp_path):
-    words = ["trainer.max_steps=4", "checkpoint.save_interval=1", "checkpoint.async_save=true"]
-    run_dir, codes, log = start(tmp_path, *TWO, *words)
+    overrides = ["trainer.max_steps=4", "checkpoint.save_interval=1", "checkpoint.async_save=true"]
+    run_dir, codes, log = start(tmp_path, *TWO, *overrides)
     assert codes == {FINISHED}, log
     assert re.findall(r"saved (iter_\d+)", log) == [f"iter_{step:07d}" for step in (1, 2, 3, 4)]
     assert json.loads((path_of(run_dir, 4) / "run_state.json").read_text())["step"] == 4

@@ -14,8 +14,8 @@ from test_resume import INTERVAL, path_of, start
 from mixtrain.errors import FINISHED
 
 
-def tool(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/checkpoint.py", *words]
+def tool(*overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/checkpoint.py", *overrides]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
@@ -24,8 +24,8 @@ def tool(*words: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """Two checkpoints, of which the newer has lost a byte without changing its size."""
-    words = ["trainer.max_steps=4", INTERVAL, EP + "2"]
-    run_dir, codes, log = start(tmp_path_factory.mktemp("trained"), *words)
+    overrides = ["trainer.max_steps=4", INTERVAL, EP + "2"]
+    run_dir, codes, log = start(tmp_path_factory.mktemp("trained"), *overrides)
     assert codes == {FINISHED}, log
     shard = path_of(run_dir, 4) / "__1_0.distcp"
     data = bytearray(shard.read_bytes())

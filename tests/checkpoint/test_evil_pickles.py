@@ -219,7 +219,7 @@ WRONG = {
     "a _StorageInfo has a key colour": lambda index: vars(first_place(index)).update(colour="red"),
     "a _StorageInfo has too few keys": lambda index: vars(first_place(index)).pop("length"),
     "lies outside it": lambda index: vars(first_part(index)).update(size=torch.Size([7, 3])),
-    "more bytes than there can be": lambda index: vars(first_part(index)).update(
+    "more bytes than possible": lambda index: vars(first_part(index)).update(
         size=torch.Size([1 << 62, 1 << 62])
     ),
     "does not say where a chunk of decoder.weight is stored": lambda index: (
@@ -234,12 +234,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_is_wrong_with_an_index_is_said(said, tmp_path):
-    (tmp_path / ".metadata").write_bytes(changed(WRONG[said]))
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_wrong_with_an_index_is_said(message, tmp_path):
+    (tmp_path / ".metadata").write_bytes(changed(WRONG[message]))
     with pytest.raises(UserError) as refusal:
         safe.read_metadata(tmp_path)
-    assert said in str(refusal.value) and len(refusal.value.problems) == 1
+    assert message in str(refusal.value) and len(refusal.value.problems) == 1
 
 
 def test_a_path_in_an_index_is_read_as_text(tmp_path):

@@ -73,21 +73,21 @@ def test_a_difference_is_refused_with_both_values_unless_its_key_is_acknowledged
         if key != "dispatcher.moe_token_drop_policy"
         else {"dispatcher__moe_expert_capacity_factor": 1.5}
     )
-    words = ["dispatcher.moe_expert_capacity_factor=1.5"] if drops else []
+    overrides = ["dispatcher.moe_expert_capacity_factor=1.5"] if drops else []
     checkpoint = stored(tmp_path, **changes, **drops)
-    config = config_of(*words)
+    config = config_of(*overrides)
     with pytest.raises(UserError) as refusal:
         same_model.refuse_differences(config, checkpoint)
     (problem,) = refusal.value.problems
     section, name = key.split(".")
-    here = model_differences._shown(model_differences.value_of(config, key))
+    own_value = model_differences._shown(model_differences.value_of(config, key))
     assert problem.startswith(
-        f"{key} = {here}, but the weights of {checkpoint} are for"
+        f"{key} = {own_value}, but the weights of {checkpoint} are for"
         f" {model_differences._shown(OTHERS[key])}"
     )
     assert problem.endswith("or name the key in checkpoint.acknowledge_differences")
     same_model.refuse_differences(
-        config_of(*words, f"checkpoint.acknowledge_differences=[{key}]"), checkpoint
+        config_of(*overrides, f"checkpoint.acknowledge_differences=[{key}]"), checkpoint
     )
 
 
@@ -154,11 +154,11 @@ def test_a_state_without_the_keys_is_refused_for_each(config, tmp_path):
 def test_it_is_said_before_any_rank_starts_unless_the_run_goes_on_from_its_own(tmp_path):
     stored(tmp_path, model__rotary_base=10000)
     (tmp_path / "release" / "integrity.json").write_text("{}")
-    words = [f"checkpoint.load_weights={tmp_path / 'release'}", f"run_dir={tmp_path / 'run'}"]
-    (problem,) = weights_problems(plan_of(*words))
+    overrides = [f"checkpoint.load_weights={tmp_path / 'release'}", f"run_dir={tmp_path / 'run'}"]
+    (problem,) = weights_problems(plan_of(*overrides))
     assert (
         problem.startswith("model.rotary_base = 1000000, but the weights of")
         and "are for 10000" in problem
     )
     (tmp_path / "run" / "iter_0000002").mkdir(parents=True)
-    assert [*weights_problems(plan_of(*words))] == []
+    assert [*weights_problems(plan_of(*overrides))] == []

@@ -251,7 +251,7 @@ WRONG = {
     ),
     "entry-too large": (
         lambda i: part(i).update(size=size(MOST, 2)),
-        "a tensor has more bytes than there can be",
+        "a tensor has more bytes than possible",
     ),
     "index-a number below 0": (lambda i: place_key(i).state.update(index=-1), NO_NUMBER),
     "storage_info-compressed": (
@@ -327,13 +327,13 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_with_an_index_is_said(what):
     index = tree()
-    (change, said) = WRONG[what]
+    (change, message) = WRONG[what]
     change(index)
     with pytest.raises((Damaged, Unwanted)) as refusal:
         metadata.metadata_of(index)
-    assert str(refusal.value) == said
+    assert str(refusal.value) == message
     assert (type(refusal.value) is Unwanted) == (
-        said == NOT_DENSE or said.startswith((OUT, "a checkpoint"))
+        message == NOT_DENSE or message.startswith((OUT, "a checkpoint"))
     )
 
 

@@ -75,9 +75,9 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("words", PLANS.values(), ids=PLANS)
-def test_the_args_are_plain_values_that_torch_reads_without_running_anything(words, tmp_path):
-    args = megatron_args(derived(*words), RunState())
+@pytest.mark.parametrize("overrides", PLANS.values(), ids=PLANS)
+def test_the_args_are_plain_values_that_torch_reads_without_running_anything(overrides, tmp_path):
+    args = megatron_args(derived(*overrides), RunState())
     torch.save({"args": args}, tmp_path / "common.pt")
     torch.serialization.add_safe_globals([Namespace])  # as Megatron-Core does
     assert torch.load(tmp_path / "common.pt", weights_only=True)["args"] == args
@@ -184,10 +184,12 @@ FOLLOWS = [
 
 
 @pytest.mark.parametrize(
-    "words, name, value", FOLLOWS, ids=[f"{words[0]}: {name}" for words, name, _ in FOLLOWS]
+    "overrides, name, value",
+    FOLLOWS,
+    ids=[f"{overrides[0]}: {name}" for overrides, name, _ in FOLLOWS],
 )
-def test_an_arg_follows_from_the_plan(words, name, value):
-    assert getattr(megatron_args(derived(*words), RunState()), name) == value
+def test_an_arg_follows_from_the_plan(overrides, name, value):
+    assert getattr(megatron_args(derived(*overrides), RunState()), name) == value
 
 
 LAYOUTS = {
@@ -221,8 +223,8 @@ def test_upstream_loads_what_was_saved_and_saves_the_same_keys_shapes_and_bits(n
     theirs.mkdir()
 
     def load_and_save(identity) -> list[str]:
-        with process_groups.start(plan, identity) as here:
-            training = optimizer.build(plan, model.build(plan, here.device))
+        with process_groups.start(plan, identity) as ranks:
+            training = optimizer.build(plan, model.build(plan, ranks.device))
             emulate_fused_adam(training)
             assert len([*differing_keys(training, ours)]) > 10  # there is something to load
             load(training, ours)
@@ -335,7 +337,7 @@ STATEFUL = """
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         [EP + "1"],
         [EP + "2", ETP, *TP],
@@ -344,8 +346,8 @@ STATEFUL = """
     ],
     ids=["EP1", "EP2xETP2", "EP2xPP2", "local"],
 )
-def test_every_object_that_transformer_engine_asks_for_is_there(words, tmp_path):
-    run_dir, codes, log = start(tmp_path, "trainer.max_steps=1", *EVERYTHING, *words)
+def test_every_object_that_transformer_engine_asks_for_is_there(overrides, tmp_path):
+    run_dir, codes, log = start(tmp_path, "trainer.max_steps=1", *EVERYTHING, *overrides)
     assert codes == {0}, log
     layers = range(4)
     experts = range(8)
@@ -368,8 +370,8 @@ def test_every_object_that_transformer_engine_asks_for_is_there(words, tmp_path)
 
 
 def test_the_schedule_is_counted_in_sequences_and_the_groups_have_what_fused_adam_reads(tmp_path):
-    words = [EP + "2", "optimizer.lr_warmup_steps=3"]
-    run_dir, codes, log = start(tmp_path, "trainer.max_steps=2", *words)
+    overrides = [EP + "2", "optimizer.lr_warmup_steps=3"]
+    run_dir, codes, log = start(tmp_path, "trainer.max_steps=2", *overrides)
     assert codes == {0}, log
     common = dist_checkpointing.load_common_state_dict(path_of(run_dir, 2))
     schedule = common["opt_param_scheduler"]

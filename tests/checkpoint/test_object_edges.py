@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
-from archives import opened, pickled, said, saved, zipped
+from archives import message_of, opened, pickled, saved, zipped
 from evil_pickles import name, records
 
 from mixtrain.checkpoint import archive
@@ -34,13 +34,16 @@ def nested(value: object, depth: int, kind: Callable[[object], object]) -> objec
 def test_an_object_is_sixteen_deep(kind):
     deep = nested(None, 16, kind)
     assert opened(saved(deep)).plain() == deep
-    assert said(lambda: opened(saved(kind(deep))).plain()) == "Damaged: it is not a small object"
+    assert (
+        message_of(lambda: opened(saved(kind(deep))).plain()) == "Damaged: it is not a small object"
+    )
 
 
 def test_an_object_has_65536_parts():
     assert opened(saved([None] * 65535)).plain() == [None] * 65535
     assert (
-        said(lambda: opened(saved([None] * 65536)).plain()) == "Damaged: it is not a small object"
+        message_of(lambda: opened(saved([None] * 65536)).plain())
+        == "Damaged: it is not a small object"
     )
 
 
@@ -49,7 +52,10 @@ def test_the_numbers_of_an_object_are_no_more_than_its_bytes():
     plain = _PlainObjects(there)
     plain.bytes_left = 23  # of one it has twelve, of two one less
     assert plain.convert(there.tree(), 0).tolist() == [0, 1, 2]
-    assert said(lambda: plain.convert(there.tree(), 0)) == "Damaged: it has more numbers than bytes"
+    assert (
+        message_of(lambda: plain.convert(there.tree(), 0))
+        == "Damaged: it has more numbers than bytes"
+    )
     plain.bytes_left = 12
     assert plain.convert(there.tree(), 0).tolist() == [0, 1, 2]
 
@@ -80,7 +86,9 @@ UNWANTED = {
 @pytest.mark.parametrize("what", UNWANTED)
 def test_what_is_not_plain_is_named(what):
     data, wanted = UNWANTED[what]
-    assert said(pickled(data).plain) == f"Unwanted: a pickle that wants {wanted} is not loaded"
+    assert (
+        message_of(pickled(data).plain) == f"Unwanted: a pickle that wants {wanted} is not loaded"
+    )
 
 
 NO_BYTES = {
@@ -102,7 +110,7 @@ def test_bytes_are_text_in_latin1(what):
         == b"\xff"
     )
     assert (
-        said(lambda: archive._encoded(NO_BYTES[what]))
+        message_of(lambda: archive._encoded(NO_BYTES[what]))
         == "Damaged: there are no bytes where some should be"
     )
 
@@ -149,4 +157,4 @@ ARRAYS = {
 def test_what_is_wrong_with_an_array_is_said(what):
     record, expected = ARRAYS[what]
     assert archive._array(array(*HONEST)).tolist() == [0, 0]
-    assert said(lambda: archive._array(record)) == expected
+    assert message_of(lambda: archive._array(record)) == expected

@@ -173,10 +173,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_wrong_with_a_pickle_is_said(what):
-    data, kind, said = REFUSED[what]
+    data, kind, message = REFUSED[what]
     with pytest.raises((Damaged, Unwanted)) as refusal:
         pickles.read(data, ALLOWED)
-    assert (type(refusal.value), str(refusal.value)) == (kind, said)
+    assert (type(refusal.value), str(refusal.value)) == (kind, message)
 
 
 def test_a_pickle_makes_a_container_for_each_four_bytes_and_sixty_four_more():
@@ -186,7 +186,7 @@ def test_a_pickle_makes_a_container_for_each_four_bytes_and_sixty_four_more():
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "given, message",
     [
         ("a" * 100, "a" * 100),
         ("a" * 101, "a" * 100 + "..."),
@@ -195,5 +195,5 @@ def test_a_pickle_makes_a_container_for_each_four_bytes_and_sixty_four_more():
     ],
     ids=["shown-100", "shown-101", "shown-control", "shown-both"],
 )
-def test_a_strangers_text_is_shown_short_and_without_control_characters(given, said):
-    assert pickles.shown(given) == said
+def test_a_strangers_text_is_shown_short_and_without_control_characters(given, message):
+    assert pickles.shown(given) == message

@@ -98,10 +98,10 @@ def test_weights_are_not_trained_on_the_token_ids_of_another_tokenizer(made, con
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer_and_keeps_its_own(made, tmp_path):
-    words = [*ONE_RANK, "trainer.limit_val_batches=0", "checkpoint.save_interval=1"]
-    run_dir, codes, log = start(tmp_path, *words, *words_of(made["one"]), "trainer.max_steps=1")
+    overrides = [*ONE_RANK, "trainer.limit_val_batches=0", "checkpoint.save_interval=1"]
+    run_dir, codes, log = start(tmp_path, *overrides, *words_of(made["one"]), "trainer.max_steps=1")
     assert codes == {FINISHED}, log
-    _, codes, log = start(tmp_path, *words, *words_of(made["other"]), "trainer.max_steps=2")
+    _, codes, log = start(tmp_path, *overrides, *words_of(made["other"]), "trainer.max_steps=2")
     assert (
         codes == {REFUSED}
         and "is not the tokenizer of" in log
@@ -110,7 +110,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer_and_keeps_its_own(made, tmp
     assert same_ids(run_dir / "tokenizer", made["one"]) and not same_ids(
         run_dir / "tokenizer", made["other"]
     )
-    _, codes, log = start(tmp_path, *words, *words_of(made["again"]), "trainer.max_steps=2")
+    _, codes, log = start(tmp_path, *overrides, *words_of(made["again"]), "trainer.max_steps=2")
     assert codes == {FINISHED}, log
 
 

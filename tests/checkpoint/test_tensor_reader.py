@@ -39,9 +39,11 @@ SMALL = [
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
-@pytest.mark.parametrize("words", [[], ["model.qk_layernorm=true"], ["model.num_query_groups=1"]])
-def test_runs_cover_every_element_of_both_sides_once(words, layout):
-    index = spans.index(resolve(config_of(*SMALL, *words)), layout)
+@pytest.mark.parametrize(
+    "overrides", [[], ["model.qk_layernorm=true"], ["model.num_query_groups=1"]]
+)
+def test_runs_cover_every_element_of_both_sides_once(overrides, layout):
+    index = spans.index(resolve(config_of(*SMALL, *overrides)), layout)
     for key, several in index.by_key.items():
         at = 0
         for run in several:
@@ -135,9 +137,9 @@ def checkpoint(tmp_path_factory):
     (folder / "run").mkdir()
 
     def save(identity) -> None:
-        with process_groups.start(plan, identity) as here:
-            training = optimizer.build(plan, model.build(plan, here.device))
-            Saver(plan, here, training, print).save(RunState(step=1))
+        with process_groups.start(plan, identity) as ranks:
+            training = optimizer.build(plan, model.build(plan, ranks.device))
+            Saver(plan, ranks, training, print).save(RunState(step=1))
 
     run_ranks(2, save, folder / "ranks")
     return folder / "run" / "iter_0000001"

@@ -29,14 +29,14 @@ def with_sbatch(tmp_path, monkeypatch) -> Path:
     return command
 
 
-@pytest.mark.parametrize("words, goes_to", [
+@pytest.mark.parametrize("overrides, goes_to", [
     ([], LauncherType.local),
     (SEVERAL, LauncherType.slurm),
     (["launcher=slurm"], LauncherType.slurm),
     (["launcher=local", *SEVERAL], LauncherType.local),
 ])  # fmt: skip
-def test_auto_is_this_machine_for_one_node_and_slurm_for_several(with_sbatch, words, goes_to):
-    assert chosen_launcher(plan_of(*words)) is goes_to
+def test_auto_is_this_machine_for_one_node_and_slurm_for_several(with_sbatch, overrides, goes_to):
+    assert chosen_launcher(plan_of(*overrides)) is goes_to
 
 
 def test_without_slurm_several_nodes_are_this_machines_to_refuse(monkeypatch):
@@ -74,7 +74,7 @@ def test_slurm_that_does_not_answer_is_said_in_its_own_words(with_sbatch):
 ALONE = Identity(0, 1, 0, 1, "tcp://127.0.0.1:20000")
 
 
-@pytest.mark.parametrize("identity, words, starts", [
+@pytest.mark.parametrize("identity, overrides, starts", [
     (None, [], True),
     (ALONE, [], False),
     (ALONE, ["launcher=local"], True),
@@ -82,10 +82,10 @@ ALONE = Identity(0, 1, 0, 1, "tcp://127.0.0.1:20000")
     (Identity(0, 2, 0, 2, "tcp://127.0.0.1:20000"), ["launcher=local"], False),
 ])  # fmt: skip
 def test_the_one_task_of_a_shell_starts_ranks_only_where_it_is_told_to(
-    monkeypatch, identity, words, starts
+    monkeypatch, identity, overrides, starts
 ):
     monkeypatch.delenv("RANK", raising=False)
-    assert starts_ranks(identity, words) is starts
+    assert starts_ranks(identity, overrides) is starts
 
 
 def test_a_rank_of_torchrun_is_a_rank_whatever_is_typed(monkeypatch):

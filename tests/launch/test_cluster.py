@@ -58,7 +58,7 @@ def test_a_time_is_read_as_slurm_does(time, seconds):
 
 
 @pytest.mark.parametrize(
-    "words, problems",
+    "overrides, problems",
     [
         (["launcher.partition=h100"], []),
         (["launcher.partition='a100,h100'"], []),
@@ -103,8 +103,8 @@ def test_a_time_is_read_as_slurm_does(time, seconds):
         (["launcher.partition=h100", "launcher.time=99-00:00:00"], []),
     ],
 )
-def test_a_plan_that_the_partition_cannot_hold_is_refused_with_both_numbers(words, problems):
-    assert list(partition_problems(plan_of(RECIPE, *words), CLUSTER)) == problems
+def test_a_plan_that_the_partition_cannot_hold_is_refused_with_both_numbers(overrides, problems):
+    assert list(partition_problems(plan_of(RECIPE, *overrides), CLUSTER)) == problems
 
 
 def test_a_cluster_without_a_default_partition_is_given_its_names():
@@ -113,7 +113,7 @@ def test_a_cluster_without_a_default_partition_is_given_its_names():
 
 
 @pytest.mark.parametrize(
-    "words, refused",
+    "overrides, refused",
     [
         (["launcher.sbatch_args.array=0-3"], True),
         (["launcher.sbatch_args.array=0-3%2"], True),
@@ -125,8 +125,8 @@ def test_a_cluster_without_a_default_partition_is_given_its_names():
         ([], False),
     ],
 )
-def test_an_array_side_by_side_needs_a_directory_for_each(words, refused):
-    assert bool(list(array_problems(plan_of(*words), words))) is refused
+def test_an_array_side_by_side_needs_a_directory_for_each(overrides, refused):
+    assert bool(list(array_problems(plan_of(*overrides), overrides))) is refused
 
 
 def test_a_run_that_may_not_be_resumed_is_not_sent():

@@ -21,7 +21,7 @@ from mixtrain.launch.containers import (
 )
 
 ROOT = Path("/opt/mixtrain")
-HERE = Path("/home/me/work")
+FOLDER = Path("/home/me/work")
 IMAGE = "launcher.container_image='nvcr.io#nvidia/pytorch:26.06-py3'"
 INDEXED = [
     "data=indexed",
@@ -31,8 +31,8 @@ INDEXED = [
 ]
 
 
-def config_of(*words: str):
-    return plan_of(IMAGE, *words).config
+def config_of(*overrides: str):
+    return plan_of(IMAGE, *overrides).config
 
 
 @pytest.mark.parametrize("text, mount", [
@@ -66,7 +66,7 @@ def test_every_path_of_the_run_must_lie_in_a_mount():
     config = config_of(
         *INDEXED, "run_dir=/scratch/run", "checkpoint.load_weights=/old/iter_0000001"
     )
-    found = list(hidden_path_problems(config, HERE, mounts_of(config, HERE, ROOT)))
+    found = list(hidden_path_problems(config, FOLDER, mounts_of(config, FOLDER, ROOT)))
     keys = [problem.split(" ")[0] for problem in found]
     assert keys == [
         "run_dir",
@@ -77,22 +77,22 @@ def test_every_path_of_the_run_must_lie_in_a_mount():
     ]
     assert found[0].endswith("add /scratch to them")
     seen = config_of(*INDEXED, "run_dir=runs/x", "launcher.container_mounts=[/data]")
-    assert list(hidden_path_problems(seen, HERE, mounts_of(seen, HERE, ROOT))) == []
+    assert list(hidden_path_problems(seen, FOLDER, mounts_of(seen, FOLDER, ROOT))) == []
 
 
 def test_data_is_looked_for_where_it_is_on_the_host():
     config = config_of(
         *INDEXED, "run_dir=/data/run", "launcher.container_mounts=['/lustre/me:/data']"
     )
-    there = with_host_paths(config, HERE, mounts_of(config, HERE, ROOT))
+    there = with_host_paths(config, FOLDER, mounts_of(config, FOLDER, ROOT))
     assert there.data.data_path == ["1", "/lustre/me/a", "2", "/lustre/me/b"]
     assert (there.data.tokenizer, there.run_dir) == ("/lustre/me/tokens", "/lustre/me/run")
 
 
 def test_an_image_or_a_folder_that_does_not_exist_is_named_with_its_key(tmp_path):
-    words = [f"run_dir={tmp_path}/run", f"launcher.container_mounts=[{tmp_path},/no/such]"]
+    overrides = [f"run_dir={tmp_path}/run", f"launcher.container_mounts=[{tmp_path},/no/such]"]
     problems = list(
-        container_problems(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path)
+        container_problems(plan_of(*overrides, "launcher.container_image=./m.sqsh"), tmp_path)
     )
     assert problems == [
         "launcher.container_image = ./m.sqsh: no such file; docs/cluster.md says how to make one",
@@ -101,9 +101,13 @@ def test_an_image_or_a_folder_that_does_not_exist_is_named_with_its_key(tmp_path
     (tmp_path / "m.sqsh").write_text("")
     assert (
         len(
-            list(container_problems(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path))
+            list(
+                container_problems(
+                    plan_of(*overrides, "launcher.container_image=./m.sqsh"), tmp_path
+                )
+            )
         )
         == 1
     )
     # a registry's name is not looked up
-    assert len(list(container_problems(plan_of(*words, IMAGE), tmp_path))) == 1
+    assert len(list(container_problems(plan_of(*overrides, IMAGE), tmp_path))) == 1

@@ -21,11 +21,11 @@ WORDS = [
     "data.split='98,1,1'",
     "name='two words'",
 ]
-HERE = Path("/home/me/mixtrain")
+FOLDER = Path("/home/me/mixtrain")
 
 
-def rendered(*words: str) -> str:
-    return script.render(plan_of(*words), list(words), HERE)
+def rendered(*overrides: str) -> str:
+    return script.render(plan_of(*overrides), list(overrides), FOLDER)
 
 
 def directives(text: str) -> dict[str, object]:
@@ -84,10 +84,12 @@ def test_the_words_come_back_from_the_shell_as_they_were_typed():
 
 def test_the_same_is_rendered_twice_alike_and_a_moment_is_pinned():
     assert rendered(*WORDS) == rendered(*WORDS)
-    words = [*WORDS, "run_dir='runs/${now:%f}'"]
+    overrides = [*WORDS, "run_dir='runs/${now:%f}'"]
     plan = plan_of(*WORDS, "run_dir=runs/123")
-    assert script.pin_values(words, plan.config) == [*WORDS, "run_dir='runs/123'"]
-    assert script.render(plan, words, HERE).count("runs/123") == 2  # for Slurm's log, and pinned
+    assert script.pin_values(overrides, plan.config) == [*WORDS, "run_dir='runs/123'"]
+    assert (
+        script.render(plan, overrides, FOLDER).count("runs/123") == 2
+    )  # for Slurm's log, and pinned
 
 
 def test_a_job_of_a_sweep_is_sent_with_words_that_it_composes_to_the_same_by_itself():
@@ -139,14 +141,14 @@ def test_variables_that_would_win_over_the_script_are_taken_from_sbatch(monkeypa
     monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
     monkeypatch.setenv("SBATCH_ACCOUNT", "mine")  # no key says otherwise: it stays
     plan = plan_of(*WORDS, "launcher.partition=gpu", "launcher.time=60")
-    assert submit.overriding_variables(plan, HERE) == ["SBATCH_PARTITION", "SBATCH_TIMELIMIT"]
-    assert submit.command_line(plan, HERE).startswith(
+    assert submit.overriding_variables(plan, FOLDER) == ["SBATCH_PARTITION", "SBATCH_TIMELIMIT"]
+    assert submit.command_line(plan, FOLDER).startswith(
         "env -u SBATCH_PARTITION -u SBATCH_TIMELIMIT sbatch --parsable"
     )
 
 
 @pytest.mark.parametrize(
-    "words, said, key",
+    "overrides, message, key",
     [
         (
             ["launcher.account=lab"],
@@ -166,6 +168,6 @@ def test_variables_that_would_win_over_the_script_are_taken_from_sbatch(monkeypa
         ([], "Invalid account or account/partition combination", ""),
     ],
 )
-def test_what_slurm_refuses_is_said_with_the_key_where_there_is_one(words, said, key):
-    found = submit.key_of(plan_of(*words), said)
+def test_what_slurm_refuses_is_said_with_the_key_where_there_is_one(overrides, message, key):
+    found = submit.key_of(plan_of(*overrides), message)
     assert (key in found) if key else not found

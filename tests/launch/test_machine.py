@@ -171,10 +171,10 @@ def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
 def test_a_cache_that_cannot_be_made_is_refused_before_ranks_start(tmp_path, kind, directory, why):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to("nowhere")
-    words = [f"data={kind}", "data.seq_length=128", f"data.path_to_cache={directory}"]
-    (problem,) = refused(*words)
+    overrides = [f"data={kind}", "data.seq_length=128", f"data.path_to_cache={directory}"]
+    (problem,) = refused(*overrides)
     assert problem.startswith(f"data.path_to_cache = {directory} cannot be made ({why}); give")
-    assert refused(*words[:2], "data.path_to_cache=new/folder") == []
+    assert refused(*overrides[:2], "data.path_to_cache=new/folder") == []
 
 
 def test_a_cache_below_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
@@ -228,8 +228,8 @@ def test_the_jobs_of_a_sweep_need_a_directory_each_and_are_all_checked_before_th
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "status.json").write_text("")
     advised = line.split("type run_dir='runs/${name}-")[1].split("'")[0]
-    words = ["--multirun", "trainer.max_steps=5,6", "checkpoint.resume=never"]
-    assert main([*words, f"run_dir='{advised}'"]) == REFUSED
+    overrides = ["--multirun", "trainer.max_steps=5,6", "checkpoint.resume=never"]
+    assert main([*overrides, f"run_dir='{advised}'"]) == REFUSED
     assert "run_dir = 1 holds a run already" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["1"]  # the first job has not begun, and Hydra has left nothing
 
@@ -243,29 +243,31 @@ def test_ranks_that_somebody_has_started_are_for_one_job(tmp_path, capsys, monke
         "MASTER_PORT": 29500,
     }.items():
         monkeypatch.setenv(name, str(value))
-    words = ["--multirun", "seed=1,2", "run_dir='${seed}'"]
-    assert main(words) == REFUSED
+    overrides = ["--multirun", "seed=1,2", "run_dir='${seed}'"]
+    assert main(overrides) == REFUSED
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
     assert line.startswith(
         "  - these are 2 jobs, but torchrun and srun start ranks for one run; type python train.py"
     )
     assert os.listdir(tmp_path) == []
-    assert main([*words, "trainer.mode=plan"]) == 0
+    assert main([*overrides, "trainer.mode=plan"]) == 0
 
 
 def test_only_the_first_rank_looks_for_an_older_run(tmp_path):
     (tmp_path / "status.json").write_text("")
-    here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
-    assert len(refused(*here, identity=rank(0, 2))) == 1
-    assert refused(*here, identity=rank(1, 2)) == []  # the first rank may have begun to write
+    run_overrides = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
+    assert len(refused(*run_overrides, identity=rank(0, 2))) == 1
+    assert (
+        refused(*run_overrides, identity=rank(1, 2)) == []
+    )  # the first rank may have begun to write
 
 
 def test_several_nodes_outside_slurm_are_refused_with_the_line_to_type_on_each():
     overrides = [RECIPE, "trainer.num_nodes=2", "data.split='90,5,5'", "name='two words'"]
     overrides.append("model.extra={no_rope_freq: 1}")
     (problem,) = [line for line in refused(*overrides) if line.startswith("trainer.num_nodes")]
-    said, _, typed = problem.partition("type: ")
-    assert "trainer.num_nodes = 2" in said
+    message, _, typed = problem.partition("type: ")
+    assert "trainer.num_nodes = 2" in message
     words = shlex.split(typed)  # as a shell reads it
     assert words[:5] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "8"]
     assert words[words.index("train.py") + 1 :] == overrides
@@ -294,7 +296,7 @@ def test_indexed_data_without_its_files_is_refused_file_by_file(tmp_path):
 
 def test_every_entry_of_an_index_is_looked_at_before_ranks_are_started(tmp_path):
     prefix = tmp_path / "corpus"
-    words = ["data.split='1,0,0'", "trainer.limit_val_batches=0"]
+    overrides = ["data.split='1,0,0'", "trainer.limit_val_batches=0"]
     entries = [
         struct.pack("<3i", 2, -2, 2),
         struct.pack("<3q", 0, 4, 4),
@@ -302,18 +304,25 @@ def test_every_entry_of_an_index_is_looked_at_before_ranks_are_started(tmp_path)
     ]
     prefix.with_suffix(".idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 3, 4) + b"".join(entries))
     prefix.with_suffix(".bin").write_bytes(bytes(8))
-    words = [*INDEXED, *words, f"data.data_path=[{prefix}]", f"data.tokenizer={tmp_path}/tokens"]
-    assert [problem.split(";")[0] for problem in refused(*words)][0] == (
+    overrides = [
+        *INDEXED,
+        *overrides,
+        f"data.data_path=[{prefix}]",
+        f"data.tokenizer={tmp_path}/tokens",
+    ]
+    assert [problem.split(";")[0] for problem in refused(*overrides)][0] == (
         f"{prefix}.idx: sequence 1 of document 1 has -2 tokens (byte {HEADER.size + 4})"
     )
     # rank 0 looks, once
-    assert not any("sequence 1" in problem for problem in refused(*words, identity=rank(1, 2)))
+    assert not any("sequence 1" in problem for problem in refused(*overrides, identity=rank(1, 2)))
 
 
 def test_all_that_a_machine_lacks_is_reported_together(tmp_path):
     (tmp_path / "status.json").write_text("")
-    here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
-    problems = refused(RECIPE, "trainer.num_nodes=2", "data.path_to_cache=status.json", *here)
+    run_overrides = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
+    problems = refused(
+        RECIPE, "trainer.num_nodes=2", "data.path_to_cache=status.json", *run_overrides
+    )
     starts = ["trainer.accelerator", "data.path_to_cache", "run_dir", "trainer.num_nodes"]
     assert [problem.split(" ")[0] for problem in problems] == starts
 

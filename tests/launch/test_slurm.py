@@ -53,8 +53,8 @@ def limited(cluster) -> str:
     """A run without end in a partition with a time limit of a minute, which is for other tests to
     pass.
     """
-    words = [*ONE_EACH, "parallel=ep1", *ENDLESS, "run_dir=limited", "launcher.partition=short"]
-    return submit(cluster, *words, "launcher.sbatch_args.signal=USR1@10")
+    overrides = [*ONE_EACH, "parallel=ep1", *ENDLESS, "run_dir=limited", "launcher.partition=short"]
+    return submit(cluster, *overrides, "launcher.sbatch_args.signal=USR1@10")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +65,11 @@ def whole(cluster, limited) -> str:
     return job
 
 
-def submit(cluster: Cluster, *words: str) -> str:
+def submit(cluster: Cluster, *overrides: str) -> str:
     """The number of the job that tools/submit.py says it has sent."""
-    said = cluster.run(sys.executable, str(ROOT / "tools/submit.py"), *words, check=False)
-    assert said.returncode == 0, said.stderr
-    return number_in(said.stdout)
+    result = cluster.run(sys.executable, str(ROOT / "tools/submit.py"), *overrides, check=False)
+    assert result.returncode == 0, result.stderr
+    return number_in(result.stdout)
 
 
 def number_in(text: str) -> str:
@@ -180,7 +180,7 @@ def test_a_job_signalled_at_a_step_returns_and_ends_with_the_metrics_of_one_that
 
 def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster, whole):
     by_hand = {"MIXTRAIN_PYTHON": sys.executable, "MIXTRAIN_ROOT": str(ROOT)}
-    words = [*SHOWS, "run_dir=down", "checkpoint.save_interval=4", "trainer.preflight=never"]
+    overrides = [*SHOWS, "run_dir=down", "checkpoint.save_interval=4", "trainer.preflight=never"]
     script = [
         "sbatch",
         "--parsable",
@@ -190,7 +190,7 @@ def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster,
     ]
     before = cluster.environment
     cluster.environment = cluster.environment | by_hand
-    job = cluster.run(*script, *words).stdout.strip()
+    job = cluster.run(*script, *overrides).stdout.strip()
     cluster.environment = before
     wait(
         lambda: (read_status(cluster.folder / "down") or {"step": 0})["step"] >= 6,
@@ -209,10 +209,10 @@ def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster,
 
 
 def test_a_run_that_fails_is_named_and_does_not_return(cluster, limited):
-    words = [*ONE_EACH, "parallel=ep2", "trainer.num_nodes=2", *ENDLESS, "run_dir=failing"]
+    overrides = [*ONE_EACH, "parallel=ep2", "trainer.num_nodes=2", *ENDLESS, "run_dir=failing"]
     # launcher=auto: two nodes, so a job
-    said = cluster.run(sys.executable, str(ROOT / "train.py"), *words)
-    job = number_in(said.stdout)
+    result = cluster.run(sys.executable, str(ROOT / "train.py"), *overrides)
+    job = number_in(result.stdout)
     wait_for_step(cluster, job, "failing", 3)
     os.kill(process_of(job, rank=1), signal.SIGKILL)
     cluster.wait_for(job, "FAILED", seconds=60)
@@ -243,16 +243,16 @@ def process_of(job: str, rank: int) -> int:
 
 def test_an_array_and_a_dependency_run_by_sbatch_args(cluster, limited):
     task = "${oc.env:SLURM_ARRAY_TASK_ID,0}"
-    words = [*ONE_EACH, "parallel=ep1", "trainer.max_steps=3", "checkpoint=last"]
+    overrides = [*ONE_EACH, "parallel=ep1", "trainer.max_steps=3", "checkpoint=last"]
     array = submit(
         cluster,
-        *words,
+        *overrides,
         f"seed='{task}'",
         f"run_dir='array-{task}'",
         "launcher.sbatch_args.array=1-2",
     )
     follows = ["run_dir=after", f"launcher.sbatch_args.dependency=afterok:{array}"]
-    after = submit(cluster, *words, *follows)
+    after = submit(cluster, *overrides, *follows)
     assert cluster.job(after)["Dependency"].startswith(f"afterok:{array}")
     cluster.wait_for(after, "COMPLETED")
     losses = [records(cluster.folder / name)[0]["lm_loss"] for name in ("array-1", "array-2")]
@@ -264,7 +264,7 @@ def test_an_array_and_a_dependency_run_by_sbatch_args(cluster, limited):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "overrides, message",
     [
         (
             ["parallel.expert_model_parallel_size=5"],
@@ -324,18 +324,18 @@ def test_an_array_and_a_dependency_run_by_sbatch_args(cluster, limited):
         (["launcher=local"], "launcher = local does not submit"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_is_sent(cluster, words, said):
+def test_what_cannot_run_is_refused_before_it_is_sent(cluster, overrides, message):
     before = jobs_so_far(cluster)
     shown = cluster.run(
         sys.executable,
         str(ROOT / "tools/submit.py"),
         *SHOWS,
-        *words,
+        *overrides,
         "run_dir=refused",
         check=False,
     )
     assert shown.returncode == 2 and "Traceback" not in shown.stderr
-    assert said in shown.stderr, shown.stderr
+    assert message in shown.stderr, shown.stderr
     if "sbatch refuses" not in shown.stderr:  # Slurm takes a number for what it looks at, too
         assert jobs_so_far(cluster) == before
     assert not (cluster.folder / "refused").exists()
