@@ -1,4 +1,4 @@
-"""What torch.save has written: each bound on the zip file, on a tensor in it, and on an object."""
+"""Files of torch.save: each limit of the zip file, of its tensors, and of objects."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_what_is_no_archive_is_damaged(data):
 
 
 def test_a_file_that_cannot_be_read_is_an_error_of_the_system():
-    """Whichever read fails: of the first one zipfile says that there is no zip file."""
+    """Whichever read fails; if it is the first, zipfile reports that there is no zip file."""
 
     class Broken(io.BytesIO):
         def read(self, *size):
@@ -158,7 +158,7 @@ def entry_with(there: Archive, **values: int) -> None:
 
 
 def ending(there: Archive, past: int) -> None:
-    """So long that it ends some bytes past the beginning of the record's header."""
+    """Shorten the archive to end some bytes after the beginning of the record's header."""
     there.length = there.entries["data/0"].header_offset + past
 
 

@@ -48,7 +48,7 @@ def test_every_range_of_a_tensor_is_a_few_slices_of_it_in_order(shape):
 
 
 def checkpoint(run_dir: Path, step: int, text: str = "weights") -> Path:
-    """A small directory with a manifest, committed."""
+    """Return a small committed directory with a manifest."""
     written = directory.saving_path(directory.path_of(run_dir, step))
     written.mkdir(parents=True)
     (written / "__0_0.distcp").write_text(text)
@@ -168,7 +168,7 @@ def test_what_a_killed_run_left_half_done_is_removed_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("moment", ["rename", "replace"])
 def test_killed_at_any_call_of_a_commit_there_is_a_whole_checkpoint(tmp_path, monkeypatch, moment):
-    """Each system call in turn is the last one: the newest valid checkpoint is never lost."""
+    """Each system call in turn is the last: the newest valid checkpoint is never lost."""
     for number in range(4):
         folder = tmp_path / str(number)
         checkpoint(folder, 5, "old")
@@ -311,7 +311,7 @@ def test_whoever_asks_for_no_share_is_told_of_damage_in_any_file(tmp_path):
             == f"{name} is damaged: its SHA-256 is not that of what was written"
         )
     (path / "__0_0.distcp").write_text("x")
-    # the largest first, so that ranks have even shares
+    # the largest first, for even shares
     assert str(name) in integrity.problem(path, full=True)
 
 
@@ -320,7 +320,7 @@ def test_a_watchdog_hears_of_every_block_that_is_read(tmp_path, monkeypatch):
     path = checkpoint(tmp_path, 1)
     heartbeats = []
     assert integrity.problem(path, full=True, heartbeat=lambda: heartbeats.append(1)) == ""
-    assert len(heartbeats) == 4  # of 7 bytes
+    assert len(heartbeats) == 4  # blocks of 7 bytes in all
 
 
 def test_a_manifest_says_what_format_it_has_and_its_files_by_name(tmp_path):

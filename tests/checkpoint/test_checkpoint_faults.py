@@ -1,6 +1,4 @@
-"""What a run finds of its former self: damage is named and passed over, another run's is refused,
-nothing is lost.
-"""
+"""Resuming: damage is named and skipped, another run's checkpoint is refused, nothing is lost."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ TWO = [EP + "2"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run of four steps on two ranks with checkpoints after the second and the fourth."""
+    """Run four steps on two ranks, with checkpoints after steps 2 and 4."""
     run_dir, codes, log = start(
         tmp_path_factory.mktemp("trained"), "trainer.max_steps=4", INTERVAL, *TWO
     )
@@ -50,7 +48,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-# what is done to a run -> (the step it goes on from, what is said)
+# damage -> (how to do it, the step from which the run resumes, the log message)
 DAMAGE = {
     "nothing": (lambda run: None, 4, None),
     "truncated": (
@@ -108,9 +106,7 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def found(trained, tmp_path_factory) -> dict:
-    """For each damage: the step of the checkpoint that is found, and what is said, by two ranks in
-    one go.
-    """
+    """For each damage: the checkpoint's step that two ranks find, and their log lines."""
     folder = tmp_path_factory.mktemp("found")
     plans = {}
     for number, (name, (damage, *_)) in enumerate(DAMAGE.items()):
@@ -152,7 +148,7 @@ def test_the_newest_valid_checkpoint_is_found_and_damage_is_named(name, found):
 def start_again(
     trained: Path, folder: Path, *overrides: str, step: int = 2
 ) -> tuple[Path, set[int], str]:
-    """Go on from the checkpoint after `step` in a copy of the run."""
+    """Resume from the checkpoint after `step` in a copy of the run."""
     run_dir = folder / "run"
     shutil.copytree(trained, run_dir)
     for later in [at for at in directory.steps_in(run_dir) if at > step]:
@@ -171,9 +167,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tr
 
 
 def refused(outcome: tuple[Path, set[int], str], trained: Path) -> str:
-    """The log of a run that was refused with exit code 2, no traceback, and nothing of the former
-    run changed.
-    """
+    """Return the log of a run refused with exit code 2, no traceback, and no changed file."""
     run_dir, codes, log = outcome
     assert codes == {REFUSED}, log
     assert "Traceback" not in log
@@ -301,7 +295,7 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def small_files(identity) -> None:
-    """From the third step on, no file of rank 1 may grow beyond 100,000 bytes."""
+    """From step 3 on, no file of rank 1 may grow beyond 100,000 bytes."""
     write = shard_writer.write_shards
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
@@ -327,7 +321,7 @@ def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_
 
 
 def full_disk(identity) -> None:
-    """Every writer of the second save finds not a byte free on the disk."""
+    """The disk is full for every writer of the second save."""
     write = shard_writer.write_shards
 
     def filled(path, *rest):
@@ -343,7 +337,7 @@ def test_a_disk_full_to_the_last_byte_in_an_async_save_is_a_line_that_says_what_
         overrides = ["trainer.max_steps=50", INTERVAL, "checkpoint.async_save=true"]
         run_dir, codes, log = start(tmp_path, *TWO, *overrides, before=full_disk)
         assert codes == {FAULT} and "Traceback" not in log, log
-        # in the place of the last one: there is no room for another file
+        # written in place of the previous one: there is no room for another file
         status = read_status(run_dir)
         assert status["state"] == "failed" and "No space left on device" in status["reason"]
         message = (
@@ -356,7 +350,7 @@ def test_a_disk_full_to_the_last_byte_in_an_async_save_is_a_line_that_says_what_
 
 
 def saver_of(run_dir: Path) -> save.Saver:
-    """As much of a Saver as looks at the disk."""
+    """Return a Saver with only the attributes for disk checks."""
     saver = object.__new__(save.Saver)
     saver.run_dir = run_dir
     return saver
@@ -387,7 +381,7 @@ def test_what_was_written_is_counted_before_it_is_removed(tmp_path):
 
 
 def writer_that(what: int):
-    """A `before` after which every writer of rank 1 gets a signal as soon as it is there."""
+    """Return a `before` that sends a signal to every writer of rank 1 when it starts."""
 
     def before(identity) -> None:
         fork = os.fork

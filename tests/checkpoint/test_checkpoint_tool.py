@@ -23,7 +23,7 @@ def tool(*overrides: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Two checkpoints, of which the newer has lost a byte without changing its size."""
+    """Two checkpoints; in the newer one a byte has changed, but not the size."""
     overrides = ["trainer.max_steps=4", INTERVAL, EP + "2"]
     run_dir, codes, log = start(tmp_path_factory.mktemp("trained"), *overrides)
     assert codes == {FINISHED}, log

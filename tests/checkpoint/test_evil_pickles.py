@@ -1,6 +1,4 @@
-"""What a pickle may say, and what comes of it: no opcode does anything, whatever it names; a few
-bytes are no bomb.
-"""
+"""Malicious pickles: no opcode has an effect, whatever it names, and no small file is a bomb."""
 
 from __future__ import annotations
 
@@ -45,8 +43,7 @@ READERS = {
 }
 
 
-# Every opcode with every name that a pickle may give, and with every name that a library has
-# declared safe
+# every opcode with every allowed name, and with every name that a library has declared safe
 
 NAMES = sorted(
     {
@@ -61,7 +58,7 @@ DECLARED = [
 ]
 THINGS = [thing for pair in [*NAMES, *DECLARED] if (thing := found(*pair)) is not None]
 FILES = {"metadata": (".metadata", index_with), "object": ("__9_9.distcp", archive_with)}
-# records: no harm where nobody looks at them
+# records, harmless where nothing reads them
 INERT = ("REDUCE", "NEWOBJ", "REDUCE, BUILD", "NEWOBJ, BUILD")
 
 
@@ -70,7 +67,7 @@ INERT = ("REDUCE", "NEWOBJ", "REDUCE, BUILD", "NEWOBJ, BUILD")
 def test_no_opcode_does_anything_with_any_name(place, opcode, tmp_path):
     file, make = FILES[place]
     (tmp_path / file).write_bytes(make(b"N"))
-    READERS[place](tmp_path)  # without an attack it is read; zipfile has imported what it needs
+    READERS[place](tmp_path)  # read once without an attack: zipfile imports its modules
     assert alone(tmp_path / "outcome", lambda: attacked(place, opcode, tmp_path)) == (
         0,
         "nothing was done",
@@ -78,7 +75,7 @@ def test_no_opcode_does_anything_with_any_name(place, opcode, tmp_path):
 
 
 def attacked(place: str, opcode: str, tmp_path: Path) -> str:
-    """Every name in turn, in this process."""
+    """Try every name in turn, in this process."""
     file, make = FILES[place]
     before = attributes(THINGS)
     for module, of in [*NAMES, *DECLARED]:
@@ -105,7 +102,7 @@ def test_a_class_that_a_pickle_would_change_is_named(tmp_path):
 
 
 def test_a_member_of_an_enumeration_that_a_library_declared_safe_keeps_its_value(tmp_path):
-    """PyTorch's restricted reader would set its state."""
+    """PyTorch's restricted unpickler would set its state."""
     from megatron.core.transformer.enums import AttnBackend
 
     of = name("megatron.core.transformer.enums", "AttnBackend")
@@ -117,7 +114,7 @@ def test_a_member_of_an_enumeration_that_a_library_declared_safe_keeps_its_value
     assert AttnBackend(1).value == 1
 
 
-# Bombs: a few bytes that would be much work or memory
+# Bombs: a few bytes that would take much time or memory
 
 MANY = 50_000
 LAUGHS = b"K\x01" + b"".join(b"q%c(" % number + b"h%c" % number * 10 + b"t" for number in range(40))
@@ -152,7 +149,7 @@ def test_time_and_memory_are_bounded_by_the_bytes_that_are_there(place, bomb, tm
     tracemalloc.start()
     started = time.process_time()
     try:
-        READERS[place](tmp_path)  # what nobody looks at may be read
+        READERS[place](tmp_path)  # data that nothing uses may be read
     except UserError as error:
         assert len(str(error)) < 500
     peak = tracemalloc.get_traced_memory()[1]
@@ -161,7 +158,7 @@ def test_time_and_memory_are_bounded_by_the_bytes_that_are_there(place, bomb, tm
 
 
 def shared_chunks(times: int) -> bytes:
-    """An index in which one list of many chunks belongs to many tensors."""
+    """Return an index in which many tensors share one list of many chunks."""
     index = small_index(None)
     part = next(iter(index.state_dict_metadata.values()))
     part.chunks *= 500
@@ -182,7 +179,7 @@ def test_an_object_that_has_one_tensor_many_times_is_refused(tmp_path):
         READERS["object"](tmp_path)
 
 
-# An index that is no attack, and not as it should be
+# Damaged indexes
 
 
 def changed(change) -> bytes:
@@ -277,7 +274,7 @@ def test_a_tensor_is_read_as_torch_load_reads_it(dtype, tmp_path):
 
 
 def tensor_with(offset: int, size: tuple, stride: tuple) -> bytes:
-    """A file of eight numbers whose pickle says that they are a tensor of this shape."""
+    """Return a file of eight numbers whose pickle claims a tensor of this shape."""
     numbers = b"".join(b"J" + struct.pack("<i", number) for number in size)
     steps = b"".join(b"J" + struct.pack("<i", number) for number in stride)
     wanted = (
@@ -345,7 +342,7 @@ STREAMS = {
 @pytest.mark.parametrize("which", STREAMS)
 def test_random_streams_that_are_none_are_refused_and_none_is_set(which):
     streams = content._streams()
-    # Megatron-Core keeps what it is given
+    # Megatron-Core keeps a reference to its argument
     assert content.set_rng_state([copy.deepcopy(streams)]) is None
     before = torch.get_rng_state()
     STREAMS[which](streams | {"torch_rng_state": torch.Generator().get_state()})

@@ -1,6 +1,4 @@
-"""Weights are refused for a model of the same shapes that computes something else, key by key,
-unless it is said.
-"""
+"""Weights are refused for a model with the same shapes and other settings, key by key."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from mixtrain.errors import UserError
 from mixtrain.interop.convert.source_config import run_state
 from mixtrain.launch.machine_checks import weights_problems
 
-# key -> another value of the default model's, with the same shapes where there are such
+# key -> another value than the default model's, with the same shapes if possible
 OTHERS = {
     "model.num_attention_heads": 8,
     "model.num_query_groups": 1,
@@ -47,7 +45,7 @@ NOT_FORWARD = """
 
 
 def stored(folder, **changes):
-    """A release directory with the state of the default model, but for keys (dots are __)."""
+    """A release directory with the state of the default model, except for keys (dots are __)."""
     values = run_state(config_of()).config
     for key, value in changes.items():
         section, name = key.split("__")
@@ -147,7 +145,7 @@ def test_a_state_without_the_keys_is_refused_for_each(config, tmp_path):
     assert "model.rotary_base = 1000000, but" in str(
         refusal.value
     ) and "a value that is not known" in str(refusal.value)
-    # the policy is of no account where nothing is dropped
+    # the policy has no effect if no token is dropped
     assert len(refusal.value.problems) == len(FORWARD) - 1
 
 

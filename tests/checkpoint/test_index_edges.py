@@ -1,6 +1,4 @@
-"""The index of a checkpoint: what an honest one may be, and what is said of each thing that may be
-wrong with it.
-"""
+"""The index of a checkpoint: what is accepted, and the message for each thing that is wrong."""
 
 from __future__ import annotations
 
@@ -56,7 +54,7 @@ def places(index: PickleRecord) -> dict:
 
 
 def place(index: PickleRecord) -> dict:
-    """The state of the record that says where the object lies."""
+    """Return the state of the record that locates the object."""
     return places(index)[place_key(index)].state
 
 
@@ -94,7 +92,7 @@ def chunk(index: PickleRecord, **state: object) -> None:
     part(index)["chunks"][0].state.update(state)
 
 
-# What an honest index may be
+# Valid indexes
 
 
 @pytest.mark.parametrize(
@@ -136,7 +134,7 @@ def test_a_tensor_of_every_dtype_is_in_an_index(dtype):
 
 
 def whole(index: PickleRecord) -> None:
-    """Nothing is changed."""
+    """Change nothing."""
 
 
 def of_megatron(index: PickleRecord) -> None:
@@ -145,7 +143,7 @@ def of_megatron(index: PickleRecord) -> None:
 
 
 def without_numbers(index: PickleRecord) -> None:
-    """PyTorch before it had them."""
+    """As PyTorch wrote it before it had numbers."""
     for key in places(index):
         key.state.pop("index", None)
 
@@ -200,7 +198,7 @@ def test_an_index_of_nothing_is_read():
     assert (read.state_dict_metadata, read.storage_data) == ({}, {})
 
 
-# What is wrong with one
+# Invalid indexes
 
 SIZE = PickleRecord(Name("torch", "Size"), ())
 NO_NUMBER = "a size or offset is not an integer from 0"

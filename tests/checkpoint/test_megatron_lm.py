@@ -203,7 +203,7 @@ LAYOUTS = {
     "PP2xVPP2": [EP + "1", PP + "2", VPP],
     "CP2xEP2": [EP + "2", CP],
 }
-# read at another layout than it was written at
+# layouts that read a checkpoint of another layout
 ELSEWHERE = {"EP2 without the distributed optimizer": [EP + "2"]}
 QUICK = ("EP2", "EP2 without the distributed optimizer", "TP2xPP2")
 # Megatron-Core's save takes seconds

@@ -1,6 +1,4 @@
-"""Small objects that torch.save has written: each bound on them, and each thing that is no plain
-object.
-"""
+"""Small objects of torch.save: each limit, and each thing that is not a plain object."""
 
 from __future__ import annotations
 
@@ -50,7 +48,7 @@ def test_an_object_has_65536_parts():
 def test_the_numbers_of_an_object_are_no_more_than_its_bytes():
     there = opened(ONE)
     plain = _PlainObjects(there)
-    plain.bytes_left = 23  # of one it has twelve, of two one less
+    plain.bytes_left = 23  # one tensor takes 12 bytes: two take one more than this
     assert plain.convert(there.tree(), 0).tolist() == [0, 1, 2]
     assert (
         message_of(lambda: plain.convert(there.tree(), 0))

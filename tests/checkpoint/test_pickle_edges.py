@@ -1,6 +1,4 @@
-"""Each opcode of a pickle, what is read of it, and what is said where it is not whole: bytes made
-by hand.
-"""
+"""Each opcode of a pickle: its result, and the message if it is incomplete; bytes by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ A_B = Name("a", "B")
 
 
 def seen(value: object) -> object:
-    """A value in which Records show what they hold."""
+    """Return a value in which PickleRecords show their contents."""
     if type(value) is PickleRecord:
         return "Record", value.of, seen(value.args), seen(value.state)
     if type(value) in (list, tuple):
@@ -34,7 +32,7 @@ def record(args: object = (), state: object = None) -> tuple:
     return "Record", A_B, args, state
 
 
-# What is read. The names begin with that of the table or function whose faults they notice.
+# Valid pickles. A test's name begins with the table or function that it tests.
 READ = {
     "STEPS-PROTO": (b"\x80\x02N", None),
     "STEPS-FRAME": (b"\x95" + bytes(8) + b"N", None),
@@ -91,7 +89,7 @@ READ = {
 @pytest.mark.parametrize("what", READ)
 def test_an_opcode_is_read_as_what_it_says(what):
     data, expected = READ[what]
-    assert repr(seen(pickles.read(data + b".", ALLOWED))) == repr(expected)  # True is no 1 here
+    assert repr(seen(pickles.read(data + b".", ALLOWED))) == repr(expected)  # repr, since True == 1
 
 
 AT = "at byte {}".format

@@ -1,6 +1,4 @@
-"""The small files of a checkpoint: how much is read of them, and how what is wrong with one is
-said.
-"""
+"""The small files of a checkpoint: how much of them is read, and the messages for damage."""
 
 from __future__ import annotations
 

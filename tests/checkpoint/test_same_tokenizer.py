@@ -1,6 +1,4 @@
-"""Weights and text have one tokenizer: another is refused with both, before a model is trained or
-asked with it.
-"""
+"""Weights and text must use one tokenizer: another is refused by name before anything runs."""
 
 from __future__ import annotations
 
@@ -33,13 +31,13 @@ ACKNOWLEDGED = "checkpoint.acknowledge_differences=[data.tokenizer]"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[str, Path]:
-    """Two tokenizers of one size, one of them again in another format, and a data set of each."""
+    """Two tokenizers of one size, one of them also in another format, and a data set of each."""
     folder = tmp_path_factory.mktemp("made")
     for name, text in {"one": "decoder.py", "other": "scanner.py"}.items():
         train_bpe(iter([(LIBRARY / text).read_text()]), 300, folder / name)
     shutil.copytree(folder / "one", folder / "again")
     written = json.loads((folder / "one" / "tokenizer.json").read_text())
-    # as older versions write
+    # as older versions write it
     written["model"] |= {"merges": [" ".join(merge) for merge in written["model"]["merges"]]}
     written["truncation"] = {
         "max_length": 8,

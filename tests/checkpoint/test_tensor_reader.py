@@ -1,6 +1,4 @@
-"""Every element of the model has one place on each side, and any part of a checkpoint is read as it
-lies there.
-"""
+"""Every element of the model has one place on each side, and any slice of a tensor is read."""
 
 from __future__ import annotations
 
@@ -123,7 +121,7 @@ def test_a_tensor_of_one_element_is_one_run():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Saved by TP2: some of its tensors are cut along their last axis."""
+    """Saved with TP2, so some tensors are sharded along their last axis."""
     folder = tmp_path_factory.mktemp("tp2")
     plan = plan_of(
         *SMALL,
@@ -149,7 +147,7 @@ def test_any_range_is_what_pytorchs_own_loader_reads(checkpoint):
     reader = TensorReader(checkpoint)
     wholes = tensors_of(checkpoint)
     assert reader.shapes == {key: tuple(whole.shape) for key, whole in wholes.items()}
-    # a cut last axis
+    # the last axis is sharded
     assert any(len(chunks) > 1 and chunks[1].offset[-1] > 0 for chunks in reader.chunks.values())
     picked = torch.Generator().manual_seed(0)
     for key, whole in wholes.items():

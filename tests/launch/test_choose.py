@@ -1,6 +1,4 @@
-"""Where a plan goes: a rank where one was started, this machine for one node, Slurm for several, or
-what to type.
-"""
+"""Where a plan runs: in a rank, on this machine for one node, in Slurm for several."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ SEVERAL = ["trainer.num_nodes=2", "trainer.devices=1"]
 
 @pytest.fixture
 def with_sbatch(tmp_path, monkeypatch) -> Path:
-    """A machine where sbatch can be called; what it would say is not asked here."""
+    """A machine that has sbatch on PATH; these tests do not run it."""
     command = tmp_path / "bin" / "sbatch"
     command.parent.mkdir()
     command.write_text("#!/bin/sh\nexit 1\n")

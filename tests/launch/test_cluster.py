@@ -1,6 +1,4 @@
-"""What Slurm says of its nodes is read, and held against the plan: pure, the real one is in
-test_slurm.py.
-"""
+"""Slurm's nodes are parsed and compared with the plan, without a Slurm (test_slurm.py has one)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""What the container of a job would not see, and what is not there to be mounted, is said before it
-is sent.
-"""
+"""Paths that a job's container would not see, and missing mounts, are refused before submission."""
 
 from __future__ import annotations
 
@@ -54,7 +52,7 @@ def test_what_is_no_mount_is_refused_with_the_key(text):
     ("/data/x/y", "/lustre/me/x/y"),
     ("/data", "/lustre/me"),
     ("/data/../data/x", "/lustre/me/x"),
-    ("/data/deep/x", "/fast/x"),  # the innermost mount holds it
+    ("/data/deep/x", "/fast/x"),  # in the innermost mount
     ("/database", None),
     ("/data/../etc", None),
 ])  # fmt: skip
@@ -109,5 +107,5 @@ def test_an_image_or_a_folder_that_does_not_exist_is_named_with_its_key(tmp_path
         )
         == 1
     )
-    # a registry's name is not looked up
+    # an image in a registry is not checked
     assert len(list(container_problems(plan_of(*overrides, IMAGE), tmp_path))) == 1

@@ -1,6 +1,4 @@
-"""What a job does when its ranks have ended: return to the queue, end, or say which rank failed. No
-Slurm is needed.
-"""
+"""A job after its ranks have ended: it returns, ends, or names the failed rank. Without Slurm."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ def run_dir(tmp_path, monkeypatch) -> Path:
 
 
 def ended(capsys, run_dir: Path, code: int, *overrides: str) -> tuple[str, str]:
-    """(the verdict that the script reads, what the job's log has)."""
+    """Return (the verdict for the script, the text for the job's log)."""
     assert job.main(["end", str(code), f"run_dir={run_dir}", *overrides]) == 0
     output = capsys.readouterr()
     return output.out.strip(), output.err
@@ -124,7 +122,7 @@ def test_a_return_that_cannot_be_counted_is_none(capsys, run_dir):
 
 def test_a_verdict_that_cannot_be_written_stands_in_the_jobs_log_with_what_to_type(capsys, run_dir):
     status(run_dir, "running", 7, "")
-    (run_dir / "status.json.tmp").mkdir()  # as good as a disk that takes no other file
+    (run_dir / "status.json.tmp").mkdir()  # has the effect of a disk without room for another file
     verdict, message = ended(capsys, run_dir, 1)
     assert verdict == "1" and "Traceback" not in message
     last = message.splitlines()[-1]

@@ -1,6 +1,4 @@
-"""A job's script is slurm/train.sbatch with what the plan and the keys say filled in, and nothing
-else.
-"""
+"""A job's script is slurm/train.sbatch, with only the plan's directives and settings filled in."""
 
 from __future__ import annotations
 
@@ -93,7 +91,7 @@ def test_the_same_is_rendered_twice_alike_and_a_moment_is_pinned():
 
 
 def test_a_job_of_a_sweep_is_sent_with_words_that_it_composes_to_the_same_by_itself():
-    """${hydra:job.num} is that of the sweep, and nothing in the job."""
+    """${hydra:job.num} is the sweep's number, and undefined in the job."""
     swept = [
         "seed=1,2",
         "name='it\\'s-${hydra:job.num}'",
@@ -139,7 +137,7 @@ def test_a_container_has_the_checkout_the_folder_and_the_mounts_and_its_own_pyth
 def test_variables_that_would_win_over_the_script_are_taken_from_sbatch(monkeypatch):
     monkeypatch.setenv("SBATCH_PARTITION", "old")
     monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
-    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")  # no key says otherwise: it stays
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")  # no key sets the account: the variable stays
     plan = plan_of(*WORDS, "launcher.partition=gpu", "launcher.time=60")
     assert submit.overriding_variables(plan, FOLDER) == ["SBATCH_PARTITION", "SBATCH_TIMELIMIT"]
     assert submit.command_line(plan, FOLDER).startswith(

@@ -1,6 +1,4 @@
-"""train.py as it is typed: real processes, real signals. Every wait is bounded, every process group
-is ended.
-"""
+"""train.py as users run it: real processes and signals; waits are bounded, groups are ended."""
 
 from __future__ import annotations
 
@@ -34,7 +32,7 @@ SMALL = [
 
 
 class Command:
-    """A command in a process group of its own, its output in a file."""
+    """A command in its own process group, with its output in a file."""
 
     def __init__(self, folder: Path, *command: str):
         self.output = folder / "output.txt"
@@ -84,9 +82,7 @@ class Command:
 
 
 def hear_ctrl_c() -> None:
-    """In a background job of a script, as which the tests may run, SIGINT is ignored and stays so
-    in every child.
-    """
+    """Reset SIGINT: a script's background job ignores it, and so would every child."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -95,7 +91,7 @@ def train(folder: Path, *overrides: str) -> Command:
 
 
 def launch(folder: Path, rank: str) -> Command:
-    """The launcher alone, with two ranks that run the code `rank` where train.py would train."""
+    """Run only the launcher, with two ranks that run the code `rank` instead of train.py."""
     start = (
         f"mixtrain.launch.local.start(composing.plan_of('run_dir={folder}/run'),"
         f" (sys.executable, '-c', {rank!r}))"
@@ -114,7 +110,7 @@ def lm_losses(folder: Path) -> list[float]:
 
 
 def ranks_of(command: Command) -> dict[int, int]:
-    """rank -> process id of the ranks that a launcher has started."""
+    """Return rank -> process id of a launcher's ranks."""
     found = {}
     for child in (
         Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children").read_text().split()
@@ -140,7 +136,7 @@ def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
     assert losses[0] == pytest.approx(8.33, abs=0.1) and losses[-1] < losses[0] - 2
     assert read_status(tmp_path / "run")["state"] == "finished"
 
-    with train(tmp_path, *overrides) as again:  # nothing is left to do
+    with train(tmp_path, *overrides) as again:  # all steps are done
         assert again.wait(30) == 0
     assert "finished after 40 of 40 steps" in again.text() and lm_losses(tmp_path) == losses
     with train(tmp_path, *overrides, "optimizer.lr=1e-3") as other:
@@ -167,7 +163,7 @@ def test_a_recipe_shrunk_to_a_laptop_trains_on_eight_ranks(tmp_path):
     assert len(list((tmp_path / "run" / "logs").glob("rank_*.log"))) == 8
     status = read_status(tmp_path / "run")
     assert status["step"] == 5
-    # the ranks know of the recipe
+    # the ranks know the recipe
     assert status["changed_mathematics"] == ["trainer.max_steps = 5 (recipe: 20)"]
 
 
@@ -268,7 +264,7 @@ def test_ctrl_c_while_the_ranks_start_ends_them_and_exits_0(tmp_path):
 
 def test_ctrl_c_before_there_is_a_run_is_one_line(tmp_path):
     with train(tmp_path, *SMALL) as run:
-        # the first thing that train.py does
+        # the first action of train.py
         run.wait_until(lambda: catches(run.process.pid, signal.SIGTERM))
         run.process.send_signal(signal.SIGINT)
         assert run.wait(60) == 0
@@ -298,7 +294,7 @@ def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
 
 
 def test_the_ranks_are_handed_the_plan_and_do_not_compose_it_again(tmp_path):
-    """Composed a second time, ${now:%f} would be another microsecond."""
+    """Composed again, ${now:%f} would be another microsecond."""
     moment = "run_dir='" + str(tmp_path / "runs") + "/${now:%f}'"
     with Command(
         tmp_path,
@@ -439,7 +435,7 @@ def log_of(folder: Path, rank: int) -> str:
 
 
 def catches(process: int, number: int) -> bool:
-    """Whether a process has a handler of its own for a signal."""
+    """Return whether a process has its own handler for a signal."""
     caught = next(
         v
         for v in Path(f"/proc/{process}/status").read_text().splitlines()
@@ -456,7 +452,7 @@ def wait_for_no_ranks(folder: Path, seconds: float) -> None:
 
 
 def ranks_left(folder: Path) -> list[str]:
-    """Ranks of the run in folder/run and their helpers: their stderr is one of its logs."""
+    """Return ranks of folder/run and their helpers: processes whose stderr is one of its logs."""
     found = []
     for entry in Path("/proc").iterdir():
         try:

@@ -1,6 +1,4 @@
-"""What this machine cannot run is refused with what to type instead; the environment says who a
-process is.
-"""
+"""What this machine cannot run is refused, with what to type; the environment identifies a rank."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ OF_MODEL += [
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch, tmp_path):
-    """Nobody has started ranks, no GPU and no Slurm is there, and the directory is empty."""
+    """No started ranks, no GPU, no Slurm, and an empty directory."""
     for name in list(os.environ):
         if (
             name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -82,7 +80,7 @@ def test_missing_gpus_are_counted_with_both_ways_to_go_on():
         assert fragment in problem
 
 
-ANY_MEMORY = "trainer.device_memory_gib=null"  # of node8, which recomputes nothing
+ANY_MEMORY = "trainer.device_memory_gib=null"  # node8 recomputes nothing
 
 
 @pytest.mark.parametrize(
@@ -184,7 +182,7 @@ def test_a_cache_below_a_folder_without_write_permission_is_refused(tmp_path, mo
     assert problem.startswith(
         f"data.path_to_cache = new cannot be made ({tmp_path} cannot be written)"
     )
-    (tmp_path / "new").mkdir()  # which may hold all that is read
+    (tmp_path / "new").mkdir()  # which may be a complete cache
     assert refused("data.path_to_cache=new") == []
 
 
@@ -231,11 +229,11 @@ def test_the_jobs_of_a_sweep_need_a_directory_each_and_are_all_checked_before_th
     overrides = ["--multirun", "trainer.max_steps=5,6", "checkpoint.resume=never"]
     assert main([*overrides, f"run_dir='{advised}'"]) == REFUSED
     assert "run_dir = 1 holds a run already" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["1"]  # the first job has not begun, and Hydra has left nothing
+    assert os.listdir(tmp_path) == ["1"]  # no job has started, and Hydra wrote nothing
 
 
 def test_ranks_that_somebody_has_started_are_for_one_job(tmp_path, capsys, monkeypatch):
-    """In a second one they meet at what the first has left there, and wait for ever."""
+    """In a second job they would use the first one's rendezvous, and wait forever."""
     for name, value in {
         "RANK": 0,
         "WORLD_SIZE": 2,
@@ -313,7 +311,7 @@ def test_every_entry_of_an_index_is_looked_at_before_ranks_are_started(tmp_path)
     assert [problem.split(";")[0] for problem in refused(*overrides)][0] == (
         f"{prefix}.idx: sequence 1 of document 1 has -2 tokens (byte {HEADER.size + 4})"
     )
-    # rank 0 looks, once
+    # only rank 0 checks
     assert not any("sequence 1" in problem for problem in refused(*overrides, identity=rank(1, 2)))
 
 
@@ -342,7 +340,7 @@ def test_nothing_of_this_machine_is_asked_in_plan_mode(tmp_path, capsys):
 
 @pytest.mark.parametrize("started", [{"SLURM_PROCID": 0}, {"RANK": 0, "WORLD_SIZE": 3}])
 def test_a_plan_is_of_any_machine_whatever_was_started_on_this_one(monkeypatch, capsys, started):
-    """`srun --pty bash` is one task, in which a plan of two ranks can be asked for."""
+    """`srun --pty bash` is one task; a plan of two ranks can be shown in it."""
     set_all(monkeypatch, started)
     assert main(["trainer.mode=plan"]) == FINISHED
     assert "2 on 1 node of 2" in capsys.readouterr().out
@@ -409,7 +407,7 @@ def test_one_rank_of_every_node_says_what_is_wrong(monkeypatch, capsys, local_ra
     assert main([RECIPE]) == REFUSED
     shown = capsys.readouterr()
     assert ("0 GPUs" in shown.err) == heard
-    assert shown.out == ""  # the plan is the first rank's to print
+    assert shown.out == ""  # only the first rank prints the plan
 
 
 # Who this process is
