@@ -320,7 +320,7 @@ def test_a_watchdog_hears_of_every_block_that_is_read(tmp_path, monkeypatch):
     path = checkpoint(tmp_path, 1)
     heartbeats = []
     assert integrity.problem(path, full=True, heartbeat=lambda: heartbeats.append(1)) == ""
-    assert len(heartbeats) == 4  # blocks of 7 bytes in all
+    assert len(heartbeats) == 4  # 7 bytes in blocks of 2
 
 
 def test_a_manifest_says_what_format_it_has_and_its_files_by_name(tmp_path):
