@@ -1,8 +1,8 @@
 """Build PyTorch's checkpoint index from the parsed pickle, with every value checked.
 
 Rule: only the records listed here are read. Classes are never looked up by a name from a file. A
-list of chunks is used once, even if the pickle repeats it, so the index takes no more memory than
-its file warrants.
+list of chunks is used once, even if the pickle repeats it, so the index takes memory linear in
+its file's size.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ STORAGE = "torch.distributed.checkpoint.filesystem"
 PLANNER = "torch.distributed.checkpoint.planner"
 MEGATRON = "megatron.core.dist_checkpointing.strategies.torch"
 PATHS = ("pathlib", "pathlib._local")  # the latter is Python 3.13's
-# The names in normal indexes. The records of the last three lines are not used: Megatron-Core
-# leaves its save plans there.
+# The names in normal indexes, including those of save plans, which Megatron-Core leaves there and
+# nothing uses.
 ALLOWED = {
     "torch": {"Size", *DTYPES},
     "torch.serialization": {"_get_layout"},
