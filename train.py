@@ -31,8 +31,8 @@ from mixtrain.config.jobs import plan_of
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import render
 from mixtrain.errors import FINISHED, REFUSED, UserError, print_problems
-from mixtrain.launch.choose import launch, place, starts_ranks
-from mixtrain.launch.local import handed_plan
+from mixtrain.launch.choose import chosen_launcher, launch, starts_ranks
+from mixtrain.launch.local import load_plan
 from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.closed_pipe import run_main
 from mixtrain.training.preflight import with_records_dir
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         identity = read_identity()
         if identity and identity.is_ours:
             die_with(int(os.environ[LAUNCHER]))
-            return train(handed_plan(), identity)
+            return train(load_plan(), identity)
         if starts_ranks(identity, argv):
             identity = None
         jobs, problems = compose(argv)
@@ -123,7 +123,7 @@ def run_jobs(plans: list[tuple[Plan, list[str]]], identity: Identity | None) -> 
 def was_stopped(plan: Plan) -> bool:
     """Return whether a local run was stopped on request; cluster jobs have not started yet."""
     return (
-        place(plan) is LauncherType.local
+        chosen_launcher(plan) is LauncherType.local
         and previous_status(with_records_dir(plan).config.run_dir).get("state") == "stopped"
     )
 

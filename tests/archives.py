@@ -36,7 +36,7 @@ def pickled(data: bytes) -> Archive:
     return opened(zipped({"archive/data.pkl": data + b"."}))
 
 
-def said(work: Callable[[], object]) -> str:
+def message_of(work: Callable[[], object]) -> str:
     with pytest.raises((Damaged, Unwanted)) as refusal:
         work()
     return f"{type(refusal.value).__name__}: {refusal.value}"

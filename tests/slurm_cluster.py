@@ -1,8 +1,7 @@
-"""A Slurm on this machine: two nodes, one beside them, controller and munge, on loopback, in one
-folder. For tests.
+"""A Slurm cluster on this machine for tests: three nodes, controller and munge, on loopback.
 
-Rule: nothing outside the folder is read or written (SLURM_CONF leads every command there), several
-may run at once, and every process that was started is ended.
+Rule: everything lies in one folder (SLURM_CONF points every command to it), several clusters may
+run at once, and every process that was started is ended.
 """
 
 from __future__ import annotations
@@ -63,40 +62,37 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
 ReturnToService=2
 GresTypes=gpu
-NodeName=n0 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=4 RealMemory=4000
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[3]} CPUs=4 RealMemory=4000
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=4 RealMemory=4000 Gres=gpu:{gpus}
+NodeName=n0 Port={ports[1]} {node}
+NodeName=n2 Port={ports[3]} {node}
+NodeName=n1 Port={ports[2]} {node} Gres=gpu:{gpus}
 PartitionName=cpu Nodes=n[0-1] Default=YES MaxTime=60
 PartitionName=gpu Nodes=n1 MaxTime=60
 PartitionName=short Nodes=n2 MaxTime=1
 """
-# In the shell of who submits: gloo's connections stay on loopback too, and two cores are shared by
-# all ranks.
+# in the user's shell: gloo also connects over loopback, and all ranks share two cores
 SHELL = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-# a node that has ended a job refuses it, and fails it, if it comes back within a second or two
+# a node fails a job that returns within a second or two of its end there
 REVOKED_S = 3
-OTHERS = ("SLURM", "SBATCH", "MIXTRAIN")  # what variables of another cluster begin with
+OTHER_CLUSTERS = ("SLURM", "SBATCH", "MIXTRAIN")  # prefixes of another cluster's variables
 
 
 def lacking() -> list[str]:
-    """The programs that are not installed here."""
+    """Return the programs that are not installed here."""
     path = os.pathsep.join([os.environ.get("PATH", ""), SBIN])
     return [name for name in PROGRAMS if shutil.which(name, path=path) is None]
 
 
 class Cluster:
-    """The cluster, once it is up. `environment` is what a user's shell has on its login node."""
+    """A cluster; `environment` is that of a user's shell on its login node."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.processes = []
         path = os.pathsep.join([os.environ["PATH"], SBIN])
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("SLURM", "SBATCH", "MIXTRAIN"))
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith(OTHER_CLUSTERS)
         }
-        self.environment = kept | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
+        self.environment = environment | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": path}
 
     def start(self) -> None:
         for name in ("munge", "state", "spool_n0", "spool_n1", "spool_n2"):
@@ -110,9 +106,11 @@ class Cluster:
             device.write_text("")
         gres = "".join(f"NodeName=n1 Name=gpu File={device}\n" for device in devices)
         (self.folder / "gres.conf").write_text(gres)
+        host = socket.gethostname().split(".")[0]
         values = {
             "folder": self.folder,
-            "host": socket.gethostname().split(".")[0],
+            "host": host,
+            "node": f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4 RealMemory=4000",
             "user": pwd.getpwuid(os.getuid()).pw_name,
             "ports": free_ports(4),
             "gpus": GPUS,
@@ -130,9 +128,9 @@ class Cluster:
         )
 
     def _munge(self) -> list[str]:
-        return [
-            f"--{name}-file={self.folder}/munge/{name}" for name in ("key", "pid", "log", "seed")
-        ] + [f"--socket={self.folder}/munge/socket"]
+        folder = self.folder / "munge"
+        files = [f"--{name}-file={folder}/{name}" for name in ("key", "pid", "log", "seed")]
+        return [*files, f"--socket={folder}/socket"]
 
     def _daemon(self, *command: str) -> None:
         with open(self.folder / "daemons.log", "a") as log:
@@ -163,7 +161,7 @@ class Cluster:
     def run(
         self, *command: str, check: bool = True, timeout: float = 60
     ) -> subprocess.CompletedProcess[str]:
-        """A command as a user of the cluster types it."""
+        """Run a command as a user of the cluster."""
         return subprocess.run(
             command,
             env=self.environment,
@@ -175,15 +173,13 @@ class Cluster:
         )
 
     def ask(self, command: str, *flags: str) -> str:
-        """What a command that lists has to say, without its header; nothing where Slurm does not
-        answer.
-        """
+        """Return the output of a listing command, without a header; "" if Slurm does not answer."""
         return self.run(command, "--noheader", *flags, check=False).stdout.strip()
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says; {} of a job that is forgotten."""
+        """Return the fields of `scontrol show job`; {} if Slurm has forgotten the job."""
         shown = self.run("scontrol", "--oneliner", "show", "job", number, check=False).stdout
-        return dict(part.split("=", 1) for part in shown.split() if "=" in part)
+        return dict(field.split("=", 1) for field in shown.split() if "=" in field)
 
     def state(self, number: str) -> str:
         return self.job(number).get("JobState", "GONE")
@@ -196,9 +192,7 @@ class Cluster:
         )
 
     def let_return(self, number: str, seconds: float = 60) -> None:
-        """Start a requeued job soon: Slurm makes it wait two minutes. Not at once: its nodes have
-        just revoked it.
-        """
+        """Start a requeued job after REVOKED_S; Slurm would let it wait for two minutes."""
         wait(
             lambda: self.is_requeued(number),
             seconds,
@@ -224,14 +218,14 @@ class Cluster:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports below those of outgoing connections that nobody listens at."""
-    found: list[int] = []
-    while len(found) < count:
+    """Return unused ports below the range of outgoing connections."""
+    ports: list[int] = []
+    while len(ports) < count:
         port = random.randrange(11000, 30000)
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
-            found.append(port)
-    return found
+            ports.append(port)
+    return ports
 
 
 def wait(until: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
@@ -246,7 +240,7 @@ def wait(until: Callable[[], object], seconds: float, what: str | Callable[[], s
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[Cluster]:
-    """A cluster within the block."""
+    """Run a cluster for the duration of the block."""
     cluster = Cluster(folder)
     try:
         cluster.start()

@@ -1,14 +1,14 @@
-"""Look at checkpoints: what there is, whether it is whole, what is in it.
+"""List, verify and inspect checkpoints.
 
-    python tools/checkpoint.py list runs/laptop                  every one: step, layout, size,
-      valid or why not
-    python tools/checkpoint.py verify runs/laptop                hash every file of all, or of one
-      iter_NNNNNNN
-    python tools/checkpoint.py inspect runs/laptop/iter_0000100  its tensors, shapes and dtypes
-      (--match TEXT)
+    python tools/checkpoint.py list runs/laptop
+        step, layout, size and state (valid, or what is wrong) of every checkpoint
+    python tools/checkpoint.py verify runs/laptop
+        hash every file of all checkpoints, or of one (runs/laptop/iter_0000100)
+    python tools/checkpoint.py inspect runs/laptop/iter_0000100 [--match TEXT]
+        tensors, shapes and dtypes of one checkpoint, or of the newest in a run directory
 
-`list` and `inspect` compare the sizes of the files that hold tensors and hash the others; `list
---full` hashes all. Exit codes: 0, 1 something is damaged, 2 there is nothing to look at.
+`list` and `inspect` check the sizes of files with tensors and hash the others; `list --full` hashes
+all. Exit codes: 0, 1 a checkpoint is damaged, 2 there is no checkpoint.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-# run from a checkout, nothing installed
+# works in a checkout without installation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
@@ -43,47 +43,41 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("verb", choices=["list", "verify", "inspect"])
     parser.add_argument("path", help="a run directory, or one checkpoint in it")
-    parser.add_argument("--full", action="store_true", help="list: hash the files, too")
+    parser.add_argument("--full", action="store_true", help="list: hash all files")
     parser.add_argument(
-        "--match", default="", metavar="TEXT", help="inspect: only keys with TEXT in them"
+        "--match", default="", metavar="TEXT", help="inspect: only keys that contain TEXT"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        paths = checkpoints(Path(given.path))
-        if given.verb == "inspect":
-            return inspect(paths[0], given.match)
-        return list_all(paths, given.full) if given.verb == "list" else verify(paths)
+        paths = checkpoints(Path(options.path))
+        if options.verb == "inspect":
+            return inspect(paths[0], options.match)
+        return list_all(paths, options.full) if options.verb == "list" else verify(paths)
     except UserError as error:
         print_problems(error.problems)
         return REFUSED
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """The checkpoints that a path means, newest first."""
-    if (
-        re.fullmatch(rf"(iter_\d{{7,}}|{directory.RELEASE})(\.saving)?", path.resolve().name)
-        and path.is_dir()
-    ):
+    """Return `path` if it is a checkpoint, else the checkpoints in it, newest first."""
+    name = path.resolve().name
+    if re.fullmatch(rf"(iter_\d{{7,}}|{directory.RELEASE})(\.saving)?", name) and path.is_dir():
         return [path]
-    found = [directory.path_of(path, step) for step in directory.steps_in(path)]
+    paths = [directory.path_of(path, step) for step in directory.steps_in(path)]
     if (path / directory.RELEASE).is_dir():
-        found.append(path / directory.RELEASE)
-    if not found:
+        paths.append(path / directory.RELEASE)
+    if not paths:
         raise UserError(
-            f"{path} is no checkpoint and no directory that holds one (iter_NNNNNNN, release)"
+            f"{path} is neither a checkpoint nor a directory of some (iter_NNNNNNN, release)"
         )
-    return found
+    return paths
 
 
 def list_all(paths: list[Path], full: bool) -> int:
-    """A line for each checkpoint."""
+    """Print a line for each checkpoint."""
     table = Table(box=None, pad_edge=False, header_style="")
-    for name, justify in (
-        ("step", "right"),
-        ("layout", "left"),
-        ("size", "right"),
-        ("state", "left"),
-    ):
+    columns = {"step": "right", "layout": "left", "size": "right", "state": "left"}
+    for name, justify in columns.items():
         table.add_column(name, justify=justify, overflow="fold")
     damaged = False
     for path in paths:
@@ -97,7 +91,7 @@ def list_all(paths: list[Path], full: bool) -> int:
 
 
 def layout_of(path: Path) -> str:
-    """The layout that wrote a checkpoint, as in `EP 4 on 4 ranks`."""
+    """Return the layout that wrote a checkpoint, for example `EP 4 on 4 ranks`."""
     try:
         layout = state.read(path).layout
     except ValueError:
@@ -114,7 +108,7 @@ def layout_of(path: Path) -> str:
 
 
 def verify(paths: list[Path]) -> int:
-    """Hash every file; a line for each checkpoint."""
+    """Hash every file; print a line for each checkpoint."""
     damaged = False
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     for path in paths:
@@ -132,25 +126,24 @@ def verify(paths: list[Path]) -> int:
 
 
 def inspect(path: Path, match: str) -> int:
-    """The tensors of a checkpoint: key, shape, dtype; and how many bytes they are."""
+    """Print dtype, shape and key of the tensors of a checkpoint, and their total size."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata  # takes seconds
 
     from mixtrain.checkpoint import safe
 
     total = count = 0
-    for key, kind in sorted(safe.read_metadata(path).state_dict_metadata.items()):
-        if not isinstance(kind, TensorStorageMetadata) or match not in key:
+    for key, tensor in sorted(safe.read_metadata(path).state_dict_metadata.items()):
+        if not isinstance(tensor, TensorStorageMetadata) or match not in key:
             continue
-        dtype = kind.properties.dtype
-        total = total + kind.size.numel() * dtype.itemsize
-        count = count + 1
-        shape = f"[{', '.join(map(str, kind.size))}]"
+        dtype = tensor.properties.dtype
+        total += tensor.size.numel() * dtype.itemsize
+        count += 1
+        shape = f"[{', '.join(map(str, tensor.size))}]"
         print(f"{str(dtype).removeprefix('torch.'):<8} {shape:<20} {key}")
     print(f"{count} tensors, {total / 2**20:,.1f} MiB, in {path}")
-    # Megatron-LM's
-    wrong = (
-        integrity.problem(path, full=False) if os.path.lexists(path / integrity.MANIFEST) else ""
-    )
+    # Megatron-LM's checkpoints have no manifest
+    has_manifest = os.path.lexists(path / integrity.MANIFEST)
+    wrong = integrity.problem(path, full=False) if has_manifest else ""
     if wrong:
         print(wrong)
     return FAULT if wrong else FINISHED

@@ -168,7 +168,7 @@ def main() -> int:
         identity = read_identity()
         if identity and identity.is_ours:
             die_with(int(os.environ[LAUNCHER]))
-            plan = local.handed_plan()
+            plan = local.load_plan()
             return run_rank(plan, Request.read(plan.config.run_dir), identity)
         return generate(*parse_arguments(), identity)
     except UserError as error:

@@ -39,7 +39,7 @@ from mutations import RECORD_LINE, Mutant, mutants, record_lines
 ROOT = Path(__file__).resolve().parent.parent
 ACCEPTED = ROOT / "tests/mutants_accepted.yaml"
 RULES = ["tests/config/test_rules.py", "tests/config/test_rules_edges.py"]
-CONVERSION = ["tests/checkpoint/test_parts.py", "tests/interop/test_convert.py"]
+CONVERSION = ["tests/checkpoint/test_tensor_reader.py", "tests/interop/test_convert.py"]
 READING = ["reading_files", "pickle_edges", "index_edges", "archive_edges", "object_edges"]
 # module -> the tests that must notice its faults; tests that start processes are left out
 MODULES = {

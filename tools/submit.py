@@ -1,23 +1,22 @@
-"""Send a run to Slurm: what `python train.py` does for several nodes on a cluster, for one node
-too.
+"""Submit a run to Slurm: as `python train.py` does for several nodes, but for one node too.
 
-    python tools/submit.py +recipe=mixtral_8x7b_ep8 trainer.num_nodes=2 launcher.partition=gpu
-      launcher.time=1-00:00:00
+    python tools/submit.py +recipe=mixtral_8x7b_ep8 trainer.num_nodes=2 \\
+        launcher.partition=gpu launcher.time=1-00:00:00
     python tools/submit.py +recipe=mixtral_8x7b_ep8 trainer.num_nodes=2 trainer.mode=preflight
     python tools/submit.py +recipe=NAME ... --print > job.sbatch
 
-Checks the configuration and the cluster, submits, and prints the job's number, its logs and how to
-follow it. --print writes the job's script to stdout, byte for byte as a submission sends it, and
-submits nothing. More: docs/cluster.md.
+Checks the configuration and the cluster, submits, and prints the job's number, its logs and the
+command to follow it. --print writes the job's script to stdout, byte for byte as a submission sends
+it, and submits nothing. More: docs/cluster.md.
 
-Exit codes: 0 sent (or printed), 2 the configuration, the input, or what Slurm refuses.
+Exit codes: 0 submitted (or printed), 2 the configuration or input is wrong, or Slurm refuses.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-# run from a checkout, nothing installed
+# works in a checkout without installation
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.config.choices import LauncherType, Mode  # noqa: E402
@@ -39,44 +38,46 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
         "--print", action="store_true", help="write the script to stdout, submit nothing"
     )
     parser.add_argument("--multirun", action="store_true", help="a job for each value of a=1,2")
-    arguments, words = parser.parse_known_args(arguments)
-    if unknown := [word for word in words if word.startswith("-")]:
+    options, overrides = parser.parse_known_args(arguments)
+    if unknown := [override for override in overrides if override.startswith("-")]:
         parser.error(
             f"unrecognized arguments: {' '.join(unknown)}; a flag of sbatch is"
             " launcher.sbatch_args.NAME=VALUE"
         )
-    return arguments, words
+    return options, overrides
 
 
-def plans_of(words: list[str], multirun: bool, check: bool) -> list[tuple[Plan, list[str]]]:
-    """The plans of the words, each with its own; UserError with all that is wrong with one of them."""
-    jobs, problems = compose([*words, *(["--multirun"] if multirun else [])])
-    found = [(plan_of(job, problems), job.overrides) for job in jobs]
-    wrong = [problem for plan, _ in found for problem in impossible(plan)]
-    if check and not wrong:
-        wrong = [problem for plan, overrides in found for problem in job_problems(plan, overrides)]
-        wrong += shared_directories([plan for plan, _ in found])
-    if wrong:
-        raise UserError(*dict.fromkeys(wrong))
-    return found
+def plans_of(overrides: list[str], multirun: bool, check: bool) -> list[tuple[Plan, list[str]]]:
+    """Return (plan, its overrides) of each job. UserError with all problems of all jobs."""
+    jobs, compose_problems = compose([*overrides, *(["--multirun"] if multirun else [])])
+    plans = [(plan_of(job, compose_problems), job.overrides) for job in jobs]
+    problems = [problem for plan, _ in plans for problem in mode_problems(plan)]
+    if check and not problems:
+        problems = [problem for plan, given in plans for problem in job_problems(plan, given)]
+        problems += shared_directories([plan for plan, _ in plans])
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return plans
 
 
-def impossible(plan: Plan) -> list[str]:
-    found = []
+def mode_problems(plan: Plan) -> list[str]:
+    """Return problems with settings that need no job."""
+    problems = []
     if plan.config.launcher.type is LauncherType.local:
-        found.append("launcher = local does not submit; take it out, or type python train.py")
+        problems.append("launcher = local does not submit; take it out, or type python train.py")
     if plan.config.trainer.mode is Mode.plan:
-        found.append(
+        problems.append(
             "trainer.mode = plan needs no job; type python train.py, or --print to see the script"
         )
-    return found
+    return problems
 
 
 def main() -> int:
-    arguments, words = parse_arguments()
+    options, overrides = parse_arguments()
+    handle = submit.show if options.print else submit.submit
     try:
-        for plan, overrides in plans_of(words, arguments.multirun, check=not arguments.print):
-            (submit.show if arguments.print else submit.submit)(plan, overrides)
+        for plan, given in plans_of(overrides, options.multirun, check=not options.print):
+            handle(plan, given)
     except UserError as error:
         print_problems(error.problems)
         return REFUSED

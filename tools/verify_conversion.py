@@ -83,12 +83,12 @@ def main(argv: list[str]) -> int:
 
     megatron_fixes.apply()
     cpu.apply()
-    from mixtrain.checkpoint.parts import Parts
+    from mixtrain.checkpoint.tensor_reader import TensorReader
     from mixtrain.interop.convert import checkpoint_config, hf_checkpoint
 
     checkpoint = checkpoint_config.checkpoint_at(args.ckpt_dir)
     config = checkpoint_config.config_of(checkpoint)
-    parts = Parts(checkpoint)
+    parts = TensorReader(checkpoint)
     source = hf_checkpoint.read(args.hf_dir)
     for note in source.notes:
         print(note, file=sys.stderr)

@@ -1,6 +1,7 @@
-"""Checkpoints in Megatron-LM's directories: what is in them, how they are written, which are valid, who reads them.
+"""Checkpoints in Megatron-LM's directory format: contents, writing, verifying and reading.
 
-Rule: at no instant can a reader take a half-written checkpoint for a whole one, and nothing read from a disk is run.
+Rule: a reader never mistakes a half-written checkpoint for a complete one, and nothing read from
+disk is executed.
 
 May import: data, engine, config, system, errors.
 Does not belong here: a run, or what another library calls its checkpoints.

@@ -1,7 +1,7 @@
-"""What a checkpoint holds, in Megatron-LM's names: tensors by place, objects by rank, and what all ranks share.
+"""The contents of a checkpoint: sharded tensors, objects of each rank, and shared state.
 
 Rule: keys and shapes are those that Megatron-LM with Transformer Engine writes with
---dist-ckpt-optim-fully-reshardable, so that its loader takes a checkpoint of ours, at any layout.
+--dist-ckpt-optim-fully-reshardable, so its loader reads a checkpoint of mixtrain at any layout.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from mixtrain.engine.shards import unwrap
 
 
 def sharded(plan: Plan, training: Training) -> dict[str, Any]:
-    """All that lies in shards: the model's tensors, the optimizer's, the random streams. Views, not copies."""
+    """Return all sharded state, as views: model and optimizer tensors, random streams."""
     kind = plain(plan.config.optimizer.optimizer)
-    optimizer_state.fill(training, kind)
+    optimizer_state.initialize(training, kind)
     return {
         **model(training.chunks),
         "extra_states": extra_states(training),
@@ -43,7 +43,10 @@ def sharded(plan: Plan, training: Training) -> dict[str, Any]:
 
 
 def model(chunks: list[torch.nn.Module]) -> dict[str, Any]:
-    """The sharded state dict of this rank's model chunks: `model`, or `model0`, `model1` ... with virtual stages."""
+    """Return the sharded state dicts of this rank's model chunks.
+
+    The key is `model`, or with virtual pipeline stages `model0`, `model1` ...
+    """
     states = [unwrap(chunk).sharded_state_dict() for chunk in chunks]
     if len(states) == 1:
         return {"model": states[0]}
@@ -51,35 +54,33 @@ def model(chunks: list[torch.nn.Module]) -> dict[str, Any]:
 
 
 def extra_states(training: Training) -> list[ShardedObject]:
-    """An empty object for each that Transformer Engine's modules would have written, where this model's do not.
+    """Return an empty object for each _extra_state that this model's modules do not write.
 
-    Megatron-LM asks for every one of them, and refuses a checkpoint that lacks one.
+    Transformer Engine's modules write them, and Megatron-LM refuses a checkpoint that lacks one.
     """
     tree = model(training.chunks)
     apply_factories(tree)
     leaves = list(nested_values(tree))
-    there = {leaf.unique_key for leaf in leaves if isinstance(leaf, ShardedObject)}
-    found = {}
+    present = {leaf.unique_key for leaf in leaves if isinstance(leaf, ShardedObject)}
+    missing = {}
     for leaf in leaves:
         key = tensor_schema.extra_state(leaf.key)
         axes = leaf.prepend_axis_num if isinstance(leaf, ShardedTensor) else None
-        if (
-            key is None
-            or axes is None
-            or any(leaf.global_offset[axes:])
-            or not is_main_replica(leaf.replica_id)
-        ):
-            continue  # one rank writes it: that which has the first element of the weight
-        place = ShardedObject(
+        if key is None or axes is None:
+            continue
+        # the rank with the first element of the weight writes the object
+        if any(leaf.global_offset[axes:]) or not is_main_replica(leaf.replica_id):
+            continue
+        extra_state = ShardedObject(
             key, None, leaf.global_shape[:axes] or (1,), leaf.global_offset[:axes] or (0,)
         )
-        if place.unique_key not in there:
-            found[place.unique_key] = place
-    return list(found.values())
+        if extra_state.unique_key not in present:
+            missing[extra_state.unique_key] = extra_state
+    return list(missing.values())
 
 
 def common(plan: Plan, training: Training, state: RunState) -> dict[str, Any]:
-    """What is the same on every rank: common.pt, as Megatron-LM's loader reads it."""
+    """Return common.pt, the state shared by all ranks, as Megatron-LM's loader reads it."""
     return {
         "args": megatron_args(plan, state),
         "checkpoint_version": CHECKPOINT_VERSION,
@@ -92,22 +93,22 @@ def common(plan: Plan, training: Training, state: RunState) -> dict[str, Any]:
 
 
 def _optimizer_groups(training: Training, steps: int) -> dict:
-    """The settings of the parameter groups, for Megatron-LM: a run of mixtrain has them from its configuration."""
-    # Apex's and Transformer Engine's Adam have a key that PyTorch's has not, and take a group as it
-    # is on the disk
-    own = {"bias_correction": True, "step": steps}
-    found = [
-        {
-            "optimizer": {
-                "param_groups": [
-                    _without_params(group) | own for group in optimizer.optimizer.param_groups
-                ]
-            },
-            "param_state_sharding_type": FORMAT["distrib_optim_sharding_type"],
-        }
-        for optimizer in getattr(training.optimizer, "chained_optimizers", [training.optimizer])
-    ]
-    return found[0] if len(found) == 1 else dict(enumerate(found))
+    """Return the parameter groups, for Megatron-LM; mixtrain takes them from the configuration."""
+    # Apex's and Transformer Engine's Adam load a group unchanged, and need keys that PyTorch's
+    # Adam does not have.
+    fused_adam_keys = {"bias_correction": True, "step": steps}
+    states = []
+    for optimizer in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
+        groups = [
+            _without_params(group) | fused_adam_keys for group in optimizer.optimizer.param_groups
+        ]
+        states.append(
+            {
+                "optimizer": {"param_groups": groups},
+                "param_state_sharding_type": FORMAT["distrib_optim_sharding_type"],
+            }
+        )
+    return states[0] if len(states) == 1 else dict(enumerate(states))
 
 
 def _without_params(group: dict[str, Any]) -> dict[str, Any]:
@@ -115,25 +116,26 @@ def _without_params(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _schedule(plan: Plan, training: Training) -> dict[str, Any]:
-    """The learning-rate schedule as Megatron-LM counts it, in sequences."""
+    """Return the learning-rate schedule in Megatron-LM's unit, sequences."""
     batch = plan.config.trainer.global_batch_size
     state = training.scheduler.state_dict()
     state |= {
         name: state[name] * batch for name in ("num_steps", "lr_warmup_steps", "lr_decay_steps")
     }
-    # weight decay is constant: how long it would rise is compared, and not used
+    # weight decay is constant: Megatron-LM compares this length but does not use it
     return state | {"wd_incr_steps": plan.config.trainer.max_steps * batch}
 
 
 def rng_state() -> ShardedObject:
-    """This rank's random streams, in the object that Megatron-LM 0.16 makes of them."""
+    """Return this rank's random streams, in the object that Megatron-LM 0.16 writes."""
     return rng_object([_streams()])
 
 
 def rng_state_by_stage() -> dict[str, ShardedObject]:
-    """The same as Megatron-LM makes it before and after 0.16, without the data-parallel axis; {} if there is none.
+    """Return the object of Megatron-LM before and after 0.16, without the data-parallel axis.
 
-    Of one key with the former and of another shape, which a check of all shards takes for a fault.
+    {} without expert parallelism: both objects are then the same. The key is that of `rng_state`
+    but the shape is not, so Megatron-Core's check of all shards would report an error.
     """
     if parallel_state.get_expert_model_parallel_world_size() == 1:
         return {}
@@ -141,19 +143,22 @@ def rng_state_by_stage() -> dict[str, ShardedObject]:
 
 
 def _streams() -> dict[str, Any]:
+    has_gpu = torch.cuda.is_available()
+    device_state = torch.cuda.get_rng_state() if has_gpu else torch.get_rng_state()
     return {
         "random_rng_state": random.getstate(),
         "np_rng_state": numpy.random.get_state(),
         "torch_rng_state": torch.get_rng_state(),
-        "cuda_rng_state": torch.cuda.get_rng_state()
-        if torch.cuda.is_available()
-        else torch.get_rng_state(),
+        "cuda_rng_state": device_state,
         "rng_tracker_states": tensor_parallel.get_cuda_rng_tracker().get_states(),
     }
 
 
 def rng_object(data: list | None, by_data_rank: bool = True) -> ShardedObject:
-    """Its place: by pipeline and tensor rank, and with expert parallelism by data-parallel rank too."""
+    """Return the object of this rank's random streams.
+
+    Its axes are the pipeline and tensor rank, with expert parallelism also the data-parallel rank.
+    """
     pipeline = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_world_size(),
@@ -162,23 +167,23 @@ def rng_object(data: list | None, by_data_rank: bool = True) -> ShardedObject:
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_world_size(),
     )
-    copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     axes = [pipeline, tensor]
     if by_data_rank and parallel_state.get_expert_model_parallel_world_size() > 1:
-        axes = [*axes, (copy, copies)]
-        copy = 0
+        axes = [*axes, (replica, replicas)]
+        replica = 0
     return ShardedObject(
         "rng_state",
         data,
         tuple(size for _, size in axes),
         tuple(rank for rank, _ in axes),
-        replica_id=copy,
+        replica_id=replica,
     )
 
 
 def set_rng_state(data: Any) -> None:
-    """Go on with the random streams in the data of `rng_state`. ValueError, with nothing changed, if they are none."""
+    """Set the random streams from `rng_state`. ValueError, and no change, if they are invalid."""
     try:
         (streams,) = data
         _check_streams(streams)
@@ -200,16 +205,17 @@ def set_rng_state(data: Any) -> None:
 
 
 def _check_streams(streams: Any) -> None:
-    """Raises if one is not what `_streams` makes. numpy takes a place beyond its numbers, and would read there."""
+    """Raise if a stream is not what `_streams` returns.
+
+    numpy accepts a position beyond its numbers, and would read out of bounds.
+    """
     version, words, gauss = streams["random_rng_state"]
     random.Random().setstate((version, words, gauss))
-    kind, numbers, place, has_gauss, cached = streams["np_rng_state"]
-    numpy.random.RandomState().set_state((kind, numbers, place, has_gauss, cached))
-    if (
-        kind != "MT19937"
-        or not 0 <= place <= len(numbers)
-        or type(gauss) not in (float, type(None))
-    ):
+    kind, numbers, position, has_gauss, cached = streams["np_rng_state"]
+    numpy.random.RandomState().set_state((kind, numbers, position, has_gauss, cached))
+    if kind != "MT19937" or not 0 <= position <= len(numbers):
+        raise ValueError
+    if type(gauss) not in (float, type(None)):
         raise ValueError
     tracked = streams["rng_tracker_states"]
     if tracked.keys() != tensor_parallel.get_cuda_rng_tracker().get_states().keys():

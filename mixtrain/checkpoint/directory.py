@@ -1,7 +1,7 @@
-"""Where checkpoints lie: Megatron-LM's names, what is there, and every change of it as one atomic step. No torch.
+"""The checkpoint directories of a run: their names, and atomic changes to them. No torch.
 
-Rule: a directory named iter_NNNNNNN is whole from the moment it has that name. While it is written, replaced or deleted
-it has another, which no reader looks at and the next run removes.
+Rule: a directory named iter_NNNNNNN is complete from the moment it has that name. While it is
+written, replaced or deleted it has another name, which readers ignore and the next run removes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mixtrain.checkpoint.integrity import MANIFEST
 
 TRACKER = "latest_checkpointed_iteration.txt"
 RELEASE = "release"  # weights of no training run: Megatron-LM's name for what a converter writes
-# bytes that the small files of a checkpoint and the headers of the large ones may take
+# bytes: for the small files of a checkpoint and the headers of the large ones
 MARGIN = 1 << 20
 LEFTOVER = re.compile(r"iter_\d{7,}\.(saving|replaced|deleting)")
 
@@ -24,30 +24,30 @@ def path_of(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / f"iter_{step:07d}"
 
 
-def saving(directory: Path) -> Path:
-    """The name of a checkpoint while it is written."""
-    return directory.with_name(directory.name + ".saving")
+def saving_path(checkpoint: Path) -> Path:
+    """Return the name of a checkpoint directory while it is written."""
+    return checkpoint.with_name(checkpoint.name + ".saving")
 
 
 def steps_in(run_dir: str | Path) -> list[int]:
-    """The steps whose checkpoints lie in run_dir, newest first. Whether they are valid is not asked."""
+    """Return the steps of the checkpoints in run_dir, newest first, without checking them."""
     names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
-    found = [re.fullmatch(r"iter_(\d{7,})", name) for name in names]
-    return sorted((int(match[1]) for match in found if match), reverse=True)
+    matches = [re.fullmatch(r"iter_(\d{7,})", name) for name in names]
+    return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def newest(given: str | Path) -> Path | None:
-    """The checkpoint that a path means: itself, or the newest in a run directory, or a converter's; None if none."""
-    given = Path(given)
-    if (given / MANIFEST).is_file():
-        return given
-    if steps := steps_in(given):
-        return path_of(given, steps[0])
-    return given / RELEASE if (given / RELEASE).is_dir() else None
+def newest(path: str | Path) -> Path | None:
+    """Return `path` if it is a checkpoint, else the newest one in it, else release/, else None."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return path
+    if steps := steps_in(path):
+        return path_of(path, steps[0])
+    return path / RELEASE if (path / RELEASE).is_dir() else None
 
 
-def tracked(run_dir: str | Path) -> int | None:
-    """The step that the tracker names; None if there is no tracker, or garbage in it."""
+def tracked_step(run_dir: str | Path) -> int | None:
+    """Return the step in the tracker file; None if the file is missing or does not hold a step."""
     try:
         text = (Path(run_dir) / TRACKER).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -56,10 +56,10 @@ def tracked(run_dir: str | Path) -> int | None:
 
 
 def commit(written: Path, step: int) -> Path:
-    """Give what has been written its name and point the tracker at it; its path.
+    """Rename a written directory to its final name and update the tracker; return its path.
 
-    Killed in between, there is either the old checkpoint of that step, or none of it and the one
-    before.
+    If killed midway, either the old checkpoint of that step remains, or none of that step and the
+    previous one.
     """
     target = path_of(written.parent, step)
     replaced = target.with_name(target.name + ".replaced")
@@ -73,55 +73,53 @@ def commit(written: Path, step: int) -> Path:
 
 
 def prune(run_dir: str | Path, keep: int | None) -> list[str]:
-    """Delete the oldest checkpoints but for `keep`; what there is to say of it, a line each.
+    """Delete the oldest checkpoints beyond `keep`; return log lines about links and failures.
 
-    To be called when the newest has just been written. Of a checkpoint that is a link the link
-    goes, and what it leads to is left: somebody has put it elsewhere.
+    Call it after the newest checkpoint is written. If a checkpoint is a symbolic link, only the
+    link is removed: the user has moved its target elsewhere.
     """
-    said = []
+    messages = []
     for step in [] if keep is None else steps_in(run_dir)[keep:]:
         path = path_of(run_dir, step)
-        going = path.with_name(path.name + ".deleting")
+        deleting = path.with_name(path.name + ".deleting")
         try:
-            led = os.readlink(path) if path.is_symlink() else ""
-            os.rename(path, going)  # killed while it deletes, no half of it has a checkpoint's name
+            link_target = os.readlink(path) if path.is_symlink() else ""
+            # renamed first: if killed during deletion, no partial directory has a checkpoint's name
+            os.rename(path, deleting)
         except OSError as error:
-            said.append(f"warning: {path} could not be deleted ({error.strerror})")
+            messages.append(f"warning: {path} could not be deleted ({error.strerror})")
             continue
-        said += (
-            [f"{path.name} was a link: it is removed, and {led} is left as it is"] if led else []
-        )
-        said += [f"warning: {left}"] if (left := remove(going)) else []
-    return said
+        if link_target:
+            messages.append(f"{path.name} was a link: it is removed, and {link_target} is kept")
+        if failure := remove(deleting):
+            messages.append(f"warning: {failure}")
+    return messages
 
 
 def remove(path: Path) -> str:
-    """Remove a directory with all that is in it, a file, or a link but not what it leads to; "", or what was left."""
+    """Remove a tree, a file or a link (not its target); return "" or the error message."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
-        shutil.rmtree(path, ignore_errors=True)  # the rest of it
+        shutil.rmtree(path, ignore_errors=True)  # what else can be removed
         return f"{error.filename or path} could not be deleted ({error.strerror})"
     return ""
 
 
 def remove_leftovers(run_dir: str | Path) -> list[str]:
-    """Remove what a killed run has left half done; its names. Only for who holds the run directory."""
-    names = (
-        [name for name in os.listdir(run_dir) if LEFTOVER.fullmatch(name)]
-        if os.path.isdir(run_dir)
-        else []
-    )
-    for name in names:
+    """Remove what a killed run left half done; return the names. The caller must own run_dir."""
+    names = os.listdir(run_dir) if os.path.isdir(run_dir) else []
+    leftovers = [name for name in names if LEFTOVER.fullmatch(name)]
+    for name in leftovers:
         remove(Path(run_dir) / name)
-    return names
+    return leftovers
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file whole, and see it on the disk: a reader finds the old text or the new one."""
+    """Replace a file durably: a reader sees either the old text or the new text."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w") as file:
         file.write(text)
@@ -132,7 +130,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync(directory: Path) -> None:
-    """See the names in a directory on the disk."""
+    """Flush the entries of a directory to disk."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Whether a checkpoint on disk is the one that was written: a manifest of sizes and SHA-256. No torch.
+"""Detect damage to a checkpoint with a manifest of file sizes and SHA-256 digests. No torch.
 
-It protects against damage, not against an attacker: who can write the files can write the manifest. (What is read is
-never run: safe.py.)
+It does not protect against an attacker: whoever can write the files can write the manifest.
+(Nothing read from a checkpoint is executed: safe.py.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mixtrain.system import untrusted_json
 from mixtrain.system.untrusted_json import LARGE, Check, Count, Name
 
 MANIFEST = "integrity.json"
-TENSORS = ".distcp"  # what the names of large files end with
+TENSORS = ".distcp"  # suffix of the large files
 BLOCK = 1 << 24  # bytes
 
 
@@ -31,28 +31,28 @@ Sha256 = Annotated[
 ]
 
 
-class Entry(TypedDict):
-    """What the manifest holds of a file."""
+class ManifestEntry(TypedDict):
+    """One file in integrity.json."""
 
-    size: Count
+    size: Count  # bytes
     sha256: Sha256
 
 
 class Manifest(TypedDict):
     """integrity.json."""
 
-    files: dict[FileName, Entry]
+    files: dict[FileName, ManifestEntry]
 
 
 class File(NamedTuple):
-    """What the manifest says of a file."""
+    """The size and digest of a file."""
 
     size: int  # bytes
     sha256: str
 
 
 def write_manifest(directory: Path, files: dict[str, File]) -> None:
-    """Write the manifest, the last file of a checkpoint: without it there is none."""
+    """Write the manifest, the last file of a checkpoint: without it a checkpoint is not valid."""
     entries = {name: file._asdict() for name, file in sorted(files.items())}
     with open(directory / MANIFEST, "w") as stream:
         json.dump({"format": 1, "files": entries}, stream, indent=1)
@@ -61,7 +61,7 @@ def write_manifest(directory: Path, files: dict[str, File]) -> None:
 
 
 def read_manifest(directory: Path) -> dict[str, File]:
-    """The manifest of a checkpoint. ValueError with what is wrong with it."""
+    """Return the files in the manifest of a checkpoint. ValueError if it is missing or damaged."""
     entries = untrusted_json.read(directory / MANIFEST, Manifest, most=LARGE)["files"]
     if not entries:
         raise ValueError(f"{directory / MANIFEST} is damaged: it lists no file")
@@ -71,21 +71,23 @@ def read_manifest(directory: Path) -> dict[str, File]:
 def problem(
     directory: Path,
     full: bool,
-    part: int = 0,
-    of: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
     heartbeat: Callable[[], None] = lambda: None,
     only: Callable[[str], bool] = lambda name: True,
 ) -> str:
-    """What is wrong with a checkpoint, naming the file; "" if nothing is. `part` of `of` looks at a share of the files.
+    """Return what is wrong with a checkpoint, naming the file; "" if nothing is.
 
-    Those that hold tensors by size, or by what is in them (`full`), the small ones always by what is in them. Of those
-    alone whose names `only` takes. `beat` is called after each block.
+    Large files are checked by size, or with `full` by SHA-256; small files always by SHA-256.
+    `rank` checks its share of the files. `only` selects files by name. `heartbeat` is called after
+    each block.
     """
     try:
         files = read_manifest(directory)
     except ValueError as error:
         return str(error)
-    for name, file in sorted(files.items(), key=lambda item: -item[1].size)[part::of]:
+    by_size = sorted(files.items(), key=lambda item: -item[1].size)
+    for name, file in by_size[rank::world_size]:
         if only(name) and (wrong := _file_problem(directory / name, file, full, heartbeat)):
             return wrong
     return ""
@@ -95,13 +97,11 @@ def _file_problem(
     path: Path, expected: File, full: bool, heartbeat: Callable[[], None]
 ) -> str | None:
     try:
-        found = path.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, a device has no end
-            return f"{path} is no file"
-        if found.st_size != expected.size:
-            return (
-                f"{path} has {found.st_size:,} bytes, not the {expected.size:,} that were written"
-            )
+        info = path.stat()
+        if not stat.S_ISREG(info.st_mode):  # reading a pipe would block, and a device has no end
+            return f"{path} is not a file"
+        if info.st_size != expected.size:
+            return f"{path} has {info.st_size:,} bytes, not the {expected.size:,} that were written"
         if (full or path.suffix != TENSORS) and sha256(path, heartbeat) != expected.sha256:
             return f"{path} is damaged: its SHA-256 is not that of what was written"
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def _file_problem(
 
 
 def describe(paths: Iterable[Path]) -> dict[str, File]:
-    """The manifest's entries of files, by reading them."""
+    """Return manifest entries for files, by reading them."""
     return {path.name: File(path.stat().st_size, sha256(path)) for path in paths}
 
 

@@ -1,6 +1,7 @@
-"""Loading: which checkpoint a run goes on from, whether it fits, and its tensors in place at this layout.
+"""Find the checkpoint to resume from, check that it fits the run, and load its tensors in place.
 
-Rule: what is not the run's own state to the last bit is refused by name, and nothing in the run has changed by then.
+Rule: a checkpoint that is not exactly this run's state is refused with the key or file, before
+anything in the run changes.
 """
 
 from __future__ import annotations
@@ -36,27 +37,28 @@ from mixtrain.engine.process_groups import Ranks
 from mixtrain.engine.shards import unwrap
 from mixtrain.errors import UserError
 
-SHOWN = 8  # tensors that differ
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # the last of published weights alone
+SHOWN = 8  # differing tensors in a message
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float16: published weights only
 
 
-def find(
+def find_checkpoint(
     plan: Plan, ranks: Ranks, say: Callable[[str], None], heartbeat=lambda: None
 ) -> Path | None:
-    """The newest valid checkpoint of run_dir, or None for a new run. Every rank must call; each verifies a share.
+    """Return the newest valid checkpoint of run_dir, None for a new run. All ranks must call it.
 
-    A damaged one is said and passed over. UserError where checkpoint.resume = must finds none, and where auto finds
-    none but damaged ones: a run that was there does not begin anew in silence.
+    Each rank verifies a share of the files. Damaged checkpoints are logged and skipped. UserError
+    if checkpoint.resume = must finds none, or if auto finds only damaged ones: a run with
+    checkpoints never silently starts from step 0.
     """
     run_dir = Path(plan.config.run_dir)
     resume = plan.config.checkpoint.resume
     if resume is Resume.never:
         return None
     steps = _from_first(ranks, lambda: directory.steps_in(run_dir))
-    tracked = _from_first(ranks, lambda: directory.tracked(run_dir))
+    tracked = _from_first(ranks, lambda: directory.tracked_step(run_dir))
     if steps and tracked not in steps:
         say(
-            f"{run_dir / directory.TRACKER} names no checkpoint that is there; looking at all"
+            f"{run_dir / directory.TRACKER} names no checkpoint that exists; looking at all"
             f" {len(steps)}"
         )
     damage = []
@@ -65,35 +67,33 @@ def find(
         if not (wrong := problem(plan, ranks, path, heartbeat)):
             return path
         damage.append(wrong)
-        say(f"warning: {wrong}; {path.name} is passed over")
+        say(f"warning: {wrong}; {path.name} is skipped")
     if damage or resume is Resume.must:
-        advice = (
-            "give another run_dir to begin anew"
-            if damage
-            else "give the run_dir of a run that has saved one"
-        )
-        raise UserError(*damage, f"run_dir = {run_dir} holds no valid checkpoint; {advice}")
+        advice = "the run_dir of a run that has saved one"
+        if damage:
+            advice = "another run_dir to start from step 0"
+        raise UserError(*damage, f"run_dir = {run_dir} holds no valid checkpoint; give {advice}")
     return None
 
 
 def problem(plan: Plan, ranks: Ranks, path: Path, heartbeat=lambda: None) -> str:
-    """What is wrong with a checkpoint, as all ranks together see it; "" if nothing is."""
+    """Return what is wrong with a checkpoint, checked by all ranks together; "" if nothing is."""
     full = plan.config.checkpoint.verify is Verify.full
-    mine = integrity.problem(path, full, ranks.rank, ranks.world_size, heartbeat)
-    found: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(found, mine)
-    return next((text for text in found if text), "")
+    problem_here = integrity.problem(path, full, ranks.rank, ranks.world_size, heartbeat)
+    problems: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(problems, problem_here)
+    return next((text for text in problems if text), "")
 
 
-def _from_first(ranks: Ranks, ask: Callable[[], Any]) -> Any:
-    """What the first rank sees on the disk, on all ranks: file systems of a cluster may lag behind one another."""
-    answer = [ask() if ranks.is_first else None]
+def _from_first(ranks: Ranks, read: Callable[[], Any]) -> Any:
+    """Return on all ranks what the first rank reads: file systems of several nodes may lag."""
+    answer = [read() if ranks.is_first else None]
     torch.distributed.broadcast_object_list(answer, src=0)
     return answer[0]
 
 
 def read_state(path: Path) -> RunState:
-    """The run's state in a valid checkpoint."""
+    """Return the run's state in a valid checkpoint."""
     try:
         return state.read(path)
     except ValueError as error:
@@ -108,48 +108,46 @@ def resume(
     run_state: RunState,
     say: Callable[[str], None],
 ) -> None:
-    """Bring model, optimizer, schedule and random streams of this rank to where the checkpoint has them."""
+    """Load model, optimizer, schedule and random streams of this rank from a checkpoint."""
     kind = plain(plan.config.optimizer.optimizer)
     metadata = safe.read_metadata(path)
-    common = safe.read_common(path)
-    if common.get("iteration") != run_state.step:
+    iteration = safe.read_common(path).get("iteration")
+    if iteration != run_state.step:
         raise UserError(
-            f"{path / safe.COMMON} is of step {common.get('iteration')}, {path.name} of"
-            f" {run_state.step}"
+            f"{path / safe.COMMON} is of step {iteration}, {path.name} of {run_state.step}"
         )
     refuse_other_tensors(path, expected(plan.config, optimizer_state.STATES[kind]), metadata)
-    same_model.refuse(plan.config, path)
-    optimizer_state.fill(training, kind)
-    wanted = tensors_alone(content.model(training.chunks))
+    same_model.refuse_differences(plan.config, path)
+    optimizer_state.initialize(training, kind)
+    wanted = without_extra_state(content.model(training.chunks))
     wanted["optimizer_state"] = optimizer_state.sharded(training, kind)
     rng = content.rng_object(None)
-    same_streams = rng.unique_key in metadata.state_dict_metadata
-    if same_streams:
+    has_rng_state = rng.unique_key in metadata.state_dict_metadata
+    if has_rng_state:
         wanted["rng_state"] = rng
     loaded = _load(wanted, path, ranks)
     _into_model(training.chunks, loaded)
     optimizer_state.set_steps(training, run_state.optimizer_steps)
     training.scheduler.step(increment=run_state.schedule_steps)
-    if same_streams and run_state.layout == layout(plan):
+    router = plan.config.router
+    if has_rng_state and run_state.layout == layout(plan):
         try:
             content.set_rng_state(loaded["rng_state"])
         except ValueError as error:
             raise UserError(f"{path}: {error}") from None
-    elif (
-        plan.config.router.moe_input_jitter_eps
-        or plan.config.router.moe_router_force_load_balancing
-    ):
+    elif router.moe_input_jitter_eps or router.moe_router_force_load_balancing:
         say("the layout has changed: the random streams of the router start anew")
 
 
 def load_weights(
     plan: Plan, ranks: Ranks, training: Training, path: Path, say: Callable[[str], None]
 ) -> None:
-    """The weights alone: a new run starts from them. UserError if they are for a model that computes otherwise.
+    """Load only the weights, to start a new run from them. UserError if the model differs.
 
-    Routers' biases that they have not stay at zero, where a bias starts: the same experts are chosen as without one.
+    If the checkpoint has no router biases, they stay at zero, their initial value: the router
+    chooses the same experts as without a bias.
     """
-    same_model.refuse(plan.config, path)
+    same_model.refuse_differences(plan.config, path)
     metadata = safe.read_metadata(path)
     absent = {key for key in expected(plan.config, ()) if tensor_schema.condition(key) == "bias"}
     absent -= {*metadata.state_dict_metadata}
@@ -166,19 +164,20 @@ def load_model(
     path: Path,
     absent: Collection[str] = (),
 ) -> None:
-    """The weights of a model, but for the tensors that are `absent`: they stay as they are."""
+    """Load the weights of a model, except the tensors `absent` (keys), which stay unchanged."""
     refuse_another_model(plan, path, absent)
-    _into_model(chunks, _load(tensors_alone(content.model(chunks), absent), path, ranks), absent)
+    wanted = without_extra_state(content.model(chunks), absent)
+    _into_model(chunks, _load(wanted, path, ranks), absent)
 
 
 def refuse_another_model(plan: Plan, path: Path, absent: Collection[str] = ()) -> None:
-    """UserError if a checkpoint has not the tensors of the plan's model: known before the model takes memory."""
+    """Raise UserError if a checkpoint lacks tensors of the plan's model, before it is allocated."""
     wanted = {key: shape for key, shape in expected(plan.config, ()).items() if key not in absent}
     refuse_other_tensors(path, wanted, safe.read_metadata(path))
 
 
-def weights_at(plan: Plan, ranks: Ranks, heartbeat=lambda: None) -> Path:
-    """The valid checkpoint that checkpoint.load_weights names: itself, or the newest in a directory of some."""
+def find_weights(plan: Plan, ranks: Ranks, heartbeat=lambda: None) -> Path:
+    """Return the checkpoint that checkpoint.load_weights means. UserError if it is damaged."""
     given = Path(plan.config.checkpoint.load_weights)
     path = _from_first(ranks, lambda: directory.newest(given)) or given
     if wrong := problem(plan, ranks, path, heartbeat):
@@ -187,7 +186,7 @@ def weights_at(plan: Plan, ranks: Ranks, heartbeat=lambda: None) -> Path:
 
 
 def layout(plan: Plan) -> dict[str, int]:
-    """How the ranks are arranged: what decides whose random stream is whose."""
+    """Return the parallel sizes, which determine the random stream of each rank."""
     parallel = plan.config.parallel
     return {
         "world_size": plan.world_size,
@@ -200,7 +199,7 @@ def layout(plan: Plan) -> dict[str, int]:
 
 
 def expected(config: Config, states: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Key -> whole shape of every tensor that a run of this configuration reads."""
+    """Return key -> global shape of every tensor that a run reads, with these optimizer states."""
     shapes = tensor_schema.shapes(config)
     trained = {
         key: shape for key, shape in shapes.items() if tensor_schema.init_kind(key) != "buffer"
@@ -214,48 +213,57 @@ def expected(config: Config, states: tuple[str, ...]) -> dict[str, tuple[int, ..
 def refuse_other_tensors(
     path: Path, wanted: dict[str, tuple[int, ...]], metadata: Metadata
 ) -> None:
-    """UserError with the names and shapes that differ between a configuration and a checkpoint.
+    """Raise UserError with the names and shapes that differ between configuration and checkpoint.
 
-    The model's first: where they differ the optimizer's do too, and say no more.
+    The model is compared first: if it differs, the optimizer does too, which adds no information.
     """
-    tensors = {
-        key: kind
-        for key, kind in metadata.state_dict_metadata.items()
-        if isinstance(kind, TensorStorageMetadata)
+    stored = {
+        key: tensor
+        for key, tensor in metadata.state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
     }
-    for what, optimizer in (("model", False), ("optimizer", True)):
-        here = {
-            key: shape for key, shape in wanted.items() if key.startswith("optimizer.") == optimizer
-        }
-        there = {
-            key: kind for key, kind in tensors.items() if key.startswith("optimizer.") == optimizer
-        }
-        if here and (found := _differences(here, there)):
-            more = [f"... and {len(found) - SHOWN} more tensors"] if len(found) > SHOWN else []
-            raise UserError(f"{path} is of another {what}:", *found[:SHOWN], *more)
+    for name, is_optimizer in (("model", False), ("optimizer", True)):
+        wanted_keys = [key for key in wanted if key.startswith("optimizer.") == is_optimizer]
+        stored_keys = [key for key in stored if key.startswith("optimizer.") == is_optimizer]
+        if not wanted_keys:
+            continue
+        differences = _differences(
+            {key: wanted[key] for key in wanted_keys}, {key: stored[key] for key in stored_keys}
+        )
+        if differences:
+            more = len(differences) - SHOWN
+            raise UserError(
+                f"{path} is of another {name}:",
+                *differences[:SHOWN],
+                *([f"... and {more} more tensors"] if more > 0 else []),
+            )
 
 
 def _differences(
-    here: dict[str, tuple[int, ...]], there: dict[str, TensorStorageMetadata]
+    wanted: dict[str, tuple[int, ...]], stored: dict[str, TensorStorageMetadata]
 ) -> list[str]:
-    both = [key for key in here if key in there]
+    common = [key for key in wanted if key in stored]
     return [
         *(
-            f"{key} is {_show(there[key].size)} there, {_show(here[key])} here"
-            for key in both
-            if tuple(there[key].size) != here[key]
-        ),
-        *(f"{key} {_show(shape)} is not in it" for key, shape in here.items() if key not in there),
-        *(
-            f"{key} {_show(kind.size)} is not in this configuration"
-            for key, kind in there.items()
-            if key not in here
+            f"{key} is {_show(stored[key].size)} in it, {_show(wanted[key])} in this configuration"
+            for key in common
+            if tuple(stored[key].size) != wanted[key]
         ),
         *(
-            f"{key} is {there[key].properties.dtype} there; tensors are"
+            f"{key} {_show(shape)} is not in it"
+            for key, shape in wanted.items()
+            if key not in stored
+        ),
+        *(
+            f"{key} {_show(tensor.size)} is not in this configuration"
+            for key, tensor in stored.items()
+            if key not in wanted
+        ),
+        *(
+            f"{key} is {stored[key].properties.dtype} in it; tensors must be"
             f" {' or '.join(map(str, DTYPES))}"
-            for key in both
-            if there[key].properties.dtype not in DTYPES
+            for key in common
+            if stored[key].properties.dtype not in DTYPES
         ),
     ]
 
@@ -264,26 +272,26 @@ def _show(shape: Any) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def tensors_alone(tree: dict[str, Any], absent: Collection[str] = ()) -> dict[str, Any]:
-    """The state dicts of model chunks without their _extra_state objects, and without tensors that are `absent`.
+def without_extra_state(tree: dict[str, Any], absent: Collection[str] = ()) -> dict[str, Any]:
+    """Return state dicts of model chunks without _extra_state and without the keys `absent`.
 
-    Those are Transformer Engine's, which unpickles them without restriction: they are never loaded, so that fp8 with
-    delayed scaling starts a new history.
+    Transformer Engine unpickles its _extra_state objects without restriction. They are never
+    loaded, so fp8 with delayed scaling starts a new history.
     """
     return {
         name: {
-            key: part
-            for key, part in chunk.items()
-            if not isinstance(part, ShardedObject) and getattr(part, "key", None) not in absent
+            key: leaf
+            for key, leaf in chunk.items()
+            if not isinstance(leaf, ShardedObject) and getattr(leaf, "key", None) not in absent
         }
         for name, chunk in tree.items()
     }
 
 
 def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
-    """Fill the ShardedTensors and objects of `wanted` from a checkpoint; a UserError on all ranks if one cannot.
+    """Fill the ShardedTensors and objects of `wanted`; UserError on all ranks if one rank fails.
 
-    As Megatron-Core's torch_dist strategy does, but with readers that run nothing: see safe.py.
+    Same steps as Megatron-Core's torch_dist strategy, with readers that execute nothing (safe.py).
     """
     wanted, _, factories = load_preprocess(wanted)
     by_key, names, renamed = strategy._replace_state_dict_keys_with_sharded_keys(wanted)
@@ -298,25 +306,29 @@ def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
         error = next((str(cause[0]) for cause in failure.failures.values()), str(failure))
     except (OSError, RuntimeError, UserError) as failure:
         error = str(failure)
-    outcomes: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(outcomes, error)
-    if wrong := [f"{path} on rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]:
+    errors: list[Any] = [None] * ranks.world_size
+    torch.distributed.all_gather_object(errors, error)
+    if wrong := [f"{path} on rank {rank}: {text}" for rank, text in enumerate(errors) if text]:
         raise UserError(wrong[0])
-    found = {key: strategy._unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
-    found = strategy._replace_sharded_keys_with_state_dict_keys(found, names, renamed)
-    strategy._restore_dict_types(found, wanted)
-    return apply_factory_merges(found, factories)
+    loaded = {key: strategy._unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
+    loaded = strategy._replace_sharded_keys_with_state_dict_keys(loaded, names, renamed)
+    strategy._restore_dict_types(loaded, wanted)
+    return apply_factory_merges(loaded, factories)
 
 
 def _into_model(
     chunks: list[torch.nn.Module], loaded: dict[str, Any], absent: Collection[str] = ()
 ) -> None:
-    kept = ("_extra_state", *(key.rpartition(".")[2] for key in absent))
+    not_loaded = ("_extra_state", *(key.rpartition(".")[2] for key in absent))
     for number, chunk in enumerate(chunks):
         name = "model" if len(chunks) == 1 else f"model{number}"
         result = unwrap(chunk).load_state_dict(loaded[name], strict=False)
-        differing = (*result.missing_keys, *result.unexpected_keys)
-        if left := [key for key in differing if not key.endswith(kept)]:
+        differing = [
+            key
+            for key in (*result.missing_keys, *result.unexpected_keys)
+            if not key.endswith(not_loaded)
+        ]
+        if differing:
             raise RuntimeError(
-                f"the checkpoint's names and the model's differ: {', '.join(left[:5])}"
+                f"the checkpoint's names and the model's differ: {', '.join(differing[:5])}"
             )

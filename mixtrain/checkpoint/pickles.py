@@ -1,7 +1,8 @@
-"""A pickle read as text: plain values, and what it names as names. Nothing is imported, called or changed. No torch.
+"""Parse a pickle as data: plain values and names. Nothing is imported, called or changed. No torch.
 
-Rule: whatever a pickle would make, by whatever opcode, becomes a Record: a name, arguments, a state. Time and memory
-are linear in the bytes: an opcode takes no more than it has of them, and what all make together has a limit.
+Rule: whatever object a pickle would make, by whatever opcode, becomes a PickleRecord: a name,
+arguments and a state. Time and memory are linear in the bytes: each opcode reads at most the bytes
+that remain, and the number of objects is limited.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 MOST = 1 << 28  # bytes of a pickle; the index of the largest models has a fifth of it
-# An honest pickle makes a container or record in twelve bytes; one for each byte would take sixty
-# times its size.
+# Limit of objects: one for each BYTES_EACH bytes, and SPARE more. A normal pickle takes about
+# twelve bytes for a container or record; one object for each byte would take sixty times the
+# pickle's size.
 BYTES_EACH = 4
 SPARE = 64
-SHOWN = 100  # characters of a stranger's text
-KEYS = (str, int, bool, float, type(None))  # whose hash takes no recursion
+SHOWN = 100  # characters of untrusted text in a message
+KEYS = (str, int, bool, float, type(None))  # types whose hash needs no recursion
 
 
 class Damaged(ValueError):
-    """These bytes are no pickle of plain records."""
+    """These bytes are not a pickle of plain records."""
 
 
 class Unwanted(ValueError):
-    """A pickle wants something; the text is a sentence about it."""
+    """A pickle asks for something that is not allowed; the message is a sentence about it."""
 
 
 class Name(NamedTuple):
-    """What a pickle names: a class or a function, which stays a name."""
+    """The name of a class or function in a pickle; it is never looked up."""
 
     module: str
     name: str
@@ -39,8 +41,8 @@ class Name(NamedTuple):
         return shown(f"{self.module}.{self.name}")
 
 
-class Record:
-    """What a pickle would have called or made: `args` are what it gives to `of`, `state` is what it would set."""
+class PickleRecord:
+    """An object that a pickle would make by calling `of` with `args`, then setting `state`."""
 
     __slots__ = ("of", "args", "state")
 
@@ -50,34 +52,35 @@ class Record:
         self.state = None
 
 
-class Stored(NamedTuple):
-    """A persistent id: torch.save's words for numbers that lie elsewhere in its file."""
+class PersistentId(NamedTuple):
+    """torch.save's reference to a storage, which is another record of the file."""
 
     id: Any
 
 
 def shown(text: str) -> str:
-    """Text of a stranger as it may stand on a terminal: short, and without control characters."""
+    """Return untrusted text safe for a terminal: short, and without control characters."""
     text = text if len(text) <= SHOWN else text[:SHOWN] + "..."
     return text if text.isprintable() else ascii(text)
 
 
 def read(data: bytes, allowed: Mapping[str, Collection[str]]) -> Any:
-    """What a pickle says: plain Python, Names, Records and Stored. `allowed`: module -> the names that it may give.
+    """Return the contents of a pickle: plain Python, Names, PickleRecords and PersistentIds.
 
-    Parts may stand at many places and be nested without end: who walks through them must bound both. Unwanted for a
-    name or an opcode that honest pickles do not have, Damaged for everything else that is wrong.
+    `allowed`: module -> the names that may occur. Objects may be shared and nested without limit:
+    a caller that walks through them must bound both. Unwanted for a name or an opcode that normal
+    pickles do not have, Damaged for any other error.
     """
     reader = _Reader(data, allowed)
     try:
         return reader.run()
-    # it ends early, or takes what is not there
+    # it ends early, or uses a stack or memo entry that does not exist
     except (IndexError, UnicodeDecodeError, struct.error):
         raise Damaged(f"at byte {reader.at:,}") from None
 
 
 class _Reader:
-    """A stack, where its marks are, and a list of what can be referred to again."""
+    """The state of a pickle machine: the stack, the positions of its marks, and the memo."""
 
     def __init__(self, data: bytes, allowed: Mapping[str, Collection[str]]):
         self.data = data
@@ -86,7 +89,7 @@ class _Reader:
         self.stack: list[Any] = []
         self.marks: list[int] = []
         self.memo: list[Any] = []
-        self.left = len(data) // BYTES_EACH + SPARE  # containers and records that may still be made
+        self.objects_left = len(data) // BYTES_EACH + SPARE  # limit of containers and records
 
     def run(self) -> Any:
         data = self.data
@@ -112,9 +115,9 @@ class _Reader:
         return value
 
     def take(self, size: int) -> bytes:
-        """Fewer bytes, where there are fewer: then there is no next opcode, and that is an IndexError."""
+        """Return `size` bytes, or fewer at the end: the next opcode then raises an IndexError."""
         start = self.at
-        self.at = self.at + size
+        self.at += size
         return self.data[start : self.at]
 
     def line(self) -> str:
@@ -125,10 +128,10 @@ class _Reader:
         return text.decode()
 
     def push(self, container: Any) -> None:
-        """A new container or record."""
-        self.left -= 1
-        if self.left < 0:
-            raise Damaged(f"it makes too much of too few bytes, up to byte {self.at:,}")
+        """Push a new container or record, and count it."""
+        self.objects_left -= 1
+        if self.objects_left < 0:
+            raise Damaged(f"it makes too many objects for its size, up to byte {self.at:,}")
         self.stack.append(container)
 
     def since_mark(self) -> list[Any]:
@@ -193,7 +196,7 @@ def _tuple_of(size: int) -> Step:
 
 def _list_of(reader: _Reader) -> list:
     if type(reader.stack[-1]) is not list:
-        raise Damaged(f"items for what is no list, at byte {reader.at:,}")
+        raise Damaged(f"items for something that is not a list, at byte {reader.at:,}")
     return reader.stack[-1]
 
 
@@ -210,10 +213,10 @@ def _appends(reader: _Reader) -> None:
 def _set_items(reader: _Reader, items: list[Any]) -> None:
     target = reader.stack[-1]
     if type(target) is not dict or len(items) % 2:
-        raise Damaged(f"items for what is no mapping, at byte {reader.at:,}")
+        raise Damaged(f"items for something that is not a mapping, at byte {reader.at:,}")
     for key in items[::2]:
-        if not isinstance(key, (*KEYS, Record)):  # a nested tuple's hash would recurse
-            raise Damaged(f"a key of a mapping is no text, number or record, at byte {reader.at:,}")
+        if not isinstance(key, (*KEYS, PickleRecord)):  # a nested tuple's hash would recurse
+            raise Damaged(f"a key is not text, a number or a record, at byte {reader.at:,}")
     target.update(zip(items[::2], items[1::2], strict=True))
 
 
@@ -223,10 +226,10 @@ def _set_item(reader: _Reader) -> None:
     _set_items(reader, [key, value])
 
 
-def _put(reader: _Reader, place: int) -> None:
-    if place > len(reader.memo):
+def _put(reader: _Reader, index: int) -> None:
+    if index > len(reader.memo):
         raise IndexError
-    reader.memo[place : place + 1] = [reader.stack[-1]]
+    reader.memo[index : index + 1] = [reader.stack[-1]]
 
 
 def _name(reader: _Reader) -> None:
@@ -240,26 +243,24 @@ def _stack_name(reader: _Reader) -> None:
 
 
 def _make(reader: _Reader) -> None:
-    """NEWOBJ and REDUCE: a record of what would have been made or called. An OrderedDict is a dict."""
+    """NEWOBJ and REDUCE: push a record of the object or call; an OrderedDict becomes a dict."""
     args = reader.stack.pop()
     of = reader.stack.pop()
     if type(of) is not Name:
-        raise Unwanted("a pickle that calls what is no class or function is not loaded")
+        raise Unwanted("a pickle that calls something other than a class or function is not loaded")
     if type(args) is not tuple:
-        raise Damaged(f"arguments that are no tuple, at byte {reader.at:,}")
-    reader.push({} if of == ("collections", "OrderedDict") and not args else Record(of, args))
+        raise Damaged(f"arguments that are not a tuple, at byte {reader.at:,}")
+    reader.push({} if of == ("collections", "OrderedDict") and not args else PickleRecord(of, args))
 
 
 def _build(reader: _Reader) -> None:
     state = reader.stack.pop()
     record = reader.stack[-1]
-    if type(record) is not Record or record.state is not None:
-        raise Unwanted(
-            f"a pickle that changes {record if type(record) is Name else 'what there is'} is not"
-            " loaded"
-        )
+    if type(record) is not PickleRecord or record.state is not None:
+        target = record if type(record) is Name else "an existing object"
+        raise Unwanted(f"a pickle that changes {target} is not loaded")
     if type(state) not in (dict, tuple):
-        raise Damaged(f"a state that is no mapping, at byte {reader.at:,}")
+        raise Damaged(f"a state that is not a mapping, at byte {reader.at:,}")
     record.state = state
 
 
@@ -304,6 +305,6 @@ STEPS: dict[int, Step] = {
         pickle.NEWOBJ: _make,
         pickle.REDUCE: _make,
         pickle.BUILD: _build,
-        pickle.BINPERSID: lambda reader: reader.push(Stored(reader.stack.pop())),
+        pickle.BINPERSID: lambda reader: reader.push(PersistentId(reader.stack.pop())),
     }.items()
 }

@@ -1,8 +1,9 @@
-"""Reading checkpoints that somebody else may have written: nothing in them is run, called or changed.
+"""Read checkpoints from untrusted sources: nothing in them is executed, called or changed.
 
-PyTorch opens .metadata with a bare pickle.load; its restricted reader of the other pickles calls the constructors, and
-sets the state, of every class that a library has named to it. Rule: no unpickler opens a file of a checkpoint. Pickles
-are read as text (pickles.py), and what is needed of them is made here (metadata.py, archive.py).
+PyTorch opens .metadata with a bare pickle.load; its restricted unpickler for the other files calls
+the constructors, and sets the state, of every class that a library has declared safe.
+Rule: no unpickler opens a file of a checkpoint. Pickles are parsed as data (pickles.py), and
+metadata.py and archive.py build the needed objects from them.
 """
 
 from __future__ import annotations
@@ -26,27 +27,27 @@ COMMON = "common.pt"
 
 @contextmanager
 def reading(path: Path) -> Iterator[BinaryIO]:
-    """A file of a checkpoint, open; what is wrong with it, found while it is, is a UserError with its name."""
+    """Open a file of a checkpoint; errors of the block become UserErrors with the file's name."""
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # opening a pipe would block
+
     try:
-        # a pipe would be waited for
-        with open(
-            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
-        ) as file:
+        with open(path, "rb", opener=opener) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise UserError(f"{path} is no file")
+                raise UserError(f"{path} is not a file")
             yield file
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
     except pickles.Unwanted as error:
         raise UserError(f"{path}: {error}") from None
     except pickles.Damaged as error:
-        raise UserError(
-            f"{path} is damaged{' ' if str(error).startswith('at byte') else ': '}{error}"
-        ) from None
+        separator = " " if str(error).startswith("at byte") else ": "
+        raise UserError(f"{path} is damaged{separator}{error}") from None
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """The index of a checkpoint: which tensors there are, and in which file each part lies. UserError if it is none."""
+    """Return the index: the tensors, and the file of each chunk. UserError if it is invalid."""
     with reading(Path(directory) / METADATA) as file:
         if (size := os.fstat(file.fileno()).st_size) > pickles.MOST:
             raise pickles.Damaged(f"it has {size:,} bytes; at most {pickles.MOST:,} are read")
@@ -54,9 +55,9 @@ def read_metadata(directory: Path) -> Metadata:
 
 
 def read_common(directory: Path) -> dict[str, Any]:
-    """common.pt: what all ranks share. Numbers and text are as they are, objects are pickles.Records of them.
+    """Return common.pt, the state of all ranks; its objects are PickleRecords, not instances.
 
-    UserError if it is missing, damaged or names more than it may.
+    UserError if it is missing, damaged or names a class or function that is not allowed.
     """
     with reading(Path(directory) / COMMON) as file:
         common = Archive(file).tree()

@@ -1,4 +1,4 @@
-"""PyTorch's reader of checkpoint directories and Megatron-Core's planner of a load, with the readers of safe.py."""
+"""Load tensors through PyTorch's reader interface without unpickling (safe.py)."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from mixtrain.checkpoint.pickles import Damaged
 
 
 class Reader(FileSystemReader):
-    """Reads index, tensors and objects without unpickling."""
+    """Reads the index, tensors and objects of a checkpoint directory without unpickling."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         metadata = safe.read_metadata(Path(self.path))
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         self.expected = {
-            MetadataIndex(key, chunk.offsets): (tuple(chunk.sizes), part.properties.dtype)
-            for key, part in metadata.state_dict_metadata.items()
-            if isinstance(part, TensorStorageMetadata)
-            for chunk in part.chunks
+            MetadataIndex(key, chunk.offsets): (tuple(chunk.sizes), tensor.properties.dtype)
+            for key, tensor in metadata.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+            for chunk in tensor.chunks
         }
         return metadata
 
     def read_data(self, plan: LoadPlan, planner: MCoreLoadPlanner) -> Future[None]:
-        def place(item: ReadItem) -> tuple[str, int]:
+        def location(item: ReadItem) -> tuple[str, int]:
             stored = self.storage_data[item.storage_index]
             return stored.relative_path, stored.offset
 
-        for item in sorted(plan.items, key=place):
+        for item in sorted(plan.items, key=location):
             self._read(item, planner)
         done: Future[None] = Future()
         done.set_result(None)
@@ -55,16 +55,18 @@ class Reader(FileSystemReader):
             if item.type is LoadItemType.BYTE_IO:
                 planner.state_dict[key] = archive.plain()
                 return
-            there = archive.numbers(archive.tree())
-            if (there.size, there.dtype) != self.expected[item.storage_index]:
-                raise Damaged(f"a part of {key} is not what the index says")
-            tensor = archive.load(there)
+            stored_tensor = archive.locate(archive.tree())
+            if (stored_tensor.size, stored_tensor.dtype) != self.expected[item.storage_index]:
+                raise Damaged(f"a chunk of {key} differs from the index")
+            tensor = archive.load(stored_tensor)
         _copy(item, tensor, planner)
 
 
 def _copy(item: ReadItem, tensor: torch.Tensor, planner: MCoreLoadPlanner) -> None:
-    """The part of a stored chunk that is asked for, to where it belongs."""
-    cut = tuple(slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths, strict=True))
+    """Copy the requested slice of a stored chunk to its target."""
+    slices = tuple(
+        slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths, strict=True)
+    )
     target = planner.resolve_tensor(item).detach()
-    target.copy_(tensor[cut])
+    target.copy_(tensor[slices])
     planner.commit_tensor(item, target)

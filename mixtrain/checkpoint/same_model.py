@@ -1,6 +1,7 @@
-"""Whether weights are for this model where shapes do not tell: what their run_state.json says, key by key. No torch.
+"""Compare a checkpoint's model settings that shapes do not show, from run_state.json. No torch.
 
-Rule: a difference is refused with both values unless checkpoint.acknowledge_differences names its key.
+Rule: a difference is refused with both values unless checkpoint.acknowledge_differences names its
+key.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from mixtrain.config.schema import Config
 from mixtrain.errors import UserError
 
 
-def refuse(config: Config, checkpoint: Path) -> None:
-    """UserError with every difference that is not acknowledged, or if the checkpoint does not say what it is of."""
+def refuse_differences(config: Config, checkpoint: Path) -> None:
+    """Raise UserError with every unacknowledged difference, or if run_state.json cannot be read."""
     try:
-        found = problems(config, checkpoint)
+        messages = problems(config, checkpoint)
     except ValueError as error:
         raise UserError(f"{error}; what shapes do not show cannot be compared") from None
-    if found:
-        raise UserError(*found)
+    if messages:
+        raise UserError(*messages)
 
 
 def problems(config: Config, checkpoint: Path) -> list[str]:
-    """A line for each difference that is not acknowledged. ValueError if there is no run_state.json to read."""
-    known = config.checkpoint.acknowledge_differences
-    there = state.read(checkpoint).config
+    """Return a line for each unacknowledged difference. ValueError without run_state.json."""
+    acknowledged = config.checkpoint.acknowledge_differences
     return [
-        found.message(checkpoint) for found in differences(config, there) if found.key not in known
+        difference.told(checkpoint)
+        for difference in differences(config, state.read(checkpoint).config)
+        if difference.key not in acknowledged
     ]

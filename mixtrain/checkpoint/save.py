@@ -1,7 +1,8 @@
-"""Saving: the ranks plan together, each writes its share, and what all have written becomes a checkpoint in one step.
+"""Save checkpoints: ranks plan together, each writes its share, the first commits them atomically.
 
-Rule: every rank takes every decision with all others, so that a fault on one (a full disk, a dead writer) is an error
-on all and never a wait; and until the directory has its name, nothing there has changed.
+Rule: every rank takes every decision with all others, so an error on one (a full disk, a dead
+writer) raises on all and never blocks. Until the new directory has its final name, no checkpoint
+changes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from torch.distributed.checkpoint.metadata import Metadata
 
-from mixtrain.checkpoint import content, directory, optimizer_state, state, writing
+from mixtrain.checkpoint import content, directory, optimizer_state, shard_writer, state
 from mixtrain.checkpoint.directory import MARGIN
 from mixtrain.checkpoint.index import COMMON, CONFIG, METADATA, write_index
 from mixtrain.checkpoint.integrity import describe, write_manifest
-from mixtrain.checkpoint.outlook import outlook
+from mixtrain.checkpoint.shard_writer import BackgroundWriter, Item, WriteOutcome
 from mixtrain.checkpoint.state import RunState
-from mixtrain.checkpoint.writing import Item, Writer, Written
+from mixtrain.checkpoint.write_errors import recovery_advice
 from mixtrain.config.plan import Plan
 from mixtrain.engine.optimizer import Training, parameters_gathered
 from mixtrain.engine.process_groups import Ranks
@@ -41,18 +42,18 @@ from mixtrain.system.status import DISK_FULL
 
 
 class Pending(NamedTuple):
-    """A save that is being written."""
+    """A save in progress."""
 
     step: int
     path: Path  # under its temporary name
     size: int  # bytes, of all ranks
     metadata: Metadata | None  # on the first rank
-    writer: Writer | None
-    started: float
+    writer: BackgroundWriter | None
+    started: float  # time.monotonic(), seconds
 
 
 class Saver:
-    """Saves the checkpoints of a run. Every rank makes the same calls in the same order."""
+    """Saves the checkpoints of a run. Every rank must make the same calls in the same order."""
 
     def __init__(
         self,
@@ -69,12 +70,13 @@ class Saver:
         self.heartbeat = heartbeat
         self.run_dir = Path(plan.config.run_dir)
         self.pending: Pending | None = None
-        self.checked = False  # the shards of all ranks have been seen to make whole tensors
+        self.outcome: WriteOutcome | None = None  # of this rank's pending write
+        self.checked = False  # the shards of all ranks are known to cover every tensor
         self.pruning: threading.Thread | None = None
-        self.pruned: list[str] = []  # what there is to say of it
+        self.prune_messages: list[str] = []
 
     def after_step(self, run_state: RunState, ending: bool) -> None:
-        """After a step: save where one is due, and conclude what has been written meanwhile."""
+        """Save if a checkpoint is due after this step, and commit a finished asynchronous save."""
         settings = self.plan.config.checkpoint
         interval = settings.save_interval
         if (ending and settings.save_last) or (interval and run_state.step % interval == 0):
@@ -82,55 +84,59 @@ class Saver:
         self.poll()
 
     def save(self, run_state: RunState) -> None:
-        """Write a checkpoint of this moment; with async_save only begin to. A Fault if it cannot be written."""
+        """Write a checkpoint; with async_save only start to. Fault if it cannot be written."""
         self.drain()
-        path = directory.saving(directory.path_of(self.run_dir, run_state.step))
+        path = directory.saving_path(directory.path_of(self.run_dir, run_state.step))
         run_state = replace(run_state, optimizer_steps=optimizer_state.steps_done(self.training))
         with parameters_gathered(self.plan, self.training):
             self._save(path, run_state)
 
     def _save(self, path: Path, run_state: RunState) -> None:
         items, metadata = self._plan_shards()
-        size = self._sum(writing.size_of(items))
-        self._agree("", lambda: self._prepare(path, size, run_state), size)
+        size = self._sum(shard_writer.total_bytes(items))
+        self._run_on_first(lambda: self._prepare(path, size, run_state), size)
         pending = Pending(run_state.step, path, size, metadata, None, time.monotonic())
         if not self.plan.config.checkpoint.async_save:
-            self._finish(pending, writing.write(path, self.ranks.rank, items, self.heartbeat))
+            outcome = shard_writer.write_shards(path, self.ranks.rank, items, self.heartbeat)
+            self._finish(pending, outcome)
             return
         timeout = 60 * self.plan.config.trainer.timeout_minutes
         snapshot = [
             (item, data.cpu() if isinstance(data, torch.Tensor) else data) for item, data in items
         ]
-        writer = Writer(path, self.ranks.rank, snapshot, timeout)
+        writer = BackgroundWriter(path, self.ranks.rank, snapshot, timeout)
         self.pending = pending._replace(writer=writer)
-        self.written = None
+        self.outcome = None
 
     def poll(self) -> None:
-        """After a step: make a checkpoint of what has been written by now on all ranks."""
+        """Commit the pending checkpoint if all ranks have written their shares."""
         if self.pending is None:
             return
-        self.written = self.written or self.pending.writer.poll()
-        if self._sum(int(self.written is not None)) == self.ranks.world_size:
-            self._conclude()
+        self.outcome = self.outcome or self.pending.writer.poll()
+        if self._sum(int(self.outcome is not None)) == self.ranks.world_size:
+            self._finish_pending()
 
     def drain(self) -> None:
-        """Wait for what is being written, at most trainer.timeout_minutes, and for what is being deleted."""
+        """Wait for pending deletions and writes; for writes at most trainer.timeout_minutes."""
         if self.pruning:
             self.pruning.join()
-            for line in self.pruned:
+            for line in self.prune_messages:
                 self.say(line)
-            self.pruned = []
+            self.prune_messages = []
         if self.pending is not None:
-            self.written = self.written or self.pending.writer.wait(self.heartbeat)
-            self._conclude()
+            self.outcome = self.outcome or self.pending.writer.wait(self.heartbeat)
+            self._finish_pending()
 
-    def _conclude(self) -> None:
+    def _finish_pending(self) -> None:
         pending = self.pending
         self.pending = None
-        self._finish(pending, self.written)
+        self._finish(pending, self.outcome)
 
     def _plan_shards(self) -> tuple[list[Item], Metadata | None]:
-        """What this rank writes, and on the first rank the metadata of all. As Megatron-Core's torch_dist strategy."""
+        """Return what this rank writes, and on the first rank the metadata of all ranks.
+
+        Same steps as Megatron-Core's torch_dist strategy.
+        """
         shards, _ = save_preprocess(content.sharded(self.plan, self.training), not self.checked)
         self.checked = True
         shards |= content.rng_state_by_stage()
@@ -139,103 +145,109 @@ class Saver:
         )
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=self.ranks.is_first)
-        mine = planner.create_local_plan()
-        plans = self._gather(mine)
+        local_plan = planner.create_local_plan()
+        plans = self._gather(local_plan)
         metadata = None
         if self.ranks.is_first:
             _, metadata = planner.create_global_plan(plans)
-        mine = planner.finish_plan(planner.create_decentralized_global_plan(mine))
-        return [(item, planner.resolve_data(item)) for item in mine.items], metadata
+        local_plan = planner.finish_plan(planner.create_decentralized_global_plan(local_plan))
+        return [(item, planner.resolve_data(item)) for item in local_plan.items], metadata
 
     def _prepare(self, path: Path, size: int, run_state: RunState) -> None:
-        """On the first rank: the directory, if the disk has room, and the files that do not come in shards."""
+        """On the first rank: check free space, make the directory, write the unsharded files."""
         directory.remove(path)
         free = shutil.disk_usage(self.run_dir).free
         if free < size + MARGIN:
-            words = (
+            message = (
                 f"it takes {size:,} bytes and a margin of {MARGIN:,} for its small files,"
                 f" {free:,} are free"
             )
-            raise OSError(errno.ENOSPC, words, str(path))
+            raise OSError(errno.ENOSPC, message, str(path))
         path.mkdir()
-        # writing to a full disk itself, torch.save would raise what is no OSError
+        # in memory first: on a full disk torch.save raises something other than OSError
         common = io.BytesIO()
         torch.save(content.common(self.plan, self.training, run_state), common)
         (path / COMMON).write_bytes(common.getvalue())
         (path / state.NAME).write_text(state.to_json(run_state))
 
-    def _finish(self, pending: Pending, written: Written) -> None:
-        self._agree(written.error, lambda: None, pending.size, written.number)
-        shares = self._gather(written)
-        self._agree("", lambda: self._commit(pending, shares), pending.size)
+    def _finish(self, pending: Pending, outcome: WriteOutcome) -> None:
+        self._refuse_errors(outcome.error, outcome.errno, pending.size)
+        outcomes = self._gather(outcome)
+        self._run_on_first(lambda: self._commit(pending, outcomes), pending.size)
         seconds = time.monotonic() - pending.started
         name = directory.path_of(self.run_dir, pending.step).name
         self.say(f"saved {name}: {pending.size / 2**20:,.1f} MiB in {seconds:.1f} s")
 
-    def _commit(self, pending: Pending, shares: list[Written]) -> None:
-        """On the first rank: what all have written gets its index, its manifest, and its name."""
+    def _commit(self, pending: Pending, outcomes: list[WriteOutcome]) -> None:
+        """On the first rank: write index and manifest, then rename the directory."""
         path = pending.path
-        metadata = pending.metadata
-        write_index(path, metadata, shares)
-        small = [path / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
-        for each in small:
-            with open(each) as file:
+        write_index(path, pending.metadata, outcomes)
+        small_files = [path / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
+        for small_file in small_files:
+            with open(small_file) as file:
                 os.fsync(file.fileno())
-        write_manifest(
-            path, {name: file for share in shares for name, file in share.files} | describe(small)
-        )
+        large_files = {name: file for outcome in outcomes for name, file in outcome.files}
+        write_manifest(path, large_files | describe(small_files))
         directory.sync(path)
         directory.commit(path, pending.step)
-        self.pruning = threading.Thread(target=self._prune)  # a second for some GB
+        # in a thread: deleting several GB takes about a second
+        self.pruning = threading.Thread(target=self._prune)
         self.pruning.start()
 
     def _prune(self) -> None:
-        self.pruned = directory.prune(self.run_dir, self.plan.config.checkpoint.keep_last)
+        keep = self.plan.config.checkpoint.keep_last
+        self.prune_messages = directory.prune(self.run_dir, keep)
 
-    def _agree(self, error: str, on_first: Callable[[], None], size: int, number: int = 0) -> None:
-        """Do `on_first` on the first rank; a Fault on every rank if it, or any rank's own part, went wrong."""
-        if self.ranks.is_first and not error:
+    def _run_on_first(self, action: Callable[[], None], size: int) -> None:
+        """Run `action` on the first rank; Fault on every rank if it raises an OSError."""
+        error = ""
+        number = 0
+        if self.ranks.is_first:
             try:
-                on_first()
+                action()
             except OSError as failure:
                 error = f"{failure.filename or self.run_dir}: {failure.strerror}"
                 number = failure.errno
-        outcomes: list[Any] = [None] * self.ranks.world_size
-        torch.distributed.all_gather_object(outcomes, (error, number))
-        wrong = [(rank, text, number) for rank, (text, number) in enumerate(outcomes) if text]
-        if wrong:
-            self._fail(*wrong[0], size)
+        self._refuse_errors(error, number, size)
+
+    def _refuse_errors(self, error: str, number: int, size: int) -> None:
+        """Raise Fault on every rank if any rank has an error; `number` is its errno."""
+        errors: list[Any] = [None] * self.ranks.world_size
+        torch.distributed.all_gather_object(errors, (error, number))
+        for rank, (text, number_of_rank) in enumerate(errors):
+            if text:
+                self._fail(rank, text, number_of_rank, size)
 
     def _fail(self, rank: int, text: str, number: int, size: int) -> None:
-        said = [""]
+        disk_use = [""]
         if self.ranks.is_first:
-            # before it is removed, which makes room
-            said = [self._how_far(size) if number in DISK_FULL else ""]
-            for half in self.run_dir.glob("iter_*.saving"):
-                directory.remove(half)
-        torch.distributed.broadcast_object_list(said, src=0)
-        what_now = outlook(self.plan, number)
+            # measured before the removal, which frees space
+            disk_use = [self._disk_use(size) if number in DISK_FULL else ""]
+            for partial in self.run_dir.glob("iter_*.saving"):
+                directory.remove(partial)
+        torch.distributed.broadcast_object_list(disk_use, src=0)
+        advice = recovery_advice(self.plan, number)
         raise Fault(
-            f"the checkpoint could not be written on rank {rank}: {text}{said[0]}; {what_now}"
+            f"the checkpoint could not be written on rank {rank}: {text}{disk_use[0]}; {advice}"
         )
 
-    def _how_far(self, size: int) -> str:
-        """How much of a checkpoint of `size` bytes there is on the disk, and what is free; "" if none was begun."""
+    def _disk_use(self, size: int) -> str:
+        """Return how many of `size` bytes were written and how many are free; "" if not begun."""
         try:
-            halves = [path.stat() for path in self.run_dir.glob("iter_*.saving/*")]
-            written = sum(half.st_size for half in halves)
+            files = [path.stat() for path in self.run_dir.glob("iter_*.saving/*")]
+            written = sum(file.st_size for file in files)
             free = shutil.disk_usage(self.run_dir).free
         except OSError:
             return ""
-        return (
-            f"; of its {size:,} bytes {written:,} were written, {free:,} are free" if halves else ""
-        )
+        if not files:
+            return ""
+        return f"; of its {size:,} bytes {written:,} were written, {free:,} are free"
 
-    def _gather(self, mine: Any) -> list[Any]:
-        """Every rank's object, on the first rank; an empty list on the others."""
-        found = [None] * self.ranks.world_size if self.ranks.is_first else None
-        torch.distributed.gather_object(mine, found, dst=0)
-        return found or []
+    def _gather(self, value: Any) -> list[Any]:
+        """Return every rank's object on the first rank, an empty list on the others."""
+        gathered = [None] * self.ranks.world_size if self.ranks.is_first else None
+        torch.distributed.gather_object(value, gathered, dst=0)
+        return gathered or []
 
     def _sum(self, number: int) -> int:
         total = torch.tensor([number], dtype=torch.int64, device=self.ranks.device)

@@ -1,8 +1,8 @@
-"""A range of a flattened tensor as boxes of the tensor itself. No torch.
+"""A range of a flattened tensor as rectangular slices of the tensor. No torch.
 
-A distributed optimizer deals out flat ranges of a parameter; a checkpoint that any layout reads
-holds boxes. So each rank writes and reads its own part alone, without gathering a parameter
-anywhere.
+A distributed optimizer shards each parameter into flat ranges; a checkpoint that any layout can
+read stores rectangular slices. With this conversion each rank writes and reads only its own shard,
+and no rank gathers a parameter.
 """
 
 from __future__ import annotations
@@ -12,47 +12,49 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 
-class Box(NamedTuple):
-    """A box of a tensor: its first element and its size along each axis, and its elements in the flat tensor."""
+class TensorSlice(NamedTuple):
+    """A rectangular slice of a tensor: elements start..stop of the flattened tensor."""
 
-    offset: tuple[int, ...]
-    size: tuple[int, ...]
+    offset: tuple[int, ...]  # the index of its first element
+    size: tuple[int, ...]  # along each axis
     start: int
     stop: int
 
 
-def boxes(shape: Sequence[int], start: int, stop: int, base: int = 0) -> Iterator[Box]:
-    """The elements start..stop of a row-major tensor of `shape`, in order, in as few boxes as its axes allow.
+def slices_of_range(
+    shape: Sequence[int], start: int, stop: int, base: int = 0
+) -> Iterator[TensorSlice]:
+    """Yield elements start..stop of a row-major tensor, in order, in as few slices as possible.
 
-    At most 2 * len(shape) - 1 of them: what is left of a row, whole rows, the beginning of a row, and so on inward.
-    `base` is added to where they start and stop.
+    There are at most 2 * len(shape) - 1: the rest of a row, complete rows, the beginning of a row,
+    and so on for the inner axes. `base` is added to each start and stop.
     """
     if start >= stop:
         return
     if len(shape) < 2:
-        yield Box((start,) * len(shape), (stop - start,) * len(shape), base + start, base + stop)
+        axes = len(shape)
+        yield TensorSlice((start,) * axes, (stop - start,) * axes, base + start, base + stop)
         return
     row = math.prod(shape[1:])
-    # the whole rows
+    # complete rows: first..last
     first = -(-start // row)
     last = stop // row
     if first > last:  # within one row
-        yield from _inside(shape, last, start, stop, base)
+        yield from _slices_in_row(shape, last, start, stop, base)
         return
-    yield from _inside(shape, first - 1, start, first * row, base)
+    yield from _slices_in_row(shape, first - 1, start, first * row, base)
     if first < last:
-        rest = tuple(shape[1:])
-        yield Box(
-            (first, *(0 for _ in rest)),
-            (last - first, *rest),
-            base + first * row,
-            base + last * row,
-        )
-    yield from _inside(shape, last, last * row, stop, base)
+        inner = tuple(shape[1:])
+        offset = (first, *(0 for _ in inner))
+        yield TensorSlice(offset, (last - first, *inner), base + first * row, base + last * row)
+    yield from _slices_in_row(shape, last, last * row, stop, base)
 
 
-def _inside(shape: Sequence[int], number: int, start: int, stop: int, base: int) -> Iterator[Box]:
-    """The boxes of start..stop, which lie in row `number`."""
+def _slices_in_row(
+    shape: Sequence[int], number: int, start: int, stop: int, base: int
+) -> Iterator[TensorSlice]:
+    """Yield the slices of start..stop, which lie in row `number`."""
     row = math.prod(shape[1:])
-    for box in boxes(shape[1:], start - number * row, stop - number * row, base + number * row):
-        yield Box((number, *box.offset), (1, *box.size), box.start, box.stop)
+    begin = number * row
+    for inner in slices_of_range(shape[1:], start - begin, stop - begin, base + begin):
+        yield TensorSlice((number, *inner.offset), (1, *inner.size), inner.start, inner.stop)

@@ -1,6 +1,6 @@
-"""What a run must know to go on, beside its tensors: run_state.json of a checkpoint. No torch.
+"""run_state.json of a checkpoint: what a run needs to resume, beside its tensors. No torch.
 
-Rule: whatever decides the next step is here or in a tensor, and nowhere else.
+Rule: everything that determines the next step is stored here or in a tensor, nowhere else.
 """
 
 from __future__ import annotations
@@ -18,42 +18,42 @@ NAME = "run_state.json"
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run is. The beginning of a new one is RunState()."""
+    """The progress of a run. A new run starts with RunState()."""
 
     step: int = 0
     consumed_samples: int = 0
-    schedule_steps: int = 0  # of the learning rate: a skipped step is not one
-    optimizer_steps: int = 0  # that Adam has counted
+    schedule_steps: int = 0  # of the learning-rate schedule: skipped steps do not count
+    optimizer_steps: int = 0  # Adam's step count
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
-    # the run was asked to stop before the validation that belongs to this step
+    # the run was asked to stop before the validation that is due at this step
     validation_due: bool = False
     # fingerprints of the training data and of their order
     data: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)  # resolved
-    layout: dict[str, int] = field(default_factory=dict)  # how the ranks were arranged
+    layout: dict[str, int] = field(default_factory=dict)  # parallel sizes: load.layout
     versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
-    # HfSource of the model of Hugging Face that it began as
+    # an HfSource, if the run started from a Hugging Face model
     hf_source: dict[str, Any] | None = None
 
 
-# resolved when it was written: ${oc.env:SECRET} would now read what belongs to whoever looks at the
-# checkpoint
+# Resolved when written: ${oc.env:SECRET} would otherwise read the environment of whoever opens the
+# checkpoint.
 RESOLVED = Check("a resolved configuration, without ${", lambda config: "${" not in str(config))
 
 
 class HfSource(TypedDict):
-    """What a converted model came with that is not the architecture's, and goes out again with an export."""
+    """What a Hugging Face model has beside its architecture; an export writes it again."""
 
     config: dict[str, Any]  # of config.json
     generation_config: NotRequired[dict[str, Any]]  # generation_config.json, if there was one
-    # SHA-256 of its vocabulary files: the ids in `config` are of that one; "" if it had none
+    # SHA-256 of its vocabulary files, to which the ids in `config` belong; "" if it had none
     tokenizer: Name
-    vocab_size: Count  # without the rows that were added to be divisible
+    vocab_size: Count  # without the rows added for divisibility
 
 
-class Written(TypedDict):
-    """run_state.json. What later versions have added need not be there."""
+class RunStateFile(TypedDict):
+    """run_state.json. Keys that later versions added are optional."""
 
     step: Count
     consumed_samples: Count
@@ -74,9 +74,9 @@ def to_json(state: RunState) -> str:
 
 
 def read(directory: Path) -> RunState:
-    """The state in a checkpoint. ValueError with what is wrong, naming the file."""
+    """Read the state of a checkpoint. ValueError with the file and what is wrong with it."""
     missing = "no run of mixtrain has written this checkpoint"
-    values = untrusted_json.read(directory / NAME, Written, missing=missing)
+    values = untrusted_json.read(directory / NAME, RunStateFile, missing=missing)
     return RunState(
         **{entry.name: values[entry.name] for entry in fields(RunState) if entry.name in values}
     )

@@ -1,6 +1,6 @@
-"""From a plan to processes: ranks of this machine, or a Slurm job whose tasks are ranks.
+"""Start a plan: as ranks on this machine, or as a Slurm job whose tasks are ranks.
 
-Rule: everything that can be known to be wrong is said before a process is started or a job is sent.
+Rule: everything that can be checked beforehand is checked before a process or a job starts.
 
 May import: training, checkpoint, data, config, system, errors; never torch.
 Does not belong here: a step, or anything that a rank computes.

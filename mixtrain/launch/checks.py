@@ -1,7 +1,6 @@
-"""What a submission would fail of, hours later: said now, with the key. No torch.
+"""Check before submission what would make a Slurm job fail hours later. No torch.
 
-Rule: nothing is written and no job is sent; what Slurm itself can refuse is left to `sbatch
---test-only`.
+Rule: nothing is written and no job is submitted; `sbatch --test-only` checks what Slurm itself can.
 """
 
 from __future__ import annotations
@@ -24,44 +23,43 @@ Problems = Iterator[str]
 TASK = "SLURM_ARRAY_TASK_ID"
 
 
-def submission_problems(plan: Plan, words: list[str], folder: Path) -> list[str]:
-    """Every reason why the plan of `words` should not be submitted from `folder`, its data and directory apart."""
-    found = [*files(plan, folder), *container(plan, folder), *array(plan, words), *may_return(plan)]
+def submission_problems(plan: Plan, overrides: list[str], folder: Path) -> list[str]:
+    """Return why the plan should not be submitted from `folder`, except its data and run_dir."""
+    problems = [
+        *env_file_problems(plan, folder),
+        *container_problems(plan, folder),
+        *array_problems(plan, overrides),
+        *requeue_problems(plan),
+    ]
     if not cluster.has_slurm():
-        return [*found, no_slurm(plan)]
+        return [*problems, no_slurm(plan)]
     try:
-        return found + [*fits(plan, cluster.nodes())]
+        return problems + [*partition_problems(plan, cluster.nodes())]
     except UserError as error:
-        return [*found, *error.problems]
+        return [*problems, *error.problems]
 
 
 def no_slurm(plan: Plan) -> str:
-    several = plan.config.trainer.num_nodes > 1
-    instead = (
-        "trainer.num_nodes=1 launcher=local runs on this machine"
-        if several
-        else "launcher=local runs here"
-    )
+    alternative = "launcher=local runs here"
+    if plan.config.trainer.num_nodes > 1:
+        alternative = "trainer.num_nodes=1 launcher=local runs on this machine"
     return (
         "launcher = slurm, but there is no sbatch on PATH; type this where Slurm's commands"
-        f" are. {instead}"
+        f" are. {alternative}"
     )
 
 
-def files(plan: Plan, folder: Path) -> Problems:
+def env_file_problems(plan: Plan, folder: Path) -> Problems:
     path = env_file(plan, folder)
     if not path.is_file():
-        yield (
-            f"launcher.env_file = {plan.config.launcher.env_file or path}: no such file; null"
-            " is slurm/env.sh"
-        )
+        given = plan.config.launcher.env_file or path
+        yield f"launcher.env_file = {given}: no such file; null is slurm/env.sh"
 
 
-def container(plan: Plan, folder: Path) -> Problems:
-    launcher = plan.config.launcher
-    if not launcher.container_image:
+def container_problems(plan: Plan, folder: Path) -> Problems:
+    image = plan.config.launcher.container_image
+    if not image:
         return
-    image = launcher.container_image
     is_path = image.startswith(("/", ".", "~")) or image.endswith(".sqsh")
     if is_path and not (folder / os.path.expanduser(image)).is_file():
         yield (
@@ -76,52 +74,47 @@ def container(plan: Plan, folder: Path) -> Problems:
     for mount in mounts:
         if not os.path.exists(mount.host):
             yield f"launcher.container_mounts: {mount.host} does not exist on this machine"
-    yield from containers.hidden(plan.config, folder, mounts)
+    yield from containers.hidden_path_problems(plan.config, folder, mounts)
 
 
-def may_return(plan: Plan) -> Problems:
-    if (
-        plan.config.checkpoint.resume is Resume.never
-        and plan.saves
-        and plan.config.trainer.mode is Mode.train
-    ):
+def requeue_problems(plan: Plan) -> Problems:
+    checkpoint = plan.config.checkpoint
+    trains = plan.saves and plan.config.trainer.mode is Mode.train
+    if checkpoint.resume is Resume.never and trains:
         yield (
             "checkpoint.resume = never would refuse the job when it returns to its run_dir; use"
             " auto, in a run_dir that holds no run yet"
         )
 
 
-def array(plan: Plan, words: list[str]) -> Problems:
-    """Tasks of an array: one at a time (%1) each goes on with the run of the one before; side by side they are runs."""
-    asked = plan.config.launcher.sbatch_args.get("array")
-    if (
-        asked is not None
-        and not str(asked).endswith("%1")
-        and not any(TASK in word for word in words)
-    ):
+def array_problems(plan: Plan, overrides: list[str]) -> Problems:
+    """Check a job array: with %1 each task resumes the previous one, else each needs a run_dir."""
+    array = plan.config.launcher.sbatch_args.get("array")
+    if array is None or str(array).endswith("%1"):
+        return
+    if not any(TASK in override for override in overrides):
         yield (
-            f"launcher.sbatch_args.array = {asked} starts jobs side by side in one run_dir; type"
-            f" run_dir='runs/${{name}}-${{oc.env:{TASK},0}}', or array={asked}%1 for one after the"
+            f"launcher.sbatch_args.array = {array} starts jobs side by side in one run_dir; type"
+            f" run_dir='runs/${{name}}-${{oc.env:{TASK},0}}', or array={array}%1 for one after the"
             " other"
         )
 
 
-def fits(plan: Plan, nodes: list[Node]) -> Problems:
-    """Whether the cluster has the partition, its nodes the GPUs, and the partition the nodes."""
-    launcher = plan.config.launcher
+def partition_problems(plan: Plan, nodes: list[Node]) -> Problems:
+    """Check that the cluster has the partition, and the partition the nodes, GPUs and time."""
     trainer = plan.config.trainer
     partitions = list(dict.fromkeys(node.partition for node in nodes))
-    asked = launcher.partition
-    if asked is None:
-        asked = next((node.partition for node in nodes if node.is_default), None)
-        if asked is None:
+    requested = plan.config.launcher.partition
+    if requested is None:
+        requested = next((node.partition for node in nodes if node.is_default), None)
+        if requested is None:
             yield (
                 "launcher.partition = null, but this cluster has no default; use"
                 f" {' or '.join(partitions)}"
             )
             return
-    named = asked.split(",")  # Slurm takes the first that can start it
-    unknown = [name for name in named if name not in partitions]
+    names = requested.split(",")  # Slurm uses the first one that can start the job
+    unknown = [name for name in names if name not in partitions]
     for name in unknown:
         near = get_close_matches(name, partitions, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
@@ -129,41 +122,47 @@ def fits(plan: Plan, nodes: list[Node]) -> Problems:
             f"launcher.partition = {name}: {hint}the partitions of this cluster are"
             f" {', '.join(partitions)}"
         )
-    inside = [node for node in nodes if node.partition in named]
-    if unknown or not inside:
+    candidates = [node for node in nodes if node.partition in names]
+    if unknown or not candidates:
         return
-    yield from within_limit(plan, inside)
-    names = {node.name for node in inside}
-    wanted = gpus_per_node(plan)
-    most = max(node.gpus for node in inside)
-    where = f"partition {asked}"
-    if wanted > most:
-        has = (
-            f"a node of {where} has {most} at most; use trainer.devices={most} and more nodes"
-            if most
-            else (f"no node of {where} has any; use")
+    yield from time_limit_problems(plan, candidates)
+    gpus = gpus_per_node(plan)
+    most = max(node.gpus for node in candidates)
+    where = f"partition {requested}"
+    if gpus > most:
+        available = f"no node of {where} has any; use"
+        if most:
+            available = (
+                f"a node of {where} has {most} at most; use trainer.devices={most} and more"
+                " nodes, or"
+            )
+        yield (
+            f"launcher.gpus_per_node = {gpus} ({_gpus_source(plan)}): {available} another"
+            " launcher.partition"
         )
-        instead = f"{', or' * bool(most)} another launcher.partition"
-        yield f"launcher.gpus_per_node = {wanted} ({_source(plan)}): {has}{instead}"
-    elif trainer.num_nodes > len(fitting := {node.name for node in inside if node.gpus >= wanted}):
-        of = f" with {wanted} GPUs" if wanted and fitting != names else ""
+        return
+    fitting = {node.name for node in candidates if node.gpus >= gpus}
+    if trainer.num_nodes > len(fitting):
+        all_fit = fitting == {node.name for node in candidates}
+        with_gpus = f" with {gpus} GPUs" if gpus and not all_fit else ""
         yield (
             f"trainer.num_nodes = {trainer.num_nodes}, but {where} has {len(fitting)}"
-            f" nodes{of}; use {len(fitting)}"
+            f" nodes{with_gpus}; use {len(fitting)}"
         )
 
 
-def within_limit(plan: Plan, inside: list[Node]) -> Problems:
-    """Many clusters take a job that is too long, and let it wait for ever."""
-    asked = plan.config.launcher.time
-    limits = {node.limit: seconds_of(node.limit) or math.inf for node in inside}
+def time_limit_problems(plan: Plan, nodes: list[Node]) -> Problems:
+    """Check the time limit: many clusters accept a job that is too long and never start it."""
+    requested = plan.config.launcher.time
+    limits = {node.time_limit: seconds_of(node.time_limit) or math.inf for node in nodes}
     longest = max(limits, key=limits.get)
-    if asked is not None and (seconds_of(asked) or 0) > limits[longest]:
-        where = "/".join(dict.fromkeys(node.partition for node in inside))
+    if requested is not None and (seconds_of(requested) or 0) > limits[longest]:
+        where = "/".join(dict.fromkeys(node.partition for node in nodes))
         yield (
-            f"launcher.time = {asked} is more than partition {where} allows; use at most {longest}"
+            f"launcher.time = {requested} is more than partition {where} allows; use at most"
+            f" {longest}"
         )
 
 
-def _source(plan: Plan) -> str:
+def _gpus_source(plan: Plan) -> str:
     return "as typed" if plan.config.launcher.gpus_per_node is not None else "from trainer.devices"

@@ -1,7 +1,7 @@
-"""Where a plan is run: `launcher=auto|local|slurm`. No torch.
+"""Choose where a plan runs: `launcher=auto|local|slurm`. No torch.
 
-Rule: whoever torchrun or srun has started is a rank; only a process that nobody has started starts
-or submits anything.
+Rule: a process that torchrun or srun started is a rank; only any other process starts ranks or
+submits a job.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from mixtrain.training.run_directory import console_log
 LOCAL = ("launcher=local", "launcher.type=local")
 
 
-def starts_ranks(identity: Identity | None, words: list[str]) -> bool:
-    """Nobody has started this process as a rank, or only as the one task of a shell, with `launcher=local` typed there.
+def starts_ranks(identity: Identity | None, overrides: list[str]) -> bool:
+    """Return whether this process is no rank, or the only task of a shell with launcher=local.
 
-    `srun --pty bash` is a task too: without the word, train.py is taken for the only rank there is.
+    `srun --pty bash` also starts one task: without that override, train.py is the only rank there.
     """
     if identity is None:
         return True
     alone = identity.world_size == 1 and "RANK" not in os.environ
-    return alone and any(word in LOCAL for word in words)
+    return alone and any(override in LOCAL for override in overrides)
 
 
-def place(plan: Plan) -> LauncherType:
-    """local or slurm, for a process that is not a rank."""
-    asked = plan.config.launcher.type
-    if asked is not LauncherType.auto:
-        return asked
-    several = plan.config.trainer.num_nodes > 1 and shutil.which("sbatch")
-    return LauncherType.slurm if several else LauncherType.local
+def chosen_launcher(plan: Plan) -> LauncherType:
+    """Return local or slurm, for a process that is not a rank."""
+    launcher = plan.config.launcher.type
+    if launcher is not LauncherType.auto:
+        return launcher
+    needs_slurm = plan.config.trainer.num_nodes > 1 and shutil.which("sbatch")
+    return LauncherType.slurm if needs_slurm else LauncherType.local
 
 
-def launch(plan: Plan, words: list[str]) -> int:
-    """Run the plan, which the overrides `words` make, wherever it belongs; the exit code."""
+def launch(plan: Plan, overrides: list[str]) -> int:
+    """Run the plan of these overrides on this machine or submit it; return the exit code."""
     streams.make_tolerant(console_log(with_records_dir(plan)))
-    if place(plan) is LauncherType.slurm:
-        return submit.submit(plan, words)
+    if chosen_launcher(plan) is LauncherType.slurm:
+        return submit.submit(plan, overrides)
     return local.start(with_records_dir(plan))

@@ -1,6 +1,6 @@
-"""What Slurm says of its cluster: partitions, their nodes, GPUs and cores. No torch.
+"""Query Slurm for its partitions, nodes, GPUs and cores. No torch.
 
-Rule: only Slurm's own commands are asked, each with a time limit, and nothing is changed.
+Rule: only Slurm's own commands are run, each with a time limit, and nothing is changed.
 """
 
 from __future__ import annotations
@@ -12,23 +12,25 @@ from typing import NamedTuple
 
 from mixtrain.errors import UserError
 
-PATIENCE_S = 30  # a controller that is busy answers in seconds
+TIMEOUT_S = 30  # a busy controller answers within seconds
 
 
 class Node(NamedTuple):
+    """A node in one of its partitions."""
+
     name: str
     partition: str
-    is_default: bool  # of the partition
+    is_default: bool  # whether the partition is the default
     cores: int
     gpus: int
-    limit: str  # the partition's time limit, in Slurm's words
+    time_limit: str  # of the partition, in Slurm's format
 
 
 def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def ask(
+def run_command(
     *command: str, stdin: str = "", environment: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's commands. UserError if it does not end in time."""
@@ -39,43 +41,43 @@ def ask(
             env=environment,
             capture_output=True,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=TIMEOUT_S,
             check=False,
         )
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"launcher = slurm, but {command[0]} has not answered for {PATIENCE_S} s"
+            f"launcher = slurm, but {command[0]} has not answered for {TIMEOUT_S} s"
         ) from None
 
 
-def reason(answer: subprocess.CompletedProcess[str]) -> str:
-    """What a command that failed has to say, in a line."""
+def failure_reason(result: subprocess.CompletedProcess[str]) -> str:
+    """Return the error output of a failed command as one line."""
     lines = [
         line.strip()
-        for line in answer.stderr.splitlines()
+        for line in result.stderr.splitlines()
         if line.strip() and not line.startswith("Try ")
     ]
-    said = [re.sub(r"^(\w+: )?(error: |fatal: )?", "", line) for line in lines]
-    return "; ".join(dict.fromkeys(said)) or f"exit code {answer.returncode}"
+    messages = [re.sub(r"^(\w+: )?(error: |fatal: )?", "", line) for line in lines]
+    return "; ".join(dict.fromkeys(messages)) or f"exit code {result.returncode}"
 
 
 def nodes() -> list[Node]:
-    """Every node of every partition, one line each. UserError if Slurm does not answer."""
-    answer = ask("sinfo", "--noheader", "--Node", "--format=%N|%P|%c|%l|%G")
-    if answer.returncode:
-        raise UserError(f"launcher = slurm, but sinfo does not answer here: {reason(answer)}")
-    found = []
-    for line in answer.stdout.splitlines():
-        name, partition, cores, limit, gres = (part.strip() for part in line.split("|", 4))
+    """Return every node of every partition. UserError if Slurm does not answer."""
+    result = run_command("sinfo", "--noheader", "--Node", "--format=%N|%P|%c|%l|%G")
+    if result.returncode:
+        reason = failure_reason(result)
+        raise UserError(f"launcher = slurm, but sinfo does not answer here: {reason}")
+    rows = []
+    for line in result.stdout.splitlines():
+        name, partition, cores, limit, gres = (column.strip() for column in line.split("|", 4))
         is_default = partition.endswith("*")
-        found.append(
-            Node(name, partition.rstrip("*"), is_default, int(cores), gpus_of(gres), limit)
-        )
-    return found
+        partition = partition.rstrip("*")
+        rows.append(Node(name, partition, is_default, int(cores), gpus_of(gres), limit))
+    return rows
 
 
 def gpus_of(gres: str) -> int:
-    """GPUs in Slurm's words: `gpu:h100:8(S:0-1),nic:2` are 8, `(null)` none."""
+    """Return the GPUs of Slurm's GRES: `gpu:h100:8(S:0-1),nic:2` is 8, `(null)` is 0."""
     without_sockets = re.sub(r"\([^)]*\)", "", gres)
     return sum(
         int(count) for count in re.findall(r"(?:^|,)\s*gpu(?::[^,:]+)?:(\d+)", without_sockets)

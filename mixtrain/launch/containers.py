@@ -1,7 +1,7 @@
-"""What a job's container sees of the host: the checkout, the folder of the submission, launcher.container_mounts.
+"""The host folders in a job's container: checkout, submission folder, launcher.container_mounts.
 
-Rule: a path of the configuration is meant as the container sees it, and must lie in a mount: a checkpoint that is
-written anywhere else is gone with the container. No torch.
+Rule: paths in the configuration are the container's, and must lie in a mount: a checkpoint written
+elsewhere is lost with the container. No torch.
 """
 
 from __future__ import annotations
@@ -19,51 +19,54 @@ from mixtrain.errors import UserError
 
 
 class Mount(NamedTuple):
-    """A folder of the host, and where it is in the container; `options` as pyxis takes them, `ro` say."""
+    """A folder of the host, its path in the container, and pyxis' options, such as `ro`."""
 
     host: str
     container: str
     options: str = ""
 
     def __str__(self) -> str:
-        return ":".join(part for part in self if part)
+        return ":".join(field for field in self if field)
 
 
-def parse(text: str) -> Mount:
-    """PATH, HOST:CONTAINER or HOST:CONTAINER:OPTIONS. UserError for anything else."""
-    parts = text.split(":")
-    if len(parts) > 3 or not all(parts) or not all(os.path.isabs(path) for path in parts[:2]):
+def parse_mount(text: str) -> Mount:
+    """Parse PATH, HOST:CONTAINER or HOST:CONTAINER:OPTIONS. UserError for anything else."""
+    fields = text.split(":")
+    if len(fields) > 3 or not all(fields) or not all(os.path.isabs(path) for path in fields[:2]):
         raise UserError(
             f"launcher.container_mounts: {text} must be /PATH, /HOST:/CONTAINER or"
             " /HOST:/CONTAINER:ro, all absolute"
         )
-    return Mount(parts[0], *(parts[1:] or parts))
+    return Mount(fields[0], *(fields[1:] or fields))
 
 
 def mounts_of(config: Config, folder: Path, root: Path) -> list[Mount]:
-    """All mounts of a job that is submitted from `folder`, with the checkout in `root`; the later ones lie on top."""
-    own = [Mount(path, path) for path in dict.fromkeys((str(root), str(folder)))]
-    given = [parse(text) for text in config.launcher.container_mounts]
+    """Return all mounts of a job submitted from `folder`, with the checkout in `root`.
+
+    Later mounts cover earlier ones.
+    """
+    default = [Mount(path, path) for path in dict.fromkeys((str(root), str(folder)))]
+    given = [parse_mount(text) for text in config.launcher.container_mounts]
     taken = {mount.container for mount in given}
-    return [mount for mount in own if mount.container not in taken] + given
+    return [mount for mount in default if mount.container not in taken] + given
 
 
 def on_host(path: str, mounts: list[Mount]) -> str | None:
-    """The host's path of what the container calls `path`; None if no mount holds it."""
+    """Return the host's path for a path in the container; None if it lies in no mount."""
     path = os.path.normpath(path)
-    holding = [
+    containing = [
         mount
         for mount in mounts
         if path == mount.container or path.startswith(mount.container.rstrip("/") + "/")
     ]
-    if not holding:
+    if not containing:
         return None
-    innermost = max(holding, key=lambda mount: len(mount.container))
+    innermost = max(containing, key=lambda mount: len(mount.container))
     return os.path.normpath(innermost.host + path[len(innermost.container.rstrip("/")) :])
 
 
 def paths_of(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, path) of everything that a run reads or writes."""
+    """Yield (key, path) of everything that a run reads or writes."""
     yield "run_dir", config.run_dir
     yield "data.path_to_cache", config.data.path_to_cache
     if config.checkpoint.load_weights:
@@ -74,8 +77,8 @@ def paths_of(config: Config) -> Iterator[tuple[str, str]]:
             yield "data.data_path", prefix
 
 
-def hidden(config: Config, folder: Path, mounts: list[Mount]) -> Iterator[str]:
-    """A sentence for each path that the container would not see."""
+def hidden_path_problems(config: Config, folder: Path, mounts: list[Mount]) -> Iterator[str]:
+    """Yield a message for each path that the container would not see."""
     for key, path in paths_of(config):
         if on_host(os.path.join(folder, path), mounts) is None:
             yield (
@@ -84,18 +87,18 @@ def hidden(config: Config, folder: Path, mounts: list[Mount]) -> Iterator[str]:
             )
 
 
-def as_on_host(config: Config, folder: Path, mounts: list[Mount]) -> Config:
-    """The configuration with the host's paths, to look from outside at what the container will see."""
+def with_host_paths(config: Config, folder: Path, mounts: list[Mount]) -> Config:
+    """Return the configuration with the host's paths, to check them outside the container."""
 
-    def there(path: str | None) -> str | None:
+    def host_path(path: str | None) -> str | None:
         return path and (on_host(os.path.join(folder, path), mounts) or path)
 
     data = config.data
     if data.kind is DataKind.indexed:
         prefixes = set(parse_blend(data.data_path)[0])
         entries = [
-            there(entry) if entry in prefixes else entry for entry in map(str, data.data_path)
+            host_path(entry) if entry in prefixes else entry for entry in map(str, data.data_path)
         ]
-        data = replace(data, data_path=entries, tokenizer=there(data.tokenizer))
-    checkpoint = replace(config.checkpoint, load_weights=there(config.checkpoint.load_weights))
-    return replace(config, run_dir=there(config.run_dir), data=data, checkpoint=checkpoint)
+        data = replace(data, data_path=entries, tokenizer=host_path(data.tokenizer))
+    checkpoint = replace(config.checkpoint, load_weights=host_path(config.checkpoint.load_weights))
+    return replace(config, run_dir=host_path(config.run_dir), data=data, checkpoint=checkpoint)

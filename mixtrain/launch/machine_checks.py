@@ -1,6 +1,6 @@
-"""Rules about this machine: GPUs, packages, files, the run directory, who starts the ranks. No torch.
+"""Check this machine: GPUs, packages, files, the run directory, how ranks were started. No torch.
 
-Rule: nothing here is asked in plan mode, and nothing here writes.
+Rule: plan mode makes no check of this module, and no check writes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from mixtrain.config.plan import Plan
 from mixtrain.data.check import check_files
 from mixtrain.errors import UserError
 from mixtrain.launch.checks import submission_problems
-from mixtrain.launch.choose import place
-from mixtrain.launch.containers import as_on_host, mounts_of
+from mixtrain.launch.choose import chosen_launcher
+from mixtrain.launch.containers import mounts_of, with_host_paths
 from mixtrain.launch.script import ROOT
 from mixtrain.system.rank_identity import Identity
 from mixtrain.training.run_directory import directory_problems
@@ -40,47 +40,46 @@ Problems = Iterator[str]
 
 
 def machine_problems(plan: Plan, identity: Identity | None, overrides: list[str]) -> list[str]:
-    """Every reason why this machine cannot run the plan. `me`: this rank, None if the process is to start the ranks."""
-    if identity is None and place(plan) is LauncherType.slurm:
+    """Return why this machine cannot run the plan; `identity` is None in the launcher."""
+    if identity is None and chosen_launcher(plan) is LauncherType.slurm:
         return job_problems(plan, overrides)
-    problems = [*packages(plan), *flex_packages(plan)]
-    problems += [
-        *gpus(plan, overrides),
-        *data_files(plan, identity is None),
-        *cache(plan),
-        *weights_to_load(plan),
+    problems = [
+        *package_problems(plan),
+        *flex_package_problems(plan),
+        *gpu_problems(plan, overrides),
+        *data_problems(plan, every_entry=identity is None),
+        *cache_problems(plan),
+        *weights_problems(plan),
     ]
     if identity is None:
-        problems += [*directory_problems(plan), *several_nodes(plan, overrides)]
+        problems += [*directory_problems(plan), *multi_node_problems(plan, overrides)]
     else:
-        problems += started_ranks(plan, identity)
+        problems += environment_problems(plan, identity)
         problems += directory_problems(plan) if identity.rank == 0 else []
-    # the disk of a machine that cannot run it is not the one
-    return problems or [*room_for_checkpoints(plan)]
+    # if this machine cannot run the plan, the space on its disk does not matter
+    return problems or [*disk_space_problems(plan)]
 
 
 def job_problems(plan: Plan, overrides: list[str]) -> list[str]:
-    """Every reason why the plan should not be sent to Slurm from here: this machine need not be like the nodes."""
+    """Return why the plan should not be submitted; this machine may differ from the nodes."""
     folder = Path.cwd()
     problems = submission_problems(plan, overrides, folder)
     if plan.config.launcher.container_image:
-        with suppress(UserError):  # a mount that cannot be read is said already
+        with suppress(UserError):  # submission_problems reports an invalid mount
             mounts = mounts_of(plan.config, folder, ROOT)
-            plan = replace(plan, config=as_on_host(plan.config, folder, mounts))
+            plan = replace(plan, config=with_host_paths(plan.config, folder, mounts))
     problems += [
-        *data_files(plan, True),
-        *cache(plan),
-        *weights_to_load(plan),
+        *data_problems(plan, every_entry=True),
+        *cache_problems(plan),
+        *weights_problems(plan),
         *directory_problems(plan),
     ]
-    return problems or [*room_for_checkpoints(plan)]
+    return problems or [*disk_space_problems(plan)]
 
 
-def packages(plan: Plan) -> Problems:
-    model = plan.config.model
-    if model.transformer_impl is TransformerImpl.transformer_engine and not installed(
-        "transformer_engine"
-    ):
+def package_problems(plan: Plan) -> Problems:
+    needed = plan.config.model.transformer_impl is TransformerImpl.transformer_engine
+    if needed and not installed("transformer_engine"):
         yield (
             "model.transformer_impl = transformer_engine (which fp8 needs too), but the package"
             " transformer-engine is not installed; pip install mixtrain[gpu], or"
@@ -88,7 +87,7 @@ def packages(plan: Plan) -> Problems:
         )
 
 
-def flex_packages(plan: Plan) -> Problems:
+def flex_package_problems(plan: Plan) -> Problems:
     flex = plan.config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex
     if flex and not installed("deep_ep"):
         yield (
@@ -97,17 +96,19 @@ def flex_packages(plan: Plan) -> Problems:
         )
 
 
-def gpus(plan: Plan, overrides: list[str]) -> Problems:
+def gpu_problems(plan: Plan, overrides: list[str]) -> Problems:
     trainer = plan.config.trainer
-    found = gpu_count()
-    if trainer.accelerator is Accelerator.gpu and found < trainer.devices:
+    present = gpu_count()
+    if trainer.accelerator is Accelerator.gpu and present < trainer.devices:
+        on_cluster = ""
+        if shutil.which("sbatch"):
+            command = train_command([*overrides, "launcher.type=slurm"])
+            on_cluster = f"; on the cluster: {command}"
         yield (
             f"trainer.accelerator = gpu with trainer.devices = {trainer.devices}, but this machine"
-            f" has {found} GPUs. To see the plan alone:"
+            f" has {present} GPUs. To see the plan alone:"
             f" {train_command(plan_overrides(overrides))}; to try the code path on this CPU:"
-            f" {train_command(cpu_overrides(overrides))}"
-            + f"; on the cluster: {train_command([*overrides, 'launcher.type=slurm'])}"
-            * (shutil.which("sbatch") is not None)
+            f" {train_command(cpu_overrides(overrides))}{on_cluster}"
         )
 
 
@@ -116,24 +117,28 @@ def plan_overrides(overrides: list[str]) -> list[str]:
 
 
 def cpu_overrides(overrides: list[str]) -> list[str]:
-    """The same on this CPU: a recipe shrunk, without the overrides that would win over its smaller sizes."""
-    kept = _without(
+    """Return overrides for the same run on this CPU: a recipe gets +shrink=laptop.
+
+    Overrides that would take precedence over the smaller sizes are left out.
+    """
+    overrides = _without(
         overrides, "shrink", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"
     )
-    if not any(_key(text) == "recipe" for text in kept):
-        return [*kept, "trainer.accelerator=cpu"]
-    # the shrink has a trainer of its own
+    if not any(_key(override) == "recipe" for override in overrides):
+        return [*overrides, "trainer.accelerator=cpu"]
     shrunk = []
-    kept = _without(kept, "trainer")
-    for text in kept:
-        # the vocabulary is shrunk too: not for tokens of one's own
-        if _key(text).split(".")[0] != "data":
-            shrunk += [text, "+shrink=laptop"] if _key(text) == "recipe" else [text]
+    for override in _without(overrides, "trainer"):  # the shrink sets a trainer
+        # the shrink has a small vocabulary, which does not fit the user's data
+        if _key(override).split(".")[0] == "data":
+            continue
+        shrunk.append(override)
+        if _key(override) == "recipe":
+            shrunk.append("+shrink=laptop")
     return [*shrunk, *shrink_overrides(shrunk, "laptop")]
 
 
 def _without(overrides: list[str], *keys: str) -> list[str]:
-    return [text for text in overrides if _key(text) not in keys]
+    return [override for override in overrides if _key(override) not in keys]
 
 
 def _key(override: str) -> str:
@@ -144,7 +149,7 @@ def train_command(overrides: list[str]) -> str:
     return f"python train.py {shlex.join(overrides)}"
 
 
-def several_nodes(plan: Plan, overrides: list[str]) -> Problems:
+def multi_node_problems(plan: Plan, overrides: list[str]) -> Problems:
     trainer = plan.config.trainer
     if trainer.num_nodes > 1:
         yield (
@@ -155,7 +160,7 @@ def several_nodes(plan: Plan, overrides: list[str]) -> Problems:
 
 
 def torchrun_command(plan: Plan, overrides: list[str]) -> str:
-    """What to type on every node, outside Slurm."""
+    """Return the command to type on every node, outside Slurm."""
     trainer = plan.config.trainer
     return (
         f"torchrun --nnodes {trainer.num_nodes} --nproc-per-node {trainer.devices} --rdzv-backend"
@@ -163,32 +168,41 @@ def torchrun_command(plan: Plan, overrides: list[str]) -> str:
     )
 
 
-def data_files(plan: Plan, every_entry: bool) -> Problems:
-    """`every_entry` of the index files, before ranks are there; started ones leave it to the first of them, later."""
+def data_problems(plan: Plan, every_entry: bool) -> Problems:
+    """Check the data and its tokenizer; `every_entry` of the index files, or only the last one.
+
+    The launcher checks every entry. Ranks started by torchrun or srun leave that to the first rank.
+    """
     data = plan.config.data
-    if data.kind is DataKind.indexed:
-        yield from check_files(
-            data.data_path, Path(data.tokenizer), plan.config.model.vocab_size, data.split, plan.samples,
-            seq_length=data.seq_length, every_entry=every_entry,
-        )  # fmt: skip
-        # what cannot be read is said by the line above, or by the first rank
-        with suppress(UserError):
-            if other := same_tokenizer.problem(plan.config, Path(data.tokenizer)):
-                yield other
+    if data.kind is not DataKind.indexed:
+        return
+    tokenizer = Path(data.tokenizer)
+    yield from check_files(
+        data.data_path,
+        tokenizer,
+        plan.config.model.vocab_size,
+        data.split,
+        plan.samples,
+        seq_length=data.seq_length,
+        every_entry=every_entry,
+    )
+    # check_files or the first rank reports a file that cannot be read
+    with suppress(UserError):
+        if problem := same_tokenizer.problem(plan.config, tokenizer):
+            yield problem
 
 
-def cache(plan: Plan) -> Problems:
-    """The directory of the data's index is there (one that has it all is only read), or can be made."""
+def cache_problems(plan: Plan) -> Problems:
+    """Check that the data cache exists or can be made; a complete one need not be writable."""
     directory = plan.config.data.path_to_cache
-    wrong = None
     if os.path.isdir(directory):
         return
     try:
         os.lstat(directory)
-        wrong = "it is no directory"
+        wrong = "it is not a directory"
     except FileNotFoundError:
-        above = next(path for path in Path(os.path.abspath(directory)).parents if path.is_dir())
-        wrong = None if os.access(above, os.W_OK | os.X_OK) else f"{above} cannot be written"
+        parent = next(path for path in Path(os.path.abspath(directory)).parents if path.is_dir())
+        wrong = None if os.access(parent, os.W_OK | os.X_OK) else f"{parent} cannot be written"
     except OSError as error:
         wrong = error.strerror
     if wrong:
@@ -198,13 +212,13 @@ def cache(plan: Plan) -> Problems:
         )
 
 
-def room_for_checkpoints(plan: Plan) -> Problems:
-    """The disk of run_dir must hold one checkpoint more than there are: the old one goes when the new one is whole."""
+def disk_space_problems(plan: Plan) -> Problems:
+    """Check that run_dir's disk has room for one more checkpoint: the new one precedes deletion."""
     directory = Path(os.path.abspath(plan.config.run_dir))
-    there = next((path for path in (directory, *directory.parents) if os.path.isdir(path)), None)
-    if not plan.saves or there is None:
+    existing = next((path for path in (directory, *directory.parents) if os.path.isdir(path)), None)
+    if not plan.saves or existing is None:
         return
-    disk = shutil.disk_usage(there)
+    disk = shutil.disk_usage(existing)
     needed = plan.checkpoint_bytes
     if disk.total and disk.free < needed + MARGIN:
         yield (
@@ -214,28 +228,25 @@ def room_for_checkpoints(plan: Plan) -> Problems:
         )
 
 
-def weights_to_load(plan: Plan) -> Problems:
-    given = plan.config.checkpoint.load_weights
-    if given is None:
+def weights_problems(plan: Plan) -> Problems:
+    settings = plan.config.checkpoint
+    if settings.load_weights is None:
         return
-    if there := newest(given):
-        goes_on = plan.config.checkpoint.resume is not Resume.never and steps_in(
-            plan.config.run_dir
-        )
-        if not goes_on:
-            with suppress(ValueError):  # what is missing or damaged is said by the ranks
-                yield from same_model.problems(plan.config, there)
+    checkpoint = newest(settings.load_weights)
+    if checkpoint is None:
+        wrong = "is not a directory"
+        if os.path.isdir(settings.load_weights):
+            wrong = "is not a checkpoint (iter_NNNNNNN, release) or a directory of some"
+        yield f"checkpoint.load_weights = {settings.load_weights} {wrong}"
         return
-    what = (
-        "is not a checkpoint (iter_NNNNNNN, release) or a directory of some"
-        if os.path.isdir(given)
-        else "is no directory"
-    )
-    yield f"checkpoint.load_weights = {given} {what}"
+    resumes = settings.resume is not Resume.never and steps_in(plan.config.run_dir)
+    if not resumes:
+        with suppress(ValueError):  # the ranks report a missing or damaged run_state.json
+            yield from same_model.problems(plan.config, checkpoint)
 
 
-def started_ranks(plan: Plan, identity: Identity) -> Problems:
-    """The launcher's world size and the configuration's must be one number, and torchrun's must say where to meet."""
+def environment_problems(plan: Plan, identity: Identity) -> Problems:
+    """Check the world size against the configuration, and the rendezvous address."""
     if identity.world_size != plan.world_size:
         yield (
             f"{identity.world_size} ranks were started, but trainer.devices * trainer.num_nodes ="
@@ -255,19 +266,11 @@ def installed(package: str) -> bool:
 
 
 def gpu_count() -> int:
-    """NVIDIA GPUs this process may use: the driver's device files, less what CUDA_VISIBLE_DEVICES hides."""
+    """Return how many NVIDIA GPUs this process may use: device files and CUDA_VISIBLE_DEVICES."""
+    names = os.listdir("/dev") if os.path.isdir("/dev") else []
+    present = sum(bool(re.fullmatch(r"nvidia\d+", name)) for name in names)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = (
-        sum(bool(re.fullmatch(r"nvidia\d+", entry.name)) for entry in os.scandir("/dev"))
-        if _has_dev()
-        else 0
-    )
     if visible is None:
         return present
-    return min(
-        present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    )
-
-
-def _has_dev() -> bool:
-    return Path("/dev").is_dir()
+    devices = [device for device in visible.split(",") if device.strip() not in ("", "-1")]
+    return min(present, len(devices))

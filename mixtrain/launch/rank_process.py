@@ -1,4 +1,4 @@
-"""A rank that this process has started, whose words reach it whatever becomes of the disk of its log. No torch."""
+"""A rank that the launcher started; its output arrives even if the log's disk is full. No torch."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ from pathlib import Path
 
 from mixtrain.system.streams import PIPE
 
-MOST = 1 << 16  # bytes that are kept of what the log did not take: the last ones
+MOST = 1 << 16  # bytes: how much of the output that the log did not take is kept, the end of it
 
 
 class RankProcess:
-    """A rank, in a process group of its own. OSError if its log cannot be made, or it cannot be started."""
+    """A rank in its own process group. OSError if its log or the process cannot be created."""
 
     def __init__(
-        self, command: tuple[str, ...], environment: dict[str, str], log: Path, speaks: bool
+        self, command: tuple[str, ...], environment: dict[str, str], log: Path, on_console: bool
     ):
         self.log = log
-        self.passed = b""
-        # read by this, so that it need not be there under its name
+        self.pipe_output = b""
+        # also read through this handle, so the log may lose its name
         self.file = open(log, "w+b", buffering=0)
-        self.pipe, theirs = os.pipe()
+        self.pipe, write_end = os.pipe()
         os.set_blocking(self.pipe, False)
-        os.set_blocking(theirs, False)
+        os.set_blocking(write_end, False)
         try:
             self.process = subprocess.Popen(
                 command,
-                env=environment | {PIPE: str(theirs)},
+                env=environment | {PIPE: str(write_end)},
                 stdin=subprocess.DEVNULL,
-                stdout=None if speaks else self.file,
+                stdout=None if on_console else self.file,
                 stderr=self.file,
                 start_new_session=True,
-                pass_fds=[theirs],
+                pass_fds=[write_end],
             )
         except OSError:
             self.close()
             raise
         finally:
-            os.close(theirs)
+            os.close(write_end)
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs. What it passes on is taken meanwhile, so that there is room for more."""
+        """Return the exit code, None while it runs; also drain the pipe, so it does not fill."""
         code = self.process.poll()
         with contextlib.suppress(BlockingIOError):
             while data := os.read(self.pipe, MOST):
-                self.passed = (self.passed + data)[-MOST:]
+                self.pipe_output = (self.pipe_output + data)[-MOST:]
         return code
 
     def kill(self) -> None:
-        """End its whole process group: the rank if it is still there, and the helpers it has left behind."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):  # all have gone already
+        """Kill the process group: the rank, and helper processes that it left behind."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # all have ended already
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def text(self) -> str:
-        """Its log, and what the log did not take."""
+        """Return its log, and the output that the log did not take."""
         size = os.fstat(self.file.fileno()).st_size
-        return (os.pread(self.file.fileno(), size, 0) + self.passed).decode(errors="replace")
+        return (os.pread(self.file.fileno(), size, 0) + self.pipe_output).decode(errors="replace")
 
     def append(self, text: str) -> None:
-        """Add to its log, if that takes it."""
+        """Append to its log if possible."""
         with contextlib.suppress(OSError):
             self.file.write(text.encode())
 

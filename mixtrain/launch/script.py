@@ -1,7 +1,7 @@
-"""The text of a job: slurm/train.sbatch with its directives and settings filled in. No torch.
+"""Render a job's script: slurm/train.sbatch with its directives and settings filled in. No torch.
 
-Rule: what is sent is the file that is also used by hand, and nothing is decided here that a reader
-of the text cannot see: the same plan, words and folder give the same bytes.
+Rule: the submitted script is the file that is also used by hand, and contains every decision: the
+same plan, overrides and folder give the same bytes.
 """
 
 from __future__ import annotations
@@ -21,52 +21,48 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "slurm" / "train.sbatch"
 ENV_FILE = ROOT / "slurm" / "env.sh"
 KEYS = {
-    "job-name": "name", "partition": "launcher.partition", "account": "launcher.account", "time": "launcher.time",
-    "chdir": "the folder", "output": "the folder and run_dir",
-}  # fmt: skip
-NOW = ("${now:", "${hydra:")  # in a word: another value every time that it is composed
+    "job-name": "name",
+    "partition": "launcher.partition",
+    "account": "launcher.account",
+    "time": "launcher.time",
+    "chdir": "the folder",
+    "output": "the folder and run_dir",
+}
+CHANGING = ("${now:", "${hydra:")  # in an override: its value changes each time it is composed
 
 
-def render(plan: Plan, words: list[str], folder: Path, template: Path = TEMPLATE) -> str:
-    """The script of a submission from `folder`, to which relative paths of the configuration belong.
+def render(plan: Plan, overrides: list[str], folder: Path, template: Path = TEMPLATE) -> str:
+    """Return the script of a submission from `folder`, which relative paths refer to.
 
     UserError if a directive cannot hold its value.
     """
-    head, ours, body = split(template.read_text())
-    directives = {**ours, **directives_of(plan, folder)}
+    head, defaults, body = split_template(template.read_text())
+    directives = {**defaults, **directives_of(plan, folder)}
     for flag, value in plan.config.launcher.sbatch_args.items():
-        directives[dashed(flag)] = value
+        directives[flag_name(flag)] = value
     lines = [
         directive(flag, value, KEYS.get(flag, f"launcher.sbatch_args.{flag}"))
         for flag, value in directives.items()
         if value not in (None, False)
     ]
-    return "".join(
-        [
-            *head,
-            *lines,
-            "\n# filled in by mixtrain for this submission\n",
-            *_settings(plan, words, folder),
-            *body,
-        ]
-    )
+    comment = "\n# filled in by mixtrain for this submission\n"
+    return "".join([*head, *lines, comment, *_settings(plan, overrides, folder), *body])
 
 
-def split(text: str) -> tuple[list[str], dict[str, str | bool], list[str]]:
-    """(lines before the directives, the directives, lines after them) of a template."""
+def split_template(text: str) -> tuple[list[str], dict[str, str | bool], list[str]]:
+    """Return (lines before the directives, directives, lines after them) of a template."""
     lines = text.splitlines(keepends=True)
     marked = [number for number, line in enumerate(lines) if line.startswith(MARK)]
-    found: dict[str, str | bool] = {}
+    directives: dict[str, str | bool] = {}
     for number in marked:
-        flag, has_value, value = (
-            lines[number].removeprefix(MARK).strip().removeprefix("--").partition("=")
-        )
-        found[flag] = value if has_value else True
-    return lines[: marked[0]], found, lines[marked[-1] + 1 :]
+        argument = lines[number].removeprefix(MARK).strip().removeprefix("--")
+        flag, has_value, value = argument.partition("=")
+        directives[flag] = value if has_value else True
+    return lines[: marked[0]], directives, lines[marked[-1] + 1 :]
 
 
 def directives_of(plan: Plan, folder: Path) -> dict[str, str | int | None]:
-    """What the plan and the launcher's keys say to Slurm."""
+    """Return sbatch's flags from the plan and the launcher's keys."""
     config = plan.config
     return {
         "job-name": config.name,
@@ -76,22 +72,22 @@ def directives_of(plan: Plan, folder: Path) -> dict[str, str | int | None]:
         "time": config.launcher.time,
         "gpus-per-node": gpus_per_node(plan) or None,
         "chdir": str(folder),
-        # %j: sbatch fills it in
+        # sbatch fills in %j, the job's number
         "output": str(folder / config.run_dir / "logs").replace("%", "%%") + "/job_%j.log",
     }
 
 
 def gpus_per_node(plan: Plan) -> int:
-    """GPUs to ask Slurm for, a node."""
+    """Return the GPUs per node to request from Slurm."""
     trainer = plan.config.trainer
-    asked = plan.config.launcher.gpus_per_node
-    if asked is not None:
-        return asked
+    given = plan.config.launcher.gpus_per_node
+    if given is not None:
+        return given
     return trainer.devices if trainer.accelerator is Accelerator.gpu else 0
 
 
-def dashed(flag: str) -> str:
-    """sbatch's name of a flag: `job_name` and `job-name` are one."""
+def flag_name(flag: str) -> str:
+    """Return sbatch's name of a flag: `job_name` and `job-name` are the same."""
     return flag.replace("_", "-")
 
 
@@ -100,25 +96,28 @@ def env_file(plan: Plan, folder: Path) -> Path:
     return folder / given if given else ENV_FILE
 
 
-def pinned(words: list[str], config: Config) -> list[str]:
-    """The words with the values of now, where composing them again would give others."""
-    return [_pinned(word, config) if any(text in word for text in NOW) else word for word in words]
+def pin_values(overrides: list[str], config: Config) -> list[str]:
+    """Return the overrides with the current values where composing them again would change them."""
+    return [
+        _pin_value(override, config) if any(text in override for text in CHANGING) else override
+        for override in overrides
+    ]
 
 
-def _pinned(word: str, config: Config) -> str:
-    key = word.partition("=")[0].lstrip("+")
-    # else the job refuses it
-    return f"{key}={_typed(value_of(config, key))}" if key in legal_keys() else word
+def _pin_value(override: str, config: Config) -> str:
+    key = override.partition("=")[0].lstrip("+")
+    # an override without a legal key stays unchanged, and the job refuses it
+    return f"{key}={_as_typed(value_of(config, key))}" if key in legal_keys() else override
 
 
-def _typed(value: object) -> str:
+def _as_typed(value: object) -> str:
     if isinstance(value, list):
-        return f"[{','.join(map(_typed, value))}]"
+        return f"[{','.join(map(_as_typed, value))}]"
     return "'" + value.replace("'", "\\'") + "'" if isinstance(value, str) else show(value)
 
 
-def _settings(plan: Plan, words: list[str], folder: Path) -> list[str]:
-    """What the script finds out by itself when it is used by hand."""
+def _settings(plan: Plan, overrides: list[str], folder: Path) -> list[str]:
+    """Return lines that set what the script determines itself when used by hand."""
     image = plan.config.launcher.container_image
     python = "python" if image else sys.executable
     lines = [
@@ -127,18 +126,14 @@ def _settings(plan: Plan, words: list[str], folder: Path) -> list[str]:
         f"MIXTRAIN_ENV_FILE={shlex.quote(str(env_file(plan, folder)))}\n",
     ]
     if image:
+        mounts = ",".join(str(mount) for mount in mounts_of(plan.config, folder, ROOT))
         flags = [
             f"--container-image={image}",
             f"--container-workdir={folder}",
             "--no-container-mount-home",
+            f"--container-mounts={mounts}",
         ]
-        flags += [
-            f"--container-mounts={','.join(str(mount) for mount in mounts_of(plan.config, folder, ROOT))}"
-        ]
-        lines += [
-            "mixtrain_container=(\n",
-            *[f"    {shlex.quote(flag)}\n" for flag in flags],
-            ")\n",
-        ]
-    quoted = [shlex.quote(word) for word in pinned(words, plan.config)]
+        quoted_flags = [f"    {shlex.quote(flag)}\n" for flag in flags]
+        lines += ["mixtrain_container=(\n", *quoted_flags, ")\n"]
+    quoted = [shlex.quote(override) for override in pin_values(overrides, plan.config)]
     return [*lines, " \\\n    ".join(["set --", *quoted]) + "\n"]

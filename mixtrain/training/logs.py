@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mixtrain.checkpoint.directory import write_atomically
-from mixtrain.checkpoint.outlook import Unwritable, writing
+from mixtrain.checkpoint.write_errors import Unwritable, convert_write_errors
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import banners, changed_mathematics, render, tags
 from mixtrain.system import untrusted_json
@@ -104,7 +104,7 @@ class Logs:
         self.steps_done = step
         if self.writes:
             header = "".join(f"# {line}\n" for line in self._changes())
-            with writing(self.directory):
+            with convert_write_errors(self.directory):
                 (self.directory / "config.yaml").write_text(header + self.config_yaml)
                 (self.directory / "plan.txt").write_text(render(self.plan) + "\n")
                 metrics_path = self.directory / "metrics.jsonl"
@@ -218,7 +218,7 @@ class Logs:
             changed = (
                 {"changed_mathematics": changed_mathematics(self.plan)} if self.plan.recipe else {}
             )
-            with writing(self.directory / "status.json"):
+            with convert_write_errors(self.directory / "status.json"):
                 write_status(
                     self.directory,
                     state=state,
@@ -241,10 +241,10 @@ class Logs:
             metrics = {**metrics, "tags": tags(self.plan)}
         if last:
             metrics = {**metrics, LAST: True}
-        with writing(self.directory / "metrics.jsonl"):
+        with convert_write_errors(self.directory / "metrics.jsonl"):
             self.metrics_file.write(json.dumps(metrics, allow_nan=False) + "\n")
         if self.tensorboard:
-            with writing(self.directory / "tensorboard"):
+            with convert_write_errors(self.directory / "tensorboard"):
                 for name, value in metrics.items():
                     if isinstance(value, (int, float)) and name != "step":
                         self.tensorboard.add_scalar(name, value, metrics["step"])

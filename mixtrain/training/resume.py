@@ -53,7 +53,7 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Start:
     """Find the checkpoint to resume from. Every rank must call."""
     if ranks.is_first:
         directory.remove_leftovers(plan.config.run_dir)
-    path = load.find(plan, ranks, say)
+    path = load.find_checkpoint(plan, ranks, say)
     state = RunState() if path is None else load.read_state(path)
     if state.step > plan.config.trainer.max_steps:
         raise UserError(
@@ -110,7 +110,7 @@ def enter(
         for line in changed_since(plan.config, state):
             say(f"changed since then: {line}")
     elif plan.config.checkpoint.load_weights:
-        path = load.weights_at(plan, ranks)
+        path = load.find_weights(plan, ranks)
         say(f"weights of {path}; everything else starts from step 0")
         load.load_weights(plan, ranks, training, path, say)
         state = replace(state, hf_source=load.read_state(path).hf_source)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mixtrain.checkpoint.outlook import Unwritable, explains_itself, outlook
+from mixtrain.checkpoint.write_errors import Unwritable, is_write_error, recovery_advice
 from mixtrain.config.choices import Accelerator, DataKind, Mode
 from mixtrain.config.plan import Plan
 from mixtrain.config.schema import to_yaml
@@ -59,7 +59,7 @@ def _fault(plan: Plan, identity: Identity, logs: Logs, error: Exception) -> int:
 
     Faults and file system errors print one line, other errors a traceback.
     """
-    is_file_error = not isinstance(error, Unwritable) and explains_itself(plan, error)
+    is_file_error = not isinstance(error, Unwritable) and is_write_error(plan, error)
     if isinstance(error, Fault):
         message = str(error)
     elif is_file_error:
@@ -68,7 +68,7 @@ def _fault(plan: Plan, identity: Identity, logs: Logs, error: Exception) -> int:
     else:
         message = f"rank {identity.rank}: {type(error).__name__}: {error}"
     if isinstance(error, Unwritable) or is_file_error:
-        message = f"{message}; {outlook(plan, error.errno)}"
+        message = f"{message}; {recovery_advice(plan, error.errno)}"
     status_problem = logs.record_failure(message)
     # this project's launcher reports it itself
     if status_problem and status_problem not in message and not identity.is_ours:

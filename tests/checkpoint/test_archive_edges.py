@@ -1,4 +1,4 @@
-"""What torch.save has written: each bound on the zip file, on a tensor in it, and on an object."""
+"""Files of torch.save: each limit of the zip file, of its tensors, and of objects."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import io
 
 import pytest
 import torch
-from archives import opened, pickled, said, saved, zipped
+from archives import message_of, opened, pickled, saved, zipped
 from evil_pickles import name, records
 
 from mixtrain.checkpoint import archive
-from mixtrain.checkpoint.archive import Archive, _Part
-from mixtrain.checkpoint.pickles import Name, Record, Stored
+from mixtrain.checkpoint.archive import Archive, _FileWindow
+from mixtrain.checkpoint.pickles import Name, PersistentId, PickleRecord
 
 FLOAT = Name("torch", "FloatStorage")
 INT = Name("torch", "int32")
 REBUILD = Name("torch._utils", "_rebuild_tensor_v2")
 REBUILD_3 = Name("torch._utils", "_rebuild_tensor_v3")
+
+
+def loaded(archive: Archive) -> torch.Tensor:
+    """The tensor that was saved."""
+    return archive.load(archive.locate(archive.tree()))
 
 
 ONE = saved(torch.arange(3.0))
@@ -46,12 +51,15 @@ def test_what_honest_files_name_is_allowed(module, of):
 
 @pytest.mark.parametrize(
     "dtype",
-    "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool float8_e4m3fn float8_e5m2".split(),
+    (
+        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool"
+        " float8_e4m3fn float8_e5m2"
+    ).split(),
     ids="STORAGES-{}".format,
 )
 def test_numbers_of_every_dtype_are_read(dtype):
     given = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(getattr(torch, dtype))
-    read = opened(saved(given.T)).tensor()
+    read = loaded(opened(saved(given.T)))
     assert (read.dtype, read.tolist()) == (given.dtype, given.T.tolist())
 
 
@@ -60,9 +68,9 @@ def test_numbers_of_every_dtype_are_read(dtype):
 
 def test_an_archive_is_read_from_the_middle_of_a_file():
     there = Archive(io.BytesIO(b"before" + ONE + b"after"), 6, BYTES)
-    assert there.tensor().tolist() == [0, 1, 2]
+    assert loaded(there).tolist() == [0, 1, 2]
     rest = Archive(io.BytesIO(b"before" + ONE), 6)
-    assert (rest.length, rest.tensor().tolist()) == (BYTES, [0, 1, 2])
+    assert (rest.length, loaded(rest).tolist()) == (BYTES, [0, 1, 2])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +86,7 @@ def test_an_archive_is_read_from_the_middle_of_a_file():
 )
 def test_an_archive_lies_in_its_file(start, length, ends):
     assert (
-        said(lambda: Archive(io.BytesIO(ONE), start, length))
+        message_of(lambda: Archive(io.BytesIO(ONE), start, length))
         == f"Damaged: it ends before byte {ends:,}"
     )
 
@@ -87,11 +95,11 @@ def test_an_archive_lies_in_its_file(start, length, ends):
     "data", [b"", b"x" * 100, ONE[:-30]], ids=lambda data: f"__init__-{len(data)}"
 )
 def test_what_is_no_archive_is_damaged(data):
-    assert said(lambda: opened(data)) == "Damaged: at byte 0: no archive of PyTorch's"
+    assert message_of(lambda: opened(data)) == "Damaged: at byte 0: not a PyTorch archive"
 
 
 def test_a_file_that_cannot_be_read_is_an_error_of_the_system():
-    """Whichever read fails: of the first one zipfile says that there is no zip file."""
+    """Whichever read fails; if it is the first, zipfile reports that there is no zip file."""
 
     class Broken(io.BytesIO):
         def read(self, *size):
@@ -116,11 +124,11 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_system():
         ({"b/data.pkl": b""}, "Damaged: it has two records of one name"),
         (
             {"a/byteorder": b"big"},
-            "Unwanted: numbers in the byte order of other processors are not loaded",
+            "Unwanted: numbers that are not little-endian are not loaded",
         ),
         (
             {"a/byteorder": b"x" * 16},
-            "Unwanted: numbers in the byte order of other processors are not loaded",
+            "Unwanted: numbers that are not little-endian are not loaded",
         ),
         (
             {"a/byteorder": b"x" * 17},
@@ -130,7 +138,7 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_system():
     ids=["__init__-twice", "__init__-big", "__init__-16", "__init__-17"],
 )
 def test_records_that_no_archive_has_are_refused(more, expected):
-    assert said(lambda: opened(zipped({"a/data.pkl": b"N."} | more))) == expected
+    assert message_of(lambda: opened(zipped({"a/data.pkl": b"N."} | more))) == expected
 
 
 @pytest.mark.parametrize(
@@ -141,7 +149,7 @@ def test_a_directory_of_a_mebibyte_is_read(number, is_read):
     if is_read:
         assert opened(data).tree() is None
     else:
-        assert said(lambda: opened(data)) == "Damaged: at byte 0: no archive of PyTorch's"
+        assert message_of(lambda: opened(data)) == "Damaged: at byte 0: not a PyTorch archive"
 
 
 def entry_with(there: Archive, **values: int) -> None:
@@ -150,7 +158,7 @@ def entry_with(there: Archive, **values: int) -> None:
 
 
 def ending(there: Archive, past: int) -> None:
-    """So long that it ends some bytes past the beginning of the record's header."""
+    """Shorten the archive to end some bytes after the beginning of the record's header."""
     there.length = there.entries["data/0"].header_offset + past
 
 
@@ -189,7 +197,7 @@ def test_a_record_lies_in_its_archive(what):
     there = opened(ONE)
     (change, expected) = RECORD[what]
     change(there)
-    assert said(lambda: there.record("data/0")) == f"Damaged: {expected}"
+    assert message_of(lambda: there.record("data/0")) == f"Damaged: {expected}"
 
 
 def test_a_record_that_ends_with_its_archive_is_read():
@@ -197,13 +205,13 @@ def test_a_record_that_ends_with_its_archive_is_read():
     there.length = sum(there.record("data/0"))
     assert there.bytes_of("data/0", 12) == torch.arange(3.0).numpy().tobytes()
     assert (
-        said(lambda: there.bytes_of("data/0", 11))
+        message_of(lambda: there.bytes_of("data/0", 11))
         == "Damaged: its record data/0 has 12 bytes; at most 11 are read"
     )
 
 
 def test_a_part_of_a_file_is_a_file_that_ends_where_the_part_does(monkeypatch):
-    part = _Part(io.BytesIO(b"0123456789"), 2, 6)
+    part = _FileWindow(io.BytesIO(b"0123456789"), 2, 6)
     assert (part.read(2), part.read(0), part.read(), part.read(1)) == (b"23", b"", b"4567", b"")
     assert (part.seek(1), part.read(-1), part.seek(0), part.read(None)) == (
         1,
@@ -216,7 +224,7 @@ def test_a_part_of_a_file_is_a_file_that_ends_where_the_part_does(monkeypatch):
     with pytest.raises(ValueError):
         part.seek(-1)
     monkeypatch.setattr(archive, "DIRECTORY", 4)
-    part = _Part(io.BytesIO(b"0123456789"), 2, 6)
+    part = _FileWindow(io.BytesIO(b"0123456789"), 2, 6)
     assert (part.read(3), part.read(1)) == (b"234", b"5")
     with pytest.raises(ValueError):
         part.read(1)
@@ -231,11 +239,11 @@ UNTYPED = ("storage", None, "0", "cpu", 3)
 
 def tensor(
     place: object = STORAGE, of: Name = REBUILD, size=(3,), stride=(1,), offset=0, more=(False, {})
-) -> Record:
-    return Record(of, (Stored(place), offset, size, stride, *more))
+) -> PickleRecord:
+    return PickleRecord(of, (PersistentId(place), offset, size, stride, *more))
 
 
-def with_state() -> Record:
+def with_state() -> PickleRecord:
     made = tensor()
     made.state = {1: 2}
     return made
@@ -244,25 +252,25 @@ def with_state() -> Record:
 NO_TENSOR = "there is no tensor where one should be"
 NO_STORAGE = "a tensor has no storage"
 NO_SHAPE = "there is no shape where one should be"
-NO_LENGTH = "a length is no whole number from 0 on"
+NO_LENGTH = "a length is not an integer from 0"
 IMPOSSIBLE = "a tensor has no possible shape"
 TOO_MANY = "a tensor has more numbers than its storage"
 NO_DTYPE = "a tensor has no dtype"
 NUMBERS = {
-    "numbers-text": ("x", NO_TENSOR),
-    "numbers-another record": (Record(FLOAT, tensor().args), NO_TENSOR),
-    "numbers-with a state": (with_state(), NO_TENSOR),
-    "numbers-five arguments": (Record(REBUILD, tensor().args[:5]), NO_TENSOR),
-    "numbers-no storage": (Record(REBUILD, (STORAGE, *tensor().args[1:])), NO_STORAGE),
-    "numbers-a list": (tensor([*STORAGE]), NO_STORAGE),
-    "numbers-four": (tensor(STORAGE[:4]), NO_STORAGE),
-    "numbers-another word": (tensor(("module", *STORAGE[1:])), NO_STORAGE),
-    "numbers-a record by number": (tensor(("storage", FLOAT, 0, "cpu", 3)), NO_STORAGE),
-    "numbers-two strides": (tensor(stride=(1, 1)), IMPOSSIBLE),
-    "numbers-too large": (tensor(size=(1 << 61, 4), stride=(0, 0)), IMPOSSIBLE),
-    "numbers-one too many": (tensor(size=(4,)), TOO_MANY),
-    "numbers-from the second": (tensor(offset=1), TOO_MANY),
-    "numbers-two far apart": (tensor(size=(2,), stride=(3,)), TOO_MANY),
+    "locate-text": ("x", NO_TENSOR),
+    "locate-another record": (PickleRecord(FLOAT, tensor().args), NO_TENSOR),
+    "locate-with a state": (with_state(), NO_TENSOR),
+    "locate-five arguments": (PickleRecord(REBUILD, tensor().args[:5]), NO_TENSOR),
+    "locate-no storage": (PickleRecord(REBUILD, (STORAGE, *tensor().args[1:])), NO_STORAGE),
+    "locate-a list": (tensor([*STORAGE]), NO_STORAGE),
+    "locate-four": (tensor(STORAGE[:4]), NO_STORAGE),
+    "locate-another word": (tensor(("module", *STORAGE[1:])), NO_STORAGE),
+    "locate-a record by number": (tensor(("storage", FLOAT, 0, "cpu", 3)), NO_STORAGE),
+    "locate-two strides": (tensor(stride=(1, 1)), IMPOSSIBLE),
+    "locate-too large": (tensor(size=(1 << 61, 4), stride=(0, 0)), IMPOSSIBLE),
+    "locate-one too many": (tensor(size=(4,)), TOO_MANY),
+    "locate-from the second": (tensor(offset=1), TOO_MANY),
+    "locate-two far apart": (tensor(size=(2,), stride=(3,)), TOO_MANY),
     "_dtype-text": (tensor(("storage", "float32", "0", "cpu", 3)), NO_DTYPE),
     "_dtype-of another module": (
         tensor(("storage", Name("x", "float32"), "0", "cpu", 3)),
@@ -281,19 +289,19 @@ NUMBERS = {
 @pytest.mark.parametrize("what", NUMBERS)
 def test_what_is_wrong_with_a_tensor_is_said(what):
     record, expected = NUMBERS[what]
-    assert said(lambda: opened(ONE).numbers(record)) == f"Damaged: {expected}"
+    assert message_of(lambda: opened(ONE).locate(record)) == f"Damaged: {expected}"
 
 
 WHOLE = [0, 1, 2]
 TENSORS = {
-    "numbers-whole": (tensor(), WHOLE),
-    "numbers-the last two": (tensor(size=(2,), offset=1), [1, 2]),
-    "numbers-every other": (tensor(size=(2,), stride=(2,)), [0, 2]),
-    "numbers-a matrix": (tensor(size=(2, 2), stride=(1, 1)), [[0, 1], [1, 2]]),
-    "numbers-nothing, far away": (tensor(size=(0,), offset=100), []),
-    "numbers-the second version has no dtype": (tensor(more=(False, {}, INT)), WHOLE),
-    "numbers-the third without one": (tensor(of=REBUILD_3), WHOLE),
-    "numbers-the third": (
+    "locate-whole": (tensor(), WHOLE),
+    "locate-the last two": (tensor(size=(2,), offset=1), [1, 2]),
+    "locate-every other": (tensor(size=(2,), stride=(2,)), [0, 2]),
+    "locate-a matrix": (tensor(size=(2, 2), stride=(1, 1)), [[0, 1], [1, 2]]),
+    "locate-nothing, far away": (tensor(size=(0,), offset=100), []),
+    "locate-the second version has no dtype": (tensor(more=(False, {}, INT)), WHOLE),
+    "locate-the third without one": (tensor(of=REBUILD_3), WHOLE),
+    "locate-the third": (
         tensor(UNTYPED, REBUILD_3, more=(False, {}, Name("torch", "float32"))),
         WHOLE,
     ),
@@ -306,19 +314,22 @@ TENSORS = {
 def test_a_tensor_is_read_as_its_record_says(what):
     there = opened(ONE)
     (record, expected) = TENSORS[what]
-    read = there.load(there.numbers(record))
+    read = there.load(there.locate(record))
     assert (read.dtype, read.tolist()) == (torch.float32, expected)
 
 
 def test_bytes_that_are_no_whole_number_are_left():
     parts = records(torch.arange(3.0))
     parts["archive/data/0"] += b"x"
-    assert opened(zipped(parts)).tensor().tolist() == WHOLE
+    assert loaded(opened(zipped(parts))).tolist() == WHOLE
 
 
 def test_a_file_that_became_shorter_is_damaged():
     file = io.BytesIO(ONE)
     there = Archive(file)
-    found = there.numbers(there.tree())
+    found = there.locate(there.tree())
     file.truncate(found.start + 11)
-    assert said(lambda: there.load(found)) == f"Damaged: it ends before byte {found.start + 12:,}"
+    assert (
+        message_of(lambda: there.load(found))
+        == f"Damaged: it ends before byte {found.start + 12:,}"
+    )

@@ -1,6 +1,4 @@
-"""Names, the tracker, the manifest: a reader never takes half a checkpoint for a whole one, and
-damage is named.
-"""
+"""Names, tracker and manifest: a reader never mistakes a partial checkpoint for a complete one."""
 
 from __future__ import annotations
 
@@ -15,42 +13,43 @@ from pathlib import Path
 import pytest
 
 from mixtrain.checkpoint import directory, integrity, state
-from mixtrain.checkpoint.slices import boxes
+from mixtrain.checkpoint.slices import slices_of_range
 from mixtrain.checkpoint.state import RunState
 
 SHAPES = [(), (5,), (3, 4), (2, 3, 4), (1, 3, 4), (2, 1, 2, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_range_of_a_tensor_is_a_few_boxes_of_it_in_order(shape):
+def test_every_range_of_a_tensor_is_a_few_slices_of_it_in_order(shape):
     count = math.prod(shape)
     for start, stop in itertools.combinations_with_replacement(range(count + 1), 2):
-        found = []
-        cut = list(boxes(shape, start, stop, base=100))
-        for box in cut:
-            whole = zip(box.offset, box.size, shape, strict=True)
+        covered = []
+        slices = list(slices_of_range(shape, start, stop, base=100))
+        for part in slices:
+            bounds = zip(part.offset, part.size, shape, strict=True)
             assert all(
-                first >= 0 and size > 0 and first + size <= axis for first, size, axis in whole
+                first >= 0 and size > 0 and first + size <= axis for first, size, axis in bounds
             )
             axes = [
-                range(first, first + size) for first, size in zip(box.offset, box.size, strict=True)
+                range(first, first + size)
+                for first, size in zip(part.offset, part.size, strict=True)
             ]
             elements = [
-                sum(place * math.prod(shape[axis + 1 :]) for axis, place in enumerate(places))
-                for places in itertools.product(*axes)
+                sum(number * math.prod(shape[axis + 1 :]) for axis, number in enumerate(index))
+                for index in itertools.product(*axes)
             ]
-            assert elements == list(range(box.start - 100, box.stop - 100))
-            found += elements
-        assert found == list(range(start, stop))
-        assert len(cut) <= max(1, 2 * len(shape) - 1)
-        assert list(boxes(shape, start, stop)) == [
-            box._replace(start=box.start - 100, stop=box.stop - 100) for box in cut
+            assert elements == list(range(part.start - 100, part.stop - 100))
+            covered += elements
+        assert covered == list(range(start, stop))
+        assert len(slices) <= max(1, 2 * len(shape) - 1)
+        assert list(slices_of_range(shape, start, stop)) == [
+            part._replace(start=part.start - 100, stop=part.stop - 100) for part in slices
         ]
 
 
 def checkpoint(run_dir: Path, step: int, text: str = "weights") -> Path:
-    """A small directory with a manifest, committed."""
-    written = directory.saving(directory.path_of(run_dir, step))
+    """Return a small committed directory with a manifest."""
+    written = directory.saving_path(directory.path_of(run_dir, step))
     written.mkdir(parents=True)
     (written / "__0_0.distcp").write_text(text)
     integrity.write_manifest(written, integrity.describe([written / "__0_0.distcp"]))
@@ -61,7 +60,7 @@ def test_a_committed_checkpoint_has_megatrons_name_and_the_tracker_names_it(tmp_
     path = checkpoint(tmp_path, 100)
     assert path.name == "iter_0000100" and directory.steps_in(tmp_path) == [100]
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "100\n"
-    assert directory.tracked(tmp_path) == 100 and integrity.problem(path, full=True) == ""
+    assert directory.tracked_step(tmp_path) == 100 and integrity.problem(path, full=True) == ""
 
 
 def test_steps_are_found_newest_first_and_nothing_else_is_a_checkpoint(tmp_path):
@@ -85,12 +84,12 @@ def test_steps_are_found_newest_first_and_nothing_else_is_a_checkpoint(tmp_path)
 @pytest.mark.parametrize("garbage", ["", "release", "12x", "\0\0", "-5", "¹²", "1e3"])
 def test_garbage_in_the_tracker_is_no_step(tmp_path, garbage):
     (tmp_path / directory.TRACKER).write_text(garbage)
-    assert directory.tracked(tmp_path) is None
+    assert directory.tracked_step(tmp_path) is None
 
 
 def test_a_tracker_of_bytes_is_no_step(tmp_path):
     (tmp_path / directory.TRACKER).write_bytes(b"\xff\xfe\x00")
-    assert directory.tracked(tmp_path) is None
+    assert directory.tracked_step(tmp_path) is None
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced_whole(tmp_path):
@@ -116,8 +115,8 @@ def test_of_a_linked_checkpoint_the_link_goes_and_it_is_said(tmp_path):
         checkpoint(tmp_path, step)
     shutil.rmtree(tmp_path / "iter_0000001")
     (tmp_path / "iter_0000001").symlink_to(elsewhere)
-    said = directory.prune(tmp_path, 1)
-    assert said == [f"iter_0000001 was a link: it is removed, and {elsewhere} is left as it is"]
+    messages = directory.prune(tmp_path, 1)
+    assert messages == [f"iter_0000001 was a link: it is removed, and {elsewhere} is kept"]
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "iter_0000003", directory.TRACKER]
     assert integrity.problem(elsewhere, full=True) == ""
 
@@ -147,8 +146,8 @@ def test_a_checkpoint_that_cannot_be_deleted_is_said(tmp_path, monkeypatch):
         raise OSError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "rename", refuse)
-    said = directory.prune(tmp_path, 1)
-    assert said == [
+    messages = directory.prune(tmp_path, 1)
+    assert messages == [
         f"warning: {tmp_path}/iter_0000001 could not be deleted (Operation not permitted)"
     ]
 
@@ -169,7 +168,7 @@ def test_what_a_killed_run_left_half_done_is_removed_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("moment", ["rename", "replace"])
 def test_killed_at_any_call_of_a_commit_there_is_a_whole_checkpoint(tmp_path, monkeypatch, moment):
-    """Each system call in turn is the last one: the newest valid checkpoint is never lost."""
+    """Each system call in turn is the last: the newest valid checkpoint is never lost."""
     for number in range(4):
         folder = tmp_path / str(number)
         checkpoint(folder, 5, "old")
@@ -312,7 +311,7 @@ def test_whoever_asks_for_no_share_is_told_of_damage_in_any_file(tmp_path):
             == f"{name} is damaged: its SHA-256 is not that of what was written"
         )
     (path / "__0_0.distcp").write_text("x")
-    # the largest first, so that ranks have even shares
+    # the largest first, for even shares
     assert str(name) in integrity.problem(path, full=True)
 
 
@@ -321,7 +320,7 @@ def test_a_watchdog_hears_of_every_block_that_is_read(tmp_path, monkeypatch):
     path = checkpoint(tmp_path, 1)
     heartbeats = []
     assert integrity.problem(path, full=True, heartbeat=lambda: heartbeats.append(1)) == ""
-    assert len(heartbeats) == 4  # of 7 bytes
+    assert len(heartbeats) == 4  # 7 bytes in blocks of 2
 
 
 def test_a_manifest_says_what_format_it_has_and_its_files_by_name(tmp_path):
@@ -352,5 +351,5 @@ def test_a_state_that_cannot_be_read_is_named(tmp_path, text):
 
 def test_a_directory_that_is_gone_has_no_checkpoints(tmp_path):
     shutil.rmtree(tmp_path)
-    assert directory.steps_in(tmp_path) == [] and directory.tracked(tmp_path) is None
+    assert directory.steps_in(tmp_path) == [] and directory.tracked_step(tmp_path) is None
     assert directory.remove_leftovers(tmp_path) == []

@@ -1,6 +1,4 @@
-"""What a run finds of its former self: damage is named and passed over, another run's is refused,
-nothing is lost.
-"""
+"""Resuming: damage is named and skipped, another run's checkpoint is refused, nothing is lost."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from test_parity import EP
 from test_resume import INTERVAL, SHORT, path_of, records, start
 from tiny_disks import fill, tiny_disk
 
-from mixtrain.checkpoint import directory, integrity, load, save, writing
+from mixtrain.checkpoint import directory, integrity, load, save, shard_writer
 from mixtrain.checkpoint.integrity import MANIFEST
 from mixtrain.engine import process_groups
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
@@ -32,7 +30,7 @@ TWO = [EP + "2"]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """A run of four steps on two ranks with checkpoints after the second and the fourth."""
+    """Run four steps on two ranks, with checkpoints after steps 2 and 4."""
     run_dir, codes, log = start(
         tmp_path_factory.mktemp("trained"), "trainer.max_steps=4", INTERVAL, *TWO
     )
@@ -50,7 +48,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-# what is done to a run -> (the step it goes on from, what is said)
+# damage -> (how to do it, the step from which the run resumes, the log message)
 DAMAGE = {
     "nothing": (lambda run: None, 4, None),
     "truncated": (
@@ -88,7 +86,7 @@ DAMAGE = {
     "no tracker": (lambda run: (run / directory.TRACKER).unlink(), 4, "names no checkpoint"),
     "an old tracker": (lambda run: (run / directory.TRACKER).write_text("2\n"), 4, None),
     "half a save": (
-        lambda run: os.rename(newest(run), directory.saving(newest(run))),
+        lambda run: os.rename(newest(run), directory.saving_path(newest(run))),
         2,
         "names no checkpoint",
     ),
@@ -108,9 +106,7 @@ DAMAGE = {
 
 @pytest.fixture(scope="module")
 def found(trained, tmp_path_factory) -> dict:
-    """For each damage: the step of the checkpoint that is found, and what is said, by two ranks in
-    one go.
-    """
+    """For each damage: the checkpoint's step that two ranks find, and their log lines."""
     folder = tmp_path_factory.mktemp("found")
     plans = {}
     for number, (name, (damage, *_)) in enumerate(DAMAGE.items()):
@@ -120,11 +116,11 @@ def found(trained, tmp_path_factory) -> dict:
 
     def look(identity) -> dict:
         answers = {}
-        with process_groups.start(plans["nothing"], identity) as here:
+        with process_groups.start(plans["nothing"], identity) as ranks:
             for name, plan in plans.items():
                 lines: list[str] = []
                 try:
-                    path = load.find(plan, here, lines.append)
+                    path = load.find_checkpoint(plan, ranks, lines.append)
                     step = load.read_state(path).step if path else 0
                 except UserError as error:
                     step = None
@@ -141,18 +137,18 @@ def found(trained, tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_the_newest_valid_checkpoint_is_found_and_damage_is_named(name, found):
-    _, step, said = DAMAGE[name]
+    _, step, message = DAMAGE[name]
     assert found[name][0] == step
-    if said is None:
+    if message is None:
         assert found[name][1] == []
     else:
-        assert said in " ".join(found[name][1])
+        assert message in " ".join(found[name][1])
 
 
 def start_again(
     trained: Path, folder: Path, *overrides: str, step: int = 2
 ) -> tuple[Path, set[int], str]:
-    """Go on from the checkpoint after `step` in a copy of the run."""
+    """Resume from the checkpoint after `step` in a copy of the run."""
     run_dir = folder / "run"
     shutil.copytree(trained, run_dir)
     for later in [at for at in directory.steps_in(run_dir) if at > step]:
@@ -171,9 +167,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(tr
 
 
 def refused(outcome: tuple[Path, set[int], str], trained: Path) -> str:
-    """The log of a run that was refused with exit code 2, no traceback, and nothing of the former
-    run changed.
-    """
+    """Return the log of a run refused with exit code 2, no traceback, and no changed file."""
     run_dir, codes, log = outcome
     assert codes == {REFUSED}, log
     assert "Traceback" not in log
@@ -187,19 +181,19 @@ def refused(outcome: tuple[Path, set[int], str], trained: Path) -> str:
 
 
 def test_another_architecture_is_refused_with_the_names_and_shapes_that_differ(trained, tmp_path):
-    words = ["trainer.max_steps=4", "model.moe_ffn_hidden_size=64", "model.qk_layernorm=true"]
-    log = refused(start_again(trained, tmp_path, *words), trained)
+    overrides = ["trainer.max_steps=4", "model.moe_ffn_hidden_size=64", "model.qk_layernorm=true"]
+    log = refused(start_again(trained, tmp_path, *overrides), trained)
     assert (
-        "decoder.layers.mlp.experts.experts.linear_fc1.weight is [4, 8, 192, 64] there, [4, 8,"
-        " 128, 64] here" in log
+        "decoder.layers.mlp.experts.experts.linear_fc1.weight is [4, 8, 192, 64] in it, [4, 8,"
+        " 128, 64] in this configuration" in log
     )
     assert "decoder.layers.self_attention.q_layernorm.weight [4, 16] is not in it" in log
     assert len(log[log.index("problem") :].splitlines()) < 12
 
 
 def test_another_optimizer_is_refused_with_the_names_that_are_missing(trained, tmp_path):
-    words = ["trainer.max_steps=4", "optimizer=sgd", "optimizer.lr_warmup_steps=0"]
-    log = refused(start_again(trained, tmp_path, *words), trained)
+    overrides = ["trainer.max_steps=4", "optimizer=sgd", "optimizer.lr_warmup_steps=0"]
+    log = refused(start_again(trained, tmp_path, *overrides), trained)
     assert (
         "optimizer.state.momentum_buffer.embedding.word_embeddings.weight [256, 64] is not in it"
         in log
@@ -239,9 +233,16 @@ def test_another_batch_size_goes_on_with_the_next_samples(trained, tmp_path):
 
 
 def test_the_weights_alone_start_a_new_run(trained, tmp_path):
-    words = ["trainer.max_steps=1", f"checkpoint.load_weights={newest(trained)}", "optimizer.lr=0"]
-    words += ["model.rotary_base=10000", "checkpoint.acknowledge_differences=[model.rotary_base]"]
-    run_dir, codes, log = start(tmp_path, EP + "1", *words, "optimizer.min_lr=0")
+    overrides = [
+        "trainer.max_steps=1",
+        f"checkpoint.load_weights={newest(trained)}",
+        "optimizer.lr=0",
+    ]
+    overrides += [
+        "model.rotary_base=10000",
+        "checkpoint.acknowledge_differences=[model.rotary_base]",
+    ]
+    run_dir, codes, log = start(tmp_path, EP + "1", *overrides, "optimizer.min_lr=0")
     assert codes == {FINISHED}, log
     assert f"weights of {newest(trained)}" in log
     differing = unequal(path_of(run_dir, 1), newest(trained))
@@ -253,12 +254,12 @@ def test_the_weights_alone_start_a_new_run(trained, tmp_path):
 
 
 def test_weights_for_another_rotary_base_are_refused_with_both_values(trained, tmp_path):
-    words = [
+    overrides = [
         "trainer.max_steps=1",
         f"checkpoint.load_weights={newest(trained)}",
         "model.rotary_base=10000",
     ]
-    _, codes, log = start(tmp_path, EP + "1", *words)
+    _, codes, log = start(tmp_path, EP + "1", *overrides)
     assert codes == {REFUSED} and "Traceback" not in log, log
     assert f"model.rotary_base = 10000, but the weights of {newest(trained)} are for 1000000" in log
 
@@ -283,10 +284,10 @@ def test_weights_that_are_not_there_are_refused(tmp_path):
 
 
 def test_only_the_newest_are_kept(tmp_path):
-    words = ["trainer.max_steps=5", "checkpoint.save_interval=1", "checkpoint.keep_last=2"]
-    run_dir, codes, log = start(tmp_path, *TWO, *words)
+    overrides = ["trainer.max_steps=5", "checkpoint.save_interval=1", "checkpoint.keep_last=2"]
+    run_dir, codes, log = start(tmp_path, *TWO, *overrides)
     assert codes == {FINISHED}, log
-    assert directory.steps_in(run_dir) == [5, 4] and directory.tracked(run_dir) == 5
+    assert directory.steps_in(run_dir) == [5, 4] and directory.tracked_step(run_dir) == 5
     assert log.count("saved iter_") == 5
 
 
@@ -294,8 +295,8 @@ def test_only_the_newest_are_kept(tmp_path):
 
 
 def small_files(identity) -> None:
-    """From the third step on, no file of rank 1 may grow beyond 100,000 bytes."""
-    write = writing.write
+    """From step 3 on, no file of rank 1 may grow beyond 100,000 bytes."""
+    write = shard_writer.write_shards
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def limited(path, rank, *rest):
@@ -303,7 +304,7 @@ def small_files(identity) -> None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
         return write(path, rank, *rest)
 
-    writing.write = limited
+    shard_writer.write_shards = limited
 
 
 def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_is_intact(tmp_path):
@@ -312,43 +313,44 @@ def test_a_disk_that_fills_is_an_error_with_both_numbers_and_the_old_checkpoint_
     reason = read_status(run_dir)["reason"]
     assert re.search(r"on rank 1: .*iter_0000004.saving/__1_\d.distcp: File too large", reason)
     assert re.search(
-        r"of its [\d,]+ bytes [\d,]+ were written, [\d,]+ are free; iter_0000002 is whole", reason
+        r"of its [\d,]+ bytes [\d,]+ were written, [\d,]+ are free; iter_0000002 is complete",
+        reason,
     )
     assert directory.steps_in(run_dir) == [2] and not list(run_dir.glob("*.saving"))
     assert integrity.problem(path_of(run_dir, 2), full=True) == ""
 
 
 def full_disk(identity) -> None:
-    """Every writer of the second save finds not a byte free on the disk."""
-    write = writing.write
+    """The disk is full for every writer of the second save."""
+    write = shard_writer.write_shards
 
     def filled(path, *rest):
         if path.name == "iter_0000004.saving":
             fill(path.parent)
         return write(path, *rest)
 
-    writing.write = filled
+    shard_writer.write_shards = filled
 
 
 def test_a_disk_full_to_the_last_byte_in_an_async_save_is_a_line_that_says_what_to_type(tmp_path):
     with tiny_disk(tmp_path, "40m", "run"):
-        words = ["trainer.max_steps=50", INTERVAL, "checkpoint.async_save=true"]
-        run_dir, codes, log = start(tmp_path, *TWO, *words, before=full_disk)
+        overrides = ["trainer.max_steps=50", INTERVAL, "checkpoint.async_save=true"]
+        run_dir, codes, log = start(tmp_path, *TWO, *overrides, before=full_disk)
         assert codes == {FAULT} and "Traceback" not in log, log
-        # in the place of the last one: there is no room for another file
+        # written in place of the previous one: there is no room for another file
         status = read_status(run_dir)
         assert status["state"] == "failed" and "No space left on device" in status["reason"]
-        said = (
-            "iter_0000002 is whole: free some space and type the same command again, and it"
-            " goes on from there"
+        message = (
+            "iter_0000002 is complete: free some space and run the same command again to"
+            " resume from it"
         )
-        assert status["reason"].endswith(said) and log.endswith(f"{said}\n")
+        assert status["reason"].endswith(message) and log.endswith(f"{message}\n")
         assert directory.steps_in(run_dir) == [2]
         assert integrity.problem(path_of(run_dir, 2), full=True) == ""
 
 
 def saver_of(run_dir: Path) -> save.Saver:
-    """As much of a Saver as looks at the disk."""
+    """Return a Saver with only the attributes for disk checks."""
     saver = object.__new__(save.Saver)
     saver.run_dir = run_dir
     return saver
@@ -362,21 +364,24 @@ def test_a_save_that_the_disk_has_no_room_for_is_not_begun_and_its_margin_is_sai
     half.mkdir()
     with pytest.raises(OSError) as caught:
         saver_of(tmp_path)._prepare(half, 1_551_126, None)
-    words = r"it takes 1,551,126 bytes and a margin of 1,152,921,504,606,846,976 for its small files, [\d,]+ are free"
-    assert re.fullmatch(words, caught.value.strerror) and not half.exists()
+    message = (
+        r"it takes 1,551,126 bytes and a margin of 1,152,921,504,606,846,976 for its small files,"
+        r" [\d,]+ are free"
+    )
+    assert re.fullmatch(message, caught.value.strerror) and not half.exists()
 
 
 def test_what_was_written_is_counted_before_it_is_removed(tmp_path):
-    assert saver_of(tmp_path)._how_far(3000) == ""  # nothing was begun
+    assert saver_of(tmp_path)._disk_use(3000) == ""  # nothing was begun
     (tmp_path / "iter_0000004.saving").mkdir()
     for name, size in (("__0_0.distcp", 2000), ("__1_0.distcp", 234)):
         (tmp_path / "iter_0000004.saving" / name).write_bytes(b"x" * size)
-    said = saver_of(tmp_path)._how_far(3000)
-    assert re.fullmatch(r"; of its 3,000 bytes 2,234 were written, [\d,]+ are free", said)
+    message = saver_of(tmp_path)._disk_use(3000)
+    assert re.fullmatch(r"; of its 3,000 bytes 2,234 were written, [\d,]+ are free", message)
 
 
 def writer_that(what: int):
-    """A `before` after which every writer of rank 1 gets a signal as soon as it is there."""
+    """Return a `before` that sends a signal to every writer of rank 1 when it starts."""
 
     def before(identity) -> None:
         fork = os.fork
@@ -393,18 +398,22 @@ def writer_that(what: int):
 
 
 def test_a_writer_that_dies_is_an_error_soon(tmp_path):
-    words = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
+    overrides = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
     started = time.monotonic()
-    run_dir, codes, log = start(tmp_path, *TWO, *words, before=writer_that(signal.SIGKILL))
+    run_dir, codes, log = start(tmp_path, *TWO, *overrides, before=writer_that(signal.SIGKILL))
     assert codes == {FAULT}, log
     assert "the writer of rank 1 was ended by SIGKILL" in read_status(run_dir)["reason"]
     assert directory.steps_in(run_dir) == [] and time.monotonic() - started < 60
 
 
 def test_a_writer_that_stands_still_is_ended_in_time(tmp_path):
-    words = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
+    overrides = ["trainer.max_steps=5", "checkpoint.save_interval=3", "checkpoint.async_save=true"]
     run_dir, codes, log = start(
-        tmp_path, *TWO, *words, "trainer.timeout_minutes=0.1", before=writer_that(signal.SIGSTOP)
+        tmp_path,
+        *TWO,
+        *overrides,
+        "trainer.timeout_minutes=0.1",
+        before=writer_that(signal.SIGSTOP),
     )
     assert codes == {FAULT}, log
     assert (
@@ -414,8 +423,8 @@ def test_a_writer_that_stands_still_is_ended_in_time(tmp_path):
 
 
 def test_async_saves_follow_each_other_in_order_and_the_last_is_there_at_the_end(tmp_path):
-    words = ["trainer.max_steps=4", "checkpoint.save_interval=1", "checkpoint.async_save=true"]
-    run_dir, codes, log = start(tmp_path, *TWO, *words)
+    overrides = ["trainer.max_steps=4", "checkpoint.save_interval=1", "checkpoint.async_save=true"]
+    run_dir, codes, log = start(tmp_path, *TWO, *overrides)
     assert codes == {FINISHED}, log
     assert re.findall(r"saved (iter_\d+)", log) == [f"iter_{step:07d}" for step in (1, 2, 3, 4)]
     assert json.loads((path_of(run_dir, 4) / "run_state.json").read_text())["step"] == 4

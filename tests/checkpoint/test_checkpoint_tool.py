@@ -1,4 +1,4 @@
-"""tools/checkpoint.py: what there is, whether it is whole, what is in it."""
+"""tools/checkpoint.py lists, verifies and inspects checkpoints."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from test_resume import INTERVAL, path_of, start
 from mixtrain.errors import FINISHED
 
 
-def tool(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/checkpoint.py", *words]
+def tool(*overrides: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "tools/checkpoint.py", *overrides]
     return subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )
@@ -23,9 +23,9 @@ def tool(*words: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Two checkpoints, of which the newer has lost a byte without changing its size."""
-    words = ["trainer.max_steps=4", INTERVAL, EP + "2"]
-    run_dir, codes, log = start(tmp_path_factory.mktemp("trained"), *words)
+    """Two checkpoints; in the newer one a byte has changed, but not the size."""
+    overrides = ["trainer.max_steps=4", INTERVAL, EP + "2"]
+    run_dir, codes, log = start(tmp_path_factory.mktemp("trained"), *overrides)
     assert codes == {FINISHED}, log
     shard = path_of(run_dir, 4) / "__1_0.distcp"
     data = bytearray(shard.read_bytes())
@@ -73,4 +73,4 @@ def test_inspect_shows_tensors_shapes_and_dtypes(trained):
 def test_where_there_is_nothing_it_says_so(verb, tmp_path):
     done = tool(verb, str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{tmp_path} is no checkpoint and no directory that holds one" in done.stderr
+    assert f"{tmp_path} is neither a checkpoint nor a directory of some" in done.stderr

@@ -1,6 +1,4 @@
-"""What a pickle may say, and what comes of it: no opcode does anything, whatever it names; a few
-bytes are no bomb.
-"""
+"""Malicious pickles: no opcode has an effect, whatever it names, and no small file is a bomb."""
 
 from __future__ import annotations
 
@@ -45,8 +43,7 @@ READERS = {
 }
 
 
-# Every opcode with every name that a pickle may give, and with every name that a library has
-# declared safe
+# every opcode with every allowed name, and with every name that a library has declared safe
 
 NAMES = sorted(
     {
@@ -61,7 +58,7 @@ DECLARED = [
 ]
 THINGS = [thing for pair in [*NAMES, *DECLARED] if (thing := found(*pair)) is not None]
 FILES = {"metadata": (".metadata", index_with), "object": ("__9_9.distcp", archive_with)}
-# records: no harm where nobody looks at them
+# records, harmless where nothing reads them
 INERT = ("REDUCE", "NEWOBJ", "REDUCE, BUILD", "NEWOBJ, BUILD")
 
 
@@ -70,7 +67,7 @@ INERT = ("REDUCE", "NEWOBJ", "REDUCE, BUILD", "NEWOBJ, BUILD")
 def test_no_opcode_does_anything_with_any_name(place, opcode, tmp_path):
     file, make = FILES[place]
     (tmp_path / file).write_bytes(make(b"N"))
-    READERS[place](tmp_path)  # without an attack it is read; zipfile has imported what it needs
+    READERS[place](tmp_path)  # read once without an attack: zipfile imports its modules
     assert alone(tmp_path / "outcome", lambda: attacked(place, opcode, tmp_path)) == (
         0,
         "nothing was done",
@@ -78,7 +75,7 @@ def test_no_opcode_does_anything_with_any_name(place, opcode, tmp_path):
 
 
 def attacked(place: str, opcode: str, tmp_path: Path) -> str:
-    """Every name in turn, in this process."""
+    """Try every name in turn, in this process."""
     file, make = FILES[place]
     before = attributes(THINGS)
     for module, of in [*NAMES, *DECLARED]:
@@ -105,7 +102,7 @@ def test_a_class_that_a_pickle_would_change_is_named(tmp_path):
 
 
 def test_a_member_of_an_enumeration_that_a_library_declared_safe_keeps_its_value(tmp_path):
-    """PyTorch's restricted reader would set its state."""
+    """PyTorch's restricted unpickler would set its state."""
     from megatron.core.transformer.enums import AttnBackend
 
     of = name("megatron.core.transformer.enums", "AttnBackend")
@@ -117,7 +114,7 @@ def test_a_member_of_an_enumeration_that_a_library_declared_safe_keeps_its_value
     assert AttnBackend(1).value == 1
 
 
-# Bombs: a few bytes that would be much work or memory
+# Bombs: a few bytes that would take much time or memory
 
 MANY = 50_000
 LAUGHS = b"K\x01" + b"".join(b"q%c(" % number + b"h%c" % number * 10 + b"t" for number in range(40))
@@ -152,7 +149,7 @@ def test_time_and_memory_are_bounded_by_the_bytes_that_are_there(place, bomb, tm
     tracemalloc.start()
     started = time.process_time()
     try:
-        READERS[place](tmp_path)  # what nobody looks at may be read
+        READERS[place](tmp_path)  # data that nothing uses may be read
     except UserError as error:
         assert len(str(error)) < 500
     peak = tracemalloc.get_traced_memory()[1]
@@ -161,7 +158,7 @@ def test_time_and_memory_are_bounded_by_the_bytes_that_are_there(place, bomb, tm
 
 
 def shared_chunks(times: int) -> bytes:
-    """An index in which one list of many chunks belongs to many tensors."""
+    """Return an index in which many tensors share one list of many chunks."""
     index = small_index(None)
     part = next(iter(index.state_dict_metadata.values()))
     part.chunks *= 500
@@ -171,7 +168,7 @@ def shared_chunks(times: int) -> bytes:
 
 def test_chunks_that_belong_to_many_tensors_are_refused(tmp_path):
     (tmp_path / ".metadata").write_bytes(shared_chunks(5000))
-    with pytest.raises(UserError, match="no list of its own"):
+    with pytest.raises(UserError, match="not a list of its own"):
         safe.read_metadata(tmp_path)
 
 
@@ -182,7 +179,7 @@ def test_an_object_that_has_one_tensor_many_times_is_refused(tmp_path):
         READERS["object"](tmp_path)
 
 
-# An index that is no attack, and not as it should be
+# Damaged indexes
 
 
 def changed(change) -> bytes:
@@ -209,20 +206,20 @@ WRONG = {
     "leads out of its directory, to ..": lambda index: vars(first_place(index)).update(
         relative_path=".."
     ),
-    "is no text, or has control characters": lambda index: index.state_dict_metadata.update(
+    "is not text, or has control characters": lambda index: index.state_dict_metadata.update(
         {"\x1b[2J": first_part(index)}
     ),
-    "no whole number from 0 on": lambda index: vars(first_place(index)).update(offset=-1),
+    "not an integer from 0": lambda index: vars(first_place(index)).update(offset=-1),
     "compressed or encrypted": lambda index: vars(first_place(index)).update(
         transform_descriptors=["zstd"]
     ),
     "a _StorageInfo has a key colour": lambda index: vars(first_place(index)).update(colour="red"),
     "a _StorageInfo has too few keys": lambda index: vars(first_place(index)).pop("length"),
-    "lies beyond it": lambda index: vars(first_part(index)).update(size=torch.Size([7, 3])),
-    "more bytes than there can be": lambda index: vars(first_part(index)).update(
+    "lies outside it": lambda index: vars(first_part(index)).update(size=torch.Size([7, 3])),
+    "more bytes than possible": lambda index: vars(first_part(index)).update(
         size=torch.Size([1 << 62, 1 << 62])
     ),
-    "does not say where a part of decoder.weight lies": lambda index: (
+    "does not say where a chunk of decoder.weight is stored": lambda index: (
         index.storage_data.popitem() and index.storage_data.popitem()
     ),
     "that are not dense": lambda index: vars(first_part(index).properties).update(
@@ -234,12 +231,12 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_is_wrong_with_an_index_is_said(said, tmp_path):
-    (tmp_path / ".metadata").write_bytes(changed(WRONG[said]))
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_wrong_with_an_index_is_said(message, tmp_path):
+    (tmp_path / ".metadata").write_bytes(changed(WRONG[message]))
     with pytest.raises(UserError) as refusal:
         safe.read_metadata(tmp_path)
-    assert said in str(refusal.value) and len(refusal.value.problems) == 1
+    assert message in str(refusal.value) and len(refusal.value.problems) == 1
 
 
 def test_a_path_in_an_index_is_read_as_text(tmp_path):
@@ -271,13 +268,13 @@ def test_a_tensor_is_read_as_torch_load_reads_it(dtype, tmp_path):
         torch.save(tensor, tmp_path / f"{number}")
         with safe.reading(tmp_path / f"{number}") as file:
             there = Archive(file)
-            read = there.load(there.numbers(there.tree()))
+            read = there.load(there.locate(there.tree()))
         assert read.dtype == tensor.dtype and read.shape == tensor.shape
         assert read.tolist() == tensor.tolist()
 
 
 def tensor_with(offset: int, size: tuple, stride: tuple) -> bytes:
-    """A file of eight numbers whose pickle says that they are a tensor of this shape."""
+    """Return a file of eight numbers whose pickle claims a tensor of this shape."""
     numbers = b"".join(b"J" + struct.pack("<i", number) for number in size)
     steps = b"".join(b"J" + struct.pack("<i", number) for number in stride)
     wanted = (
@@ -345,7 +342,7 @@ STREAMS = {
 @pytest.mark.parametrize("which", STREAMS)
 def test_random_streams_that_are_none_are_refused_and_none_is_set(which):
     streams = content._streams()
-    # Megatron-Core keeps what it is given
+    # Megatron-Core keeps a reference to its argument
     assert content.set_rng_state([copy.deepcopy(streams)]) is None
     before = torch.get_rng_state()
     STREAMS[which](streams | {"torch_rng_state": torch.Generator().get_state()})

@@ -1,6 +1,4 @@
-"""The index of a checkpoint: what an honest one may be, and what is said of each thing that may be
-wrong with it.
-"""
+"""The index of a checkpoint: what is accepted, and the message for each thing that is wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from evil_pickles import name, small_index
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from mixtrain.checkpoint import metadata, pickles
-from mixtrain.checkpoint.pickles import Damaged, Name, Record, Unwanted
+from mixtrain.checkpoint.pickles import Damaged, Name, PickleRecord, Unwanted
 
 RECORDS = "torch.distributed.checkpoint.metadata"
 PLANNER = "torch.distributed.checkpoint.planner"
@@ -39,60 +37,62 @@ MOST = 1 << 62
 LAYOUT = Name("torch.serialization", "_get_layout")
 
 
-def tree() -> Record:
+def tree() -> PickleRecord:
     return pickles.read(INDEX, metadata.ALLOWED)
 
 
-def parts(index: Record) -> dict:
+def parts(index: PickleRecord) -> dict:
     return index.state["state_dict_metadata"]
 
 
-def part(index: Record) -> dict:
+def part(index: PickleRecord) -> dict:
     return parts(index)["decoder.weight"].state
 
 
-def places(index: Record) -> dict:
+def places(index: PickleRecord) -> dict:
     return index.state["storage_data"]
 
 
-def place(index: Record) -> dict:
-    """The state of the record that says where the object lies."""
+def place(index: PickleRecord) -> dict:
+    """Return the state of the record that locates the object."""
     return places(index)[place_key(index)].state
 
 
-def place_key(index: Record) -> Record:
+def place_key(index: PickleRecord) -> PickleRecord:
     return next(key for key in places(index) if key.state["fqn"] == OBJECT)
 
 
-def size(*numbers: object) -> Record:
-    return Record(Name("torch", "Size"), (tuple(numbers),))
+def size(*numbers: object) -> PickleRecord:
+    return PickleRecord(Name("torch", "Size"), (tuple(numbers),))
 
 
-def properties(*state: object) -> Record:
-    made = Record(Name(RECORDS, "TensorProperties"), ())
+def properties(*state: object) -> PickleRecord:
+    made = PickleRecord(Name(RECORDS, "TensorProperties"), ())
     made.state = state
     return made
 
 
-def dense(layout: object = "torch.strided", by: Name = LAYOUT) -> Record:
-    return Record(by, (layout,))
+def dense(layout: object = "torch.strided", by: Name = LAYOUT) -> PickleRecord:
+    return PickleRecord(by, (layout,))
 
 
-def typed(dtype: object, layout: object = None) -> Callable[[Record], None]:
+def typed(dtype: object, layout: object = None) -> Callable[[PickleRecord], None]:
     return lambda index: part(index).update(
         properties=properties(dtype, layout or dense(), False, None, False)
     )
 
 
-def path(*words: object, module: str = "pathlib") -> Callable[[Record], None]:
-    return lambda index: place(index).update(relative_path=Record(Name(module, "PosixPath"), words))
+def path(*words: object, module: str = "pathlib") -> Callable[[PickleRecord], None]:
+    return lambda index: place(index).update(
+        relative_path=PickleRecord(Name(module, "PosixPath"), words)
+    )
 
 
-def chunk(index: Record, **state: object) -> None:
+def chunk(index: PickleRecord, **state: object) -> None:
     part(index)["chunks"][0].state.update(state)
 
 
-# What an honest index may be
+# Valid indexes
 
 
 @pytest.mark.parametrize(
@@ -133,22 +133,22 @@ def test_a_tensor_of_every_dtype_is_in_an_index(dtype):
     assert read.state_dict_metadata["decoder.weight"].properties.dtype is getattr(torch, dtype)
 
 
-def whole(index: Record) -> None:
-    """Nothing is changed."""
+def whole(index: PickleRecord) -> None:
+    """Change nothing."""
 
 
-def of_megatron(index: Record) -> None:
+def of_megatron(index: PickleRecord) -> None:
     index.of = Name(MEGATRON, "MCoreMetadata")
     index.state["mcore_data"] = {}
 
 
-def without_numbers(index: Record) -> None:
-    """PyTorch before it had them."""
+def without_numbers(index: PickleRecord) -> None:
+    """As PyTorch wrote it before it had numbers."""
     for key in places(index):
         key.state.pop("index", None)
 
 
-def many_axes(index: Record) -> None:
+def many_axes(index: PickleRecord) -> None:
     part(index).update(size=size(*[1] * 16))
     part(index)["chunks"] = part(index)["chunks"][:1]
     chunk(index, offsets=size(*[0] * 16), sizes=size(*[1] * 16))
@@ -198,17 +198,17 @@ def test_an_index_of_nothing_is_read():
     assert (read.state_dict_metadata, read.storage_data) == ({}, {})
 
 
-# What is wrong with one
+# Invalid indexes
 
-SIZE = Record(Name("torch", "Size"), ())
-NO_NUMBER = "a size or place is no whole number from 0 on"
-NO_TEXT = "the name of a tensor is no text, or has control characters"
+SIZE = PickleRecord(Name("torch", "Size"), ())
+NO_NUMBER = "a size or offset is not an integer from 0"
+NO_TEXT = "the name of a tensor is not text, or has control characters"
 NO_PROPERTIES = "there is no TensorProperties where one should be"
 NO_DTYPE = "a tensor has no dtype"
 NOT_DENSE = "a checkpoint with tensors that are not dense is not loaded"
 NO_SIZE = "there is no Size where one should be"
 NO_PLACE = "there is no _StorageInfo where one should be"
-BEYOND = "a part of a tensor lies beyond it"
+BEYOND = "a chunk of a tensor lies outside it"
 OUT = "leads out of its directory, to "
 F32 = Name("torch", "float32")
 WRONG = {
@@ -223,36 +223,36 @@ WRONG = {
     "metadata_of-no places": (lambda i: i.state.pop("storage_data"), "a Metadata has too few keys"),
     "metadata_of-another record": (
         lambda i: setattr(i, "of", Name("torch", "Size")),
-        "it is no index",
+        "it is not an index",
     ),
-    "_refuse_the_homeless-one part": (
+    "_refuse_missing_storage-one part": (
         lambda i: places(i).pop(
             next(key for key in places(i) if key.state["fqn"] == "decoder.weight")
         ),
-        "it does not say where a part of decoder.weight lies",
+        "it does not say where a chunk of decoder.weight is stored",
     ),
-    "_refuse_the_homeless-an object": (
+    "_refuse_missing_storage-an object": (
         lambda i: places(i).pop(place_key(i)),
-        f"it does not say where a part of {OBJECT} lies",
+        f"it does not say where a chunk of {OBJECT} is stored",
     ),
-    "part-no record": (
+    "entry-no record": (
         lambda i: parts(i).update(x=None),
         "there is no TensorStorageMetadata where one should be",
     ),
-    "part-chunks that are no list": (
+    "entry-chunks that are no list": (
         lambda i: part(i).update(chunks=()),
-        "the chunks of a tensor are no list of its own",
+        "the chunks of a tensor are not a list of its own",
     ),
-    "part-chunks of another": (
+    "entry-chunks of another": (
         lambda i: part(i).update(chunks=parts(i)["embedding.weight"].state["chunks"]),
-        "the chunks of a tensor are no list of its own",
+        "the chunks of a tensor are not a list of its own",
     ),
-    "part-too large": (
+    "entry-too large": (
         lambda i: part(i).update(size=size(MOST, 2)),
-        "a tensor has more bytes than there can be",
+        "a tensor has more bytes than possible",
     ),
     "index-a number below 0": (lambda i: place_key(i).state.update(index=-1), NO_NUMBER),
-    "place-compressed": (
+    "storage_info-compressed": (
         lambda i: place(i).update(transform_descriptors=["zstd"]),
         "a checkpoint whose files are compressed or encrypted is not loaded",
     ),
@@ -292,12 +292,12 @@ WRONG = {
     "_dtype-a sparse layout": (typed(F32, layout=dense("torch.sparse_coo")), NOT_DENSE),
     "_size-a number": (lambda i: part(i).update(size=5), NO_SIZE),
     "_size-another record": (
-        lambda i: part(i).update(size=Record(Name("torch", "float32"), ((8, 3),))),
+        lambda i: part(i).update(size=PickleRecord(Name("torch", "float32"), ((8, 3),))),
         NO_SIZE,
     ),
     "_size-nothing": (lambda i: part(i).update(size=SIZE), NO_SIZE),
-    "_size-two": (lambda i: part(i).update(size=Record(SIZE.of, ((8, 3), (8, 3)))), NO_SIZE),
-    "_size-a list": (lambda i: part(i).update(size=Record(SIZE.of, ([8, 3],))), NO_SIZE),
+    "_size-two": (lambda i: part(i).update(size=PickleRecord(SIZE.of, ((8, 3), (8, 3)))), NO_SIZE),
+    "_size-a list": (lambda i: part(i).update(size=PickleRecord(SIZE.of, ([8, 3],))), NO_SIZE),
     "_size-seventeen axes": (
         lambda i: part(i).update(size=size(*[1] * 17)),
         "a tensor has 17 axes",
@@ -325,19 +325,19 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_what_is_wrong_with_an_index_is_said(what):
     index = tree()
-    (change, said) = WRONG[what]
+    (change, message) = WRONG[what]
     change(index)
     with pytest.raises((Damaged, Unwanted)) as refusal:
         metadata.metadata_of(index)
-    assert str(refusal.value) == said
+    assert str(refusal.value) == message
     assert (type(refusal.value) is Unwanted) == (
-        said == NOT_DENSE or said.startswith((OUT, "a checkpoint"))
+        message == NOT_DENSE or message.startswith((OUT, "a checkpoint"))
     )
 
 
 @pytest.mark.parametrize("value", [5, "x", Name(RECORDS, "Metadata")], ids="metadata_of-{}".format)
 def test_what_is_no_record_is_no_index(value):
-    with pytest.raises(Damaged, match="^it is no index$"):
+    with pytest.raises(Damaged, match="^it is not an index$"):
         metadata.metadata_of(value)
 
 

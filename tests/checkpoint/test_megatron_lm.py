@@ -1,6 +1,6 @@
-"""A checkpoint of mixtrain is one of Megatron-LM's: what it asks of common.pt, and Megatron-Core's own load and save.
+"""Megatron-LM reads mixtrain's checkpoints: the fields of common.pt, Megatron-Core's load and save.
 
-Megatron-LM itself is not installed here; docs/checkpoints.md says how its loader was tried.
+Megatron-LM itself is not installed here; docs/checkpoints.md describes how its loader was tested.
 """
 
 from __future__ import annotations
@@ -24,27 +24,32 @@ from mixtrain.checkpoint.megatron_args import ARGS, megatron_args
 from mixtrain.checkpoint.state import RunState
 from mixtrain.engine import model, optimizer, process_groups, shards
 
-# What load_args_from_checkpoint of Megatron-LM core_v0.16.1 and core_r0.19.0 takes from a checkpoint's args.
+# what load_args_from_checkpoint of Megatron-LM (core_v0.16.1, core_r0.19.0) reads from `args`
 SET = """
-    num_layers hidden_size ffn_hidden_size seq_length num_attention_heads num_query_groups group_query_attention
-    kv_channels max_position_embeddings position_embedding_type add_position_embedding use_rotary_position_embeddings
-    rotary_base rotary_percent rotary_interleaved add_bias_linear disable_bias_linear add_qkv_bias squared_relu swiglu
-    untie_embeddings_and_output_weights apply_layernorm_1p normalization apply_query_key_layer_scaling
-    attention_dropout hidden_dropout hybrid_override_pattern hybrid_layer_pattern spec hybrid_attention_ratio
-    hybrid_mlp_ratio mtp_hybrid_override_pattern mtp_num_layers mtp_use_repeated_layer num_experts moe_layer_freq
-    moe_ffn_hidden_size moe_router_topk moe_token_dispatcher_type moe_router_pre_softmax moe_grouped_gemm
-    moe_single_grouped_weight moe_single_grouped_bias moe_shared_expert_intermediate_size moe_router_score_function
-    moe_router_enable_expert_bias moe_router_topk_scaling_factor mamba_state_dim mamba_head_dim mamba_num_groups
-    mamba_num_heads is_hybrid_model heterogeneous_layers_config_path heterogeneous_layers_config_encoded_json
-    moe_latent_size tokenizer_model tokenizer_type tiktoken_pattern padded_vocab_size ckpt_format
-    tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+    num_layers hidden_size ffn_hidden_size seq_length num_attention_heads num_query_groups
+    group_query_attention kv_channels max_position_embeddings position_embedding_type
+    add_position_embedding use_rotary_position_embeddings rotary_base rotary_percent
+    rotary_interleaved add_bias_linear disable_bias_linear add_qkv_bias squared_relu swiglu
+    untie_embeddings_and_output_weights apply_layernorm_1p normalization
+    apply_query_key_layer_scaling attention_dropout hidden_dropout hybrid_override_pattern
+    hybrid_layer_pattern spec hybrid_attention_ratio hybrid_mlp_ratio
+    mtp_hybrid_override_pattern mtp_num_layers mtp_use_repeated_layer num_experts moe_layer_freq
+    moe_ffn_hidden_size moe_router_topk moe_token_dispatcher_type moe_router_pre_softmax
+    moe_grouped_gemm moe_single_grouped_weight moe_single_grouped_bias
+    moe_shared_expert_intermediate_size moe_router_score_function moe_router_enable_expert_bias
+    moe_router_topk_scaling_factor mamba_state_dim mamba_head_dim mamba_num_groups
+    mamba_num_heads is_hybrid_model heterogeneous_layers_config_path
+    heterogeneous_layers_config_encoded_json moe_latent_size tokenizer_model tokenizer_type
+    tiktoken_pattern padded_vocab_size ckpt_format tensor_model_parallel_size
+    pipeline_model_parallel_size virtual_pipeline_model_parallel_size
     num_layers_per_virtual_pipeline_stage expert_model_parallel_size
 """.split()
-# What load_checkpoint, check_checkpoint_args and Megatron-Core's load look at besides.
+# what load_checkpoint, check_checkpoint_args and Megatron-Core's load also read
 READ = """
-    world_size data_parallel_size no_save_rng no_save_optim ckpt_fully_parallel_save data_parallel_random_init
-    consumed_train_samples skipped_train_samples consumed_valid_samples global_batch_size make_vocab_size_divisible_by
-    async_save async_strategy
+    world_size data_parallel_size no_save_rng no_save_optim ckpt_fully_parallel_save
+    data_parallel_random_init consumed_train_samples skipped_train_samples
+    consumed_valid_samples global_batch_size make_vocab_size_divisible_by async_save
+    async_strategy
 """.split()
 
 
@@ -70,19 +75,16 @@ PLANS = {
 }
 
 
-@pytest.mark.parametrize("words", PLANS.values(), ids=PLANS)
-def test_the_args_are_plain_values_that_torch_reads_without_running_anything(words, tmp_path):
-    args = megatron_args(derived(*words), RunState())
+@pytest.mark.parametrize("overrides", PLANS.values(), ids=PLANS)
+def test_the_args_are_plain_values_that_torch_reads_without_running_anything(overrides, tmp_path):
+    args = megatron_args(derived(*overrides), RunState())
     torch.save({"args": args}, tmp_path / "common.pt")
     torch.serialization.add_safe_globals([Namespace])  # as Megatron-Core does
     assert torch.load(tmp_path / "common.pt", weights_only=True)["args"] == args
     plain = (bool, int, float, str, type(None))
     for name, value in vars(args).items():
-        assert (
-            type(value) in plain
-            or type(value) is list
-            and all(type(part) in plain for part in value)
-        ), name
+        values = value if type(value) is list else [value]
+        assert all(type(item) in plain for item in values), name
 
 
 def test_the_args_of_the_published_model():
@@ -182,10 +184,12 @@ FOLLOWS = [
 
 
 @pytest.mark.parametrize(
-    "words, name, value", FOLLOWS, ids=[f"{words[0]}: {name}" for words, name, _ in FOLLOWS]
+    "overrides, name, value",
+    FOLLOWS,
+    ids=[f"{overrides[0]}: {name}" for overrides, name, _ in FOLLOWS],
 )
-def test_an_arg_follows_from_the_plan(words, name, value):
-    assert getattr(megatron_args(derived(*words), RunState()), name) == value
+def test_an_arg_follows_from_the_plan(overrides, name, value):
+    assert getattr(megatron_args(derived(*overrides), RunState()), name) == value
 
 
 LAYOUTS = {
@@ -199,17 +203,11 @@ LAYOUTS = {
     "PP2xVPP2": [EP + "1", PP + "2", VPP],
     "CP2xEP2": [EP + "2", CP],
 }
-ELSEWHERE = {
-    "EP2 without the distributed optimizer": [EP + "2"]
-}  # read by another layout than it was written by
+# layouts that read a checkpoint of another layout
+ELSEWHERE = {"EP2 without the distributed optimizer": [EP + "2"]}
 QUICK = ("EP2", "EP2 without the distributed optimizer", "TP2xPP2")
-SAVED_AGAIN = (
-    "EP1",
-    "EP2",
-    "EP2 in bf16",
-    "EP2xETP2",
-    "PP2xVPP2",
-)  # upstream's way to save takes seconds
+# Megatron-Core's save takes seconds
+SAVED_AGAIN = ("EP1", "EP2", "EP2 in bf16", "EP2xETP2", "PP2xVPP2")
 
 
 @pytest.mark.parametrize(
@@ -225,51 +223,50 @@ def test_upstream_loads_what_was_saved_and_saves_the_same_keys_shapes_and_bits(n
     theirs.mkdir()
 
     def load_and_save(identity) -> list[str]:
-        with process_groups.start(plan, identity) as here:
-            training = optimizer.build(plan, model.build(plan, here.device))
-            for_want_of_fused_adam(training)
-            unlike = [*wrong(training, ours)]
+        with process_groups.start(plan, identity) as ranks:
+            training = optimizer.build(plan, model.build(plan, ranks.device))
+            emulate_fused_adam(training)
+            assert len([*differing_keys(training, ours)]) > 10  # there is something to load
             load(training, ours)
-            assert len(unlike) > 10  # there was something to load
             assert optimizer_state.steps_done(training) == 2
-            left = [*wrong(training, ours)]
+            differing = [*differing_keys(training, ours)]
             if name in SAVED_AGAIN:
                 save(training, theirs)
-            return left
+            return differing
 
     assert run_ranks(plan.world_size, load_and_save, tmp_path / "ranks") == [[]] * plan.world_size
     if name in SAVED_AGAIN:
         assert unequal(ours, theirs) == []
         index = safe.read_metadata(theirs)
-        there = pickle.loads((theirs / ".metadata").read_bytes())
-        assert (
-            index.storage_data == there.storage_data
-            and index.state_dict_metadata.keys() == there.state_dict_metadata.keys()
-        )
-        assert objects_of(theirs) - objects_of(ours) <= {
-            "common_state/shard_0_1"
-        }  # 0.19 has no common.pt
+        unpickled = pickle.loads((theirs / ".metadata").read_bytes())
+        assert index.storage_data == unpickled.storage_data
+        assert index.state_dict_metadata.keys() == unpickled.state_dict_metadata.keys()
+        # 0.19 writes no common.pt
+        assert objects_of(theirs) - objects_of(ours) <= {"common_state/shard_0_1"}
         assert all(
             "_extra_state" in key or "rng_state" in key
             for key in objects_of(ours) - objects_of(theirs)
         )
 
 
-def for_want_of_fused_adam(training: optimizer.Training) -> None:
-    """PyTorch's Adam has no state before its first step, and counts in tensors: upstream's loading knows neither."""
-    optimizer_state.fill(training, "adam")
-    put = DistributedOptimizer._set_main_param_and_optimizer_states
+def emulate_fused_adam(training: optimizer.Training) -> None:
+    """Give PyTorch's Adam the state of fused Adam, which Megatron-Core's load expects.
 
-    def put_but_for_steps(self, parameter, tensors):
+    PyTorch's Adam has no state before its first step, and counts steps in a tensor per parameter.
+    """
+    optimizer_state.initialize(training, "adam")
+    set_states = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states_except_step(self, parameter, tensors):
         group, number = self.model_param_group_index_map[parameter]
         state = self.optimizer.state[self.optimizer.param_groups[group]["params"][number]]
-        put(self, parameter, {**tensors, "step": state["step"]})
+        set_states(self, parameter, {**tensors, "step": state["step"]})
 
-    DistributedOptimizer._set_main_param_and_optimizer_states = put_but_for_steps
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states_except_step
 
 
-def upstreams(training: optimizer.Training, metadata: dict, **how) -> dict:
-    """The state dict that Megatron-LM makes: model, optimizer and random streams."""
+def upstream_state_dict(training: optimizer.Training, metadata: dict, **how) -> dict:
+    """Return the state dict of Megatron-LM: model, optimizer and random streams."""
     metadata = {
         **metadata,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -290,7 +287,9 @@ def upstreams(training: optimizer.Training, metadata: dict, **how) -> dict:
 def load(training: optimizer.Training, path: Path) -> None:
     common = dist_checkpointing.load_common_state_dict(path)
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common)
-    loaded = dist_checkpointing.load(upstreams(training, metadata, is_loading=True), str(path))
+    loaded = dist_checkpointing.load(
+        upstream_state_dict(training, metadata, is_loading=True), str(path)
+    )
     for number, chunk in enumerate(training.chunks):
         chunk.load_state_dict(
             loaded["model" if len(training.chunks) == 1 else f"model{number}"], strict=True
@@ -302,23 +301,25 @@ def load(training: optimizer.Training, path: Path) -> None:
 
 def save(training: optimizer.Training, path: Path) -> None:
     metadata = content.FORMAT | {"distrib_optim_fully_reshardable_mem_efficient": True}
-    dist_checkpointing.save(upstreams(training, metadata), str(path), content_metadata=metadata)
+    dist_checkpointing.save(
+        upstream_state_dict(training, metadata), str(path), content_metadata=metadata
+    )
 
 
-def wrong(training: optimizer.Training, path: Path):
-    """The keys of this rank's weights and optimizer states that are not, bit for bit, what the checkpoint has."""
-    wholes = tensors_of(path)
+def differing_keys(training: optimizer.Training, path: Path):
+    """Yield keys of this rank's weights and optimizer state that differ from a checkpoint."""
+    tensors = tensors_of(path)
     for chunk in training.chunks:
         for shard in shards.shards(chunk):
-            if differ(shard.data.contiguous(), shard.of(wholes[shard.key]).contiguous()):
+            if differ(shard.data.contiguous(), shard.of(tensors[shard.key]).contiguous()):
                 yield shard.key
-    for part in optimizer_state.sharded(training, "adam"):
-        first = part.global_offset
-        cut = tuple(
-            slice(start, start + size) for start, size in zip(first, part.local_shape, strict=True)
+    for sharded in optimizer_state.sharded(training, "adam"):
+        slices = tuple(
+            slice(start, start + size)
+            for start, size in zip(sharded.global_offset, sharded.local_shape, strict=True)
         )
-        if differ(part.data.contiguous(), wholes[part.key][cut].contiguous()):
-            yield part.key
+        if differ(sharded.data.contiguous(), tensors[sharded.key][slices].contiguous()):
+            yield sharded.key
 
 
 def objects_of(path: Path) -> set[str]:
@@ -327,14 +328,16 @@ def objects_of(path: Path) -> set[str]:
 
 
 EVERYTHING = PLANS["everything"]
+# the modules of Transformer Engine in a layer that Megatron-LM saves with an _extra_state
 STATEFUL = """
-    self_attention.linear_qkv self_attention.linear_proj self_attention.q_layernorm self_attention.k_layernorm
-    pre_mlp_layernorm mlp.shared_experts.linear_fc1 mlp.shared_experts.linear_fc2
-""".split()  # the modules of Transformer Engine in a layer that Megatron-LM saves with an _extra_state
+    self_attention.linear_qkv self_attention.linear_proj self_attention.q_layernorm
+    self_attention.k_layernorm pre_mlp_layernorm mlp.shared_experts.linear_fc1
+    mlp.shared_experts.linear_fc2
+""".split()
 
 
 @pytest.mark.parametrize(
-    "words",
+    "overrides",
     [
         [EP + "1"],
         [EP + "2", ETP, *TP],
@@ -343,8 +346,8 @@ STATEFUL = """
     ],
     ids=["EP1", "EP2xETP2", "EP2xPP2", "local"],
 )
-def test_every_object_that_transformer_engine_asks_for_is_there(words, tmp_path):
-    run_dir, codes, log = start(tmp_path, "trainer.max_steps=1", *EVERYTHING, *words)
+def test_every_object_that_transformer_engine_asks_for_is_there(overrides, tmp_path):
+    run_dir, codes, log = start(tmp_path, "trainer.max_steps=1", *EVERYTHING, *overrides)
     assert codes == {0}, log
     layers = range(4)
     experts = range(8)
@@ -353,21 +356,22 @@ def test_every_object_that_transformer_engine_asks_for_is_there(words, tmp_path)
         for module in STATEFUL
         for layer in layers
     }
+    prefix = "decoder.layers.mlp.experts.experts"
     wanted |= {
-        f"decoder.layers.mlp.experts.experts.linear_fc{number}._extra_state/shard_{layer}.{expert}_4.8"
+        f"{prefix}.linear_fc{number}._extra_state/shard_{layer}.{expert}_4.8"
         for number in (1, 2)
         for layer in layers
         for expert in experts
     }
-    there = objects_of(path_of(run_dir, 1))
-    assert {key for key in there if "rng_state" not in key} == wanted | {
+    objects = objects_of(path_of(run_dir, 1))
+    assert {key for key in objects if "rng_state" not in key} == wanted | {
         "decoder.final_layernorm._extra_state/shard_0_1"
     }
 
 
 def test_the_schedule_is_counted_in_sequences_and_the_groups_have_what_fused_adam_reads(tmp_path):
-    words = [EP + "2", "optimizer.lr_warmup_steps=3"]
-    run_dir, codes, log = start(tmp_path, "trainer.max_steps=2", *words)
+    overrides = [EP + "2", "optimizer.lr_warmup_steps=3"]
+    run_dir, codes, log = start(tmp_path, "trainer.max_steps=2", *overrides)
     assert codes == {0}, log
     common = dist_checkpointing.load_common_state_dict(path_of(run_dir, 2))
     schedule = common["opt_param_scheduler"]
@@ -379,6 +383,6 @@ def test_the_schedule_is_counted_in_sequences_and_the_groups_have_what_fused_ada
             assert group["bias_correction"] is True and group["step"] == 2 and "params" not in group
     assert {key for key in objects_of(path_of(run_dir, 2)) if "rng_state" in key} == {
         "rng_state/shard_0.0.0_1.1.2",
-        "rng_state/shard_0.0.1_1.1.2",  # as Megatron-LM 0.16 asks
-        "rng_state/shard_0.0_1.1",  # as those before and after it do
+        "rng_state/shard_0.0.1_1.1.2",  # for Megatron-LM 0.16
+        "rng_state/shard_0.0_1.1",  # for Megatron-LM before and after 0.16
     }

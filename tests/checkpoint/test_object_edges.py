@@ -1,6 +1,4 @@
-"""Small objects that torch.save has written: each bound on them, and each thing that is no plain
-object.
-"""
+"""Small objects of torch.save: each limit, and each thing that is not a plain object."""
 
 from __future__ import annotations
 
@@ -9,12 +7,12 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
-from archives import opened, pickled, said, saved, zipped
+from archives import message_of, opened, pickled, saved, zipped
 from evil_pickles import name, records
 
 from mixtrain.checkpoint import archive
-from mixtrain.checkpoint.archive import _Plain
-from mixtrain.checkpoint.pickles import Name, Record
+from mixtrain.checkpoint.archive import _PlainObjects
+from mixtrain.checkpoint.pickles import Name, PickleRecord
 
 FLOAT = Name("torch", "FloatStorage")
 ENCODE = Name("_codecs", "encode")
@@ -27,27 +25,37 @@ def nested(value: object, depth: int, kind: Callable[[object], object]) -> objec
 
 
 @pytest.mark.parametrize(
-    "kind", [lambda value: [value], lambda value: {0: value}], ids=["DEEP-list", "DEEP-mapping"]
+    "kind",
+    [lambda value: [value], lambda value: {0: value}],
+    ids=["MAX_DEPTH-list", "MAX_DEPTH-mapping"],
 )
 def test_an_object_is_sixteen_deep(kind):
     deep = nested(None, 16, kind)
     assert opened(saved(deep)).plain() == deep
-    assert said(lambda: opened(saved(kind(deep))).plain()) == "Damaged: it is no small object"
+    assert (
+        message_of(lambda: opened(saved(kind(deep))).plain()) == "Damaged: it is not a small object"
+    )
 
 
 def test_an_object_has_65536_parts():
     assert opened(saved([None] * 65535)).plain() == [None] * 65535
-    assert said(lambda: opened(saved([None] * 65536)).plain()) == "Damaged: it is no small object"
+    assert (
+        message_of(lambda: opened(saved([None] * 65536)).plain())
+        == "Damaged: it is not a small object"
+    )
 
 
 def test_the_numbers_of_an_object_are_no_more_than_its_bytes():
     there = opened(ONE)
-    plain = _Plain(there)
-    plain.bytes = 23  # of one it has twelve, of two one less
-    assert plain.of(there.tree(), 0).tolist() == [0, 1, 2]
-    assert said(lambda: plain.of(there.tree(), 0)) == "Damaged: it has more numbers than bytes"
-    plain.bytes = 12
-    assert plain.of(there.tree(), 0).tolist() == [0, 1, 2]
+    plain = _PlainObjects(there)
+    plain.bytes_left = 23  # one tensor takes 12 bytes: two take one more than this
+    assert plain.convert(there.tree(), 0).tolist() == [0, 1, 2]
+    assert (
+        message_of(lambda: plain.convert(there.tree(), 0))
+        == "Damaged: it has more numbers than bytes"
+    )
+    plain.bytes_left = 12
+    assert plain.convert(there.tree(), 0).tolist() == [0, 1, 2]
 
 
 def test_plain_objects_and_arrays_are_read_as_they_are():
@@ -66,54 +74,60 @@ def test_plain_objects_and_arrays_are_read_as_they_are():
 
 CODECS = name("_codecs", "encode")
 UNWANTED = {
-    "of-a name": (name("torch", "float32"), "torch.float32"),
-    "of-numbers elsewhere": (b"NQ", "more than plain objects"),
-    "of-a record for a key": (b"}(K\1N" + CODECS + b")RNu", "more than plain objects"),
-    "made-another": (name("argparse", "Namespace") + b")R", "argparse.Namespace"),
+    "convert-a name": (name("torch", "float32"), "torch.float32"),
+    "convert-numbers elsewhere": (b"NQ", "more than plain objects"),
+    "convert-a record for a key": (b"}(K\1N" + CODECS + b")RNu", "more than plain objects"),
+    "make-another": (name("argparse", "Namespace") + b")R", "argparse.Namespace"),
 }
 
 
 @pytest.mark.parametrize("what", UNWANTED)
 def test_what_is_not_plain_is_named(what):
     data, wanted = UNWANTED[what]
-    assert said(pickled(data).plain) == f"Unwanted: a pickle that wants {wanted} is not loaded"
+    assert (
+        message_of(pickled(data).plain) == f"Unwanted: a pickle that wants {wanted} is not loaded"
+    )
 
 
 NO_BYTES = {
     "_encoded-a number": 5,
-    "_encoded-another record": Record(FLOAT, ("a", "latin1")),
-    "_encoded-one argument": Record(ENCODE, ("a",)),
-    "_encoded-three": Record(ENCODE, ("a", "latin1", "strict")),
-    "_encoded-bytes": Record(ENCODE, (b"a", "latin1")),
-    "_encoded-another code": Record(ENCODE, ("a", "utf8")),
-    "_encoded-another letter": Record(ENCODE, ("\u1234", "latin1")),
+    "_encoded-another record": PickleRecord(FLOAT, ("a", "latin1")),
+    "_encoded-one argument": PickleRecord(ENCODE, ("a",)),
+    "_encoded-three": PickleRecord(ENCODE, ("a", "latin1", "strict")),
+    "_encoded-bytes": PickleRecord(ENCODE, (b"a", "latin1")),
+    "_encoded-another code": PickleRecord(ENCODE, ("a", "utf8")),
+    "_encoded-another letter": PickleRecord(ENCODE, ("\u1234", "latin1")),
 }
 
 
 @pytest.mark.parametrize("what", NO_BYTES)
 def test_bytes_are_text_in_latin1(what):
     assert (
-        archive._encoded(Record(ENCODE, ("\xff", "latin1"))) == archive._encoded(b"\xff") == b"\xff"
+        archive._encoded(PickleRecord(ENCODE, ("\xff", "latin1")))
+        == archive._encoded(b"\xff")
+        == b"\xff"
     )
     assert (
-        said(lambda: archive._encoded(NO_BYTES[what]))
+        message_of(lambda: archive._encoded(NO_BYTES[what]))
         == "Damaged: there are no bytes where some should be"
     )
 
 
-def array(*state: object) -> Record:
-    made = Record(Name("numpy._core.multiarray", "_reconstruct"), ())
+def array(*state: object) -> PickleRecord:
+    made = PickleRecord(Name("numpy._core.multiarray", "_reconstruct"), ())
     made.state = state
     return made
 
 
-def of_type(of: Name = DTYPE, kind: str = "u4", state: tuple | None = (3, "<", None)) -> Record:
-    made = Record(of, (kind, False, True))
+def of_type(
+    of: Name = DTYPE, kind: str = "u4", state: tuple | None = (3, "<", None)
+) -> PickleRecord:
+    made = PickleRecord(of, (kind, False, True))
     made.state = state
     return made
 
 
-def listed() -> Record:
+def listed() -> PickleRecord:
     made = array()
     made.state = [*HONEST]
     return made
@@ -121,8 +135,8 @@ def listed() -> Record:
 
 HONEST = (1, (2,), of_type(), False, bytes(8))
 NO_STATE = "Damaged: an array has no state"
-OTHER = "Unwanted: an array of numpy's of other numbers than uint32 is not loaded"
-OTHERS = "Damaged: an array has not the numbers that it says"
+OTHER = "Unwanted: a numpy array of a dtype other than uint32 is not loaded"
+OTHERS = "Damaged: the data of an array do not fit its shape"
 ARRAYS = {
     "_array-a list": (listed(), NO_STATE),
     "_array-four": (array(*HONEST[:4]), NO_STATE),
@@ -141,4 +155,4 @@ ARRAYS = {
 def test_what_is_wrong_with_an_array_is_said(what):
     record, expected = ARRAYS[what]
     assert archive._array(array(*HONEST)).tolist() == [0, 0]
-    assert said(lambda: archive._array(record)) == expected
+    assert message_of(lambda: archive._array(record)) == expected

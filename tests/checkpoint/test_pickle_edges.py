@@ -1,6 +1,4 @@
-"""Each opcode of a pickle, what is read of it, and what is said where it is not whole: bytes made
-by hand.
-"""
+"""Each opcode of a pickle: its result, and the message if it is incomplete; bytes by hand."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ import pytest
 from evil_pickles import name, text
 
 from mixtrain.checkpoint import pickles
-from mixtrain.checkpoint.pickles import Damaged, Name, Record, Stored, Unwanted
+from mixtrain.checkpoint.pickles import Damaged, Name, PersistentId, PickleRecord, Unwanted
 
 LONGEST = "b" * 1023
 ALLOWED = {"a": {"B"}, LONGEST: {"C"}, "collections": {"OrderedDict"}}
@@ -20,8 +18,8 @@ A_B = Name("a", "B")
 
 
 def seen(value: object) -> object:
-    """A value in which Records show what they hold."""
-    if type(value) is Record:
+    """Return a value in which PickleRecords show their contents."""
+    if type(value) is PickleRecord:
         return "Record", value.of, seen(value.args), seen(value.state)
     if type(value) in (list, tuple):
         return type(value)(map(seen, value))
@@ -34,7 +32,7 @@ def record(args: object = (), state: object = None) -> tuple:
     return "Record", A_B, args, state
 
 
-# What is read. The names begin with that of the table or function whose faults they notice.
+# Valid pickles. A test's name begins with the table or function that it tests.
 READ = {
     "STEPS-PROTO": (b"\x80\x02N", None),
     "STEPS-FRAME": (b"\x95" + bytes(8) + b"N", None),
@@ -59,7 +57,7 @@ READ = {
     "STEPS-LONG_BINPUT": (b"NK\x05r\0\0\0\0j\0\0\0\0\x87", (None, 5, 5)),
     "STEPS-STACK_GLOBAL": (text("a") + text("B") + b"\x93", A_B),
     "STEPS-NEWOBJ": (B + b")\x81", record()),
-    "STEPS-BINPERSID": (b"K\x01Q", Stored(1)),
+    "STEPS-BINPERSID": (b"K\x01Q", PersistentId(1)),
     "_long-of eight bytes": (b"\x8a\x08" + b"\xff" * 8, -1),
     "_long-of one": (b"\x8a\x01\x7f", 127),
     "_tuple-of nothing": (b"(t", ()),
@@ -91,7 +89,7 @@ READ = {
 @pytest.mark.parametrize("what", READ)
 def test_an_opcode_is_read_as_what_it_says(what):
     data, expected = READ[what]
-    assert repr(seen(pickles.read(data + b".", ALLOWED))) == repr(expected)  # True is no 1 here
+    assert repr(seen(pickles.read(data + b".", ALLOWED))) == repr(expected)  # repr, since True == 1
 
 
 AT = "at byte {}".format
@@ -132,53 +130,61 @@ REFUSED = {
         "a pickle that wants b.B is not loaded",
     ),
     "step-two of one": (b"N\x86.", Damaged, AT(2)),
-    "_list_of-a mapping": (b"}Na.", Damaged, f"items for what is no list, {AT(3)}"),
-    "_set_items-a list": (b"](NNu.", Damaged, f"items for what is no mapping, {AT(5)}"),
+    "_list_of-a mapping": (b"}Na.", Damaged, f"items for something that is not a list, {AT(3)}"),
+    "_set_items-a list": (
+        b"](NNu.",
+        Damaged,
+        f"items for something that is not a mapping, {AT(5)}",
+    ),
     "_set_items-a key without a value": (
         b"}(Nu.",
         Damaged,
-        f"items for what is no mapping, {AT(4)}",
+        f"items for something that is not a mapping, {AT(4)}",
     ),
     "_set_items-a tuple for a key": (
         b"}(NN)Nu.",
         Damaged,
-        f"a key of a mapping is no text, number or record, {AT(7)}",
+        f"a key is not text, a number or a record, {AT(7)}",
     ),
     "_put-a far place": (b"Nq\1.", Damaged, AT(3)),
     "_put-one place twice": (b"Nq\0q\0h\1\x86.", Damaged, AT(7)),
     "_make-a number": (
         b"K\x01)R.",
         Unwanted,
-        "a pickle that calls what is no class or function is not loaded",
+        "a pickle that calls something other than a class or function is not loaded",
     ),
-    "_make-no arguments": (B + b"NR.", Damaged, f"arguments that are no tuple, {AT(7)}"),
+    "_make-no arguments": (B + b"NR.", Damaged, f"arguments that are not a tuple, {AT(7)}"),
     "_build-a name": (B + b"}b.", Unwanted, "a pickle that changes a.B is not loaded"),
-    "_build-a mapping": (b"}}b.", Unwanted, "a pickle that changes what there is is not loaded"),
+    "_build-a mapping": (
+        b"}}b.",
+        Unwanted,
+        "a pickle that changes an existing object is not loaded",
+    ),
     "_build-twice": (
         B + b")\x81}b}b.",
         Unwanted,
-        "a pickle that changes what there is is not loaded",
+        "a pickle that changes an existing object is not loaded",
     ),
-    "_build-a list": (B + b")\x81]b.", Damaged, f"a state that is no mapping, {AT(9)}"),
+    "_build-a list": (B + b")\x81]b.", Damaged, f"a state that is not a mapping, {AT(9)}"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
 def test_what_is_wrong_with_a_pickle_is_said(what):
-    data, kind, said = REFUSED[what]
+    data, kind, message = REFUSED[what]
     with pytest.raises((Damaged, Unwanted)) as refusal:
         pickles.read(data, ALLOWED)
-    assert (type(refusal.value), str(refusal.value)) == (kind, said)
+    assert (type(refusal.value), str(refusal.value)) == (kind, message)
 
 
 def test_a_pickle_makes_a_container_for_each_four_bytes_and_sixty_four_more():
     assert pickles.read(b"(" + b"]" * 85 + b"t.", {}) == ([],) * 85  # 88 bytes, 86 containers
-    with pytest.raises(Damaged, match="it makes too much of too few bytes, up to byte 88"):
+    with pytest.raises(Damaged, match="it makes too many objects for its size, up to byte 88"):
         pickles.read(b"(" + b"]" * 86 + b"t.", {})
 
 
 @pytest.mark.parametrize(
-    "given, said",
+    "given, message",
     [
         ("a" * 100, "a" * 100),
         ("a" * 101, "a" * 100 + "..."),
@@ -187,5 +193,5 @@ def test_a_pickle_makes_a_container_for_each_four_bytes_and_sixty_four_more():
     ],
     ids=["shown-100", "shown-101", "shown-control", "shown-both"],
 )
-def test_a_strangers_text_is_shown_short_and_without_control_characters(given, said):
-    assert pickles.shown(given) == said
+def test_a_strangers_text_is_shown_short_and_without_control_characters(given, message):
+    assert pickles.shown(given) == message

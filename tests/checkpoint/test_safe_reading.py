@@ -1,6 +1,4 @@
-"""A checkpoint that carries a malicious pickle is refused, wherever it hides; nothing in it runs or
-changes a thing.
-"""
+"""A checkpoint with a malicious pickle anywhere is refused, and the pickle has no effect."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ def trained(tmp_path_factory) -> Path:
 
 
 class Attack:
-    """Unpickled without restriction, it makes the file `sentinel`, by way of `route`."""
+    """An object that creates the file `sentinel` through `route` when unpickled."""
 
     def __init__(self, sentinel: Path, route: str):
         self.sentinel = sentinel
@@ -61,7 +59,7 @@ ROUTES = ["os.system", "exec", "getattr", "torch.load"]
 
 
 def in_metadata(checkpoint: Path, attack: Attack) -> None:
-    """Deep in an index that is otherwise as it should be."""
+    """Deep in an otherwise valid index."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     metadata.planner_data = {"x": [attack]}
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -73,9 +71,7 @@ def in_common(checkpoint: Path, attack: Attack) -> None:
 
 
 def in_an_object(checkpoint: Path, attack: Attack) -> None:
-    """In the random state, an object in the shards: its place in the index now leads to the
-    attacker's bytes.
-    """
+    """In the random state, an object of the shards: its entry in the index leads to the attack."""
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     torch.save([{"random_rng_state": attack}], checkpoint / "__9_9.distcp")
     for index, place in metadata.storage_data.items():
@@ -90,9 +86,7 @@ PLACES = {"metadata": in_metadata, "common": in_common, "object": in_an_object}
 
 
 def attacked(trained: Path, folder: Path, place: str, route: str) -> tuple[Path, Path]:
-    """(a copy of the run whose checkpoint is malicious, and whose manifest agrees with it; the
-    sentinel).
-    """
+    """Return (a copy of the run with a malicious checkpoint and a matching manifest, sentinel)."""
     shutil.copytree(trained, folder / "run")
     checkpoint = path_of(folder / "run", 2)
     sentinel = folder / "it_ran"
@@ -112,7 +106,7 @@ def test_a_run_refuses_a_malicious_checkpoint_and_nothing_in_it_runs(place, trai
 
 
 def no_unpickler(identity) -> None:
-    """What opens a file of a checkpoint through PyTorch or pickle fails."""
+    """Make PyTorch's and pickle's readers fail on any file of a checkpoint."""
     torch.load = torch.serialization.load = pickle.load = None
 
 
@@ -135,7 +129,7 @@ def test_the_readers_refuse_every_route(place, route, trained, tmp_path):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_attacks_are_attacks(place, trained, tmp_path):
-    """What PyTorch itself does with them: else the tests above would show nothing."""
+    """PyTorch itself runs them: otherwise the tests above would prove nothing."""
     checkpoint, sentinel = attacked(trained, tmp_path, place, "exec")
     if place == "metadata":
         pickle.loads((checkpoint / ".metadata").read_bytes())
@@ -169,7 +163,7 @@ def test_a_damaged_file_is_named(file, read, which, trained, tmp_path):
     with pytest.raises(UserError, match=f"{file} cannot be read"):
         read(checkpoint)
     os.mkfifo(checkpoint / file)
-    with pytest.raises(UserError, match=f"{file} is no file"):
+    with pytest.raises(UserError, match=f"{file} is not a file"):
         read(checkpoint)
 
 
@@ -181,7 +175,7 @@ def test_an_honest_checkpoint_is_read(trained, tmp_path):
     assert unequal(checkpoint, tmp_path / "copy") == []
 
 
-# Bytes by chance
+# Random bytes
 
 LEAST = 200  # mutants
 
@@ -193,13 +187,13 @@ def read_bytes(kind: str, data: bytes) -> None:
     there = Archive(io.BytesIO(data))
     tree = there.tree()
     if kind == "tensor":
-        there.load(there.numbers(tree))
+        there.load(there.locate(tree))
     elif kind == "object":
         there.plain()
 
 
 def bases_of(checkpoint: Path) -> list[tuple[str, bytes]]:
-    """What there is to read in a checkpoint, and the small index of the tests."""
+    """Return the files of a checkpoint that are read, and the small index of the tests."""
     index = safe.read_metadata(checkpoint)
     parts = {}
     for at, place in index.storage_data.items():
@@ -221,10 +215,8 @@ def bases_of(checkpoint: Path) -> list[tuple[str, bytes]]:
 
 
 def fuzz(bases: list[tuple[str, bytes]], seconds: float, seed: int, kept: Path) -> int:
-    """How many mutants were read or refused, at least LEAST and for some seconds, in 2 GiB beyond
-    what there is.
-    """
-    assert b"x".decode("cp437")  # zipfile imports it for names that are no UTF-8
+    """Return how many mutants were read or refused: at least LEAST, for some seconds, in 2 GiB."""
+    assert b"x".decode("cp437")  # zipfile imports this codec for names that are not UTF-8
     attacks = [of(*pair) for of in OPCODES.values() for pair in [*NAMES, *DECLARED]]
     before = attributes(THINGS)
     count = 0
@@ -253,7 +245,7 @@ def test_bytes_by_chance_are_read_or_refused(seconds, trained, tmp_path):
     bases = [*bases_of(path_of(trained, 2))]
     assert {kind for kind, _ in bases} == {"index", "common", "object", "tensor"}
     for kind, data in bases:
-        read_bytes(kind, data)  # as they are, they are read
+        read_bytes(kind, data)  # unchanged bytes are read
     seed = int.from_bytes(os.urandom(4), "little")
     outcome = tmp_path / "outcome"
     code, told = alone(outcome, lambda: str(fuzz(bases, seconds, seed, tmp_path / "last")))

@@ -1,6 +1,4 @@
-"""Weights and text have one tokenizer: another is refused with both, before a model is trained or
-asked with it.
-"""
+"""Weights and text must use one tokenizer: another is refused by name before anything runs."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from test_parity import TINY
 from test_resume import start
 from tokenizers import Tokenizer
 
-from mixtrain.checkpoint.same_tokenizer import problem, same, told
+from mixtrain.checkpoint.same_tokenizer import problem, same_ids, with_digest
 from mixtrain.data.preprocess import preprocess
 from mixtrain.data.sources import Files
 from mixtrain.data.tokenizer import train_bpe
@@ -33,13 +31,13 @@ ACKNOWLEDGED = "checkpoint.acknowledge_differences=[data.tokenizer]"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> dict[str, Path]:
-    """Two tokenizers of one size, one of them again in another format, and a data set of each."""
+    """Two tokenizers of one size, one of them also in another format, and a data set of each."""
     folder = tmp_path_factory.mktemp("made")
     for name, text in {"one": "decoder.py", "other": "scanner.py"}.items():
         train_bpe(iter([(LIBRARY / text).read_text()]), 300, folder / name)
     shutil.copytree(folder / "one", folder / "again")
     written = json.loads((folder / "one" / "tokenizer.json").read_text())
-    # as older versions write
+    # as older versions write it
     written["model"] |= {"merges": [" ".join(merge) for merge in written["model"]["merges"]]}
     written["truncation"] = {
         "max_length": 8,
@@ -65,13 +63,15 @@ def words_of(tokenizer: Path) -> list[str]:
 def test_a_tokenizer_in_another_format_is_the_same_and_one_of_other_merges_or_tokens_is_not(
     made, tmp_path
 ):
-    assert same(made["one"], made["again"]) and told(made["one"]) != told(made["again"])
-    assert not same(made["one"], made["other"])
+    assert same_ids(made["one"], made["again"]) and with_digest(made["one"]) != with_digest(
+        made["again"]
+    )
+    assert not same_ids(made["one"], made["other"])
     more = Tokenizer.from_file(str(made["one"] / "tokenizer.json"))
     more.add_special_tokens(["<|im_start|>"])
     shutil.copytree(made["one"], tmp_path / "more")
     more.save(str(tmp_path / "more" / "tokenizer.json"))
-    assert not same(made["one"], tmp_path / "more")
+    assert not same_ids(made["one"], tmp_path / "more")
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def converted(made, tmp_path_factory) -> Path:
 def test_weights_are_not_trained_on_the_token_ids_of_another_tokenizer(made, converted):
     base = [*ONE_RANK, f"checkpoint.load_weights={converted}"]
     found = problem(config_of(*base, *words_of(made["other"])), made["other"])
-    assert told(made["other"]) in found and told(converted / "tokenizer") in found
+    assert with_digest(made["other"]) in found and with_digest(converted / "tokenizer") in found
     assert found.endswith("or name data.tokenizer in checkpoint.acknowledge_differences")
     for name in ("one", "again"):
         assert problem(config_of(*base, *words_of(made[name])), made[name]) is None
@@ -96,15 +96,19 @@ def test_weights_are_not_trained_on_the_token_ids_of_another_tokenizer(made, con
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer_and_keeps_its_own(made, tmp_path):
-    words = [*ONE_RANK, "trainer.limit_val_batches=0", "checkpoint.save_interval=1"]
-    run_dir, codes, log = start(tmp_path, *words, *words_of(made["one"]), "trainer.max_steps=1")
+    overrides = [*ONE_RANK, "trainer.limit_val_batches=0", "checkpoint.save_interval=1"]
+    run_dir, codes, log = start(tmp_path, *overrides, *words_of(made["one"]), "trainer.max_steps=1")
     assert codes == {FINISHED}, log
-    _, codes, log = start(tmp_path, *words, *words_of(made["other"]), "trainer.max_steps=2")
-    assert codes == {REFUSED} and "is not the tokenizer of" in log and told(made["other"]) in log
-    assert same(run_dir / "tokenizer", made["one"]) and not same(
+    _, codes, log = start(tmp_path, *overrides, *words_of(made["other"]), "trainer.max_steps=2")
+    assert (
+        codes == {REFUSED}
+        and "is not the tokenizer of" in log
+        and with_digest(made["other"]) in log
+    )
+    assert same_ids(run_dir / "tokenizer", made["one"]) and not same_ids(
         run_dir / "tokenizer", made["other"]
     )
-    _, codes, log = start(tmp_path, *words, *words_of(made["again"]), "trainer.max_steps=2")
+    _, codes, log = start(tmp_path, *overrides, *words_of(made["again"]), "trainer.max_steps=2")
     assert codes == {FINISHED}, log
 
 
@@ -119,7 +123,7 @@ def test_a_model_is_not_exported_with_another_tokenizer_unless_it_is_said(
     assert not (tmp_path / "out").exists()
     to_hf.convert(converted, tmp_path / "again", tokenizer=made["again"])
     to_hf.convert(converted, tmp_path / "out", tokenizer=made["other"], allow_other_tokenizer=True)
-    assert same(tmp_path / "out", made["other"])
+    assert same_ids(tmp_path / "out", made["other"])
 
 
 def test_a_model_is_not_asked_with_another_tokenizer_unless_it_is_said(made, converted):

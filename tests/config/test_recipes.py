@@ -15,7 +15,7 @@ from mixtrain.config.compose import ADDED_GROUPS, CONF, SCENARIOS, options
 from mixtrain.config.laptop_layout import LAPTOP_RANKS
 from mixtrain.config.memory import GIB
 from mixtrain.config.schema import leaves, legal_keys
-from mixtrain.launch.machine_checks import packages
+from mixtrain.launch.machine_checks import package_problems
 
 GROUPS = sorted(
     path.name
@@ -110,7 +110,7 @@ def test_a_recipe_needs_no_package_beside_pytorch_and_megatron(name):
     config = config_of(f"+recipe={name}")
     assert config.model.transformer_impl is TransformerImpl.torch and config.model.moe_grouped_gemm
     assert config.parallel.sequence_parallel == (config.parallel.tensor_model_parallel_size > 1)
-    assert list(packages(derived(f"+recipe={name}"))) == []
+    assert list(package_problems(derived(f"+recipe={name}"))) == []
 
 
 SOURCES = re.compile(

@@ -182,7 +182,7 @@ def test_every_layout_reads_the_one_checkpoint_and_what_it_saves_comes_back(
     def load_and_save(identity) -> None:
         with process_groups.start(plan, identity) as here:
             training = optimizer.build(plan, model.build(plan, here.device))
-            load.load_weights(plan, here, training, load.weights_at(plan, here), print)
+            load.load_weights(plan, here, training, load.find_weights(plan, here), print)
             values = checkpoint_config.untrained_state(plan.config).config
             Saver(plan, here, training, print).save(RunState(step=7, config=values))
 

@@ -111,7 +111,7 @@ def test_what_is_no_file_is_not_read_as_one_of_a_checkpoint(kind, tmp_path):
     (tmp_path / "__0_0.distcp").unlink()
     SPECIAL[kind](tmp_path / "__0_0.distcp")
     for full in (True, False):
-        assert integrity.problem(tmp_path, full) == f"{tmp_path / '__0_0.distcp'} is no file"
+        assert integrity.problem(tmp_path, full) == f"{tmp_path / '__0_0.distcp'} is not a file"
 
 
 # --- what is no number

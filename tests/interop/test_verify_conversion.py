@@ -16,7 +16,7 @@ from composing import ROOT
 from rank_workers import run_ranks
 from safetensors.torch import load_file, save_file
 
-from mixtrain.checkpoint.parts import Parts
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.plan import derive
 from mixtrain.engine import process_groups
 from mixtrain.errors import UserError
@@ -50,7 +50,7 @@ def found_by(
 
     def find(identity) -> list[dict]:
         config = checkpoint_config.config_of(checkpoint)
-        parts = Parts(checkpoint)
+        parts = TensorReader(checkpoint)
         own = checkpoint_config.for_one_rank(config, precision)
         tokens = layer_comparison.random_tokens(config.model.vocab_size, 2, 48)
         with process_groups.start(derive(own), identity) as here:

@@ -1,6 +1,4 @@
-"""Where a plan goes: a rank where one was started, this machine for one node, Slurm for several, or
-what to type.
-"""
+"""Where a plan runs: in a rank, on this machine for one node, in Slurm for several."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import pytest
 from composing import path_without_slurm, plan_of, problems_of, run_train
 
 from mixtrain.config.choices import LauncherType
-from mixtrain.launch.choose import place, starts_ranks
+from mixtrain.launch.choose import chosen_launcher, starts_ranks
 from mixtrain.launch.machine_checks import machine_problems
 from mixtrain.system.rank_identity import Identity
 
@@ -20,7 +18,7 @@ SEVERAL = ["trainer.num_nodes=2", "trainer.devices=1"]
 
 @pytest.fixture
 def with_sbatch(tmp_path, monkeypatch) -> Path:
-    """A machine where sbatch can be called; what it would say is not asked here."""
+    """A machine that has sbatch on PATH; these tests do not run it."""
     command = tmp_path / "bin" / "sbatch"
     command.parent.mkdir()
     command.write_text("#!/bin/sh\nexit 1\n")
@@ -29,20 +27,20 @@ def with_sbatch(tmp_path, monkeypatch) -> Path:
     return command
 
 
-@pytest.mark.parametrize("words, goes_to", [
+@pytest.mark.parametrize("overrides, goes_to", [
     ([], LauncherType.local),
     (SEVERAL, LauncherType.slurm),
     (["launcher=slurm"], LauncherType.slurm),
     (["launcher=local", *SEVERAL], LauncherType.local),
 ])  # fmt: skip
-def test_auto_is_this_machine_for_one_node_and_slurm_for_several(with_sbatch, words, goes_to):
-    assert place(plan_of(*words)) is goes_to
+def test_auto_is_this_machine_for_one_node_and_slurm_for_several(with_sbatch, overrides, goes_to):
+    assert chosen_launcher(plan_of(*overrides)) is goes_to
 
 
 def test_without_slurm_several_nodes_are_this_machines_to_refuse(monkeypatch):
     monkeypatch.setenv("PATH", path_without_slurm())
     plan = plan_of(*SEVERAL)
-    assert place(plan) is LauncherType.local
+    assert chosen_launcher(plan) is LauncherType.local
     (problem,) = machine_problems(plan, None, SEVERAL)
     assert "no sbatch on PATH" in problem and "torchrun --nnodes 2 --nproc-per-node 1" in problem
 
@@ -74,7 +72,7 @@ def test_slurm_that_does_not_answer_is_said_in_its_own_words(with_sbatch):
 ALONE = Identity(0, 1, 0, 1, "tcp://127.0.0.1:20000")
 
 
-@pytest.mark.parametrize("me, words, starts", [
+@pytest.mark.parametrize("identity, overrides, starts", [
     (None, [], True),
     (ALONE, [], False),
     (ALONE, ["launcher=local"], True),
@@ -82,10 +80,10 @@ ALONE = Identity(0, 1, 0, 1, "tcp://127.0.0.1:20000")
     (Identity(0, 2, 0, 2, "tcp://127.0.0.1:20000"), ["launcher=local"], False),
 ])  # fmt: skip
 def test_the_one_task_of_a_shell_starts_ranks_only_where_it_is_told_to(
-    monkeypatch, identity, words, starts
+    monkeypatch, identity, overrides, starts
 ):
     monkeypatch.delenv("RANK", raising=False)
-    assert starts_ranks(identity, words) is starts
+    assert starts_ranks(identity, overrides) is starts
 
 
 def test_a_rank_of_torchrun_is_a_rank_whatever_is_typed(monkeypatch):

@@ -1,6 +1,4 @@
-"""What Slurm says of its nodes is read, and held against the plan: pure, the real one is in
-test_slurm.py.
-"""
+"""Slurm's nodes are parsed and compared with the plan, without a Slurm (test_slurm.py has one)."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import pytest
 from composing import plan_of
 
 from mixtrain.config.rules.launcher import seconds_of
-from mixtrain.launch.checks import array, fits, may_return
+from mixtrain.launch.checks import array_problems, partition_problems, requeue_problems
 from mixtrain.launch.cluster import Node, gpus_of
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
@@ -58,7 +56,7 @@ def test_a_time_is_read_as_slurm_does(time, seconds):
 
 
 @pytest.mark.parametrize(
-    "words, problems",
+    "overrides, problems",
     [
         (["launcher.partition=h100"], []),
         (["launcher.partition='a100,h100'"], []),
@@ -103,17 +101,17 @@ def test_a_time_is_read_as_slurm_does(time, seconds):
         (["launcher.partition=h100", "launcher.time=99-00:00:00"], []),
     ],
 )
-def test_a_plan_that_the_partition_cannot_hold_is_refused_with_both_numbers(words, problems):
-    assert list(fits(plan_of(RECIPE, *words), CLUSTER)) == problems
+def test_a_plan_that_the_partition_cannot_hold_is_refused_with_both_numbers(overrides, problems):
+    assert list(partition_problems(plan_of(RECIPE, *overrides), CLUSTER)) == problems
 
 
 def test_a_cluster_without_a_default_partition_is_given_its_names():
-    (problem,) = fits(plan_of(RECIPE), CLUSTER[1:])
+    (problem,) = partition_problems(plan_of(RECIPE), CLUSTER[1:])
     assert problem == "launcher.partition = null, but this cluster has no default; use a100 or h100"
 
 
 @pytest.mark.parametrize(
-    "words, refused",
+    "overrides, refused",
     [
         (["launcher.sbatch_args.array=0-3"], True),
         (["launcher.sbatch_args.array=0-3%2"], True),
@@ -125,12 +123,12 @@ def test_a_cluster_without_a_default_partition_is_given_its_names():
         ([], False),
     ],
 )
-def test_an_array_side_by_side_needs_a_directory_for_each(words, refused):
-    assert bool(list(array(plan_of(*words), words))) is refused
+def test_an_array_side_by_side_needs_a_directory_for_each(overrides, refused):
+    assert bool(list(array_problems(plan_of(*overrides), overrides))) is refused
 
 
 def test_a_run_that_may_not_be_resumed_is_not_sent():
-    (problem,) = may_return(plan_of("checkpoint.resume=never"))
+    (problem,) = requeue_problems(plan_of("checkpoint.resume=never"))
     assert problem.startswith("checkpoint.resume = never would refuse the job when it returns")
-    assert list(may_return(plan_of("checkpoint.resume=never", "checkpoint=none"))) == []
-    assert list(may_return(plan_of())) == []
+    assert list(requeue_problems(plan_of("checkpoint.resume=never", "checkpoint=none"))) == []
+    assert list(requeue_problems(plan_of())) == []

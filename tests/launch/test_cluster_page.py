@@ -1,4 +1,4 @@
-"""docs/cluster.md and the README are true: their commands compose, and their keys exist."""
+"""The commands of docs/cluster.md and the README compose, and the keys they name exist."""
 
 from __future__ import annotations
 

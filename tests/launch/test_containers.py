@@ -1,6 +1,4 @@
-"""What the container of a job would not see, and what is not there to be mounted, is said before it
-is sent.
-"""
+"""Paths that a job's container would not see, and missing mounts, are refused before submission."""
 
 from __future__ import annotations
 
@@ -10,11 +8,18 @@ import pytest
 from composing import plan_of
 
 from mixtrain.errors import UserError
-from mixtrain.launch.checks import container
-from mixtrain.launch.containers import Mount, as_on_host, hidden, mounts_of, on_host, parse
+from mixtrain.launch.checks import container_problems
+from mixtrain.launch.containers import (
+    Mount,
+    hidden_path_problems,
+    mounts_of,
+    on_host,
+    parse_mount,
+    with_host_paths,
+)
 
 ROOT = Path("/opt/mixtrain")
-HERE = Path("/home/me/work")
+FOLDER = Path("/home/me/work")
 IMAGE = "launcher.container_image='nvcr.io#nvidia/pytorch:26.06-py3'"
 INDEXED = [
     "data=indexed",
@@ -24,8 +29,8 @@ INDEXED = [
 ]
 
 
-def config_of(*words: str):
-    return plan_of(IMAGE, *words).config
+def config_of(*overrides: str):
+    return plan_of(IMAGE, *overrides).config
 
 
 @pytest.mark.parametrize("text, mount", [
@@ -34,20 +39,20 @@ def config_of(*words: str):
     ("/lustre/me:/data:ro", Mount("/lustre/me", "/data", "ro")),
 ])  # fmt: skip
 def test_a_mount_is_read_and_written_as_pyxis_takes_it(text, mount):
-    assert parse(text) == mount and str(mount).endswith(text)
+    assert parse_mount(text) == mount and str(mount).endswith(text)
 
 
 @pytest.mark.parametrize("text", ["data", "/a:b", "/a:/b:ro:x", "/a:", ""])
 def test_what_is_no_mount_is_refused_with_the_key(text):
     with pytest.raises(UserError, match="launcher.container_mounts: "):
-        parse(text)
+        parse_mount(text)
 
 
 @pytest.mark.parametrize("path, host", [
     ("/data/x/y", "/lustre/me/x/y"),
     ("/data", "/lustre/me"),
     ("/data/../data/x", "/lustre/me/x"),
-    ("/data/deep/x", "/fast/x"),  # the innermost mount holds it
+    ("/data/deep/x", "/fast/x"),  # in the innermost mount
     ("/database", None),
     ("/data/../etc", None),
 ])  # fmt: skip
@@ -59,7 +64,7 @@ def test_every_path_of_the_run_must_lie_in_a_mount():
     config = config_of(
         *INDEXED, "run_dir=/scratch/run", "checkpoint.load_weights=/old/iter_0000001"
     )
-    found = list(hidden(config, HERE, mounts_of(config, HERE, ROOT)))
+    found = list(hidden_path_problems(config, FOLDER, mounts_of(config, FOLDER, ROOT)))
     keys = [problem.split(" ")[0] for problem in found]
     assert keys == [
         "run_dir",
@@ -70,26 +75,37 @@ def test_every_path_of_the_run_must_lie_in_a_mount():
     ]
     assert found[0].endswith("add /scratch to them")
     seen = config_of(*INDEXED, "run_dir=runs/x", "launcher.container_mounts=[/data]")
-    assert list(hidden(seen, HERE, mounts_of(seen, HERE, ROOT))) == []
+    assert list(hidden_path_problems(seen, FOLDER, mounts_of(seen, FOLDER, ROOT))) == []
 
 
 def test_data_is_looked_for_where_it_is_on_the_host():
     config = config_of(
         *INDEXED, "run_dir=/data/run", "launcher.container_mounts=['/lustre/me:/data']"
     )
-    there = as_on_host(config, HERE, mounts_of(config, HERE, ROOT))
+    there = with_host_paths(config, FOLDER, mounts_of(config, FOLDER, ROOT))
     assert there.data.data_path == ["1", "/lustre/me/a", "2", "/lustre/me/b"]
     assert (there.data.tokenizer, there.run_dir) == ("/lustre/me/tokens", "/lustre/me/run")
 
 
 def test_an_image_or_a_folder_that_does_not_exist_is_named_with_its_key(tmp_path):
-    words = [f"run_dir={tmp_path}/run", f"launcher.container_mounts=[{tmp_path},/no/such]"]
-    problems = list(container(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path))
+    overrides = [f"run_dir={tmp_path}/run", f"launcher.container_mounts=[{tmp_path},/no/such]"]
+    problems = list(
+        container_problems(plan_of(*overrides, "launcher.container_image=./m.sqsh"), tmp_path)
+    )
     assert problems == [
         "launcher.container_image = ./m.sqsh: no such file; docs/cluster.md says how to make one",
         "launcher.container_mounts: /no/such does not exist on this machine",
     ]
     (tmp_path / "m.sqsh").write_text("")
-    assert len(list(container(plan_of(*words, "launcher.container_image=./m.sqsh"), tmp_path))) == 1
-    # a registry's name is not looked up
-    assert len(list(container(plan_of(*words, IMAGE), tmp_path))) == 1
+    assert (
+        len(
+            list(
+                container_problems(
+                    plan_of(*overrides, "launcher.container_image=./m.sqsh"), tmp_path
+                )
+            )
+        )
+        == 1
+    )
+    # an image in a registry is not checked
+    assert len(list(container_problems(plan_of(*overrides, IMAGE), tmp_path))) == 1

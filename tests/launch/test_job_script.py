@@ -1,6 +1,4 @@
-"""A job's script is slurm/train.sbatch with what the plan and the keys say filled in, and nothing
-else.
-"""
+"""A job's script is slurm/train.sbatch, with only the plan's directives and settings filled in."""
 
 from __future__ import annotations
 
@@ -21,19 +19,19 @@ WORDS = [
     "data.split='98,1,1'",
     "name='two words'",
 ]
-HERE = Path("/home/me/mixtrain")
+FOLDER = Path("/home/me/mixtrain")
 
 
-def rendered(*words: str) -> str:
-    return script.render(plan_of(*words), list(words), HERE)
+def rendered(*overrides: str) -> str:
+    return script.render(plan_of(*overrides), list(overrides), FOLDER)
 
 
 def directives(text: str) -> dict[str, object]:
-    return script.split(text)[1]
+    return script.split_template(text)[1]
 
 
 def test_everything_but_the_directives_and_the_settings_is_the_file_that_is_used_by_hand():
-    head, ours, body = script.split(script.TEMPLATE.read_text())
+    head, ours, body = script.split_template(script.TEMPLATE.read_text())
     text = rendered(*WORDS)
     assert text.startswith("".join(head)) and text.endswith("".join(body))
     assert set(ours) <= set(directives(text))
@@ -84,14 +82,16 @@ def test_the_words_come_back_from_the_shell_as_they_were_typed():
 
 def test_the_same_is_rendered_twice_alike_and_a_moment_is_pinned():
     assert rendered(*WORDS) == rendered(*WORDS)
-    words = [*WORDS, "run_dir='runs/${now:%f}'"]
+    overrides = [*WORDS, "run_dir='runs/${now:%f}'"]
     plan = plan_of(*WORDS, "run_dir=runs/123")
-    assert script.pinned(words, plan.config) == [*WORDS, "run_dir='runs/123'"]
-    assert script.render(plan, words, HERE).count("runs/123") == 2  # for Slurm's log, and pinned
+    assert script.pin_values(overrides, plan.config) == [*WORDS, "run_dir='runs/123'"]
+    assert (
+        script.render(plan, overrides, FOLDER).count("runs/123") == 2
+    )  # for Slurm's log, and pinned
 
 
 def test_a_job_of_a_sweep_is_sent_with_words_that_it_composes_to_the_same_by_itself():
-    """${hydra:job.num} is that of the sweep, and nothing in the job."""
+    """${hydra:job.num} is the sweep's number, and undefined in the job."""
     swept = [
         "seed=1,2",
         "name='it\\'s-${hydra:job.num}'",
@@ -102,7 +102,7 @@ def test_a_job_of_a_sweep_is_sent_with_words_that_it_composes_to_the_same_by_its
     assert not problems
     for number, job in enumerate(jobs):
         config = Config.from_hydra(job.tree)
-        sent = script.pinned(job.overrides, config)
+        sent = script.pin_values(job.overrides, config)
         assert config.run_dir == f"runs/it's-{number}" and not any(
             "hydra:" in word or "now:" in word for word in sent
         )
@@ -137,16 +137,16 @@ def test_a_container_has_the_checkout_the_folder_and_the_mounts_and_its_own_pyth
 def test_variables_that_would_win_over_the_script_are_taken_from_sbatch(monkeypatch):
     monkeypatch.setenv("SBATCH_PARTITION", "old")
     monkeypatch.setenv("SBATCH_TIMELIMIT", "5")
-    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")  # no key says otherwise: it stays
+    monkeypatch.setenv("SBATCH_ACCOUNT", "mine")  # no key sets the account: the variable stays
     plan = plan_of(*WORDS, "launcher.partition=gpu", "launcher.time=60")
-    assert submit.overruled(plan, HERE) == ["SBATCH_PARTITION", "SBATCH_TIMELIMIT"]
-    assert submit.command_line(plan, HERE).startswith(
+    assert submit.overriding_variables(plan, FOLDER) == ["SBATCH_PARTITION", "SBATCH_TIMELIMIT"]
+    assert submit.command_line(plan, FOLDER).startswith(
         "env -u SBATCH_PARTITION -u SBATCH_TIMELIMIT sbatch --parsable"
     )
 
 
 @pytest.mark.parametrize(
-    "words, said, key",
+    "overrides, message, key",
     [
         (
             ["launcher.account=lab"],
@@ -166,6 +166,6 @@ def test_variables_that_would_win_over_the_script_are_taken_from_sbatch(monkeypa
         ([], "Invalid account or account/partition combination", ""),
     ],
 )
-def test_what_slurm_refuses_is_said_with_the_key_where_there_is_one(words, said, key):
-    found = submit.key_of(plan_of(*words), said)
+def test_what_slurm_refuses_is_said_with_the_key_where_there_is_one(overrides, message, key):
+    found = submit.key_of(plan_of(*overrides), message)
     assert (key in found) if key else not found

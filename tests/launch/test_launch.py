@@ -1,6 +1,4 @@
-"""train.py as it is typed: real processes, real signals. Every wait is bounded, every process group
-is ended.
-"""
+"""train.py as users run it: real processes and signals; waits are bounded, groups are ended."""
 
 from __future__ import annotations
 
@@ -34,13 +32,13 @@ SMALL = [
 
 
 class Command:
-    """A command in a process group of its own, its output in a file."""
+    """A command in its own process group, with its output in a file."""
 
-    def __init__(self, folder: Path, *words: str):
+    def __init__(self, folder: Path, *command: str):
         self.output = folder / "output.txt"
         with open(self.output, "w") as stream:
             self.process = subprocess.Popen(
-                words,
+                command,
                 cwd=ROOT,
                 stdout=stream,
                 stderr=subprocess.STDOUT,
@@ -84,9 +82,7 @@ class Command:
 
 
 def hear_ctrl_c() -> None:
-    """In a background job of a script, as which the tests may run, SIGINT is ignored and stays so
-    in every child.
-    """
+    """Reset SIGINT: a script's background job ignores it, and so would every child."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -95,7 +91,7 @@ def train(folder: Path, *overrides: str) -> Command:
 
 
 def launch(folder: Path, rank: str) -> Command:
-    """The launcher alone, with two ranks that run the code `rank` where train.py would train."""
+    """Run only the launcher, with two ranks that run the code `rank` instead of train.py."""
     start = (
         f"mixtrain.launch.local.start(composing.plan_of('run_dir={folder}/run'),"
         f" (sys.executable, '-c', {rank!r}))"
@@ -114,7 +110,7 @@ def lm_losses(folder: Path) -> list[float]:
 
 
 def ranks_of(command: Command) -> dict[int, int]:
-    """rank -> process id of the ranks that a launcher has started."""
+    """Return rank -> process id of a launcher's ranks."""
     found = {}
     for child in (
         Path(f"/proc/{command.process.pid}/task/{command.process.pid}/children").read_text().split()
@@ -126,12 +122,12 @@ def ranks_of(command: Command) -> dict[int, int]:
 
 @pytest.mark.long
 def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
-    words = [
+    overrides = [
         f"data.path_to_cache={tmp_path}/cache",
         "trainer.max_steps=40",
         "trainer.limit_val_batches=2",
     ]
-    with train(tmp_path, *words) as run:
+    with train(tmp_path, *overrides) as run:
         assert run.wait() == 0, run.text()
     text = run.text()
     losses = lm_losses(tmp_path)
@@ -140,10 +136,10 @@ def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
     assert losses[0] == pytest.approx(8.33, abs=0.1) and losses[-1] < losses[0] - 2
     assert read_status(tmp_path / "run")["state"] == "finished"
 
-    with train(tmp_path, *words) as again:  # nothing is left to do
+    with train(tmp_path, *overrides) as again:  # all steps are done
         assert again.wait(30) == 0
     assert "finished after 40 of 40 steps" in again.text() and lm_losses(tmp_path) == losses
-    with train(tmp_path, *words, "optimizer.lr=1e-3") as other:
+    with train(tmp_path, *overrides, "optimizer.lr=1e-3") as other:
         assert other.wait(30) == 2
     assert f"run_dir={tmp_path}/run-2 (that one has another optimizer.lr)" in other.text()
     assert read_status(tmp_path / "run")["state"] == "finished"
@@ -151,13 +147,13 @@ def test_the_default_run_shortened_learns_on_two_ranks(tmp_path):
 
 @pytest.mark.long
 def test_a_recipe_shrunk_to_a_laptop_trains_on_eight_ranks(tmp_path):
-    words = [
+    overrides = [
         "+recipe=mixtral_8x7b_ep8",
         "+shrink=laptop",
         "trainer.max_steps=5",
         "trainer.log_every_n_steps=5",
     ]
-    with train(tmp_path, *words) as run:
+    with train(tmp_path, *overrides) as run:
         assert run.wait() == 0, run.text()
     assert (
         "8 on 1 node of 8 (cpu)" in run.text()
@@ -167,12 +163,12 @@ def test_a_recipe_shrunk_to_a_laptop_trains_on_eight_ranks(tmp_path):
     assert len(list((tmp_path / "run" / "logs").glob("rank_*.log"))) == 8
     status = read_status(tmp_path / "run")
     assert status["step"] == 5
-    # the ranks know of the recipe
+    # the ranks know the recipe
     assert status["changed_mathematics"] == ["trainer.max_steps = 5 (recipe: 20)"]
 
 
 def test_torchrun_starts_the_ranks_as_well(tmp_path):
-    words = [f"run_dir={tmp_path}/run", *SMALL, "trainer.max_steps=2", "checkpoint=none"]
+    overrides = [f"run_dir={tmp_path}/run", *SMALL, "trainer.max_steps=2", "checkpoint=none"]
     with socket.socket() as probe:  # torchrun's default port may be taken on a shared machine
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -185,7 +181,7 @@ def test_torchrun_starts_the_ranks_as_well(tmp_path):
         "--master-port",
         port,
     ]
-    with Command(tmp_path, *torchrun, "train.py", *words) as run:
+    with Command(tmp_path, *torchrun, "train.py", *overrides) as run:
         assert run.wait() == 0, run.text()
     assert run.text().count("experts on ranks") == 1  # the plan is printed once
     assert read_status(tmp_path / "run")["state"] == "finished"
@@ -193,7 +189,7 @@ def test_torchrun_starts_the_ranks_as_well(tmp_path):
 
 @pytest.mark.long
 def test_the_jobs_of_a_sweep_run_one_after_the_other_each_on_ranks_of_its_own(tmp_path):
-    words = [
+    overrides = [
         "--multirun",
         "seed=1,2",
         f"run_dir='{tmp_path}/${{hydra:job.num}}'",
@@ -201,7 +197,7 @@ def test_the_jobs_of_a_sweep_run_one_after_the_other_each_on_ranks_of_its_own(tm
         "trainer.max_steps=2",
     ]
     with Command(
-        tmp_path, sys.executable, "train.py", *words, f"data.path_to_cache={tmp_path}/cache"
+        tmp_path, sys.executable, "train.py", *overrides, f"data.path_to_cache={tmp_path}/cache"
     ) as run:
         assert run.wait() == 0, run.text()
     assert [read_status(tmp_path / number)["state"] for number in "01"] == ["finished", "finished"]
@@ -268,7 +264,7 @@ def test_ctrl_c_while_the_ranks_start_ends_them_and_exits_0(tmp_path):
 
 def test_ctrl_c_before_there_is_a_run_is_one_line(tmp_path):
     with train(tmp_path, *SMALL) as run:
-        # the first thing that train.py does
+        # the first action of train.py
         run.wait_until(lambda: catches(run.process.pid, signal.SIGTERM))
         run.process.send_signal(signal.SIGINT)
         assert run.wait(60) == 0
@@ -277,7 +273,7 @@ def test_ctrl_c_before_there_is_a_run_is_one_line(tmp_path):
 
 
 def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
-    words = [
+    overrides = [
         sys.executable,
         "train.py",
         f"run_dir={tmp_path}/run",
@@ -288,19 +284,17 @@ def test_of_two_runs_that_start_at_once_one_gets_the_directory(tmp_path):
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
-    with Command(folders[0], *words) as first, Command(folders[1], *words) as second:
+    with Command(folders[0], *overrides) as first, Command(folders[1], *overrides) as second:
         runs = {run.wait(): run.text() for run in (first, second)}
     assert sorted(runs) == [0, 2]
-    assert re.search(
-        f"run_dir = {tmp_path}/run is in use by process \\d+ on .* since .*run_dir={tmp_path}/run-2",
-        runs[2],
-    )
+    in_use = rf"run_dir = {tmp_path}/run is in use by process \d+ on .* since "
+    assert re.search(f"{in_use}.*run_dir={tmp_path}/run-2", runs[2])
     assert "Traceback" not in runs[2]
     assert read_status(tmp_path / "run")["state"] == "finished"
 
 
 def test_the_ranks_are_handed_the_plan_and_do_not_compose_it_again(tmp_path):
-    """Composed a second time, ${now:%f} would be another microsecond."""
+    """Composed again, ${now:%f} would be another microsecond."""
     moment = "run_dir='" + str(tmp_path / "runs") + "/${now:%f}'"
     with Command(
         tmp_path,
@@ -375,13 +369,13 @@ def test_a_rank_that_hangs_is_named_and_not_only_the_one_that_waited_for_it(tmp_
 
 
 def test_a_stopped_rank_is_named_with_its_step_and_every_ranks_stack_is_shown(tmp_path):
-    words = [
+    overrides = [
         *SMALL,
         "trainer.max_steps=100000",
         "trainer.val_check_interval=100000",
         "trainer.timeout_minutes=0.05",
     ]
-    with train(tmp_path, *words) as run:
+    with train(tmp_path, *overrides) as run:
         run.wait_for_step(tmp_path / "run", 2)
         os.kill(ranks_of(run)[1], signal.SIGSTOP)
         assert run.wait(60) == 1
@@ -441,7 +435,7 @@ def log_of(folder: Path, rank: int) -> str:
 
 
 def catches(process: int, number: int) -> bool:
-    """Whether a process has a handler of its own for a signal."""
+    """Return whether a process has its own handler for a signal."""
     caught = next(
         v
         for v in Path(f"/proc/{process}/status").read_text().splitlines()
@@ -458,7 +452,7 @@ def wait_for_no_ranks(folder: Path, seconds: float) -> None:
 
 
 def ranks_left(folder: Path) -> list[str]:
-    """Ranks of the run in folder/run and their helpers: their stderr is one of its logs."""
+    """Return ranks of folder/run and their helpers: processes whose stderr is one of its logs."""
     found = []
     for entry in Path("/proc").iterdir():
         try:

@@ -1,6 +1,4 @@
-"""What this machine cannot run is refused with what to type instead; the environment says who a
-process is.
-"""
+"""What this machine cannot run is refused, with what to type; the environment identifies a rank."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ OF_MODEL += [
 
 @pytest.fixture(autouse=True)
 def bare(monkeypatch, tmp_path):
-    """Nobody has started ranks, no GPU and no Slurm is there, and the directory is empty."""
+    """No started ranks, no GPU, no Slurm, and an empty directory."""
     for name in list(os.environ):
         if (
             name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -82,7 +80,7 @@ def test_missing_gpus_are_counted_with_both_ways_to_go_on():
         assert fragment in problem
 
 
-ANY_MEMORY = "trainer.device_memory_gib=null"  # of node8, which recomputes nothing
+ANY_MEMORY = "trainer.device_memory_gib=null"  # node8 recomputes nothing
 
 
 @pytest.mark.parametrize(
@@ -161,9 +159,9 @@ def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
 @pytest.mark.parametrize(
     "directory, why",
     [
-        ("file", "it is no directory"),
+        ("file", "it is not a directory"),
         ("file/x", "Not a directory"),
-        ("dangling", "it is no directory"),
+        ("dangling", "it is not a directory"),
         ("long" * 75, "File name too long"),
     ],
 )
@@ -171,10 +169,10 @@ def test_a_run_directory_without_a_run_is_taken_and_a_file_is_not(tmp_path):
 def test_a_cache_that_cannot_be_made_is_refused_before_ranks_start(tmp_path, kind, directory, why):
     (tmp_path / "file").write_text("")
     (tmp_path / "dangling").symlink_to("nowhere")
-    words = [f"data={kind}", "data.seq_length=128", f"data.path_to_cache={directory}"]
-    (problem,) = refused(*words)
+    overrides = [f"data={kind}", "data.seq_length=128", f"data.path_to_cache={directory}"]
+    (problem,) = refused(*overrides)
     assert problem.startswith(f"data.path_to_cache = {directory} cannot be made ({why}); give")
-    assert refused(*words[:2], "data.path_to_cache=new/folder") == []
+    assert refused(*overrides[:2], "data.path_to_cache=new/folder") == []
 
 
 def test_a_cache_below_a_folder_without_write_permission_is_refused(tmp_path, monkeypatch):
@@ -184,7 +182,7 @@ def test_a_cache_below_a_folder_without_write_permission_is_refused(tmp_path, mo
     assert problem.startswith(
         f"data.path_to_cache = new cannot be made ({tmp_path} cannot be written)"
     )
-    (tmp_path / "new").mkdir()  # which may hold all that is read
+    (tmp_path / "new").mkdir()  # which may be a complete cache
     assert refused("data.path_to_cache=new") == []
 
 
@@ -209,7 +207,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_said_with_both_numbers(tmp_path
 
 def test_weights_that_are_not_there_are_said_before_anything_starts(tmp_path):
     (problem,) = refused(f"checkpoint.load_weights={tmp_path}/nothing")
-    assert problem == f"checkpoint.load_weights = {tmp_path}/nothing is no directory"
+    assert problem == f"checkpoint.load_weights = {tmp_path}/nothing is not a directory"
     (problem,) = refused(f"checkpoint.load_weights={tmp_path}")
     what = "is not a checkpoint (iter_NNNNNNN, release) or a directory of some"
     assert problem == f"checkpoint.load_weights = {tmp_path} {what}"
@@ -228,14 +226,14 @@ def test_the_jobs_of_a_sweep_need_a_directory_each_and_are_all_checked_before_th
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / "status.json").write_text("")
     advised = line.split("type run_dir='runs/${name}-")[1].split("'")[0]
-    words = ["--multirun", "trainer.max_steps=5,6", "checkpoint.resume=never"]
-    assert main([*words, f"run_dir='{advised}'"]) == REFUSED
+    overrides = ["--multirun", "trainer.max_steps=5,6", "checkpoint.resume=never"]
+    assert main([*overrides, f"run_dir='{advised}'"]) == REFUSED
     assert "run_dir = 1 holds a run already" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["1"]  # the first job has not begun, and Hydra has left nothing
+    assert os.listdir(tmp_path) == ["1"]  # no job has started, and Hydra wrote nothing
 
 
 def test_ranks_that_somebody_has_started_are_for_one_job(tmp_path, capsys, monkeypatch):
-    """In a second one they meet at what the first has left there, and wait for ever."""
+    """In a second job they would use the first one's rendezvous, and wait forever."""
     for name, value in {
         "RANK": 0,
         "WORLD_SIZE": 2,
@@ -243,29 +241,31 @@ def test_ranks_that_somebody_has_started_are_for_one_job(tmp_path, capsys, monke
         "MASTER_PORT": 29500,
     }.items():
         monkeypatch.setenv(name, str(value))
-    words = ["--multirun", "seed=1,2", "run_dir='${seed}'"]
-    assert main(words) == REFUSED
+    overrides = ["--multirun", "seed=1,2", "run_dir='${seed}'"]
+    assert main(overrides) == REFUSED
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  - ")]
     assert line.startswith(
         "  - these are 2 jobs, but torchrun and srun start ranks for one run; type python train.py"
     )
     assert os.listdir(tmp_path) == []
-    assert main([*words, "trainer.mode=plan"]) == 0
+    assert main([*overrides, "trainer.mode=plan"]) == 0
 
 
 def test_only_the_first_rank_looks_for_an_older_run(tmp_path):
     (tmp_path / "status.json").write_text("")
-    here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
-    assert len(refused(*here, identity=rank(0, 2))) == 1
-    assert refused(*here, identity=rank(1, 2)) == []  # the first rank may have begun to write
+    run_overrides = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
+    assert len(refused(*run_overrides, identity=rank(0, 2))) == 1
+    assert (
+        refused(*run_overrides, identity=rank(1, 2)) == []
+    )  # the first rank may have begun to write
 
 
 def test_several_nodes_outside_slurm_are_refused_with_the_line_to_type_on_each():
     overrides = [RECIPE, "trainer.num_nodes=2", "data.split='90,5,5'", "name='two words'"]
     overrides.append("model.extra={no_rope_freq: 1}")
     (problem,) = [line for line in refused(*overrides) if line.startswith("trainer.num_nodes")]
-    said, _, typed = problem.partition("type: ")
-    assert "trainer.num_nodes = 2" in said
+    message, _, typed = problem.partition("type: ")
+    assert "trainer.num_nodes = 2" in message
     words = shlex.split(typed)  # as a shell reads it
     assert words[:5] == ["torchrun", "--nnodes", "2", "--nproc-per-node", "8"]
     assert words[words.index("train.py") + 1 :] == overrides
@@ -294,7 +294,7 @@ def test_indexed_data_without_its_files_is_refused_file_by_file(tmp_path):
 
 def test_every_entry_of_an_index_is_looked_at_before_ranks_are_started(tmp_path):
     prefix = tmp_path / "corpus"
-    words = ["data.split='1,0,0'", "trainer.limit_val_batches=0"]
+    overrides = ["data.split='1,0,0'", "trainer.limit_val_batches=0"]
     entries = [
         struct.pack("<3i", 2, -2, 2),
         struct.pack("<3q", 0, 4, 4),
@@ -302,18 +302,25 @@ def test_every_entry_of_an_index_is_looked_at_before_ranks_are_started(tmp_path)
     ]
     prefix.with_suffix(".idx").write_bytes(HEADER.pack(MAGIC, 1, 8, 3, 4) + b"".join(entries))
     prefix.with_suffix(".bin").write_bytes(bytes(8))
-    words = [*INDEXED, *words, f"data.data_path=[{prefix}]", f"data.tokenizer={tmp_path}/tokens"]
-    assert [problem.split(";")[0] for problem in refused(*words)][0] == (
+    overrides = [
+        *INDEXED,
+        *overrides,
+        f"data.data_path=[{prefix}]",
+        f"data.tokenizer={tmp_path}/tokens",
+    ]
+    assert [problem.split(";")[0] for problem in refused(*overrides)][0] == (
         f"{prefix}.idx: sequence 1 of document 1 has -2 tokens (byte {HEADER.size + 4})"
     )
-    # rank 0 looks, once
-    assert not any("sequence 1" in problem for problem in refused(*words, identity=rank(1, 2)))
+    # only rank 0 checks
+    assert not any("sequence 1" in problem for problem in refused(*overrides, identity=rank(1, 2)))
 
 
 def test_all_that_a_machine_lacks_is_reported_together(tmp_path):
     (tmp_path / "status.json").write_text("")
-    here = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
-    problems = refused(RECIPE, "trainer.num_nodes=2", "data.path_to_cache=status.json", *here)
+    run_overrides = [f"run_dir={tmp_path}", "checkpoint.resume=never"]
+    problems = refused(
+        RECIPE, "trainer.num_nodes=2", "data.path_to_cache=status.json", *run_overrides
+    )
     starts = ["trainer.accelerator", "data.path_to_cache", "run_dir", "trainer.num_nodes"]
     assert [problem.split(" ")[0] for problem in problems] == starts
 
@@ -333,7 +340,7 @@ def test_nothing_of_this_machine_is_asked_in_plan_mode(tmp_path, capsys):
 
 @pytest.mark.parametrize("started", [{"SLURM_PROCID": 0}, {"RANK": 0, "WORLD_SIZE": 3}])
 def test_a_plan_is_of_any_machine_whatever_was_started_on_this_one(monkeypatch, capsys, started):
-    """`srun --pty bash` is one task, in which a plan of two ranks can be asked for."""
+    """`srun --pty bash` is one task; a plan of two ranks can be shown in it."""
     set_all(monkeypatch, started)
     assert main(["trainer.mode=plan"]) == FINISHED
     assert "2 on 1 node of 2" in capsys.readouterr().out
@@ -400,7 +407,7 @@ def test_one_rank_of_every_node_says_what_is_wrong(monkeypatch, capsys, local_ra
     assert main([RECIPE]) == REFUSED
     shown = capsys.readouterr()
     assert ("0 GPUs" in shown.err) == heard
-    assert shown.out == ""  # the plan is the first rank's to print
+    assert shown.out == ""  # only the first rank prints the plan
 
 
 # Who this process is

@@ -1,8 +1,6 @@
-"""Jobs on a real Slurm, sent by the project's own tools: they train, return, fail and end as a user
-would see it.
+"""Jobs on a real Slurm, submitted with the project's tools: they train, return, fail and end.
 
-Several checks share a job, as each start of four ranks takes seconds: one cluster for all, jobs
-side by side.
+Tests share jobs and one cluster, since each start of four ranks takes seconds.
 """
 
 from __future__ import annotations
@@ -37,8 +35,8 @@ SHOWS = [
     "parallel.expert_model_parallel_size=4",
     "trainer.max_steps=20",
 ]
-RUN = "runs/mixtral_8x7b_ep8-laptop"  # where that goes, beside the cluster's files
-ONE_EACH = [*SMALL, "trainer.devices=1", "trainer.preflight=never"]  # a rank a node
+RUN = "runs/mixtral_8x7b_ep8-laptop"  # its run_dir, in the cluster's folder
+ONE_EACH = [*SMALL, "trainer.devices=1", "trainer.preflight=never"]  # one rank per node
 ENDLESS = ["trainer.max_steps=100000", "checkpoint.save_interval=100000"]
 
 
@@ -50,26 +48,24 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def limited(cluster) -> str:
-    """A run without end in a partition with a time limit of a minute, which is for other tests to
-    pass.
-    """
-    words = [*ONE_EACH, "parallel=ep1", *ENDLESS, "run_dir=limited", "launcher.partition=short"]
-    return submit(cluster, *words, "launcher.sbatch_args.signal=USR1@10")
+    """An endless run in a partition with a time limit of a minute; other tests run meanwhile."""
+    overrides = [*ONE_EACH, "parallel=ep1", *ENDLESS, "run_dir=limited", "launcher.partition=short"]
+    return submit(cluster, *overrides, "launcher.sbatch_args.signal=USR1@10")
 
 
 @pytest.fixture(scope="module")
 def whole(cluster, limited) -> str:
-    """The job that nothing happens to, at its end."""
+    """The undisturbed job, after its end."""
     job = submit(cluster, *SHOWS)
     cluster.wait_for(job, "COMPLETED")
     return job
 
 
-def submit(cluster: Cluster, *words: str) -> str:
-    """The number of the job that tools/submit.py says it has sent."""
-    said = cluster.run(sys.executable, str(ROOT / "tools/submit.py"), *words, check=False)
-    assert said.returncode == 0, said.stderr
-    return number_in(said.stdout)
+def submit(cluster: Cluster, *overrides: str) -> str:
+    """Submit with tools/submit.py; return the job's number."""
+    result = cluster.run(sys.executable, str(ROOT / "tools/submit.py"), *overrides, check=False)
+    assert result.returncode == 0, result.stderr
+    return number_in(result.stdout)
 
 
 def number_in(text: str) -> str:
@@ -130,7 +126,7 @@ def test_a_job_that_meets_its_time_limit_returns_and_one_that_is_cancelled_does_
     cluster, limited
 ):
     wait(lambda: cluster.is_requeued(limited), 100, cluster.logs)
-    # an administrator may: once is enough
+    # as an administrator may do; one time limit suffices for the test
     cluster.run("scontrol", "update", "PartitionName=short", "MaxTime=60")
     cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=30")
     cluster.let_return(limited)
@@ -138,8 +134,8 @@ def test_a_job_that_meets_its_time_limit_returns_and_one_that_is_cancelled_does_
     left = re.findall(
         r"stopped by SIGUSR1, after (\d+) of 100000 steps: returning to the queue", log
     )
-    assert left and "TIME LIMIT" not in log  # it was ahead of it
-    # while others were looked at, it may have met two
+    assert left and "TIME LIMIT" not in log  # it ended before the limit
+    # during other tests it may have reached two limits
     wait_for_step(cluster, limited, "limited", int(left[-1]) + 3)
     cluster.run("scancel", limited)
     cluster.wait_for(limited, "CANCELLED")
@@ -180,7 +176,7 @@ def test_a_job_signalled_at_a_step_returns_and_ends_with_the_metrics_of_one_that
 
 def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster, whole):
     by_hand = {"MIXTRAIN_PYTHON": sys.executable, "MIXTRAIN_ROOT": str(ROOT)}
-    words = [*SHOWS, "run_dir=down", "checkpoint.save_interval=4", "trainer.preflight=never"]
+    overrides = [*SHOWS, "run_dir=down", "checkpoint.save_interval=4", "trainer.preflight=never"]
     script = [
         "sbatch",
         "--parsable",
@@ -190,7 +186,7 @@ def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster,
     ]
     before = cluster.environment
     cluster.environment = cluster.environment | by_hand
-    job = cluster.run(*script, *words).stdout.strip()
+    job = cluster.run(*script, *overrides).stdout.strip()
     cluster.environment = before
     wait(
         lambda: (read_status(cluster.folder / "down") or {"step": 0})["step"] >= 6,
@@ -200,7 +196,7 @@ def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster,
     cluster.run("scontrol", "update", "NodeName=n1", "State=DOWN", "Reason=test")
     wait(lambda: cluster.job(job).get("Restarts") == "1", 30, cluster.logs)
     cluster.wait_for(job, "PENDING")
-    # it may have come back by itself
+    # the node may have returned by itself
     cluster.run("scontrol", "update", "NodeName=n1", "State=RESUME", check=False)
     cluster.let_return(job)
     cluster.wait_for(job, "COMPLETED")
@@ -209,10 +205,10 @@ def test_a_job_by_hand_whose_node_is_set_down_returns_and_loses_nothing(cluster,
 
 
 def test_a_run_that_fails_is_named_and_does_not_return(cluster, limited):
-    words = [*ONE_EACH, "parallel=ep2", "trainer.num_nodes=2", *ENDLESS, "run_dir=failing"]
+    overrides = [*ONE_EACH, "parallel=ep2", "trainer.num_nodes=2", *ENDLESS, "run_dir=failing"]
     # launcher=auto: two nodes, so a job
-    said = cluster.run(sys.executable, str(ROOT / "train.py"), *words)
-    job = number_in(said.stdout)
+    result = cluster.run(sys.executable, str(ROOT / "train.py"), *overrides)
+    job = number_in(result.stdout)
     wait_for_step(cluster, job, "failing", 3)
     os.kill(process_of(job, rank=1), signal.SIGKILL)
     cluster.wait_for(job, "FAILED", seconds=60)
@@ -243,16 +239,16 @@ def process_of(job: str, rank: int) -> int:
 
 def test_an_array_and_a_dependency_run_by_sbatch_args(cluster, limited):
     task = "${oc.env:SLURM_ARRAY_TASK_ID,0}"
-    words = [*ONE_EACH, "parallel=ep1", "trainer.max_steps=3", "checkpoint=last"]
+    overrides = [*ONE_EACH, "parallel=ep1", "trainer.max_steps=3", "checkpoint=last"]
     array = submit(
         cluster,
-        *words,
+        *overrides,
         f"seed='{task}'",
         f"run_dir='array-{task}'",
         "launcher.sbatch_args.array=1-2",
     )
     follows = ["run_dir=after", f"launcher.sbatch_args.dependency=afterok:{array}"]
-    after = submit(cluster, *words, *follows)
+    after = submit(cluster, *overrides, *follows)
     assert cluster.job(after)["Dependency"].startswith(f"afterok:{array}")
     cluster.wait_for(after, "COMPLETED")
     losses = [records(cluster.folder / name)[0]["lm_loss"] for name in ("array-1", "array-2")]
@@ -264,7 +260,7 @@ def test_an_array_and_a_dependency_run_by_sbatch_args(cluster, limited):
 
 
 @pytest.mark.parametrize(
-    "words, said",
+    "overrides, message",
     [
         (
             ["parallel.expert_model_parallel_size=5"],
@@ -324,18 +320,18 @@ def test_an_array_and_a_dependency_run_by_sbatch_args(cluster, limited):
         (["launcher=local"], "launcher = local does not submit"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_is_sent(cluster, words, said):
+def test_what_cannot_run_is_refused_before_it_is_sent(cluster, overrides, message):
     before = jobs_so_far(cluster)
     shown = cluster.run(
         sys.executable,
         str(ROOT / "tools/submit.py"),
         *SHOWS,
-        *words,
+        *overrides,
         "run_dir=refused",
         check=False,
     )
     assert shown.returncode == 2 and "Traceback" not in shown.stderr
-    assert said in shown.stderr, shown.stderr
-    if "sbatch refuses" not in shown.stderr:  # Slurm takes a number for what it looks at, too
+    assert message in shown.stderr, shown.stderr
+    if "sbatch refuses" not in shown.stderr:  # --test-only also uses up a job number
         assert jobs_so_far(cluster) == before
     assert not (cluster.folder / "refused").exists()

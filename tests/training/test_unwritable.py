@@ -12,7 +12,7 @@ from composing import ROOT, plan_of
 from tiny_disks import fill, tiny_disk
 
 from mixtrain.checkpoint import directory, integrity
-from mixtrain.checkpoint.outlook import Unwritable, outlook
+from mixtrain.checkpoint.write_errors import Unwritable, recovery_advice
 from mixtrain.config.plan import Plan
 from mixtrain.errors import FAULT, UserError
 from mixtrain.launch import local
@@ -20,7 +20,7 @@ from mixtrain.system.status import read_status, write_status
 from mixtrain.training.logs import Logs
 
 SAID = "mixtrain: step 3: lm_loss is not finite"
-GO_ON = "type the same command again, and it goes on from there"
+RESUME = "run the same command again to resume from it"
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +38,12 @@ def run_of(folder: Path, *words: str) -> Plan:
         "parallel.expert_model_parallel_size=1",
         *words,
     )
-    written = directory.saving(directory.path_of(plan.config.run_dir, 2))
+    written = directory.saving_path(directory.path_of(plan.config.run_dir, 2))
     written.mkdir(parents=True)
     (written / "__0_0.distcp").write_text("weights")
     integrity.write_manifest(written, integrity.describe([written / "__0_0.distcp"]))
     directory.commit(written, 2)
-    half = directory.saving(directory.path_of(plan.config.run_dir, 4))
+    half = directory.saving_path(directory.path_of(plan.config.run_dir, 4))
     half.mkdir()
     (half / "__0_0.distcp").write_text("weigh")
     return plan
@@ -89,7 +89,7 @@ def test_a_status_that_a_read_only_disk_does_not_take_is_said_with_what_to_type(
         subprocess.run(["umount", "-l", plan.config.run_dir], check=True)
     unwritten = "status.json cannot be written (Read-only file system) and does not say so"
     assert code == FAULT
-    assert line == f"{SAID}; {unwritten}; iter_0000002 is whole: make it writable and {GO_ON}"
+    assert line == f"{SAID}; {unwritten}; iter_0000002 is complete: make it writable and {RESUME}"
 
 
 def test_a_run_directory_that_is_deleted_while_it_runs_is_said_and_that_its_checkpoints_are_gone(
@@ -101,7 +101,7 @@ def test_a_run_directory_that_is_deleted_while_it_runs_is_said_and_that_its_chec
         f"{SAID}; status.json cannot be written (No such file or directory)"
     )
     assert line.endswith(
-        f"{tmp_path}/run is gone, with every checkpoint in it; the same command begins anew"
+        f"{tmp_path}/run is gone, with every checkpoint in it; the same command starts from step 0"
     )
     assert not (tmp_path / "run").exists()
 
@@ -189,22 +189,23 @@ def test_a_record_that_cannot_be_written_is_named_and_closing_it_is_no_other_err
 
 def test_what_to_type_follows_from_what_is_there(tmp_path):
     def said(number: int, *words: str) -> str:
-        return outlook(plan_of(f"run_dir={tmp_path}/run", *words), number)
+        return recovery_advice(plan_of(f"run_dir={tmp_path}/run", *words), number)
 
     full = 28
     read_only = 30
     large = 27
     assert "run is gone" in said(full)
     run_of(tmp_path)
-    assert said(full) == f"iter_0000002 is whole: free some space and {GO_ON}"
-    assert said(read_only) == f"iter_0000002 is whole: make it writable and {GO_ON}"
-    assert "raise the limit of a file's size (ulimit -f) and type" in said(large)
-    assert "type the same command with checkpoint.resume=auto, and" in said(
+    assert said(full) == f"iter_0000002 is complete: free some space and {RESUME}"
+    assert said(read_only) == f"iter_0000002 is complete: make it writable and {RESUME}"
+    assert "raise the limit of a file's size (ulimit -f) and run" in said(large)
+    assert "run the same command with checkpoint.resume=auto to" in said(
         full, "checkpoint.resume=never"
     )
     (tmp_path / "run" / "iter_0000002" / "__0_0.distcp").write_text("half")
     assert (
-        said(0) == "there is no whole checkpoint: type the same command again, and it begins anew"
+        said(0)
+        == "there is no complete checkpoint: run the same command again to start from step 0"
     )
 
 

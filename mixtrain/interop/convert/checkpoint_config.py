@@ -15,8 +15,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mixtrain.checkpoint import directory, integrity, state
+from mixtrain.checkpoint.shard_writer import FILES_PER_RANK
 from mixtrain.checkpoint.state import RunState
-from mixtrain.checkpoint.writing import FILES
 from mixtrain.config import published_models
 from mixtrain.config.choices import TransformerImpl
 from mixtrain.config.compose import CONF, compose
@@ -72,7 +72,7 @@ class Hashes:
 
         A job raises a UserError that names a damaged file.
         """
-        shares = split_evenly(self.files, max(processes, FILES), lambda file: file[1])
+        shares = split_evenly(self.files, max(processes, FILES_PER_RANK), lambda file: file[1])
         return [partial(self._compare, {name for name, _ in share}) for share in shares if share]
 
     def _compare(self, names: set[str], advance: Advance) -> None:

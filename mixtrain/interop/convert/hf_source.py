@@ -41,7 +41,7 @@ def of_directory(
     if path := file_in(directory, GENERATION):
         source["generation_config"] = untrusted_json.read(path, most=MAX_CONFIG)
     try:
-        untrusted_json.parse(state.to_json(RunState(hf_source=source)), state.Written)
+        untrusted_json.parse(state.to_json(RunState(hf_source=source)), state.RunStateFile)
     except untrusted_json.InvalidJson as error:
         raise UserError(
             f"{directory / CONFIG} or {GENERATION} cannot be kept in a checkpoint: {error}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from mixtrain.checkpoint.parts import Parts
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config import tensor_schema
 from mixtrain.config.schema import Config
 from mixtrain.engine.process_groups import Ranks
@@ -171,7 +171,9 @@ DAMAGES = (
 )
 
 
-def damaged_megatron(name: str, config: Config, parts: Parts, ranks: Ranks) -> MegatronLayers:
+def damaged_megatron(
+    name: str, config: Config, parts: TensorReader, ranks: Ranks
+) -> MegatronLayers:
     """Return the Megatron-Core model with one of DAMAGES."""
     if damage_config := CONFIG_DAMAGES.get(name):
         return MegatronLayers(damage_config(config), parts, ranks)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import transformers
 
-from mixtrain.checkpoint.parts import Parts
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config import tensor_schema
 from mixtrain.config.families import FAMILIES
 from mixtrain.config.plan import derive, resolve
@@ -144,7 +144,7 @@ class MegatronLayers:
     """
 
     def __init__(
-        self, config: Config, parts: Parts, ranks: Ranks, transform: Transform | None = None
+        self, config: Config, parts: TensorReader, ranks: Ranks, transform: Transform | None = None
     ):
         self.parts = parts
         self.transform = transform

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mixtrain.checkpoint.parts import Parts
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.schema import Config
 from mixtrain.interop.convert import flat_ranges
 from mixtrain.interop.convert.hf_files import StoredTensor
@@ -22,7 +22,7 @@ BLOCK = 1 << 24  # elements
 def entries(
     config: Config,
     tensors: dict[str, StoredTensor],
-    parts: Parts,
+    parts: TensorReader,
     hf_vocab_size: int,
     advance: Advance,
 ) -> Iterator[dict[str, Any]]:

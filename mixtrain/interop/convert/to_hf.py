@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import torch
 
-from mixtrain.checkpoint.parts import Parts
 from mixtrain.checkpoint.same_tokenizer import refuse_other
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, no_tokenizer_message, tokenizer_files
 from mixtrain.errors import UserError
@@ -53,7 +53,7 @@ class SafetensorsFile(NamedTuple):
 class MegatronReader(NamedTuple):
     """Read Hugging Face tensors from a Megatron checkpoint."""
 
-    parts: Parts | None  # None: only headers are written
+    parts: TensorReader | None  # None: only headers are written
     index: RangeIndex
     cast: DtypeCast
 
@@ -64,7 +64,7 @@ class MegatronReader(NamedTuple):
             start = run.megatron_start
             end = start + run.count
             while start < end:
-                stop = min(end, self.parts.together(run.key, start, most))
+                stop = min(end, self.parts.contiguous_stop(run.key, start, most))
                 yield self.cast(name, self.parts.flat(run.key, start, stop))
                 start = stop
 
@@ -97,7 +97,7 @@ def convert(
     run_state = state_of(checkpoint)
     config = config_of(checkpoint)
     config_json = to_hugging_face(config)
-    parts = Parts(checkpoint)
+    parts = TensorReader(checkpoint)
     tokenizer = _find_tokenizer(tokenizer, checkpoint, config, allow_other_tokenizer)
     vocab_size = hf_source.unpadded_vocab_size(run_state, config, tokenizer)
     index = flat_ranges.build_index(config, layout, vocab_size)
@@ -144,7 +144,7 @@ def _find_tokenizer(
 
 
 def _reader(
-    parts: Parts, index: RangeIndex, dtype: torch.dtype | None, allow_nonfinite: bool
+    parts: TensorReader, index: RangeIndex, dtype: torch.dtype | None, allow_nonfinite: bool
 ) -> MegatronReader:
     """Return a reader. UserError if the checkpoint's tensors are not those of its configuration."""
     stored = {

@@ -28,12 +28,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from mixtrain.checkpoint import directory, state, writing
+from mixtrain.checkpoint import directory, shard_writer, state
 from mixtrain.checkpoint.index import COMMON, CONFIG, METADATA, write_index
 from mixtrain.checkpoint.integrity import describe, write_manifest
 from mixtrain.checkpoint.megatron_args import common_of_weights
+from mixtrain.checkpoint.shard_writer import Item, WriteOutcome
 from mixtrain.checkpoint.state import RunState
-from mixtrain.checkpoint.writing import Item, Written
 from mixtrain.config import tensor_schema
 from mixtrain.config.plan import derive
 from mixtrain.config.schema import Config
@@ -161,17 +161,23 @@ def _write(
     Returns the names of tensors with NaN or infinity, where these are allowed. OSError if something
     could not be written.
     """
-    files = split_evenly(chunks, processes * writing.FILES, ChunkToWrite.numel)
+    files = split_evenly(chunks, processes * shard_writer.FILES_PER_RANK, ChunkToWrite.numel)
     jobs = []
     for rank in range(processes):
-        first = rank * writing.FILES
+        first = rank * shard_writer.FILES_PER_RANK
         jobs.append(
-            partial(_write_files, release, rank, files[first : first + writing.FILES], reader)
+            partial(
+                _write_files,
+                release,
+                rank,
+                files[first : first + shard_writer.FILES_PER_RANK],
+                reader,
+            )
         )
     size = sum(map(ChunkToWrite.numel, chunks)) * reader.cast.dtype.itemsize
     results = run_jobs("to Megatron-Core", jobs, size)
     written = [share for share, _ in results]
-    written.append(writing.write(release, processes, list(objects.values())))
+    written.append(shard_writer.write_shards(release, processes, list(objects.values())))
     if failed := next((share for share in written if share.error), None):
         raise OSError(failed.number or errno.EIO, failed.error)
     small_files = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
@@ -196,10 +202,10 @@ def _write_files(
     files: list[list[ChunkToWrite]],
     reader: HfReader,
     advance: Advance,
-) -> tuple[Written, set[str]]:
+) -> tuple[WriteOutcome, set[str]]:
     """Write the files of one process, in parallel."""
     items = [_items(chunks, reader, advance) for chunks in files]
-    return writing.write_files(release, rank, items), reader.cast.nonfinite
+    return shard_writer.write_files(release, rank, items), reader.cast.nonfinite
 
 
 def _items(chunks: list[ChunkToWrite], reader: HfReader, advance: Advance) -> Iterator[Item]:

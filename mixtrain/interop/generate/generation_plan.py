@@ -23,7 +23,7 @@ from mixtrain.config.plan import Plan, resolve, world_size
 from mixtrain.config.planner import make_plan
 from mixtrain.config.schema import Config, leaves
 from mixtrain.errors import UserError
-from mixtrain.launch.machine_checks import gpu_count, started_ranks
+from mixtrain.launch.machine_checks import environment_problems, gpu_count
 from mixtrain.system.rank_identity import Identity
 
 # whole sections from the run's configuration
@@ -192,7 +192,7 @@ def _machine_problems(plan: Plan, identity: Identity | None) -> Iterator[str]:
             f" has {gpus} GPUs; use trainer.accelerator=cpu, or another layout"
         )
     if identity is not None:
-        yield from started_ranks(plan, identity)
+        yield from environment_problems(plan, identity)
     elif trainer.num_nodes > 1:
         yield (
             f"trainer.num_nodes = {trainer.num_nodes}, but nothing has started the ranks of the"

@@ -1,6 +1,4 @@
-"""Every element of the model has one place on each side, and any part of a checkpoint is read as it
-lies there.
-"""
+"""Every element of the model has one place on each side, and any slice of a tensor is read."""
 
 from __future__ import annotations
 
@@ -13,9 +11,9 @@ from checkpoints import tensors_of
 from composing import config_of, plan_of
 from rank_workers import run_ranks
 
-from mixtrain.checkpoint.parts import Parts
 from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
+from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.plan import resolve
 from mixtrain.engine import model, optimizer, process_groups
 from mixtrain.errors import UserError
@@ -39,9 +37,11 @@ SMALL = [
 
 
 @pytest.mark.parametrize("layout", ["hub", "fused"])
-@pytest.mark.parametrize("words", [[], ["model.qk_layernorm=true"], ["model.num_query_groups=1"]])
-def test_runs_cover_every_element_of_both_sides_once(words, layout):
-    index = flat_ranges.build_index(resolve(config_of(*SMALL, *words)), layout)
+@pytest.mark.parametrize(
+    "overrides", [[], ["model.qk_layernorm=true"], ["model.num_query_groups=1"]]
+)
+def test_runs_cover_every_element_of_both_sides_once(overrides, layout):
+    index = flat_ranges.build_index(resolve(config_of(*SMALL, *overrides)), layout)
     for key, several in index.by_key.items():
         at = 0
         for run in several:
@@ -133,7 +133,7 @@ def test_a_tensor_of_one_element_is_one_run():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """Saved by TP2: some of its tensors are cut along their last axis."""
+    """Saved with TP2, so some tensors are sharded along their last axis."""
     folder = tmp_path_factory.mktemp("tp2")
     plan = plan_of(
         *SMALL,
@@ -147,27 +147,27 @@ def checkpoint(tmp_path_factory):
     (folder / "run").mkdir()
 
     def save(identity) -> None:
-        with process_groups.start(plan, identity) as here:
-            training = optimizer.build(plan, model.build(plan, here.device))
-            Saver(plan, here, training, print).save(RunState(step=1))
+        with process_groups.start(plan, identity) as ranks:
+            training = optimizer.build(plan, model.build(plan, ranks.device))
+            Saver(plan, ranks, training, print).save(RunState(step=1))
 
     run_ranks(2, save, folder / "ranks")
     return folder / "run" / "iter_0000001"
 
 
 def test_any_range_is_what_pytorchs_own_loader_reads(checkpoint):
-    parts = Parts(checkpoint)
+    reader = TensorReader(checkpoint)
     wholes = tensors_of(checkpoint)
-    assert parts.shapes == {key: tuple(whole.shape) for key, whole in wholes.items()}
-    # a cut last axis
-    assert any(len(chunks) > 1 and chunks[1].offset[-1] > 0 for chunks in parts.chunks.values())
+    assert reader.shapes == {key: tuple(whole.shape) for key, whole in wholes.items()}
+    # the last axis is sharded
+    assert any(len(chunks) > 1 and chunks[1].offset[-1] > 0 for chunks in reader.chunks.values())
     picked = torch.Generator().manual_seed(0)
     for key, whole in wholes.items():
         flat = whole.flatten()
         for _ in range(8):
             start, stop = sorted(torch.randint(0, len(flat) + 1, (2,), generator=picked).tolist())
-            assert torch.equal(parts.flat(key, start, stop), flat[start:stop]), (key, start, stop)
-        assert torch.equal(parts.at(key), whole)
+            assert torch.equal(reader.flat(key, start, stop), flat[start:stop]), (key, start, stop)
+        assert torch.equal(reader.at(key), whole)
 
 
 def test_a_damaged_file_is_named(checkpoint, tmp_path):
@@ -175,14 +175,14 @@ def test_a_damaged_file_is_named(checkpoint, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     data = max(tmp_path.glob("*.distcp"), key=lambda path: path.stat().st_size)
     data.write_bytes(b"x" * data.stat().st_size)
-    parts = Parts(tmp_path)
+    reader = TensorReader(tmp_path)
     with pytest.raises(UserError, match=f"{data.name} is damaged at byte"):
-        for key in parts.shapes:
-            parts.at(key)
+        for key in reader.shapes:
+            reader.at(key)
     os.truncate(data, 10)
     with pytest.raises(UserError, match=f"{data.name}"):
-        for key in parts.shapes:
-            parts.at(key)
+        for key in reader.shapes:
+            reader.at(key)
 
 
 def test_a_window_is_the_bytes_of_the_file(tmp_path):
