@@ -136,7 +136,7 @@ def changed_since(config: Config, state: RunState) -> list[str]:
         change for change in changes(before, config)[MATHEMATICS] if change.key not in NOT_REPORTED
     ]
     lines = [
-        f"{change.key} = {show(change.here)} (was {show(change.recipe)})" for change in changed
+        f"{change.key} = {show(change.value)} (was {show(change.recipe)})" for change in changed
     ]
     schedule_changes = [change for change in changed if change.key in SCHEDULE]
     return lines + changed_rate(before, config, state, schedule_changes)
