@@ -1,23 +1,23 @@
 """Values of published models, and warnings where a configuration differs from its model. No torch.
 
-Rule: each file in published_models/ names its source in a comment and uses the keys that a user
-types. A difference is a warning, not an error, because a user may change a model on purpose.
+Rule: the values are those of conf/model, whose files name their sources; a family's file
+(config/families) says which published model has which file and where it differs. A difference is a
+warning, not an error, because a user may change a model on purpose.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from mixtrain.config.families import FAMILIES
 from mixtrain.config.key_effects import show, value_of
-from mixtrain.config.schema import Config, leaves
+from mixtrain.config.schema import Config
+from mixtrain.paths import CONF
 
-FOLDER = Path(__file__).resolve().parent / "published_models"
-
-# keys that decide whether published weights fit and compute the same: the keys of every file
+# keys that decide whether published weights fit and compute the same
 KEYS = (
     "model.num_layers",
     "model.hidden_size",
@@ -35,6 +35,9 @@ KEYS = (
     "model.layernorm_epsilon",
     "model.untie_embeddings_and_output_weights",
     "model.qk_layernorm",
+    "model.qk_layernorm_over",
+    "model.add_qkv_bias",
+    "model.moe_shared_expert_gate",
     "router.moe_router_score_function",
     "router.moe_router_pre_softmax",
 )
@@ -73,16 +76,16 @@ def warnings(config: Config) -> list[str]:
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """Return {name on Hugging Face: {key: value}} of all files in published_models/."""
-    return dict(read(path) for path in sorted(FOLDER.glob("*.yaml")))
-
-
-def read(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return (name on Hugging Face, {key: value}) of a file. Raises ValueError for other keys."""
-    values = dict(leaves(OmegaConf.to_container(OmegaConf.load(path))))
-    name = values.pop("hf_model", None)
-    missing = sorted(set(KEYS) - set(values))
-    unknown = sorted(set(values) - set(KEYS))
-    if name is None or missing or unknown:
-        raise ValueError(f"{path.name}: hf_model = {name}; missing {missing}; not a fact {unknown}")
-    return name, values
+    """Return {name on Hugging Face: {key: value}} of the published models of every family."""
+    base = OmegaConf.to_container(OmegaConf.load(CONF / "model" / "_base.yaml"))
+    models = {}
+    for family in FAMILIES.values():
+        for name, (option, differences) in family.published.items():
+            own = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{option}.yaml"))
+            values = {f"model.{key}": value for key, value in (base | own).items()}
+            values |= {
+                "router.moe_router_score_function": "softmax",
+                "router.moe_router_pre_softmax": False,
+            }
+            models[name] = {key: (values | differences)[key] for key in KEYS}
+    return models

@@ -51,4 +51,11 @@ FAMILY = Family(
     ],
     null_is={"num_key_value_heads": "num_attention_heads"},
     jitter=True,
+    published={
+        "mistralai/Mixtral-8x7B-v0.1": ("mixtral_8x7b", {}),
+        "mistralai/Mixtral-8x7B-Instruct-v0.1": ("mixtral_8x7b", {}),
+        "mistral-community/Mixtral-8x22B-v0.1": ("mixtral_8x22b", {}),
+        # the larger vocabulary of tokenizer v3
+        "mistralai/Mixtral-8x22B-Instruct-v0.1": ("mixtral_8x22b", {"model.vocab_size": 32768}),
+    },
 )

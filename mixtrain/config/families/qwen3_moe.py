@@ -48,4 +48,5 @@ FAMILY = Family(
     aliases={"num_local_experts": "num_experts"},
     norm_topk_key="norm_topk_prob",
     has_window_switch=True,
+    published={"Qwen/Qwen3-30B-A3B": ("qwen3_30b_a3b", {})},
 )

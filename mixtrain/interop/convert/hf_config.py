@@ -207,7 +207,8 @@ def _family_of_json(config_json: Mapping[str, Any]) -> Family:
     model_type = config_json.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        known = " and ".join(FAMILIES)
+        *others, last = FAMILIES
+        known = f"{', '.join(others)} and {last}"
         raise UserError(f"config.json: model_type = {show(model_type)}: mixtrain converts {known}")
     return family
 

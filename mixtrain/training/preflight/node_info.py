@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[3]
 SOURCES = (
     "train.py",
     "mixtrain/**/*.py",
-    "mixtrain/config/published_models/*.yaml",
     "conf/**/*.yaml",
     "recipes/*.yaml",
 )
