@@ -6,7 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 SIZES = dict(
     hidden_size=64,
@@ -33,6 +40,11 @@ MODELS = {
         Qwen3MoeConfig,
         QWEN3 | dict(norm_topk_prob=False),
     ),
+    "qwen2_moe": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        QWEN3 | dict(shared_expert_intermediate_size=80, norm_topk_prob=False),
+    ),
 }
 
 
@@ -52,6 +64,8 @@ def saved(
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        elif name.endswith("bias"):
+            torch.nn.init.uniform_(parameter, -0.1, 0.1)
     model.save_pretrained(folder, save_original_format=not fused, max_shard_size=shard)
     return folder
 

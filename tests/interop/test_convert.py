@@ -31,6 +31,11 @@ SMALL = [
     "model.num_moe_experts=4",
     "model.vocab_size=32",
 ]
+QWEN2_MOE = [
+    "model.add_qkv_bias=true",
+    "model.moe_shared_expert_intermediate_size=20",
+    "model.moe_shared_expert_gate=true",
+]
 SHAPES = {
     "two groups": [],
     "one group": ["model.num_query_groups=1"],
@@ -39,6 +44,7 @@ SHAPES = {
     "one layer, two experts": ["model.num_layers=1", "model.num_moe_experts=2"],
     "tied embeddings": ["model.untie_embeddings_and_output_weights=false"],
     "Qwen3-MoE": ["model.qk_layernorm=true"],
+    "Qwen2-MoE": QWEN2_MOE,
 }
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 FC1 = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
@@ -152,7 +158,11 @@ def test_each_part_of_a_megatron_tensor_can_be_converted_alone(layout):
     assert sorted(used) == sorted(named)
 
 
-FEATURES = {"mixtral": [], "qwen3_moe": ["model.qk_layernorm=true"]}  # as overrides
+FEATURES = {  # as overrides
+    "mixtral": [],
+    "qwen3_moe": ["model.qk_layernorm=true"],
+    "qwen2_moe": QWEN2_MOE,
+}
 
 
 def test_every_tensor_of_the_contract_has_a_row_or_is_refused_by_name():
