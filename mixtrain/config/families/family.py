@@ -53,6 +53,7 @@ class Family:
             None: always.
         null_is: a key of config.json that may be null, and the key whose value it then has.
         has_window_switch: sliding_window counts only where use_sliding_window is true.
+        heads_fill_hidden: num_attention_heads * head_dim is hidden_size.
         jitter: config.json has router_jitter_noise.
         published: name on Hugging Face -> (option of conf/model, the keys in which it differs).
     """
@@ -69,6 +70,7 @@ class Family:
     norm_topk_key: str | None = None
     null_is: dict[str, str] = field(default_factory=dict)
     has_window_switch: bool = False
+    heads_fill_hidden: bool = False
     jitter: bool = False
     published: dict[str, tuple[str, dict[str, Any]]] = field(default_factory=dict)
 

@@ -250,6 +250,13 @@ def _size_problems(values: Mapping[str, Any], family: Family) -> list[str]:
         for key in (experts, "num_key_value_heads")
         if layers * values[key] > MAX_LAYER_PRODUCT
     ]
+    head_dim = values.get("head_dim")
+    heads = values["num_attention_heads"]
+    if family.heads_fill_hidden and head_dim and head_dim * heads != values["hidden_size"]:
+        problems.append(
+            f"head_dim = {head_dim} times num_attention_heads = {heads} must be hidden_size ="
+            f" {values['hidden_size']} in {family.name}"
+        )
     divisions = [("num_key_value_heads", "num_attention_heads")]
     if values.get("head_dim") is None:
         divisions.append(("num_attention_heads", "hidden_size"))
