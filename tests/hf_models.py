@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
@@ -40,6 +42,17 @@ MODELS = {
         Qwen3MoeConfig,
         QWEN3 | dict(norm_topk_prob=False),
     ),
+    "olmoe": (
+        OlmoeForCausalLM,
+        OlmoeConfig,
+        dict(
+            intermediate_size=48,
+            num_experts=8,
+            head_dim=8,
+            norm_topk_prob=False,
+            pad_token_id=None,  # its row of the embedding would be zero, without a gradient
+        ),
+    ),
     "qwen2_moe": (
         Qwen2MoeForCausalLM,
         Qwen2MoeConfig,
@@ -60,7 +73,7 @@ def saved(
     """
     model_class, config_class, values = MODELS[kind]
     torch.manual_seed(3)
-    model = model_class(config_class(**SIZES, **values, initializer_range=0.1)).to(dtype)
+    model = model_class(config_class(**SIZES | values, initializer_range=0.1)).to(dtype)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

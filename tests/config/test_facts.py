@@ -20,12 +20,13 @@ NVIDIA = "+recipe=mixtral_8x7b_tp1_pp4_ep8"
 SLICE = "mixtral_8x7b_4layers_1gpu"  # not a published model: it names none
 WHOLE = [name for name in RECIPES if name != SLICE]
 
-# What the models' pages round to 46.7 B, 141 B, 14.3 B and 30.5 B
+# What the models' pages round to 46.7 B, 141 B, 6.9 B, 14.3 B and 30.5 B
 PARAMETERS = {
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
     "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
     "mistral-community/Mixtral-8x22B-v0.1": 140_620_634_112,
     "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
+    "allenai/OLMoE-1B-7B-0924": 6_919_161_856,
     "Qwen/Qwen1.5-MoE-A2.7B": 14_315_784_192,
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
 }
@@ -86,7 +87,7 @@ def test_a_recipe_names_the_model_it_is(name):
 
 
 # an option of model says nothing of the router
-ROUTER = {"qwen15_moe_a27b": ["router.moe_router_pre_softmax=true"]}
+ROUTER = dict.fromkeys(["olmoe_1b_7b", "qwen15_moe_a27b"], ["router.moe_router_pre_softmax=true"])
 
 
 @pytest.mark.parametrize("option", options("model"))

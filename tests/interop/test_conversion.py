@@ -45,7 +45,7 @@ from mixtrain.interop.convert import (
 @pytest.mark.parametrize(
     "kind, layout",
     [(kind, "hub") for kind in hf_models.MODELS]
-    + [(kind, "fused") for kind in ("qwen3_moe", "qwen2_moe")],
+    + [(kind, "fused") for kind in ("olmoe", "qwen2_moe", "qwen3_moe")],
 )
 def test_there_and_back_every_bit_is_where_it_was(kind, layout, tmp_path):
     there = hf_models.saved(kind, tmp_path / "there", fused=layout == "fused", shard="300KB")

@@ -36,6 +36,7 @@ QWEN2_MOE = [
     "model.moe_shared_expert_intermediate_size=20",
     "model.moe_shared_expert_gate=true",
 ]
+OLMOE = ["model.qk_layernorm=true", "model.qk_layernorm_over=projection"]
 SHAPES = {
     "two groups": [],
     "one group": ["model.num_query_groups=1"],
@@ -45,6 +46,7 @@ SHAPES = {
     "tied embeddings": ["model.untie_embeddings_and_output_weights=false"],
     "Qwen3-MoE": ["model.qk_layernorm=true"],
     "Qwen2-MoE": QWEN2_MOE,
+    "OLMoE": OLMOE,
 }
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
 FC1 = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
@@ -162,6 +164,7 @@ FEATURES = {  # as overrides
     "mixtral": [],
     "qwen3_moe": ["model.qk_layernorm=true"],
     "qwen2_moe": QWEN2_MOE,
+    "olmoe": OLMOE,
 }
 
 

@@ -9,7 +9,7 @@ import math
 import pytest
 from composing import config_of
 from test_convert import SHAPES, SMALL, small
-from transformers import MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
 from mixtrain.config import published_models
 from mixtrain.config.key_effects import value_of
@@ -134,7 +134,7 @@ def test_a_configuration_goes_through_transformers_unchanged(words):
         }
 
 
-KNOWN = "mixtral, qwen2_moe and qwen3_moe"
+KNOWN = "mixtral, olmoe, qwen2_moe and qwen3_moe"
 REFUSED_VALUES = {
     "hidden_act = gelu: mixtrain's Mixtral has silu": {"hidden_act": "gelu"},
     "sliding_window = 4096: mixtrain's Mixtral has null": {"sliding_window": 4096},
@@ -336,7 +336,9 @@ def test_a_window_that_is_on_is_refused_by_its_size():
         hf_config.from_hugging_face(on | {"use_sliding_window": 1})
 
 
-@pytest.mark.parametrize("config_class", [MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig])
+@pytest.mark.parametrize(
+    "config_class", [MixtralConfig, OlmoeConfig, Qwen2MoeConfig, Qwen3MoeConfig]
+)
 def test_a_key_that_is_absent_has_the_value_that_transformers_gives_it(config_class):
     bare = {"model_type": config_class.model_type}
     assert hf_config.from_hugging_face(bare) == hf_config.from_hugging_face(
@@ -348,3 +350,15 @@ def test_a_key_that_is_absent_has_the_value_that_transformers_gives_it(config_cl
     assert hf_config.defaulted_keys(config_class().to_dict()) == []
     with_base = hf_config.defaulted_keys(bare | {"rope_parameters": {"rope_theta": 5.0}})
     assert with_base == [line for line in said if not line.startswith("rope_theta")]
+
+
+def test_clipped_projections_are_refused_by_their_key():
+    values = OlmoeConfig(clip_qkv=8.0).to_dict()
+    with pytest.raises(UserError, match="clip_qkv = 8.0: mixtrain's OLMoE has null"):
+        hf_config.from_hugging_face(values)
+
+
+def test_heads_that_do_not_fill_the_hidden_size_are_refused_where_the_family_needs_it():
+    values = OlmoeConfig(head_dim=64).to_dict()
+    with pytest.raises(UserError, match=r"head_dim = 64 times num_attention_heads = 16 must be"):
+        hf_config.from_hugging_face(values)

@@ -31,7 +31,7 @@ from mixtrain.interop.convert import (
 sys.path.insert(0, str(ROOT / "tools"))
 import verify_conversion  # noqa: E402
 
-MODELS = ["mixtral", "qwen3_moe, not normalised", "qwen2_moe"]
+MODELS = ["mixtral", "qwen3_moe, not normalised", "qwen2_moe", "olmoe"]
 
 
 @pytest.fixture(scope="module", params=MODELS)
