@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mixtrain.checkpoint.directory import write_atomically
 from mixtrain.checkpoint.outlook import Unwritable, writing
+from mixtrain.config.choices import Balancing
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import banners, changed_mathematics, render, tags
 from mixtrain.system import untrusted_json
@@ -39,10 +40,12 @@ COLUMNS = {
 }
 # of all that is sent, to as few experts as a token has: the others have stopped learning
 MOST = 0.9
+SHARES = ("token_drop_rate", "balanced_choices_changed")
 QUIET_STEPS = 10  # logged steps between two warnings of the same kind
 LAST = "last"  # marks a record that is there because the run ended, and not at its interval
 HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 DROPPED = f" {'dropped':>8}"  # one column more where tokens can be
+CHANGED = f" {'changed':>8}"  # and where a balanced router changes choices
 
 
 class Record(TypedDict):
@@ -115,9 +118,9 @@ class Logs:
                 self.say(f"warning: {damage}")
         for line in [*banners(self.plan), *self._changes()]:
             self.say(line)
-        self.say(
-            HEADER + DROPPED * (self.plan.config.dispatcher.moe_expert_capacity_factor is not None)
-        )
+        balanced = Balancing.balanced in self.plan.config.router.moe_router_load_balancing_type
+        drops = self.plan.config.dispatcher.moe_expert_capacity_factor is not None
+        self.say(HEADER + DROPPED * drops + CHANGED * balanced)
         if self.writes:
             self.progress.start()
 
@@ -141,7 +144,7 @@ class Logs:
             f"{facts['step']:>7} {_show(facts['lm_loss'], 4):>9} {'':>9}"
             f" {_show(facts['grad_norm'], 3):>9} {facts['learning_rate']:>9.2e} {balance:>8}"
             f" {facts['tokens_per_second']:>9,.0f} {facts['step_seconds']:>8.3f}"
-            + (f" {facts['token_drop_rate']:>8.2%}" if "token_drop_rate" in facts else "")
+            + "".join(f" {facts[name]:>8.2%}" for name in SHARES if name in facts)
         )
         self._warn_of_collapse(facts, collapsed)
         self.progress.update(self.task, completed=facts["step"])

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mixtrain.config import layout_sensitive, tensor_schema
 from mixtrain.config.plan import Plan
 from mixtrain.engine import model, optimizer, process_groups, shards
+from mixtrain.engine.layers.balanced_router import assignment_margin, balanced_assignment
 from mixtrain.engine.moe_metrics import ExpertLoad, collect_balancing_loss
 from mixtrain.engine.optimizer import Training
 from mixtrain.system.rank_identity import Identity
@@ -31,7 +32,8 @@ class ChoiceMargin(TorchFunctionMode):
     """Within the block, remembers how near any top-k choice was to another: its last chosen logit less the next one.
 
     Of scores, which are never negative, it takes logarithms: what shifts a logit shifts those as much at the most. It
-    sees every choice that the installed router makes: of experts, of groups of experts, of tokens under a capacity.
+    sees every choice that the installed router makes: of experts, of groups of experts, of tokens under a capacity. Of a
+    balanced assignment it takes what the next best one has less.
     """
 
     smallest = math.inf
@@ -40,7 +42,10 @@ class ChoiceMargin(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (torch.topk, torch.Tensor.topk):
             self._look(*args, **kwargs)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function is balanced_assignment:
+            self.smallest = min(self.smallest, assignment_margin(args[0], result))
+        return result
 
     def _look(self, values: torch.Tensor, k: int, dim: int = -1, **_: object) -> None:
         if k >= values.shape[dim]:

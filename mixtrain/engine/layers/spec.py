@@ -9,6 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -27,13 +28,17 @@ from mixtrain.engine.layers.norm import RMSNorm
 KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None, router: type[TopKRouter] = TopKRouter
+) -> TransformerBlockSubmodules:
     """This stage's (and chunk's) layers, all Mixture-of-Experts, and the norm after the last."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer_spec(config, router)] * layers, layer_norm=RMSNorm
+    )
 
 
-def layer_spec(config: TransformerConfig) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, router: type[TopKRouter]) -> ModuleSpec:
     """Norm, attention, norm, experts."""
     head_norm = RMSNorm if config.qk_layernorm else IdentityOp
     attention = SelfAttentionSubmodules(
@@ -45,7 +50,9 @@ def layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     moe = MoESubmodules(
-        experts=ModuleSpec(Experts), shared_experts=ModuleSpec(SharedExpertMLP, submodules=shared)
+        experts=ModuleSpec(Experts),
+        shared_experts=ModuleSpec(SharedExpertMLP, submodules=shared),
+        router=router,
     )
     return ModuleSpec(
         TransformerLayer,

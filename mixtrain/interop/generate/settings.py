@@ -52,6 +52,9 @@ FORCED = {
     "trainer.rampup_batch_size": None,
     "trainer.device_memory_gib": None,  # would count gradients and optimizer
 }
+# A router that is balanced while training is top-k here, and so takes every layout.
+BALANCING = "router.moe_router_load_balancing_type"
+BALANCED = ["balanced"]
 # Key, the values that there is generation for, and why not for others.
 REFUSED = [
     ("parallel.context_parallel_size", [1], "no sequence is split in generation"),
@@ -119,6 +122,8 @@ def plan_of(
     for key, value in FORCED.items():
         if key not in map(key_of, words):
             _set(tree, key, value)
+    if OmegaConf.select(tree, BALANCING) == BALANCED:
+        _set(tree, BALANCING, ["none"])
     config = sized(Config.from_hydra(tree, list(known)), identity)
     plan = make_plan(
         config,
@@ -198,6 +203,7 @@ def changed(run: RunState, plan: Plan) -> list[str]:
         if (key.split(".")[0] in SECTIONS or key in KEYS)
         and CLASS_OF.get(key) == MATHEMATICS
         and key not in FORCED
+        and (key, value) != (BALANCING, BALANCED)
         and (here := value_of(plan.config, key)) != value
     ]
 
