@@ -1191,6 +1191,7 @@ PROSE = {
     "more TP",
     "CP",
     "none alone",
+    "balanced alone",
     "only auxiliary losses",
     "both",
     "neither",
