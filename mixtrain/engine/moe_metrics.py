@@ -69,9 +69,9 @@ class ExpertLoad:
         return [[round(count) for count in layer] for layer in total.tolist()]
 
     def balanced_choices_changed(self, plan: Plan, sequences: int) -> dict[str, float]:
-        """{"balanced_choices_changed": share of a step's choices that top-k would not make}; {} without that router.
+        """{"balanced_choices_changed": share of a step's choices that top-k would not make}.
 
-        Every rank must call.
+        {} with another router. Every rank must call.
         """
         if Balancing.balanced not in plan.config.router.moe_router_load_balancing_type:
             return {}

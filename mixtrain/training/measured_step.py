@@ -32,8 +32,8 @@ class ChoiceMargin(TorchFunctionMode):
     """Within the block, remembers how near any top-k choice was to another: its last chosen logit less the next one.
 
     Of scores, which are never negative, it takes logarithms: what shifts a logit shifts those as much at the most. It
-    sees every choice that the installed router makes: of experts, of groups of experts, of tokens under a capacity. Of a
-    balanced assignment it takes what the next best one has less.
+    sees every choice that the installed router makes: of experts, of groups of experts, of tokens under a capacity.
+    Of a balanced assignment it takes by how much the next best one is worse.
     """
 
     smallest = math.inf

@@ -1,6 +1,7 @@
-"""A router that gives every expert its share of a rank's microbatch while training (BASE layers, Lewis et al. 2021).
+"""A router that gives every expert its share of a rank's microbatch while training.
 
-Rule: the assignment is a function of the logits alone, the same to the bit when a layer is recomputed.
+As in BASE layers (Lewis et al. 2021). Rule: the assignment is a function of the logits alone, the
+same to the bit when a layer is recomputed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ NEVER = -torch.inf
 
 
 class BalancedRouter(TopKRouter):
-    """Balanced choices while training, top-k otherwise; the weights are those of top-k for the chosen experts."""
+    """Balanced choices while training, top-k otherwise, with Mixtral's weights for the chosen."""
 
     changed_choices: torch.Tensor  # of the last call while training: choices that are not top-k's
 
@@ -43,18 +44,18 @@ class BalancedRouter(TopKRouter):
 
 
 def balanced_assignment(scores: torch.Tensor, topk: int) -> torch.Tensor:
-    """Scores [tokens, experts] -> bool map: `topk` experts for every token, and every expert its share of them.
+    """Return the bool map [tokens, experts] with equal loads and the largest sum of scores.
 
-    Loads differ by at most one. Of all such maps this one has the largest sum of scores, as far as they are told
-    apart: within tokens * topk * spread * 2**-27, where spread is the largest difference between two scores of one
-    token. Where the search reaches a bound (few distinct tokens, hundreds of experts in a row), the map is as
-    balanced, and its sum is no longer the largest. What is not finite counts as the nearest finite score (NaN as the
-    lowest).
+    Every token has `topk` experts, and loads differ by at most one. The sum is the largest within
+    tokens * topk * spread * 2**-27, where spread is the largest difference between two scores of
+    one token. If the search reaches a bound (few distinct tokens, very many experts), the loads
+    are still equal, but the sum is no longer the largest. A score that is not finite counts as the
+    nearest finite one, NaN as the lowest.
 
-    Three stages: prices of the experts with which top-k of (score - price) is nearly balanced; such a choice has the
-    largest sum for the loads that it has. From there single tokens move from an expert with too many to one with too
-    few, each time along the best path over other experts, which keeps the sum the largest (successive shortest
-    paths). What is left at the bound moves directly.
+    Three stages. A search for prices of the experts with which top-k of (score - price) is nearly
+    balanced: such a choice has the largest sum for its loads. Then single tokens move from an
+    expert with too many to one with too few, each along the best path over other experts, which
+    keeps the sum the largest (successive shortest paths). At the bound the rest moves directly.
     """
     if has_torch_function_unary(scores):  # training/measured_step.py asks how near a choice was
         return handle_torch_function(balanced_assignment, (scores,), scores, topk)
@@ -78,7 +79,7 @@ def balanced_assignment(scores: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def assignment_margin(scores: torch.Tensor, chosen: torch.Tensor) -> float:
-    """How much less than balanced_assignment's map the next best map has in all; inf where there is no other."""
+    """Return by how much the sum of the next best balanced map is smaller; inf without another."""
     load = chosen.sum(dim=0)
     share = load.amax()
     scores = torch.cat([scores.double(), scores.new_zeros(1, len(load))])
@@ -90,7 +91,7 @@ def assignment_margin(scores: torch.Tensor, chosen: torch.Tensor) -> float:
 
 
 def _whole_numbers(scores: torch.Tensor) -> torch.Tensor:
-    """Scores in float64 as multiples of 1, relative to the token's best, each with its number for ties."""
+    """Return scores as whole numbers in float64, below the token's best, with the number for ties."""
     scores = scores.double()
     finite = scores[scores.isfinite()]
     low, high = finite.aminmax() if len(finite) else (scores.new_zeros(()),) * 2
@@ -110,7 +111,7 @@ def _best(scores: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def _prices(scores: torch.Tensor, topk: int) -> torch.Tensor:
-    """A price for each expert, whole numbers: with those found the fewest choices are beyond an expert's share."""
+    """Return the prices [experts], whole numbers, with the fewest choices beyond an expert's share."""
     tokens, experts = scores.shape
     share = -(-tokens * topk // experts)
     prices = scores.new_zeros(experts)
