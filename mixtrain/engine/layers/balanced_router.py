@@ -91,7 +91,7 @@ def assignment_margin(scores: torch.Tensor, chosen: torch.Tensor) -> float:
 
 
 def _whole_numbers(scores: torch.Tensor) -> torch.Tensor:
-    """Return scores as whole numbers in float64, below the token's best, with the number for ties."""
+    """Return scores as whole numbers in float64, relative to the token's best, ties broken."""
     scores = scores.double()
     finite = scores[scores.isfinite()]
     low, high = finite.aminmax() if len(finite) else (scores.new_zeros(()),) * 2
@@ -111,7 +111,7 @@ def _best(scores: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def _prices(scores: torch.Tensor, topk: int) -> torch.Tensor:
-    """Return the prices [experts], whole numbers, with the fewest choices beyond an expert's share."""
+    """Return the prices [experts] with the fewest choices beyond an expert's share."""
     tokens, experts = scores.shape
     share = -(-tokens * topk // experts)
     prices = scores.new_zeros(experts)
@@ -135,7 +135,7 @@ def _prices(scores: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def _move_along_paths(scores: torch.Tensor, chosen: torch.Tensor, share: int) -> None:
-    """Move tokens, in place, until every expert has its share, or up to the bound; [experts, tokens]."""
+    """Move tokens until every expert has its share or the bound is met; in place."""
     experts = len(scores)
     gains = None
     for _ in range(PATHS_PER_EXPERT * experts):
@@ -191,7 +191,7 @@ def _update_moves(
 
 
 def _best_path(gains: torch.Tensor, over: torch.Tensor, under: torch.Tensor) -> torch.Tensor | None:
-    """The experts of the path from one of `over` to one of `under` with the largest sum of gains (Bellman-Ford).
+    """Return the path of experts from `over` to `under` with the largest sum (Bellman-Ford).
 
     None where sums are rounded, beyond 512 experts, and no path is the best one.
     """
@@ -217,9 +217,9 @@ def _best_path(gains: torch.Tensor, over: torch.Tensor, under: torch.Tensor) -> 
 
 
 def _move_directly(scores: torch.Tensor, chosen: torch.Tensor, share: int) -> None:
-    """Move tokens, in place, from the experts with the most to those with the fewest; [experts, tokens].
+    """Move tokens from the experts with the most to those with the fewest; in place.
 
-    The first has more tokens that the second has not than have to move; a turn finishes one of the two.
+    The first always has enough tokens that the second lacks. Each turn balances one of the two.
     """
     beyond = (chosen.sum(dim=1) - share).tolist()
     while any(beyond):
