@@ -259,9 +259,11 @@ CASES = [
     ),
     (
         "balanced_sees_whole_microbatches",
-        "router=balanced parallel=ep1 parallel.tensor_model_parallel_size=2 parallel.sequence_parallel=true",
+        "router=balanced parallel=ep1 parallel.tensor_model_parallel_size=2"
+        " parallel.sequence_parallel=true",
         [
-            "parallel.tensor_model_parallel_size = 2 cannot go with router.moe_router_load_balancing_type = balanced",
+            "parallel.tensor_model_parallel_size = 2 cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
             "sequence parallelism",
             "use parallel.tensor_model_parallel_size=1",
         ],
@@ -270,7 +272,8 @@ CASES = [
         "balanced_sees_whole_microbatches",
         "router=balanced parallel.context_parallel_size=2 trainer.devices=4",
         [
-            "parallel.context_parallel_size = 2 cannot go with router.moe_router_load_balancing_type = balanced",
+            "parallel.context_parallel_size = 2 cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
             "a part of each sequence",
             "use parallel.context_parallel_size=1",
         ],
@@ -279,7 +282,8 @@ CASES = [
         "balanced_sees_whole_microbatches",
         "router=balanced dispatcher.moe_expert_capacity_factor=1.25",
         [
-            "dispatcher.moe_expert_capacity_factor = 1.25 cannot go with router.moe_router_load_balancing_type = balanced",
+            "dispatcher.moe_expert_capacity_factor = 1.25 cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
             "no expert gets more than its share",
             "use dispatcher.moe_expert_capacity_factor=null",
         ],
@@ -288,7 +292,8 @@ CASES = [
         "balanced_sees_whole_microbatches",
         "router=balanced router.moe_router_force_load_balancing=true",
         [
-            "router.moe_router_force_load_balancing = true cannot go with router.moe_router_load_balancing_type = balanced",
+            "router.moe_router_force_load_balancing = true cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
             "random scores",
             "use router.moe_router_force_load_balancing=false",
         ],
@@ -297,7 +302,8 @@ CASES = [
         "balanced_sees_whole_microbatches",
         "router=balanced model.transformer_impl=local model.moe_grouped_gemm=false",
         [
-            "model.transformer_impl = local cannot go with router.moe_router_load_balancing_type = balanced",
+            "model.transformer_impl = local cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
             "balanced router",
             "use model.transformer_impl=torch",
         ],
@@ -306,7 +312,8 @@ CASES = [
         "balanced_sees_whole_microbatches",
         "router=balanced model.extra.moe_router_fusion=true",
         [
-            "model.extra.moe_router_fusion = true cannot go with router.moe_router_load_balancing_type = balanced",
+            "model.extra.moe_router_fusion = true cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
             "fused",
             "use model.extra.moe_router_fusion=false",
         ],

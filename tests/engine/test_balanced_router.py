@@ -1,4 +1,4 @@
-"""router=balanced: the assignment against brute force, its bounds, its gradient, and its layouts."""
+"""router=balanced: the assignment against brute force, its bounds, gradient and layouts."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def sums_by_brute_force(scores: torch.Tensor, topk: int) -> list[float]:
     """The sums of all balanced maps, the largest first."""
     tokens, experts = scores.shape
     rows = [
-        [(picked, sum(row[expert] for expert in picked)) for picked in combinations(range(experts), topk)]
+        [(picked, sum(row[i] for i in picked)) for picked in combinations(range(experts), topk)]
         for row in scores.tolist()
-    ]  # fmt: skip
+    ]
     sums = []
     for choice in product(*rows):
         load = [0] * experts
@@ -47,11 +47,12 @@ def sums_by_brute_force(scores: torch.Tensor, topk: int) -> list[float]:
     return sorted(sums, reverse=True)
 
 
+SIZES = [(6, 4, 2), (5, 4, 2), (7, 3, 1), (5, 4, 3), (2, 5, 2)]
+
+
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(
-    "tokens, experts, topk", [(6, 4, 2), (5, 4, 2), (7, 3, 1), (5, 4, 3), (2, 5, 2)]
-)
-def test_the_sum_of_scores_is_the_largest_that_a_balanced_map_has(tokens, experts, topk, seed):  # fmt: skip
+@pytest.mark.parametrize("tokens, experts, topk", SIZES)
+def test_the_sum_of_scores_is_the_largest_of_a_balanced_map(tokens, experts, topk, seed):
     scores = draw(seed, tokens, experts) + 2 * draw(seed + 100, 1, experts)
     chosen = balanced_assignment(scores, topk)
     assert_balanced(chosen, topk)
@@ -71,7 +72,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_no_exchange_of_tokens_makes_the_sum_larger(name):
-    """Which proves that it is the largest: a better map would differ by cycles of moves that gain."""
+    """This proves that it is the largest: a better map differs by cycles of moves that gain."""
     scores, topk = LARGE[name]
     chosen = balanced_assignment(scores, topk)
     assert_balanced(chosen, topk)
@@ -171,7 +172,10 @@ def routed(identity) -> None:
             logits = tokens.detach()[:, 0] @ router.weight.detach().T
             logits.requires_grad_()
             best = chosen.nonzero()[:, 1].view(len(chosen), -1)
-            picked = logits.softmax(dim=1).gather(1, best) if words else logits.gather(1, best).softmax(dim=1)  # fmt: skip
+            if words:
+                picked = logits.softmax(dim=1).gather(1, best)
+            else:
+                picked = logits.gather(1, best).softmax(dim=1)
             expected = torch.zeros_like(weights).scatter(1, best, 2.5 * picked)
             torch.testing.assert_close(weights, expected)
             (expected * towards).sum().backward()
