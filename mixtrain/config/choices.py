@@ -56,6 +56,7 @@ class Balancing(Enum):
     global_aux_loss = 3
     sinkhorn = 4
     none = 5
+    balanced = 6
 
 
 class ScoreFunction(Enum):

@@ -66,6 +66,9 @@ def transformer_fields(config: Config, extra: bool = True) -> dict[str, object]:
     for name in ("moe_router_load_balancing_type", "moe_aux_loss_coeff"):
         if len(values[name]) == 1:
             values[name] = values[name][0]  # a list may not have sinkhorn or none
+    # our own router (engine/layers/balanced_router.py), unknown to Megatron-Core
+    if values["moe_router_load_balancing_type"] == "balanced":
+        values["moe_router_load_balancing_type"] = "none"
     precision = config.trainer.precision
     if precision is Precision.fp8:
         values |= {"fp8": "hybrid"}

@@ -13,16 +13,18 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mixtrain.config.choices import TransformerImpl
+from mixtrain.config.choices import Balancing, TransformerImpl
 from mixtrain.config.plan import Plan
 from mixtrain.config.transformer_fields import transformer_fields
 from mixtrain.engine import weight_init
 from mixtrain.engine.compat import megatron_fixes
 from mixtrain.engine.layers import spec as torch_layers
+from mixtrain.engine.layers.balanced_router import BalancedRouter
 from mixtrain.engine.layers.cpu import embedding, onednn_matmul
 from mixtrain.engine.layers.loss import token_losses
 from mixtrain.errors import UserError
@@ -153,13 +155,19 @@ def block_spec(
     """Return this stage's layers from the implementation that model.transformer_impl names."""
     match plan.config.model.transformer_impl:
         case TransformerImpl.torch:
-            return torch_layers.block_spec(plan.config.model, config, vp_stage)
+            return torch_layers.block_spec(plan.config.model, config, vp_stage, router_class(plan))
         case TransformerImpl.transformer_engine:
             return get_gpt_decoder_block_spec(
                 config, use_transformer_engine=True, vp_stage=vp_stage
             )
         case TransformerImpl.local:
             return local_spec(config, vp_stage)
+
+
+def router_class(plan: Plan) -> type[TopKRouter]:
+    """The router that router.moe_router_load_balancing_type needs."""
+    balanced = Balancing.balanced in plan.config.router.moe_router_load_balancing_type
+    return BalancedRouter if balanced else TopKRouter
 
 
 def local_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:

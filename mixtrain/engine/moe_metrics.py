@@ -9,7 +9,9 @@ from megatron.core import parallel_state
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
 
+from mixtrain.config.choices import Balancing
 from mixtrain.config.plan import Plan
+from mixtrain.engine.layers.balanced_router import BalancedRouter
 from mixtrain.engine.process_groups import Ranks
 
 # each auxiliary loss -> its name in Megatron-Core's tracker
@@ -34,6 +36,7 @@ class ExpertLoad:
         self.counts = torch.zeros(
             shape, dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device
         )
+        self.changed = torch.zeros((), dtype=self.counts.dtype, device=device)
         for model in models:
             for module in model.modules():
                 if isinstance(module, TopKRouter):
@@ -47,10 +50,13 @@ class ExpertLoad:
             self.bad[router.layer_number - 1] |= _finite(inputs[0]) & ~_finite(probs)
             # with padding the map has entries of weight 0 that fill an expert to its capacity
             self.counts[router.layer_number - 1] += (routing_map & (probs != 0)).sum(dim=0)
+            if isinstance(router, BalancedRouter):
+                self.changed += router.changed_choices
 
     def clear(self) -> None:
         """Reset the counts and Megatron-Core's tracked auxiliary losses before a step."""
         self.counts.zero_()
+        self.changed.zero_()
         self.bad.zero_()
         moe_utils.clear_aux_losses_tracker()
 
@@ -59,6 +65,17 @@ class ExpertLoad:
         total = self.counts.clone()
         torch.distributed.all_reduce(total)
         return [[round(count) for count in layer] for layer in total.tolist()]
+
+    def balanced_choices_changed(self, plan: Plan, sequences: int) -> dict[str, float]:
+        """{"balanced_choices_changed": share of a step's choices that top-k would not make}.
+
+        {} with another router. Every rank must call.
+        """
+        if Balancing.balanced not in plan.config.router.moe_router_load_balancing_type:
+            return {}
+        changed = self.changed.clone()
+        torch.distributed.all_reduce(changed)
+        return {"balanced_choices_changed": changed.item() / _routed(plan, sequences)}
 
     def not_finite(self, ranks: Ranks) -> list[list[int]]:
         """Return [layer, rank] of the routers that were first to be not finite in this step.
@@ -79,9 +96,13 @@ def token_drop_rate(plan: Plan, counts: list[list[int]], sequences: int) -> dict
     """
     if plan.config.dispatcher.moe_expert_capacity_factor is None:
         return {}
+    return {"token_drop_rate": 1 - sum(map(sum, counts)) / _routed(plan, sequences)}
+
+
+def _routed(plan: Plan, sequences: int) -> int:
+    """Choices of experts in a step of `sequences`, over all layers."""
     model = plan.config.model
-    routed = sequences * plan.config.data.seq_length * model.moe_router_topk * model.num_layers
-    return {"token_drop_rate": 1 - sum(map(sum, counts)) / routed}
+    return sequences * plan.config.data.seq_length * model.moe_router_topk * model.num_layers
 
 
 def forget_model() -> None:

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mixtrain.checkpoint.directory import write_atomically
 from mixtrain.checkpoint.write_errors import Unwritable, convert_write_errors
+from mixtrain.config.choices import Balancing
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import banners, changed_mathematics, render, tags
 from mixtrain.system import untrusted_json
@@ -40,10 +41,12 @@ COLUMNS = {
 }
 # share of a layer's tokens on its busiest top-k experts from which the other experts stop learning
 COLLAPSE_SHARE = 0.9
+SHARES = ("token_drop_rate", "balanced_choices_changed")  # columns where the step has them
 QUIET_STEPS = 10  # logged steps between two warnings of the same kind
 LAST = "last"  # marks a record that was written because the run ended, not at its interval
 HEADER = " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 DROPPED = f" {'dropped':>8}"  # an extra column where tokens can be dropped
+CHANGED = f" {'changed':>8}"  # and where a balanced router changes choices
 
 
 class MetricsRecord(TypedDict):
@@ -119,7 +122,8 @@ class Logs:
         for line in [*banners(self.plan), *self._changes()]:
             self.say(line)
         can_drop = self.plan.config.dispatcher.moe_expert_capacity_factor is not None
-        self.say(HEADER + DROPPED * can_drop)
+        balanced = Balancing.balanced in self.plan.config.router.moe_router_load_balancing_type
+        self.say(HEADER + DROPPED * can_drop + CHANGED * balanced)
         if self.writes:
             self.progress.start()
 
@@ -145,7 +149,7 @@ class Logs:
             f"{metrics['step']:>7} {_show(metrics['lm_loss'], 4):>9} {'':>9}"
             f" {_show(metrics['grad_norm'], 3):>9} {metrics['learning_rate']:>9.2e} {balance:>8}"
             f" {metrics['tokens_per_second']:>9,.0f} {metrics['step_seconds']:>8.3f}"
-            + (f" {metrics['token_drop_rate']:>8.2%}" if "token_drop_rate" in metrics else "")
+            + "".join(f" {metrics[name]:>8.2%}" for name in SHARES if name in metrics)
         )
         self._warn_of_collapse(metrics, collapsed)
         self.progress.update(self.task, completed=metrics["step"])

@@ -158,6 +158,7 @@ class Loop:
             sample_digest=digest(self.sample_ids.gather(self.ranks.device)),
             tokens_per_expert=counts,
             **token_drop_rate(self.plan, counts, self.batch_size),
+            **self.load.balanced_choices_changed(self.plan, self.batch_size),
             **expert_bias(self.plan, self.training.chunks, self.ranks.device),
         )
 

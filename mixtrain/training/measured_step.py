@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from mixtrain.config import layout_sensitive, tensor_schema
 from mixtrain.config.plan import Plan
 from mixtrain.engine import model, optimizer, process_groups, shards
+from mixtrain.engine.layers.balanced_router import assignment_margin, balanced_assignment
 from mixtrain.engine.moe_metrics import ExpertLoad, collect_balancing_loss
 from mixtrain.engine.optimizer import Training
 from mixtrain.system.rank_identity import Identity
@@ -32,7 +33,7 @@ class ChoiceMargin(TorchFunctionMode):
 
     For scores, which are never negative, it compares logarithms: a change of a logit changes those
     by at most as much. It sees every choice that the installed router makes: experts, groups of
-    experts, tokens under a capacity.
+    experts, tokens under a capacity. For a balanced assignment it is the distance to the next best.
     """
 
     smallest = math.inf
@@ -41,7 +42,10 @@ class ChoiceMargin(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (torch.topk, torch.Tensor.topk):
             self._record(*args, **kwargs)
-        return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if function is balanced_assignment:
+            self.smallest = min(self.smallest, assignment_margin(args[0], result))
+        return result
 
     def _record(self, values: torch.Tensor, k: int, dim: int = -1, **_: object) -> None:
         if k >= values.shape[dim]:

@@ -392,3 +392,26 @@ def test_cfg_job_prints_the_composed_configuration():
 def test_cfg_job_does_not_hide_a_wrong_word(capfd):
     with pytest.raises(UserError, match="did you mean trainer.max_steps"):
         compose(["--cfg", "job", "trainer.max_stepz=5"])
+
+
+WITH_BASE = sorted(path.parent.name for path in CONF.glob("*/_base.yaml"))
+
+
+@pytest.mark.parametrize("group", WITH_BASE)
+def test_an_option_states_only_what_differs_from_its_groups_base(group):
+    base = OmegaConf.to_container(OmegaConf.load(CONF / group / "_base.yaml"))
+    assert len(WITH_BASE) == 8
+    for name in options(group):
+        option = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"))
+        assert option.pop("defaults") == ["_base"]
+        assert option.keys() <= base.keys(), name
+        # sinkhorn says why its coefficient is 0
+        same = {key for key, value in option.items() if value == base[key]} - {"moe_aux_loss_coeff"}
+        assert same <= {"moe_router_pre_softmax"}, name
+
+
+def test_the_base_of_a_group_is_not_an_option():
+    assert "_base" not in options("router")
+    jobs, problems = compose(["router=_base"])
+    assert len(problems) == 1 and problems[0].startswith("router=_base: ")
+    assert "aux_loss" in problems[0] and "_base," not in problems[0]

@@ -258,6 +258,95 @@ CASES = [
         ],
     ),
     (
+        "balanced_sees_whole_microbatches",
+        "router=balanced parallel=ep1 parallel.tensor_model_parallel_size=2"
+        " parallel.sequence_parallel=true",
+        [
+            "parallel.tensor_model_parallel_size = 2 cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
+            "sequence parallelism",
+            "use parallel.tensor_model_parallel_size=1",
+        ],
+    ),
+    (
+        "balanced_sees_whole_microbatches",
+        "router=balanced parallel.context_parallel_size=2 trainer.devices=4",
+        [
+            "parallel.context_parallel_size = 2 cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
+            "a part of each sequence",
+            "use parallel.context_parallel_size=1",
+        ],
+    ),
+    (
+        "balanced_sees_whole_microbatches",
+        "router=balanced dispatcher.moe_expert_capacity_factor=1.25",
+        [
+            "dispatcher.moe_expert_capacity_factor = 1.25 cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
+            "no expert gets more than its share",
+            "use dispatcher.moe_expert_capacity_factor=null",
+        ],
+    ),
+    (
+        "balanced_sees_whole_microbatches",
+        "router=balanced router.moe_router_force_load_balancing=true",
+        [
+            "router.moe_router_force_load_balancing = true cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
+            "random scores",
+            "use router.moe_router_force_load_balancing=false",
+        ],
+    ),
+    (
+        "balanced_sees_whole_microbatches",
+        "router=balanced model.transformer_impl=local model.moe_grouped_gemm=false",
+        [
+            "model.transformer_impl = local cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
+            "balanced router",
+            "use model.transformer_impl=torch",
+        ],
+    ),
+    (
+        "balanced_sees_whole_microbatches",
+        "router=balanced model.extra.moe_router_fusion=true",
+        [
+            "model.extra.moe_router_fusion = true cannot go with"
+            " router.moe_router_load_balancing_type = balanced",
+            "fused",
+            "use model.extra.moe_router_fusion=false",
+        ],
+    ),
+    (
+        "balancing_has_its_coefficient",
+        "router=balanced router.moe_aux_loss_coeff=0.01",
+        [
+            "moe_router_load_balancing_type = balanced has no auxiliary loss",
+            "use router.moe_aux_loss_coeff=0",
+        ],
+    ),
+    (
+        "balancing_types_can_be_combined",
+        "router.moe_router_load_balancing_type=[aux_loss,balanced]"
+        " router.moe_aux_loss_coeff=[0.1,0]",
+        ["router.moe_router_load_balancing_type: balanced cannot be combined", "balanced alone"],
+    ),
+    (
+        "one_expert_needs_pre_softmax",
+        "router=balanced model.moe_router_topk=1",
+        ["model.moe_router_topk = 1", "router.moe_router_pre_softmax=true"],
+    ),
+    (
+        "keys_are_read",
+        "router=balanced router.moe_router_enable_expert_bias=true",
+        [
+            "router.moe_router_enable_expert_bias = true is not read with"
+            " router.moe_router_load_balancing_type = balanced",
+            "use false",
+        ],
+    ),
+    (
         "expert_bias_needs_sigmoid",
         "router.moe_router_enable_expert_bias=true",
         [
@@ -1047,6 +1136,12 @@ LEGAL = [
     "router=sinkhorn",
     "router=sinkhorn router.moe_z_loss_coeff=0.001 router.moe_input_jitter_eps=0.01"
     " router.moe_router_dtype=fp64",
+    "router=balanced",
+    "router=balanced router.moe_z_loss_coeff=0.001 router.moe_input_jitter_eps=0.01"
+    " router.moe_router_dtype=fp64 router.moe_router_pre_softmax=true"
+    " router.moe_router_topk_scaling_factor=2",
+    "router=balanced trainer.recompute_granularity=full trainer.recompute_method=uniform"
+    " trainer.recompute_num_layers=1",
     "router=none",
     "router.moe_router_enable_expert_bias=true router.moe_router_score_function=sigmoid",
     "dispatcher.moe_expert_capacity_factor=1.5 dispatcher.moe_pad_expert_input_to_capacity=true",
@@ -1122,6 +1217,7 @@ PROSE = {
     "more TP",
     "CP",
     "none alone",
+    "balanced alone",
     "only auxiliary losses",
     "both",
     "neither",

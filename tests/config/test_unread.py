@@ -58,6 +58,7 @@ ROUTERS = {
     "router=expert_bias": POLICY | {"router.moe_router_pre_softmax"},
     f"router=aux_loss {SIGMOID}": POLICY | RATE | {"router.moe_router_pre_softmax"},
     "router=sinkhorn": POLICY | SCORES | BIAS | GROUPS,
+    "router=balanced": POLICY | BIAS | GROUPS | {"router.moe_router_score_function"},
     "router=aux_loss dispatcher=drop": RATE,
 }
 FLIPPED = {  # where the router has the other value already
@@ -80,10 +81,10 @@ def two_ways(router: str, key: str) -> tuple[list[str], list[str]]:
 def routed(*overrides: str) -> list[torch.Tensor]:
     """Of the router of these overrides: its weights and map, and the gradients."""
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-    from megatron.core.transformer.moe.router import TopKRouter
 
-    config = model.transformer_config(derived(*ALONE, *overrides))
-    router = TopKRouter(config, get_default_pg_collection()).train()
+    plan = derived(*ALONE, *overrides)
+    config = model.transformer_config(plan)
+    router = model.router_class(plan)(config, get_default_pg_collection()).train()
     router.set_layer_number(1)
     if router.expert_bias is not None:
         router.expert_bias.copy_(torch.linspace(-1, 1, len(router.expert_bias)))
@@ -159,8 +160,9 @@ def test_what_asks_for_nothing_is_the_default_of_the_option_files_and_of_megatro
         section, name = key.split(".")
         assert defaults[name] == nothing
         assert value_of(config_of("router=aux_loss"), key) == nothing
+        base = OmegaConf.load(CONF / section / "_base.yaml")
         for path in (CONF / section).glob("*.yaml"):
-            value = OmegaConf.load(path)[name]
+            value = OmegaConf.merge(base, OmegaConf.load(path))[name]
             assert value == nothing or path.stem == "expert_bias", path
 
 

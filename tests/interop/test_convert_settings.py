@@ -62,7 +62,14 @@ def test_an_expert_bias_is_refused_with_its_sigmoid():
     [
         *[
             [f"router={name}"]
-            for name in ("aux_loss", "seq_aux_loss", "global_aux_loss", "combined", "none")
+            for name in (
+                "aux_loss",
+                "seq_aux_loss",
+                "global_aux_loss",
+                "combined",
+                "none",
+                "balanced",
+            )
         ],
         ["router.moe_z_loss_coeff=0.001"],
         ["model.untie_embeddings_and_output_weights=false"],

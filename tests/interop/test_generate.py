@@ -236,6 +236,7 @@ def test_whoever_is_asked_to_stop_stops_all_ranks_after_that_token(there, tmp_pa
 ETP2 = [*TP2, "parallel.expert_tensor_parallel_size=2"]
 OTHERS = {
     "sinkhorn, on PP2": ["router=sinkhorn"],
+    "balanced, on PP2": ["router=balanced"],
     "sigmoid, expert bias, groups, a shared expert, norms of queries and keys, on ETP2": [
         "router.moe_router_score_function=sigmoid",
         "router.moe_router_enable_expert_bias=true",

@@ -77,6 +77,14 @@ def test_the_model_is_the_runs_and_the_layout_that_of_the_words():
     )
 
 
+def test_a_balanced_router_generates_as_top_k_on_tensor_ranks_too():
+    words = [word for word in SHAPE if not word.startswith("router=")]
+    run = state_of(*words, "router=balanced")
+    plan = planned(run, "parallel=ep1", "parallel.tensor_model_parallel_size=2")
+    assert plan.config.router.moe_router_load_balancing_type[0].name == "none"
+    assert generation_plan.changed_values(run, plan) == []
+
+
 REFUSALS = {
     "parallel.context_parallel_size=2": "parallel.context_parallel_size = 2: generation does not split",
     "parallel=pp2_vpp2": "parallel.virtual_pipeline_model_parallel_size = 2: a token passes each",

@@ -102,6 +102,12 @@ def test_layouts_that_are_another_run_by_design_are_left_out_and_counted():
     )
 
 
+def test_a_balanced_assignment_is_compared_where_no_other_is_near():
+    plans, left_out = comparable(shrunk("router=balanced"))
+    assert not left_out and all(layout.tp == layout.cp == 1 for layout in plans)
+    assert {layout.ep for layout in plans} == {layout.dp for layout in plans} == {1, 2, 4, 8}
+
+
 @pytest.mark.parametrize("router", ["global_aux_loss", "combined"])
 def test_the_global_auxiliary_loss_is_compared_over_data_parallel_ranks(router, tmp_path):
     """Every layout has the same number of microbatches, since the counts run over them."""

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from mixtrain.config.choices import Accelerator, Balancing, Dispatcher, FlexBackend, ScoreFunction
+from mixtrain.config.choices import (
+    Accelerator,
+    Balancing,
+    Dispatcher,
+    FlexBackend,
+    ScoreFunction,
+    TransformerImpl,
+)
+from mixtrain.config.key_effects import show
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems, must_divide
 
 # without an auxiliary loss, so they cannot be combined
-ALONE = (Balancing.sinkhorn, Balancing.none)
+ALONE = (Balancing.sinkhorn, Balancing.none, Balancing.balanced)
 
 
 def expert_parallel_divides_experts(plan: Plan) -> Problems:
@@ -78,9 +86,36 @@ def sinkhorn_drops_nothing(plan: Plan) -> Problems:
         )
 
 
+def balanced_sees_whole_microbatches(plan: Plan) -> Problems:
+    if Balancing.balanced not in _types(plan):
+        return
+    config = plan.config
+    refused = [
+        ("parallel.tensor_model_parallel_size", config.parallel.tensor_model_parallel_size, 1,
+         "sequence parallelism leaves a router only a part of the tokens to balance"),
+        ("parallel.context_parallel_size", config.parallel.context_parallel_size, 1,
+         "a router has only a part of each sequence to balance"),
+        ("dispatcher.moe_expert_capacity_factor", config.dispatcher.moe_expert_capacity_factor,
+         None, "no expert gets more than its share, so none is to be dropped"),
+        ("router.moe_router_force_load_balancing", config.router.moe_router_force_load_balancing,
+         False, "it would balance random scores"),
+        ("model.transformer_impl", config.model.transformer_impl.name, TransformerImpl.torch.name,
+         "the balanced router belongs to those layers"),
+        ("model.extra.moe_router_fusion", config.model.extra.get("moe_router_fusion", False),
+         False, "a fused router knows no balanced assignment"),
+    ]  # fmt: skip
+    for key, value, needed, why in refused:
+        if value != needed:
+            yield (
+                f"{key} = {show(value)} cannot go with router.moe_router_load_balancing_type ="
+                f" balanced: {why}; use {key}={show(needed)}"
+            )
+
+
 def expert_bias_needs_sigmoid(plan: Plan) -> Problems:
     router = plan.config.router
-    if Balancing.sinkhorn in _types(plan):  # it reads neither key: unread.py
+    # neither reads a bias: unread.py
+    if {Balancing.sinkhorn, Balancing.balanced} & set(_types(plan)):
         return
     sigmoid = router.moe_router_score_function is ScoreFunction.sigmoid
     if router.moe_router_enable_expert_bias and not sigmoid:
@@ -196,6 +231,7 @@ RULES = [
     balancing_types_can_be_combined,
     balancing_has_its_coefficient,
     sinkhorn_drops_nothing,
+    balanced_sees_whole_microbatches,
     expert_bias_needs_sigmoid,
     expert_groups_fit,
     padding_needs_capacity,

@@ -28,6 +28,10 @@ def _sinkhorn(config: Config) -> bool:
     return Balancing.sinkhorn in config.router.moe_router_load_balancing_type
 
 
+def _balanced(config: Config) -> bool:
+    return Balancing.balanced in config.router.moe_router_load_balancing_type
+
+
 # fmt: off
 UNREAD = [
     Unread("router.moe_router_load_balancing_type = sinkhorn", _sinkhorn, {
@@ -39,6 +43,13 @@ UNREAD = [
         "router.moe_router_num_groups": None,
         "router.moe_router_group_topk": None,
         "router.moe_router_topk_scaling_factor": None,
+    }),
+    Unread("router.moe_router_load_balancing_type = balanced", _balanced, {
+        "router.moe_router_score_function": "softmax",  # its weights are a softmax
+        "router.moe_router_enable_expert_bias": False,
+        "router.moe_router_bias_update_rate": 0.001,
+        "router.moe_router_num_groups": None,
+        "router.moe_router_group_topk": None,
     }),
     Unread("router.moe_router_score_function = sigmoid",
            lambda config: config.router.moe_router_score_function is ScoreFunction.sigmoid,

@@ -9,6 +9,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
@@ -29,16 +30,21 @@ KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 
 
 def block_spec(
-    model: ModelConfig, config: TransformerConfig, vp_stage: int | None
+    model: ModelConfig,
+    config: TransformerConfig,
+    vp_stage: int | None,
+    router: type[TopKRouter] = TopKRouter,
 ) -> TransformerBlockSubmodules:
     """Return the layers of this stage (and chunk), all Mixture-of-Experts, and the final norm."""
     layers = get_num_layers_to_build(config, vp_stage=vp_stage)
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(model, config)] * layers, layer_norm=RMSNorm
+        layer_specs=[layer_spec(model, config, router)] * layers, layer_norm=RMSNorm
     )
 
 
-def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
+def layer_spec(
+    model: ModelConfig, config: TransformerConfig, router: type[TopKRouter]
+) -> ModuleSpec:
     """Return the spec of a layer: norm, attention, norm, experts."""
     attention = SelfAttentionSubmodules(
         linear_qkv=ColumnParallelLinear,
@@ -49,7 +55,9 @@ def layer_spec(model: ModelConfig, config: TransformerConfig) -> ModuleSpec:
     )
     shared = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     moe = MoESubmodules(
-        experts=ModuleSpec(Experts), shared_experts=ModuleSpec(SharedExpertMLP, submodules=shared)
+        experts=ModuleSpec(Experts),
+        shared_experts=ModuleSpec(SharedExpertMLP, submodules=shared),
+        router=router,
     )
     return ModuleSpec(
         TransformerLayer,

@@ -54,6 +54,9 @@ FORCED = {
     "trainer.rampup_batch_size": None,
     "trainer.device_memory_gib": None,  # the estimate includes gradients and optimizer
 }
+# a router that is balanced in training uses top-k in generation, so every layout will do
+BALANCING = "router.moe_router_load_balancing_type"
+BALANCED = ["balanced"]
 # (key, supported values, why other values are not supported)
 SUPPORTED = [
     ("parallel.context_parallel_size", [1], "generation does not split sequences"),
@@ -124,6 +127,8 @@ def plan_of(
     for key, value in FORCED.items():
         if key not in overridden:
             _set(tree, key, value)
+    if OmegaConf.select(tree, BALANCING) == BALANCED:
+        _set(tree, BALANCING, ["none"])
     config = _with_unused_sizes(Config.from_hydra(tree, list(known_problems)), identity)
     problems = [
         *known_problems,
@@ -204,7 +209,11 @@ def changed_values(run_state: RunState, plan: Plan) -> list[str]:
     """Return the values that affect tokens and that overrides changed, with the run's values."""
     lines = []
     for key, value in _values_of_run(run_state):
-        if CLASS_OF.get(key) != MATHEMATICS or key in FORCED:
+        if (
+            CLASS_OF.get(key) != MATHEMATICS
+            or key in FORCED
+            or (key, value) == (BALANCING, BALANCED)
+        ):
             continue
         if (planned := value_of(plan.config, key)) != value:
             lines.append(f"{key} = {show(planned)} (the run: {show(value)})")
