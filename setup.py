@@ -1,4 +1,4 @@
-"""What pyproject.toml cannot say: a wheel carries the files beside the package in mixtrain/share/."""
+"""Build a wheel with the files beside the package (conf/, recipes/, ...) in mixtrain/share/."""
 
 import shutil
 from pathlib import Path

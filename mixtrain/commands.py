@@ -1,4 +1,4 @@
-"""The console commands of an installed mixtrain: `mixtrain-train` is `python train.py`, and so on. No torch.
+"""The console commands of an installed mixtrain, as `mixtrain-train` for train.py. No torch.
 
 Each runs the script itself, so that a checkout and an installed package do the same.
 """

@@ -1,4 +1,4 @@
-"""What several files of tests are about: a model of transformers on the disk, and its checkpoint."""
+"""Fixtures of several test files: a model of transformers on the disk, and its checkpoint."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ for number in (signal.SIGINT, signal.SIGHUP):
 # same time.
 LONGEST = """
     test_launch test_resume test_parity test_bad_steps test_generate_command test_verify_conversion
-    test_conversion test_stdlib test_recipes test_conversion_refusals test_checkpoint_faults test_checkpoint_tool
-    test_classes test_run
+    test_conversion test_stdlib test_recipes test_conversion_refusals test_checkpoint_faults
+    test_checkpoint_tool test_classes test_run
 """.split()
 
 

@@ -1,4 +1,4 @@
-"""Small models of transformers on the disk, and their files read without the code that is tested."""
+"""Small models of transformers on the disk, read without the code that is tested."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def unequal(a: Path, b: Path) -> list[str]:
-    """The names of tensors that are not equal bit for bit in two directories, or are in one alone."""
+    """The names of tensors that differ in a bit in two directories, or are in one alone."""
     here = tensors_of(a)
     there = tensors_of(b)
     different = [

@@ -57,7 +57,7 @@ def imported(path: Path, inside_functions: bool) -> Iterator[str]:
 
 
 def files_of(name: str) -> Iterator[Path]:
-    """The files of the project that importing `name` runs: the module, and the packages it is in."""
+    """The project's files that importing `name` runs: the module and its packages."""
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
         base = ROOT.joinpath(*parts[:end])
@@ -89,8 +89,8 @@ def test_the_walk_finds_what_a_module_that_needs_torch_reaches():
 # From what may import everything to what imports nothing. A room imports those behind it, and never
 # one before it.
 ROOMS = """
-    commands cli proof interop launch training checkpoint data engine config system errors characters
-    paths
+    commands cli proof interop launch training checkpoint data engine config system
+    errors characters paths
 """.split()
 BESIDE = {("data", "engine")}  # neither knows the other
 

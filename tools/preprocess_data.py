@@ -20,9 +20,9 @@ directory (every file is text).
 
 Writes PREFIX.bin, PREFIX.idx, PREFIX.json (counts, highest token id, hashes) and, with
 --train-tokenizer, PREFIX-tokenizer. Every document ends with the tokenizer's end-of-document token.
-Empty and unreadable documents are left out and positive_int, and the first ten are named on stderr; too
+Empty and unreadable documents are left out and counted, and the first ten are named on stderr; too
 many unreadable ones are an error (--max-unreadable). If a text spells a special token, it stays
-text and is positive_int; --parse-special-tokens makes it the special token, as generation, transformers
+text and is counted; --parse-special-tokens makes it the special token, as generation, transformers
 and vLLM read it. Output is written to PREFIX.writing until it is complete.
 
 Exit codes: 0 written; 2 wrong input or arguments; 1 an internal error; 130 interrupted.

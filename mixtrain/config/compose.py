@@ -29,9 +29,9 @@ from mixtrain.characters import CONTROL, escaped
 from mixtrain.config import text_values
 from mixtrain.config.schema import FREE, leaves, legal_keys, unknown_key
 from mixtrain.errors import UserError
+from mixtrain.paths import CONF
 from mixtrain.system import scratch, yaml_file
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 ADDED_GROUPS = ("recipe", "shrink")  # not in the defaults list of config.yaml: given with a plus
 SCENARIOS = "bench"  # a folder of conf/ that is not a group
 HYDRA_RESOLVER = re.compile(r"\$\{\s*hydra\s*:\s*([\w.]*)")  # has a value only while Hydra runs

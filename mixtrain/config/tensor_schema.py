@@ -19,6 +19,9 @@ from mixtrain.config.choices import QkLayernormOver
 from mixtrain.config.schema import Config, ModelConfig
 
 LAYER = "decoder.layers."
+ATTENTION = LAYER + "self_attention."
+EXPERTS = LAYER + "mlp.experts.experts."
+SHARED = LAYER + "mlp.shared_experts."
 
 
 class TensorRow(NamedTuple):
@@ -37,25 +40,25 @@ class TensorRow(NamedTuple):
 
 # fmt: off
 TENSORS = [TensorRow(*row) for row in [
-    ("embedding.word_embeddings.weight",                         "V H",      "always", "normal", "tp"),
-    (LAYER + "self_attention.linear_qkv.layer_norm_weight",      "L H",      "always", "ones", ""),
-    (LAYER + "self_attention.linear_qkv.weight",                 "L Q+2K H", "always", "normal", "tp"),
-    (LAYER + "self_attention.linear_qkv.bias",                   "L Q+2K",   "qkv bias", "zeros", "tp"),
-    (LAYER + "self_attention.q_layernorm.weight",                "L D",      "head norm", "ones", ""),
-    (LAYER + "self_attention.k_layernorm.weight",                "L D",      "head norm", "ones", ""),
-    (LAYER + "self_attention.q_layernorm.weight",                "L Q",      "projection norm", "ones", "tp"),
-    (LAYER + "self_attention.k_layernorm.weight",                "L K",      "projection norm", "ones", "tp"),
-    (LAYER + "self_attention.linear_proj.weight",                "L H Q",    "always", "scaled", "tp"),
-    (LAYER + "pre_mlp_layernorm.weight",                         "L H",      "always", "ones", ""),
-    (LAYER + "mlp.router.weight",                                "L E H",    "always", "normal", ""),
-    (LAYER + "mlp.router.expert_bias",                           "L E",      "bias",   "buffer", ""),
-    (LAYER + "mlp.experts.experts.linear_fc1.weight",            "L E 2F H", "always", "normal", "ep"),
-    (LAYER + "mlp.experts.experts.linear_fc2.weight",            "L E H F",  "always", "scaled", "ep"),
-    (LAYER + "mlp.shared_experts.gate_weight",                   "L 1 H",    "shared gate", "normal", ""),
-    (LAYER + "mlp.shared_experts.linear_fc1.weight",             "L 2S H",   "shared", "normal", "tp"),
-    (LAYER + "mlp.shared_experts.linear_fc2.weight",             "L H S",    "shared", "scaled", "tp"),
-    ("decoder.final_layernorm.weight",                           "H",        "always", "ones", ""),
-    ("output_layer.weight",                                      "V H",      "untied", "normal", "tp"),
+    ("embedding.word_embeddings.weight",         "V H",      "always",          "normal", "tp"),
+    (ATTENTION + "linear_qkv.layer_norm_weight", "L H",      "always",          "ones",   ""),
+    (ATTENTION + "linear_qkv.weight",            "L Q+2K H", "always",          "normal", "tp"),
+    (ATTENTION + "linear_qkv.bias",              "L Q+2K",   "qkv bias",        "zeros",  "tp"),
+    (ATTENTION + "q_layernorm.weight",           "L D",      "head norm",       "ones",   ""),
+    (ATTENTION + "k_layernorm.weight",           "L D",      "head norm",       "ones",   ""),
+    (ATTENTION + "q_layernorm.weight",           "L Q",      "projection norm", "ones",   "tp"),
+    (ATTENTION + "k_layernorm.weight",           "L K",      "projection norm", "ones",   "tp"),
+    (ATTENTION + "linear_proj.weight",           "L H Q",    "always",          "scaled", "tp"),
+    (LAYER + "pre_mlp_layernorm.weight",         "L H",      "always",          "ones",   ""),
+    (LAYER + "mlp.router.weight",                "L E H",    "always",          "normal", ""),
+    (LAYER + "mlp.router.expert_bias",           "L E",      "bias",            "buffer", ""),
+    (EXPERTS + "linear_fc1.weight",              "L E 2F H", "always",          "normal", "ep"),
+    (EXPERTS + "linear_fc2.weight",              "L E H F",  "always",          "scaled", "ep"),
+    (SHARED + "gate_weight",                     "L 1 H",    "shared gate",     "normal", ""),
+    (SHARED + "linear_fc1.weight",               "L 2S H",   "shared",          "normal", "tp"),
+    (SHARED + "linear_fc2.weight",               "L H S",    "shared",          "scaled", "tp"),
+    ("decoder.final_layernorm.weight",           "H",        "always",          "ones",   ""),
+    ("output_layer.weight",                      "V H",      "untied",          "normal", "tp"),
 ]]
 # fmt: on
 # modules with a weight that are not Transformer Engine's
@@ -85,7 +88,7 @@ def shapes(config: Config) -> dict[str, tuple[int, ...]]:
 def layer_counts(model: ModelConfig, split: str, part: str = "", axes: int = 1) -> int:
     """Parameters of one layer (of one expert, where `split` is ep) in tensors split that way.
 
-    Counts only tensors whose key contains `part` and that have `axes` axes or more without stacking.
+    Counts only tensors whose key contains `part` and that have `axes` axes or more, stacking apart.
     """
     sizes = _sizes(model)
     config = SimpleNamespace(model=model)

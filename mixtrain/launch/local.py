@@ -20,6 +20,7 @@ from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
 from mixtrain.launch.rank_process import RankProcess
+from mixtrain.paths import ROOT
 from mixtrain.system import host_memory, scratch, streams
 from mixtrain.system.rank_identity import FOLDER, INTERFACES, LAUNCHER, interface_problem
 from mixtrain.system.status import try_write_status
@@ -34,7 +35,7 @@ from mixtrain.training.watchdog import (
     stacks_file,
 )
 
-TRAIN = (sys.executable, str(Path(__file__).resolve().parents[2] / "train.py"))
+TRAIN = (sys.executable, str(ROOT / "train.py"))
 # how long the other ranks may take to notice that one has failed, before they are killed
 GRACE_SECONDS = 20
 # the same before the first step, where ranks wait for others to connect and notice nothing, and

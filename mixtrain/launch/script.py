@@ -16,8 +16,8 @@ from mixtrain.config.plan import Plan
 from mixtrain.config.sbatch_directive import MARK, directive
 from mixtrain.config.schema import Config, legal_keys
 from mixtrain.launch.containers import mounts_of
+from mixtrain.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = ROOT / "slurm" / "train.sbatch"
 ENV_FILE = ROOT / "slurm" / "env.sh"
 KEYS = {

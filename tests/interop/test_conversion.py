@@ -426,7 +426,10 @@ def test_the_tools_convert_and_say_what_to_type_next(hub, tmp_path):
     }
     again = tool("convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "back")
     assert again.returncode == 2
-    said = f"mixtrain: 1 problem:\n  - {tmp_path / 'back'} is there already: give a new directory, or remove it\n"
+    said = (
+        f"mixtrain: 1 problem:\n  - {tmp_path / 'back'} is there already: give a new directory,"
+        " or remove it\n"
+    )
     assert again.stderr.endswith(said) and "Traceback" not in again.stderr
     size = tool(
         "convert_megatron_to_hf", tmp_path / "megatron", tmp_path / "x", "--max-shard-size", "5XB"
@@ -453,9 +456,11 @@ def peak_gb(folder: Path, out: Path) -> float:
     system counts it.
     """
     program = (  # both ways in one process, which imports for seconds
-        "import re, sys; from pathlib import Path; from mixtrain.interop.convert import to_hf, to_megatron\n"
+        "import re, sys; from pathlib import Path\n"
+        "from mixtrain.interop.convert import to_hf, to_megatron\n"
         "there, out = map(Path, sys.argv[1:])\n"
-        "to_megatron.convert(there, out / 'megatron'); to_hf.convert(out / 'megatron', out / 'back')\n"
+        "to_megatron.convert(there, out / 'megatron')\n"
+        "to_hf.convert(out / 'megatron', out / 'back')\n"
         "print(int(re.search(r'VmHWM:\\s+(\\d+)', Path('/proc/self/status').read_text())[1]) / 1e6)"
     )
     out.mkdir()

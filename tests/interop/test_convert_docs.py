@@ -1,4 +1,4 @@
-"""The commands of the pages about conversion and generation are commands of the tools as they are."""
+"""The pages about conversion and generation show commands that the tools have."""
 
 from __future__ import annotations
 

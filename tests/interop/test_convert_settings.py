@@ -186,12 +186,14 @@ REFUSED_VALUES = {
     },
     f"hidden_size = {10**30} is not a whole number from 1 to 1,048,576": {"hidden_size": 10**30},
     "vocab_size = 4294967296 is not a whole number from 1 to 2,147,483,647": {"vocab_size": 2**32},
-    "num_hidden_layers = 16000 with num_local_experts = 60000: their product must be at most 262,144": {
+    "num_hidden_layers = 16000 with num_local_experts = 60000: their product must be at most"
+    " 262,144": {
         "num_hidden_layers": 16000,
         "num_local_experts": 60000,
         "num_key_value_heads": 1,
     },
-    "num_hidden_layers = 16000 with num_key_value_heads = 32: their product must be at most 262,144": {
+    "num_hidden_layers = 16000 with num_key_value_heads = 32: their product must be at most"
+    " 262,144": {
         "num_hidden_layers": 16000,
         "num_key_value_heads": 32,
     },

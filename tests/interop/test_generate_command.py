@@ -1,4 +1,4 @@
-"""tools/generate.py: what it takes and refuses, the run's model and tokenizer, and what it prints."""
+"""tools/generate.py: its arguments and refusals, the model and tokenizer, what it prints."""
 
 from __future__ import annotations
 
@@ -34,7 +34,10 @@ COMMANDS = [
     for line in DOCS.splitlines()
     if line.startswith("$ python tools/generate.py")
 ]
-TEMPLATE = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}<assistant>"
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
+    "<assistant>"
+)
 TP2 = "parallel.tensor_model_parallel_size=2"
 SHAPE = [*TINY, "router=none", "model.vocab_size=320", "parallel.expert_model_parallel_size=1"]
 
@@ -86,7 +89,8 @@ def test_the_commands_of_the_docs_run_and_give_transformers_tokens(trained, tmp_
     assert one.returncode == FINISHED, one.stderr
     assert one.stderr.splitlines()[0] == f"generate: {path_of(trained, 2)} on 1 rank, cpu, fp32"
     assert re.fullmatch(
-        r"generate: 1 prompt with \d+ tokens continued with \d+ in [\d.]+ s: \S+ tokens/s, the first after [\d.]+ s",
+        r"generate: 1 prompt with \d+ tokens continued with \d+ in [\d.]+ s: \S+ tokens/s,"
+        r" the first after [\d.]+ s",
         one.stderr.splitlines()[-1],
     )
     two = command(*(str(trained) if word == "runs/laptop" else word for word in as_json[2:]))

@@ -86,7 +86,8 @@ def test_a_balanced_router_generates_as_top_k_on_tensor_ranks_too():
 
 
 REFUSALS = {
-    "parallel.context_parallel_size=2": "parallel.context_parallel_size = 2: generation does not split",
+    "parallel.context_parallel_size=2": "parallel.context_parallel_size = 2: generation does not"
+    " split",
     "parallel=pp2_vpp2": "parallel.virtual_pipeline_model_parallel_size = 2: a token passes each",
     "parallel.data_parallel_sharding_strategy=optim": "parallel.data_parallel_sharding_strategy ="
     " optim: there are no",

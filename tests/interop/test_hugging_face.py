@@ -110,7 +110,7 @@ def outputs_of(model: torch.nn.Module, names: list[str], into: dict[str, object]
 
 
 def weights_over_experts(tokens: int, output: tuple) -> torch.Tensor:
-    """Hugging Face's router output as [sequence, token, expert]: each weight in its expert's place."""
+    """Hugging Face's router output as [sequence, token, expert]: weights by expert."""
     logits, weights, chosen = output
     return torch.zeros_like(logits).scatter(1, chosen, weights).view(-1, tokens, logits.shape[1])
 

@@ -166,7 +166,7 @@ def main():
 def test_a_gguf_file_has_its_name_when_it_is_whole_and_what_llama_cpp_does_not_know_is_one_line(
     tmp_path,
 ):
-    """The converter here only asks for the name of the split, as llama.cpp's does, and writes it."""
+    """A converter that only asks for the name of the split, as llama.cpp's does."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERTER)
     words = ("convert_to_gguf.py", tmp_path, tmp_path / "x.gguf", "--llama-cpp", tmp_path)

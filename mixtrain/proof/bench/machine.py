@@ -9,7 +9,8 @@ import re
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[3]
+from mixtrain.paths import ROOT
+
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine")
 # Dense bf16 peak in TFLOP/s, by part of the GPU's name (NVIDIA's data sheets, without sparsity).
 PEAKS = {"H100": 989, "H200": 989, "A100": 312}

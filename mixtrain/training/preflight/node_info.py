@@ -21,15 +21,10 @@ import psutil
 from mixtrain.config.choices import DataKind
 from mixtrain.config.data_blend import parse_blend
 from mixtrain.config.plan import Plan
+from mixtrain.paths import CONF, PACKAGE, ROOT
 from mixtrain.system.rank_identity import Identity, node_name
 
-ROOT = Path(__file__).resolve().parents[3]
-SOURCES = (
-    "train.py",
-    "mixtrain/**/*.py",
-    "conf/**/*.yaml",
-    "recipes/*.yaml",
-)
+SOURCES = [(PACKAGE, "**/*.py"), (ROOT, "train.py"), (CONF, "**/*.yaml")]  # folder, pattern
 LIBRARIES = (
     "torch",
     "megatron-core",
@@ -104,10 +99,10 @@ def commit() -> str:
 def source_digest() -> str:
     """Return the SHA-256 of the files that define a run; it also shows uncommitted changes."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in SOURCES for path in ROOT.glob(pattern)}):
-        digest.update(
-            f"{path.relative_to(ROOT)}\0".encode() + hashlib.sha256(path.read_bytes()).digest()
-        )
+    for folder, pattern in SOURCES:
+        for path in sorted(folder.glob(pattern)):
+            name = path.relative_to(folder)
+            digest.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
