@@ -24,7 +24,12 @@ from mixtrain.config.plan import Plan
 from mixtrain.paths import CONF, PACKAGE, ROOT
 from mixtrain.system.rank_identity import Identity, node_name
 
-SOURCES = [(PACKAGE, "**/*.py"), (ROOT, "train.py"), (CONF, "**/*.yaml")]  # folder, pattern
+SOURCES = [  # folder, pattern
+    (PACKAGE, "**/*.py"),
+    (ROOT, "train.py"),
+    (CONF, "**/*.yaml"),
+    (ROOT, "recipes/*.yaml"),
+]
 LIBRARIES = (
     "torch",
     "megatron-core",
