@@ -52,8 +52,8 @@ def test_it_plans_and_trains_from_another_folder(installed, tmp_path):
     )
     assert plan.returncode == 0, plan.stderr
     assert "256 experts (32 layers x 8)" in plan.stdout
-    words = ["+recipe=mixtral_8x7b_ep8", "+shrink=laptop", "trainer.max_steps=2", "data=mock"]
-    words += ["parallel.expert_model_parallel_size=2", "data.seq_length=64"]
+    words = ["+recipe=mixtral_8x7b_ep8", "+shrink=laptop", "trainer.max_steps=2"]
+    words += ["parallel.expert_model_parallel_size=2"]
     trained = run(installed, "mixtrain-train", *words, cwd=tmp_path)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert (tmp_path / "runs" / "mixtral_8x7b_ep8-laptop" / "metrics.jsonl").is_file()

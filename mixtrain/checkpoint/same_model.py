@@ -28,7 +28,7 @@ def problems(config: Config, checkpoint: Path) -> list[str]:
     """Return a line for each unacknowledged difference. ValueError without run_state.json."""
     acknowledged = config.checkpoint.acknowledge_differences
     return [
-        difference.told(checkpoint)
+        difference.message(checkpoint)
         for difference in differences(config, state.read(checkpoint).config)
         if difference.key not in acknowledged
     ]

@@ -78,10 +78,9 @@ def _is_typed(key: str, typed: dict[str, Any]) -> bool:
 def _values_of(group: str, option: str, conf: Path) -> dict[str, Any]:
     """Return {key: value} of the option, with its group's _base.yaml."""
     body = OmegaConf.to_container(OmegaConf.load(conf / group / f"{option}.yaml"), resolve=False)
-    for base in body.pop("defaults", []):
-        if isinstance(base, str):  # a file of the same group
-            own = OmegaConf.load(conf / group / f"{base}.yaml")
-            body = OmegaConf.to_container(own, resolve=False) | body
+    if "_base" in body.pop("defaults", []):
+        base = OmegaConf.load(conf / group / "_base.yaml")
+        body = OmegaConf.to_container(base, resolve=False) | body
     return dict(leaves(body if group in ADDED_GROUPS else {group: body}))
 
 

@@ -194,8 +194,8 @@ UNREAD = {
 UNSUPPORTED = {
     "the plan does not count what it changes": """
         moe_layer_freq mtp_num_layers mtp_loss_scaling_factor mtp_standalone mtp_use_repeated_layer
-        mtp_detach_heads mtp_hybrid_override_pattern multi_latent_attention add_qkv_bias
-        moe_shared_expert_gate attention_output_gate moe_latent_size heterogeneous_block_specs
+        mtp_detach_heads mtp_hybrid_override_pattern multi_latent_attention
+        attention_output_gate moe_latent_size heterogeneous_block_specs
         hetereogenous_dist_checkpoint
     """,
     "it is for another attention": """

@@ -19,6 +19,12 @@ EXTRA = "model.extra."
 KEY = "checkpoint.acknowledge_differences"
 TOKENIZER = "data.tokenizer"  # checkpoint/same_tokenizer.py compares it
 ABSENT = object()
+# the values of a checkpoint that was written before there was the key
+OLDER = {
+    "model.qk_layernorm_over": "head",
+    "model.add_qkv_bias": False,
+    "model.moe_shared_expert_gate": False,
+}
 
 
 class Difference(NamedTuple):
@@ -44,6 +50,8 @@ def differences(config: Config, trained: Any) -> Iterator[Difference]:
     for key in FORWARD:
         configured = value_of(config, key)
         value = _at(trained, key)
+        if value is ABSENT:
+            value = OLDER.get(key, ABSENT)
         if key == "dispatcher.moe_token_drop_policy" and dropless:
             continue  # no token is dropped
         if key == "router.moe_router_enable_expert_bias" and configured and value is False:

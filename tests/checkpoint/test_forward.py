@@ -23,6 +23,9 @@ OTHERS = {
     "model.layernorm_epsilon": 1e-3,
     "model.untie_embeddings_and_output_weights": False,
     "model.qk_layernorm": True,
+    "model.qk_layernorm_over": "projection",
+    "model.add_qkv_bias": True,
+    "model.moe_shared_expert_gate": True,
     "router.moe_router_load_balancing_type": ["sinkhorn"],
     "router.moe_router_score_function": "sigmoid",
     "router.moe_router_pre_softmax": True,
@@ -142,11 +145,11 @@ def test_a_state_without_the_keys_is_refused_for_each(config, tmp_path):
     (tmp_path / state.NAME).write_text(state.to_json(state.RunState(config=config)))
     with pytest.raises(UserError) as refusal:
         same_model.refuse_differences(config_of(), tmp_path)
-    assert "model.rotary_base = 1000000, but" in str(
+    assert "model.rotary_base = 1000000, but" in str(refusal.value) and "an unknown value" in str(
         refusal.value
-    ) and "a value that is not known" in str(refusal.value)
-    # the policy has no effect if no token is dropped
-    assert len(refusal.value.problems) == len(FORWARD) - 1
+    )
+    # the policy has no effect if no token is dropped; older checkpoints have a value for some keys
+    assert len(refusal.value.problems) == len(FORWARD) - 1 - len(model_differences.OLDER)
 
 
 def test_it_is_said_before_any_rank_starts_unless_the_run_goes_on_from_its_own(tmp_path):

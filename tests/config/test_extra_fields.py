@@ -220,7 +220,6 @@ TRUE = [  # a field's value, with which layers, and what comes of it
     ("barrier_with_L1_time", False, "torch", SAME),
     ("embedding_init_method_std", 0.3, "torch", SAME),
     ("enable_cuda_graph", True, "torch", FAILS),
-    ("add_qkv_bias", True, "torch", FAILS),
     ("hybrid_context_parallel", True, "torch", FAILS),
     ("moe_layer_freq", 2, "torch", SAME),
 ]

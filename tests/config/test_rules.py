@@ -891,7 +891,7 @@ CASES = [
     (
         "qk_layernorm_over_projection",
         "model.qk_layernorm_over=projection",
-        ["is not read with model.qk_layernorm = false; use head"],
+        ["is not read with model.qk_layernorm = false", "use model.qk_layernorm_over=head"],
     ),
     (
         "qk_layernorm_over_projection",

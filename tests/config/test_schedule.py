@@ -162,7 +162,7 @@ def test_a_run_that_ends_in_its_warmup_is_warned_of():
     assert plan_of(*overrides, f"trainer.max_steps={WARMUP + 1}").warnings == ()
     assert plan_of(*overrides, f"trainer.max_steps={WARMUP}").warnings == (
         "optimizer.lr_warmup_steps = 4, but the run ends at trainer.max_steps = 4: no step has"
-        " optimizer.lr = 1.00e-03, the last one has 7.50e-04",
+        " optimizer.lr = 1.00e-03, the last has 7.50e-04",
     )
 
 

@@ -71,7 +71,7 @@ def test_a_data_set_read_back_has_the_ids_of_mistrals_own_package(published, mis
 def test_a_prompt_has_the_ids_of_mistrals_own_package(published, mistrals):
     text = PromptTokenizer(str(published), [])
     assert [text.encode(each, chat=False) for each in TEXTS] == [[1, *ids] for ids in mistrals]
-    assert text.encode("    return", chat=False) == [1, 260, 604] and text.ends() == {2}
+    assert text.encode("    return", chat=False) == [1, 260, 604] and text.end_tokens() == {2}
 
 
 def test_an_exported_model_gives_a_text_the_same_ids(exported, mistrals):

@@ -32,6 +32,7 @@ OURS = {
         "untie_embeddings_and_output_weights",
         "transformer_impl",
         "hf_model",
+        "qk_layernorm_over",
         "extra",
     },
     "parallel": {"acknowledged_faults"},

@@ -247,7 +247,7 @@ def test_a_file_that_may_not_grow_is_one_line_and_nothing_is_left(way, hub, conv
 def test_what_the_disk_says_within_a_conversion_is_not_taken_for_another_conversion(tmp_path):
     (tmp_path / "mine").mkdir()
     for number, words in ((errno.ENOSPC, "; it takes 9 bytes, and up to "), (errno.EIO, "$")):
-        with pytest.raises(Fault, match=f"out is not made: x: {os.strerror(number)}{words}"):
+        with pytest.raises(Fault, match=f"out was not written: x: {os.strerror(number)}{words}"):
             with output_directory.written_whole(tmp_path / "mine" / "new" / "out", 9, 1) as writing:
                 (writing / "a").write_text("12345")
                 raise OSError(number, os.strerror(number), "x")

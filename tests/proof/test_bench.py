@@ -69,7 +69,7 @@ WRONG = {
     (
         *HUGGING_FACE,
         "router=sinkhorn",
-    ): "router.moe_router_load_balancing_type = sinkhorn: its weights",
+    ): "router.moe_router_load_balancing_type = sinkhorn: the weights",
 }
 
 

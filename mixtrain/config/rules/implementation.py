@@ -86,12 +86,12 @@ def qk_layernorm_over_projection(plan: Plan) -> Problems:
     if not model.qk_layernorm:
         yield (
             "model.qk_layernorm_over = projection is not read with model.qk_layernorm = false;"
-            " use head"
+            " use model.qk_layernorm_over=head"
         )
     elif model.transformer_impl is not TransformerImpl.torch:
         yield (
             "model.qk_layernorm_over = projection needs model.transformer_impl = torch, not"
-            f" {model.transformer_impl.name}; use torch"
+            f" {model.transformer_impl.name}; use model.transformer_impl=torch"
         )
 
 

@@ -179,7 +179,7 @@ def _write(
     written = [share for share, _ in results]
     written.append(shard_writer.write_shards(release, processes, list(objects.values())))
     if failed := next((share for share in written if share.error), None):
-        raise OSError(failed.number or errno.EIO, failed.error)
+        raise OSError(failed.errno or errno.EIO, failed.error)
     small_files = [release / name for name in (COMMON, state.NAME, METADATA, CONFIG)]
     # torch.save to a full disk does not raise the disk's OSError
     common = io.BytesIO()
