@@ -1,12 +1,18 @@
-"""mixtrain's own work: forward and backward, or whole steps, of a plan on one random batch.
+"""mixtrain's own work: forward and backward, whole steps, and saving, of a plan on a random batch.
 
-Rule: the benchmark calls the same functions as a training run.
+Rule: the benchmark calls the same functions as a training run. The time of saving includes fsync.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,11 +21,25 @@ import torch
 from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
 from mixtrain.engine.compat import cpu, megatron_fixes
-from mixtrain.proof.bench.batch import microbatches
-from mixtrain.proof.bench.memory import Memory
-from mixtrain.proof.bench.scenario import Measure
-from mixtrain.proof.bench.work import Work
+from mixtrain.proof.bench.work import Memory, Work, microbatches, norm_of
 from mixtrain.system.rank_identity import Identity
+
+
+class RepeatedBatch:
+    """An endless iterable of the rank's microbatches of one batch."""
+
+    def __init__(self, plan: Plan):
+        from megatron.core.parallel_state import (
+            get_data_parallel_rank,
+            get_data_parallel_world_size,
+        )
+
+        ranks = get_data_parallel_rank(), get_data_parallel_world_size()
+        self.batch = list(microbatches(plan, *ranks))
+
+    def __iter__(self):
+        while True:
+            yield from self.batch
 
 
 @contextlib.contextmanager
@@ -36,29 +56,21 @@ def started(plan: Plan, identity: Identity, memory: Memory) -> Iterator[Any]:
         yield ranks
 
 
-@contextlib.contextmanager
-def training_work(
-    plan: Plan, identity: Identity, measure: Measure, memory: Memory
-) -> Iterator[Work]:
-    """Yield a rank's work: each repeat takes the same whole global batch."""
-    with started(plan, identity, memory) as ranks:
-        if measure is Measure.step:
-            _, once = optimizer_steps(plan, ranks)
-            norm = None
-        else:
-            once, norm = forward_backward_passes(plan, ranks)
-
-        def wait() -> None:
-            if ranks.device.type == "cuda":
-                torch.cuda.synchronize()
-            if identity.world_size > 1:
-                torch.distributed.barrier()
-
-        yield Work(once, plan.tokens_per_step, wait, norm)
+def wait_for_ranks() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    if torch.distributed.get_world_size() > 1:
+        torch.distributed.barrier()
 
 
-def optimizer_steps(plan: Plan, ranks: Any):
-    """Return (the Training, a function that takes a whole optimizer step as the loop does)."""
+def optimizer_steps(plan: Plan, ranks: Any) -> Work:
+    """Return the work of whole optimizer steps, taken by the training loop, on the same batch."""
+    once, _ = step_of(plan, ranks)
+    return Work(once, plan.tokens_per_step, wait_for_ranks)
+
+
+def step_of(plan: Plan, ranks: Any) -> tuple[Callable[[], dict[str, float]], Any]:
+    """Return (a function that takes a step as the loop does, the Training that it changes)."""
     from mixtrain.checkpoint.state import RunState
     from mixtrain.engine import model, optimizer
     from mixtrain.training import loop
@@ -79,55 +91,85 @@ def optimizer_steps(plan: Plan, ranks: Any):
             )
         return {"sum": metrics["lm_loss"], "tokens": 1, "norm": metrics["grad_norm"]}
 
-    return training, once
+    return once, training
 
 
-def forward_backward_passes(plan: Plan, ranks: Any):
-    """Return (a function that runs forward and backward, a function for the gradient norm or None).
+def forward_backward(plan: Plan, ranks: Any) -> Work:
+    """Return the work of forward and backward, after the gradient buffers are set to zero.
 
-    Each pass zeroes the gradient buffers first. The norm is only available on one rank.
+    The norm is only available on one rank.
     """
     from mixtrain.engine import model, optimizer
-    from mixtrain.engine.optimizer import Training
     from mixtrain.training import loop
 
     chunks = optimizer.wrap_for_data_parallel(plan, model.build(plan, ranks.device))
     optimizer.set_schedule_callbacks(plan, chunks, optimizer=None)
-    training = Training(chunks, optimizer=None, scheduler=None)
+    training = optimizer.Training(chunks, optimizer=None, scheduler=None)
     data = [iter(RepeatedBatch(plan)) for _ in chunks]
+    batch = plan.config.trainer.global_batch_size
 
     def once() -> dict[str, float]:
         for chunk in chunks:
             chunk.zero_grad_buffer()
-        batch = plan.config.trainer.global_batch_size
         total, tokens = loop.run_microbatches(
             plan, ranks, training, data, batch, forward_only=False
         )
         return {"sum": total, "tokens": tokens}
 
-    return once, (lambda: gradient_norm(chunks)) if plan.world_size == 1 else None
+    def norm() -> float:
+        return norm_of(weight.main_grad for chunk in chunks for weight in chunk.parameters())
+
+    return Work(once, plan.tokens_per_step, wait_for_ranks, norm if plan.world_size == 1 else None)
 
 
-def gradient_norm(chunks: list[torch.nn.Module]) -> float:
-    """Return the norm of all gradients of a model on one rank."""
-    gradients = (parameter.main_grad for chunk in chunks for parameter in chunk.parameters())
-    return sum(gradient.double().pow(2).sum().item() for gradient in gradients) ** 0.5
+def checkpoint_saves(plan: Plan, ranks: Any, folder: Path) -> Work:
+    """Return the work of saving a model that has taken a step; one checkpoint is kept.
+
+    With checkpoint.async_save the time is that for which training is blocked.
+    """
+    plan = replace(plan, config=replace(plan.config, run_dir=str(folder)))
+    step, training = step_of(plan, ranks)
+    from mixtrain.checkpoint.save import Saver
+    from mixtrain.checkpoint.state import RunState
+
+    step()
+    saver = Saver(plan, ranks, training, lambda _: None)
+    numbers = itertools.count(1)
+
+    def once() -> dict[str, float]:
+        began = time.perf_counter()
+        saver.save(RunState(step=next(numbers)))
+        blocked_seconds = time.perf_counter() - began
+        while saver.pending:
+            step()
+            began = time.perf_counter()
+            saver.poll()
+            blocked_seconds += time.perf_counter() - began
+        return {"seconds": blocked_seconds}
+
+    return Work(once, plan.checkpoint_bytes)
 
 
-class RepeatedBatch:
-    """An endless iterable of the rank's microbatches of one batch."""
+def plain_writes(plan: Plan, folder: Path, files: int) -> Work:
+    """Return the work of writing a checkpoint's bytes to plain files, two at a time like a rank."""
+    data = memoryview(os.urandom(1 << 26))
+    size = plan.checkpoint_bytes // files
+    paths = [folder / f"plain_{number}" for number in range(files)]
 
-    def __init__(self, plan: Plan):
-        from megatron.core import parallel_state
+    def write(path: Path) -> None:
+        with path.open("wb", buffering=0) as file:
+            remaining = size
+            while remaining:
+                remaining -= file.write(data[: min(remaining, len(data))])
+            os.fsync(file.fileno())
 
-        self.batch = list(
-            microbatches(
-                plan,
-                parallel_state.get_data_parallel_rank(),
-                parallel_state.get_data_parallel_world_size(),
-            )
-        )
+    def once() -> dict[str, float]:
+        began = time.perf_counter()
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(write, paths))
+        seconds = time.perf_counter() - began
+        for path in paths:
+            path.unlink()
+        return {"seconds": seconds}
 
-    def __iter__(self):
-        while True:
-            yield from self.batch
+    return Work(once, size * files)

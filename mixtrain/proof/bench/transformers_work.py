@@ -15,25 +15,20 @@ from mixtrain.config.plan import Plan
 from mixtrain.engine import weight_init
 from mixtrain.interop.convert import hf_config
 from mixtrain.interop.convert.weights import to_hugging_face
-from mixtrain.proof.bench.batch import microbatches
-from mixtrain.proof.bench.memory import Memory
-from mixtrain.proof.bench.work import Work
+from mixtrain.proof.bench.work import Memory, Work, microbatches, norm_of
 
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 def forward_backward(plan: Plan, config_overrides: dict[str, str], memory: Memory) -> Work:
     """Return the work: each repeat takes the whole global batch in the plan's microbatches."""
-    trainer = plan.config.trainer
-    device = torch.device("cuda" if trainer.accelerator is Accelerator.gpu else "cpu")
+    is_gpu = plan.config.trainer.accelerator is Accelerator.gpu
+    device = torch.device("cuda" if is_gpu else "cpu")
     memory.begin()
     model = build_model(plan, config_overrides, device)
     inputs = [
-        {
-            "input_ids": microbatch["tokens"].to(device),
-            "shift_labels": microbatch["labels"].to(device),
-        }
-        for microbatch in microbatches(plan)
+        {"input_ids": batch["tokens"].to(device), "shift_labels": batch["labels"].to(device)}
+        for batch in microbatches(plan)
     ]
 
     def once() -> dict[str, float]:
@@ -47,8 +42,11 @@ def forward_backward(plan: Plan, config_overrides: dict[str, str], memory: Memor
             losses.append(loss.detach())
         return {"sum": torch.stack(losses).sum().item(), "tokens": 1}
 
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return Work(once, plan.tokens_per_step, wait, lambda: gradient_norm(model))
+    wait = torch.cuda.synchronize if is_gpu else lambda: None
+
+    return Work(
+        once, plan.tokens_per_step, wait, lambda: norm_of(each.grad for each in model.parameters())
+    )
 
 
 def build_model(
@@ -63,8 +61,3 @@ def build_model(
     weights = to_hugging_face(plan.config, weight_init.initial_tensors(plan, dtype), "fused")
     model.load_state_dict(weights, strict=plan.config.model.untie_embeddings_and_output_weights)
     return model.train()
-
-
-def gradient_norm(model: torch.nn.Module) -> float:
-    gradients = (parameter.grad for parameter in model.parameters())
-    return sum(gradient.double().pow(2).sum().item() for gradient in gradients) ** 0.5
