@@ -68,7 +68,7 @@ WRONG = {
     (
         *HUGGING_FACE,
         "router=sinkhorn",
-    ): "router.moe_router_load_balancing_type = sinkhorn: its weights",
+    ): "router.moe_router_load_balancing_type = sinkhorn: the weights",
 }
 
 
@@ -115,7 +115,7 @@ def test_ratios_are_taken_within_rounds():
 
 
 def test_a_ratio_is_shown_with_its_range_over_all_rounds(capsys):
-    """A round in which other processes were busy counts, and the heading says how busy they were."""
+    """A round in which others were busy counts, and the heading says how busy they were."""
     values = [(1, 2.0, 0.0), (2, 2.5, 0.04), (3, 9.0, 1.5)]
     report.show(
         {},

@@ -135,7 +135,7 @@ class VariantProcesses:
                 )  # fmt: skip
             self.children.append(child)
             identity = Identity(rank, ranks, rank, ranks, f"file://{folder}/rendezvous")
-            self._send(ours, (variant, identity, scenario.warmup, scenario.repeats))
+            self._send(rank, (variant, identity, scenario.warmup, scenario.repeats))
 
     def __enter__(self) -> VariantProcesses:
         return self
@@ -161,39 +161,36 @@ class VariantProcesses:
 
     def take_turn(self) -> dict[str, Any]:
         """Run a turn on all ranks; return maximum time, total CPU time and maximum peak memory."""
-        for pipe in self.pipes:
-            self._send(pipe, "turn")
+        for rank in range(len(self.pipes)):
+            self._send(rank, "turn")
         answers = self._answers()
         keys = ("seconds", "amount", "peak_bytes")
         maxima = {key: max(answer[key] for answer in answers) for key in keys}
         return maxima | {"cpu_seconds": sum(answer["cpu_seconds"] for answer in answers)}
 
-    @staticmethod
-    def _send(pipe: connection.Connection, message: object) -> None:
+    def _send(self, rank: int, message: object) -> None:
         with contextlib.suppress(OSError):  # the rank has ended: _answers reports it
-            pipe.send(message)
+            self.pipes[rank].send(message)
 
     def _answers(self) -> list[Any]:
         """Return one answer per rank. The first rank that ends instead is reported as the cause."""
-        answers: dict[int, Any] = {}
-        while waiting := [rank for rank in range(len(self.pipes)) if rank not in answers]:
-            ready = connection.wait([self.pipes[rank] for rank in waiting], TIMEOUT_SECONDS)
+        answers: dict[connection.Connection, Any] = {}
+        name = self.variant.name
+        while waiting := [pipe for pipe in self.pipes if pipe not in answers]:
+            ready = connection.wait(waiting, TIMEOUT_SECONDS)
             if not ready:
                 raise Fault(
-                    f"{self.variant.name}: rank {waiting[0]} has not answered for"
+                    f"{name}: rank {self.pipes.index(waiting[0])} has not answered for"
                     f" {TIMEOUT_SECONDS // 60} minutes"
                 )
-            for rank in waiting:
-                if self.pipes[rank] in ready:
-                    answers[rank] = self._answer(rank)
-        return list(dict(sorted(answers.items())).values())
-
-    def _answer(self, rank: int) -> Any:
-        try:
-            return self.pipes[rank].recv()
-        except (EOFError, OSError):
-            output = (self.folder / f"rank_{rank}" / "log").read_text().strip()[-2000:]
-            code = self.children[rank].wait()
-            raise Fault(
-                f"{self.variant.name}: rank {rank} ended with exit code {code}:\n{output}"
-            ) from None
+            for pipe in ready:
+                try:
+                    answers[pipe] = pipe.recv()
+                except (EOFError, OSError):
+                    rank = self.pipes.index(pipe)
+                    code = self.children[rank].wait()
+                    output = (self.folder / f"rank_{rank}" / "log").read_text().strip()[-2000:]
+                    raise Fault(
+                        f"{name}: rank {rank} ended with exit code {code}:\n{output}"
+                    ) from None
+        return [answers[pipe] for pipe in self.pipes]
