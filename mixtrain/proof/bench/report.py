@@ -89,35 +89,36 @@ def show(info: dict[str, str], readings: Iterable[Reading]) -> None:
 
 
 def _table(variants: list[Figures], gpu: str | None) -> Table:
-    readings = [figure.taken[0] for figure in variants]
-    unit, scale, form = UNITS[readings[0].unit]
-    speeds = [f.median("rate") * scale if scale else f.median("seconds") for f in variants]
-    columns = {
-        unit: [f"{speed:{form}}" for speed in speeds],
-        f"{readings[0].variant} / this": [_range(figure.ratios("rate")) for figure in variants],
-        "CPU time": [_range(f.ratios("cpu_rate")).partition(" ")[0] for f in variants],
-        "peak": [_gib(figure.peak_bytes) for figure in variants],
-        "state": [_gib(reading.held_bytes) for reading in readings],
-        "planned": [_gib(reading.state_bytes) for reading in readings],
+    rows = [_cells(figure, gpu) for figure in variants]
+    names = [name for name in rows[0] if any(row[name] for row in rows)]
+    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(names[0], no_wrap=True, min_width=13)
+    for name in names[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
+    return table
+
+
+def _cells(figure: Figures, gpu: str | None) -> dict[str, str]:
+    """Return {column: text}."""
+    one = figure.taken[0]
+    unit, scale, form = UNITS[one.unit]
+    cells = {
+        "variant": one.variant,
+        unit: f"{figure.median('rate') * scale if scale else figure.median('seconds'):{form}}",
+        f"{figure.first[0].variant} / this": _range(figure.ratios("rate")),
+        "CPU time": _range(figure.ratios("cpu_rate")).partition(" ")[0],
+        "peak": _gib(figure.peak_bytes),
+        "state": _gib(one.held_bytes),
+        "planned": _gib(one.state_bytes),
     }
     if gpu:
-        peak = peak_tflops(gpu)
-        columns |= {
-            "TF/s": [_tflops(figure.tflops("flops_causal")) for figure in variants],
-            "whole": [_tflops(figure.tflops("flops_whole")) for figure in variants],
-            "MFU": [
-                f"{tflops / peak:.1%}" if peak and tflops else ""
-                for tflops in (figure.tflops("flops_whole") for figure in variants)
-            ],
-        }
-    table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("variant", no_wrap=True, min_width=13)
-    shown = {name: cells for name, cells in columns.items() if any(cells)}
-    for name in shown:
-        table.add_column(name, justify="right", no_wrap=True)
-    for number, reading in enumerate(readings):
-        table.add_row(reading.variant, *(cells[number] for cells in shown.values()))
-    return table
+        whole, peak = figure.tflops("flops_whole"), peak_tflops(gpu)
+        cells["TF/s"] = _tflops(figure.tflops("flops_causal"))
+        cells["whole"] = _tflops(whole)
+        cells["MFU"] = f"{whole / peak:.1%}" if whole and peak else ""
+    return cells
 
 
 def _range(values: list[float]) -> str:

@@ -71,27 +71,19 @@ def readings_of(
 
     def start(stack: contextlib.ExitStack, variant: Variant, number: int) -> VariantProcesses:
         turn_folder = folder / str(number) / variant.name
-        return stack.enter_context(VariantProcesses(variant, scenario, turn_folder))
-
-    def warm_up(variant: Variant, processes: VariantProcesses) -> None:
+        processes = stack.enter_context(VariantProcesses(variant, scenario, turn_folder))
         results[variant.name] = processes.wait_until_ready()
         check_same_results(name, [one for one in variants if one.name in results], results)
+        return processes
 
     say(f"{name}: {', '.join(one.name for one in variants)} build their models and warm up ...")
     with contextlib.ExitStack() as row_stack:
-        resident = {}
-        if scenario.resident:
-            resident = {one.name: start(row_stack, one, 0) for one in variants}  # all at once
-            for variant in variants:
-                warm_up(variant, resident[variant.name])
+        there = {one.name: start(row_stack, one, 0) for one in variants if scenario.resident}
         for number in range(1, scenario.rounds + 1):
             wait_for_quiet(scenario.patience_seconds)
             for variant in variants:
                 with contextlib.ExitStack() as turn_stack:
-                    processes = resident.get(variant.name)
-                    if processes is None:
-                        processes = start(turn_stack, variant, number)
-                        warm_up(variant, processes)
+                    processes = there.get(variant.name) or start(turn_stack, variant, number)
                     values = measured(processes.take_turn)
                     values |= constants_of(variant, results[variant.name])
                     yield Reading(label, number, variant.name, **values)
