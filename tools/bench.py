@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import run as run_tool  # noqa: E402
 from mixtrain.errors import FINISHED, UserError  # noqa: E402
-from mixtrain.proof.bench import machine, reading, report, run, scenario  # noqa: E402
+from mixtrain.proof.bench import readings, report, run, scenario  # noqa: E402
 from mixtrain.proof.bench.variants import Variant, variants_of  # noqa: E402
 
 RESULTS = Path("runs/bench")
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
             raise UserError(
                 "show takes one file: python tools/bench.py show benchmarks/cpu_small.csv"
             )
-        report.show(*reading.read(Path(argv[1])))
+        report.show(*readings.read(Path(argv[1])))
         return FINISHED
     request = scenario.parse(argv)
     rows, left_out = variants_of(request)
@@ -66,11 +66,11 @@ def measure(
     """Take the readings of every row; write all readings so far to the file after each round."""
     for line in left_out:
         say(f"left out: {line}")
-    info = {"scenario": describe(request), **machine.machine_info()}
+    info = {"scenario": describe(request), **readings.machine_info()}
     if left_out:
         info["left out"] = "; ".join(left_out)
     path = Path(request.csv or RESULTS / f"{request.name}.csv")
-    readings = []
+    taken = []
     with working_folder(path, Path(request.folder or RESULTS)) as folder:
         for name, variants in rows.items():
             row = request.scenario.rows[name]
@@ -81,14 +81,14 @@ def measure(
             # closes the generator, and with it the processes, before the folder is removed
             with contextlib.closing(new_readings):
                 for number, latest in enumerate(new_readings):
-                    readings.append(latest)
+                    taken.append(latest)
                     if number % len(variants) == len(variants) - 1:
                         say(
                             f"{name}: round {latest.round} of {rounds}, other processes kept"
                             f" {latest.others:.1f} CPUs busy"
                         )
-                        reading.write(path, info, readings)
-    report.show(info, readings)
+                        readings.write(path, info, taken)
+    report.show(info, taken)
     print(f"\n{path}")
     return FINISHED
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from mixtrain.cli import run  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, print_problems  # noqa: E402
-from mixtrain.proof.drill import scenarios  # noqa: E402
+from mixtrain.proof.drill import arena, scenarios  # noqa: E402
 from mixtrain.system import scratch  # noqa: E402
 
 
@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("scenario", nargs="*")
     parser.add_argument("--list", action="store_true", help="show the scenarios")
     parser.add_argument(
-        "--kills", type=int, default=scenarios.KILLS, help="number of kills in sigkill_at_random"
+        "--kills", type=int, default=arena.KILLS, help="number of kills in sigkill_at_random"
     )
     parser.add_argument(
         "--seed", type=int, default=int(time.time()), help="seed of the random moments"
@@ -55,15 +55,15 @@ def main(arguments: list[str]) -> int:
 def drill(selected: list, folder: Path, seed: int, kills: int) -> int:
     """Run the scenarios one after the other; return the exit code."""
     print(f"seed {seed}; training the undisturbed run ...", flush=True)
-    reference = scenarios.reference(folder / "reference")
+    reference = arena.reference(folder / "reference")
     failed = []
     for scenario in selected:
         started = time.monotonic()
-        arena = scenarios.Arena(folder / scenario.__name__, reference, seed, kills)
+        place = arena.Arena(folder / scenario.__name__, reference, seed, kills)
         try:
-            outcome = scenario(arena)
+            outcome = scenario(place)
         except Exception as error:
-            outcome = scenarios.Outcome(False, f"{type(error).__name__}: {error}")
+            outcome = arena.Outcome(False, f"{type(error).__name__}: {error}")
         if not outcome.ok:
             failed.append(scenario.__name__)
         lost = "" if outcome.lost is None else f"   steps lost: {outcome.lost}"

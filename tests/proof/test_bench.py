@@ -10,12 +10,11 @@ from composing import ROOT, config_of
 
 from mixtrain.config import memory
 from mixtrain.errors import Fault, UserError
-from mixtrain.proof.bench import reading, report, run, scenario
-from mixtrain.proof.bench.figures import figures, ratio
-from mixtrain.proof.bench.machine import peak_tflops
-from mixtrain.proof.bench.reading import Reading
+from mixtrain.proof.bench import readings, report, run, scenario
+from mixtrain.proof.bench.processes import WarmupResult
+from mixtrain.proof.bench.readings import Reading
+from mixtrain.proof.bench.report import figures, peak_tflops
 from mixtrain.proof.bench.scenario import BenchRequest, Measure
-from mixtrain.proof.bench.variant_processes import WarmupResult
 from mixtrain.proof.bench.variants import variants_of
 
 RESULTS = sorted((ROOT / "benchmarks").glob("*.csv"))
@@ -98,15 +97,6 @@ def test_flops_are_those_of_the_published_conventions():
     assert (peak_tflops("NVIDIA H200, 143771 MiB"), peak_tflops("GeForce")) == (989, None)
 
 
-def test_the_interval_of_a_median_is_that_of_the_sign_test():
-    """From tables: of 15 values 4th to 12th, 96.5 %; of 20 values 6th to 15th, 95.9 %."""
-    found = ratio([float(value) for value in range(15, 0, -1)])
-    assert (found.median, found.low, found.high) == (8, 4, 12)
-    found = ratio([float(value) for value in range(1, 21)])
-    assert (found.median, found.low, found.high) == (10.5, 6, 15)
-    assert (ratio([1.0, 2.0]).low, ratio([1.0, 2.0]).high) == (1, 2)
-
-
 def made(variant: str, number: int, seconds: float, others: float = 0.0, **values) -> Reading:
     return Reading("row", number, variant, seconds, 2 * seconds, 100, "tokens", others, **values)
 
@@ -119,25 +109,25 @@ def test_ratios_are_taken_within_rounds():
         for number, time in slow
         for one in (made("a", number, time), made("b", number, 2 * time))
     ]
-    first, second = figures(taken)
-    assert first.ratio is None and (second.ratio.median, second.ratio.low, second.ratio.high) == (
-        2,
-        2,
-        2,
+    first, second = figures(taken)["row"]
+    assert first.ratios("rate") == [] and second.ratios("rate") == [2] * 9
+    assert first.median("rate") == pytest.approx(100 / 5) and second.ratios("cpu_rate") == [2] * 9
+
+
+def test_a_ratio_is_shown_with_its_range_over_all_rounds(capsys):
+    """A round in which others were busy counts, and the heading says how busy they were."""
+    values = [(1, 2.0, 0.0), (2, 2.5, 0.04), (3, 9.0, 1.5)]
+    report.show(
+        {},
+        [
+            one
+            for number, seconds, others in values
+            for one in (made("a", number, 1), made("b", number, seconds, others=others))
+        ],
     )
-    assert first.rate == pytest.approx(100 / 5) and second.cpu_ratio.median == 2
-
-
-def test_where_enough_rounds_were_quiet_they_alone_count():
-    quiet = [one for number in range(6) for one in (made("a", number, 1), made("b", number, 2))]
-    loud = [
-        one
-        for number in range(6, 20)
-        for one in (made("a", number, 1), made("b", number, 9, others=1.5))
-    ]
-    assert figures(quiet + loud)[1].ratio.median == 2
-    assert figures(quiet[:-2] + loud)[1].ratio.median == 9
-    assert (figures(quiet + loud)[1].rounds, figures(quiet + loud)[1].quiet_rounds) == (20, 6)
+    shown = capsys.readouterr().out
+    assert "row: 3 rounds, other processes kept up to 1.5 CPUs busy" in shown
+    assert "2.50 (2.00-9.00)" in shown
 
 
 def test_variants_that_compute_something_else_are_not_compared():
@@ -162,12 +152,12 @@ def test_variants_that_compute_something_else_are_not_compared():
 
 def test_a_file_of_readings_is_read_as_it_was_written_and_another_is_refused(tmp_path):
     taken = [made("a", 1, 0.5, peak_bytes=7, flops_causal=2.5), made("b", 1, 0.25)]
-    reading.write(tmp_path / "new" / "file.csv", {"machine": "of: one"}, taken)
-    assert reading.read(tmp_path / "new" / "file.csv") == ({"machine": "of: one"}, taken)
+    readings.write(tmp_path / "new" / "file.csv", {"machine": "of: one"}, taken)
+    assert readings.read(tmp_path / "new" / "file.csv") == ({"machine": "of: one"}, taken)
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     for other in ("other.csv", "none.csv"):
         with pytest.raises(UserError, match="is not a file of this benchmark's readings"):
-            reading.read(tmp_path / other)
+            readings.read(tmp_path / other)
 
 
 def test_tflops_and_mfu_are_shown_of_a_gpu(capsys):
@@ -185,7 +175,7 @@ def test_tflops_and_mfu_are_shown_of_a_gpu(capsys):
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
 def test_a_checked_in_result_says_where_it_is_from_and_the_page_has_its_tables(path, capsys):
-    facts, taken = reading.read(path)
+    facts, taken = readings.read(path)
     assert {"scenario", "machine", "system", "versions", "commit"} <= set(facts)
     assert (
         "dirty" not in facts["commit"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import pytest
 from composing import ROOT, unstarted_environment
 
 from mixtrain.errors import Fault, UserError
-from mixtrain.proof.bench import reading, run
+from mixtrain.proof.bench import run
+from mixtrain.proof.bench.processes import VariantProcesses
+from mixtrain.proof.bench.readings import Reading
 from mixtrain.proof.bench.scenario import BenchRequest, Measure, Scenario, ScenarioRow
-from mixtrain.proof.bench.variant_processes import VariantProcesses
 from mixtrain.proof.bench.variants import variants_of
 from mixtrain.system.host_memory import SETTINGS
 
@@ -35,9 +37,7 @@ TINY = [
 ]
 
 
-def taken(
-    folder, measure: Measure, rounds: int = 2, **variants: list[str]
-) -> list[reading.Reading]:
+def taken(folder, measure: Measure, rounds: int = 2, **variants: list[str]) -> list[Reading]:
     """Return the readings of a row of these variants."""
     row = ScenarioRow(measure, variants=variants)
     scenario = Scenario(
@@ -84,11 +84,10 @@ def test_a_variant_can_be_without_our_memory_settings(tmp_path, monkeypatch):
     seen = []
     for variant in rows["row"]:
         processes = VariantProcesses(variant, scenario, tmp_path / variant.name)
-        try:
+        with contextlib.suppress(KeyboardInterrupt), processes:
             given = environment_of(processes.children[1])
             seen.append([name for name in SETTINGS if name in given])
-        finally:
-            processes.kill()
+            raise KeyboardInterrupt  # they are killed
     assert seen == [list(SETTINGS), []]
     row.variants["other"] = ["host.threads=3"]
     with pytest.raises(UserError, match=r"row, other: the only key of host\. is"):
@@ -146,7 +145,7 @@ def test_a_variant_that_ends_while_it_waits_is_a_fault_with_its_exit_code(tmp_pa
     rows, _ = variants_of(BenchRequest("made", replace(scenario, rows={"row": row}), [], None))
     readings = run.readings_of("row", row, rows["row"], scenario, tmp_path, print)
     next(readings)
-    (killed,) = [child for child in workers() if "ep2/spec_1" in " ".join(child.cmdline())]
+    (killed,) = [child for child in workers() if "ep2/rank_1" in " ".join(child.cmdline())]
     killed.kill()
     with pytest.raises(Fault, match="ep2: rank 1 ended with exit code -9"):
         list(readings)

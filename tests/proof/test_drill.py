@@ -9,6 +9,7 @@ import pytest
 from composing import ROOT, unstarted_environment
 
 from mixtrain.proof.drill import scenarios
+from mixtrain.proof.drill.arena import Arena
 from mixtrain.proof.drill.runs import records
 
 SHORT = ["sigkill_at_random", "flipped_byte", "nan_loss"]
@@ -34,7 +35,7 @@ def test_a_shortened_drill_passes(tmp_path):
     assert done.stdout.count("expected  ") == done.stdout.count("seen      ") == 3
     # the same runs compared with a reference in which one number was changed: they differ
     metrics = tmp_path / "reference" / "run" / "metrics.jsonl"
-    arena = scenarios.Arena(tmp_path / "flipped_byte", metrics.parent, seed=0, kills=2)
+    arena = Arena(tmp_path / "flipped_byte", metrics.parent, seed=0, kills=2)
     assert arena.has_reference_metrics(20) and len(records(arena.run_dir)) == 20
     metrics.write_text(metrics.read_text().replace('"grad_norm": ', '"grad_norm": 1', 1))
     assert not arena.has_reference_metrics(20)

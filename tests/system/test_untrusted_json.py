@@ -32,7 +32,6 @@ STATE = {"step": 20, "consumed_samples": 0, "schedule_steps": 0, "optimizer_step
 # where a process reads what it has made itself, or a child of its own
 OWN = {
     "mixtrain/engine/forked_ranks.py",
-    "mixtrain/proof/bench/variant_processes.py",
     "mixtrain/proof/drill/runs.py",
     "mixtrain/proof/drill/scenarios.py",
     "tools/mutants.py",

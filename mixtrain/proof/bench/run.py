@@ -1,27 +1,26 @@
 """Runs a benchmark: from its variants to its readings. No torch.
 
-Rule: every variant must compute the same as the first one. If all processes are resident, this is
-checked before the first timed turn; otherwise at the start of each variant's process.
+Rule: every variant must compute the same as the first one, which is checked after its warmup. The
+load of other processes is measured in every turn; no reading is dropped.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from mixtrain.config import memory
 from mixtrain.config.choices import Precision
 from mixtrain.errors import Fault
-from mixtrain.proof.bench import command
-from mixtrain.proof.bench.background_load import BackgroundLoad, wait_for_quiet
-from mixtrain.proof.bench.machine import ROOT
-from mixtrain.proof.bench.reading import Reading
+from mixtrain.proof.bench.processes import VariantProcesses, WarmupResult, run_command
+from mixtrain.proof.bench.readings import Reading
 from mixtrain.proof.bench.scenario import Measure, Scenario, ScenarioRow
-from mixtrain.proof.bench.variant_processes import VariantProcesses, WarmupResult
 from mixtrain.proof.bench.variants import Variant
 
 # Relative tolerance of (LM loss, gradient norm). fp32: sums in another order. bf16: every product
@@ -31,63 +30,70 @@ TOLERANCE = {
     Precision.bf16: (5e-3, 5e-2),
     Precision.fp8: (5e-2, 5e-1),
 }
+QUIET = 0.2  # CPUs that other processes may keep busy on a quiet machine
 
-Say = Callable[[str], None]
+
+def busy_cpus(interval: float | None = None) -> float:
+    """Return the CPUs kept busy on average, during `interval` or since the last call."""
+    return psutil.cpu_percent(interval) / 100 * psutil.cpu_count()
+
+
+def wait_for_quiet(patience_seconds: float) -> None:
+    """Wait until other processes leave the machine idle, at most `patience_seconds`."""
+    deadline = time.monotonic() + patience_seconds
+    while time.monotonic() < deadline and busy_cpus(0.5) > QUIET:
+        pass
+
+
+def measured(turn: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Take a turn; add the CPUs that other processes kept busy during it."""
+    busy_cpus()
+    began = time.monotonic()
+    result = turn()
+    own = result["cpu_seconds"] / (time.monotonic() - began)
+    return result | {"others": max(0.0, busy_cpus() - own)}
 
 
 def readings_of(
-    name: str, row: ScenarioRow, variants: list[Variant], scenario: Scenario, folder: Path, say: Say
+    name: str,
+    row: ScenarioRow,
+    variants: list[Variant],
+    scenario: Scenario,
+    folder: Path,
+    say: Callable[[str], None],
 ) -> Iterator[Reading]:
     """Yield the readings of a row, in the order in which they are taken."""
     if row.measure is Measure.command:
         yield from _command_readings(name, row, variants, scenario, folder)
         return
-    label = f"{name} FORCED" if any(variant.is_forced for variant in variants) else name
-    with contextlib.ExitStack() as stack:
+    label = f"{name} FORCED" if any(variant.plan.is_forced for variant in variants) else name
+    results: dict[str, WarmupResult] = {}
 
-        def start(variant: Variant, turn: int) -> VariantProcesses:
-            processes = VariantProcesses(variant, scenario, folder / str(turn) / variant.name)
-            # after an error, kill them instead of waiting
-            stack.push(lambda kind, *_: processes.kill() if kind else None)
-            stack.callback(processes.close)
-            return processes
+    def start(stack: contextlib.ExitStack, variant: Variant, number: int) -> VariantProcesses:
+        turn_folder = folder / str(number) / variant.name
+        processes = stack.enter_context(VariantProcesses(variant, scenario, turn_folder))
+        results[variant.name] = processes.wait_until_ready()
+        check_same_results(name, [one for one in variants if one.name in results], results)
+        return processes
 
-        names = ", ".join(variant.name for variant in variants)
-        say(f"{name}: {names} build their models and warm up ...")
-        results: dict[str, WarmupResult] = {}
-        if scenario.resident:
-            resident = {variant.name: start(variant, 0) for variant in variants}  # all at once
-            for variant_name, processes in resident.items():
-                results[variant_name] = processes.wait_until_ready()
-            check_same_results(name, variants, results)
+    say(f"{name}: {', '.join(one.name for one in variants)} build their models and warm up ...")
+    with contextlib.ExitStack() as row_stack:
+        there = {one.name: start(row_stack, one, 0) for one in variants if scenario.resident}
         for number in range(1, scenario.rounds + 1):
             wait_for_quiet(scenario.patience_seconds)
             for variant in variants:
-                if scenario.resident:
-                    processes = resident[variant.name]
-                else:
-                    processes = start(variant, number)
-                    results[variant.name] = processes.wait_until_ready()
-                    ready = [each for each in variants if each.name in results]
-                    check_same_results(name, ready, results)
-                with BackgroundLoad() as load:
-                    measured = processes.take_turn()
-                measured["others"] = load.busy_cpus(measured["cpu_seconds"])
-                constants = constants_of(variant, results[variant.name])
-                yield Reading(label, number, variant.name, **measured, **constants)
-                if not scenario.resident:
-                    processes.close()
+                with contextlib.ExitStack() as turn_stack:
+                    processes = there.get(variant.name) or start(turn_stack, variant, number)
+                    values = measured(processes.take_turn)
+                    values |= constants_of(variant, results[variant.name])
+                    yield Reading(label, number, variant.name, **values)
 
 
 def constants_of(variant: Variant, result: WarmupResult) -> dict[str, Any]:
     """Return the fields that are the same in all readings of a variant."""
     if variant.measure is Measure.save:
         return {"unit": "bytes"}
-    config = variant.plan.config
-    flops = {
-        name: memory.training_flops(config.model, config.data.seq_length, name == "flops_causal")
-        for name in ("flops_causal", "flops_whole")
-    }
+    model, length = variant.plan.config.model, variant.plan.config.data.seq_length
     # the plan's state includes the optimizer's
     has_optimizer = variant.measure is Measure.step
     return {
@@ -95,7 +101,8 @@ def constants_of(variant: Variant, result: WarmupResult) -> dict[str, Any]:
         "ranks": variant.ranks,
         "held_bytes": result.held_bytes,
         "state_bytes": variant.plan.state_bytes if has_optimizer else None,
-        **flops,
+        "flops_causal": memory.training_flops(model, length, causal=True),
+        "flops_whole": memory.training_flops(model, length, causal=False),
     }
 
 
@@ -125,14 +132,13 @@ def _command_readings(
     shared = folder / "shared"
     shared.mkdir(parents=True)
     if row.prepare:
-        command.run(f"{name}, prepare", row.prepare, shared, folder / "prepare", None, ROOT)
+        run_command(f"{name}, prepare", row.prepare, shared, folder / "prepare", None)
     for number in range(1 - scenario.warmup, scenario.rounds + 1):
         wait_for_quiet(scenario.patience_seconds)
         for variant in variants:
             turn = folder / f"turn_{number}_{variant.name}"
-            with BackgroundLoad() as load:
-                result = command.run(variant.name, variant.command, shared, turn, row.until, ROOT)
+            command = (variant.name, variant.command, shared, turn, row.until)
+            values = measured(lambda command=command: run_command(*command))
             if number > 0:
-                measured = asdict(result) | {"others": load.busy_cpus(result.cpu_seconds)}
-                yield Reading(name, number, variant.name, amount=1, unit="runs", **measured)
+                yield Reading(name, number, variant.name, **values, amount=1, unit="runs")
     shutil.rmtree(shared)

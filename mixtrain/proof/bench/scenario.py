@@ -20,6 +20,10 @@ from mixtrain.errors import UserError
 from mixtrain.system import yaml_file
 
 FOLDER = CONF / "bench"
+# keys of a Scenario that the command line may change, with the least value of a number
+MINIMUM = {"rounds": 1, "repeats": 1, "warmup": 0, "threads": 1, "patience_seconds": 0}
+CHANGEABLE = (*MINIMUM, "resident")
+OWN_KEYS = ("scenario", "rows", "variants", "csv", "folder", *CHANGEABLE)
 
 # forward_backward: one global batch, without an optimizer; step: the same with an optimizer step;
 # save: a checkpoint, or as many bytes in plain files; command: a shell command
@@ -71,48 +75,33 @@ class BenchRequest:
 
 def parse(argv: list[str]) -> BenchRequest:
     """Parse `scenario=NAME [keys of OWN_KEYS] [overrides of train.py]`."""
-    bench_arguments, overrides = _split_arguments(argv)
-    name = bench_arguments.pop("scenario", None)
-    if name not in names():
-        near = get_close_matches(str(name), names(), n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(
-            f"scenario={'' if name is None else name}: {hint}there are {', '.join(names())}"
-        )
-    only_rows, only_variants, csv, folder = (
-        bench_arguments.pop(key, None) for key in ("rows", "variants", "csv", "folder")
-    )
-    scenario = select(load(FOLDER / f"{name}.yaml", bench_arguments), only_rows, only_variants)
-    keys = ("rows", "variants", *CHANGEABLE)
-    changes = [argument for argument in argv if argument.partition("=")[0] in keys]
-    return BenchRequest(name, scenario, overrides, changes, csv, folder)
-
-
-def names() -> list[str]:
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
-
-
-# keys of a Scenario that the command line may change
-CHANGEABLE = ("rounds", "repeats", "warmup", "resident", "threads", "patience_seconds")
-OWN_KEYS = ("scenario", "rows", "variants", "csv", "folder", *CHANGEABLE)
-
-
-def _split_arguments(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """Return (the benchmark's own keys and values, the overrides of train.py)."""
-    bench_arguments = {}
+    own: dict[str, str] = {}
     overrides = []
     for argument in argv:
         key, equals, value = argument.partition("=")
-        if key in OWN_KEYS and equals:
-            bench_arguments[key] = value
-        elif argument.startswith("-") or not equals:
+        if argument.startswith("-") or not equals:
             raise UserError(
                 f"{argument} is not key=value; the benchmark's keys are {', '.join(OWN_KEYS)}, all"
                 " other keys are train.py's"
             )
+        if key in OWN_KEYS:
+            own[key] = value
         else:
             overrides.append(argument)
-    return bench_arguments, overrides
+    name = own.get("scenario", "")
+    if name not in names():
+        near = get_close_matches(name, names(), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"scenario={name}: {hint}there are {', '.join(names())}")
+    scenario = load(FOLDER / f"{name}.yaml", {key: own[key] for key in CHANGEABLE if key in own})
+    scenario = select(scenario, own.get("rows"), own.get("variants"))
+    keys = ("rows", "variants", *CHANGEABLE)
+    changes = [argument for argument in argv if argument.partition("=")[0] in keys]
+    return BenchRequest(name, scenario, overrides, changes, own.get("csv"), own.get("folder"))
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def load(path: Path, changes: dict[str, str]) -> Scenario:
@@ -124,12 +113,11 @@ def load(path: Path, changes: dict[str, str]) -> Scenario:
         scenario = OmegaConf.to_object(tree)
     except (OmegaConfBaseException, yaml.YAMLError) as error:  # from a value on the command line
         raise UserError(f"{path.name}: {str(error).splitlines()[0]}") from None
-    minimum = {"rounds": 1, "repeats": 1, "warmup": 0, "threads": 1, "patience_seconds": 0}
-    values = {key: getattr(scenario, key) for key in minimum}
+    values = {key: getattr(scenario, key) for key in MINIMUM}
     problems = [
-        f"{key} = {value} must be at least {minimum[key]}"
+        f"{key} = {value} must be at least {MINIMUM[key]}"
         for key, value in values.items()
-        if value is not None and value < minimum[key]
+        if value is not None and value < MINIMUM[key]
     ]
     if problems:
         raise UserError(*problems)
@@ -138,24 +126,20 @@ def load(path: Path, changes: dict[str, str]) -> Scenario:
 
 def select(scenario: Scenario, rows: str | None, variants: str | None) -> Scenario:
     """Return the scenario with only these rows and variants; each is a list such as [a,b]."""
-    selected = _select("rows", rows, scenario.rows)
-    if variants is not None:
-        names = {name: None for row in selected.values() for name in row.variants}
-        variant_names = _select("variants", variants, names)
-        for name, row in selected.items():
-            row_variants = {
-                variant: overrides
-                for variant, overrides in row.variants.items()
-                if variant in variant_names
-            }
-            selected[name] = replace(row, variants=row_variants)
+    row_names = _listed("rows", rows, scenario.rows)
+    selected = {name: row for name, row in scenario.rows.items() if name in row_names}
+    every_name = {name: None for row in selected.values() for name in row.variants}
+    variant_names = _listed("variants", variants, every_name)
+    for name, row in selected.items():
+        kept = {key: words for key, words in row.variants.items() if key in variant_names}
+        selected[name] = replace(row, variants=kept)
     return replace(scenario, rows={name: row for name, row in selected.items() if row.variants})
 
 
-def _select(key: str, names: str | None, available: dict) -> dict:
+def _listed(key: str, names: str | None, available: dict[str, object]) -> list[str]:
     if names is None:
-        return dict(available)
+        return list(available)
     listed = [name.strip() for name in names.strip("[]").split(",") if name.strip()]
     if unknown := [name for name in listed if name not in available]:
         raise UserError(f"{key}={unknown[0]}: there are {', '.join(available)}")
-    return {name: value for name, value in available.items() if name in listed}
+    return listed

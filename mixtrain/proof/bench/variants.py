@@ -24,6 +24,10 @@ FOREIGN_PREFIXES = ("hf", "plain", "host")
 NO_MEMORY_SETTINGS = {"memory_settings": "false"}  # the only override of `host.`
 
 
+class LeftOut(Exception):
+    """This machine cannot run an optional implementation."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """One variant of a row: what its processes run."""
@@ -36,18 +40,8 @@ class Variant:
 
     @property
     def ranks(self) -> int:
-        if self.plan is None or {"hf", "plain"} & set(self.foreign):
-            return 1
-        return self.plan.world_size
-
-    @property
-    def has_memory_settings(self) -> bool:
-        """Whether its processes start with the settings of mixtrain/system/host_memory.py."""
-        return "host" not in self.foreign
-
-    @property
-    def is_forced(self) -> bool:
-        return self.plan is not None and self.plan.is_forced
+        is_single = self.plan is None or "hf" in self.foreign or "plain" in self.foreign
+        return 1 if is_single else self.plan.world_size
 
 
 def variants_of(request: BenchRequest) -> tuple[dict[str, list[Variant]], list[str]]:
@@ -56,24 +50,21 @@ def variants_of(request: BenchRequest) -> tuple[dict[str, list[Variant]], list[s
     Raises UserError with the problems of all variants.
     """
     variants: dict[str, list[Variant]] = {}
-    left_out = []
+    left_out: dict[str, None] = {}
     problems: dict[str, list[str]] = {}
     runnable = 0  # variants that are not left out
     for row_name, row in request.scenario.rows.items():
-        variants[row_name] = []
         for name, overrides in row.variants.items():
             try:
                 variant = _variant(name, row, request, overrides)
+                variants.setdefault(row_name, []).append(variant)
+            except LeftOut as reason:
+                left_out[f"{name} ({reason})"] = None
+                continue
             except UserError as error:
-                runnable += 1
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(f"{row_name}, {name}")
-                continue
-            if isinstance(variant, str):
-                left_out.append(f"{name} ({variant})")
-            else:
-                runnable += 1
-                variants[row_name].append(variant)
+            runnable += 1
     if problems:
         raise UserError(
             *[
@@ -81,13 +72,10 @@ def variants_of(request: BenchRequest) -> tuple[dict[str, list[Variant]], list[s
                 for problem, names in problems.items()
             ]
         )
-    return {name: row for name, row in variants.items() if row}, list(dict.fromkeys(left_out))
+    return variants, list(left_out)
 
 
-def _variant(
-    name: str, row: ScenarioRow, request: BenchRequest, overrides: list[str]
-) -> Variant | str:
-    """Return the variant, or the reason why this machine cannot run it."""
+def _variant(name: str, row: ScenarioRow, request: BenchRequest, overrides: list[str]) -> Variant:
     if row.measure is Measure.command:
         if request.overrides:
             raise UserError(
@@ -109,9 +97,12 @@ def _variant(
             " mixtrain/system/host_memory.py's settings"
         )
     merged = _merged(request.scenario.words, row.words, training_overrides, request.overrides)
-    config, problems = _config(merged)
-    if not problems and (missing := _missing_requirement(config, request)):
-        return missing
+    jobs, problems = compose(merged)
+    if len(jobs) != 1:
+        raise UserError(*problems, "one configuration at a time: no sweep here")
+    config = Config.from_hydra(jobs[0].tree, problems)
+    if not problems:
+        _check_hardware(config, request.name)
     plan = make_plan(config, None, problems)
     if "hf" in foreign and (conversion_problems := export_problems(plan.config)):
         raise UserError(*conversion_problems)
@@ -127,32 +118,20 @@ def _merged(*lists: list[str]) -> list[str]:
     return [*groups, *merged.values()]
 
 
-def _config(overrides: list[str]) -> tuple[Config, list[str]]:
-    """Return (the configuration of overrides of train.py, the problems of the overrides)."""
-    jobs, problems = compose(overrides)
-    if len(jobs) != 1:
-        raise UserError(*problems, "one configuration at a time: no sweep here")
-    return Config.from_hydra(jobs[0].tree, problems), problems
-
-
-def _missing_requirement(config: Config, request: BenchRequest) -> str | None:
-    """Return why this machine cannot run an optional implementation, or None.
-
-    Raises UserError if the machine cannot run the scenario at all.
-    """
-    trainer = config.trainer
-    model = config.model
+def _check_hardware(config: Config, scenario: str) -> None:
+    """Raise LeftOut, or UserError if this machine cannot run the scenario at all."""
+    trainer, model = config.trainer, config.model
+    is_gpu = trainer.accelerator is Accelerator.gpu
     if model.transformer_impl is TransformerImpl.transformer_engine:
         if not installed("transformer_engine"):
-            return "the package transformer-engine is not installed"
-        if trainer.accelerator is not Accelerator.gpu:
-            return "Transformer Engine needs a GPU"
-    if model.attention_backend is AttnBackend.fused and trainer.accelerator is not Accelerator.gpu:
-        return "cuDNN's attention needs a GPU"
-    if trainer.accelerator is Accelerator.gpu and gpu_count() < (trainer.devices or 1):
+            raise LeftOut("the package transformer-engine is not installed")
+        if not is_gpu:
+            raise LeftOut("Transformer Engine needs a GPU")
+    if model.attention_backend is AttnBackend.fused and not is_gpu:
+        raise LeftOut("cuDNN's attention needs a GPU")
+    if is_gpu and gpu_count() < (trainer.devices or 1):
         raise UserError(
-            f"scenario={request.name} is for {trainer.devices or 1} GPU, and this machine has"
+            f"scenario={scenario} is for {trainer.devices or 1} GPU, and this machine has"
             f" {gpu_count()}; to run it to its end on this CPU, at tiny sizes: python"
-            f" tools/bench.py scenario={request.name} +shrink=laptop"
+            f" tools/bench.py scenario={scenario} +shrink=laptop"
         )
-    return None

@@ -1,115 +1,125 @@
-"""One process of a variant: builds its work, warms up, then takes a turn for every line it reads.
+"""One rank of a variant: builds its work, warms up, then takes a turn for every message it gets.
 
-    python -m mixtrain.proof.bench.worker SPEC
+    python -m mixtrain.proof.bench.worker PIPE FOLDER
 
-Rule: standard output has only the answers, as lines of JSON; output of libraries goes to standard
-error. The time of a turn is that of the work alone.
+Rule: the time of a turn is that of the work alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
+import ctypes
 import os
-import pickle
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mixtrain.config.choices import Accelerator
-from mixtrain.proof.bench.memory import Memory
+from mixtrain.proof.bench import work
 from mixtrain.proof.bench.scenario import Measure
 from mixtrain.proof.bench.variants import Variant
 from mixtrain.proof.bench.work import Work
 from mixtrain.system.rank_identity import Identity
 
 
-@dataclass(frozen=True)
-class WorkerSpec:
-    variant: Variant
-    identity: Identity
-    repeats: int
-    warmup: int
-    threads: int | None  # of this process
-    folder: Path  # of this process
+class Memory:
+    """The memory of this process: on a GPU that of its tensors, else resident memory from Linux.
+
+    Call `begin` before the model is built: what libraries use until then is subtracted.
+    """
+
+    def __init__(self, gpu: bool):
+        self.gpu = gpu
+        self.base = 0
+
+    def begin(self) -> None:
+        self.base = 0 if self.gpu else _resident("VmRSS")
+
+    def reset_peak(self) -> None:
+        if self.gpu:
+            return torch.cuda.reset_peak_memory_stats()
+        # a container may forbid this; then the peak is over the life of the process
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Return peak bytes since `reset_peak`."""
+        if self.gpu:
+            return torch.cuda.max_memory_allocated()
+        return _resident("VmHWM") - self.base
+
+    def held(self) -> int:
+        """Return the bytes in use now, between steps."""
+        if self.gpu:
+            return torch.cuda.memory_allocated()
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # return freed memory to the system
+        return _resident("VmRSS") - self.base
+
+
+def _resident(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{name}:\s+(\d+) kB", status, re.MULTILINE).group(1)) * 1024
 
 
 @contextlib.contextmanager
-def work_of(spec: WorkerSpec, memory: Memory) -> Iterator[Work]:
-    """Yield the work of a variant. Its libraries are imported here."""
-    variant = spec.variant
-    if "hf" in variant.foreign:
-        from mixtrain.proof.bench.transformers_work import forward_backward
-
-        yield forward_backward(variant.plan, variant.foreign["hf"], memory)
-    elif "plain" in variant.foreign:
-        from mixtrain.proof.bench.saving_work import plain_writes
-
-        yield plain_writes(variant.plan, spec.folder, int(variant.foreign["plain"]["files"]))
-    elif variant.measure is Measure.save:
-        from mixtrain.proof.bench.saving_work import checkpoint_saves
-
-        with checkpoint_saves(variant.plan, spec.identity, spec.folder, memory) as work:
-            yield work
+def work_of(variant: Variant, identity: Identity, folder: Path, memory: Memory) -> Iterator[Work]:
+    plan, foreign = variant.plan, variant.foreign
+    if "hf" in foreign:
+        yield work.transformers_passes(plan, foreign["hf"], memory.begin)
+    elif "plain" in foreign:
+        yield work.plain_writes(plan, folder, int(foreign["plain"]["files"]))
     else:
-        from mixtrain.proof.bench.mixtrain_work import training_work
+        with work.started(plan, identity, memory.begin) as ranks:
+            if variant.measure is Measure.save:
+                yield work.checkpoint_saves(plan, ranks, folder)
+            elif variant.measure is Measure.step:
+                yield work.optimizer_steps(plan, ranks)
+            else:
+                yield work.passes(plan, ranks)
 
-        with training_work(variant.plan, spec.identity, variant.measure, memory) as work:
-            yield work
 
-
-def take_turn(work: Work, memory: Memory, repeats: int) -> dict[str, Any]:
+def take_turn(repeated: Work, memory: Memory, repeats: int) -> dict[str, Any]:
     """Repeat the work; return its seconds, CPU seconds, amount and peak memory."""
     memory.reset_peak()
     seconds = 0.0
     cpu_began = time.process_time()
     for _ in range(repeats):
-        work.wait()
+        repeated.wait()
         started = time.perf_counter()
-        result = work.once()
-        work.wait()
+        result = repeated.once()
+        repeated.wait()
         seconds += result.get("seconds", time.perf_counter() - started)
-    cpu_seconds = time.process_time() - cpu_began
-    amount = work.amount * repeats
     return {
         "seconds": seconds,
-        "cpu_seconds": cpu_seconds,
-        "amount": amount,
+        "cpu_seconds": time.process_time() - cpu_began,
+        "amount": repeated.amount * repeats,
         "peak_bytes": memory.peak(),
     }
 
 
-def serve(spec: WorkerSpec, answer: Callable[[dict], None]) -> None:
-    import torch
-
-    if spec.threads:
-        torch.set_num_threads(spec.threads)
-    memory = Memory(gpu=spec.variant.plan.config.trainer.accelerator is Accelerator.gpu)
-    with work_of(spec, memory) as work:
-        computed = [work.once() for _ in range(max(1, spec.warmup))]
-        work.wait()
-        if work.norm:
-            computed[-1]["norm"] = work.norm()
-        answer({"computed": computed, "held_bytes": memory.held()})
-        for _ in sys.stdin:
-            answer(take_turn(work, memory, spec.repeats))
-
-
 def main() -> None:
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-
-    def answer(result: dict) -> None:
-        print(json.dumps(result), file=answers, flush=True)
-
-    serve(pickle.loads(Path(sys.argv[1]).read_bytes()), answer)
+    pipe = Connection(int(sys.argv[1]))
+    variant, identity, warmup, repeats = pipe.recv()
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
+    memory = Memory(gpu=variant.plan.config.trainer.accelerator is Accelerator.gpu)
+    with work_of(variant, identity, Path(sys.argv[2]), memory) as repeated:
+        computed = [repeated.once() for _ in range(max(1, warmup))]
+        repeated.wait()
+        if repeated.norm:
+            computed[-1]["norm"] = repeated.norm()
+        pipe.send((computed, memory.held()))
+        with contextlib.suppress(EOFError):  # the benchmark has no more turns
+            while pipe.recv():
+                pipe.send(take_turn(repeated, memory, repeats))
 
 
 if __name__ == "__main__":
-    # the spec was pickled with classes of this module, not of __main__
-    from mixtrain.proof.bench import worker
-
-    worker.main()
+    main()
