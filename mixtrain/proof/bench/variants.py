@@ -13,6 +13,7 @@ from mixtrain.config.compose import compose
 from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
 from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.hf_config import export_problems
 from mixtrain.launch.machine_checks import gpu_count, installed
@@ -132,7 +133,7 @@ def _config(overrides: list[str]) -> tuple[Config, list[str]]:
     jobs, problems = compose(overrides)
     if len(jobs) != 1:
         raise UserError(*problems, "one configuration at a time: no sweep here")
-    return Config.from_hydra(jobs[0].tree, problems), problems
+    return from_hydra(jobs[0].tree, problems), problems
 
 
 def _missing_requirement(config: Config, request: BenchRequest) -> str | None:
