@@ -22,6 +22,7 @@ from mixtrain.config.compose import CONF, compose
 from mixtrain.config.plan import Plan, derive, resolve
 from mixtrain.config.planner import make_plan
 from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +41,7 @@ def problems_of(*overrides: str, conf: Path = CONF) -> list[str]:
     """Every problem of a command line, or none: all of it through Hydra."""
     try:
         ((job,), problems) = compose(list(overrides), conf)
-        make_plan(Config.from_hydra(job.tree, problems), None, problems)
+        make_plan(from_hydra(job.tree, problems), None, problems)
     except UserError as error:
         return list(error.problems)
     return []
@@ -70,7 +71,7 @@ def _groups(words: tuple[str, ...]) -> DictConfig:
 @cache
 def config_of(*overrides: str) -> Config:
     """The typed configuration of a command line; UserError if a value does not fit."""
-    return Config.from_hydra(quick_tree_of(*overrides))
+    return from_hydra(quick_tree_of(*overrides))
 
 
 def plan_of(*overrides: str) -> Plan:
@@ -89,7 +90,7 @@ def problems_in(tree: DictConfig, changes: dict[str, object] | None = None) -> l
     for key, value in (changes or {}).items():
         OmegaConf.update(tree, key, value, force_add=True)
     try:
-        make_plan(Config.from_hydra(tree))
+        make_plan(from_hydra(tree))
     except UserError as error:
         return list(error.problems)
     return []

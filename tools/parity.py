@@ -25,6 +25,7 @@ from mixtrain.config.choices import Accelerator, Precision  # noqa: E402
 from mixtrain.config.compose import compose  # noqa: E402
 from mixtrain.config.planner import make_plan  # noqa: E402
 from mixtrain.config.schema import Config  # noqa: E402
+from mixtrain.config.typed_config import from_hydra  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
 from mixtrain.launch.machine_checks import machine_problems  # noqa: E402
 from mixtrain.system.closed_pipe import run_main  # noqa: E402
@@ -83,7 +84,7 @@ def shrink(overrides: list[str]) -> Config:
         for override in overrides
         if override.split("=")[0] in VARIED_KEYS
     ]
-    config = Config.from_hydra(jobs[0].tree, problems)
+    config = from_hydra(jobs[0].tree, problems)
     trainer = config.trainer
     if trainer.precision is not Precision.fp32 or trainer.accelerator is not Accelerator.cpu:
         problems.append(

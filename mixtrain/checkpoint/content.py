@@ -25,7 +25,7 @@ from mixtrain.checkpoint.megatron_args import CHECKPOINT_VERSION, FORMAT, megatr
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config import tensor_schema
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import plain
+from mixtrain.config.typed_config import plain
 from mixtrain.engine.optimizer import Training
 from mixtrain.engine.shards import unwrap
 

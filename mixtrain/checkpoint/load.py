@@ -31,7 +31,8 @@ from mixtrain.checkpoint.state import RunState
 from mixtrain.config import tensor_schema
 from mixtrain.config.choices import Resume, Verify
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Config, plain
+from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import plain
 from mixtrain.engine.optimizer import Training
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.engine.shards import unwrap

@@ -14,8 +14,8 @@ from typing import Any
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config.choices import Accelerator, DataKind, OptimizerName, Precision
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import plain
 from mixtrain.config.transformer_fields import transformer_fields
+from mixtrain.config.typed_config import plain
 
 # how the optimizer state is sharded, which Megatron-LM reads from a checkpoint
 FORMAT = {

@@ -27,7 +27,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mixtrain.characters import CONTROL, escaped
 from mixtrain.config import text_values, user_conf
-from mixtrain.config.schema import FREE, leaves, legal_keys, unknown_key
+from mixtrain.config.schema import FREE, legal_keys
+from mixtrain.config.typed_config import leaves, unknown_key
 from mixtrain.errors import UserError
 from mixtrain.paths import CONF
 from mixtrain.system import scratch, yaml_file

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from mixtrain.config.compose import ADDED_GROUPS, CONF, ComposedJob
 from mixtrain.config.key_effects import show
-from mixtrain.config.schema import leaves
+from mixtrain.config.typed_config import leaves
 
 OPEN = "???"  # the value of a key that the user must type
 

@@ -16,7 +16,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
-from mixtrain.config.schema import SBATCH, is_text_key, legal_keys
+from mixtrain.config.schema import SBATCH, legal_keys
+from mixtrain.config.typed_config import is_text_key
 from mixtrain.system import yaml_file
 
 HEADER = re.compile(r"^#\s*@package\s+(\S+)", re.MULTILINE)

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mixtrain.config.choices import Precision, QkLayernormOver
 from mixtrain.config.key_effects import show
-from mixtrain.config.schema import Config, plain
+from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import plain
 
 SOURCES = ("model_parallel_config.py", "transformer/transformer_config.py")
 CLASSES = ("ModelParallelConfig", "TransformerConfig")

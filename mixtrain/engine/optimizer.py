@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from mixtrain.config.plan import Plan
 from mixtrain.config.schema import OptimizerConfig as Settings
-from mixtrain.config.schema import plain
+from mixtrain.config.typed_config import plain
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from mixtrain.checkpoint.state import RunState
 from mixtrain.config import lr_schedule
 from mixtrain.config.key_effects import MATHEMATICS, Change, changes, show
 from mixtrain.config.plan import Plan, schedule_in_steps
-from mixtrain.config.schema import Config, to_yaml
+from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra, to_yaml
 from mixtrain.data.fingerprint import difference
 from mixtrain.engine.optimizer import Training
 from mixtrain.engine.process_groups import Ranks
@@ -129,7 +130,7 @@ def changed_since(config: Config, state: RunState) -> list[str]:
     The last line gives the first learning rate that changes with it.
     """
     try:
-        before = Config.from_hydra(OmegaConf.create(state.config))
+        before = from_hydra(OmegaConf.create(state.config))
     except (UserError, OmegaConfBaseException):
         return ["its configuration is of another version of mixtrain and was not compared"]
     changed = [

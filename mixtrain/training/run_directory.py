@@ -19,7 +19,7 @@ from mixtrain.checkpoint.directory import steps_in
 from mixtrain.config.choices import Resume
 from mixtrain.config.key_effects import MATHEMATICS, changes
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.errors import UserError
 from mixtrain.system import locks, untrusted_json, yaml_file
 from mixtrain.system.status import Ending, read_status, write_status
@@ -115,7 +115,7 @@ def changed_mathematics_keys(plan: Plan) -> list[str]:
     """Return the keys of mathematics that differ from run_dir's config.yaml, except its length."""
     try:
         tree = yaml_file.read(os.path.join(plan.config.run_dir, "config.yaml"))
-        changed = changes(Config.from_hydra(tree), plan.config)[MATHEMATICS]
+        changed = changes(from_hydra(tree), plan.config)[MATHEMATICS]
     except (OmegaConfBaseException, UserError):
         return []  # damaged, or of another version: the checkpoint is checked when it is loaded
     ignored = LENGTH

@@ -13,7 +13,7 @@ import torch
 from mixtrain.checkpoint.write_errors import Unwritable, is_write_error, recovery_advice
 from mixtrain.config.choices import Accelerator, DataKind, Mode
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import to_yaml
+from mixtrain.config.typed_config import to_yaml
 from mixtrain.engine.compat import cpu, megatron_fixes
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
 from mixtrain.system import streams

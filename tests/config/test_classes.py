@@ -16,7 +16,8 @@ from mixtrain.config.key_effects import CLASSES, EXECUTION, MATHEMATICS, RECORDS
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import render
 from mixtrain.config.planner import make_plan
-from mixtrain.config.schema import Config, legal_keys
+from mixtrain.config.schema import key_metadata, legal_keys
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.errors import FINISHED
 from mixtrain.system.status import read_status
 from mixtrain.training.worker import run
@@ -27,8 +28,8 @@ RECIPE = "+recipe=mixtral_8x7b_ep8"
 def planned(*overrides: str) -> Plan:
     """The plan as train.py makes it: with the recipe that the overrides name, as it stands."""
     (job,), problems = compose(list(overrides))
-    recipe = job.recipe and (job.recipe.name, Config.from_hydra(job.recipe.tree))
-    return make_plan(Config.from_hydra(job.tree, problems), None, problems, recipe)
+    recipe = job.recipe and (job.recipe.name, from_hydra(job.recipe.tree))
+    return make_plan(from_hydra(job.tree, problems), None, problems, recipe)
 
 
 def changed_keys(plan: Plan) -> tuple[list[str], list[str]]:
@@ -37,8 +38,14 @@ def changed_keys(plan: Plan) -> tuple[list[str], list[str]]:
     ]
 
 
+def test_every_key_is_declared_with_an_effect_and_bounds_that_are_checked():
+    for key, metadata in key_metadata().items():
+        assert metadata.get("effect") in (MATHEMATICS, EXECUTION, RECORDS), key
+        assert {*metadata} <= {"effect", "is_forward", "minimum", "above", "below"}, key
+
+
 def test_every_key_is_in_exactly_one_class_and_no_class_names_another():
-    named = Counter(key for keys in CLASSES.values() for key in keys.split())
+    named = Counter(key for keys in CLASSES.values() for key in keys)
     assert named == dict.fromkeys(legal_keys(), 1)
 
 
@@ -57,9 +64,9 @@ def test_an_override_of_each_kind_is_a_change_of_its_kind_with_both_values():
 
 def test_records_are_no_change():
     (job,), _ = compose([])
-    recipe = Config.from_hydra(job.tree)
-    here = Config.from_hydra(job.tree)
-    for key in CLASSES[RECORDS].split():
+    recipe = from_hydra(job.tree)
+    here = from_hydra(job.tree)
+    for key in CLASSES[RECORDS]:
         section = here
         for part in key.split(".")[:-1]:
             section = getattr(section, part)
@@ -72,7 +79,7 @@ def test_records_are_no_change():
 def test_a_recipe_as_it_stands_and_a_recipe_shrunk_have_no_changes(name, shrink):
     (job,), _ = compose([f"+recipe={name}", *shrink])
     assert job.recipe.name == name
-    found = changes(Config.from_hydra(job.recipe.tree), Config.from_hydra(job.tree))
+    found = changes(from_hydra(job.recipe.tree), from_hydra(job.tree))
     assert found == {MATHEMATICS: [], EXECUTION: []}
 
 
@@ -163,5 +170,5 @@ def test_a_run_leaves_the_changed_mathematics_in_status_configuration_and_log(tm
     head = [line for line in saved.read_text().splitlines() if line.startswith("#")]
     assert f"# {comment}" in head and len(head) == len(status["changed_mathematics"])
     assert saved.read_text().splitlines()[: len(head)] == head
-    assert Config.from_hydra(OmegaConf.load(saved)) == plan.config
+    assert from_hydra(OmegaConf.load(saved)) == plan.config
     assert comment in (tmp_path / "ranks" / "rank_0.log").read_text().splitlines()

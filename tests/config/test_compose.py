@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from mixtrain.config.choices import Mode
 from mixtrain.config.compose import CONF, check_overrides, compose, options
 from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.errors import UserError
 
 RECIPE = "+recipe=mixtral_8x7b_ep8"
@@ -32,7 +33,7 @@ def recipe(conf, text: str) -> str:
 
 def composed(*overrides: str) -> Config:
     """The configuration of a command line, all of it through Hydra."""
-    return Config.from_hydra(tree_of(*overrides))
+    return from_hydra(tree_of(*overrides))
 
 
 # Layering
@@ -130,7 +131,7 @@ def test_a_group_that_hydra_took_for_a_plain_key_is_refused_by_the_schema():
         OmegaConf.create(OmegaConf.to_container(tree_of())), {"recipe": "mixtral_8x7b_ep8"}
     )
     with pytest.raises(UserError, match="recipe is not a key of mixtrain"):
-        Config.from_hydra(tree)
+        from_hydra(tree)
 
 
 def test_a_recipe_without_its_global_header_is_refused_key_by_key(conf):
@@ -308,7 +309,7 @@ def test_a_flag_may_stand_between_overrides():
 
 def test_the_jobs_of_a_sweep_can_have_a_directory_each():
     jobs, _ = compose(["-m", "router=none,sinkhorn", "run_dir='runs/${name}-${hydra:job.num}'"])
-    assert [Config.from_hydra(job.tree).run_dir for job in jobs] == [
+    assert [from_hydra(job.tree).run_dir for job in jobs] == [
         "runs/laptop-0",
         "runs/laptop-1",
     ]
@@ -318,7 +319,7 @@ def test_what_only_hydra_knows_has_its_value_under_every_key():
     jobs, _ = compose(
         ["-m", "seed=1,2", "name='n-${hydra:job.num}'", "data.data_path=['a-${hydra:job.num}',b]"]
     )
-    configs = [Config.from_hydra(job.tree) for job in jobs]
+    configs = [from_hydra(job.tree) for job in jobs]
     assert [config.run_dir for config in configs] == ["runs/n-0", "runs/n-1"]
     assert [config.data.data_path for config in configs] == [["a-0", "b"], ["a-1", "b"]]
 
@@ -384,7 +385,7 @@ def test_help_lists_groups_and_keys():
 def test_cfg_job_prints_the_composed_configuration():
     shown = run_train("--cfg", "job", RECIPE, "trainer.mode=plan")
     assert shown.returncode == 0
-    config = Config.from_hydra(OmegaConf.create(shown.stdout))
+    config = from_hydra(OmegaConf.create(shown.stdout))
     assert config.trainer.mode is Mode.plan
     assert config == composed(RECIPE, "trainer.mode=plan")
 

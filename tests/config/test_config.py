@@ -14,7 +14,8 @@ from composing import RECIPES, config_of, problems_in, tree_of
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from mixtrain.config.compose import CONF, options
-from mixtrain.config.schema import FREE, Config, legal_keys, plain, to_yaml, unknown_key
+from mixtrain.config.schema import FREE, Config, legal_keys
+from mixtrain.config.typed_config import from_hydra, plain, to_yaml, unknown_key
 from mixtrain.errors import UserError
 
 SECTIONS = sorted({key.split(".")[0] for key in legal_keys() if "." in key})
@@ -29,7 +30,7 @@ def default_tree():
 
 @pytest.fixture(scope="module")
 def default(default_tree):
-    return Config.from_hydra(default_tree)
+    return from_hydra(default_tree)
 
 
 def test_every_key_has_a_value_in_the_default(default_tree):
@@ -157,7 +158,7 @@ def test_problems_known_before_stand_first(default_tree):
     tree = OmegaConf.merge(default_tree)
     tree.trainer.max_steps = 0
     with pytest.raises(UserError) as refused:
-        Config.from_hydra(tree, ["a word that Hydra cannot read"])
+        from_hydra(tree, ["a word that Hydra cannot read"])
     assert refused.value.problems == (
         "a word that Hydra cannot read",
         "trainer.max_steps = 0 must be at least 1",
@@ -204,7 +205,7 @@ def test_an_unknown_key_offers_the_nearest_names(typed, meant):
 )
 def test_the_yaml_of_a_config_reads_back_to_the_same_config(overrides):
     config = config_of(*overrides)
-    assert Config.from_hydra(OmegaConf.create(to_yaml(config))) == config
+    assert from_hydra(OmegaConf.create(to_yaml(config))) == config
 
 
 def test_a_config_holds_the_types_it_names(default):

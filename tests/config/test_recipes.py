@@ -14,7 +14,8 @@ from mixtrain.config.choices import DataKind, TransformerImpl
 from mixtrain.config.compose import ADDED_GROUPS, CONF, SCENARIOS, options
 from mixtrain.config.laptop_layout import LAPTOP_RANKS
 from mixtrain.config.memory import GIB
-from mixtrain.config.schema import leaves, legal_keys
+from mixtrain.config.schema import legal_keys
+from mixtrain.config.typed_config import leaves
 from mixtrain.launch.machine_checks import package_problems
 
 GROUPS = sorted(

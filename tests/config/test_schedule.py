@@ -21,7 +21,7 @@ from test_parity import EP, PLAIN, TINY
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config.lr_schedule import phases, rate
 from mixtrain.config.plan import Plan, batch_size_at, samples_before
-from mixtrain.config.schema import to_yaml
+from mixtrain.config.typed_config import to_yaml
 from mixtrain.engine import model, optimizer, process_groups
 from mixtrain.errors import FINISHED
 from mixtrain.training import resume

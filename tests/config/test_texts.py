@@ -14,7 +14,8 @@ from test_rules_edges import problems
 
 from mixtrain.config.compose import check_overrides
 from mixtrain.config.rules.paths import OUTPUT, PATHS
-from mixtrain.config.schema import BLEND, Config, is_text_key, legal_keys, to_yaml
+from mixtrain.config.schema import BLEND, legal_keys
+from mixtrain.config.typed_config import from_hydra, is_text_key, to_yaml
 from mixtrain.errors import UserError
 
 NO_TEXTS = ["1.10", "3e1234", "true", "null", "1_000", "+5", "nan"]  # unquoted, on the command line
@@ -50,7 +51,7 @@ def test_a_text_that_reads_as_something_else_is_refused_and_the_quotes_it_names_
 
 @pytest.mark.parametrize("written", EXACT)
 def test_a_word_that_is_read_as_its_characters_is_taken(written):
-    config = Config.from_hydra(tree_of(f"name={written}", f"launcher.container_mounts=[{written}]"))
+    config = from_hydra(tree_of(f"name={written}", f"launcher.container_mounts=[{written}]"))
     assert config.name == written.strip("'")
     assert config.launcher.container_mounts == [written.strip("'")]
 
@@ -104,15 +105,13 @@ def test_a_line_of_a_file_for_a_text_that_is_read_as_something_else_is_refused_w
     assert second.startswith(f"{path}, line 4, column 22: launcher.container_mounts takes text")
     quoted = first.partition("write it in quotes: ")[2]
     recipe(conf, f"# @package _global_\nname: {quoted}\n")
-    assert Config.from_hydra(tree_of(word, conf=conf)).name == written
+    assert from_hydra(tree_of(word, conf=conf)).name == written
 
 
 @pytest.mark.parametrize("written", ["90", '"12:00:00"', "2024-01-01", "1-00", "08"])
 def test_a_line_of_a_file_that_is_read_as_its_characters_is_taken(conf, written):  # noqa: F811
     (conf / "launcher" / "site.yaml").write_text(f"defaults: [auto]\ntime: {written}\n")
-    assert Config.from_hydra(tree_of("launcher=site", conf=conf)).launcher.time == written.strip(
-        '"'
-    )
+    assert from_hydra(tree_of("launcher=site", conf=conf)).launcher.time == written.strip('"')
 
 
 def test_an_option_of_a_group_is_looked_at_under_its_groups_name(conf):  # noqa: F811
@@ -131,7 +130,7 @@ def test_what_comes_from_elsewhere_as_another_type_is_refused(value):
     tree = quick_tree_of()
     tree.name = value
     with pytest.raises(UserError, match="name = .* must be text"):
-        Config.from_hydra(tree)
+        from_hydra(tree)
 
 
 @pytest.mark.parametrize(
@@ -140,9 +139,9 @@ def test_what_comes_from_elsewhere_as_another_type_is_refused(value):
 def test_a_text_that_looks_like_something_else_is_written_and_read_back(text, tmp_path):
     from omegaconf import OmegaConf
 
-    config = Config.from_hydra(tree_of(f"name='{text}'"))
+    config = from_hydra(tree_of(f"name='{text}'"))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert Config.from_hydra(OmegaConf.load(tmp_path / "config.yaml")).name == text
+    assert from_hydra(OmegaConf.load(tmp_path / "config.yaml")).name == text
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from mixtrain.checkpoint.save import Saver
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config.compose import CONF
 from mixtrain.config.plan import resolve
-from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.engine import model, optimizer, process_groups, shards
 from mixtrain.errors import UserError
 from mixtrain.interop.convert import (
@@ -441,7 +441,7 @@ def test_the_facts_of_config_json_become_an_option_of_the_model_group(hub, tmp_p
     values = hf_config.from_hugging_face(hf_files.read_config(hub))
     conf = shutil.copytree(CONF, tmp_path / "conf")
     (conf / "model" / "mine.yaml").write_text(checkpoint_config.model_yaml(values, "a test"))
-    config = resolve(Config.from_hydra(tree_of("model=mine", conf=conf)))
+    config = resolve(from_hydra(tree_of("model=mine", conf=conf)))
     assert {key: hf_config.value_of(config, key) for key in values} == values
     published = hf_config.from_hugging_face(
         hf_config.to_hugging_face(resolve(config_of("model=mixtral_8x7b")))

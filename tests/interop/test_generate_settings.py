@@ -15,7 +15,7 @@ from test_parity import TINY
 
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config.plan import Plan, resolve
-from mixtrain.config.schema import to_yaml
+from mixtrain.config.typed_config import to_yaml
 from mixtrain.data.tokenizer import train_bpe
 from mixtrain.errors import UserError
 from mixtrain.interop.generate import generation_plan, tokenizer_lookup

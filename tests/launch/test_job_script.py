@@ -10,7 +10,7 @@ import pytest
 from composing import ROOT, plan_of
 
 from mixtrain.config.compose import compose
-from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.launch import script, submit
 
 WORDS = [
@@ -101,13 +101,13 @@ def test_a_job_of_a_sweep_is_sent_with_words_that_it_composes_to_the_same_by_its
     jobs, problems = compose(["-m", *swept])
     assert not problems
     for number, job in enumerate(jobs):
-        config = Config.from_hydra(job.tree)
+        config = from_hydra(job.tree)
         sent = script.pin_values(job.overrides, config)
         assert config.run_dir == f"runs/it's-{number}" and not any(
             "hydra:" in word or "now:" in word for word in sent
         )
         (again,), problems = compose(sent)
-        assert not problems and Config.from_hydra(again.tree) == config
+        assert not problems and from_hydra(again.tree) == config
 
 
 def test_the_interpreter_and_the_checkout_are_those_that_submit():

@@ -14,6 +14,7 @@ from mixtrain.config.choices import Dispatcher
 from mixtrain.config.layout_sensitive import LIMITS
 from mixtrain.config.rules import upstream
 from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.proof.parity import table
 from mixtrain.proof.parity.certificate import (
     MICROBATCHES,
@@ -32,7 +33,7 @@ ALLGATHER = Dispatcher.allgather
 
 
 def shrunk(*words: str) -> Config:
-    return Config.from_hydra(quick_tree_of(*words, *SIZES))
+    return from_hydra(quick_tree_of(*words, *SIZES))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from mixtrain.config import tensor_schema
 from mixtrain.config.planner import make_plan
-from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.engine import model, shards
 from mixtrain.proof.parity import certificate
 from mixtrain.proof.parity.layouts import Layout
@@ -33,7 +33,7 @@ class Bench:
     """The one-rank run, and comparisons of layouts with it."""
 
     def __init__(self, folder: Path):
-        self.config = Config.from_hydra(quick_tree_of(*SMALL))
+        self.config = from_hydra(quick_tree_of(*SMALL))
         self.folder = folder
         self.count = 0
         self.one = certificate.run_one_rank(

@@ -16,7 +16,7 @@ from rank_workers import run_ranks
 from test_init import EP
 from test_parity import TINY
 
-from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.engine import model, process_groups, shards
 from mixtrain.errors import FAULT, FINISHED
 from mixtrain.system.status import read_status
@@ -109,7 +109,7 @@ def test_mock_data_is_said_in_plan_metrics_and_log(finished):
 def test_the_resolved_configuration_reads_back(finished):
     from omegaconf import OmegaConf
 
-    config = Config.from_hydra(OmegaConf.load(finished / "config.yaml"))
+    config = from_hydra(OmegaConf.load(finished / "config.yaml"))
     assert (config.trainer.devices, config.optimizer.lr_decay_steps, config.trainer.max_steps) == (
         2,
         4,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from composing import ROOT, plan_of
 
-from mixtrain.config.schema import to_yaml
+from mixtrain.config.typed_config import to_yaml
 from mixtrain.errors import UserError
 from mixtrain.system.status import read_status, write_status
 from mixtrain.training.run_directory import (

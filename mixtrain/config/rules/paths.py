@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from mixtrain.config.key_effects import value_of
 from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import Problems
-from mixtrain.config.schema import BLEND, is_text_key, legal_keys
+from mixtrain.config.schema import BLEND, legal_keys
+from mixtrain.config.typed_config import is_text_key
 
 OUTPUT = ("run_dir", "data.path_to_cache")  # directories that a run writes to
 PATHS = (

@@ -22,7 +22,8 @@ from mixtrain.config.choices import TransformerImpl
 from mixtrain.config.compose import CONF, compose
 from mixtrain.config.key_effects import show
 from mixtrain.config.plan import resolve
-from mixtrain.config.schema import Config, to_yaml
+from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra, to_yaml
 from mixtrain.data.tokenizer import TOKENIZER
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.workers import Advance, Job, split_evenly
@@ -33,7 +34,7 @@ def configuration(overrides: Mapping[str, Any]) -> Config:
     """Return the resolved Config of a model: the given keys, and defaults for the others."""
     words = [f"{key}={show(value)}" for key, value in overrides.items()]
     jobs, problems = compose(["data=mock", "parallel=ep1", *words])
-    return resolve(Config.from_hydra(jobs[0].tree, problems))
+    return resolve(from_hydra(jobs[0].tree, problems))
 
 
 def checkpoint_at(path: Path) -> Path:
@@ -90,7 +91,7 @@ def config_of(checkpoint: Path) -> Config:
     """
     (job,), _ = compose([])
     saved = OmegaConf.create(state_of(checkpoint).config)
-    return Config.from_hydra(OmegaConf.merge(job.tree, saved))
+    return from_hydra(OmegaConf.merge(job.tree, saved))
 
 
 def state_of(checkpoint: Path) -> RunState:

@@ -21,7 +21,8 @@ from mixtrain.config.compose import ADDED_GROUPS, CONF, compose
 from mixtrain.config.key_effects import CLASS_OF, MATHEMATICS, show, value_of
 from mixtrain.config.plan import Plan, resolve, world_size
 from mixtrain.config.planner import make_plan
-from mixtrain.config.schema import Config, leaves
+from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra, leaves
 from mixtrain.errors import UserError
 from mixtrain.launch.machine_checks import environment_problems, gpu_count
 from mixtrain.system.rank_identity import Identity
@@ -129,7 +130,7 @@ def plan_of(
             _set(tree, key, value)
     if OmegaConf.select(tree, BALANCING) == BALANCED:
         _set(tree, BALANCING, ["none"])
-    config = _with_unused_sizes(Config.from_hydra(tree, list(known_problems)), identity)
+    config = _with_unused_sizes(from_hydra(tree, list(known_problems)), identity)
     problems = [
         *known_problems,
         *_forced_overrides(config, overrides),

@@ -21,7 +21,7 @@ import torch
 
 from mixtrain.config import tensor_schema
 from mixtrain.config.plan import Plan
-from mixtrain.config.schema import to_yaml
+from mixtrain.config.typed_config import to_yaml
 from mixtrain.engine.moe_metrics import forget_model
 from mixtrain.engine.process_groups import Ranks, seed_everything
 from mixtrain.errors import Fault

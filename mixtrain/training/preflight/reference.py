@@ -15,14 +15,14 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from mixtrain.config.planner import make_plan
-from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.system import scratch
 from mixtrain.system.rank_identity import Identity
 
 
 def main(config: Path, out: Path) -> None:
     """Write OUT.pt (full gradients and parameters), then OUT.json (the figures)."""
-    plan = make_plan(Config.from_hydra(OmegaConf.load(config)))
+    plan = make_plan(from_hydra(OmegaConf.load(config)))
     from mixtrain.engine.compat import cpu, megatron_fixes  # imports torch
 
     megatron_fixes.apply()

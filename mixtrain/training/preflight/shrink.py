@@ -18,6 +18,7 @@ from mixtrain.config.plan import Plan, derive, resolve
 from mixtrain.config.planner import make_plan
 from mixtrain.config.rules.upstream import triggered_faults
 from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.errors import UserError
 
 # sections taken from conf/shrink/parity.yaml; the layout is not
@@ -85,7 +86,7 @@ def _small_config(plan: Plan) -> Config:
         config.dispatcher.moe_token_dispatcher_type is Dispatcher.flex
     ):  # its kernels do not take fp32
         tree["dispatcher"]["moe_token_dispatcher_type"] = Dispatcher.alltoall.name
-    return Config.from_hydra(OmegaConf.create(tree))
+    return from_hydra(OmegaConf.create(tree))
 
 
 def _sequences(plan: Plan) -> int:
