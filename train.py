@@ -85,8 +85,8 @@ def checked_plans(
         if identity is None or identity.rank == 0:
             print(render(plan), end="\n\n", flush=True)
         if plan.config.trainer.mode is not Mode.plan:
-            problems_of_machine += machine_problems(plan, identity, job.overrides)
-            plans.append((plan, job.overrides))
+            problems_of_machine += machine_problems(plan, identity, job.argv)
+            plans.append((plan, job.argv))
     # ranks have one rendezvous and create their process groups once
     if identity is not None and len(plans) > 1:
         problems_of_machine.insert(0, f"these are {len(plans)} jobs, but {SWEEP}")

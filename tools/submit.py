@@ -38,19 +38,21 @@ def parse_arguments(arguments=None) -> tuple[argparse.Namespace, list[str]]:
         "--print", action="store_true", help="write the script to stdout, submit nothing"
     )
     parser.add_argument("--multirun", action="store_true", help="a job for each value of a=1,2")
+    parser.add_argument("--config-dir", metavar="DIR", help="your own conf/ and recipes/")
     options, overrides = parser.parse_known_args(arguments)
     if unknown := [override for override in overrides if override.startswith("-")]:
         parser.error(
             f"unrecognized arguments: {' '.join(unknown)}; a flag of sbatch is"
             " launcher.sbatch_args.NAME=VALUE"
         )
-    return options, overrides
+    flags = [f"--config-dir={options.config_dir}"] if options.config_dir else []
+    return options, flags + overrides
 
 
 def plans_of(overrides: list[str], multirun: bool, check: bool) -> list[tuple[Plan, list[str]]]:
     """Return (plan, its overrides) of each job. UserError with all problems of all jobs."""
     jobs, compose_problems = compose([*overrides, *(["--multirun"] if multirun else [])])
-    plans = [(plan_of(job, compose_problems), job.overrides) for job in jobs]
+    plans = [(plan_of(job, compose_problems), job.argv) for job in jobs]
     problems = [problem for plan, _ in plans for problem in mode_problems(plan)]
     if check and not problems:
         problems = [problem for plan, given in plans for problem in job_problems(plan, given)]

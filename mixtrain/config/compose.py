@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixtrain.characters import CONTROL, escaped
-from mixtrain.config import text_values
+from mixtrain.config import text_values, user_conf
 from mixtrain.config.schema import FREE, leaves, legal_keys, unknown_key
 from mixtrain.errors import UserError
 from mixtrain.paths import CONF
@@ -71,6 +71,14 @@ class ComposedJob(NamedTuple):
     tree: DictConfig
     overrides: list[str]
     recipe: NamedRecipe | None = None
+    config_dir: Path | None = None  # the user's own options
+    conf: Path = CONF  # with the user's
+
+    @property
+    def argv(self) -> list[str]:
+        """What composes this job again, in another process or on another node."""
+        flags = [f"--config-dir={self.config_dir}"] if self.config_dir else []
+        return flags + self.overrides
 
 
 def compose(argv: list[str], conf: Path = CONF) -> tuple[list[ComposedJob], list[str]]:
@@ -79,15 +87,18 @@ def compose(argv: list[str], conf: Path = CONF) -> tuple[list[ComposedJob], list
     Hydra handles `--help` and `--cfg job`: it prints, and there is no job. Raises UserError if
     nothing composes.
     """
+    argv, config_dir = user_conf.split_flag(argv)
+    if config_dir:
+        conf = user_conf.merged(config_dir, conf)
     arguments = get_args_parser().parse_intermixed_args(argv)  # flags may be between overrides
     accepted, problems = check_overrides(arguments.overrides, conf, arguments.multirun)
     if broken_files := file_problems(accepted, conf):
-        raise UserError(*problems, *broken_files)
+        raise UserError(*problems, *user_conf.with_own_paths(broken_files, conf))
     flags = [argument for argument in argv if argument not in arguments.overrides]
     jobs = _hydra(flags + accepted, conf, problems)
     if problems and not jobs:  # --cfg job with a wrong override
         raise UserError(*problems)
-    return jobs, problems
+    return [job._replace(config_dir=config_dir, conf=conf) for job in jobs], problems
 
 
 def check_overrides(

@@ -76,9 +76,12 @@ def _is_typed(key: str, typed: dict[str, Any]) -> bool:
 
 
 def _values_of(group: str, option: str, conf: Path) -> dict[str, Any]:
-    """Return {key: value} of the option's own file, without its defaults list."""
+    """Return {key: value} of the option, with its group's _base.yaml."""
     body = OmegaConf.to_container(OmegaConf.load(conf / group / f"{option}.yaml"), resolve=False)
-    body.pop("defaults", None)
+    for base in body.pop("defaults", []):
+        if isinstance(base, str):  # a file of the same group
+            own = OmegaConf.load(conf / group / f"{base}.yaml")
+            body = OmegaConf.to_container(own, resolve=False) | body
     return dict(leaves(body if group in ADDED_GROUPS else {group: body}))
 
 
@@ -88,5 +91,6 @@ def _as_overrides(values: dict[str, Any], keys: list[str]) -> str:
 
 def _parse(overrides: list[str]) -> dict[str, Any]:
     """Return {key or group: value} of the overrides."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    words = [override for override in overrides if not override.startswith("--config-dir=")]
+    parsed = OverridesParser.create().parse_overrides(words)
     return {override.key_or_group: override.value() for override in parsed}

@@ -16,7 +16,7 @@ def plan_of(job: ComposedJob, problems: list[str], identity: Identity | None = N
 
     A plan that is only printed does not depend on the number of ranks started on this machine.
     """
-    problems = [*problems, *contradictions(job)]
+    problems = [*problems, *contradictions(job, job.conf)]
     config = Config.from_hydra(job.tree, problems)
     recipe = job.recipe and (job.recipe.name, Config.from_hydra(job.recipe.tree))
     started = identity.world_size if identity and config.trainer.mode is not Mode.plan else None

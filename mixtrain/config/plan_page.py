@@ -62,7 +62,7 @@ def _recipe(plan: Plan) -> list[tuple[str, str]]:
         return []
     rows = [("  changes mathematics", text) for text in changed_mathematics(plan)]
     rows += [("  changes execution", str(change)) for change in plan.changed_execution]
-    return [("recipe", plan.recipe + ("" if rows else ", as it stands")), *rows]
+    return [("recipe", plan.recipe + ("" if rows else ", unchanged")), *rows]
 
 
 def _defaults(plan: Plan) -> list[tuple[str, str]]:
@@ -226,6 +226,11 @@ def _model(plan: Plan) -> list[tuple[str, str]]:
             f"{model.transformer_impl.name}, {trainer.precision.name}, router"
             f" {'+'.join(kind.name for kind in router.moe_router_load_balancing_type)},"
             f" {plan.config.dispatcher.moe_token_dispatcher_type.name}, recompute {recompute}",
+        ),
+        (
+            "  experts",
+            f"{model.num_layers * model.num_moe_experts:,} experts ({model.num_layers} layers x"
+            f" {model.num_moe_experts})",
         ),
         (
             "parameters",

@@ -118,7 +118,7 @@ def test_the_plan_lists_both_kinds_or_says_that_the_recipe_stands():
     assert "  changes execution    optimizer.bucket_size = 1000000 (recipe: null)" in lines
     page = render(planned(RECIPE))
     assert (
-        "recipe                 mixtral_8x7b_ep8, as it stands" in page.splitlines()
+        "recipe                 mixtral_8x7b_ep8, unchanged" in page.splitlines()
         and "  changes" not in page
     )
 
