@@ -121,4 +121,30 @@ def test_every_file_that_answers_a_question_is_there():
         r"^\| [^|]+\? \| `([^`]+)` \|", (ROOT / "docs" / "where.md").read_text(), flags=re.MULTILINE
     )
     assert len(rows) == 20
-    assert [name for name in rows if not (ROOT / "mixtrain" / name).is_file()] == []
+    assert [name for name in rows if not (ROOT / "mixtrain" / name).exists()] == []
+
+
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+SHOWN_PATHS = sorted(
+    {name for name in re.findall(r"`([^`\n]+)`", EXTENDING) if "/" in name and " " not in name}
+)
+
+
+@pytest.mark.parametrize("path", SHOWN_PATHS)
+def test_every_path_of_the_page_about_extending_is_there(path):
+    assert list(ROOT.glob(path.replace("NAME", "[a-z]*"))), path
+
+
+def test_every_name_of_a_recipe_is_in_a_file_that_the_recipe_shows():
+    for recipe in EXTENDING.split("\n## ")[1:]:
+        assert len(recipe.strip().splitlines()) <= 2 + 10, recipe  # heading, blank line, ten lines
+        names = set(re.findall(r"`(\w+)`", recipe)) - {"NAME"}
+        files = [
+            file
+            for path in SHOWN_PATHS
+            if f"`{path}`" in recipe
+            for file in ROOT.glob(path.replace("NAME", "[a-z]*"))
+            if file.is_file()
+        ]
+        text = "\n".join(file.read_text() for file in files)
+        assert [name for name in sorted(names) if not re.search(rf"\b{name}\b", text)] == []

@@ -92,7 +92,7 @@ def test_a_page_of_the_docs_is_short_and_names_files_that_exist(page):
     text = page.read_text()
     assert len(text.splitlines()) <= 200
     for name in re.findall(r"`((?:mixtrain|conf|recipes|tests|tools)/[\w./]+)`", text):
-        assert (ROOT / name).exists(), name
+        assert list(ROOT.glob(name.replace("NAME", "*"))), name
     for name in re.findall(r"`([a-z_]+\.py)`", text):
         assert list(ROOT.glob(f"mixtrain/**/{name}")) or (ROOT / name).exists(), name
     for name in re.findall(r"`((?!mixtrain|megatron)[a-z_]+/[a-z_/]+\.py)`", text):
