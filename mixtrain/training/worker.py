@@ -16,7 +16,7 @@ from mixtrain.config.plan import Plan
 from mixtrain.config.schema import to_yaml
 from mixtrain.engine.compat import cpu, megatron_fixes
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
-from mixtrain.system import streams
+from mixtrain.system import collectives, streams
 from mixtrain.system.rank_identity import FOLDER, Identity
 from mixtrain.training import preflight
 from mixtrain.training.logs import Logs
@@ -129,7 +129,7 @@ def build_data(
 
     from mixtrain.checkpoint.same_tokenizer import problem
     from mixtrain.data.batches import Batches
-    from mixtrain.data.datasets import build, first_of_all_ranks, unigram_entropy
+    from mixtrain.data.datasets import build, unigram_entropy
     from mixtrain.data.fingerprint import fingerprint
     from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
 
@@ -138,8 +138,8 @@ def build_data(
     prefixes, tokenizer = data_source(plan, ranks, logs)
     # on the first rank alone: the other ranks could already see the copy that is made below
     mismatch = problem(config, tokenizer) if tokenizer and ranks.is_first else None
-    if problems := first_of_all_ranks([mismatch] if mismatch else []):
-        raise UserError(*problems)
+    if mismatch := collectives.first_problem(mismatch):
+        raise UserError(mismatch)
     if tokenizer and ranks.is_first and plan.saves:
         # beside the checkpoints, where tools look for it
         copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)
