@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 from mixtrain.checkpoint.write_errors import Unwritable, is_write_error, recovery_advice
-from mixtrain.config.choices import Accelerator, DataKind, Mode
+from mixtrain.config.choices import DataKind, Mode
 from mixtrain.config.plan import Plan
 from mixtrain.config.schema import to_yaml
-from mixtrain.engine.compat import cpu, megatron_fixes
+from mixtrain.engine.compat.prepare import prepare
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
 from mixtrain.system import collectives, streams
 from mixtrain.system.rank_identity import FOLDER, Identity
@@ -82,11 +82,8 @@ def _fault(plan: Plan, identity: Identity, logs: Logs, error: Exception) -> int:
 
 
 def _run(plan: Plan, identity: Identity, logs: Logs, stop: StopRequest) -> None:
-    megatron_fixes.apply()
-    if plan.config.trainer.accelerator is Accelerator.cpu:
-        cpu.apply()
-    # imported here: engine/compat/cpu.py must be applied before Megatron-Core's modules are
-    # imported
+    prepare(plan.config.trainer.accelerator)
+    # imported here: prepare must be called before Megatron-Core's modules are imported
     from mixtrain.checkpoint.save import Saver
     from mixtrain.engine import model, optimizer, process_groups
     from mixtrain.training import bad_steps, loop, resume

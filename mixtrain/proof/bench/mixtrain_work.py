@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
-from mixtrain.engine.compat import cpu, megatron_fixes
+from mixtrain.engine.compat.prepare import prepare
 from mixtrain.proof.bench.batch import microbatches
 from mixtrain.proof.bench.memory import Memory
 from mixtrain.proof.bench.scenario import Measure
@@ -25,9 +24,7 @@ from mixtrain.system.rank_identity import Identity
 @contextlib.contextmanager
 def started(plan: Plan, identity: Identity, memory: Memory) -> Iterator[Any]:
     """Yield this rank, with Megatron-Core initialized for the plan's device."""
-    megatron_fixes.apply()
-    if plan.config.trainer.accelerator is Accelerator.cpu:
-        cpu.apply()
+    prepare(plan.config.trainer.accelerator)
     from mixtrain.engine import process_groups
     from mixtrain.training import loop  # noqa: F401  (imports all of Megatron-Core that a step needs)
 
