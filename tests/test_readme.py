@@ -66,7 +66,7 @@ def test_the_plan_of_the_default_is_the_one_that_the_readme_shows():
 
 def test_the_first_steps_of_the_default_are_the_ones_that_the_readme_shows():
     """The whole default run is in tests/launch/test_launch.py, shortened; here only the columns."""
-    from mixtrain.training.logs import HEADER
+    from mixtrain.training.sinks.terminal import HEADER
 
     assert HEADER in README
 

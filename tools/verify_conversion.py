@@ -79,10 +79,10 @@ def main(argv: list[str]) -> int:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
 
     # these imports take seconds
-    from mixtrain.engine.compat import cpu, megatron_fixes
+    from mixtrain.config.choices import Accelerator
+    from mixtrain.engine.compat.prepare import prepare
 
-    megatron_fixes.apply()
-    cpu.apply()
+    prepare(Accelerator.cpu)
     from mixtrain.checkpoint.tensor_reader import TensorReader
     from mixtrain.interop.convert import checkpoint_config, hf_checkpoint
 

@@ -37,6 +37,7 @@ from mixtrain.engine.optimizer import Training
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.engine.shards import unwrap
 from mixtrain.errors import UserError
+from mixtrain.system import collectives
 
 SHOWN = 8  # differing tensors in a message
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # float16: published weights only
@@ -55,8 +56,9 @@ def find_checkpoint(
     resume = plan.config.checkpoint.resume
     if resume is Resume.never:
         return None
-    steps = _from_first(ranks, lambda: directory.steps_in(run_dir))
-    tracked = _from_first(ranks, lambda: directory.tracked_step(run_dir))
+    # read by the first rank alone: file systems of several nodes may lag
+    steps = collectives.from_first(lambda: directory.steps_in(run_dir))
+    tracked = collectives.from_first(lambda: directory.tracked_step(run_dir))
     if steps and tracked not in steps:
         say(
             f"{run_dir / directory.TRACKER} names no checkpoint that exists; looking at all"
@@ -81,16 +83,7 @@ def problem(plan: Plan, ranks: Ranks, path: Path, heartbeat=lambda: None) -> str
     """Return what is wrong with a checkpoint, checked by all ranks together; "" if nothing is."""
     full = plan.config.checkpoint.verify is Verify.full
     problem_here = integrity.problem(path, full, ranks.rank, ranks.world_size, heartbeat)
-    problems: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(problems, problem_here)
-    return next((text for text in problems if text), "")
-
-
-def _from_first(ranks: Ranks, read: Callable[[], Any]) -> Any:
-    """Return on all ranks what the first rank reads: file systems of several nodes may lag."""
-    answer = [read() if ranks.is_first else None]
-    torch.distributed.broadcast_object_list(answer, src=0)
-    return answer[0]
+    return collectives.first_problem(problem_here)
 
 
 def read_state(path: Path) -> RunState:
@@ -180,7 +173,7 @@ def refuse_another_model(plan: Plan, path: Path, absent: Collection[str] = ()) -
 def find_weights(plan: Plan, ranks: Ranks, heartbeat=lambda: None) -> Path:
     """Return the checkpoint that checkpoint.load_weights means. UserError if it is damaged."""
     given = Path(plan.config.checkpoint.load_weights)
-    path = _from_first(ranks, lambda: directory.newest(given)) or given
+    path = collectives.from_first(lambda: directory.newest(given)) or given
     if wrong := problem(plan, ranks, path, heartbeat):
         raise UserError(f"checkpoint.load_weights = {given}: {wrong}")
     return path
@@ -307,10 +300,8 @@ def _load(wanted: dict[str, Any], path: Path, ranks: Ranks) -> dict[str, Any]:
         error = next((str(cause[0]) for cause in failure.failures.values()), str(failure))
     except (OSError, RuntimeError, UserError) as failure:
         error = str(failure)
-    errors: list[Any] = [None] * ranks.world_size
-    torch.distributed.all_gather_object(errors, error)
-    if wrong := [f"{path} on rank {rank}: {text}" for rank, text in enumerate(errors) if text]:
-        raise UserError(wrong[0])
+    for rank, text in collectives.failures(error):
+        raise UserError(f"{path} on rank {rank}: {text}")
     loaded = {key: strategy._unwrap_pyt_sharded_tensor(value) for key, value in tensors.items()}
     loaded = strategy._replace_sharded_keys_with_state_dict_keys(loaded, names, renamed)
     strategy._restore_dict_types(loaded, wanted)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
@@ -38,6 +38,7 @@ from mixtrain.config.plan import Plan
 from mixtrain.engine.optimizer import Training, parameters_gathered
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault
+from mixtrain.system import collectives
 from mixtrain.system.status import DISK_FULL
 
 
@@ -93,7 +94,7 @@ class Saver:
 
     def _save(self, path: Path, run_state: RunState) -> None:
         items, metadata = self._plan_shards()
-        size = self._sum(shard_writer.total_bytes(items))
+        size = collectives.total(shard_writer.total_bytes(items), self.ranks.device)
         self._run_on_first(lambda: self._prepare(path, size, run_state), size)
         pending = Pending(run_state.step, path, size, metadata, None, time.monotonic())
         if not self.plan.config.checkpoint.async_save:
@@ -113,7 +114,8 @@ class Saver:
         if self.pending is None:
             return
         self.outcome = self.outcome or self.pending.writer.poll()
-        if self._sum(int(self.outcome is not None)) == self.ranks.world_size:
+        written = collectives.total(int(self.outcome is not None), self.ranks.device)
+        if written == self.ranks.world_size:
             self._finish_pending()
 
     def drain(self) -> None:
@@ -146,7 +148,7 @@ class Saver:
         planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         planner.set_up_planner(mcore_to_pyt_state_dict(by_key), is_coordinator=self.ranks.is_first)
         local_plan = planner.create_local_plan()
-        plans = self._gather(local_plan)
+        plans = collectives.gather_on_first(local_plan)
         metadata = None
         if self.ranks.is_first:
             _, metadata = planner.create_global_plan(plans)
@@ -172,7 +174,7 @@ class Saver:
 
     def _finish(self, pending: Pending, outcome: WriteOutcome) -> None:
         self._refuse_errors(outcome.error, outcome.errno, pending.size)
-        outcomes = self._gather(outcome)
+        outcomes = collectives.gather_on_first(outcome)
         self._run_on_first(lambda: self._commit(pending, outcomes), pending.size)
         seconds = time.monotonic() - pending.started
         name = directory.path_of(self.run_dir, pending.step).name
@@ -212,23 +214,21 @@ class Saver:
 
     def _refuse_errors(self, error: str, number: int, size: int) -> None:
         """Raise Fault on every rank if any rank has an error; `number` is its errno."""
-        errors: list[Any] = [None] * self.ranks.world_size
-        torch.distributed.all_gather_object(errors, (error, number))
-        for rank, (text, number_of_rank) in enumerate(errors):
-            if text:
-                self._fail(rank, text, number_of_rank, size)
+        for rank, problem in collectives.failures((error, number) if error else None):
+            self._fail(rank, *problem, size)
 
     def _fail(self, rank: int, text: str, number: int, size: int) -> None:
-        disk_use = [""]
-        if self.ranks.is_first:
+        def clean_up() -> str:
             # measured before the removal, which frees space
-            disk_use = [self._disk_use(size) if number in DISK_FULL else ""]
+            disk_use = self._disk_use(size) if number in DISK_FULL else ""
             for partial in self.run_dir.glob("iter_*.saving"):
                 directory.remove(partial)
-        torch.distributed.broadcast_object_list(disk_use, src=0)
+            return disk_use
+
+        disk_use = collectives.from_first(clean_up)
         advice = recovery_advice(self.plan, number)
         raise Fault(
-            f"the checkpoint could not be written on rank {rank}: {text}{disk_use[0]}; {advice}"
+            f"the checkpoint could not be written on rank {rank}: {text}{disk_use}; {advice}"
         )
 
     def _disk_use(self, size: int) -> str:
@@ -242,14 +242,3 @@ class Saver:
         if not files:
             return ""
         return f"; of its {size:,} bytes {written:,} were written, {free:,} are free"
-
-    def _gather(self, value: Any) -> list[Any]:
-        """Return every rank's object on the first rank, an empty list on the others."""
-        gathered = [None] * self.ranks.world_size if self.ranks.is_first else None
-        torch.distributed.gather_object(value, gathered, dst=0)
-        return gathered or []
-
-    def _sum(self, number: int) -> int:
-        total = torch.tensor([number], dtype=torch.int64, device=self.ranks.device)
-        torch.distributed.all_reduce(total)
-        return int(total.item())

@@ -20,6 +20,7 @@ from mixtrain.data.check import SPLITS, check_files
 from mixtrain.data.index import HEADER, read_index
 from mixtrain.data.tokenizer import tokenizer_eod_id, tokenizer_sha256, tokenizer_vocab_size
 from mixtrain.errors import UserError
+from mixtrain.system import collectives
 
 DOCUMENTS_AT_ONCE = 1024  # read together when tokens are counted
 
@@ -70,7 +71,7 @@ def build(
             seq_length=seq_length,
             every_entry=_rank() == 0,
         )
-        if problems := first_of_all_ranks(problems):
+        if problems := collectives.first_problem(problems):
             raise UserError(*problems)
         tokenizer = TokenizerMetadata(
             tokenizer_vocab_size(tokenizer_dir),
@@ -88,15 +89,6 @@ def build(
                 if _rank() == 0:
                     log(line)
     return tuple(datasets)
-
-
-def first_of_all_ranks(problems: list[str]) -> list[str]:
-    """Return the problems of the first rank that has any, so that all ranks stop at them."""
-    if not torch.distributed.is_initialized():
-        return problems
-    problems_of_ranks: list = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(problems_of_ranks, problems)
-    return next((of_rank for of_rank in problems_of_ranks if of_rank), [])
 
 
 def _config(
@@ -129,18 +121,18 @@ def _index_cache(data_path: list[str], path_to_cache: Path | None) -> Path:
     the lengths and broadcasts the directory's name.
     """
     prefixes, _ = parse_blend(data_path)
-    name = [None]
-    if _rank() == 0:
+
+    def name_of_lengths() -> str:
         digest = hashlib.sha256()
         for prefix in prefixes:
             end_of_lengths = HEADER.size + 4 * read_index(prefix).sequences
             digest.update(numpy.memmap(f"{prefix}.idx", mode="r")[:end_of_lengths])
-        name = [digest.hexdigest()[:12]]
-    if torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(name, src=0)
+        return digest.hexdigest()[:12]
+
+    name = collectives.from_first(name_of_lengths)
     if path_to_cache is None:
-        return Path(prefixes[0]).parent / "index_cache" / name[0]
-    return Path(path_to_cache) / name[0]
+        return Path(prefixes[0]).parent / "index_cache" / name
+    return Path(path_to_cache) / name
 
 
 def _build(config, samples: tuple[int, int, int]) -> list:

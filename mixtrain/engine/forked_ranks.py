@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
-from mixtrain.engine.compat import cpu, megatron_fixes
+from mixtrain.config.choices import Accelerator
+from mixtrain.engine.compat.prepare import prepare
 from mixtrain.system.rank_identity import Identity, die_with
 
-megatron_fixes.apply()
-cpu.apply()
+prepare(Accelerator.cpu)
 
 
 class RankFailure(AssertionError):

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from mixtrain.config.choices import Balancing
 from mixtrain.config.plan import Plan
 from mixtrain.engine.layers.balanced_router import BalancedRouter
-from mixtrain.engine.process_groups import Ranks
+from mixtrain.system import collectives
 
 # each auxiliary loss -> its name in Megatron-Core's tracker
 BALANCING_LOSSES = {
@@ -77,14 +77,12 @@ class ExpertLoad:
         torch.distributed.all_reduce(changed)
         return {"balanced_choices_changed": changed.item() / _routed(plan, sequences)}
 
-    def not_finite(self, ranks: Ranks) -> list[list[int]]:
+    def not_finite(self) -> list[list[int]]:
         """Return [layer, rank] of the routers that were first to be not finite in this step.
 
         Their inputs were finite, their probabilities not. Every rank must call.
         """
-        bad_layers: list = [None] * ranks.world_size
-        local_layers = (self.bad.nonzero().flatten() + 1).tolist()
-        torch.distributed.all_gather_object(bad_layers, local_layers)
+        bad_layers = collectives.gather((self.bad.nonzero().flatten() + 1).tolist())
         return sorted([layer, rank] for rank, layers in enumerate(bad_layers) for layer in layers)
 
 

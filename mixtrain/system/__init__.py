@@ -1,4 +1,4 @@
-"""Files, processes and terminals of this machine: untrusted files, locks, the identity of a rank.
+"""Files, processes, terminals, ranks: untrusted files, locks, a rank's identity, collectives.
 
 May import: errors.
 Does not belong here: anything that knows configuration keys.

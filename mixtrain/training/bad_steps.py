@@ -19,6 +19,7 @@ from mixtrain.config.plan import Plan
 from mixtrain.engine.optimizer import Training
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault
+from mixtrain.system.collectives import ranks_where
 
 RECORDS = "bad_steps.jsonl"
 
@@ -69,7 +70,7 @@ def norm_check(plan: Plan, device: torch.device) -> Callable[[float], None]:
     return check
 
 
-def ranks_with_bad_gradients(training: Training, ranks: Ranks) -> list[int]:
+def ranks_with_bad_gradients(training: Training) -> list[int]:
     """Return the ranks whose gradient buffers are not finite. Every rank must call."""
     bad = any(
         not bool(torch.isfinite(buffer.grad_data).all())
@@ -77,15 +78,7 @@ def ranks_with_bad_gradients(training: Training, ranks: Ranks) -> list[int]:
         if isinstance(chunk, DistributedDataParallel)  # Megatron-FSDP has no such buffers
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)
     )
-    return ranks_where(bad, ranks)
-
-
-def ranks_where(flag: bool, ranks: Ranks) -> list[int]:
-    """Return the ranks on which `flag` is true. Every rank must call."""
-    flags = torch.zeros(ranks.world_size, device=ranks.device)
-    flags[ranks.rank] = float(flag)
-    torch.distributed.all_reduce(flags)
-    return flags.nonzero().flatten().tolist()
+    return ranks_where(bad)
 
 
 class BadSteps:

@@ -34,11 +34,11 @@ from mixtrain.engine.moe_metrics import (
 from mixtrain.engine.optimizer import Training, parameters_gathered
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault
+from mixtrain.system.collectives import ranks_where
 from mixtrain.training.bad_steps import (
     BadNorm,
     BadStepFault,
     BadSteps,
-    ranks_where,
     ranks_with_bad_gradients,
 )
 from mixtrain.training.logs import Logs
@@ -123,7 +123,7 @@ class Loop:
             self.bad_steps.reset_streak()
         except BadStepFault as bad:
             samples = self.sample_ids.gather(self.ranks.device)
-            self.bad_steps.handle(bad, samples, self.load.not_finite(self.ranks))
+            self.bad_steps.handle(bad, samples, self.load.not_finite())
             stopping = bad.stopping
         seconds = time.perf_counter() - started
         self.state = replace(
@@ -219,13 +219,13 @@ def _train_step(
     loss_sum, token_sum, bad_ranks, stop_ranks = sums.tolist()
     stopping = stop_ranks > 0
     if bad_ranks:
-        raise BadStepFault(step, "lm_loss", "not finite", ranks_where(is_bad, ranks), stopping)
+        raise BadStepFault(step, "lm_loss", "not finite", ranks_where(is_bad), stopping)
     try:
         # computes the gradient norm, checks it (bad_steps.norm_check), clips, updates the
         # parameters
         _, grad_norm, _ = training.optimizer.step()
     except BadNorm as bad_norm:
-        bad_gradient_ranks = ranks_with_bad_gradients(training, ranks)
+        bad_gradient_ranks = ranks_with_bad_gradients(training)
         raise BadStepFault(step, "grad_norm", str(bad_norm), bad_gradient_ranks, stopping) from None
     training.scheduler.step(increment=1)
     return loss_sum / token_sum, float(grad_norm or 0.0), stopping

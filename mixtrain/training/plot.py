@@ -51,7 +51,7 @@ def draw(run_dir: str | Path, title: str, entropy: float | None = None) -> Path:
 
 
 def read(metrics: Path) -> list[PlotRecord]:
-    """Return the records of a run, skipping other lines (logs.cut_back warns of those)."""
+    """Return the records of a run, skipping other lines (metrics_jsonl.cut_back warns of those)."""
     records = []
     for _, line in untrusted_json.lines(metrics):
         with suppress(InvalidJson):

@@ -10,9 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -27,6 +25,7 @@ from mixtrain.data.fingerprint import difference
 from mixtrain.engine.optimizer import Training
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import UserError
+from mixtrain.system import collectives
 from mixtrain.training.run_directory import attempts_problem, record_attempt
 
 LIBRARIES = ("megatron-core", "torch")
@@ -78,7 +77,7 @@ def refuse_a_crash_loop(plan: Plan, ranks: Ranks, start: Start) -> None:
                 record_attempt(run_dir, start.state.step)
         except OSError as error:
             problem = f"run_dir = {run_dir}: {error.filename} cannot be written ({error.strerror})"
-    if problem := _from_first_rank(ranks, problem):
+    if problem := collectives.from_first(lambda: problem):
         raise UserError(problem)
 
 
@@ -94,7 +93,7 @@ def enter(
 
     `data`: the fingerprint of the training data, on the first rank. Every rank must call.
     """
-    data = _from_first_rank(ranks, data)
+    data = collectives.from_first(lambda: data)
     state = start.state
     if start.path:
         if changed := difference(state.data, data):
@@ -176,10 +175,3 @@ def changed_rate(
 
 def _with_open_decay(config: Config) -> Config:
     return replace(config, optimizer=replace(config.optimizer, lr_decay_steps=None))
-
-
-def _from_first_rank(ranks: Ranks, value: Any) -> Any:
-    """Return the first rank's `value` on all ranks. Every rank must call."""
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 
 from mixtrain.checkpoint.write_errors import Unwritable, is_write_error, recovery_advice
-from mixtrain.config.choices import Accelerator, DataKind, Mode
+from mixtrain.config.choices import DataKind, Mode
 from mixtrain.config.plan import Plan
 from mixtrain.config.typed_config import to_yaml
-from mixtrain.engine.compat import cpu, megatron_fixes
+from mixtrain.engine.compat.prepare import prepare
 from mixtrain.errors import FAULT, FINISHED, REFUSED, Fault, UserError, print_problems
-from mixtrain.system import streams
+from mixtrain.system import collectives, streams
 from mixtrain.system.rank_identity import FOLDER, Identity
 from mixtrain.training import preflight
 from mixtrain.training.logs import Logs
@@ -82,11 +82,8 @@ def _fault(plan: Plan, identity: Identity, logs: Logs, error: Exception) -> int:
 
 
 def _run(plan: Plan, identity: Identity, logs: Logs, stop: StopRequest) -> None:
-    megatron_fixes.apply()
-    if plan.config.trainer.accelerator is Accelerator.cpu:
-        cpu.apply()
-    # imported here: engine/compat/cpu.py must be applied before Megatron-Core's modules are
-    # imported
+    prepare(plan.config.trainer.accelerator)
+    # imported here: prepare must be called before Megatron-Core's modules are imported
     from mixtrain.checkpoint.save import Saver
     from mixtrain.engine import model, optimizer, process_groups
     from mixtrain.training import bad_steps, loop, resume
@@ -129,7 +126,7 @@ def build_data(
 
     from mixtrain.checkpoint.same_tokenizer import problem
     from mixtrain.data.batches import Batches
-    from mixtrain.data.datasets import build, first_of_all_ranks, unigram_entropy
+    from mixtrain.data.datasets import build, unigram_entropy
     from mixtrain.data.fingerprint import fingerprint
     from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
 
@@ -138,8 +135,8 @@ def build_data(
     prefixes, tokenizer = data_source(plan, ranks, logs)
     # on the first rank alone: the other ranks could already see the copy that is made below
     mismatch = problem(config, tokenizer) if tokenizer and ranks.is_first else None
-    if problems := first_of_all_ranks([mismatch] if mismatch else []):
-        raise UserError(*problems)
+    if mismatch := collectives.first_problem(mismatch):
+        raise UserError(mismatch)
     if tokenizer and ranks.is_first and plan.saves:
         # beside the checkpoints, where tools look for it
         copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)

@@ -25,8 +25,9 @@ from mixtrain.interop.convert.hf_config import from_hugging_face
 from mixtrain.interop.generate.request import read_prompts
 from mixtrain.system import status, untrusted_json
 from mixtrain.system.untrusted_json import Count, InvalidJson, Name, integer
-from mixtrain.training import logs, plot
+from mixtrain.training import plot
 from mixtrain.training.run_directory import attempts_problem, previous_status
+from mixtrain.training.sinks import metrics_jsonl
 
 STATE = {"step": 20, "consumed_samples": 0, "schedule_steps": 0, "optimizer_steps": 0}
 # where a process reads what it has made itself, or a child of its own
@@ -194,7 +195,7 @@ def test_a_status_that_is_none_is_as_if_there_were_no_run(tmp_path, text):
 def test_a_run_goes_on_beside_a_line_that_is_no_record_and_the_file_is_kept(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text('{"step": 1}\n5\n{"step": "2"}\n{"step": 2}\n{"step": 3}\n{"ste')
-    message = logs.cut_back(metrics, 2)
+    message = metrics_jsonl.cut_back(metrics, 2)
     assert metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert message == (
         f"line 2 and 1 more of {metrics} is not a record (5 is not an object) and was removed;"
@@ -205,7 +206,7 @@ def test_a_run_goes_on_beside_a_line_that_is_no_record_and_the_file_is_kept(tmp_
 
 def test_half_of_a_line_that_a_killed_run_has_left_goes_without_a_word(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"ste')
-    assert logs.cut_back(tmp_path / "metrics.jsonl", 2) == ""
+    assert metrics_jsonl.cut_back(tmp_path / "metrics.jsonl", 2) == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl"]
 
 
@@ -333,7 +334,7 @@ def read_all(folder: Path, name: str) -> None:
         attempts_problem(str(folder), 0, 1)
     elif name == "metrics.jsonl":
         plot._load([*plot.read(path), *[VALID[name]]][-1:])
-        assert isinstance(logs.cut_back(path, 5), str)
+        assert isinstance(metrics_jsonl.cut_back(path, 5), str)
     elif name == "attempts.jsonl":
         attempts_problem(str(folder), 0, 1)
     elif name.startswith("tokenizer"):

@@ -174,8 +174,9 @@ def test_a_record_that_cannot_be_written_is_named_and_closing_it_is_no_other_err
     plan = plan_of(f"run_dir={tmp_path}/run", "logging=files")
     with Logs(plan, True, "") as logs:
         logs.begin(0)
-        logs.metrics_file.close()
-        logs.metrics_file = open("/dev/full", "w", buffering=1)
+        metrics = logs.sinks[0]
+        metrics.file.close()
+        metrics.file = open("/dev/full", "w", buffering=1)
         with pytest.raises(
             Unwritable, match=r"run/metrics.jsonl cannot be written \(No space left on device\)"
         ):

@@ -19,6 +19,7 @@ from mixtrain.engine.shards import unwrap
 from mixtrain.interop.generate.kv_cache import KVCache, PackedTokens
 from mixtrain.interop.generate.request import Sampling
 from mixtrain.interop.generate.sample import choose_token, random_stream
+from mixtrain.system import collectives
 
 # why a continuation ended; "": it has not
 REASONS = ("", "eod", "stop", "length", "interrupted")
@@ -91,9 +92,7 @@ class Generator:
         stopped = self.generate_replica(sequences)
         if replicas > 1:
             results = [(sequence.tokens, sequence.reason) for sequence in sequences]
-            gathered: list = [None] * replicas
-            group = parallel_state.get_data_parallel_group()
-            torch.distributed.all_gather_object(gathered, results, group=group)
+            gathered = collectives.gather(results, parallel_state.get_data_parallel_group())
             for number, sequence in enumerate(batch):
                 row, source = divmod(number, replicas)
                 sequence.tokens, sequence.reason = gathered[source][row]

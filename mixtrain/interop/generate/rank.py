@@ -15,9 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from mixtrain.config.choices import Accelerator
 from mixtrain.config.plan import Plan
-from mixtrain.engine.compat import cpu, megatron_fixes
+from mixtrain.engine.compat.prepare import prepare
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems
 from mixtrain.interop.generate.log_relay import print_progress
 from mixtrain.interop.generate.request import Request
@@ -57,10 +56,8 @@ def run(plan: Plan, request: Request, identity: Identity) -> int:
 def _run(
     plan: Plan, request: Request, identity: Identity, stop: StopRequest, results: TextIO
 ) -> int:
-    megatron_fixes.apply()
-    if plan.config.trainer.accelerator is Accelerator.cpu:
-        cpu.apply()
-    # after engine/compat/cpu.py, which must be applied before Megatron-Core's classes are defined
+    prepare(plan.config.trainer.accelerator)
+    # after prepare, which patches Megatron-Core's classes before they are defined
     from mixtrain.checkpoint import load
     from mixtrain.engine import model, process_groups
     from mixtrain.interop.generate.generator import Callbacks, Generator, Sequence, StopConditions

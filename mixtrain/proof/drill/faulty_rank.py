@@ -34,10 +34,10 @@ def inject(fault: Callable[[Any, int], None], rank: int) -> None:
     original_run = worker._run
 
     def faulty_run(*arguments: Any) -> None:
-        from mixtrain.engine.compat import cpu, megatron_fixes
+        from mixtrain.config.choices import Accelerator
+        from mixtrain.engine.compat.prepare import prepare
 
-        megatron_fixes.apply()
-        cpu.apply()  # before Megatron-Core is imported, as the run itself does
+        prepare(Accelerator.cpu)  # before Megatron-Core is imported, as the run itself does
         from mixtrain.training import resume
 
         original_enter = resume.enter

@@ -18,6 +18,7 @@ import torch
 from mixtrain.config.plan import Plan
 from mixtrain.engine.process_groups import Ranks
 from mixtrain.errors import Fault, UserError
+from mixtrain.system import collectives
 from mixtrain.system.rank_identity import Identity
 from mixtrain.training.preflight import FOLDER, network, node_info, parity, run_dir_of, verdict
 from mixtrain.training.preflight.node_info import NodeInfo
@@ -62,9 +63,7 @@ class PreflightRun:
 
     def gather(self, value: Any) -> list:
         """Return every rank's `value`, on every rank."""
-        values: list = [None] * self.ranks.world_size
-        torch.distributed.all_gather_object(values, value, group=self.gloo_group)
-        return values
+        return collectives.gather(value, self.gloo_group)
 
     def _check_nodes(self) -> list[NodeInfo]:
         """Return the node information of every rank; UserError with all problems."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from mixtrain.config.choices import Accelerator
 from mixtrain.config.planner import make_plan
 from mixtrain.config.typed_config import from_hydra
 from mixtrain.system import scratch
@@ -23,10 +24,9 @@ from mixtrain.system.rank_identity import Identity
 def main(config: Path, out: Path) -> None:
     """Write OUT.pt (full gradients and parameters), then OUT.json (the figures)."""
     plan = make_plan(from_hydra(OmegaConf.load(config)))
-    from mixtrain.engine.compat import cpu, megatron_fixes  # imports torch
+    from mixtrain.engine.compat.prepare import prepare  # imports torch
 
-    megatron_fixes.apply()
-    cpu.apply()
+    prepare(Accelerator.cpu)
     from mixtrain.training import measured_step
 
     with scratch.folder() as folder:
