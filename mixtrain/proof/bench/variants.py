@@ -13,6 +13,7 @@ from mixtrain.config.compose import compose
 from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
 from mixtrain.config.schema import Config
+from mixtrain.config.typed_config import from_hydra
 from mixtrain.errors import UserError
 from mixtrain.interop.convert.hf_config import export_problems
 from mixtrain.launch.machine_checks import gpu_count, installed
@@ -100,7 +101,7 @@ def _variant(name: str, row: ScenarioRow, request: BenchRequest, overrides: list
     jobs, problems = compose(merged)
     if len(jobs) != 1:
         raise UserError(*problems, "one configuration at a time: no sweep here")
-    config = Config.from_hydra(jobs[0].tree, problems)
+    config = from_hydra(jobs[0].tree, problems)
     if not problems:
         _check_hardware(config, request.name)
     plan = make_plan(config, None, problems)
