@@ -17,7 +17,7 @@ from mixtrain.system.status import write_status
 from mixtrain.training import plot
 from mixtrain.training.run_directory import previous_status
 from mixtrain.training.sinks import sinks_of
-from mixtrain.training.sinks.sink import LAST, Ending
+from mixtrain.training.sinks.sink import LAST, RunEnd
 from mixtrain.training.sinks.terminal import Terminal, change_lines
 
 # share of a layer's tokens on its busiest top-k experts from which the other experts stop learning
@@ -126,7 +126,7 @@ class Logs:
             reason = "asked to stop by a signal to another rank"
         self.status(state, reason)
         for sink in (*self.sinks, self.terminal):
-            sink.finish(Ending(state, steps, reason, picture, entropy))
+            sink.finish(RunEnd(state, steps, reason, picture, entropy))
 
     def status(self, state: str, reason: str) -> None:
         """Replace status.json; Unwritable if that fails."""

@@ -21,7 +21,7 @@ import torch
 from mixtrain.config.choices import Accelerator, Precision
 from mixtrain.config.plan import Plan
 from mixtrain.data.batches import IDS
-from mixtrain.engine.compat import cpu, megatron_fixes
+from mixtrain.engine.compat.prepare import prepare
 from mixtrain.system.rank_identity import Identity
 
 
@@ -84,9 +84,7 @@ def started(plan: Plan, identity: Identity, begin: Callable[[], None]) -> Iterat
 
     `begin` is called after all imports, before the model is built.
     """
-    megatron_fixes.apply()
-    if plan.config.trainer.accelerator is Accelerator.cpu:
-        cpu.apply()
+    prepare(plan.config.trainer.accelerator)
     from mixtrain.engine import process_groups
     from mixtrain.training import loop  # noqa: F401  (imports all of Megatron-Core that a step needs)
 

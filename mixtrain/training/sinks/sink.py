@@ -13,7 +13,7 @@ LAST = "last"  # marks a record that was written because the run ended, not at i
 
 
 @dataclass(frozen=True)
-class Ending:
+class RunEnd:
     """How a run ended. `entropy`: of the validation tokens in nats, if known."""
 
     state: str
@@ -54,7 +54,7 @@ class Sink:
     def validation(self, record: dict[str, Any]) -> None:
         """Write a held-out loss: `step` and val_loss or test_loss."""
 
-    def finish(self, ending: Ending) -> None:
+    def finish(self, ending: RunEnd) -> None:
         """Write how the run ended."""
 
     def close(self) -> None:

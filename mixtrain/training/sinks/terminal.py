@@ -11,7 +11,7 @@ from mixtrain.config.choices import Balancing
 from mixtrain.config.plan import Plan
 from mixtrain.config.plan_page import banners, changed_mathematics
 from mixtrain.system.console import Console
-from mixtrain.training.sinks.sink import Ending, Sink
+from mixtrain.training.sinks.sink import RunEnd, Sink
 
 COLUMNS = {
     "step": 7,
@@ -96,7 +96,7 @@ class Terminal(Sink):
             + ("" if name == "val_loss" else f"  ({name})")
         )
 
-    def finish(self, ending: Ending) -> None:
+    def finish(self, ending: RunEnd) -> None:
         """Print the closing lines."""
         if self.last_val_loss is not None and ending.entropy is not None:
             self.say(
