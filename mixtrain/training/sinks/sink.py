@@ -32,7 +32,7 @@ class Sink:
 
     These methods must be local and fast. A sink on the network (Weights & Biases, MLflow) will be
     one thread that follows metrics.jsonl from a position that it stores: it never delays a step,
-    and after an outage or a restart it goes on at that position.
+    and after an outage or a restart it continues there.
     """
 
     def __init__(self, plan: Plan, say: Callable[[str], None]):
