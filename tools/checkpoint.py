@@ -63,9 +63,7 @@ def checkpoints(path: Path) -> list[Path]:
     name = path.resolve().name
     if re.fullmatch(rf"(iter_\d{{7,}}|{directory.RELEASE})(\.saving)?", name) and path.is_dir():
         return [path]
-    paths = [directory.path_of(path, step) for step in directory.steps_in(path)]
-    if (path / directory.RELEASE).is_dir():
-        paths.append(path / directory.RELEASE)
+    paths = directory.checkpoints_in(path)
     if not paths:
         raise UserError(
             f"{path} is neither a checkpoint nor a directory of some (iter_NNNNNNN, release)"

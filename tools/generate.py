@@ -25,6 +25,7 @@ from pathlib import Path
 # mixtrain need not be installed
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from mixtrain.checkpoint.state import state_of  # noqa: E402
 from mixtrain.cli import INTERRUPTED  # noqa: E402
 from mixtrain.config.plan import Plan  # noqa: E402
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError, print_problems  # noqa: E402
@@ -113,7 +114,7 @@ def generate(options: argparse.Namespace, overrides: list[str], identity: Identi
     tree, problems = generation_plan.compose_overrides(overrides)
     full = str(tree.checkpoint.verify) == "full"
     checkpoint, damaged = generation_plan.find_checkpoint(options.checkpoint, full)
-    run_state = generation_plan.read_state(checkpoint)
+    run_state = state_of(checkpoint)
     code = FINISHED
     (folder, _) = scratch.make("generate-")
     try:

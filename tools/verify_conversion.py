@@ -83,6 +83,7 @@ def main(argv: list[str]) -> int:
     from mixtrain.engine.compat.prepare import prepare
 
     prepare(Accelerator.cpu)
+    from mixtrain.checkpoint.state import state_of
     from mixtrain.checkpoint.tensor_reader import TensorReader
     from mixtrain.interop.convert import checkpoint_config, hf_checkpoint
 
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> int:
     source = hf_checkpoint.read(args.hf_dir)
     for note in source.notes:
         print(note, file=sys.stderr)
-    vocab_size = source.compared_vocab_size(checkpoint_config.state_of(checkpoint), config)
+    vocab_size = source.compared_vocab_size(state_of(checkpoint), config)
     keys = check_shapes(source, config, parts, vocab_size)
     if args.verify == "full":
         verify_hashes(checkpoint_config.Hashes(checkpoint, parts.files(keys)))

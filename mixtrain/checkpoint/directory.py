@@ -36,14 +36,30 @@ def steps_in(run_dir: str | Path) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
+def checkpoints_in(path: Path) -> list[Path]:
+    """Return the checkpoints in a directory, newest first and release/ last, without checking."""
+    release = [path / RELEASE] if (path / RELEASE).is_dir() else []
+    return [path_of(path, step) for step in steps_in(path)] + release
+
+
+def checkpoints_at(path: Path) -> list[Path]:
+    """Return [path] if it is a checkpoint, else checkpoints_in. A path of a user means the first.
+
+    For a UserError if there is none: no_checkpoint_at.
+    """
+    return [path] if (path / MANIFEST).is_file() else checkpoints_in(path)
+
+
 def newest(path: str | Path) -> Path | None:
-    """Return `path` if it is a checkpoint, else the newest one in it, else release/, else None."""
-    path = Path(path)
-    if (path / MANIFEST).is_file():
-        return path
-    if steps := steps_in(path):
-        return path_of(path, steps[0])
-    return path / RELEASE if (path / RELEASE).is_dir() else None
+    """Return the checkpoint that a path means, without checking it; None if there is none."""
+    return next(iter(checkpoints_at(Path(path))), None)
+
+
+def no_checkpoint_at(path: str | Path) -> str:
+    """Return the message that a path means no checkpoint."""
+    if os.path.isdir(path):
+        return f"{path} is not a checkpoint (iter_NNNNNNN, release), and holds none"
+    return f"{path} is not a directory"
 
 
 def tracked_step(run_dir: str | Path) -> int | None:

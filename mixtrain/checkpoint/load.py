@@ -25,7 +25,6 @@ from mixtrain.checkpoint import (
     safe,
     safe_load,
     same_model,
-    state,
 )
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config import tensor_schema
@@ -84,14 +83,6 @@ def problem(plan: Plan, ranks: Ranks, path: Path, heartbeat=lambda: None) -> str
     full = plan.config.checkpoint.verify is Verify.full
     problem_here = integrity.problem(path, full, ranks.rank, ranks.world_size, heartbeat)
     return collectives.first_problem(problem_here)
-
-
-def read_state(path: Path) -> RunState:
-    """Return the run's state in a valid checkpoint."""
-    try:
-        return state.read(path)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def resume(

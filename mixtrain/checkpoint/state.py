@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
+from mixtrain.errors import UserError
 from mixtrain.system import untrusted_json
 from mixtrain.system.untrusted_json import Check, Count, Name
 
@@ -80,3 +81,11 @@ def read(directory: Path) -> RunState:
     return RunState(
         **{entry.name: values[entry.name] for entry in fields(RunState) if entry.name in values}
     )
+
+
+def state_of(checkpoint: Path) -> RunState:
+    """Read the state of the checkpoint that a user means. UserError as read's ValueError."""
+    try:
+        return read(checkpoint)
+    except ValueError as error:
+        raise UserError(str(error)) from None

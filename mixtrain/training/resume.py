@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mixtrain.checkpoint import directory, load
-from mixtrain.checkpoint.state import RunState
+from mixtrain.checkpoint.state import RunState, state_of
 from mixtrain.config import lr_schedule
 from mixtrain.config.key_effects import MATHEMATICS, Change, changes, show
 from mixtrain.config.plan import Plan, schedule_in_steps
@@ -54,7 +54,7 @@ def find(plan: Plan, ranks: Ranks, say: Callable[[str], None]) -> Start:
     if ranks.is_first:
         directory.remove_leftovers(plan.config.run_dir)
     path = load.find_checkpoint(plan, ranks, say)
-    state = RunState() if path is None else load.read_state(path)
+    state = RunState() if path is None else state_of(path)
     if state.step > plan.config.trainer.max_steps:
         raise UserError(
             f"trainer.max_steps = {plan.config.trainer.max_steps}, but {path} has {state.step}"
@@ -113,7 +113,7 @@ def enter(
         path = load.find_weights(plan, ranks)
         say(f"weights of {path}; everything else starts from step 0")
         load.load_weights(plan, ranks, training, path, say)
-        state = replace(state, hf_source=load.read_state(path).hf_source)
+        state = replace(state, hf_source=state_of(path).hf_source)
     return replace(
         state,
         data=data,

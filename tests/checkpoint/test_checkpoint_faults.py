@@ -21,6 +21,7 @@ from tiny_disks import fill, tiny_disk
 
 from mixtrain.checkpoint import directory, integrity, load, save, shard_writer
 from mixtrain.checkpoint.integrity import MANIFEST
+from mixtrain.checkpoint.state import state_of
 from mixtrain.engine import process_groups
 from mixtrain.errors import FAULT, FINISHED, REFUSED, UserError
 from mixtrain.system.status import read_status
@@ -121,7 +122,7 @@ def found(trained, tmp_path_factory) -> dict:
                 lines: list[str] = []
                 try:
                     path = load.find_checkpoint(plan, ranks, lines.append)
-                    step = load.read_state(path).step if path else 0
+                    step = state_of(path).step if path else 0
                 except UserError as error:
                     step = None
                     lines += error.problems

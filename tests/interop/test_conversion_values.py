@@ -254,7 +254,7 @@ def test_what_a_checkpoint_could_not_keep_is_refused_before_anything_is_written(
 
 
 def test_the_losses_of_a_router_are_said_in_transformers_words(converted, tmp_path):
-    run_state = checkpoint_config.state_of(converted / "release")
+    run_state = state.state_of(converted / "release")
     trained = state.RunState(step=1, hf_source=run_state.hf_source)
     for types, weights, expected in (
         (["seq_aux_loss", "aux_loss"], [0.1, 0.2], 0.2),

@@ -14,9 +14,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mixtrain.checkpoint import directory, integrity, state
+from mixtrain.checkpoint import directory, integrity
 from mixtrain.checkpoint.shard_writer import FILES_PER_RANK
-from mixtrain.checkpoint.state import RunState
+from mixtrain.checkpoint.state import RunState, state_of
 from mixtrain.config import published_models
 from mixtrain.config.choices import TransformerImpl
 from mixtrain.config.compose import CONF, compose
@@ -44,10 +44,7 @@ def checkpoint_at(path: Path) -> Path:
     """
     checkpoint = directory.newest(path)
     if checkpoint is None:
-        what = "not a directory"
-        if path.is_dir():
-            what = "not a checkpoint (iter_NNNNNNN, release), and holds none"
-        raise UserError(f"{path} is {what}")
+        raise UserError(directory.no_checkpoint_at(path))
     if problem := integrity.problem(checkpoint, full=False):
         raise UserError(problem)
     return checkpoint
@@ -92,14 +89,6 @@ def config_of(checkpoint: Path) -> Config:
     (job,), _ = compose([])
     saved = OmegaConf.create(state_of(checkpoint).config)
     return from_hydra(OmegaConf.merge(job.tree, saved))
-
-
-def state_of(checkpoint: Path) -> RunState:
-    """Read run_state.json of a checkpoint. UserError if it is damaged."""
-    try:
-        return state.read(checkpoint)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def for_one_rank(config: Config, precision: str) -> Config:

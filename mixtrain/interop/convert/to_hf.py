@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from mixtrain.checkpoint.same_tokenizer import refuse_other
+from mixtrain.checkpoint.state import state_of
 from mixtrain.checkpoint.tensor_reader import TensorReader
 from mixtrain.config.schema import Config
 from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer, no_tokenizer_message, tokenizer_files
@@ -27,7 +28,6 @@ from mixtrain.interop.convert.checkpoint_config import (
     Hashes,
     checkpoint_at,
     config_of,
-    state_of,
     tokenizer_of,
 )
 from mixtrain.interop.convert.dtype_cast import DtypeCast, warn_nonfinite

@@ -6,7 +6,6 @@ A value that would make the text depend on the layout or on the other prompts is
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mixtrain.checkpoint import directory, integrity, state
+from mixtrain.checkpoint import directory, integrity
 from mixtrain.checkpoint.state import RunState
 from mixtrain.config.choices import Accelerator
 from mixtrain.config.compose import ADDED_GROUPS, CONF, compose
@@ -260,29 +259,14 @@ def find_checkpoint(given: str, full: bool) -> tuple[Path, list[str]]:
     instead of sizes. UserError if there is no valid checkpoint.
     """
     path = Path(given)
-    if os.path.exists(path / integrity.MANIFEST):
-        if problem := integrity.problem(path, full):
-            raise UserError(problem)
-        return path, []
-    candidates = [directory.path_of(path, step) for step in directory.steps_in(path)]
-    if (path / directory.RELEASE).is_dir():
-        candidates.append(path / directory.RELEASE)
+    candidates = directory.checkpoints_at(path)
     damaged = []
     for checkpoint in candidates:
         if not (problem := integrity.problem(checkpoint, full)):
             return checkpoint, damaged
         damaged.append(problem)
-    if damaged:
-        raise UserError(*damaged, f"{given} has no valid checkpoint")
-    what = "not a directory"
-    if path.is_dir():
-        what = "not a checkpoint (iter_NNNNNNN, release), and holds none"
-    raise UserError(f"{given} is {what}")
-
-
-def read_state(checkpoint: Path) -> RunState:
-    """Read run_state.json of a checkpoint. UserError if it is damaged."""
-    try:
-        return state.read(checkpoint)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    if not damaged:
+        raise UserError(directory.no_checkpoint_at(given))
+    if candidates == [path]:
+        raise UserError(*damaged)
+    raise UserError(*damaged, f"{given} has no valid checkpoint")
