@@ -172,14 +172,14 @@ def find_weights(plan: Plan, ranks: Ranks, heartbeat=lambda: None) -> Path:
 
 def layout(plan: Plan) -> dict[str, int]:
     """Return the parallel sizes, which determine the random stream of each rank."""
-    parallel = plan.config.parallel
+    sizes = plan.layout
     return {
         "world_size": plan.world_size,
-        "tensor": parallel.tensor_model_parallel_size,
-        "pipeline": parallel.pipeline_model_parallel_size,
-        "context": parallel.context_parallel_size,
-        "expert": parallel.expert_model_parallel_size,
-        "expert_tensor": parallel.expert_tensor_parallel_size,
+        "tensor": sizes.tp,
+        "pipeline": sizes.pp,
+        "context": sizes.cp,
+        "expert": sizes.ep,
+        "expert_tensor": sizes.etp,
     }
 
 

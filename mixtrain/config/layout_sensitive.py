@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mixtrain.config.choices import Balancing
+from mixtrain.config.layout import Layout
 from mixtrain.config.schema import Config
 
 
@@ -86,22 +87,9 @@ LIMITS = [
 ]
 
 
-def sizes_of(config: Config, data_parallel_size: int) -> dict[str, int]:
-    """Return the sizes of a layout by the names in LIMITS."""
-    parallel = config.parallel
-    return {
-        "TP": parallel.tensor_model_parallel_size,
-        "CP": parallel.context_parallel_size,
-        "PP": parallel.pipeline_model_parallel_size,
-        "EP": parallel.expert_model_parallel_size,
-        "ETP": parallel.expert_tensor_parallel_size,
-        "DP": data_parallel_size,
-    }
-
-
-def exceeded_limits(config: Config, data_parallel_size: int) -> list[tuple[Limit, dict[str, int]]]:
-    """Return the limits that this layout exceeds, each with the sizes that exceed it."""
-    sizes = sizes_of(config, data_parallel_size)
+def exceeded_limits(config: Config) -> list[tuple[Limit, dict[str, int]]]:
+    """Return the limits that its layout exceeds, each with the sizes that exceed it."""
+    sizes = Layout.of(config).sizes
     exceeded = []
     for limit in LIMITS:
         above_one = {axis: sizes[axis] for axis in limit.axes if sizes[axis] > 1}
@@ -110,10 +98,10 @@ def exceeded_limits(config: Config, data_parallel_size: int) -> list[tuple[Limit
     return exceeded
 
 
-def warnings(config: Config, data_parallel_size: int) -> list[str]:
+def warnings(config: Config) -> list[str]:
     """Return a sentence for each exceeded limit that a user of the setting may not expect."""
     sentences = []
-    for limit, sizes in exceeded_limits(config, data_parallel_size):
+    for limit, sizes in exceeded_limits(config):
         if limit.warns:
             layout = " and ".join(f"{axis} {size}" for axis, size in sizes.items())
             sentences.append(

@@ -20,6 +20,7 @@ from mixtrain.config import (
 from mixtrain.config.choices import DataKind
 from mixtrain.config.data_blend import split_weights
 from mixtrain.config.key_effects import Change
+from mixtrain.config.layout import Layout
 from mixtrain.config.schema import Config, OptimizerConfig, TrainerConfig
 
 
@@ -29,8 +30,7 @@ class Plan:
 
     config: Config  # resolved: sizes that other sizes depend on are not null
     world_size: int
-    data_parallel_size: int  # of the dense parameters, without context parallel ranks
-    expert_data_parallel_size: int
+    layout: Layout
     dense_shard: int  # ranks that share the optimizer state of a dense parameter
     expert_shard: int
     num_microbatches: int  # per step and rank
@@ -50,6 +50,14 @@ class Plan:
     changed_execution: tuple[Change, ...] = field(default=(), kw_only=True)
     # differences from the published model, dependence on the layout, an unfinished warm-up
     warnings: tuple[str, ...]
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.layout.dp
+
+    @property
+    def expert_data_parallel_size(self) -> int:
+        return self.layout.edp
 
     @property
     def state_bytes(self) -> int:
@@ -174,25 +182,8 @@ def samples_before(trainer: TrainerConfig, steps: int, done: int = 0, consumed: 
 
 def ranks_needed(config: Config) -> int:
     """Return the smallest world size for both grids: TP*PP*CP (dense) and ETP*EP*PP (experts)."""
-    return math.lcm(dense_grid(config), expert_grid(config))
-
-
-def dense_grid(config: Config) -> int:
-    parallel = config.parallel
-    return (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
-
-
-def expert_grid(config: Config) -> int:
-    parallel = config.parallel
-    return (
-        parallel.expert_tensor_parallel_size
-        * parallel.expert_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-    )
+    layout = Layout.of(config)
+    return math.lcm(layout.dense_grid, layout.expert_grid)
 
 
 def world_size(config: Config) -> int:
@@ -205,14 +196,13 @@ def derive(config: Config) -> Plan:
     parallel = config.parallel
     trainer = config.trainer
     model = config.model
-    world = world_size(config)
-    dp = max(1, world // dense_grid(config))
-    edp = max(1, world // expert_grid(config))
+    layout = Layout.of(config)
     instances = parallel.num_distributed_optimizer_instances
-    dense_shard = max(1, dp * parallel.context_parallel_size // instances)
-    expert_shard = max(1, edp // instances)
-    stages = range(parallel.pipeline_model_parallel_size)
-    rank_parameters = tuple(memory.stage_parameters(model, parallel, stage) for stage in stages)
+    dense_shard = max(1, layout.dp * layout.cp // instances)
+    expert_shard = max(1, layout.edp // instances)
+    rank_parameters = tuple(
+        memory.stage_parameters(model, parallel, stage) for stage in range(layout.pp)
+    )
     sharding = parallel.data_parallel_sharding_strategy
     dense_bytes = memory.bytes_per_parameter(
         trainer.precision, config.optimizer, dense_shard, sharding
@@ -220,18 +210,17 @@ def derive(config: Config) -> Plan:
     expert_bytes = memory.bytes_per_parameter(
         trainer.precision, config.optimizer, expert_shard, sharding
     )
-    microbatches = max(1, trainer.global_batch_size // (trainer.micro_batch_size * dp))
+    microbatches = max(1, trainer.global_batch_size // (trainer.micro_batch_size * layout.dp))
     layers = pipeline_split.stages(parallel, model.num_layers)
     return Plan(
         config=config,
-        world_size=world,
-        data_parallel_size=dp,
-        expert_data_parallel_size=edp,
+        world_size=world_size(config),
+        layout=layout,
         dense_shard=dense_shard,
         expert_shard=expert_shard,
         num_microbatches=microbatches,
         tokens_per_step=trainer.global_batch_size * config.data.seq_length,
-        num_local_experts=max(1, model.num_moe_experts // parallel.expert_model_parallel_size),
+        num_local_experts=max(1, model.num_moe_experts // layout.ep),
         layers=layers,
         total_parameters=memory.total_parameters(model),
         active_parameters=memory.active_parameters(model),
@@ -242,7 +231,7 @@ def derive(config: Config) -> Plan:
         stage_activation_bytes=activations.least_bytes(config, layers, microbatches),
         warnings=(
             *published_models.warnings(config),
-            *layout_sensitive.warnings(config, dp),
+            *layout_sensitive.warnings(config),
             *lr_schedule.warnings(config),
         ),
     )

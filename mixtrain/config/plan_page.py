@@ -78,21 +78,16 @@ def _defaults(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _ranks(plan: Plan) -> list[tuple[str, str]]:
-    parallel = plan.config.parallel
+    layout = plan.layout
     trainer = plan.config.trainer
-    tp = parallel.tensor_model_parallel_size
-    pp = parallel.pipeline_model_parallel_size
-    cp = parallel.context_parallel_size
-    etp = parallel.expert_tensor_parallel_size
-    ep = parallel.expert_model_parallel_size
     where = (
         f"{trainer.num_nodes} node{'s' * (trainer.num_nodes > 1)} of {trainer.devices}"
         f" ({trainer.accelerator.name})"
     )
     rows = [
         ("ranks", f"{plan.world_size} on {where}"),
-        ("  dense grid", f"TP {tp} x CP {cp} x DP {plan.data_parallel_size} x PP {pp}"),
-        ("  expert grid", f"ETP {etp} x EP {ep} x EDP {plan.expert_data_parallel_size} x PP {pp}"),
+        ("  dense grid", f"TP {layout.tp} x CP {layout.cp} x DP {layout.dp} x PP {layout.pp}"),
+        ("  expert grid", f"ETP {layout.etp} x EP {layout.ep} x EDP {layout.edp} x PP {layout.pp}"),
     ]
     return rows + _stages(plan) + [("  experts on ranks", line) for line in _expert_rows(plan)]
 
@@ -144,10 +139,9 @@ def _expert_rows(plan: Plan, shown: int = 4) -> list[str]:
 
     Megatron-Core numbers ranks with ETP fastest, then EP, then EDP, then PP.
     """
-    parallel = plan.config.parallel
     local = plan.num_local_experts
-    group = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    count = plan.expert_data_parallel_size
+    group = plan.layout.ep * plan.layout.etp
+    count = plan.layout.edp
     begin = _first_with_layers(plan) * plan.world_size // len(plan.layers)
     rows = [f"ranks {_span(begin + number * group, group)}" for number in range(min(count, shown))]
     rows[0] += (

@@ -166,7 +166,7 @@ def test_a_plan_of_a_recipe_knows_what_was_changed_of_it():
 
 def test_a_plan_warns_of_what_its_layout_changes():
     plan = plan_of("router=sinkhorn", "parallel.context_parallel_size=2")
-    (expected,) = layout_sensitive.warnings(plan.config, plan.data_parallel_size)
+    (expected,) = layout_sensitive.warnings(plan.config)
     assert expected in plan.warnings and "CP 2" in expected
 
 

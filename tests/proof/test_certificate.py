@@ -23,7 +23,7 @@ from mixtrain.proof.parity.certificate import (
     compare_layout,
     run_one_rank,
 )
-from mixtrain.proof.parity.layouts import Layout, all_layouts
+from mixtrain.proof.parity.layouts import ParityLayout, all_layouts
 from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import TOLERANCES, Verdict, judge
 
@@ -45,25 +45,26 @@ def test_all_layouts_of_up_to_eight_ranks_are_there_once(default):
     plans, left_out = default
     every = list(all_layouts())
     assert len(every) == len(set(every)) and not left_out
-    assert {layout.ranks for layout in plans} == {1, 2, 4, 8} and next(iter(plans)) == Layout()
+    assert {layout.ranks for layout in plans} == {1, 2, 4, 8}
+    assert next(iter(plans)) == ParityLayout()
     for axis in ("tp", "cp", "pp", "ep", "etp"):
         assert {getattr(layout, axis) for layout in plans} == {1, 2, 4, 8}, axis
     assert {layout.vpp for layout in plans} == {layout.instances for layout in plans} == {1, 2}
     assert Counter(layout.dispatcher for layout in plans)[ALLGATHER] == len(plans) / 2
     for layout in (
-        Layout(2, tp=2),
-        Layout(4, tp=2, pp=2),
-        Layout(2, tp=2, ep=2),
-        Layout(4, tp=2, ep=2, etp=2),
-        Layout(2, cp=2),
-        Layout(8, pp=4, vpp=2, ep=2),
-        Layout(4, ep=2, instances=2),
+        ParityLayout.on(2, tp=2),
+        ParityLayout.on(4, tp=2, pp=2),
+        ParityLayout.on(2, tp=2, ep=2),
+        ParityLayout.on(4, tp=2, ep=2, etp=2),
+        ParityLayout.on(2, cp=2),
+        ParityLayout.on(8, pp=4, vpp=2, ep=2),
+        ParityLayout.on(4, ep=2, instances=2),
     ):
         assert layout in plans
 
 
 def test_a_plan_is_that_of_its_layout(default):
-    layout = Layout(8, tp=2, pp=2, vpp=2, ep=4, instances=1, dispatcher=ALLGATHER)
+    layout = ParityLayout.on(8, tp=2, pp=2, vpp=2, ep=4, instances=1, dispatcher=ALLGATHER)
     plan = default[0][layout]
     parallel = plan.config.parallel
     assert (plan.world_size, plan.data_parallel_size, plan.expert_data_parallel_size) == (8, 2, 1)
@@ -123,9 +124,9 @@ def test_the_global_auxiliary_loss_is_compared_over_data_parallel_ranks(router, 
     )
     assert not left_out and {layout.dp for layout in plans} == {1, 2, 4, 8}
     assert {plan.num_microbatches for plan in plans.values()} == {MICROBATCHES}
-    one = run_one_rank(plans[Layout()], tmp_path / "one.pt", tmp_path)
+    one = run_one_rank(plans[ParityLayout()], tmp_path / "one.pt", tmp_path)
     verdict = compare_layout(
-        plans[Layout(ranks=4, ep=2)], one, tmp_path / "one.pt", tmp_path / "four"
+        plans[ParityLayout.on(4, ep=2)], one, tmp_path / "one.pt", tmp_path / "four"
     )
     assert verdict.outside == [] and verdict.differences["parameter"] > 0
 
@@ -241,7 +242,7 @@ def test_the_page_has_a_row_for_each_set_of_axes_and_names_what_is_outside():
     good = Verdict()
     bad = Verdict()
     bad.note("gradient", 0.5, "gradient of a on rank 1")
-    verdicts = {Layout(): good, Layout(2, tp=2): good, Layout(4, tp=4): bad}
+    verdicts = {ParityLayout(): good, ParityLayout.on(2, tp=2): good, ParityLayout.on(4, tp=4): bad}
     page = table.markdown("A title", [("made with", "x")], verdicts)
     assert "| nothing | 1 | 0.0e+00" in page and "| TP | 2 | " in page and "5.0e-01" in page
     assert (

@@ -18,15 +18,15 @@ from mixtrain.config.planner import make_plan
 from mixtrain.config.typed_config import from_hydra
 from mixtrain.engine import model, shards
 from mixtrain.proof.parity import certificate
-from mixtrain.proof.parity.layouts import Layout
+from mixtrain.proof.parity.layouts import ParityLayout
 from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import Verdict
 
 pytestmark = pytest.mark.long
 SMALL = ["+shrink=parity", "model.num_layers=2", "checkpoint=none"]
-EP2 = Layout(2, ep=2)
-TP2 = Layout(2, tp=2)
-CP2 = Layout(2, cp=2)
+EP2 = ParityLayout.on(2, ep=2)
+TP2 = ParityLayout.on(2, tp=2)
+CP2 = ParityLayout.on(2, cp=2)
 
 
 class Bench:
@@ -37,16 +37,16 @@ class Bench:
         self.folder = folder
         self.count = 0
         self.one = certificate.run_one_rank(
-            make_plan(Layout().of(self.config)), folder / "wholes.pt", folder
+            make_plan(ParityLayout().applied_to(self.config)), folder / "wholes.pt", folder
         )
 
-    def at(self, layout: Layout, sabotage=lambda identity: None) -> Verdict:
+    def at(self, layout: ParityLayout, sabotage=lambda identity: None) -> Verdict:
         def work(plan, identity, wholes):
             sabotage(identity)
             return measured_step.measure(plan, identity, wholes)
 
         self.count += 1
-        plan = make_plan(layout.of(self.config))
+        plan = make_plan(layout.applied_to(self.config))
         return certificate.compare_layout(
             plan, self.one, self.folder / "wholes.pt", self.folder / str(self.count), work
         )

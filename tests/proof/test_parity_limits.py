@@ -120,7 +120,7 @@ def test_what_balances_or_drops_looks_at_the_tokens_of_one_rank(switch, layout, 
     )
     # a different choice of experts, nothing else
     assert one["losses"][0] == pytest.approx(here["losses"][0], rel=1e-2)
-    assert layout_sensitive.exceeded_limits(plan_of(*TINY, *HALVES[layout], *switch).config, 1)
+    assert layout_sensitive.exceeded_limits(plan_of(*TINY, *HALVES[layout], *switch).config)
 
 
 @pytest.mark.long
@@ -171,4 +171,4 @@ def test_a_limit_is_for_its_switch_alone(limit):
     assert [other.name for other in layout_sensitive.LIMITS if other.applies(config)] == [
         limit.name
     ]
-    assert layout_sensitive.exceeded_limits(config, 1) == []  # one rank is within every limit
+    assert layout_sensitive.exceeded_limits(config) == []  # one rank is within every limit

@@ -170,7 +170,6 @@ def padding_needs_capacity(plan: Plan) -> Problems:
 
 def flex_requirements_hold(plan: Plan) -> Problems:
     dispatcher = plan.config.dispatcher
-    parallel = plan.config.parallel
     if dispatcher.moe_token_dispatcher_type is not Dispatcher.flex:
         return
     if plan.config.trainer.accelerator is Accelerator.cpu:
@@ -178,8 +177,7 @@ def flex_requirements_hold(plan: Plan) -> Problems:
             "dispatcher.moe_token_dispatcher_type = flex needs CUDA and the package deep_ep, but"
             " trainer.accelerator = cpu; use dispatcher=alltoall"
         )
-    ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_parallel_size
-    if ranks == 1:
+    if plan.layout.ep * plan.layout.etp == 1:
         yield (
             "dispatcher.moe_token_dispatcher_type = flex needs ETP*EP of 2 or more, not 1; use"
             " dispatcher=alltoall"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from mixtrain.config import pipeline_split
 from mixtrain.config.choices import Accelerator
 from mixtrain.config.laptop_layout import LAPTOP_RANKS, nearest_layout
-from mixtrain.config.plan import Plan, dense_grid, expert_grid
+from mixtrain.config.plan import Plan
 from mixtrain.config.rules.nearest import (
     Problems,
     batch_sizes,
@@ -22,7 +22,7 @@ from mixtrain.config.rules.nearest import (
 
 
 def world_size_fits_dense_grid(plan: Plan) -> Problems:
-    grid = dense_grid(plan.config)
+    grid = plan.layout.dense_grid
     if plan.world_size % grid:
         yield (
             f"world size {world_size_text(plan)} must be a multiple of TP*PP*CP = {grid};"
@@ -31,7 +31,7 @@ def world_size_fits_dense_grid(plan: Plan) -> Problems:
 
 
 def world_size_fits_expert_grid(plan: Plan) -> Problems:
-    grid = expert_grid(plan.config)
+    grid = plan.layout.expert_grid
     if plan.world_size % grid:
         yield (
             f"world size {world_size_text(plan)} must be a multiple of ETP*EP*PP = {grid};"
@@ -66,10 +66,9 @@ def layers_over_stages(plan: Plan) -> Problems:
 
 
 def sequence_over_ranks(plan: Plan) -> Problems:
-    parallel = plan.config.parallel
     length = plan.config.data.seq_length
-    tp = parallel.tensor_model_parallel_size
-    cp = parallel.context_parallel_size
+    tp = plan.layout.tp
+    cp = plan.layout.cp
     if length % tp:
         yield (
             f"data.seq_length = {length} must be a multiple of TP = {tp}; use"
@@ -153,8 +152,8 @@ def optimizer_instances_divide(plan: Plan) -> Problems:
         return
     if not plan.config.optimizer.use_distributed_optimizer:
         yield f"{key} = {instances} needs optimizer.use_distributed_optimizer = true; it is false"
-    edp = plan.expert_data_parallel_size
-    dense = plan.data_parallel_size * parallel.context_parallel_size
+    edp = plan.layout.edp
+    dense = plan.layout.dp * plan.layout.cp
     yield from must_divide_each(
         key, instances, {"expert data parallel size": edp, "data parallel size * CP": dense}
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 
-from mixtrain.config.plan import Plan, dense_grid, expert_grid
+from mixtrain.config.plan import Plan
 
 Problems = Iterator[str]
 
@@ -57,9 +57,9 @@ def batch_sizes(plan: Plan) -> tuple[int, int, int]:
 
 def dense_ranks_fit(plan: Plan) -> bool:
     """Return whether the dense grid divides the world size; otherwise DP is a rounded number."""
-    return plan.world_size % dense_grid(plan.config) == 0
+    return plan.world_size % plan.layout.dense_grid == 0
 
 
 def ranks_fit(plan: Plan) -> bool:
     """Return whether the dense grid and the expert grid divide the world size."""
-    return dense_ranks_fit(plan) and plan.world_size % expert_grid(plan.config) == 0
+    return dense_ranks_fit(plan) and plan.world_size % plan.layout.expert_grid == 0

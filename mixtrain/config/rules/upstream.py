@@ -30,15 +30,12 @@ class UpstreamFault(NamedTuple):
 
 
 def _experts_beside_tensor_ranks(plan: Plan) -> bool:
-    parallel = plan.config.parallel
-    tp = parallel.tensor_model_parallel_size
-    etp = parallel.expert_tensor_parallel_size
+    layout = plan.layout
     engine = plan.config.model.transformer_impl is TransformerImpl.transformer_engine
-    return engine and tp > 1 and etp != tp and parallel.expert_model_parallel_size == 1
+    return engine and layout.tp > 1 and layout.etp != layout.tp and layout.ep == 1
 
 
 def _per_token_auxiliary_loss(plan: Plan) -> bool:
-    parallel = plan.config.parallel
     router = plan.config.router
     coefficients = dict(
         zip(router.moe_router_load_balancing_type, router.moe_aux_loss_coeff, strict=False)
@@ -47,7 +44,7 @@ def _per_token_auxiliary_loss(plan: Plan) -> bool:
         return False
     if coefficients.get(Balancing.seq_aux_loss) and plan.config.trainer.micro_batch_size > 1:
         return True
-    split = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
+    split = plan.layout.tp > 1 or plan.layout.cp > 1
     return split and bool(any(coefficients.values()) or router.moe_z_loss_coeff)
 
 

@@ -236,16 +236,10 @@ def summary(plan: Plan, run_state: RunState, checkpoint: Path, damaged: list[str
     """Yield lines about the checkpoint, the layout, and what differs from the run."""
     for problem in damaged:
         yield f"warning: {problem}; skipped"
-    parallel = plan.config.parallel
     trainer = plan.config.trainer
-    sizes = {
-        "TP": parallel.tensor_model_parallel_size,
-        "PP": parallel.pipeline_model_parallel_size,
-        "ETP": parallel.expert_tensor_parallel_size,
-        "EP": parallel.expert_model_parallel_size,
-        "DP": plan.data_parallel_size,
-    }
-    layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    sizes = plan.layout.sizes
+    axes = ("TP", "PP", "ETP", "EP", "DP")
+    layout = " x ".join(f"{axis} {sizes[axis]}" for axis in axes if sizes[axis] > 1)
     ranks = f"{plan.world_size} ranks ({layout})" if layout else "1 rank"
     yield f"{checkpoint} on {ranks}, {trainer.accelerator.name}, {trainer.precision.name}"
     for line in changed_values(run_state, plan):

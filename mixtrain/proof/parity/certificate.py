@@ -20,7 +20,7 @@ from mixtrain.config.schema import Config
 from mixtrain.engine.forked_ranks import RankFailure, run_ranks
 from mixtrain.errors import UserError
 from mixtrain.proof.parity import table
-from mixtrain.proof.parity.layouts import Layout, all_layouts, legal_plan
+from mixtrain.proof.parity.layouts import ParityLayout, all_layouts, legal_plan
 from mixtrain.system import scratch
 from mixtrain.training import measured_step
 from mixtrain.training.compare_steps import TOLERANCES, Verdict, judge
@@ -47,7 +47,7 @@ class Certificate:
         experts = min(config.model.num_moe_experts, max(EXPERTS, 2 * config.model.moe_router_topk))
         self.config = replace(config, model=replace(config.model, num_moe_experts=experts))
         self.plans, self.left_out = comparable(self.config)
-        self.verdicts: dict[Layout, Verdict] = {}
+        self.verdicts: dict[ParityLayout, Verdict] = {}
         if not self.plans:
             raise UserError(
                 "no layout is legal with these switches; trainer.mode=plan with +shrink=parity"
@@ -78,7 +78,7 @@ class Certificate:
             self._run(layouts, Path(folder))
         return not any(verdict.outside for verdict in self.verdicts.values())
 
-    def _run(self, layouts: list[Layout], folder: Path) -> None:
+    def _run(self, layouts: list[ParityLayout], folder: Path) -> None:
         tensors_file = folder / "one_rank.pt"
         started = time.monotonic()
         self.one_rank = run_one_rank(next(iter(self.plans.values())), tensors_file, folder)
@@ -125,7 +125,8 @@ class Certificate:
             "left_out": self.left_out,
             "layouts": [
                 {
-                    **layout._asdict(),
+                    "ranks": layout.ranks,
+                    **{name: value for name, value in vars(layout).items() if "dp" not in name},
                     "dispatcher": layout.dispatcher.name,
                     "differences": verdict.differences,
                     "outside": verdict.outside[:20],
@@ -156,7 +157,7 @@ class Certificate:
         return table.markdown(f"Layout parity of {self.name}", info, self.verdicts)
 
 
-def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
+def comparable(config: Config) -> tuple[dict[ParityLayout, Plan], dict[str, int]]:
     """Return (plans of the layouts that must equal one rank, {reason: number of other layouts}).
 
     A layout at which Megatron-Core is known to be wrong is left out, with the upstream file.
@@ -164,8 +165,8 @@ def comparable(config: Config) -> tuple[dict[Layout, Plan], dict[str, int]]:
     plans = {}
     left_out = Counter()
     for layout in all_layouts():
-        at_layout = resolve(_with_fixed_microbatches(layout.of(config), layout.dp))
-        if broken := layout_sensitive.exceeded_limits(at_layout, layout.dp):
+        at_layout = resolve(_with_fixed_microbatches(layout.applied_to(config), layout.dp))
+        if broken := layout_sensitive.exceeded_limits(at_layout):
             limit, _ = broken[0]
             left_out[f"another run by design: {limit.name}, {limit.why}"] += 1
         elif faults := triggered_faults(derive(at_layout)):

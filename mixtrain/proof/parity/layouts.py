@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import NamedTuple
 
 from mixtrain.config.choices import Dispatcher
 from mixtrain.config.laptop_layout import LAPTOP_RANKS
+from mixtrain.config.layout import Layout
 from mixtrain.config.plan import Plan
 from mixtrain.config.planner import make_plan
 from mixtrain.config.schema import Config
@@ -17,43 +17,26 @@ from mixtrain.errors import UserError
 SIZES = [2**power for power in range(LAPTOP_RANKS.bit_length())]  # 1, 2, 4, 8
 
 
-class Layout(NamedTuple):
-    """The parallel sizes of a run. The data-parallel size follows from the number of ranks."""
+@dataclass(frozen=True)
+class ParityLayout(Layout):
+    """A layout with the two settings of its communication that are compared, too."""
 
-    ranks: int = 1
-    tp: int = 1
-    cp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    ep: int = 1
-    etp: int = 1
     instances: int = 1  # of the distributed optimizer; 2: hybrid shard
     dispatcher: Dispatcher = Dispatcher.alltoall
 
     @property
-    def dp(self) -> int:
-        return self.ranks // (self.tp * self.cp * self.pp)
+    def ranks(self) -> int:
+        return self.dense_grid * self.dp
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Return the names of the axes that are split, e.g. ("TP", "EP")."""
-        return tuple(name for name, size in self._sizes().items() if size > 1)
+        return super().axes + ("hybrid shard",) * (self.instances > 1)
 
     def __str__(self) -> str:
-        split = [
-            f"{name} {size}" if " " in name else f"{name}{size}"
-            for name, size in self._sizes().items()
-            if size > 1
-        ]
-        return f"{'x'.join(split) or 'one rank'}, {self.dispatcher.name}"
+        shard = f"xhybrid shard {self.instances}" * (self.instances > 1)
+        return f"{super().__str__()}{shard}, {self.dispatcher.name}"
 
-    def _sizes(self) -> dict[str, int]:
-        return {
-            "TP": self.tp, "CP": self.cp, "PP": self.pp, "VPP": self.vpp, "EP": self.ep,
-            "ETP": self.etp, "DP": self.dp, "hybrid shard": self.instances,
-        }  # fmt: skip
-
-    def of(self, config: Config) -> Config:
+    def applied_to(self, config: Config) -> Config:
         """Return the configuration at this layout."""
         parallel = replace(
             config.parallel,
@@ -71,7 +54,7 @@ class Layout(NamedTuple):
         return replace(config, parallel=parallel, dispatcher=dispatcher, trainer=trainer)
 
 
-def all_layouts() -> Iterator[Layout]:
+def all_layouts() -> Iterator[ParityLayout]:
     """Yield every combination of sizes that fits its ranks, for any model; fewest ranks first."""
     for ranks in SIZES:
         sizes = [size for size in SIZES if size <= ranks]
@@ -84,7 +67,8 @@ def all_layouts() -> Iterator[Layout]:
                 (1, 2) if expert_copies > 1 else (1,),
                 (Dispatcher.alltoall, Dispatcher.allgather),
             ):
-                yield Layout(ranks, tp, cp, pp, vpp, ep, etp, instances, dispatcher)
+                split = {"tp": tp, "cp": cp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp}
+                yield ParityLayout.on(ranks, **split, instances=instances, dispatcher=dispatcher)
 
 
 def legal_plan(config: Config) -> Plan | None:

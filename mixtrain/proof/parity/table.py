@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from mixtrain.proof.parity.layouts import Layout
+from mixtrain.proof.parity.layouts import ParityLayout
 from mixtrain.training.compare_steps import TOLERANCES, Verdict
 
 NAME_WIDTH = 44  # columns for a layout's name
 HEADER = f"{'layout':<{NAME_WIDTH}} ranks " + " ".join(f"{kind:>9}" for kind in TOLERANCES)
 
 
-def line(layout: Layout, verdict: Verdict) -> str:
+def line(layout: ParityLayout, verdict: Verdict) -> str:
     """Return the line of a layout's largest differences, under HEADER."""
     differences = " ".join(f"{verdict.differences[kind]:>9.0e}" for kind in TOLERANCES)
     return f"{layout!s:<{NAME_WIDTH}} {layout.ranks:>5} {differences}"
 
 
-def markdown(title: str, info: Iterable[tuple[str, str]], verdicts: dict[Layout, Verdict]) -> str:
+def markdown(
+    title: str, info: Iterable[tuple[str, str]], verdicts: dict[ParityLayout, Verdict]
+) -> str:
     """Return the certificate as a page: info, then the largest differences per set of axes."""
     lines = [f"# {title}", "", *[f"* {name}: {value}" for name, value in info], ""]
     lines += [
@@ -35,7 +37,7 @@ def markdown(title: str, info: Iterable[tuple[str, str]], verdicts: dict[Layout,
     return "\n".join(lines) + "\n"
 
 
-def _rows(verdicts: dict[Layout, Verdict]) -> Iterator[str]:
+def _rows(verdicts: dict[ParityLayout, Verdict]) -> Iterator[str]:
     groups: dict[tuple[str, ...], list[Verdict]] = {}
     for layout, verdict in verdicts.items():
         groups.setdefault(layout.axes, []).append(verdict)

@@ -48,7 +48,7 @@ class ShrunkPlans(NamedTuple):
 def shrink(plan: Plan) -> ShrunkPlans | str:
     """Return both plans, or the reason why this layout cannot compute what one rank does."""
     config = _small_config(plan)
-    if broken := layout_sensitive.exceeded_limits(config, plan.data_parallel_size):
+    if broken := layout_sensitive.exceeded_limits(config):
         return f"{broken[0][0].name}: {broken[0][0].why}"
     if upstream_faults := triggered_faults(derive(resolve(config))):
         return f"megatron-core, {upstream_faults[0].file}: {upstream_faults[0].wrong}"
@@ -77,9 +77,7 @@ def _small_config(plan: Plan) -> Config:
         "num_nodes": trainer.num_nodes,
         "global_batch_size": _sequences(plan),
     }
-    tp = config.parallel.tensor_model_parallel_size
-    cp = config.parallel.context_parallel_size
-    tokens = max(TOKENS, 2 * tp * cp)
+    tokens = max(TOKENS, 2 * plan.layout.tp * plan.layout.cp)
     tree["data"] |= {"seq_length": tokens, "data_path": None, "tokenizer": None}
     tree["model"] |= _layers_and_experts(config, tree["model"], tokens)
     if (
@@ -91,10 +89,8 @@ def _small_config(plan: Plan) -> Config:
 
 def _sequences(plan: Plan) -> int:
     """Return the fewest sequences of a step: one per rank; VPP needs PP microbatches of each."""
-    parallel = plan.config.parallel
-    has_virtual_stages = parallel.virtual_pipeline_model_parallel_size
-    microbatches = parallel.pipeline_model_parallel_size if has_virtual_stages else 1
-    return plan.data_parallel_size * microbatches
+    has_virtual_stages = plan.config.parallel.virtual_pipeline_model_parallel_size
+    return plan.layout.dp * (plan.layout.pp if has_virtual_stages else 1)
 
 
 def _layers_and_experts(config: Config, small: dict, tokens: int) -> dict:

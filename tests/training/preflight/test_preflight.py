@@ -237,8 +237,7 @@ def test_every_recipe_is_shrunk_at_its_own_layout_or_the_reason_is_said(name):
     plans = shrink(plan)
     if isinstance(plans, str):
         assert any(
-            beyond.name in plans
-            for beyond, _ in layout_sensitive.exceeded_limits(plan.config, plan.data_parallel_size)
+            beyond.name in plans for beyond, _ in layout_sensitive.exceeded_limits(plan.config)
         )
         return
     assert isinstance(plans, ShrunkPlans) and plans.one_rank.world_size == 1
