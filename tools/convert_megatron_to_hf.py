@@ -7,7 +7,7 @@ OUT_DIR must be new. It gets safetensors files with the names on the hub, config
 tokenizer that is beside the checkpoint. --layout fused writes the names that transformers 5 uses in
 memory, which only transformers 5 opens: transformers 4 initializes the experts at random, and vLLM,
 MLX and llama.cpp refuse them. A model that transformers would compute differently (sinkhorn or
-sigmoid scores, capacity dropping, shared experts ...) is refused by its key. The files with the
+sigmoid scores, capacity dropping ...) is refused by its key. The files with the
 weights are hashed while they are copied: if one is damaged, there is no OUT_DIR.
 
 Exit codes: 0 done, 2 the checkpoint or the arguments are wrong (nothing was written), 1 any other

@@ -295,7 +295,8 @@ def _hydra(argv: list[str], conf: Path, known: list[str]) -> list[ComposedJob]:
                 ) from None
         finally:
             sys.argv = original_argv
-            print(stdout.getvalue().replace(" _base,", ""), end="")  # --help, --cfg job
+            if text := stdout.getvalue():  # --help, --cfg job
+                print(text.replace(" _base,", ""), end="")
             print(_without_traceback(stderr.getvalue()), end="", file=sys.stderr)
     if refused:
         raise UserError(*known, *dict.fromkeys(refused))
