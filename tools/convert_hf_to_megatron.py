@@ -1,4 +1,4 @@
-"""Convert a Hugging Face model (Mixtral, Qwen2-MoE, Qwen3-MoE, OLMoE) to a Megatron-Core checkpoint.
+"""Convert a Mixtral, Qwen2-MoE, Qwen3-MoE or OLMoE to a Megatron-Core checkpoint.
 
     python tools/convert_hf_to_megatron.py HF_DIR OUT_DIR
     python tools/convert_hf_to_megatron.py HF_DIR OUT_DIR --dtype bf16 --write-model-config my_model
