@@ -36,7 +36,7 @@ QWEN2_MOE = [
     "model.moe_shared_expert_intermediate_size=20",
     "model.moe_shared_expert_gate=true",
 ]
-OLMOE = ["model.qk_layernorm=true", "model.qk_layernorm_over=projection"]
+OLMOE = ["model.qk_layernorm=true", "model.qk_layernorm_over=projection", "model.kv_channels=4"]
 SHAPES = {
     "two groups": [],
     "one group": ["model.num_query_groups=1"],
