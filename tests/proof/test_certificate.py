@@ -317,7 +317,7 @@ def test_the_tool_certifies_a_recipe_and_leaves_its_table(tmp_path):
         (["trainer.precision=bf16"], "the certificate is for trainer.precision=fp32"),
         (
             ["parallel=ep1"],
-            "parallel=ep1: the certificate runs every layout and sets this itself; take it out",
+            "parallel=ep1: the certificate runs every layout and sets this itself; remove it",
         ),
         (
             ["run_dir=/proc/nowhere/run", "--sample", "1"],
