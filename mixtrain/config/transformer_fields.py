@@ -12,7 +12,7 @@ import math
 from functools import cache
 from pathlib import Path
 
-from mixtrain.config.choices import Precision, QkLayernormOver
+from mixtrain.config.choices import Precision
 from mixtrain.config.key_effects import show
 from mixtrain.config.schema import Config
 from mixtrain.config.typed_config import plain
@@ -82,10 +82,6 @@ def transformer_fields(config: Config, extra: bool = True) -> dict[str, object]:
         # 0.16 and 0.19: on two stages of the interleaved schedule, batched messages silently mix up
         # activations
         values["batch_p2p_comm"] = False
-    if config.model.qk_layernorm_over is QkLayernormOver.projection:
-        # true would sum the gradients of both norms over tensor ranks: right for copies of one norm
-        # over a head, wrong for slices of one norm over the projection (finalize_model_grads)
-        values["qk_layernorm"] = False
     return values | ARCHITECTURE | (config.model.extra if extra else {})
 
 

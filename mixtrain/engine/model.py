@@ -58,10 +58,16 @@ def build(plan: Plan, device: torch.device, drawn: bool = True) -> list[torch.nn
     """
     config = transformer_config(plan)
     chunks = plan.config.parallel.virtual_pipeline_model_parallel_size
-    return [
+    models = [
         build_chunk(plan, config, device, stage, drawn)
         for stage in (range(chunks) if chunks else [None])
     ]
+    if plan.config.model.qk_layernorm_over is QkLayernormOver.projection:
+        # Megatron-Core's finalize_model_grads sums the gradients of both norms over tensor ranks if
+        # this is true: right for copies of a norm over a head, wrong for slices of a norm over the
+        # projection. While the layers are built it must be true (0.19).
+        config.qk_layernorm = False
+    return models
 
 
 def build_chunk(
