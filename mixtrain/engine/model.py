@@ -18,7 +18,7 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mixtrain.config.choices import Balancing, TransformerImpl
+from mixtrain.config.choices import Balancing, QkLayernormOver, TransformerImpl
 from mixtrain.config.plan import Plan
 from mixtrain.config.transformer_fields import transformer_fields
 from mixtrain.engine import weight_init
