@@ -43,7 +43,10 @@ def merged(folder: Path, conf: Path) -> Path:
     UserError for an unknown group and for an option that mixtrain has too.
     """
     groups = sorted(path.name for path in conf.iterdir() if path.is_dir())
-    options = _user_options(folder, groups)
+    try:
+        options = _user_options(folder, groups)
+    except OSError as error:
+        raise UserError(f"--config-dir: {error.filename}: {error.strerror}") from None
     taken = [path for path in options if (conf / options[path] / path.name).exists()]
     if taken:
         raise UserError(

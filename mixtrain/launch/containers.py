@@ -40,12 +40,15 @@ def parse_mount(text: str) -> Mount:
     return Mount(fields[0], *(fields[1:] or fields))
 
 
-def mounts_of(config: Config, folder: Path, root: Path) -> list[Mount]:
+def mounts_of(
+    config: Config, folder: Path, root: Path, config_dir: Path | None = None
+) -> list[Mount]:
     """Return all mounts of a job submitted from `folder`, with the checkout in `root`.
 
-    Later mounts cover earlier ones.
+    `config_dir` has the user's own options. Later mounts cover earlier ones.
     """
-    default = [Mount(path, path) for path in dict.fromkeys((str(root), str(folder)))]
+    paths = [str(path) for path in (root, folder, config_dir) if path]
+    default = [Mount(path, path) for path in dict.fromkeys(paths)]
     given = [parse_mount(text) for text in config.launcher.container_mounts]
     taken = {mount.container for mount in given}
     return [mount for mount in default if mount.container not in taken] + given

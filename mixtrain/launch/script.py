@@ -15,6 +15,7 @@ from mixtrain.config.key_effects import show, value_of
 from mixtrain.config.plan import Plan
 from mixtrain.config.sbatch_directive import MARK, directive
 from mixtrain.config.schema import Config, legal_keys
+from mixtrain.config.user_conf import split_flag
 from mixtrain.launch.containers import mounts_of
 from mixtrain.paths import ROOT
 
@@ -126,12 +127,13 @@ def _settings(plan: Plan, overrides: list[str], folder: Path) -> list[str]:
         f"MIXTRAIN_ENV_FILE={shlex.quote(str(env_file(plan, folder)))}\n",
     ]
     if image:
-        mounts = ",".join(str(mount) for mount in mounts_of(plan.config, folder, ROOT))
+        _, config_dir = split_flag(overrides)
+        mounts = mounts_of(plan.config, folder, ROOT, config_dir)
         flags = [
             f"--container-image={image}",
             f"--container-workdir={folder}",
             "--no-container-mount-home",
-            f"--container-mounts={mounts}",
+            f"--container-mounts={','.join(map(str, mounts))}",
         ]
         quoted_flags = [f"    {shlex.quote(flag)}\n" for flag in flags]
         lines += ["mixtrain_container=(\n", *quoted_flags, ")\n"]

@@ -124,41 +124,12 @@ def build_data(
     """
     from megatron.core import parallel_state
 
-    from mixtrain.checkpoint.same_tokenizer import problem
     from mixtrain.data.batches import Batches
-    from mixtrain.data.datasets import build, unigram_entropy
+    from mixtrain.data.datasets import unigram_entropy
     from mixtrain.data.fingerprint import fingerprint
-    from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
 
     config = plan.config
-    train, validation, test = plan.samples_from(state.step, state.consumed_samples)
-    prefixes, tokenizer = data_source(plan, ranks, logs)
-    # on the first rank alone: the other ranks could already see the copy that is made below
-    mismatch = problem(config, tokenizer) if tokenizer and ranks.is_first else None
-    if mismatch := collectives.first_problem(mismatch):
-        raise UserError(mismatch)
-    if tokenizer and ranks.is_first and plan.saves:
-        # beside the checkpoints, where tools look for it
-        copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)
-    splits = build(
-        "mock" if plan.is_mock else "indexed",
-        data_path=prefixes,
-        split=config.data.split,
-        seq_length=config.data.seq_length,
-        seed=config.seed,
-        train_samples=train,
-        valid_samples=validation,
-        test_samples=test,
-        tokenizer_dir=tokenizer,
-        vocab_size=config.model.vocab_size,
-        path_to_cache=Path(config.data.path_to_cache),
-        log=logs.say,
-    )
-    datasets = {
-        name: dataset
-        for name, dataset in zip(("train", "validation", "test"), splits, strict=True)
-        if dataset is not None
-    }
+    datasets = build_datasets(plan, ranks, logs, state)
     batches = partial(
         Batches,
         # a batch size ramp-up changes the microbatches of a step, not their order
@@ -180,6 +151,45 @@ def build_data(
         for name, dataset in datasets.items()
     }
     return microbatches, entropy, fingerprint(datasets["train"]) if ranks.is_first else {}
+
+
+def build_datasets(plan: Plan, ranks, logs: Logs, state) -> dict[str, object]:
+    """Return the data sets by split, without empty ones. Every rank must call.
+
+    The tokenizer is checked, and copied beside the checkpoints, where tools look for it.
+    """
+    from mixtrain.checkpoint.same_tokenizer import problem
+    from mixtrain.data.datasets import build
+    from mixtrain.data.tokenizer import TOKENIZER, copy_tokenizer
+
+    config = plan.config
+    train, validation, test = plan.samples_from(state.step, state.consumed_samples)
+    prefixes, tokenizer = data_source(plan, ranks, logs)
+    # on the first rank alone: the other ranks could already see the copy that is made below
+    mismatch = problem(config, tokenizer) if tokenizer and ranks.is_first else None
+    if mismatch := collectives.first_problem(mismatch):
+        raise UserError(mismatch)
+    if tokenizer and ranks.is_first and plan.saves:
+        copy_tokenizer(tokenizer, Path(config.run_dir) / TOKENIZER)
+    splits = build(
+        "mock" if plan.is_mock else "indexed",
+        data_path=prefixes,
+        split=config.data.split,
+        seq_length=config.data.seq_length,
+        seed=config.seed,
+        train_samples=train,
+        valid_samples=validation,
+        test_samples=test,
+        tokenizer_dir=tokenizer,
+        vocab_size=config.model.vocab_size,
+        path_to_cache=Path(config.data.path_to_cache),
+        log=logs.say,
+    )
+    return {
+        name: dataset
+        for name, dataset in zip(("train", "validation", "test"), splits, strict=True)
+        if dataset is not None
+    }
 
 
 def data_source(plan: Plan, ranks, logs: Logs) -> tuple[list[str] | None, Path | None]:

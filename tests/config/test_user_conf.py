@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from composing import run_train
 
+from mixtrain.config import user_conf
 from mixtrain.config.compose import compose
 from mixtrain.config.jobs import plan_of
 from mixtrain.errors import UserError
+from mixtrain.launch.script import render
 
 RECIPE = """# @package _global_
 defaults:
@@ -89,6 +93,24 @@ def test_a_folder_that_is_not_there_and_one_without_options_are_refused(tmp_path
     assert "has no options" in problem
     with pytest.raises(UserError, match="--config-dir needs a folder"):
         compose(["--config-dir"])
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def iterdir(path):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    (tmp_path / "model").mkdir()
+    monkeypatch.setattr(user_conf, "_user_options", lambda folder, groups: [*iterdir(folder)])
+    (problem,) = problems_with(tmp_path)
+    assert problem == f"--config-dir: {tmp_path}: Permission denied"
+
+
+def test_a_job_has_the_folder_and_its_container_mounts_it(own):
+    words = ["trainer=node8", "data=mock", "launcher.container_image=image.sqsh", "model=mine"]
+    words += ["data.seq_length=128"]
+    jobs, problems = compose([f"--config-dir={own}", *words])
+    text = render(plan_of(jobs[0], problems), jobs[0].argv, Path("/submitted/from"))
+    assert f"--config-dir={own}" in text and f"/submitted/from,{own}:{own}" in text
 
 
 def test_the_command_plans_a_users_recipe_from_another_folder(own, tmp_path):
