@@ -284,6 +284,7 @@ SPLIT_TOO = {
     ],
     "qk norm over the projection": OVER_PROJECTION,
     "qkv bias, gated shared expert": QWEN2,
+    "gated shared expert, overlapped": [*QWEN2, "dispatcher.moe_shared_expert_overlap=true"],
     "expert bias, overlapped shared expert": [
         *SWITCHES["expert_bias"],
         *SWITCHES["shared expert, overlapped"],
