@@ -237,6 +237,15 @@ ETP2 = [*TP2, "parallel.expert_tensor_parallel_size=2"]
 OTHERS = {
     "sinkhorn, on PP2": ["router=sinkhorn"],
     "balanced, on PP2": ["router=balanced"],
+    "one norm over the queries of all heads, on ETP2": [
+        "model.qk_layernorm=true",
+        "model.qk_layernorm_over=projection",
+    ],
+    "biases of queries, keys and values, a gated shared expert, on ETP2": [
+        "model.add_qkv_bias=true",
+        "model.moe_shared_expert_intermediate_size=64",
+        "model.moe_shared_expert_gate=true",
+    ],
     "sigmoid, expert bias, groups, a shared expert, norms of queries and keys, on ETP2": [
         "router.moe_router_score_function=sigmoid",
         "router.moe_router_enable_expert_bias=true",
